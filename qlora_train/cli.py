@@ -1,0 +1,257 @@
+"""The commands: `qlora-train train | preview | generate | export | recipes`, and the names still to come.
+
+A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes`
+answer without torch) and calls one function of a lower floor. Whatever the user can mend, and every failure
+of a run, arrives here as a `QloraTrainError` and leaves as one message on stderr and its exit code:
+
+    0 success    1 a failure (out of memory, disk full, non-finite)    2 a user's mistake    128 + n signal n
+
+A traceback is left for what nobody foresaw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from qlora_train import __version__
+from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, UserError
+from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
+from qlora_train.recipe_yaml import nearest
+
+NOT_YET = {
+    "plan": ("B", "show what fits where before anything is loaded"),
+    "chat": ("D", "talk to a run or a model"),
+    "eval": ("D", "score a run on held-out data"),
+    "report": ("D", "show a run's curves and samples"),
+    "init": ("D", "write a recipe for a model and a card"),
+    "bench": ("C", "measure speed and memory beside other trainers"),
+    "verify": ("E", "check that a run's promises hold"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Wrong usage exits with 2 through argparse."""
+    parser = _parser()
+    args, leftovers = parser.parse_known_args(argv)
+    if args.command in NOT_YET:
+        return _fail(_not_yet_error(args.command, NOT_YET[args.command][0]))
+    if "overrides" in args:  # argparse ends a list of positionals at the first option
+        args.overrides += [text for text in leftovers if _is_override(text)]
+        leftovers = [text for text in leftovers if not _is_override(text)]
+    if leftovers:
+        args.parser.error(f"unrecognized arguments: {' '.join(leftovers)}")
+    _quiet_libraries()
+    try:
+        with _sigterm_raises():
+            args.run(args)
+            sys.stdout.flush()
+    except QloraTrainError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return _fail(Interrupted(signal.SIGINT))
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail(QloraTrainError("out of memory"))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(QloraTrainError(f"no space left on the disk: {error}"))
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and notes of the libraries below do not belong into our output; their errors do."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qlora-train", description="QLoRA fine-tuning on one GPU.")
+    parser.add_argument("--version", action="version", version=f"qlora-train {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help_text: str, **defaults: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        sub.set_defaults(parser=sub, **defaults)
+        return sub
+
+    train = command("train", "train LoRA factors as a recipe says", run=_train)
+    _add_recipe(train)
+    train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+
+    preview = command("preview", "print the tokens the model will see, supervised ones marked", run=_preview)
+    _add_recipe(preview)
+    preview.add_argument("-n", "--num-rows", type=_count, default=3, metavar="N", help="rows (default: 3)")
+
+    generate = command("generate", "answer prompts with a run or a merged model", run=_generate)
+    generate.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
+    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    generate.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    generate.add_argument("--temperature", type=_number(0), default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-p", type=_number(0, 1), default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--raw", action="store_true", help="the prompt as it is, without the run's template"
+    )
+
+    export = command("export", "write a run as a model that other tools load", run=_export)
+    export.add_argument("run_dir", metavar="RUN", type=Path)
+    export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged")
+    export.add_argument("--base", choices=("original", "dequantized", "auto"), default="dequantized")
+    export.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    export.add_argument("--out", type=Path, metavar="DIR", help="default: inside the run folder")
+
+    recipes = command("recipes", "list, show or copy the bundled recipes", run=_list_recipes)
+    actions = recipes.add_subparsers(metavar="show | copy")
+    show = actions.add_parser("show", help="print a recipe")
+    show.add_argument("name", metavar="NAME")
+    show.set_defaults(run=_show_recipe)
+    copy = actions.add_parser("copy", help="copy a recipe, and the data that comes with it")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("."))
+    copy.set_defaults(run=_copy_recipe)
+
+    for name, (part, help_text) in NOT_YET.items():
+        command(name, f"{help_text} (not yet: part {part}, {PARTS[part]})")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a bundled recipe")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="for example training.epochs=2"
+    )
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not text.startswith("-")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _number(low: float, high: float = float("inf")) -> Any:
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    return number
+
+
+def _train(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.recipe, args.overrides)
+    from qlora_train.train import train
+
+    run_dir = train(recipe, resume=args.resume).run_dir
+    print(f"Run folder: {run_dir}\nNext: qlora-train export {run_dir} --to merged")
+
+
+def _preview(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.recipe, args.overrides)
+    from qlora_train.data.preview import preview
+
+    preview(recipe, args.num_rows)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from qlora_train.infer.generate import generate_command
+
+    generate_command(
+        args.target,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        raw=args.raw,
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.to != "merged":
+        raise _not_yet_error(f"export --to {args.to}", "D")
+    if args.base == "auto":
+        raise _not_yet_error("export --base auto", "D")
+    from qlora_train.export import export
+
+    print(export(args.run_dir, to=args.to, base=args.base, dtype=args.dtype, out=args.out))
+
+
+def _list_recipes(args: argparse.Namespace) -> None:
+    recipes = bundled_recipes()
+    width = max(map(len, recipes), default=0)
+    for name, file in recipes.items():
+        first_line = file.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:<{width}}  {first_line.lstrip('# ')}")
+
+
+def _show_recipe(args: argparse.Namespace) -> None:
+    print(_bundled(args.name).read_text(encoding="utf-8"), end="")
+
+
+def _copy_recipe(args: argparse.Namespace) -> None:
+    file = _bundled(args.name)
+    source = file.parent if file.name == "recipe.yaml" else file
+    target = args.folder / source.name
+    if target.exists():
+        raise UserError(
+            f"{target} is already there; name another folder: qlora-train recipes copy {args.name} DIR"
+        )
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copyfile(source, target)
+    print(target)
+
+
+def _bundled(name: str) -> Path:
+    recipes = bundled_recipes()
+    if name not in recipes:
+        known = ", ".join(recipes)
+        raise UserError(f"{name}: no such bundled recipe; there are {known}{nearest(name, recipes)}")
+    return recipes[name]
+
+
+def _not_yet_error(what: str, part: str) -> NotYetError:
+    return NotYetError(f"{what}: not yet: part {part} ({PARTS[part]}) brings this")
+
+
+def _fail(error: QloraTrainError) -> int:
+    sys.stdout.flush()
+    text = str(error)
+    print("qlora-train:", text if "\n" not in text else f"several problems\n{text}", file=sys.stderr)
+    return error.exit_code
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into `Interrupted`, so that clean-up code runs (training has its own handler)."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(signal_number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,281 @@
+"""What the columns of a row mean: messages, alpaca, prompt_completion or text.
+
+A format is a set of *roles* (instruction, completion, ...); `data.columns` maps a role to a column, an
+unmapped role is the column of its own name. `auto` takes the one format whose roles the table has. A row
+becomes one of three contents, and everything behind this file knows only those:
+
+    messages           {"messages": [{"role": "user", "content": ...}, ...]}    -> Chat
+    alpaca             instruction, input (may be empty or absent), output      -> Chat: one user, one
+    assistant turn prompt_completion  prompt, completion                                       -> Completion
+    text               text                                                     -> PlainText
+
+Without `prompt_template` a prompt is followed by its completion exactly as the two columns are: no space or
+line is put between them, because for the model that is a different text. Say `prompt_template:
+"{question}\n"` to get one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qlora_train.data.tables import Origin, Row, RowProblems, RowTable, type_name
+from qlora_train.errors import DataError
+
+if TYPE_CHECKING:
+    from qlora_train.recipe import DataSection
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "alpaca": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+_OPTIONAL = {"input"}
+_SPEAKERS = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    messages: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    text: str
+
+
+Content = Chat | Completion | PlainText
+
+
+class Example(NamedTuple):
+    origin: Origin
+    content: Content
+
+
+class _RowProblem(Exception):
+    """A row that cannot be used; caught where rows are read, never seen outside."""
+
+
+def content_key(content: Content) -> bytes:
+    """Equal for two rows that say the same, whatever file they are in."""
+    canonical = json.dumps([type(content).__name__, asdict(content)], sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).digest()
+
+
+class PromptTemplate:
+    """`"Describe: {mr}\\n"`: literal text and column names; `{{` and `}}` are braces."""
+
+    def __init__(self, template: str) -> None:
+        try:
+            parts = list(Formatter().parse(template))
+        except ValueError as error:
+            raise DataError(f"data.prompt_template: {error} (write {{{{ and }}}} for braces).") from error
+        if any(spec or conversion for _, _, spec, conversion in parts) or any(
+            name == "" for _, name, _, _ in parts
+        ):
+            raise DataError(
+                "data.prompt_template: write plain column names, like {question}, between the braces."
+            )
+        self._parts = [(literal, name) for literal, name, _, _ in parts]
+        self.columns = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
+        if not self.columns:
+            raise DataError("data.prompt_template names no column: every prompt would be the same text.")
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        return "".join(literal + ("" if name is None else values[name]) for literal, name in self._parts)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A format with its columns found: `columns` maps the roles that the table has to column names."""
+
+    name: str
+    columns: Mapping[str, str]
+    template: PromptTemplate | None = None
+
+    def read(self, row: Row) -> Content:
+        """Raises _RowProblem for a row that lacks a column or holds anything but text there."""
+        if self.name == "messages":
+            return Chat(_messages(_value(row, self.columns["messages"])))
+        if self.name == "alpaca":
+            return self._read_alpaca(row)
+        if self.name == "prompt_completion":
+            return Completion(self._prompt(row), _text(row, self.columns["completion"]))
+        return PlainText(_text(row, self.columns["text"]))
+
+    def _read_alpaca(self, row: Row) -> Chat:
+        instruction = _text(row, self.columns["instruction"])
+        column = self.columns.get("input")
+        extra = row.get(column) if column else None
+        if extra is not None and not isinstance(extra, str):
+            raise _RowProblem(f"the column {column!r} is {type_name(extra)}, not a string.")
+        question = f"{instruction}\n\n{extra}" if extra else instruction
+        answer = _text(row, self.columns["output"])
+        return Chat(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+    def _prompt(self, row: Row) -> str:
+        if self.template is None:
+            return _text(row, self.columns["prompt"])
+        return self.template.fill(
+            {name: _text(row, name, may_be_empty=True) for name in self.template.columns}
+        )
+
+
+def resolve_format(data: DataSection, table: RowTable) -> RowFormat:
+    """Finds the format of one table. Raises DataError: none or several fit, unknown roles or columns."""
+    template = PromptTemplate(data.prompt_template) if data.prompt_template is not None else None
+    _check_roles(data)
+    _check_mapped_columns(data.columns, template, table)
+    name = data.format if data.format != "auto" else _detect(data.columns, template, table)
+    if template is not None and name != "prompt_completion":
+        raise DataError(
+            f"data.prompt_template is for data.format prompt_completion, but the format is {name}."
+        )
+    columns = {role: data.columns.get(role, role) for role in ROLES[name]}
+    missing = [c for role, c in columns.items() if c not in table.columns and _is_needed(role, template)]
+    if missing:
+        raise DataError(
+            f"{_first_row(table)}: there is no column {missing[0]!r}, which the format {name} needs. "
+            f"{_found(table)} Map it: data.columns: {{{_role_of(columns, missing[0])}: <column>}}."
+        )
+    return RowFormat(name, {role: c for role, c in columns.items() if c in table.columns}, template)
+
+
+def _check_roles(data: DataSection) -> None:
+    known = (
+        sorted({role for roles in ROLES.values() for role in roles})
+        if data.format == "auto"
+        else ROLES[data.format]
+    )
+    unknown = [role for role in data.columns if role not in known]
+    if unknown:
+        raise DataError(
+            f"data.columns: unknown role {unknown[0]!r} for format {data.format}; roles: {', '.join(known)}."
+        )
+    if data.prompt_template is not None and "prompt" in data.columns:
+        raise DataError(
+            "data.columns maps `prompt`, but data.prompt_template already makes the prompt: remove one."
+        )
+
+
+def _check_mapped_columns(
+    columns: Mapping[str, str], template: PromptTemplate | None, table: RowTable
+) -> None:
+    for role, column in columns.items():
+        if column not in table.columns:
+            raise DataError(
+                f"{_first_row(table)}: data.columns maps {role} to {column!r}, which is no column. "
+                f"{_found(table)}"
+            )
+    for column in template.columns if template else ():
+        if column not in table.columns:
+            raise DataError(
+                f"{_first_row(table)}: data.prompt_template names {{{column}}}, which is no column. "
+                f"{_found(table)}"
+            )
+
+
+def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: RowTable) -> str:
+    fitting = [
+        name
+        for name, roles in ROLES.items()
+        if set(columns) <= set(roles)
+        and (template is None or name == "prompt_completion")
+        and all(columns.get(role, role) in table.columns for role in roles if _is_needed(role, template))
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    problem = f"several formats fit ({', '.join(fitting)})" if fitting else "no format fits"
+    raise DataError(
+        f"{table.name}: data.format is auto, but {problem}. {_found(table)} Set data.format to one of "
+        f"{', '.join(ROLES)} and map its roles, for example "
+        "data.columns: {prompt: question, completion: answer}."
+    )
+
+
+def _is_needed(role: str, template: PromptTemplate | None) -> bool:
+    return role not in _OPTIONAL and not (role == "prompt" and template is not None)
+
+
+def _role_of(columns: Mapping[str, str], column: str) -> str:
+    return next(role for role, name in columns.items() if name == column)
+
+
+def _found(table: RowTable) -> str:
+    return f"Columns found: {', '.join(table.columns)}."
+
+
+def _first_row(table: RowTable) -> str:
+    index, _ = next(iter(table))
+    return table.describe(index)
+
+
+def read_examples(tables: Sequence[RowTable], data: DataSection) -> list[Example]:
+    """All rows of all tables, in order. Raises DataError naming the first rows that cannot be used."""
+    problems = RowProblems()
+    examples: list[Example] = []
+    for table in tables:
+        row_format = resolve_format(data, table)
+        for index, row in table:
+            origin = Origin(table, index)
+            try:
+                examples.append(Example(origin, row_format.read(row)))
+            except _RowProblem as problem:
+                problems.add(origin, str(problem))
+    problems.raise_if_any()
+    return examples
+
+
+def _value(row: Row, column: str) -> Any:
+    if column not in row:
+        raise _RowProblem(f"there is no column {column!r} in this row (it has {', '.join(row) or 'none'}).")
+    if row[column] is None:
+        raise _RowProblem(f"the column {column!r} is null.")
+    return row[column]
+
+
+def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
+    value = _value(row, column)
+    if not isinstance(value, str):
+        raise _RowProblem(f"the column {column!r} is {type_name(value)}, not a string.")
+    if not may_be_empty and (not value or value.isspace()):
+        raise _RowProblem(f"the column {column!r} is empty.")
+    return value
+
+
+def _messages(value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list):
+        raise _RowProblem(
+            f"the messages are {type_name(value)}, not a list of objects with role and content."
+        )
+    if not value:
+        raise _RowProblem("the list of messages is empty.")
+    return tuple(_message(message, number) for number, message in enumerate(value, start=1))
+
+
+def _message(message: Any, number: int) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise _RowProblem(f"message {number} is {type_name(message)}, not an object with role and content.")
+    # Arrow gives every message every key that any of them has; templates ask "is the key there".
+    message = {key: value for key, value in message.items() if value is not None}
+    role, content = message.get("role"), message.get("content")
+    if role not in _SPEAKERS:
+        raise _RowProblem(f"message {number} has the role {role!r}; roles are {', '.join(_SPEAKERS)}.")
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        return message
+    if not isinstance(content, str):
+        raise _RowProblem(f"the content of message {number} is {type_name(content)}, not a string.")
+    if role != "system" and (not content or content.isspace()):
+        raise _RowProblem(f"the content of message {number} ({role}) is empty.")
+    return message

@@ -1,0 +1,67 @@
+"""What became of the rows, in numbers: nothing is cut, split or left out without being counted here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What tokenising did. `num_overlong_rows` were longer than sequence_length; each is then in one or
+    more of the three lines behind it (a cut answer's prompt was cut first)."""
+
+    num_rows: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    num_overlong_rows: int = 0
+    num_prompts_cut: int = 0
+    num_answers_cut: int = 0
+    num_texts_split: int = 0
+    num_tokens_cut: int = 0
+    num_unsupervised_rows: int = 0  # left out: they have no token to learn from
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """One side (train or eval) of the data: tokens and bins. `num_rows_also_in_train` is 0 for train
+    itself.
+    """
+
+    tokens: TokenCounts
+    num_bins: int
+    sequence_length: int
+    num_rows_also_in_train: int = 0
+
+    @property
+    def filling(self) -> float:
+        """Share of the bins' tokens that are not padding."""
+        return self.tokens.num_tokens / (self.num_bins * self.sequence_length)
+
+    @property
+    def supervised_share(self) -> float:
+        return self.tokens.num_supervised / self.tokens.num_tokens
+
+    def lines(self) -> list[str]:
+        """For the log: two lines always, one more for each thing that was cut, split, left out or seen
+        twice.
+        """
+        counts = self.tokens
+        lines = [
+            f"{counts.num_rows:,} rows -> {counts.num_documents:,} documents, {counts.num_tokens:,} tokens, "
+            f"{counts.num_supervised:,} supervised ({self.supervised_share:.1%})",
+            f"{self.num_bins:,} bins of {self.sequence_length:,} tokens, {self.filling:.1%} full",
+        ]
+        if counts.num_overlong_rows:
+            lines.append(
+                f"{counts.num_overlong_rows:,} rows longer than sequence_length: {counts.num_prompts_cut:,} "
+                f"prompts cut on the left, {counts.num_answers_cut:,} answers cut at the end "
+                f"({counts.num_tokens_cut:,} tokens lost), {counts.num_texts_split:,} texts split"
+            )
+        if counts.num_unsupervised_rows:
+            lines.append(f"{counts.num_unsupervised_rows:,} rows without a supervised token left out")
+        if self.num_rows_also_in_train:
+            lines.append(
+                f"{self.num_rows_also_in_train:,} evaluation rows are also training rows, word for word"
+            )
+        return lines

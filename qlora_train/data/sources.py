@@ -1,0 +1,201 @@
+"""Finds what `data.train` and `data.eval` name: a file, a folder of files, or a data set on the hub.
+
+All reading goes through the `datasets` library's packaged builders, whose cache lies where that library
+puts it (HF_DATASETS_CACHE): nothing is ever written beside the data. What a row looks like per file type is
+in `tables`.
+
+A folder is read with its sub-folders, in sorted order, and all its data files are joined. Where file or
+folder names tell several splits apart (train-00000.parquet, test/a.jsonl) the source must say which one it
+means, because test rows must not slip into training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_train.data.tables import (
+    ColumnTable,
+    CsvTable,
+    JsonLinesTable,
+    JsonTable,
+    RowTable,
+    TextTable,
+    check_csv_header,
+)
+from qlora_train.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from qlora_train.recipe import DataSource
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SPLIT_NAME = re.compile(
+    r"(train|training|test|testing|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE
+)
+_SAME_SPLIT = {
+    "training": "train",
+    "testing": "test",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+
+
+def load_tables(sources: Sequence[DataSource]) -> list[RowTable]:
+    """Opens every source, in order. Raises DataError for what is missing, unreadable or empty."""
+    tables = [table for source in sources for table in _load_source(source)]
+    for table in tables:
+        if next(iter(table), None) is None:
+            raise DataError(f"{table.name} holds no rows.")
+    return tables
+
+
+def _load_source(source: DataSource) -> list[RowTable]:
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return [_load_file(file) for file in _files_of(path, source.split)]
+    if path.exists():
+        if source.split is not None:
+            raise DataError(
+                f"{path} is one file and has no split {source.split!r}: remove `split` from the source."
+            )
+        return [_load_file(path)]
+    looks_local = path.suffix.lower() in _READERS or not _HUB_ID.fullmatch(source.path)
+    if looks_local:
+        raise DataError(f"The data file {source.path} does not exist (looked in {Path.cwd()}).")
+    return [_load_hub(source.path, source.split or "train")]
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in _READERS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise DataError(f"The folder {folder} holds no data file ({_supported()}).")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    if split is not None:
+        chosen = by_split.get(_SAME_SPLIT.get(split, split))
+        if not chosen:
+            raise DataError(
+                f"The folder {folder} has no split {split!r}; its splits are {', '.join(by_split)}."
+            )
+        return chosen
+    if len(by_split) > 1:
+        raise DataError(
+            f"The folder {folder} holds several splits ({', '.join(by_split)}). Say which one to use: "
+            "{path: " + str(folder) + ", split: train}, or name the file itself."
+        )
+    return files
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file's or its folders' names begin with; `train` where none does, as on the hub."""
+    for part in reversed(file.parts):
+        if match := _SPLIT_NAME.match(part):
+            name = match.group(1).lower()
+            return _SAME_SPLIT.get(name, name)
+    return "train"
+
+
+def _load_file(path: Path) -> RowTable:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: the file type {path.suffix or '(none)'!r} is not known. Use {_supported()}."
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty.")
+        return reader(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_json_lines(path: Path) -> RowTable:
+    return JsonLinesTable(str(path), _open("text", path, encoding="utf-8-sig"))
+
+
+def _read_json(path: Path) -> RowTable:
+    """A list of objects, or (as the hub's .json files often are) one object a line."""
+    lines = _open("text", path, encoding="utf-8-sig")
+    first = next((text for text in lines["text"] if text and not text.isspace()), "")
+    is_list = first.lstrip().startswith("[")
+    return JsonTable(str(path), lines) if is_list else JsonLinesTable(str(path), lines)
+
+
+def _read_text(path: Path) -> RowTable:
+    return TextTable(str(path), _open("text", path, encoding="utf-8-sig"))
+
+
+def _read_csv(path: Path) -> RowTable:
+    from datasets import Features, Value
+
+    # pandas guesses types and reads "NA" or "None" as missing: here text is text.
+    columns = Features({name: Value("string") for name in check_csv_header(path)})
+    return CsvTable(
+        str(path), _open("csv", path, features=columns, keep_default_na=False, encoding="utf-8-sig")
+    )
+
+
+def _read_parquet(path: Path) -> RowTable:
+    return ColumnTable(str(path), _open("parquet", path))
+
+
+_READERS: dict[str, Callable[[Path], RowTable]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+
+
+def _supported() -> str:
+    return " ".join(_READERS)
+
+
+def _open(builder: str, path: Path, **options: object) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(builder, data_files=[str(path)], split="train", **options)
+    except (DatasetsError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{path} cannot be read as {builder}: {_first_line(cause)}") from error
+
+
+def _load_hub(name: str, split: str) -> RowTable:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    try:
+        return ColumnTable(f"{name} [{split}]", load_dataset(name, split=split))
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"There is no file or folder {name}, and no data set of that name on the hub that you may read: "
+            f"{_first_line(error)}"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"There is no file or folder {name}, and the hub cannot be reached to look for a data set of "
+            f"that name ({_first_line(error)}). Check the path, or the network."
+        ) from error
+    except (DatasetsError, ValueError) as error:
+        raise DataError(
+            f"The hub data set {name} cannot be read: {_first_line(error.__cause__ or error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

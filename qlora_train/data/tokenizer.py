@@ -1,0 +1,52 @@
+"""Loads the base's own tokenizer. Only fast ones: the supervised mask needs each token's characters
+(offsets).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_train.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, with its chat template. No code of the base is ever run.
+
+    Raises BaseModelError: no such base, no tokenizer files in it, or a tokenizer without offsets.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise BaseModelError(
+                f"The base folder {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, ...). "
+                "Copy the tokenizer files of the original model into it."
+            )
+        base = str(folder)
+    elif folder.exists():
+        raise BaseModelError(
+            f"model.base: {base} is a file; name the folder that holds config.json and the weights."
+        )
+    elif base.count("/") > 1 or base.startswith((".", "~", "/")):
+        raise BaseModelError(f"model.base: there is no folder {base}.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise BaseModelError(
+            f"The tokenizer of {base} has no fast version (tokenizer.json), which the supervised mask "
+            "needs. Convert it with transformers' convert_slow_tokenizer and save it beside the base."
+        )
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

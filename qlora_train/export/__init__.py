@@ -1,0 +1,49 @@
+"""From a run folder to a model that other tools load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qlora_train.errors import ExportError, NotYetError, RunFolderError
+from qlora_train.export.merge import MergeReport, merge
+from qlora_train.model.hub import resolve_base
+from qlora_train.model.quantize import Packing
+from qlora_train.recipe import load_recipe
+
+__all__ = ["MergeReport", "export", "merge"]
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def export(
+    run: Path | str,
+    to: str = "merged",
+    base: str = "dequantized",
+    dtype: str = "float16",
+    out: Path | str | None = None,
+) -> Path:
+    """Write a finished run as merged weights and return their folder (default: `merged` inside the run).
+
+    base: "dequantized" merges into the packed weights that training saw, "original" into the checkpoint's own.
+    dtype: "float16", "bfloat16" or "float32". Needs no GPU and, up to 1.1 GB per tensor, less than 1.2 GB of memory.
+
+    Raises `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
+    """
+    run = Path(run)
+    if to in ("adapter", "gguf") or base == "auto":
+        raise NotYetError(f"export(to={to!r}, base={base!r}) is not there yet: use to='merged', base='dequantized'.")
+    if to != "merged" or base not in ("original", "dequantized") or dtype not in DTYPES:
+        raise ExportError(
+            f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged', base is 'original' or 'dequantized', "
+            f"dtype is one of {', '.join(DTYPES)}."
+        )
+    for needed, meaning in (("recipe.yaml", "not a run folder"), ("adapter", "the run has no adapter yet")):
+        if not (run / needed).exists():
+            raise RunFolderError(f"{run}: {meaning}: {needed} is missing. Give the folder that training wrote.")
+    model = load_recipe(run / "recipe.yaml").model
+    folder = resolve_base(model.base, model.revision)[0]
+    packing = Packing(model.quantization, model.double_quant) if base == "dequantized" else None
+    target = Path(out) if out is not None else run / "merged"
+    return merge(folder, run / "adapter", target, packing=packing, dtype=DTYPES[dtype]).folder

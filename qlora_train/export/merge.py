@@ -1,0 +1,269 @@
+"""Merging: W + scaling * B A for every trained weight, written as a checkpoint that any tool loads.
+
+One tensor at a time, a few rows at a time: rows are read, computed in fp32, cast and appended to the shard. A
+safetensors header holds only dtypes, shapes and offsets, and those follow from the base's shapes, so it is written first
+and no shard is ever held. Memory: one block of rows (16 MiB as read, twice that in fp32) and, in `dequantized` mode, one
+packed weight and the quantiser's scratch. `peft.merge_and_unload` needs the whole 16-bit model.
+
+Which base? The factors were trained against the packed weights, errors included: on top of those they are exact up to
+the final cast (`packing` given: each weight is packed and unpacked again, as training did). On top of the original weights
+the quantisation error goes, and so does whatever the factors learned to make up for it. `packing: none` has no error to
+keep: its weights are the original ones.
+
+Tied embeddings stay tied because nothing is written that the base does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_train.errors import BaseModelError, ExportError
+from qlora_train.model.adapter_files import Factors, load_adapter
+from qlora_train.model.atomic_folder import atomic_folder
+from qlora_train.model.quantize import (
+    PackedWeight,
+    Packing,
+    bitsandbytes_shape,
+    is_bitsandbytes_constant,
+    pack,
+    read_bitsandbytes_weight,
+)
+from qlora_train.model.shards import INDEX_FILE, SINGLE_FILE, ShardReader, tensor_bytes, write_header
+
+BLOCK_BYTES = 16 * 2**20
+MAX_SHARD_BYTES = 5 * 10**9
+SPARE_DISK_BYTES = 64 * 2**20  # headers, tokenizer, file system overhead
+MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LAYER_NAME = re.compile(r"(^|\.)layers\.\d+\.")
+COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written. `num_merged`: weights that took factors; `num_dequantized`: weights packed and unpacked."""
+
+    folder: Path
+    num_tensors: int
+    num_merged: int
+    num_dequantized: int
+    num_shards: int
+    num_bytes: int
+
+
+def merge(
+    base_folder: Path,
+    adapter_folder: Path,
+    out: Path,
+    *,
+    packing: Packing | None,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> MergeReport:
+    """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
+
+    packing: None starts from the original weights; else every matrix of a decoder layer is packed and unpacked as in
+    training. Raises `ExportError` (out not empty, disk too small, adapter that does not fit, values `dtype` cannot hold)
+    and `BaseModelError` (unusable base or adapter); `out` is then as it was.
+    """
+    base_folder, out = Path(base_folder), Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out}: exists and is not an empty folder. Remove it, or give another --out.")
+    config, factors = load_adapter(adapter_folder)
+    with ShardReader(base_folder) as reader:
+        weights = _Weights(reader, packing, factors, config.scaling)
+        shards = _plan_shards(weights.shapes, dtype, max_shard_bytes)
+        num_bytes = sum(_num_bytes(shape, dtype) for shape in weights.shapes.values())
+        _check_disk(out, num_bytes)
+        model_config = _merged_config(base_folder, dtype)
+        with atomic_folder(out) as partial:
+            for file_name, names in shards.items():
+                _write_shard(partial / file_name, names, weights, dtype)
+            if len(shards) > 1:
+                _write_index(partial, shards, num_bytes)
+            (partial / "config.json").write_text(model_config, "utf-8")
+            _copy_companions(base_folder, partial)
+    return MergeReport(
+        out, len(weights.shapes), len(factors), len(weights.dequantized), len(shards), num_bytes
+    )
+
+
+class _Weights:
+    """The merged model's tensors: their shapes now, their rows on demand."""
+
+    def __init__(self, reader: ShardReader, packing: Packing | None, factors: Factors, scaling: float) -> None:
+        self._reader = reader
+        self._packing = packing
+        self._scaling = scaling
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._is_packed_already: set[str] = set()
+        for name in reader.names():
+            if not is_bitsandbytes_constant(name):
+                self.shapes[name] = self._shape_of(name)
+        if self._is_packed_already and packing is None:
+            raise ExportError(
+                f"{reader.folder}: the base is already packed by bitsandbytes, its original weights are not there. "
+                f"Export with --base dequantized."
+            )
+        self._factors = self._match(factors)
+        self.dequantized = self._is_packed_already | {
+            name for name, shape in self.shapes.items() if self._is_packed_in_training(name, shape)
+        }
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The merged tensor, in fp32, some rows [rows, ...] at a time and in order; each valid until the next."""
+        if not self.shapes[name]:
+            yield self._reader.read(name).float()
+            return
+        for start, stop, block in self._base_rows(name):
+            values = block.float()
+            if name in self._factors:
+                a, b = self._factors[name]
+                values = torch.addmm(values, b[start:stop], a, alpha=self._scaling)
+            yield values
+
+    def _base_rows(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
+        if name not in self.dequantized:
+            yield from self._reader.row_blocks(name, BLOCK_BYTES)
+            return
+        packed = self._pack(name)
+        num_rows = max(1, BLOCK_BYTES // 2 // packed.shape[1])
+        for start in range(0, packed.shape[0], num_rows):
+            stop = min(start + num_rows, packed.shape[0])
+            yield start, stop, packed.unpack_rows(start, stop, torch.float32)
+
+    def _pack(self, name: str) -> PackedWeight:
+        if name in self._is_packed_already:
+            packed = read_bitsandbytes_weight(self._reader, name)
+            assert packed is not None
+            return packed
+        assert self._packing is not None
+        out_features, in_features = self.shapes[name]
+        blocks = (rows for _, _, rows in self._reader.row_blocks(name, BLOCK_BYTES))
+        return pack(blocks, (out_features, in_features), self._packing, name=name)
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        info = self._reader.info(name)
+        shape = bitsandbytes_shape(self._reader, name)
+        if shape is not None or name.removesuffix("weight") + "SCB" in self._reader:
+            self._is_packed_already.add(name)
+            return shape or info.shape
+        if info.dtype not in MERGEABLE_DTYPES:
+            raise BaseModelError(
+                f"{self._reader.folder}: {name} has the dtype {info.dtype}, which cannot be merged. "
+                f"Convert the checkpoint to bfloat16 first."
+            )
+        return info.shape
+
+    def _is_packed_in_training(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self._packing is None or self._packing.format == "none":
+            return False
+        return len(shape) == 2 and name.endswith(".weight") and LAYER_NAME.search(name) is not None
+
+    def _match(self, factors: Factors) -> Factors:
+        """Factors by tensor name. A checkpoint may lack the "model." that module paths begin with."""
+        matched: Factors = {}
+        for path, (a, b) in factors.items():
+            candidates = (f"{path}.weight", f"{path.removeprefix('model.')}.weight")
+            name = next((name for name in candidates if name in self.shapes), None)
+            if name is None:
+                raise ExportError(
+                    f"the adapter trains {path}, but {self._reader.folder} has no tensor {candidates[0]}. "
+                    f"Is this the base it was trained on?"
+                )
+            if self.shapes[name] != (len(b), a.shape[1]):
+                raise ExportError(
+                    f"the adapter's factors for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
+                    f"{self._reader.folder} is {list(self.shapes[name])}. Is this the base it was trained on?"
+                )
+            matched[name] = (a, b)
+        return matched
+
+
+def _plan_shards(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int
+) -> dict[str, list[str]]:
+    """File name -> tensors, in the base's order. A tensor beyond `max_bytes` gets a shard of its own."""
+    groups: list[list[str]] = [[]]
+    group_bytes = 0
+    for name, shape in shapes.items():
+        num_bytes = _num_bytes(shape, dtype)
+        if groups[-1] and group_bytes + num_bytes > max_bytes:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(name)
+        group_bytes += num_bytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _write_shard(path: Path, names: list[str], weights: _Weights, dtype: torch.dtype) -> None:
+    with open(path, "wb") as file:
+        write_header(file, {name: (dtype, weights.shapes[name]) for name in names}, {"format": "pt"})
+        for name in names:
+            for values in weights.rows(name):
+                file.write(tensor_bytes(_cast(values, dtype, name)))
+
+
+def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    cast = values.to(dtype).contiguous()
+    if torch.isfinite(cast).all():
+        return cast
+    if not torch.isfinite(values).all():
+        raise ExportError(f"{name}: the merged weight is not finite. The base or the adapter is damaged.")
+    raise ExportError(
+        f"{name}: values up to {values.abs().max().item():.4g} do not fit into {dtype} "
+        f"(at most {torch.finfo(dtype).max:.4g}). Export with --dtype bfloat16."
+    )
+
+
+def _write_index(folder: Path, shards: Mapping[str, list[str]], num_bytes: int) -> None:
+    weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _check_disk(out: Path, num_bytes: int) -> None:
+    existing = next(parent for parent in out.resolve().parents if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < num_bytes + SPARE_DISK_BYTES:
+        raise ExportError(
+            f"{out}: the merged model needs {(num_bytes + SPARE_DISK_BYTES) / 1e9:.2f} GB, the disk has "
+            f"{free_bytes / 1e9:.2f} GB free. Make room, or give an --out on another disk."
+        )
+
+
+def _merged_config(base_folder: Path, dtype: torch.dtype) -> str:
+    path = base_folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path}: cannot be read ({error}).") from error
+    config.pop("quantization_config", None)
+    # transformers 5 calls it dtype, most other tools still read torch_dtype
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _copy_companions(base_folder: Path, folder: Path) -> None:
+    """Tokenizer, chat templates, generation config: every small file that is no weight and no configuration of weights."""
+    for path in sorted(base_folder.iterdir()):
+        is_ours = path.name == "config.json" or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in COPIED_SUFFIXES and not is_ours:
+            shutil.copyfile(path, folder / path.name)
+    templates = base_folder / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

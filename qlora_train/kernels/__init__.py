@@ -1,0 +1,1 @@
+"""Tensor functions that know nothing of models: a plain-torch reference first, faster versions beside it."""

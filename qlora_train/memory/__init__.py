@@ -1,0 +1,1 @@
+"""What is alive when, and where: activation policies and the meter."""

@@ -1,0 +1,179 @@
+"""Attention over packed rows: no token sees another document, and no dense T x T mask exists.
+
+A micro-batch is one flat row of T tokens with document boundaries. With q, k, v of shape [1, heads, T, d] the
+result for document [s, e) is  softmax(scaling * q[s:e] k[s:e]^T + causal) v[s:e],  nothing else.
+
+How: documents of similar length (within a power of two) are gathered into one right-padded batch
+[num_documents, heads, length, d] and given to torch's SDPA with `is_causal=True`. Right padding needs no mask: a
+padded key comes after every real query, and a padded query is thrown away. One call per length class instead of one
+per document; at most half of the work is padding, and attention memory stays linear in T (flash and
+memory-efficient kernels; torch chooses).
+
+A sliding window w only matters for documents longer than w: those run in blocks of w queries against the at most
+2w - 1 keys they may see. Saved for backward: what SDPA saves (q, k, v, out, log-sum-exp).
+
+Why not transformers' own packed masks: they build [1, 1, T, T], quadratic in the row. Why not flash-attn's package:
+it needs a compiler and a GPU of compute capability 8.0; everything here runs anywhere.
+
+The function is registered under `NAME` in transformers' attention interface (no patching). Anything a model passes that
+it does not know is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from qlora_train.errors import UnsupportedModelError
+
+NAME = "qlora_train_packed"
+
+# Passed by some families, and without effect here: packing and caching are given by `documents` and `kv_lengths`.
+_INERT_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal"}
+
+
+@dataclass(frozen=True)
+class DocumentLayout:
+    """Where the documents of a packed row lie, prepared once per micro-batch and shared by all layers.
+
+    boundaries: host integers 0 = b0 < b1 < ... = T; document i is [b_i, b_i+1).
+    buckets: one index tensor [num_documents, length] per length class, right-padded with a valid position.
+    inverse: [T], where each token of the row stands in the concatenation of the flattened buckets.
+    """
+
+    boundaries: tuple[int, ...]
+    buckets: tuple[Tensor, ...]
+    inverse: Tensor
+
+    @staticmethod
+    def of(boundaries: np.ndarray, device: torch.device | str) -> DocumentLayout:
+        """Build the layout from `cu_seqlens` (integers [num_documents + 1])."""
+        bounds = np.asarray(boundaries, dtype=np.int64)
+        starts, lengths = bounds[:-1], np.diff(bounds)
+        assert bounds[0] == 0 and (lengths > 0).all(), "document boundaries must start at 0 and increase"
+        length_class = np.ceil(np.log2(lengths)).astype(np.int64)
+        inverse = np.empty(bounds[-1], dtype=np.int64)
+        buckets, base = [], 0
+        for cls in np.unique(length_class):
+            members = np.flatnonzero(length_class == cls)
+            longest = int(lengths[members].max())
+            offsets = np.minimum(np.arange(longest)[None], lengths[members, None] - 1)
+            indices = starts[members, None] + offsets
+            real = np.arange(longest)[None] < lengths[members, None]
+            places = base + np.arange(indices.size).reshape(indices.shape)
+            inverse[indices[real]] = places[real]
+            buckets.append(torch.from_numpy(indices).to(device))
+            base += indices.size
+        return DocumentLayout(
+            tuple(int(b) for b in bounds), tuple(buckets), torch.from_numpy(inverse).to(device)
+        )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    documents: DocumentLayout | None = None,
+    kv_lengths: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in transformers' calling convention.
+
+    Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d].
+    Decoding: `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them real.
+    Returns ([B, T, Hq, d], None). Raises `UnsupportedModelError` for arguments it does not know.
+    """
+    unknown = {name for name, v in kwargs.items() if v is not None} - _INERT_ARGUMENTS
+    if unknown or attention_mask is not None or dropout:
+        what = sorted(unknown) or (["attention_mask"] if attention_mask is not None else ["attention dropout"])
+        raise UnsupportedModelError(f"{type(module).__name__} passes {', '.join(what)} to attention, which packing cannot honour")
+    if (documents is None) == (kv_lengths is None):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not hand the document boundaries on to its attention function: "
+            "packed documents would see each other"
+        )
+    rule = _ScoreRule(scaling, sliding_window, softcap)
+    if kv_lengths is not None:
+        return _decode(query, key, value, kv_lengths, rule).transpose(1, 2).contiguous(), None
+    assert documents is not None
+    return _by_document(query, key, value, documents, rule), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+@dataclass(frozen=True)
+class _ScoreRule:
+    """What a family does to the scores: their scale, how far back a query sees, tanh capping."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+
+
+def _by_document(query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayout, rule: _ScoreRule) -> Tensor:
+    rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, d]
+    outputs = []
+    for indices in documents.buckets:
+        q, k, v = (t[indices].transpose(1, 2) for t in rows)  # [documents, heads, length, d]
+        attended = _causal(q, k, v, rule).transpose(1, 2)
+        outputs.append(attended.reshape(-1, *attended.shape[2:]))
+    return torch.cat(outputs)[documents.inverse].unsqueeze(0)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule) -> Tensor:
+    """Causal attention of a right-padded batch of documents; q [N, Hq, n, d] -> [N, Hq, n, d]."""
+    length = q.shape[2]
+    if rule.window is None or length <= rule.window:
+        if rule.softcap is None:
+            return _sdpa(q, k, v, rule, mask=None, is_causal=True)
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        return _capped(q, k, v, rule, mask)
+    blocks = []
+    for start in range(0, length, rule.window):
+        stop, first = min(start + rule.window, length), max(0, start - rule.window + 1)
+        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+        mask = (distance >= 0) & (distance < rule.window)
+        attend = _sdpa if rule.softcap is None else _capped
+        blocks.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], rule, mask))
+    return torch.cat(blocks, dim=2)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor, rule: _ScoreRule) -> Tensor:
+    distance = kv_lengths[:, None] - 1 - torch.arange(k.shape[2], device=q.device)  # [B, capacity]
+    mask = distance >= 0
+    if rule.window is not None:
+        mask &= distance < rule.window
+    attend = _sdpa if rule.softcap is None else _capped
+    return attend(q, k, v, rule, mask[:, None, None, :])
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=rule.scaling, enable_gqa=grouped
+    )
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor) -> Tensor:
+    """softmax(c tanh(s / c)) v: no fused kernel offers it, so the scores of one block are materialised."""
+    assert rule.softcap is not None
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    scale = rule.scaling if rule.scaling is not None else q.shape[-1] ** -0.5
+    scores = rule.softcap * torch.tanh((q @ k.transpose(2, 3)) * scale / rule.softcap)
+    scores = scores.float().masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1).to(q.dtype) @ v

@@ -1,0 +1,174 @@
+"""The frozen linear with its LoRA factors: y = x W^T + b + s (x A^T) B^T, W packed and frozen.
+
+Shapes: x [..., T, in], W [out, in], A [R, in], B [out, R], s = alpha / R (or alpha / sqrt(R), rank-stabilised LoRA,
+Kalajdzievski 2023, arXiv:2312.03732). QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
+
+Two paths, chosen by `training.kernels`:
+
+- `reference` writes the formula with library operations and lets autograd do the rest. Autograd saves the unpacked W
+  (2 in*out bytes in 16 bits) until backward, and puts the factor gradients, in the compute dtype, into `.grad`.
+- `auto` is one autograd.Function. Saved for backward: x and h = x A^T, i.e. T (in + R) elements; never W. Backward asks
+  the weight source again, so a weight may have left the device in between. With h and g = dL/dy:
+      dB = s g^T h        dh = s g B        dA = dh^T x        dx = g W + dh A
+  dA and dB (rank R, cheap: 2 T R (in + out) FLOPs each way) are added to the flat fp32 gradient right here, and autograd
+  is handed None for them: accumulation over micro-batches happens in fp32 with no gradient tensors per micro-batch.
+
+Why not bitsandbytes' own MatMul4Bit: it keeps the packed tensor itself on ctx. Once weights stream through recycled slots
+that tensor is overwritten before backward, and the gradient is silently wrong.
+
+With dropout, x in the LoRA branch is dropout(x); its mask is a pure function of the token (kernels/dropout.py) and is
+computed again in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_train.kernels.dropout import TokenKeys, dropout, keep_mask
+
+
+class WeightSource(Protocol):
+    """Where packed weights live. The linear asks at every use and keeps nothing."""
+
+    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The weight `name` as [out, in] in `dtype` on the compute device. The caller may not change it."""
+        ...
+
+
+class DropoutContext:
+    """The micro-batch that passes through the layers now; None while evaluating. Shared by all factors."""
+
+    def __init__(self) -> None:
+        self.tokens: TokenKeys | None = None
+
+
+class LoraFactors(nn.Module):
+    """One module's A and B: views of the flat working copy, with views of the flat fp32 gradient.
+
+    A [R, in] and B [out, R] are the only trainable parameters of a model.
+    """
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        gradient_a: Tensor,
+        gradient_b: Tensor,
+        scaling: float,
+        dropout_probability: float,
+        module_id: int,
+        context: DropoutContext,
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(b)
+        self.gradient_a = gradient_a
+        self.gradient_b = gradient_b
+        self.scaling = scaling
+        self.dropout_probability = dropout_probability
+        self.module_id = module_id
+        self.context = context
+
+    def tokens_to_drop(self) -> TokenKeys | None:
+        """Keys for dropout, or None where nothing is dropped (evaluation, probability 0)."""
+        return self.context.tokens if self.dropout_probability > 0 else None
+
+    def add_gradients(self, gradient_a: Tensor, gradient_b: Tensor) -> None:
+        """Add one micro-batch's gradients to the flat fp32 gradient."""
+        self.gradient_a.add_(gradient_a)
+        self.gradient_b.add_(gradient_b)
+
+    def collect_autograd(self) -> None:
+        """Move what autograd left in `.grad` (reference path) to the flat fp32 gradient."""
+        if self.A.grad is not None and self.B.grad is not None:
+            self.add_gradients(self.A.grad, self.B.grad)
+            self.A.grad = self.B.grad = None
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight is asked from a `WeightSource` at each use.
+
+    name: the module path in the model; `source.unpack(name, dtype)` gives [out_features, in_features].
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, name: str, in_features: int, out_features: int, source: WeightSource) -> None:
+        super().__init__()
+        self.name = name
+        self.in_features = in_features
+        self.out_features = out_features
+        self.source = source
+        self.register_parameter("bias", None)
+        self.factors: LoraFactors | None = None
+        self.use_autograd = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if not self.use_autograd:
+            factors = self.factors
+            a, b = (factors.A, factors.B) if factors is not None else (None, None)
+            return _FrozenLinearFunction.apply(x, a, b, self)  # type: ignore[no-any-return]
+        y = F.linear(x, self.source.unpack(self.name, x.dtype), self.bias)
+        if self.factors is None:
+            return y
+        branch = _dropped(x, self.factors)
+        return y + F.linear(F.linear(branch, self.factors.A), self.factors.B) * self.factors.scaling
+
+    def extra_repr(self) -> str:
+        return f"{self.name}: {self.in_features} -> {self.out_features}"
+
+
+def _dropped(x: Tensor, factors: LoraFactors) -> Tensor:
+    tokens = factors.tokens_to_drop()
+    if tokens is None:
+        return x
+    return dropout(x, tokens, factors.module_id, factors.dropout_probability)
+
+
+class _FrozenLinearFunction(torch.autograd.Function):
+    """See the module docstring; `linear` is an object, A and B are passed so that autograd sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        y = F.linear(x, linear.source.unpack(linear.name, x.dtype), linear.bias)
+        factors = linear.factors
+        if factors is None:
+            return y
+        assert a is not None and b is not None
+        h = F.linear(_dropped(x, factors), a)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=factors.scaling)
+        ctx.tokens = factors.tokens_to_drop()
+        ctx.save_for_backward(x, h, a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        linear: FrozenLinear = ctx.linear
+        factors = linear.factors
+        g = gradient.reshape(-1, gradient.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ linear.source.unpack(linear.name, g.dtype)
+        if factors is None:
+            return (None if dx is None else dx.view(*gradient.shape[:-1], -1)), None, None, None
+
+        x, h, a, b = ctx.saved_tensors
+        x, h = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
+        dh = (g @ b).mul_(factors.scaling)
+        if ctx.tokens is None:
+            factors.add_gradients(dh.t() @ x, (g.t() @ h).mul_(factors.scaling))
+            if dx is not None:
+                dx.addmm_(dh, a)
+        else:
+            mask = keep_mask(ctx.tokens, factors.module_id, linear.in_features, factors.dropout_probability)
+            kept = mask.to(x.dtype).mul_(1.0 / (1.0 - factors.dropout_probability))
+            factors.add_gradients(dh.t() @ (x * kept), (g.t() @ h).mul_(factors.scaling))
+            if dx is not None:
+                dx.add_((dh @ a).mul_(kept))
+        return (None if dx is None else dx.view(*gradient.shape[:-1], -1)), None, None, None

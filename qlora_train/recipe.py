@@ -1,0 +1,334 @@
+"""The recipe: every choice of a run, typed, in one YAML file that is a contract.
+
+A recipe is read in four steps, and every problem of every step is reported at once, with its line:
+
+1. *parse*: YAML 1.2 into plain values. PyYAML speaks YAML 1.1, reads `1e-5` as text and lets the second of
+   two equal keys win; here `1e-5` is a number and a duplicate key is a problem.
+2. *override*: `training.learning_rate=1e-4` from the command line, its value read by the same YAML rules.
+   Length is written as `epochs` or as `max_steps`: overriding one takes the place of the other.
+3. *cross-check*: keys that are fine alone and contradict each other (`recipe_checks.contradictions`). This
+   looks at what was **written**, before defaults: `quantization: int8` is fine, with `double_quant: true`
+   beside it it is not.
+4. *type-check*: the models below. Unknown keys are refused with the nearest valid one, and so are keys
+   that a later part of the work brings: a recipe never says something that is silently ignored.
+
+`null` for a whole section means its defaults, and so does `double_quant: null`.
+
+Relative paths of what is read (`model.base`, `lora.init_from`, `data.train`, `data.eval`) are looked for
+beside the recipe file, then in the current folder, then among the bundled recipes (`quickstart/base`); what
+is found becomes absolute, what is not is kept, as it may be a hub id. `training.output_dir` is relative to
+the folder the command runs in.
+
+This module imports no torch: `qlora-train --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+)
+from ruamel.yaml import YAML
+
+from qlora_train.errors import RecipeError
+from qlora_train.recipe_checks import FOUR_BIT, contradictions, with_dependent_defaults
+from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
+
+PARTS = {"B": "memory", "C": "speed", "D": "journey", "E": "trust"}
+
+
+def _not_yet(part: str, *refused: str) -> AfterValidator:
+    """Refuse a key unless it is at its default, or only its values `refused`, until `part` is built."""
+
+    def check(value: Any) -> Any:
+        if (value in refused) if refused else (value not in (None, (), "auto")):
+            raise ValueError(f"not yet: part {part} ({PARTS[part]}) brings this")
+        return value
+
+    return AfterValidator(check)
+
+
+def _as_sources(value: Any) -> Any:
+    """`path`, `{path: ...}` and a list of either are all a list of `{path: ...}`."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def _as_targets(value: Any) -> str | tuple[str, ...]:
+    if value == "all-linear":
+        return "all-linear"
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) and v for v in value):
+        raise ValueError("must be all-linear or a list of module name endings such as [q_proj, v_proj]")
+    return tuple(value)
+
+
+def _auto_or_bool(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):  # a Literal would take 1 for True
+        raise ValueError(f"must be auto, true or false, got {show(value)}")
+    return value
+
+
+def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not sources:
+        raise ValueError("names no source")
+    return sources
+
+
+def _share_or_sources(value: Any) -> str:
+    return "<share>" if isinstance(value, int | float) else "<sources>"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+class ModelSection(_Section):
+    """The frozen base and how it is packed. `double_quant` is False wherever it does not apply."""
+
+    base: Text
+    revision: Text | None = None
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    chat_template: Annotated[Text | None, _not_yet("D")] = None
+    add_tokens: Annotated[Texts, _not_yet("D")] = ()
+
+
+class LoraSection(_Section):
+    """The trained factors: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
+
+    rank: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
+    use_rslora: bool = False
+    init_from: Text | None = None
+
+
+class DataSource(_Section):
+    """A file, a folder or a hub id; `split` names a split of the latter two."""
+
+    path: Text
+    split: Text | None = None
+    weight: Annotated[Positive | None, _not_yet("D")] = None
+
+
+Sources = Annotated[
+    tuple[DataSource, ...], Field(strict=False), BeforeValidator(_as_sources), AfterValidator(_not_empty)
+]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class DataSection(_Section):
+    """Rows, what they mean and how they are packed. `sequence_length` is in tokens."""
+
+    train: Sources
+    eval: (
+        Annotated[
+            Annotated[Share, Tag("<share>")] | Annotated[Sources, Tag("<sources>")],
+            Discriminator(_share_or_sources),
+        ]
+        | None
+    ) = None
+    format: Annotated[
+        Literal["auto", "messages", "alpaca", "prompt_completion", "text", "sharegpt"],
+        _not_yet("D", "sharegpt"),
+    ] = "auto"
+    columns: dict[str, Text] = Field(default_factory=dict)
+    prompt_template: Text | None = None
+    supervise: Annotated[Literal["completions", "last_turn", "all"], _not_yet("D", "last_turn")] = (
+        "completions"
+    )
+    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    packing: bool = True
+
+
+class TrainingSection(_Section):
+    """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps."""
+
+    output_dir: Text = "runs/my-run"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    epochs: Positive | None = 1.0
+    max_steps: Count | None = None
+    micro_batch_size: Count = 4
+    gradient_accumulation_steps: Count = 4
+    learning_rate: Positive = 2.0e-4
+    lora_b_lr_ratio: Positive = 1.0
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    kernels: Literal["auto", "reference"] = "auto"
+    deterministic: AutoOrBool = "auto"
+    cuda_graphs: Annotated[AutoOrBool, _not_yet("C")] = "auto"
+    log_every: Count = 1
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    keep_checkpoints: Count = 2
+    early_stopping: Annotated[Count | None, _not_yet("E")] = None
+    samples: Annotated[Texts, _not_yet("D")] = ()
+    report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
+
+
+class MemorySection(_Section):
+    """Where weights and activations live."""
+
+    vram: Annotated[Text, _not_yet("B")] = "auto"
+    weights: Annotated[Literal["auto", "resident", "ram", "disk"], _not_yet("B", "ram", "disk")] = "auto"
+    activations: Annotated[Literal["auto", "keep", "recompute", "offload"], _not_yet("B")] = "auto"
+
+
+class Recipe(_Section):
+    """A whole recipe. Make one with `load_recipe` or `Recipe.from_dict`: they run every check.
+
+    Its fields are the sections of the YAML file, frozen; `data.train` is always a tuple of `DataSource`.
+    """
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    memory: MemorySection = MemorySection()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of nested plain values. Raises `RecipeError` with every problem."""
+        return _finish(Draft.of_dict(values, folders=(Path.cwd(), bundled_recipes_dir())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, every key resolved, that `from_dict` takes back to an equal recipe."""
+        values = self.model_dump(mode="json")
+        if self.model.quantization not in FOUR_BIT:
+            values["model"]["double_quant"] = None  # a written value would contradict
+        return values
+
+    def to_yaml(self) -> str:
+        """`to_dict` as YAML: the resolved copy that is saved with a run."""
+        text = StringIO()
+        yaml = YAML(typ="safe", pure=True)
+        yaml.width = 4096
+        yaml.default_flow_style = False  # type: ignore[assignment]
+        yaml.sort_base_mapping_type_on_output = False
+        yaml.dump(self.to_dict(), text)
+        return text.getvalue()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, in a folder's `recipe.yaml`, or bundled under this name.
+
+    `overrides` are `section.key=value`. Raises `RecipeError` with every problem, each with its line.
+    """
+    file = find_recipe(path)
+    found_in = (Path.cwd(), bundled_recipes_dir())
+    draft = Draft.of_file(file, folders=(file.resolve().parent, *found_in))
+    draft.override(overrides, folders=found_in)
+    return _finish(draft)
+
+
+def bundled_recipes_dir() -> Path:
+    """The recipes that come with the package: inside it in a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Name -> file: `NAME.yaml`, or `NAME/recipe.yaml` where a recipe brings its own data."""
+    root = bundled_recipes_dir()
+    alone = {file.stem: file for file in root.glob("*.yaml")}
+    folders = {file.parent.name: file for file in root.glob("*/recipe.yaml")}
+    return dict(sorted((alone | folders).items()))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` names: itself, its `recipe.yaml`, or the bundled recipe of this name."""
+    bundled = bundled_recipes()
+    for file in (Path(path), Path(path) / "recipe.yaml", bundled.get(str(path))):
+        if file is not None and file.is_file():
+            return file
+    guess = nearest(str(path), bundled)
+    raise RecipeError(
+        [f"{path}: no such recipe file; bundled recipes are {', '.join(bundled) or 'none'}" + guess]
+    )
+
+
+def _finish(draft: Draft) -> Recipe:
+    """Cross-check, fill what follows from other keys, type-check; all problems in one exception."""
+    for name in Recipe.model_fields:
+        if draft.values.get(name) is None:
+            draft.values[name] = {}
+    draft.problems += contradictions(draft.values)
+    try:
+        recipe = Recipe.model_validate(with_dependent_defaults(draft.values))
+    except ValidationError as error:
+        draft.problems += [_problem(details) for details in error.errors()]
+    if draft.problems:
+        raise RecipeError(draft.report())
+    return recipe
+
+
+_MESSAGES = {
+    "missing": "required, and missing",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping of keys",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be {le:g} or less",
+    "literal_error": "must be one of {expected}",
+    "value_error": "{error}",
+}
+
+
+def _problem(details: Any) -> tuple[KeyPath, str]:
+    """One pydantic error as (path, message in the words of a recipe)."""
+    kind, context, value = details["type"], dict(details.get("ctx", {})), details["input"]
+    path: KeyPath = tuple(part for part in details["loc"] if not str(part).startswith("<"))
+    if kind == "extra_forbidden":
+        return path, "unknown key" + _nearest_key(path)
+    choices = context.get("expected", "").replace("'", "")
+    context["expected"] = choices
+    message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else details["msg"]
+    if kind not in ("missing", "value_error"):
+        message += f", got {show(value)}"
+    if kind == "literal_error":
+        message += nearest(str(value), choices.replace(" or ", ", ").split(", "))
+    return path, message
+
+
+def _nearest_key(path: KeyPath) -> str:
+    """`; did you mean ...?` among the keys beside an unknown one, else among all sections."""
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
+    beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), DataSource.model_fields)
+    elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}
+    name = str(path[-1])
+    return nearest(name, beside) or nearest(name, elsewhere, elsewhere)

@@ -1,0 +1,89 @@
+"""What keys of a recipe say about each other: contradictions, and defaults that depend on another key.
+
+Both look at the values as they were **written**, before defaults: `quantization: int8` is fine, and with
+`double_quant: true` written beside it it is not. Values of a wrong type are left to the type check.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_train.recipe_yaml import KeyPath, nearest
+
+FOUR_BIT = ("nf4", "fp4")
+COLUMN_ROLES = {
+    "messages": ("messages",),
+    "alpaca": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The names on the left of `data.columns`, per format: what a row can be mapped to."""
+
+
+def _sections(values: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:
+    """Copies of sections; one that is no mapping counts as empty (the type check reports it)."""
+    return [dict(values[name]) if isinstance(values[name], dict) else {} for name in names]
+
+
+def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the defaults that depend on another key."""
+    model, data, training = _sections(values, "model", "data", "training")
+    if model.get("double_quant") is None:
+        model["double_quant"] = model.get("quantization", "nf4") in FOUR_BIT
+    if data.get("prompt_template") is not None and data.get("format", "auto") == "auto":
+        data["format"] = "prompt_completion"
+    if training.get("max_steps") is not None:
+        training["epochs"] = None
+    filled = {"model": model, "data": data, "training": training}
+    return {k: filled[k] if k in filled and isinstance(v, dict) else v for k, v in values.items()}
+
+
+def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Keys that say different things, as (path of the key to change, message)."""
+    model, data, training = _sections(values, "model", "data", "training")
+    quantization = model.get("quantization", "nf4")
+    if model.get("double_quant") is not None and quantization in ("int8", "none"):
+        yield (
+            ("model", "double_quant"),
+            f"only for nf4 and fp4, and quantization is {quantization}; remove it or write null",
+        )
+    if model.get("revision") is not None and Path(str(model.get("base", ""))).is_absolute():
+        yield ("model", "revision"), "names a revision on the hub, but base is a local folder; remove it"
+    if training.get("epochs") is not None and training.get("max_steps") is not None:
+        yield ("training", "max_steps"), "contradicts training.epochs: write one of them"
+    if "epochs" in training and training["epochs"] is None and training.get("max_steps") is None:
+        yield ("training", "epochs"), "epochs and max_steps are both null: write one of them"
+    if training.get("eval_every") is not None and data.get("eval") is None:
+        yield ("training", "eval_every"), "there is nothing to evaluate: write data.eval too"
+    format_name = data.get("format", "auto")
+    template = data.get("prompt_template")
+    if template is not None and format_name not in ("auto", "prompt_completion"):
+        yield ("data", "prompt_template"), f"only for format prompt_completion, and format is {format_name}"
+    if isinstance(template, str):
+        yield from ((("data", "prompt_template"), message) for message in _template_problems(template))
+    columns = data.get("columns")
+    roles = (
+        COLUMN_ROLES.get(format_name, sum(COLUMN_ROLES.values(), ())) if isinstance(format_name, str) else ()
+    )
+    if isinstance(columns, dict) and roles:
+        for role in columns:
+            if role not in roles:
+                guess = nearest(str(role), roles)
+                yield ("data", "columns", role), f"format {format_name} has {', '.join(roles)}" + guess
+
+
+def _template_problems(template: str) -> Iterator[str]:
+    """What keeps a prompt template from being text with plain `{column}` names in it."""
+    try:
+        fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
+    except ValueError as error:
+        yield f"not a template ({error}); a brace that is text is written twice: {{{{ or }}}}"
+        return
+    if not fields:
+        yield 'names no column; write it like "Describe: {mr}\\n"'
+    for name, format_spec, conversion in fields:
+        if not name or name.isdigit() or any(c in name for c in ".[]!") or format_spec or conversion:
+            yield f"{{{name}}} is not a plain column name such as {{question}}"

@@ -1,0 +1,225 @@
+"""What was written in a recipe, and where: YAML 1.2 to plain values that remember their lines.
+
+The parser's node tree is walked here instead of letting it build dictionaries: the tree still holds both of
+two duplicate keys, and the line of every key, so that all problems can be reported at once with theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from qlora_train.errors import RecipeError
+
+KeyPath = tuple[str | int, ...]
+Place = tuple[int, str]  # (order in the report, text): (12, "recipe.yaml:12")
+
+READ_PATHS: tuple[KeyPath, ...] = (
+    ("model", "base"),
+    ("lora", "init_from"),
+    ("data", "train"),
+    ("data", "eval"),
+)
+_INSTEAD_OF: dict[KeyPath, KeyPath] = {
+    ("training", "max_steps"): ("training", "epochs"),
+    ("training", "epochs"): ("training", "max_steps"),
+}
+_AFTER_THE_FILE = 1_000_000  # overrides are reported last
+_MAX_DEPTH = 8  # deeper than any recipe; an alias inside its own anchor never ends
+
+
+@dataclass
+class Draft:
+    """Values as written, the place of each key, and the problems found so far."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    problems: list[tuple[KeyPath, str]] = field(default_factory=list)
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any], folders: Sequence[Path]) -> Draft:
+        """The draft of nested values; paths that are read are looked for in `folders`."""
+        draft = cls(copy.deepcopy(dict(values)), {(): (0, "recipe")})
+        draft._anchor_paths(folders)
+        return draft
+
+    @classmethod
+    def of_file(cls, file: Path, folders: Sequence[Path]) -> Draft:
+        """The draft of a YAML file. Raises `RecipeError` if it is no YAML mapping at all."""
+        draft = cls(places={(): (0, str(file))})
+        try:
+            node = _compose(file.read_text(encoding="utf-8"))
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f":{mark.line + 1}" if mark is not None else ""
+            raise RecipeError([f"{file}{line}: not valid YAML: {error.problem or error.context}"]) from error
+        except (OSError, UnicodeDecodeError, YAMLError) as error:
+            raise RecipeError([f"{file}: cannot be read: {error}"]) from error
+        if node is not None and not isinstance(node, MappingNode):
+            raise RecipeError([f"{file}: must be a mapping of sections such as `model:` and `data:`"])
+        if node is not None:
+            draft.values = draft._build(
+                node, (), lambda n: (n.start_mark.line + 1, f"{file}:{n.start_mark.line + 1}")
+            )
+        draft._anchor_paths(folders)
+        return draft
+
+    def override(self, overrides: Iterable[str], folders: Sequence[Path]) -> None:
+        """Apply `section.key=value` texts; later problems with these keys name the override."""
+        written: set[KeyPath] = set()
+        for number, text in enumerate(overrides):
+            place = (_AFTER_THE_FILE + number, f"override {text}")
+            name, equals, value_text = text.partition("=")
+            path: KeyPath = tuple(name.strip().split("."))
+            if not equals or len(path) < 2 or not all(path):
+                self.places[text,] = place
+                self.problems.append(((text,), "is not section.key=value, such as training.epochs=2"))
+            elif path in written:
+                self.problems.append((path, "overridden twice"))
+            else:
+                written.add(path)
+                self._replace(path, value_text, place, folders, written)
+
+    def _replace(
+        self, path: KeyPath, value_text: str, place: Place, folders: Sequence[Path], written: set[KeyPath]
+    ) -> None:
+        """Parse the value of one override and put it in the place of what the file says."""
+        for old in [p for p in self.places if p[: len(path)] == path]:
+            del self.places[old]
+        self.places[path] = place
+        try:
+            node = _compose(value_text)
+            value = None if node is None else self._build(node, path, lambda _: place)
+        except YAMLError as error:
+            reason = getattr(error, "problem", None) or error
+            self.problems.append((path, f"the value is not valid YAML: {reason}"))
+            return
+        rival = _INSTEAD_OF.get(path)
+        if rival is not None and rival not in written and value is not None:
+            self._holder(rival).pop(rival[-1], None)
+        self._holder(path)[path[-1]] = _anchored(value, folders) if path in READ_PATHS else value
+
+    def report(self) -> list[str]:
+        """The problems as `place: key: message`, in the order of the file, overrides last."""
+        found = sorted(
+            ((self._place(path), _dotted(path), message) for path, message in self.problems), key=_order
+        )
+        return [
+            f"{text}: {message}"
+            if not key or text.startswith(f"override {key}")
+            else f"{text}: {key}: {message}"
+            for (_, text), key, message in found
+        ]
+
+    def _place(self, path: KeyPath) -> Place:
+        known = (path[:length] for length in range(len(path), -1, -1))
+        return next(self.places[prefix] for prefix in known if prefix in self.places)
+
+    def _holder(self, path: KeyPath) -> dict[Any, Any]:
+        """The mapping that holds `path`, made where it is missing."""
+        holder: dict[Any, Any] = self.values
+        for depth, name in enumerate(path[:-1], start=1):
+            if holder.get(name) is None:
+                holder[name] = {}
+                self.places.setdefault(path[:depth], self._place(path))
+            if not isinstance(holder[name], dict):
+                self.problems.append((path, f"{_dotted(path[:depth])} is not a mapping, so it has no keys"))
+                return {}
+            holder = holder[name]
+        return holder
+
+    def _anchor_paths(self, folders: Sequence[Path]) -> None:
+        for section, key in READ_PATHS:
+            values = self.values.get(str(section))
+            if isinstance(values, dict) and key in values:
+                values[key] = _anchored(values[key], folders)
+
+    def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Place]) -> Any:
+        """Plain values of a node, noting the place of every key and each duplicate."""
+        if len(path) > _MAX_DEPTH:
+            self.problems.append((path, "nested too deeply"))
+            return None
+        if isinstance(node, SequenceNode):
+            return [self._item(item, (*path, index), place_of) for index, item in enumerate(node.value)]
+        if not isinstance(node, MappingNode):
+            return self._scalar(node, path)
+        values: dict[Any, Any] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, ScalarNode) else "?"
+            if name in values:
+                again = place_of(key)[1]
+                self.problems.append(((*path, name), f"duplicate key, written again at {again}"))
+                continue
+            values[name] = self._item(value, (*path, name), place_of, key)
+        return values
+
+    def _scalar(self, node: Node, path: KeyPath) -> Any:
+        try:
+            return _CONSTRUCTOR.construct_object(node)
+        except (YAMLError, ValueError) as error:  # an unknown !tag, or 2024-13-01 as a date
+            self.problems.append((path, f"is no plain value: {getattr(error, 'problem', None) or error}"))
+            return None
+
+    def _item(
+        self, node: Node, path: KeyPath, place_of: Callable[[Node], Place], marked: Node | None = None
+    ) -> Any:
+        self.places[path] = place_of(marked or node)
+        return self._build(node, path, place_of)
+
+
+def nearest(name: str, choices: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
+    """`; did you mean X?` for the closest of `choices` (shown as `shown[X]`), or nothing."""
+    known = list(choices)
+    close = difflib.get_close_matches(name, known, n=1)
+    if not close and shown is None:
+        close = [choice for choice in known if choice.startswith(name)]
+    return f"; did you mean {shown[close[0]] if shown else close[0]}?" if close else ""
+
+
+def show(value: Any) -> str:
+    """A value as it looks in a recipe, short enough for a message."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _compose(text: str) -> Node | None:
+    return YAML(typ="safe", pure=True).compose(text)
+
+
+_CONSTRUCTOR = YAML(typ="safe", pure=True).constructor
+
+
+def _anchored(value: Any, folders: Sequence[Path]) -> Any:
+    """A path, or the paths of data sources, made absolute where something is found in `folders`."""
+    if isinstance(value, list | tuple):
+        return [_anchored(item, folders) for item in value]
+    if isinstance(value, dict):
+        return {key: _anchored(item, folders) if key == "path" else item for key, item in value.items()}
+    if not isinstance(value, str) or not value:
+        return value
+    wanted = Path(value).expanduser()
+    found = next((folder / wanted for folder in folders if os.path.exists(folder / wanted)), None)
+    return value if found is None else os.path.abspath(found)
+
+
+def _order(problem: tuple[Place, str, str]) -> int:
+    return problem[0][0]
+
+
+def _dotted(path: KeyPath) -> str:
+    """`data.train[0].path`, as it is read aloud."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]

@@ -1,0 +1,96 @@
+"""Checkpoints: everything the next optimizer step depends on, written so that a crash cannot leave a half one.
+
+    checkpoints/step-N/state.safetensors   masters, optimizer state
+    checkpoints/step-N/state.json          step, data position, loss scale, counters
+
+The random state needs no file: masks and data order are pure functions of the seed, the step and the position.
+Written under a temporary name, every file and the folder fsynced, then renamed: a name of the form step-N is
+complete. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_train.errors import RunFolderError
+
+_OPTIMIZER = "optimizer."
+
+
+@dataclass
+class TrainState:
+    """The host side of a run after `step` optimizer steps.
+
+    data_position: rows (bins) of the data order consumed. best_eval_loss, best_step: the best evaluation so far.
+    """
+
+    step: int = 0
+    data_position: int = 0
+    loss_scale: float = 1.0
+    loss_scale_good_steps: int = 0
+    num_overflows: int = 0
+    num_skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    activations: list[str] = field(default_factory=list)
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, masters: Tensor, optimizer_state: dict[str, Tensor], num_kept: int
+) -> None:
+    """Write folder/step-N, then remove all but the newest `num_kept` checkpoints and the best by evaluation."""
+    target = folder / f"step-{state.step}"
+    partial = folder / f".partial-step-{state.step}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {"masters": masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+    for file in partial.iterdir():
+        _fsync(file)
+    _fsync(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(partial, target)
+    _fsync(folder)
+    for step in list_checkpoints(folder)[:-num_kept]:
+        if step != state.best_step:
+            shutil.rmtree(folder / f"step-{step}")
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """The steps that have a complete checkpoint, ascending."""
+    names = [p.name for p in folder.glob("step-*")] if folder.is_dir() else []
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+def load_checkpoint(folder: Path, step: int, device: torch.device) -> tuple[TrainState, Tensor, dict[str, Tensor]]:
+    """(state, masters, optimizer state) of folder/step-N. Raises `RunFolderError` when it does not read."""
+    path = folder / f"step-{step}"
+    try:
+        state = TrainState(**json.loads((path / "state.json").read_text()))
+        tensors = load_file(path / "state.safetensors", device=str(device))
+        masters = tensors.pop("masters")
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(
+            f"{path}: this checkpoint does not read ({error}). Remove the folder to resume from the one before."
+        ) from error
+    return state, masters, {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,237 @@
+"""The loop: batches in the order of the data, steps, evaluations, checkpoints, and a way back after any stop.
+
+Step n (from 1) takes the rows [(n - 1) R, n R) of the data order, R = micro_batch_size * gradient_accumulation_steps * ranks;
+micro-batch k of rank r takes the (k * ranks + r)-th group of micro_batch_size rows. What a step computes depends on (recipe, n) and
+the masters alone, so after a resume the bytes are those of the straight run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from qlora_train.data.dataset import PackedDataset
+from qlora_train.errors import Interrupted
+from qlora_train.infer.evaluate import loss_sum
+from qlora_train.memory import meter
+from qlora_train.memory.activations import Activation, choose_activations, kept_bytes_of_layer
+from qlora_train.model.adapter_files import save_adapter
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.train.progress import TrainProgress
+from qlora_train.train.run_folder import RunFolder
+from qlora_train.train.schedule import LossScale, learning_rate
+from qlora_train.train.setup import Prepared
+from qlora_train.train.signals import StopSignal
+from qlora_train.train.step import StepOutcome, StepRunner
+from qlora_train.train.walk import LayerWalk
+
+
+class TrainLoop:
+    """One run from its first or its next step to its last. See `run`."""
+
+    def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
+        self._recipe, self._folder = prepared.recipe, folder
+        self._prepared, self._accelerator = prepared, prepared.accelerator
+        self._decoder, self._factors = prepared.decoder, prepared.factors
+        training = self._recipe.training
+        self._rows_per_step = (
+            training.micro_batch_size * training.gradient_accumulation_steps * self._accelerator.num_processes
+        )
+        num_rows = math.ceil((training.epochs or 1) * prepared.train_data.num_bins)
+        self.num_steps = training.max_steps or math.ceil(num_rows / self._rows_per_step)
+        self._last_row = num_rows if training.max_steps is None else None
+        self._optimizer = FlatOptimizer(
+            training.optimizer,
+            self._factors,
+            lora_b_lr_ratio=training.lora_b_lr_ratio,
+            weight_decay=training.weight_decay,
+        )
+        self._runner = StepRunner(
+            LayerWalk(self._decoder, self._factors, self._activations(), reference=training.kernels == "reference"),
+            self._decoder,
+            self._factors,
+            self._optimizer,
+            LossScale.for_dtype(self._decoder.dtype == torch.float16),
+            self._accelerator,
+            max_grad_norm=training.max_grad_norm,
+            seed=training.seed,
+        )
+        self._state = TrainState()
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        return self._runner.walk.activations
+
+    def resume(self) -> int:
+        """Put the newest checkpoint back, if there is one; returns its step."""
+        steps = list_checkpoints(self._folder.checkpoints)
+        if steps:
+            self._state, masters, optimizer_state = load_checkpoint(
+                self._folder.checkpoints, steps[-1], self._decoder.device
+            )
+            self._factors.masters.copy_(masters)
+            self._factors.refresh_working()
+            self._optimizer.load_state(optimizer_state)
+            state, runner = self._state, self._runner
+            runner.scale.value, runner.scale.good_steps = state.loss_scale, state.loss_scale_good_steps
+            runner.scale.num_overflows = state.num_overflows
+            runner.num_skipped, runner.num_skipped_in_a_row = state.num_skipped, state.skipped_in_a_row
+        if self._accelerator.is_main_process:
+            self._folder.cut_metrics(self._state.step)
+        return self._state.step
+
+    def run(self) -> None:
+        """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state saved."""
+        training, first = self._recipe.training, self._state.step
+        quiet = not self._accelerator.is_main_process
+        started = time.monotonic()
+        with StopSignal() as stop, TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress:
+            if first == 0 and self._prepared.eval_data is not None:
+                self._evaluate(0, progress)
+            for step in range(first + 1, self.num_steps + 1):
+                row = self._one_step(step)
+                self._report(row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step))
+                last = step == self.num_steps
+                if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
+                    self._evaluate(step, progress)
+                signal_number = self._agreed(stop.received)
+                if last or signal_number or _due(step, training.save_every):
+                    self._save()
+                if signal_number and not last:
+                    raise Interrupted(
+                        signal_number,
+                        f"stopped after step {step} of {self.num_steps}; the state is saved, go on with --resume",
+                    )
+        if self._accelerator.is_main_process:
+            save_adapter(
+                self._folder.adapter, self._prepared.adapter_config, self._factors.views(self._factors.masters)
+            )
+        self._accelerator.end_training()
+
+    def _one_step(self, step: int) -> dict[str, float | int | bool]:
+        training, data = self._recipe.training, self._prepared.train_data
+        started = time.monotonic()
+        positions = self._positions(step)
+        groups = list(_groups(positions, training.micro_batch_size))
+        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        host_batches = [data.micro_batch(group) for group in mine]
+        batches = [PackedTokens.from_host(batch, self._decoder.device) for batch in host_batches]
+        num_supervised = data.num_supervised([p for p in positions if p is not None])
+        rate = learning_rate(
+            step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
+        )
+        outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
+        self._state.step, self._state.data_position = step, step * self._rows_per_step
+        seconds = time.monotonic() - started
+        num_tokens = sum(batch.num_tokens for batch in host_batches) * self._accelerator.num_processes
+        return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
+            "peak_bytes": meter.peak_bytes(self._decoder.device)
+        }
+
+    def _positions(self, step: int) -> list[int | None]:
+        """The rows of the data order that a step takes; None past the end of the last epoch."""
+        first = (step - 1) * self._rows_per_step
+        last_row = self._last_row
+        return [p if last_row is None or p < last_row else None for p in range(first, first + self._rows_per_step)]
+
+    def _report(self, row: dict[str, float | int | bool], progress: TrainProgress, seconds_left: float) -> None:
+        step = int(row["step"])
+        if self._accelerator.is_main_process:
+            self._folder.append_metrics(row)
+        if step % self._recipe.training.log_every == 0 or step == self.num_steps:
+            self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+        if row.get("overflowed"):
+            progress.say(f"step {step}: fp16 overflow, not applied; loss scale is now {self._runner.scale.value:g}")
+        elif not row["applied"]:
+            progress.say(f"step {step}: the gradient is not finite; the step is skipped")
+        progress.step(step, row["loss"], row["tokens_per_second"], int(row["peak_bytes"]), seconds_left)
+
+    def _evaluate(self, step: int, progress: TrainProgress) -> None:
+        data = self._prepared.eval_data
+        assert data is not None
+        groups = list(_groups(list(range(data.num_bins)), self._recipe.training.micro_batch_size))
+        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        batches = (PackedTokens.from_host(data.micro_batch(g), self._decoder.device) for g in mine)
+        total = self._accelerator.reduce(loss_sum(self._decoder, batches))
+        eval_loss = float(total) / data.num_supervised(range(data.num_bins))
+        if self._accelerator.is_main_process:
+            self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
+        self._accelerator.log({"eval_loss": eval_loss}, step=step)
+        progress.say(f"step {step}: eval loss {eval_loss:.4f}")
+        if self._state.best_eval_loss is None or eval_loss < self._state.best_eval_loss:
+            self._state.best_eval_loss, self._state.best_step = eval_loss, step
+
+    def _save(self) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        state, runner = self._state, self._runner
+        state.loss_scale, state.loss_scale_good_steps = runner.scale.value, runner.scale.good_steps
+        state.num_overflows = runner.scale.num_overflows
+        state.num_skipped, state.skipped_in_a_row = runner.num_skipped, runner.num_skipped_in_a_row
+        state.activations = [str(a) for a in self.activations]
+        save_checkpoint(
+            self._folder.checkpoints,
+            state,
+            self._factors.masters,
+            self._optimizer.state(),
+            self._recipe.training.keep_checkpoints,
+        )
+
+    def _activations(self) -> tuple[Activation, ...]:
+        """`memory.activations: auto`: as many layers kept as fit, by one layer's measured bytes."""
+        training = self._recipe.training
+        batch = self._prepared.train_data.micro_batch(range(training.micro_batch_size))
+        tokens = PackedTokens.from_host(batch, self._decoder.device)
+        return choose_activations(
+            len(self._decoder.layers),
+            kept_bytes_of_layer(self._decoder, tokens),
+            training.gradient_accumulation_steps,
+            meter.free_bytes(self._decoder.device),
+        )
+
+    def _agreed(self, signal_number: int) -> int:
+        """All ranks stop together, at the same step."""
+        if self._accelerator.num_processes == 1:
+            return signal_number
+        highest = torch.tensor(signal_number, device=self._decoder.device)
+        torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+        return int(highest)
+
+
+def _groups(positions: Sequence[int | None], size: int) -> Iterator[Sequence[int | None]]:
+    return (
+        (list(positions[i : i + size]) + [None] * size)[:size] for i in range(0, len(positions), size)
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _metrics_row(
+    step: int,
+    outcome: StepOutcome,
+    rate: float,
+    num_tokens: int,
+    num_supervised: int,
+    seconds: float,
+    runner: StepRunner,
+) -> dict[str, float | int | bool]:
+    row: dict[str, float | int | bool] = {
+        "step": step,
+        "loss": outcome.loss,
+        "learning_rate": rate,
+        "grad_norm": outcome.grad_norm,
+        "num_tokens": num_tokens,
+        "num_supervised_tokens": num_supervised,
+        "tokens_per_second": num_tokens / seconds,
+        "applied": outcome.applied,
+    }
+    if runner.scale.dynamic:
+        row |= {"loss_scale": runner.scale.value, "overflowed": outcome.overflowed}
+    return row

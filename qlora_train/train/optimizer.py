@@ -1,0 +1,93 @@
+"""AdamW on the flat masters: one launch per learning-rate group, state that can be saved and put back.
+
+`adamw` is torch's; the others are bitsandbytes': 32-bit or block-wise 8-bit state (Dettmers et al. 2022, arXiv:2110.02861), paged
+(in CUDA managed memory, moved to the host by the driver when the GPU runs full) or not. State per factor element: 8
+bytes in 32 bits, 2 + 8/256 in 8 bits. Paging is a CUDA feature: elsewhere a paged optimizer is its plain twin.
+
+On resume the saved state is copied *into* the tensors that the optimizer allocates: a loaded tensor would not be paged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from qlora_train.errors import BaseModelError
+from qlora_train.model.factors import FactorBuffers
+
+_BITSANDBYTES = {
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+}
+_NOT_PAGED = {"paged_adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_32bit": bnb.optim.AdamW32bit}
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+
+
+class FlatOptimizer:
+    """Updates `factors.masters` from `factors.gradient`, then refreshes the working copy.
+
+    name: a value of `training.optimizer`. lora_b_lr_ratio: learning rate of B over that of A (LoRA+); 1 makes one group.
+    """
+
+    def __init__(self, name: str, factors: FactorBuffers, *, lora_b_lr_ratio: float, weight_decay: float) -> None:
+        self._factors = factors
+        on_cuda = factors.masters.device.type == "cuda"
+        self.is_paged = name in _NOT_PAGED and on_cuda
+        slices = [slice(None)] if lora_b_lr_ratio == 1.0 else [slice(0, factors.num_a), slice(factors.num_a, None)]
+        ratios = (1.0, lora_b_lr_ratio)
+        self._parameters = [nn.Parameter(factors.masters[part]) for part in slices]
+        groups = [{"params": [p], "lr_ratio": r} for p, r in zip(self._parameters, ratios, strict=False)]
+        for parameter, part in zip(self._parameters, slices, strict=True):
+            parameter.grad = factors.gradient[part]
+        options: dict[str, Any] = {"lr": 0.0, "betas": _BETAS, "eps": _EPSILON, "weight_decay": weight_decay}
+        self._optimizer: torch.optim.Optimizer
+        if name == "adamw":
+            self._optimizer = torch.optim.AdamW(groups, **options)
+        else:
+            classes = _BITSANDBYTES if on_cuda else _BITSANDBYTES | _NOT_PAGED
+            self._optimizer = classes[name](groups, **options)
+
+    def step(self, learning_rate: float) -> None:
+        """One update with this learning rate; the gradient is left as it is."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_ratio"]
+        self._optimizer.step()
+        self._factors.refresh_working()
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's state as named tensors; empty before the first step."""
+        flat: dict[str, Tensor] = {}
+        for i, parameter in enumerate(self._parameters):
+            for key, value in self._optimizer.state[parameter].items():
+                flat[f"{i}.{key}"] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        return flat
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Put back what `state` returned. Raises `BaseModelError` if it is another optimizer's."""
+        if not saved:
+            return
+        for i, parameter in enumerate(self._parameters):
+            mine = {k.split(".", 1)[1]: v for k, v in saved.items() if k.startswith(f"{i}.")}
+            self._allocate(i, parameter)
+            state = self._optimizer.state[parameter]
+            if state.keys() != mine.keys():
+                raise BaseModelError("the checkpoint holds the state of another optimizer than training.optimizer")
+            for key, value in mine.items():
+                if isinstance(state[key], Tensor):
+                    state[key].copy_(value)
+                else:
+                    state[key] = int(value)
+
+    def _allocate(self, group_index: int, parameter: nn.Parameter) -> None:
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        else:
+            self._optimizer.init_state(self._optimizer.param_groups[group_index], parameter, group_index, 0)

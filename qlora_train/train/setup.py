@@ -1,0 +1,113 @@
+"""Everything that must be right before a run folder is touched: device, data, base, factors. Bad input ends here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from qlora_train.data.dataset import PackedDataset, build_dataset
+from qlora_train.data.prompts import format_of
+from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.errors import BaseModelError, UserError
+from qlora_train.model.adapter_files import AdapterConfig, load_adapter
+from qlora_train.model.base import load_base, read_config
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.factors import FactorBuffers, select_targets
+from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
+from qlora_train.model.probe import probe, refuse_length_dependent_rope
+from qlora_train.model.quantize import Packing
+from qlora_train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The parts of a run. recipe: resolved (absolute base, commit, compute dtype)."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    train_data: PackedDataset
+    eval_data: PackedDataset | None
+    decoder: FrozenDecoder
+    factors: FactorBuffers
+    adapter_config: AdapterConfig
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Device, processes and trackers. It never prepares a model, autocasts or scales: the walk does its own."""
+    absent = [name for name in recipe.training.report_to if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UserError(f"training.report_to: {', '.join(absent)} is not installed; pip install it or remove it from the list")
+    if recipe.training.deterministic == "true":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    return Accelerator(
+        mixed_precision="no",
+        log_with=list(recipe.training.report_to) or None,
+        project_dir=recipe.training.output_dir,
+    )
+
+
+def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, Path, torch.dtype]:
+    """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype."""
+    folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
+    dtype = resolve_dtype(recipe.model.compute_dtype, device)
+    model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
+    data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
+    return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
+
+
+def prepare(recipe: Recipe, folder: Path, dtype: torch.dtype, accelerator: Accelerator) -> Prepared:
+    """Read data and base. recipe: resolved. Raises a `UserError` for whatever does not fit together."""
+    config = read_config(folder)
+    refuse_length_dependent_rope(config, recipe.data.sequence_length)
+    probe(config)
+    tokenizer = load_tokenizer(str(folder), None)
+    train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
+    if len(tokenizer) > config.vocab_size:
+        raise BaseModelError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.vocab_size} rows; "
+            "check that tokenizer and weights belong together"
+        )
+    packing = Packing(recipe.model.quantization, recipe.model.double_quant)
+    decoder = load_base(folder, packing, dtype, accelerator.device)
+    factors, adapter_config = attach_factors(recipe, decoder, dtype)
+    return Prepared(recipe, accelerator, tokenizer, train_data, eval_data, decoder, factors, adapter_config)
+
+
+def attach_factors(recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype) -> tuple[FactorBuffers, AdapterConfig]:
+    """LoRA factors as the recipe says, continued from `lora.init_from` where it is given."""
+    lora = recipe.lora
+    targets = select_targets(decoder.linears, lora.target_modules)
+    config = AdapterConfig(
+        base_model=recipe.model.base,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=sorted({name.rpartition(".")[2] for name in targets}),
+        use_rslora=lora.use_rslora,
+    )
+    factors = FactorBuffers(
+        targets,
+        rank=lora.rank,
+        scaling=config.scaling,
+        dropout=lora.dropout,
+        seed=recipe.training.seed,
+        dtype=dtype,
+        device=decoder.device,
+    )
+    if lora.init_from is not None:
+        saved, pairs = load_adapter(Path(lora.init_from))
+        if saved.scaling != config.scaling:
+            raise BaseModelError(
+                f"lora.init_from: {lora.init_from} scales its factors by {saved.scaling}, this recipe by {config.scaling}; "
+                f"set lora.rank {saved.rank}, lora.alpha {saved.alpha} and lora.use_rslora {str(saved.use_rslora).lower()}"
+            )
+        factors.load(pairs)
+    return factors, config

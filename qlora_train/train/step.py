@@ -1,0 +1,112 @@
+"""From a walked batch to updated factors: unscale, sum over ranks, judge, clip, update. One host read.
+
+    g <- g / loss_scale          exact: the scale is a power of two
+    g <- sum over ranks of g     already divided by the supervised tokens of all ranks
+    [loss, ||g||]                the only values the host waits for
+    g <- g min(1, max_norm / ||g||)
+
+A non-finite norm means the step is not applied. In fp16 with a scale above 1 that is an overflow: the scale is halved. Otherwise
+it is a bad step: skipped and counted; three in a row stop the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from qlora_train.errors import TrainingFailure
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.train.schedule import LossScale
+from qlora_train.train.walk import LayerWalk
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """loss: mean over the step's supervised tokens. grad_norm: before clipping. applied: False where the step was skipped."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    overflowed: bool
+
+
+class StepRunner:
+    """One optimizer step. `num_skipped_in_a_row` counts non-finite steps that loss scaling does not explain."""
+
+    def __init__(
+        self,
+        walk: LayerWalk,
+        decoder: FrozenDecoder,
+        factors: FactorBuffers,
+        optimizer: FlatOptimizer,
+        scale: LossScale,
+        accelerator: Accelerator,
+        *,
+        max_grad_norm: float,
+        seed: int,
+    ) -> None:
+        self.walk, self._decoder, self._factors, self._optimizer = walk, decoder, factors, optimizer
+        self.scale, self._accelerator = scale, accelerator
+        self._max_grad_norm, self._seed = max_grad_norm, seed
+        self.num_skipped = 0
+        self.num_skipped_in_a_row = 0
+
+    def run(
+        self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int, learning_rate: float
+    ) -> StepOutcome:
+        """Walk, judge, update. num_supervised: of all ranks. Raises `TrainingFailure` at the third bad step in a row."""
+        gradient = self._factors.gradient.zero_()
+        loss_sum = self.walk.accumulate(
+            micro_batches, seed=self._seed, step=step, num_supervised=num_supervised, loss_scale=self.scale.value
+        )
+        if self.scale.value != 1.0:
+            gradient.mul_(1.0 / self.scale.value)
+        if self._accelerator.num_processes > 1:
+            torch.distributed.all_reduce(gradient)
+            torch.distributed.all_reduce(loss_sum)
+        norm = torch.linalg.vector_norm(gradient)
+        loss_value, norm_value = torch.stack([loss_sum / num_supervised, norm]).tolist()  # the one host read
+        if not math.isfinite(norm_value):
+            return self._skip(loss_value, norm_value, micro_batches)
+        if norm_value > self._max_grad_norm:
+            gradient.mul_(self._max_grad_norm / norm_value)
+        self._optimizer.step(learning_rate)
+        self.scale.record_applied()
+        self.num_skipped_in_a_row = 0
+        return StepOutcome(loss_value, norm_value, applied=True, overflowed=False)
+
+    def _skip(self, loss: float, norm: float, micro_batches: Sequence[PackedTokens]) -> StepOutcome:
+        if self.scale.absorbs_overflow():
+            return StepOutcome(loss, norm, applied=False, overflowed=True)
+        self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        if self.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingFailure(
+                f"non-finite gradients in {MAX_SKIPPED_IN_A_ROW} steps in a row: {self._first_bad_layer(micro_batches)}. "
+                "Lower training.learning_rate, or use model.compute_dtype bfloat16 or float32."
+            )
+        return StepOutcome(loss, norm, applied=False, overflowed=False)
+
+    @torch.no_grad()
+    def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
+        """Where the values first go bad: forward through the layers, then, if all is finite there, backward."""
+        for tokens in micro_batches:
+            x, arguments = self._decoder.embed_packed(tokens)
+            for i in range(len(self._decoder.layers)):
+                x = self._decoder.run_layer(i, x, arguments[i])
+                if not torch.isfinite(x).all():
+                    return f"the output of decoder layer {i} is the first that is not finite"
+        pairs = self._factors.views(self._factors.gradient)
+        for name in reversed(self._factors.names):
+            if not all(torch.isfinite(part).all() for part in pairs[name]):
+                return f"the outputs of all layers are finite; going back, the gradient of {name} is the first that is not"
+        return "the outputs of all layers and their gradients are finite one by one; their norm is not"

@@ -1,0 +1,121 @@
+"""Tiny tokenizers, built here: byte level (one token a byte), so every mask can be written down by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from qlora_train.recipe import DataSection
+
+SPECIALS = ["<s>", "</s>", "<|start|>", "<|end|>"]
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+# Ends turns with a line only: no end-of-turn token.
+PLAIN_TURNS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+# Shows a thinking block in the last turn only, as reasoning models' templates do.
+THINKING = (
+    "{% for m in messages %}{{ '<|start|>' + m.role[0] + ' ' }}"
+    "{% if loop.last and m.role == 'assistant' %}{{ '(think)' }}{% endif %}"
+    "{{ m.content + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>a ' }}{% endif %}"
+)
+# Counts the messages at its head: no rendering is a prefix of a longer one.
+COUNTING = (
+    "{{ messages | length }}:{% for m in messages %}{{ m.role[0] + ' ' }}{% if m.role == 'assistant' %}"
+    "MARK{{ m.content }}ENDMARK<|end|>{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+COUNTING_MARKED = COUNTING.replace("ENDMARK", "{% endgeneration %}").replace("MARK", "{% generation %}")
+COUNTING = COUNTING.replace("ENDMARK", "").replace("MARK", "")
+
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "plain turns": PLAIN_TURNS,
+    "thinking": THINKING,
+    "counting": COUNTING,
+    "counting, marked": COUNTING_MARKED,
+    "none": None,
+}
+
+
+def _make_tokenizer(
+    template: str = "chatml", *, bos: bool = True, adds_bos: bool = False, merges: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """`template`: a key of TEMPLATES; `merges`: pairs like "a b" that become one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*SPECIALS, *alphabet, *("".join(pair.split()) for pair in merges)]
+    model = models.BPE(
+        vocab={word: i for i, word in enumerate(words)}, merges=[tuple(m.split()) for m in merges]
+    )
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    if adds_bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>" if bos else None,
+        eos_token="</s>",
+        additional_special_tokens=["<|start|>", "<|end|>"],
+    )
+    tokenizer.chat_template = TEMPLATES[template]
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return _make_tokenizer()
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    return _make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    def write(*rows: Any, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def section() -> Callable[..., DataSection]:
+    def make(train: Any, **keys: Any) -> DataSection:
+        return DataSection.model_validate({"train": train, "sequence_length": 64, **keys})
+
+    return make
+
+
+@pytest.fixture
+def show() -> Callable[[PreTrainedTokenizerFast, Any], str]:
+    """The document's text with supervised tokens as [token]."""
+
+    def write(tokenizer: PreTrainedTokenizerFast, document: Any) -> str:
+        tokens = [tokenizer.decode([token]) for token in document.token_ids.tolist()]
+        return "".join(f"[{t}]" if yes else t for t, yes in zip(tokens, document.supervised, strict=True))
+
+    return write

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qlora_train.data.formats import Chat, Completion, PlainText, content_key, read_examples
+from qlora_train.data.sources import load_tables
+from qlora_train.errors import DataError
+from qlora_train.recipe import DataSection
+
+Write = Callable[..., str]
+Section = Callable[..., DataSection]
+
+
+def contents(data: DataSection) -> list[Any]:
+    return [example.content for example in read_examples(load_tables(data.train), data)]
+
+
+def test_auto_finds_each_format(jsonl: Write, section: Section) -> None:
+    user = {"role": "user", "content": "q"}
+    cases: list[tuple[dict, Any]] = [
+        ({"messages": [user], "id": 1}, Chat((user,))),
+        ({"prompt": "p ", "completion": "c"}, Completion("p ", "c")),
+        ({"text": " t\n"}, PlainText(" t\n")),
+        ({"instruction": "do", "output": "o"}, Chat((_user("do"), _assistant("o")))),
+        ({"instruction": "do", "input": "", "output": "o"}, Chat((_user("do"), _assistant("o")))),
+        ({"instruction": "do", "input": "this", "output": "o"}, Chat((_user("do\n\nthis"), _assistant("o")))),
+    ]
+    for number, (row, expected) in enumerate(cases):
+        assert contents(section(jsonl(row, name=f"{number}.jsonl"))) == [expected]
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def test_auto_refuses_none_and_several(jsonl: Write, section: Section) -> None:
+    with pytest.raises(DataError, match=r"no format fits\. Columns found: question, answer"):
+        contents(section(jsonl({"question": "q", "answer": "a"})))
+    with pytest.raises(DataError, match=r"several formats fit \(prompt_completion, text\)"):
+        contents(section(jsonl({"prompt": "q", "completion": "a", "text": "t"})))
+
+
+def test_mapped_columns_and_template(jsonl: Write, section: Section) -> None:
+    path = jsonl({"question": "q", "answer": "a", "hint": ""})
+    mapped = section(path, columns={"prompt": "question", "completion": "answer"})
+    assert contents(mapped) == [Completion("q", "a")]
+    filled = section(path, columns={"completion": "answer"}, prompt_template="{{Q}} {question}|{hint}\n")
+    assert contents(filled) == [Completion("{Q} q|\n", "a")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"columns": {"prompts": "q"}}, "unknown role 'prompts'"),
+        ({"columns": {"text": "q"}, "format": "messages"}, "unknown role 'text' for format messages"),
+        (
+            {"columns": {"prompt": "x", "completion": "a"}},
+            r"line 1: data\.columns maps prompt to 'x'.*found: q, a",
+        ),
+        ({"format": "text"}, r"line 1: there is no column 'text'.*columns: \{text: <column>\}"),
+        ({"columns": {"completion": "a"}, "prompt_template": "{z}"}, r"names \{z\}, which is no column"),
+        ({"columns": {"completion": "a"}, "prompt_template": "{q!r}"}, "plain column names"),
+        ({"columns": {"completion": "a"}, "prompt_template": "{}"}, "plain column names"),
+        ({"columns": {"completion": "a"}, "prompt_template": "{q"}, "prompt_template: "),
+        ({"columns": {"completion": "a"}, "prompt_template": "same"}, "names no column"),
+    ],
+)
+def test_wrong_sections(jsonl: Write, section: Section, keys: dict, message: str) -> None:
+    # Written past the recipe's own checks: these hold for any caller.
+    data = section(jsonl({"q": "1", "a": "2"})).model_copy(update=keys)
+    with pytest.raises(DataError, match=message):
+        contents(data)
+
+
+def test_bad_rows_are_named_by_line_up_to_five_at_once(jsonl: Write, section: Section) -> None:
+    good = {"prompt": "p", "completion": "c"}
+    bad = [{"prompt": "p"}, {**good, "completion": None}, {**good, "completion": 3}, {**good, "prompt": " "}]
+    with pytest.raises(DataError) as caught:
+        contents(section(jsonl(good, *bad, good, *bad)))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "8 rows cannot be used:"
+    assert [line.split("rows.jsonl ")[1] for line in lines[1:-1]] == [
+        "line 2: there is no column 'completion' in this row (it has prompt).",
+        "line 3: the column 'completion' is null.",
+        "line 4: the column 'completion' is a number, not a string.",
+        "line 5: the column 'prompt' is empty.",
+        "line 7: there is no column 'completion' in this row (it has prompt).",
+    ]
+    assert lines[-1] == "... and 3 more"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "the messages are a string"),
+        ([], "list of messages is empty"),
+        (["hi"], "message 1 is a string"),
+        ([{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}], "message 2 has the role 'bot'"),
+        ([{"from": "human", "value": "q"}], "message 1 has the role None"),
+        ([{"role": "user", "content": ["q"]}], "content of message 1 is a list"),
+        ([{"role": "user", "content": ""}], r"content of message 1 \(user\) is empty"),
+        ([{"role": "assistant"}], "content of message 1 is null"),
+    ],
+)
+def test_bad_messages(jsonl: Write, section: Section, messages: Any, message: str) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl line 1: .*{message}"):
+        contents(section(jsonl({"messages": messages})))
+
+
+def test_null_keys_of_messages_are_dropped(jsonl: Write, section: Section) -> None:
+    row = {"messages": [{"role": "system", "content": "", "name": None}, {"role": "user", "content": "q"}]}
+    assert contents(section(jsonl(row))) == [Chat(({"role": "system", "content": ""}, _user("q")))]
+
+
+def test_content_key_is_by_value() -> None:
+    assert content_key(Chat(({"role": "user", "content": "q"},))) == content_key(
+        Chat(({"content": "q", "role": "user"},))
+    )
+    assert content_key(Completion("ab", "c")) != content_key(Completion("a", "bc"))
+    assert content_key(PlainText("a")) != content_key(PlainText("b"))

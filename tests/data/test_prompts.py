@@ -1,0 +1,102 @@
+"""encode_prompt, load_tokenizer and preview: the data package as the commands use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qlora_train.data import build_dataset, encode_prompt, load_tokenizer, preview
+from qlora_train.data.preview import as_text
+from qlora_train.errors import BaseModelError, DataError
+from qlora_train.recipe import DataSection
+
+Write = Callable[..., str]
+Section = Callable[..., DataSection]
+MakeTokenizer = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}, {}),
+        ({"instruction": "hi", "output": "x"}, {}),
+        ({"q": "hi", "a": "x"}, {"columns": {"prompt": "q", "completion": "a"}}),
+        ({"q": "hi", "a": "x"}, {"columns": {"completion": "a"}, "prompt_template": "Q: {q}\nA:"}),
+    ],
+)
+def test_a_prompt_is_how_the_training_row_begins(
+    jsonl: Write, section: Section, make_tokenizer: MakeTokenizer, row: dict, keys: dict
+) -> None:
+    data = section(jsonl(row), **keys)
+    for tokenizer in (make_tokenizer(), make_tokenizer(adds_bos=True), make_tokenizer(bos=False)):
+        (document,) = build_dataset(data, tokenizer, seed=0)[0].documents
+        first_answer = document.supervised.tolist().index(True)
+        assert encode_prompt("hi", data, tokenizer) == document.token_ids[:first_answer].tolist()
+
+
+def test_prompts_without_data(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    assert (
+        tokenizer.decode(encode_prompt("hi", None, tokenizer))
+        == "<s><|start|>user\nhi<|end|>\n<|start|>assistant\n"
+    )
+    plain = make_tokenizer("none")
+    assert plain.decode(encode_prompt("hi", None, plain)) == "<s>hi"
+    with pytest.raises(DataError, match="prompt is empty"):
+        encode_prompt("", None, make_tokenizer("none", bos=False))
+
+
+def test_prompts_for_a_template_of_several_columns(section: Section, tokenizer: Any) -> None:
+    data = section("gone.jsonl", prompt_template="{a}-{b}\n")
+    assert tokenizer.decode(encode_prompt('{"a": "x", "b": "y"}', data, tokenizer)) == "<s>x-y\n"
+    for prompt in ("x", '["x"]', '{"a": "x"}'):
+        with pytest.raises(DataError, match=r"several columns \(a, b\)"):
+            encode_prompt(prompt, data, tokenizer)
+
+
+def test_prompts_when_auto_cannot_tell(section: Section, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"(?s)gone\.jsonl does not exist.*Set data\.format"):
+        encode_prompt("x", section("gone.jsonl"), tokenizer)
+
+
+def test_load_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded = load_tokenizer(str(tmp_path / "base"))
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded("a<|end|>").input_ids == tokenizer("a<|end|>").input_ids
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    (tmp_path / "file").write_text("")
+    for name, message in (("empty", "holds no tokenizer"), ("gone", "no folder"), ("file", "is a file")):
+        with pytest.raises(BaseModelError, match=message):
+            load_tokenizer(str(tmp_path / name))
+    with pytest.raises(BaseModelError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path / "broken"))
+
+
+def test_preview(tmp_path: Path, jsonl: Write, section: Section, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = jsonl(*({"prompt": f"[b]{n}", "completion": "yes"} for n in range(3)))
+    recipe = SimpleNamespace(
+        model=SimpleNamespace(base=str(tmp_path / "base"), revision=None),
+        data=section(path),
+        training=SimpleNamespace(seed=0),
+    )
+    console = Console(record=True, width=100, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115
+    preview(recipe, 2, console)  # type: ignore[arg-type]
+    shown = console.export_text()
+    assert "<s>[b]0[[yes</s>]]" in shown
+    assert "<s>[b]1[[yes</s>]]" in shown
+    assert "[b]2" not in shown
+    assert "rows.jsonl line 2" in shown
+    assert "9 tokens, 4 supervised" in shown
+    assert "3 rows -> 3 documents, 27 tokens, 12 supervised (44.4%)" in shown
+    coloured = as_text(build_dataset(recipe.data, tokenizer, seed=0)[0].documents[0], tokenizer, marked=False)
+    assert coloured.plain == "<s>[b]0yes</s>"
+    assert [(s.start, s.end) for s in coloured.spans if "underline" in str(s.style)] == [(7, 10), (10, 14)]

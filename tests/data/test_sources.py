@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_train.data import sources
+from qlora_train.data.sources import load_tables
+from qlora_train.data.tables import RowTable
+from qlora_train.errors import DataError
+from qlora_train.recipe import DataSource
+
+
+def load(path: Path | str, split: str | None = None) -> list[RowTable]:
+    return load_tables([DataSource(path=str(path), split=split)])
+
+
+def rows_of(tables: list[RowTable]) -> list[dict]:
+    return [row for table in tables for _, row in table]
+
+
+def test_jsonl_keeps_values_as_they_are_and_names_physical_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"d": "2020-01-01", "n": 7}\n\n  \n{"d": "x\u2028y", "m": [1, "a"]}\n', encoding="utf-8-sig"
+    )
+    (table,) = load(path)
+    assert list(table) == [(0, {"d": "2020-01-01", "n": 7}), (3, {"d": "x\u2028y", "m": [1, "a"]})]
+    assert table.columns == ("d", "n", "m")
+    assert table.describe(3) == f"{path} line 4"
+
+
+def test_json_list_names_the_line_of_the_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[\n {"t": "a, [b"},\n {"t":\n   "c"} ,\n\n {"t": "d"}]')
+    (table,) = load(path)
+    assert [row["t"] for _, row in table] == ["a, [b", "c", "d"]
+    assert [table.describe(i).rsplit(" ", 1)[1] for i in range(3)] == ["2", "3", "6"]
+
+
+def test_json_file_may_hold_one_object_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"t": "a"}\n{"t": "b"}\n')
+    assert rows_of(load(tmp_path / "a.json")) == [{"t": "a"}, {"t": "b"}]
+
+
+def test_csv_values_are_text_and_records_may_span_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('q,a\n"two\nlines",007\n\nx,NA\ny,\n')
+    (table,) = load(path)
+    assert rows_of([table]) == [{"q": "two\nlines", "a": "007"}, {"q": "x", "a": "NA"}, {"q": "y", "a": ""}]
+    assert [table.describe(i).rsplit(" ", 1)[1] for i in range(3)] == ["2", "5", "6"]
+
+
+def test_parquet_and_text(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"m": [[{"role": "user", "content": "hi"}], []]}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("one\n\n  two \n")
+    parquet, text = load_tables([DataSource(path=str(tmp_path / n)) for n in ("a.parquet", "b.txt")])
+    assert rows_of([parquet]) == [{"m": [{"role": "user", "content": "hi"}]}, {"m": []}]
+    assert parquet.describe(1).endswith("a.parquet row 2")
+    assert list(text) == [(0, {"text": "one"}), (2, {"text": "  two "})]
+
+
+def test_a_folder_joins_its_files_in_sorted_order_and_nothing_is_written_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / "b.jsonl").write_text('{"t": "2"}\n')
+    (folder / "a.jsonl").write_text('{"t": "1"}\n')
+    (folder / "sub" / "c.csv").write_text("t\n3\n")
+    (folder / ".hidden" / "z.jsonl").write_text('{"t": "no"}\n')
+    (folder / "README.md").write_text("not data")
+    before = sorted(folder.rglob("*"))
+    assert [row["t"] for row in rows_of(load(folder))] == ["1", "2", "3"]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_with_several_splits_wants_to_know_which(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train-00000.jsonl").write_text('{"t": "1"}\n')
+    (folder / "dev.jsonl").write_text('{"t": "2"}\n')
+    with pytest.raises(DataError, match=r"several splits \(validation, train\)"):
+        load(folder)
+    assert rows_of(load(folder, "train")) == [{"t": "1"}]
+    assert rows_of(load(folder, "validation")) == [{"t": "2"}]
+    with pytest.raises(DataError, match="no split 'test'"):
+        load(folder, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b"\n \n", "holds no rows"),
+        ("a.csv", b"q,a\n", "holds no rows"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.jsonl", b'{"t": 1}\n{"t": \n', r"a\.jsonl line 2 is not valid JSON"),
+        ("a.jsonl", b'{"t": 1}\n["t"]\n', r"a\.jsonl line 2 holds a list"),
+        ("a.json", b'[{"t": 1},\n 3]', r"a\.json line 2 holds a number"),
+        ("a.json", b'[{"t": 1},\n', r"a\.json line \d is not valid JSON"),
+        ("a.csv", b"q,q\n1,2\n", "names the column 'q' twice"),
+        ("a.csv", b"q,a\n1,2,3\n", "the header names 2 columns, the first row has 3"),
+        ("a.csv", b"q,a\n1,2\n1,2,3\n", "cannot be read as csv.*line 3"),
+        ("a.txt", b"\xff\xfe\x00bad", "cannot be read as text"),
+        ("a.parquet", b"not parquet at all", "cannot be read as parquet"),
+        ("a.tsv", b"q\ta\n", "file type '.tsv' is not known"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        rows_of(load(tmp_path / name))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    for path in (tmp_path / "gone.jsonl", "gone.csv", "a/b/c"):
+        with pytest.raises(DataError, match=re.escape(f"The data file {path} does not exist")):
+            load(path)
+    with pytest.raises(DataError, match="holds no data file"):
+        load(tmp_path)
+
+
+def test_a_split_of_one_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x\n")
+    with pytest.raises(DataError, match="remove `split`"):
+        load(tmp_path / "a.txt", "train")
+
+
+def test_hub_ids_get_the_split_and_failures_become_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        if name == "org/away":
+            raise ConnectionError("no route\nto host")
+        if name == "org/none":
+            raise datasets.exceptions.DatasetNotFoundError("not there")
+        if split == "odd":
+            raise ValueError('Unknown split "odd".')
+        return datasets.Dataset.from_dict({"t": ["a", "b"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (table,) = load("org/name")
+    assert rows_of([table]) == [{"t": "a"}, {"t": "b"}]
+    assert table.describe(1) == "org/name [train] row 2"
+    load("name", "validation")
+    assert asked == [("org/name", "train"), ("name", "validation")]
+    for name, split, message in (
+        ("org/away", None, "hub cannot be reached.*no route"),
+        ("org/none", None, "no data set of that name"),
+        ("org/name", "odd", "Unknown split"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(name, split)
+
+
+def test_split_names() -> None:
+    names = ("train.jsonl", "x/test/a.csv", "valid_1.txt", "trained.jsonl", "a/Dev-0.json")
+    assert [sources._split_of(Path(n)) for n in names] == [
+        "train",
+        "test",
+        "validation",
+        "train",
+        "validation",
+    ]

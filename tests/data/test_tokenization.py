@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_train.data.formats import Chat, Completion, Content, Example, PlainText
+from qlora_train.data.tables import JsonLinesTable, Origin
+from qlora_train.data.tokenization import TokenizedRows, tokenize_examples
+from qlora_train.errors import DataError
+
+MakeTokenizer = Callable[..., Any]
+Show = Callable[[Any, Any], str]
+
+
+def chat(*turns: str) -> Chat:
+    """Turns as "u:text", "a:text", "s:text"."""
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    return Chat(tuple({"role": roles[turn[0]], "content": turn[2:]} for turn in turns))
+
+
+def tokenize(
+    tokenizer: Any, *contents: Content, length: int = 200, supervise: str = "completions"
+) -> TokenizedRows:
+    table = JsonLinesTable("rows.jsonl", dataset=None)  # type: ignore[arg-type]
+    examples = [Example(Origin(table, number), content) for number, content in enumerate(contents)]
+    return tokenize_examples(examples, tokenizer, sequence_length=length, supervise=supervise)
+
+
+def test_chat_mask_token_by_token(make_tokenizer: MakeTokenizer, show: Show) -> None:
+    tokenizer = make_tokenizer(bos=True)
+    rows = tokenize(tokenizer, chat("s:S", "u:q", "a:no", "u:r", "a:y\n"))
+    assert [show(tokenizer, document) for document in rows.documents] == [
+        "<s><|start|>system\nS<|end|>\n<|start|>user\nq<|end|>\n<|start|>assistant\n[n][o][<|end|>]\n"
+        "<|start|>user\nr<|end|>\n<|start|>assistant\n[y][\n][<|end|>]\n"
+    ]
+    assert rows.documents[0].token_ids.dtype == np.int32
+    assert rows.documents[0].supervised.dtype == bool
+
+
+def test_chat_tokens_are_the_templates_own(tokenizer: Any) -> None:
+    conversation = chat("u:häß 日本", "a:ok 🙂")
+    (document,) = tokenize(tokenizer, conversation).documents
+    expected = tokenizer.apply_chat_template(list(conversation.messages), return_dict=True)["input_ids"]
+    assert document.token_ids.tolist() == expected
+    assert tokenizer.decode(document.token_ids[document.supervised]) == "ok 🙂<|end|>"
+
+
+@pytest.mark.parametrize("template", ["chatml", "plain turns", "thinking"])
+def test_exactly_one_bos_though_the_tokenizer_adds_one_too(
+    make_tokenizer: MakeTokenizer, template: str
+) -> None:
+    tokenizer = make_tokenizer(template, adds_bos=True)
+    contents = chat("u:q", "a:x"), Completion("p", "c"), Completion("<s>p", "c"), PlainText("<s><s>t")
+    for document in tokenize(tokenizer, *contents).documents:
+        assert document.token_ids[0] == tokenizer.bos_token_id
+        assert np.count_nonzero(document.token_ids == tokenizer.bos_token_id) == 1
+        assert not document.supervised[0]
+
+
+def test_no_bos_where_there_is_none(make_tokenizer: MakeTokenizer, show: Show) -> None:
+    tokenizer = make_tokenizer(bos=False)
+    rows = tokenize(tokenizer, Completion("p", "c"), PlainText("xy"))
+    assert [show(tokenizer, d) for d in rows.documents] == ["p[c][</s>]", "x[y][</s>]"]
+
+
+def test_eos_is_appended_where_a_turn_has_no_end_token(make_tokenizer: MakeTokenizer, show: Show) -> None:
+    tokenizer = make_tokenizer("plain turns")
+    rows = tokenize(tokenizer, chat("u:q", "a:x", "u:r", "a:y"), chat("u:q", "a:x", "u:r"))
+    assert show(tokenizer, rows.documents[0]) == "<s>u:q\na:[x]\nu:r\na:[y][</s>]"
+    assert show(tokenizer, rows.documents[1]) == "<s>u:q\na:[x][</s>]"
+
+
+def test_earlier_turns_are_found_where_the_template_rewrites_them(
+    make_tokenizer: MakeTokenizer, show: Show
+) -> None:
+    tokenizer = make_tokenizer("thinking", bos=False)
+    (document,) = tokenize(tokenizer, chat("u:q", "a:e", "u:r", "a:y")).documents
+    assert show(tokenizer, document) == (
+        "<|start|>u q<|end|>\n<|start|>a [e][<|end|>]\n<|start|>u r<|end|>\n<|start|>a "
+        "[(][t][h][i][n][k][)][y][<|end|>]\n"
+    )
+
+
+def test_a_template_that_breaks_prefixes_needs_marks(make_tokenizer: MakeTokenizer, show: Show) -> None:
+    conversation = chat("u:q", "a:xy", "u:r", "a:z")
+    with pytest.raises(DataError, match=r"(?s)rows\.jsonl line 1: .*\{% generation %\}.*supervise: all"):
+        tokenize(make_tokenizer("counting"), conversation)
+    marked = make_tokenizer("counting, marked", bos=False)
+    (document,) = tokenize(marked, conversation).documents
+    assert show(marked, document) == "4:u q\na [x][y][<|end|>]\nu r\na [z][<|end|>]\n"
+    unmarked = make_tokenizer("counting", bos=False)
+    (document,) = tokenize(unmarked, conversation, supervise="all").documents
+    assert document.supervised.tolist() == [False] + [True] * (len(document) - 1)
+
+
+def test_completion_mask_and_the_token_on_the_boundary(make_tokenizer: MakeTokenizer, show: Show) -> None:
+    tokenizer = make_tokenizer(merges=("b c", "Ġ d"))
+    rows = tokenize(tokenizer, Completion("ab", "cd "), Completion("a ", "d"), Completion("a", "b</s>"))
+    assert [show(tokenizer, d) for d in rows.documents] == [
+        "<s>a[bc][d][ ][</s>]",
+        "<s>a[ d][</s>]",
+        "<s>a[b][</s>]",
+    ]
+
+
+def test_supervise_all(tokenizer: Any, show: Show) -> None:
+    rows = tokenize(tokenizer, Completion("p", "c"), chat("u:q"), supervise="all")
+    assert show(tokenizer, rows.documents[0]) == "<s>[p][c][</s>]"
+    assert show(tokenizer, rows.documents[1]) == "<s>[<|start|>][u][s][e][r][\n][q][<|end|>][\n]"
+
+
+def test_prompt_is_cut_before_the_answer(make_tokenizer: MakeTokenizer, show: Show) -> None:
+    tokenizer = make_tokenizer()
+    rows = tokenize(tokenizer, Completion("12345", "ab"), Completion("12345", "abcdefgh"), length=6)
+    assert [show(tokenizer, d) for d in rows.documents] == ["<s>45[a][b][</s>]", "<s>[a][b][c][d][e]"]
+    counts = rows.counts
+    assert (counts.num_overlong_rows, counts.num_prompts_cut, counts.num_answers_cut) == (2, 2, 1)
+    assert counts.num_tokens_cut == 3 + 9
+    without_bos = make_tokenizer(bos=False)
+    rows = tokenize(without_bos, Completion("12345", "abcdefgh"), length=6)
+    assert show(without_bos, rows.documents[0]) == "5[a][b][c][d][e]"
+
+
+def test_long_conversations_are_cut_the_same_way(tokenizer: Any, show: Show) -> None:
+    rows = tokenize(tokenizer, chat("u:0123456789", "a:xyz"), length=10)
+    assert show(tokenizer, rows.documents[0]) == "<s>ant\n[x][y][z][<|end|>]\n"
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_long_texts_are_split_and_nothing_is_lost(
+    make_tokenizer: MakeTokenizer, bos: bool, show: Show
+) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    rows = tokenize(tokenizer, PlainText("abcdefg"), PlainText("xy"), length=4)
+    shown = [show(tokenizer, d) for d in rows.documents]
+    if bos:
+        assert shown == ["<s>[a][b][c]", "<s>[d][e][f]", "<s>[g][</s>]", "<s>[x][y][</s>]"]
+    else:
+        assert shown == ["a[b][c][d]", "d[e][f][g]", "g[</s>]", "x[y][</s>]"]
+    assert (rows.counts.num_texts_split, rows.counts.num_tokens_cut) == (1, 0)
+    assert [origin.row_index for origin in rows.origins] == [0, 0, 0, 1]
+
+
+def test_rows_without_supervised_tokens_are_counted(tokenizer: Any) -> None:
+    rows = tokenize(tokenizer, chat("u:q"), chat("u:q", "a:x"))
+    assert len(rows.documents) == 1
+    assert (rows.counts.num_rows, rows.counts.num_unsupervised_rows) == (2, 1)
+    with pytest.raises(DataError, match="None of the 2 rows has a supervised token"):
+        tokenize(tokenizer, chat("u:q"), chat("s:q"))
+
+
+def test_chat_template_missing_or_refusing(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer("none")
+    with pytest.raises(DataError, match="no chat template.*prompt_completion"):
+        tokenize(tokenizer, chat("u:q", "a:x"))
+    tokenizer.chat_template = "{{ raise_exception('turns must alternate') }}"
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*turns must alternate"):
+        tokenize(tokenizer, chat("u:q", "a:x"))
+
+
+def test_a_conversation_may_not_begin_with_the_assistant(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*begins with the assistant"):
+        tokenize(tokenizer, chat("a:x", "u:q"))
+
+
+def test_without_eos(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no EOS"):
+        tokenize(tokenizer, Completion("p", "c"))
+
+
+def test_many_rows_in_several_batches_keep_their_order(tokenizer: Any) -> None:
+    rows = tokenize(tokenizer, *(Completion("p", f"{n}") for n in range(1100)))
+    said = [tokenizer.decode(d.token_ids[d.supervised]) for d in rows.documents]
+    assert said == [f"{n}</s>" for n in range(1100)]

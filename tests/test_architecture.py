@@ -1,0 +1,126 @@
+"""The house: imports go one way, from lower to higher floors only, and no file grows past its budget."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = REPOSITORY / "qlora_train"
+MAX_LINES = 400
+FLOORS = {
+    "errors": 0,
+    "recipe_yaml": 1,
+    "recipe_checks": 1,
+    "recipe": 1,
+    "kernels": 1,
+    "data": 2,
+    "model": 2,
+    "memory": 3,
+    "infer": 3,
+    "train": 4,
+    "export": 5,
+    "report": 5,
+    "bench": 6,
+    "cli": 7,
+    "__init__": 8,
+    "__main__": 8,
+}
+STRANGERS = ({"data", "model"}, {"recipe", "kernels"})
+"""Pairs on one floor that do not know each other at all."""
+LIGHT = ("errors", "recipe", "recipe_yaml", "recipe_checks", "cli", "__init__", "__main__")
+LIGHT_MAY_IMPORT = {"pydantic", "ruamel"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(f for top in ("qlora_train", "recipes", "tests") for f in (REPOSITORY / top).rglob("*.py"))
+
+
+def unit_of(file: Path) -> str:
+    """The folder or file of the first level that a module belongs to."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def imported_names(tree: ast.AST) -> list[str]:
+    """Every dotted name an import statement reaches, wherever in the file it stands."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written absolutely"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def imported_units(file: Path) -> set[str]:
+    """The units of this package that a module imports; `__version__` belongs to nobody."""
+    inside = [name.split(".")[1:] for name in imported_names(parse(file)) if name.startswith("qlora_train.")]
+    units = {parts[0] for parts in inside if parts[0] != "__version__"}
+    return {unit if unit in FLOORS else "__init__" for unit in units}
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(REPOSITORY))
+
+
+def test_every_unit_has_a_floor() -> None:
+    assert {unit_of(file) for file in MODULES} <= set(FLOORS)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_no_module_imports_a_higher_floor(file: Path) -> None:
+    floor = FLOORS[unit_of(file)]
+    too_high = {unit for unit in imported_units(file) if FLOORS[unit] > floor}
+    assert not too_high, f"{name_of(file)} (floor {floor}) imports {sorted(too_high)}"
+
+
+def test_units_on_one_floor_have_no_cycle() -> None:
+    graph: dict[str, set[str]] = {unit: set() for unit in FLOORS}
+    for file in MODULES:
+        graph[unit_of(file)] |= imported_units(file) - {unit_of(file)}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    for pair in STRANGERS:
+        assert not any(graph[unit] & pair for unit in pair), f"{sorted(pair)} import each other"
+
+
+def test_light_modules_import_no_heavy_library_at_the_top() -> None:
+    for unit in LIGHT:
+        tree = parse(PACKAGE / f"{unit}.py")
+        at_the_top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+        roots = {name.split(".")[0] for name in imported_names(at_the_top)}
+        third_party = {root for root in roots - {"qlora_train"} if root not in _standard_library()}
+        assert third_party <= LIGHT_MAY_IMPORT, f"{unit}.py imports {sorted(third_party)}"
+
+
+def _standard_library() -> frozenset[str]:
+    import sys
+
+    return frozenset(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=name_of)
+def test_files_are_short(file: Path) -> None:
+    num_lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_LINES, f"{name_of(file)} has {num_lines} lines"
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_every_module_says_what_it_is(file: Path) -> None:
+    assert ast.get_docstring(parse(file)), f"{name_of(file)} has no docstring"
+
+
+def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import torch.nn as nn\nfrom qlora_train import __version__, train\n"
+        "def f():\n    from qlora_train.model.shards import read\n    import qlora_train.cli\n"
+    )
+    assert "torch.nn" in imported_names(parse(file))
+    assert imported_units(file) == {"train", "model", "cli"}

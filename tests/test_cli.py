@@ -1,0 +1,299 @@
+"""The command line: exit codes, one message on stderr, and no heavy import before it is needed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qlora_train
+from qlora_train import cli
+from qlora_train.errors import DataError, TrainingFailure
+from qlora_train.recipe import Recipe, bundled_recipes
+
+COMMANDS = (
+    "train",
+    "plan",
+    "preview",
+    "generate",
+    "export",
+    "recipes",
+    "chat",
+    "eval",
+    "report",
+    "init",
+    "bench",
+    "verify",
+)
+RECIPE = "model: {base: b}\ndata: {train: t}\n"
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE, encoding="utf-8")
+    return file
+
+
+def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, function: Any, attribute: str) -> None:
+    """Stand a module with one function in the place of a heavy one."""
+    module = types.ModuleType(name)
+    setattr(module, attribute, function)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+class Recorder:
+    """A stand-in for what a command calls: remembers the call, then returns or raises."""
+
+    def __init__(self, outcome: Any = None) -> None:
+        self.outcome = outcome
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((args, kwargs))
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder(types.SimpleNamespace(run_dir=Path("runs/x")))
+    replace_module(monkeypatch, "qlora_train.train", recorder, "train")
+    return recorder
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    listed = {
+        line.split()[0]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("    ") and line[4] != " "
+    }
+    assert stop.value.code == 0
+    assert set(COMMANDS) <= listed
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["recipes"], ["recipes", "show", "gsm8k"], ["plan", "x", "--json"]]
+)
+def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
+    script = (
+        "import sys\nfrom qlora_train.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'bitsandbytes', 'numpy', 'datasets', 'accelerate'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, cwd=_root())
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["plan", "recipe.yaml", "--vram", "8GiB", "--json"], "B"),
+        (["chat", "runs/x"], "D"),
+        (["eval", "runs/x"], "D"),
+        (["report"], "D"),
+        (["init"], "D"),
+        (["bench", "--record", "out"], "C"),
+        (["verify", "runs/x"], "E"),
+        (["export", "runs/x", "--to", "gguf"], "D"),
+        (["export", "runs/x", "--to", "adapter"], "D"),
+        (["export", "runs/x", "--base", "auto"], "D"),
+    ],
+)
+def test_commands_of_later_parts_say_not_yet(
+    argv: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"not yet: part {part} (" in output.err
+    assert argv[0] in output.err
+
+
+@pytest.mark.parametrize(
+    "order",
+    [["{}", "a=1", "--resume", "b=2"], ["--resume", "{}", "a=1", "b=2"], ["{}", "--resume", "a=1", "b=2"]],
+)
+def test_train_takes_overrides_before_and_after_options(
+    order: list[str], recipe_file: Path, train: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"{}": str(recipe_file), "a=1": "training.max_steps=7", "b=2": "lora.rank=3"}
+    assert cli.main(["train", *(words.get(word, word) for word in order)]) == 0
+    ((recipe,), options) = train.calls[0]
+    assert isinstance(recipe, Recipe)
+    assert (recipe.training.max_steps, recipe.lora.rank, options) == (7, 3, {"resume": True})
+    assert "runs/x" in capsys.readouterr().out
+
+
+def test_preview_calls_what_it_says(monkeypatch: pytest.MonkeyPatch, recipe_file: Path) -> None:
+    preview = Recorder()
+    replace_module(monkeypatch, "qlora_train.data.preview", preview, "preview")
+    assert cli.main(["preview", str(recipe_file), "-n", "5", "data.packing=false"]) == 0
+    ((recipe, num_rows), _) = preview.calls[0]
+    assert (recipe.data.packing, num_rows) == (False, 5)
+
+
+def test_generate_calls_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Recorder()
+    replace_module(monkeypatch, "qlora_train.infer.generate", generate, "generate_command")
+    assert (
+        cli.main(["generate", "runs/x", "--prompt", "a", "--prompt", "b", "--temperature", "0.5", "--raw"])
+        == 0
+    )
+    options = {"max_new_tokens": 128, "temperature": 0.5, "top_p": 1.0, "seed": 0, "raw": True}
+    assert generate.calls == [(("runs/x", ["a", "b"]), options)]
+
+
+def test_export_calls_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = Recorder(Path("runs/x/merged"))
+    replace_module(monkeypatch, "qlora_train.export", export, "export")
+    assert cli.main(["export", "runs/x"]) == 0
+    assert cli.main(["export", "runs/x", "--base", "original", "--dtype", "bfloat16", "--out", "y"]) == 0
+    assert export.calls == [
+        ((Path("runs/x"),), {"to": "merged", "base": "dequantized", "dtype": "float16", "out": None}),
+        ((Path("runs/x"),), {"to": "merged", "base": "original", "dtype": "bfloat16", "out": Path("y")}),
+    ]
+    assert capsys.readouterr().out == "runs/x/merged\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "message"),
+    [
+        (DataError("rows.jsonl:3: no column `q`"), 2, "qlora-train: rows.jsonl:3: no column `q`\n"),
+        (TrainingFailure("gradients of layer 3"), 1, "qlora-train: gradients of layer 3\n"),
+        (KeyboardInterrupt(), 130, "qlora-train: stopped by signal 2\n"),
+        (MemoryError(), 1, "qlora-train: out of memory\n"),
+        (OSError(28, "No space left on device", "x"), 1, "qlora-train: no space left on the disk: "),
+    ],
+)
+def test_failures_become_one_message_and_a_code(
+    outcome: BaseException,
+    code: int,
+    message: str,
+    recipe_file: Path,
+    train: Recorder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train.outcome = outcome
+    assert cli.main(["train", str(recipe_file)]) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(message) and "Traceback" not in output.err
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(recipe_file: Path, train: Recorder) -> None:
+    train.outcome = KeyError("a bug")
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["train", str(recipe_file)])
+
+
+def test_sigterm_ends_with_143(recipe_file: Path, train: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    replace_module(
+        monkeypatch, "qlora_train.train", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM), "train"
+    )
+    assert cli.main(["train", str(recipe_file)]) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_bad_recipe_lists_all_its_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(RECIPE + "lora: {rank: 0}\ntraning: {}\n", encoding="utf-8")
+    assert cli.main(["train", str(file)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "qlora-train: several problems",
+        f"{file}:3: lora.rank: must be 1 or more, got 0",
+        f"{file}:4: traning: unknown key; did you mean training?",
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["train", "gsm8k", "--fast"],
+        ["train", "gsm8k", "epochs"],
+        ["preview", "gsm8k", "-n", "0"],
+        ["generate", "runs/x"],
+        ["generate", "runs/x", "--prompt", "a", "--top-p", "1.5"],
+        ["export", "runs/x", "--dtype", "float8"],
+        ["recipes", "show"],
+        ["recipes", "show", "gsm9k"],
+    ],
+)
+def test_wrong_usage_ends_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == 2
+    assert capsys.readouterr().err
+
+
+def test_recipes_lists_shows_and_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(bundled_recipes())
+    assert any(line.startswith("gsm8k ") and "Grade-school maths" in line for line in lines)
+
+    text = bundled_recipes()["gsm8k"].read_text(encoding="utf-8")
+    assert cli.main(["recipes", "show", "gsm8k"]) == 0
+    assert capsys.readouterr().out == text
+    assert cli.main(["recipes", "copy", "gsm8k", str(tmp_path / "mine")]) == 0
+    assert (tmp_path / "mine" / "gsm8k.yaml").read_text(encoding="utf-8") == text
+
+    (tmp_path / "mine" / "gsm8k.yaml").write_text("# mine\n", encoding="utf-8")
+    assert cli.main(["recipes", "copy", "gsm8k", str(tmp_path / "mine")]) == 2
+    assert "already there" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "gsm8k.yaml").read_text(encoding="utf-8") == "# mine\n"
+
+
+def test_a_recipe_with_its_own_data_is_copied_as_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "bundled" / "own"
+    (source / "__pycache__").mkdir(parents=True)
+    (source / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (source / "rows.jsonl").write_text("{}\n", encoding="utf-8")
+    monkeypatch.setattr(cli, "bundled_recipes", lambda: {"own": source / "recipe.yaml"})
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["recipes", "copy", "own"]) == 0
+    assert capsys.readouterr().out == "own\n"
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["recipe.yaml", "rows.jsonl"]
+
+
+def test_python_m_runs_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_train", "--version"], capture_output=True, text=True, cwd=_root()
+    )
+    assert (done.returncode, done.stdout) == (0, f"qlora-train {qlora_train.__version__}\n")
+
+
+def test_output_into_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m qlora_train recipes show gsm8k | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=_root())
+    assert done.stderr == ""
+
+
+def test_train_stays_a_function_whatever_is_imported_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_module(monkeypatch, "qlora_train.train", lambda: "trained", "train")
+    qlora_train.train = sys.modules["qlora_train.train"]  # type: ignore[assignment]  # what an import does
+    assert qlora_train.train() == "trained"
+
+
+def _root() -> Path:
+    return Path(__file__).parent.parent

@@ -1,0 +1,132 @@
+"""Reading a recipe: files, lines, overrides and relative paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import qlora_train.recipe as recipe_module
+from qlora_train import Recipe, load_recipe
+from qlora_train.errors import RecipeError
+from qlora_train.recipe import DataSource
+
+
+def problems_of(text: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> list[str]:
+    """The problems of a YAML text, with the folder of the file taken off."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, overrides)
+    return [problem.replace(f"{tmp_path}/", "") for problem in caught.value.problems]
+
+
+def loaded(text: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file, overrides)
+
+
+TEXT = "model: {base: b}\ndata: {train: t, columns: {prompt: q}}\ntraining: {epochs: 3, seed: 4}\n"
+
+
+def test_overrides_follow_the_yaml_rules(tmp_path: Path) -> None:
+    overrides = (
+        "training.learning_rate=1e-5",
+        "training.report_to=[wandb]",
+        "lora.use_rslora=true",
+        'data.prompt_template="{q} = {r}\\n"',
+        "data.columns.completion=a",
+        "model.revision=abc",
+    )
+    recipe = loaded(TEXT, tmp_path, overrides)
+    assert recipe.training.learning_rate == 1e-5
+    assert recipe.training.seed == 4
+    assert recipe.training.report_to == ("wandb",)
+    assert recipe.lora.use_rslora is True
+    assert recipe.data.prompt_template == "{q} = {r}\n"
+    assert recipe.data.columns == {"prompt": "q", "completion": "a"}
+    assert recipe.model.revision == "abc"
+
+
+def test_an_override_of_the_length_replaces_the_other_way_to_say_it(tmp_path: Path) -> None:
+    training = loaded(TEXT, tmp_path, ("training.max_steps=7",)).training
+    assert (training.epochs, training.max_steps) == (None, 7)
+    found = problems_of(TEXT, tmp_path, ("training.epochs=1", "training.max_steps=7"))
+    assert found == ["override training.max_steps=7: contradicts training.epochs: write one of them"]
+
+
+def test_problems_of_overrides_name_the_override(tmp_path: Path) -> None:
+    overrides = (
+        "lora.r=3",
+        "training",
+        "lora=3",
+        "training.seed=[",
+        "training.seed=5",
+        "training.weight_decay=abc",
+        "lora.rank.x=1",
+        "memry.vram=auto",
+        "model.base=null",
+        "training.log_every={a: 1, a: 2}",
+    )
+    text = TEXT + "lora: {rank: 8}\n"
+    assert problems_of(text, tmp_path, overrides) == [
+        "override lora.r=3: unknown key; did you mean rank?",
+        "override training: is not section.key=value, such as training.epochs=2",
+        "override lora=3: is not section.key=value, such as training.epochs=2",
+        "override training.seed=[: the value is not valid YAML: expected the node content, but found "
+        "'<stream end>'",
+        "override training.seed=[: overridden twice",
+        "override training.weight_decay=abc: must be a number, got 'abc'",
+        "override lora.rank.x=1: lora.rank is not a mapping, so it has no keys",
+        "override memry.vram=auto: unknown key; did you mean memory?",
+        "override model.base=null: must be text, got null",
+        "override training.log_every={a: 1, a: 2}: training.log_every.a: duplicate key, written again at "
+        "override training.log_every={a: 1, a: 2}",
+        "override training.log_every={a: 1, a: 2}: must be a whole number, got a mapping",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model:\n  base: [a\ndata: b\n", "recipe.yaml:3: not valid YAML: "),
+        ("model: &m\n  base: *n\n", "recipe.yaml:2: not valid YAML: found undefined alias 'n'"),
+        ("- a\n", "recipe.yaml: must be a mapping of sections"),
+        ("", "recipe.yaml: model.base: required, and missing"),
+        ("model: {base: b}\ndata: 3\n", "recipe.yaml:2: data: must be a mapping of keys, got 3"),
+        ("model: {base: b}\ndata: {train: t}\nlora: &l {rank: *l}\n", "recipe.yaml:3: lora.rank"),
+        (
+            "model: {base: !!python/name:os.system b}\ndata: {train: t}\n",
+            "recipe.yaml:1: model.base: is no plain value: could not determine a constructor",
+        ),
+    ],
+)
+def test_files_that_are_no_recipe(text: str, problem: str, tmp_path: Path) -> None:
+    assert problems_of(text, tmp_path)[0].startswith(problem)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(RecipeError, match=r"latin\.yaml: cannot be read: 'utf-8' codec"):
+        load_recipe(tmp_path / "latin.yaml")
+    with pytest.raises(RecipeError, match="gsm8k-x: no such recipe file; .*did you mean gsm8k?"):
+        load_recipe("gsm8k-x")
+
+
+def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, here, bundled = tmp_path / "recipes", tmp_path / "here", tmp_path / "bundled"
+    for folder, names in ((beside, "ab"), (here, "abc"), (bundled, "abcd")):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(recipe_module, "bundled_recipes_dir", lambda: bundled)
+    text = "model: {base: a}\nlora: {init_from: d}\ndata: {train: [b, {path: c}], eval: org/e}\n"
+    recipe = loaded(text + "training: {output_dir: a}\n", beside, ("model.base=b",))
+    assert recipe.model.base == str(here / "b")  # an override is written where the command runs
+    assert recipe.lora.init_from == str(bundled / "d")
+    assert [source.path for source in recipe.data.train] == [str(beside / "b"), str(here / "c")]
+    assert recipe.data.eval == (DataSource(path="org/e"),)
+    assert recipe.training.output_dir == "a"
+    assert loaded(text, beside).model.base == str(beside / "a")

@@ -1,0 +1,168 @@
+"""Tiny random checkpoints and packed rows for tests. Nothing is downloaded: configs come from transformers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from qlora_train.model.attention import NAME
+from qlora_train.model.base import load_base
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.quantize import Packing
+
+VOCABULARY_SIZE = 96
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+# What each family is tested with beyond the common sizes; the comment says what it brings.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),  # untied
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3-rope": ("llama", {"rope_parameters": _LLAMA3_ROPE, "max_position_embeddings": 128}),  # rows of 48 > 16
+    "mistral": ("mistral", {"sliding_window": 8}),  # documents 3x the window and more
+    "qwen2": ("qwen2", {}),  # biases on q, k, v
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24}),  # q and k norms, heads wider than hidden / heads
+    "phi3": ("phi3", {"sliding_window": None}),  # fused qkv and gate_up
+    "gemma": ("gemma", {"head_dim": 16}),  # scaled embedding, GeGLU, norms of 1 + w
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),  # a layer without rotary embedding
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.5,
+        },
+    ),
+}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A 3-layer config of a family in FAMILIES (or any model type of transformers)."""
+    model_type, extra = FAMILIES.get(family, (family, {}))
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return CONFIG_MAPPING[model_type](**(options | extra | changes))
+
+
+def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
+    """A model of this config in fp32 with random weights, random norm weights and random biases."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.08)
+    return model
+
+
+def write_checkpoint(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny random model of the family as fp32 safetensors."""
+    random_model(tiny_config(family, **changes), seed).save_pretrained(folder)
+    return folder
+
+
+def load_tiny(
+    folder: Path,
+    packing: Packing = Packing("nf4", double_quant=True),
+    dtype: torch.dtype = torch.float32,
+    *,
+    rank: int = 4,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[FrozenDecoder, FactorBuffers]:
+    """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears."""
+    decoder = load_base(folder, packing, dtype, torch.device("cpu"))
+    factors = FactorBuffers(
+        decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu"
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    factors.masters.copy_(0.1 * torch.randn(factors.masters.shape, generator=generator))
+    factors.refresh_working()
+    return decoder, factors
+
+
+def packed_row(lengths: list[int], seed: int = 0, first_row: int = 0, unsupervised: int = 2) -> PackedTokens:
+    """Random documents of these lengths in one row; the first `unsupervised` tokens of each are a prompt."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    token_ids = rng.integers(3, VOCABULARY_SIZE, total)
+    labels = np.full(total, -100)
+    start = 0
+    for length in lengths:
+        first_label = start + min(unsupervised, length - 1)
+        labels[first_label : start + length - 1] = token_ids[first_label + 1 : start + length]
+        start += length
+    return PackedTokens.from_host(
+        SimpleNamespace(
+            token_ids=token_ids,
+            position_ids=np.concatenate([np.arange(n) for n in lengths]),
+            labels=labels,
+            cu_seqlens=np.cumsum([0, *lengths]),
+            supervised_positions=np.flatnonzero(labels >= 0),
+            row_ids=np.full(total, first_row),
+            token_offsets=np.arange(total),
+        ),
+        "cpu",
+    )
+
+
+class UnpackedLinear(nn.Linear):
+    """nn.Linear plus LoRA in plain autograd: y = x W^T + b + s (x A^T) B^T, the yardstick of the parity tests."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y + nn.functional.linear(nn.functional.linear(x, self.a), self.b) * self.scaling
+
+
+def library_model(
+    folder: Path, decoder: FrozenDecoder, factors: FactorBuffers, dtype: torch.dtype, attention: str = NAME
+) -> PreTrainedModel:
+    """transformers' own model of the checkpoint, with the unpacked weights and the factors of `decoder` in plain linears."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model.eval().requires_grad_(False)
+    working = factors.views(factors.working)
+    for name, frozen in decoder.linears.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        linear.weight.data = frozen.source.unpack(name, dtype).clone()
+        if name in working:
+            linear.__class__ = UnpackedLinear
+            assert isinstance(linear, UnpackedLinear)
+            linear.a = nn.Parameter(working[name][0].clone())
+            linear.b = nn.Parameter(working[name][1].clone())
+            linear.scaling = factors.scaling
+    return model
