@@ -25,16 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_train.data.tables import Origin, Row, RowProblems, RowTable, type_name
 from qlora_train.errors import DataError
+from qlora_train.recipe_checks import COLUMN_ROLES as ROLES
 
 if TYPE_CHECKING:
     from qlora_train.recipe import DataSection
 
-ROLES: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
 _OPTIONAL = {"input"}
 _SPEAKERS = ("system", "user", "assistant", "tool")
 

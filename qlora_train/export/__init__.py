@@ -26,22 +26,28 @@ def export(
 ) -> Path:
     """Write a finished run as merged weights and return their folder (default: `merged` inside the run).
 
-    base: "dequantized" merges into the packed weights that training saw, "original" into the checkpoint's own.
-    dtype: "float16", "bfloat16" or "float32". Needs no GPU and, up to 1.1 GB per tensor, less than 1.2 GB of memory.
+    base: "dequantized" merges into the packed weights that training saw, "original" into the checkpoint's
+    own. dtype: "float16", "bfloat16" or "float32". Needs no GPU and, up to 1.1 GB per tensor, less than 1.2
+    GB of memory.
 
-    Raises `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
+    Raises `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see
+    `merge`).
     """
     run = Path(run)
     if to in ("adapter", "gguf") or base == "auto":
-        raise NotYetError(f"export(to={to!r}, base={base!r}) is not there yet: use to='merged', base='dequantized'.")
+        raise NotYetError(
+            f"export(to={to!r}, base={base!r}) is not there yet: use to='merged', base='dequantized'."
+        )
     if to != "merged" or base not in ("original", "dequantized") or dtype not in DTYPES:
         raise ExportError(
-            f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged', base is 'original' or 'dequantized', "
-            f"dtype is one of {', '.join(DTYPES)}."
+            f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged', base is 'original' or"
+            f" 'dequantized', dtype is one of {', '.join(DTYPES)}."
         )
     for needed, meaning in (("recipe.yaml", "not a run folder"), ("adapter", "the run has no adapter yet")):
         if not (run / needed).exists():
-            raise RunFolderError(f"{run}: {meaning}: {needed} is missing. Give the folder that training wrote.")
+            raise RunFolderError(
+                f"{run}: {meaning}: {needed} is missing. Give the folder that training wrote."
+            )
     model = load_recipe(run / "recipe.yaml").model
     folder = resolve_base(model.base, model.revision)[0]
     packing = Packing(model.quantization, model.double_quant) if base == "dequantized" else None

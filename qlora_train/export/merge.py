@@ -1,14 +1,15 @@
 """Merging: W + scaling * B A for every trained weight, written as a checkpoint that any tool loads.
 
-One tensor at a time, a few rows at a time: rows are read, computed in fp32, cast and appended to the shard. A
-safetensors header holds only dtypes, shapes and offsets, and those follow from the base's shapes, so it is written first
-and no shard is ever held. Memory: one block of rows (16 MiB as read, twice that in fp32) and, in `dequantized` mode, one
-packed weight and the quantiser's scratch. `peft.merge_and_unload` needs the whole 16-bit model.
+One tensor at a time, a few rows at a time: rows are read, computed in fp32, cast and appended to the shard.
+A safetensors header holds only dtypes, shapes and offsets, and those follow from the base's shapes, so it
+is written first and no shard is ever held. Memory: one block of rows (16 MiB as read, twice that in fp32)
+and, in `dequantized` mode, one packed weight and the quantiser's scratch. `peft.merge_and_unload` needs the
+whole 16-bit model.
 
-Which base? The factors were trained against the packed weights, errors included: on top of those they are exact up to
-the final cast (`packing` given: each weight is packed and unpacked again, as training did). On top of the original weights
-the quantisation error goes, and so does whatever the factors learned to make up for it. `packing: none` has no error to
-keep: its weights are the original ones.
+Which base? The factors were trained against the packed weights, errors included: on top of those they are
+exact up to the final cast (`packing` given: each weight is packed and unpacked again, as training did). On
+top of the original weights the quantisation error goes, and so does whatever the factors learned to make up
+for it. `packing: none` has no error to keep: its weights are the original ones.
 
 Tied embeddings stay tied because nothing is written that the base does not have.
 """
@@ -49,7 +50,8 @@ COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written. `num_merged`: weights that took factors; `num_dequantized`: weights packed and unpacked."""
+    """What was written. `num_merged`: weights that took factors; `num_dequantized`: weights packed and
+    unpacked."""
 
     folder: Path
     num_tensors: int
@@ -70,9 +72,9 @@ def merge(
 ) -> MergeReport:
     """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
 
-    packing: None starts from the original weights; else every matrix of a decoder layer is packed and unpacked as in
-    training. Raises `ExportError` (out not empty, disk too small, adapter that does not fit, values `dtype` cannot hold)
-    and `BaseModelError` (unusable base or adapter); `out` is then as it was.
+    packing: None starts from the original weights; else every matrix of a decoder layer is packed and
+    unpacked as in training. Raises `ExportError` (out not empty, disk too small, adapter that does not fit,
+    values `dtype` cannot hold) and `BaseModelError` (unusable base or adapter); `out` is then as it was.
     """
     base_folder, out = Path(base_folder), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -99,7 +101,9 @@ def merge(
 class _Weights:
     """The merged model's tensors: their shapes now, their rows on demand."""
 
-    def __init__(self, reader: ShardReader, packing: Packing | None, factors: Factors, scaling: float) -> None:
+    def __init__(
+        self, reader: ShardReader, packing: Packing | None, factors: Factors, scaling: float
+    ) -> None:
         self._reader = reader
         self._packing = packing
         self._scaling = scaling
@@ -110,8 +114,8 @@ class _Weights:
                 self.shapes[name] = self._shape_of(name)
         if self._is_packed_already and packing is None:
             raise ExportError(
-                f"{reader.folder}: the base is already packed by bitsandbytes, its original weights are not there. "
-                f"Export with --base dequantized."
+                f"{reader.folder}: the base is already packed by bitsandbytes, its original weights are not"
+                " there. Export with --base dequantized."
             )
         self._factors = self._match(factors)
         self.dequantized = self._is_packed_already | {
@@ -119,7 +123,8 @@ class _Weights:
         }
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor, in fp32, some rows [rows, ...] at a time and in order; each valid until the next."""
+        """The merged tensor, in fp32, some rows [rows, ...] at a time and in order; each valid until the
+        next."""
         if not self.shapes[name]:
             yield self._reader.read(name).float()
             return
@@ -159,7 +164,7 @@ class _Weights:
         if info.dtype not in MERGEABLE_DTYPES:
             raise BaseModelError(
                 f"{self._reader.folder}: {name} has the dtype {info.dtype}, which cannot be merged. "
-                f"Convert the checkpoint to bfloat16 first."
+                "Convert the checkpoint to bfloat16 first."
             )
         return info.shape
 
@@ -177,7 +182,7 @@ class _Weights:
             if name is None:
                 raise ExportError(
                     f"the adapter trains {path}, but {self._reader.folder} has no tensor {candidates[0]}. "
-                    f"Is this the base it was trained on?"
+                    "Is this the base it was trained on?"
                 )
             if self.shapes[name] != (len(b), a.shape[1]):
                 raise ExportError(
@@ -255,7 +260,8 @@ def _merged_config(base_folder: Path, dtype: torch.dtype) -> str:
 
 
 def _copy_companions(base_folder: Path, folder: Path) -> None:
-    """Tokenizer, chat templates, generation config: every small file that is no weight and no configuration of weights."""
+    """Tokenizer, chat templates, generation config: every small file that is no weight and no configuration
+    of weights."""
     for path in sorted(base_folder.iterdir()):
         is_ours = path.name == "config.json" or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in COPIED_SUFFIXES and not is_ours:

@@ -4,9 +4,10 @@ An adapter adds scaling * B A to some weights W [out, in] of the base, with A [r
 scaling = alpha / rank (rsLoRA: alpha / sqrt(rank)). PEFT names the two tensors of the module at `path`
 `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted from the CausalLM.
 
-Written without peft, which would need the whole model in memory to save the few megabytes beside it. PEFT's format has
-many variants (DoRA, saved embeddings, ranks by pattern, ...): one that would need more than A, B and a single scaling is
-refused by name, because loading it as plain LoRA would give a different model without a word.
+Written without peft, which would need the whole model in memory to save the few megabytes beside it. PEFT's
+format has many variants (DoRA, saved embeddings, ranks by pattern, ...): one that would need more than A, B
+and a single scaling is refused by name, because loading it as plain LoRA would give a different model
+without a word.
 """
 
 from __future__ import annotations
@@ -73,16 +74,20 @@ class AdapterConfig:
 def save_adapter(folder: Path, config: AdapterConfig, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Write (or wholly replace) an adapter folder; the same input gives the same bytes.
 
-    `factors`: module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj" -> (A [rank, in], B [out, rank]).
-    They are stored in fp32.
+    `factors`: module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj" -> (A [rank, in],
+    B [out, rank]). They are stored in fp32.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(factors):
         for suffix, factor in zip(SUFFIXES, factors[path], strict=True):
-            tensors[PREFIX + path + suffix] = factor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+            tensors[PREFIX + path + suffix] = (
+                factor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+            )
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with atomic_folder(Path(folder)) as partial:
-        (partial / CONFIG_FILE).write_text(json.dumps(_to_peft(config), indent=2, sort_keys=True) + "\n", "utf-8")
+        (partial / CONFIG_FILE).write_text(
+            json.dumps(_to_peft(config), indent=2, sort_keys=True) + "\n", "utf-8"
+        )
         with open(partial / WEIGHTS_FILE, "wb") as file:
             write_header(file, layout, {"format": "pt"})
             for tensor in tensors.values():
@@ -90,9 +95,11 @@ def save_adapter(folder: Path, config: AdapterConfig, factors: Mapping[str, tupl
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
-    """Read an adapter that this package or peft wrote: its config and {module path: (A [rank, in], B [out, rank])}, fp32.
+    """Read an adapter that this package or peft wrote: its config and {module path: (A [rank, in], B [out,
+    rank])}, fp32.
 
-    Raises `BaseModelError` for a folder that holds no such adapter, and for features beyond plain LoRA, by name.
+    Raises `BaseModelError` for a folder that holds no such adapter, and for features beyond plain LoRA, by
+    name.
     """
     folder = Path(folder)
     raw = _read_config(folder)
@@ -100,18 +107,24 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise BaseModelError(
-                f"{folder}: the adapter is in pickle format (adapter_model.bin), which can run code when loaded and is "
-                f"refused. Load it once with peft where you trust it and save it again: that writes {WEIGHTS_FILE}."
+                f"{folder}: the adapter is in pickle format (adapter_model.bin), which can run code when"
+                " loaded and is refused. Load it once with peft where you trust it and save it again: that"
+                f" writes {WEIGHTS_FILE}."
             )
         raise BaseModelError(f"{folder}: {CONFIG_FILE} is there, but {WEIGHTS_FILE} is missing.")
     try:
         rank, alpha = int(raw["r"]), raw["lora_alpha"]
-        base_model, dropout = str(raw.get("base_model_name_or_path") or ""), float(raw.get("lora_dropout", 0.0))
+        base_model, dropout = (
+            str(raw.get("base_model_name_or_path") or ""),
+            float(raw.get("lora_dropout", 0.0)),
+        )
         use_rslora, targets = bool(raw.get("use_rslora", False)), raw.get("target_modules")
         if rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
             raise ValueError(f"r = {rank}, lora_alpha = {alpha!r}")
     except (KeyError, TypeError, ValueError) as error:
-        raise BaseModelError(f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers ({error!r}).") from error
+        raise BaseModelError(
+            f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers ({error!r})."
+        ) from error
     factors = _read_factors(folder, rank)
     if not isinstance(targets, list):  # peft also takes a regular expression: the factors say what it matched
         targets = {path.rsplit(".", 1)[-1] for path in factors}
@@ -168,7 +181,7 @@ def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
     if found:
         raise BaseModelError(
             f"{folder}: the adapter uses {', '.join(found)}; only plain LoRA is supported. "
-            f"Merge it into its base with peft, and train on the merged model."
+            "Merge it into its base with peft, and train on the merged model."
         )
 
 
@@ -177,8 +190,8 @@ def _read_factors(folder: Path, rank: int) -> Factors:
         names = reader.names()
         if strange := [name for name in names if not (name.startswith(PREFIX) and name.endswith(SUFFIXES))]:
             raise BaseModelError(
-                f"{folder}: {WEIGHTS_FILE} holds {strange[0]} (and {len(strange) - 1} more like it), which plain LoRA does "
-                f"not have."
+                f"{folder}: {WEIGHTS_FILE} holds {strange[0]} (and {len(strange) - 1} more like it), which"
+                " plain LoRA does not have."
             )
         paths = dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names)
         factors: Factors = {}
@@ -186,8 +199,8 @@ def _read_factors(folder: Path, rank: int) -> Factors:
             a, b = (reader.read(PREFIX + path + suffix) for suffix in SUFFIXES)
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
                 raise BaseModelError(
-                    f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)}; with the "
-                    f"config's r = {rank} they must be [{rank}, in] and [out, {rank}]."
+                    f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
+                    f" with the config's r = {rank} they must be [{rank}, in] and [out, {rank}]."
                 )
             factors[path] = (a.float(), b.float())
     if not factors:

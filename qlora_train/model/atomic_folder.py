@@ -1,8 +1,8 @@
 """Writing a folder that is either complete or not there.
 
-Files go into `<name>.partial-<pid>` beside the final place, are fsynced, and the folder is renamed. A failure removes
-the partial folder; a power cut leaves one whose name says what it is. A folder that stood there before is replaced
-as a whole, never file by file: new weights beside an old config would be neither.
+Files go into `<name>.partial-<pid>` beside the final place, are fsynced, and the folder is renamed. A
+failure removes the partial folder; a power cut leaves one whose name says what it is. A folder that stood
+there before is replaced as a whole, never file by file: new weights beside an old config would be neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to write into, which becomes `folder` when the block ends without an exception."""
+    """Yields an empty folder to write into, which becomes `folder` when the block ends without an
+    exception."""
     folder = folder.resolve()  # a link to a larger disk keeps being one
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

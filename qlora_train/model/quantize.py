@@ -1,23 +1,28 @@
-"""Packing: the frozen weights as 4-bit or 8-bit codes and their scales, byte for byte as bitsandbytes makes them.
+"""Packing: the frozen weights as 4-bit or 8-bit codes and their scales, byte for byte as bitsandbytes makes
+them.
 
-4 bits (nf4, fp4). The weight [out, in] is read as one flat row of n = out*in numbers, cut into blocks of 64. A block keeps
-its absolute maximum (fp32) and, per number, the index of the nearest of 16 code values to w / absmax:
+4 bits (nf4, fp4). The weight [out, in] is read as one flat row of n = out*in numbers, cut into blocks of
+64. A block keeps its absolute maximum (fp32) and, per number, the index of the nearest of 16 code values to
+w / absmax:
 
     data    uint8 [ceil(n/2)]          two codes a byte, the first in the high nibble
     absmax  float32 [ceil(n/64)]       w = code[index] * absmax
 
-Double quantisation packs absmax itself: less its mean (nested_offset), in blocks of 256, as indices into a 256-entry table:
+Double quantisation packs absmax itself: less its mean (nested_offset), in blocks of 256, as indices into a
+256-entry table:
 
     absmax  uint8 [ceil(n/64)]         absmax = nested_code[absmax] * nested_absmax + nested_offset
     nested_absmax float32 [ceil(n/64/256)], nested_offset float32 [], nested_code float32 [256]
 
-which makes (4 + 8/64 + 32/(64*256)) / 8 = 0.5159 byte per number, against 0.5625 without. 8 bits (int8): one absmax
-per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = data * row_absmax / 127. bitsandbytes casts the weight to
-fp16 before it packs int8, so we do: from bf16 or fp32 weights that costs a rounding, and weights beyond 65504 are refused.
+which makes (4 + 8/64 + 32/(64*256)) / 8 = 0.5159 byte per number, against 0.5625 without. 8 bits (int8):
+one absmax per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = data * row_absmax / 127.
+bitsandbytes casts the weight to fp16 before it packs int8, so we do: from bf16 or fp32 weights that costs a
+rounding, and weights beyond 65504 are refused.
 
-The quantisers are the library's own; only the walk is ours. Called on a whole weight, its CPU quantiser needs about 25
-bytes of scratch per number (1.4 GB for one 8B-size MLP matrix). But blocks are independent: chunks of whole
-blocks give the same bytes, the remainder of a row block is carried into the next, and scratch stays below 64 MiB.
+The quantisers are the library's own; only the walk is ours. Called on a whole weight, its CPU quantiser
+needs about 25 bytes of scratch per number (1.4 GB for one 8B-size MLP matrix). But blocks are independent:
+chunks of whole blocks give the same bytes, the remainder of a row block is carried into the next, and
+scratch stays below 64 MiB.
 """
 
 from __future__ import annotations
@@ -44,7 +49,8 @@ PACKABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Packing:
-    """How frozen weights are packed. `double_quant` and `block_size` (numbers per absmax) matter for nf4 and fp4 only."""
+    """How frozen weights are packed. `double_quant` and `block_size` (numbers per absmax) matter for nf4
+    and fp4 only."""
 
     format: Format
     double_quant: bool = False
@@ -93,7 +99,7 @@ class PackedWeight:
         first_block, last_block = begin // block, -(-end // block)
         num_stored = 2 * len(self.tensors["data"])  # n, or n + 1: the last byte's low nibble is then padding
         origin, limit = first_block * block, min(last_block * block, num_stored)
-        # As a matrix only if rows are whole blocks: otherwise the library's CPU kernel takes the wrong block's absmax.
+        # A matrix only if rows are whole blocks: else the library's CPU kernel takes the wrong absmax.
         as_matrix = columns % block == 0
         state = bnb.QuantState(
             absmax=self._absmax(first_block, last_block),
@@ -129,14 +135,17 @@ class PackedWeight:
         step = max(1, CHUNK_ELEMENTS // self.shape[1])
         for row in range(start, stop, step):
             rows = slice(row, min(row + step, stop))
-            out[rows.start - start : rows.stop - start] = bnb.int8_vectorwise_dequant(data[rows], row_absmax[rows])
+            out[rows.start - start : rows.stop - start] = bnb.int8_vectorwise_dequant(
+                data[rows], row_absmax[rows]
+            )
         return out
 
 
 def packed_layout(
     packing: Packing, shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The tensors a weight [out, in] packs into: name -> (dtype, shape). `dtype` is that of unpacked weights ("none")."""
+    """The tensors a weight [out, in] packs into: name -> (dtype, shape). `dtype` is that of unpacked
+    weights ("none")."""
     num_elements = math.prod(shape)
     if packing.format == "none":
         return {"data": (dtype, shape)}
@@ -162,11 +171,12 @@ def pack(
     dtype: torch.dtype = torch.bfloat16,
     name: str = "weight",
 ) -> PackedWeight:
-    """Pack a weight [out, in] that arrives as consecutive blocks of rows (any sizes; each is done with before the next).
+    """Pack a weight [out, in] that arrives as consecutive blocks of rows (any sizes; each is done with
+    before the next).
 
     nf4 and fp4 quantise the numbers in the dtype they come in, on `device`: the result has the bytes of
-    `bitsandbytes.functional.quantize_4bit(whole, blocksize=64, compress_statistics=double_quant)`. int8 has those of
-    `int8_vectorwise_quant(whole.to(float16))`. "none" casts to `dtype`, which nothing else uses.
+    `bitsandbytes.functional.quantize_4bit(whole, blocksize=64, compress_statistics=double_quant)`. int8 has
+    those of `int8_vectorwise_quant(whole.to(float16))`. "none" casts to `dtype`, which nothing else uses.
 
     Raises `BaseModelError`, saying `name`, for weights that are not finite, or are not 16- or 32-bit floats.
     """
@@ -179,7 +189,9 @@ def pack(
         num_elements, scales = _pack_int8(rows, shape[1], tensors)
     else:
         num_elements, scales = _pack_none(rows, tensors["data"])
-    assert num_elements == math.prod(shape), f"{name}: the row blocks hold {num_elements} numbers, not {shape}"
+    assert num_elements == math.prod(shape), (
+        f"{name}: the row blocks hold {num_elements} numbers, not {shape}"
+    )
     if not torch.isfinite(scales).all():
         raise BaseModelError(
             f"{name}: holds values that are not finite, or that float16 cannot hold "
@@ -192,15 +204,17 @@ def _checked(rows: Iterable[Tensor], name: str) -> Iterator[Tensor]:
     for block in rows:
         if block.dtype not in PACKABLE_DTYPES:
             raise BaseModelError(
-                f"{name}: has the dtype {block.dtype}; only float32, float16 and bfloat16 weights can be packed. "
-                f"Convert the checkpoint to bfloat16 first."
+                f"{name}: has the dtype {block.dtype}; only float32, float16 and bfloat16 weights can be"
+                " packed. Convert the checkpoint to bfloat16 first."
             )
         yield block
 
 
 def _pack_4bit(rows: Iterable[Tensor], packing: Packing, tensors: dict[str, Tensor]) -> tuple[int, Tensor]:
     data, device = tensors["data"], tensors["data"].device
-    absmax = torch.empty(tensors["absmax"].shape, device=device) if packing.double_quant else tensors["absmax"]
+    absmax = (
+        torch.empty(tensors["absmax"].shape, device=device) if packing.double_quant else tensors["absmax"]
+    )
     block, done = packing.block_size, 0
     for chunk in _whole_blocks(rows, block):
         codes, state = bnb.quantize_4bit(chunk.to(device), blocksize=block, quant_type=packing.format)
@@ -209,7 +223,7 @@ def _pack_4bit(rows: Iterable[Tensor], packing: Packing, tensors: dict[str, Tens
         done += len(chunk)
     if packing.double_quant:
         _pack_absmax(absmax, tensors)
-        return done, tensors["nested_absmax"]
+        return done, tensors["nested_offset"]  # the mean: not finite if any absmax is not
     return done, absmax
 
 
@@ -224,7 +238,8 @@ def _pack_absmax(absmax: Tensor, tensors: dict[str, Tensor]) -> None:
 
 
 def _whole_blocks(rows: Iterable[Tensor], block: int) -> Iterator[Tensor]:
-    """Re-cut row blocks into flat chunks of whole quantisation blocks; only the last chunk may end inside one."""
+    """Re-cut row blocks into flat chunks of whole quantisation blocks; only the last chunk may end inside
+    one."""
     carry = torch.empty(0)
     for part in rows:
         flat = part.reshape(-1)
@@ -266,7 +281,8 @@ def _pack_none(rows: Iterable[Tensor], data: Tensor) -> tuple[int, Tensor]:
 def read_bitsandbytes_weight(
     reader: ShardReader, name: str, device: torch.device | str = "cpu"
 ) -> PackedWeight | None:
-    """The weight `name` (such as "model.layers.0.mlp.up_proj.weight") if bitsandbytes has already packed it, else None.
+    """The weight `name` (such as "model.layers.0.mlp.up_proj.weight") if bitsandbytes has already packed
+    it, else None.
 
     The bytes are taken as they are. Raises `BaseModelError` if they are incomplete or do not fit each other.
     """
@@ -277,26 +293,36 @@ def read_bitsandbytes_weight(
     elif scale_name in reader:
         packed = _read_int8(reader, name, scale_name)
     elif not reader.info(name).dtype.is_floating_point:
-        raise _damaged(reader, name, f"it is {reader.info(name).dtype} but has no bitsandbytes quant_state or SCB beside it")
+        raise _damaged(
+            reader,
+            name,
+            f"it is {reader.info(name).dtype} but has no bitsandbytes quant_state or SCB beside it",
+        )
     else:
         return None
     for key, (dtype, shape) in packed_layout(packed.packing, packed.shape, torch.bfloat16).items():
         tensor = packed.tensors[key]
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise _damaged(reader, name, f"its {key} is {found} where the weight's shape needs {dtype} {list(shape)}")
+            raise _damaged(
+                reader, name, f"its {key} is {found} where the weight's shape needs {dtype} {list(shape)}"
+            )
     return packed.to(device)
 
 
 def bitsandbytes_shape(reader: ShardReader, name: str) -> tuple[int, int] | None:
-    """The unpacked shape of a weight that bitsandbytes has packed to 4 bits, without reading the weight; else None."""
+    """The unpacked shape of a weight that bitsandbytes has packed to 4 bits, without reading the weight;
+    else None."""
     form = _form_of(reader, name)
     return _read_state(reader, name, form)[1] if form else None
 
 
 def is_bitsandbytes_constant(name: str) -> bool:
     """Whether a tensor of a checkpoint is not a weight but belongs to one that bitsandbytes has packed."""
-    return re.search(r"\.weight\.(nested_)?(absmax|quant_map|quant_state\.\w+)$|\.(SCB|weight_format)$", name) is not None
+    return (
+        re.search(r"\.weight\.(nested_)?(absmax|quant_map|quant_state\.\w+)$|\.(SCB|weight_format)$", name)
+        is not None
+    )
 
 
 def _form_of(reader: ShardReader, name: str) -> Literal["nf4", "fp4"] | None:
@@ -318,8 +344,13 @@ def _read_state(
         raise _damaged(reader, name, f"its quant_state does not parse ({error!r})") from error
     if packing.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096) or state.get("quant_type") != form:
         raise _damaged(reader, name, f"its quant_state says {state}")
-    if packing.double_quant and (state.get("nested_blocksize"), state.get("nested_dtype")) != (256, "float32"):
-        raise _damaged(reader, name, f"its quant_state says {state}, where nested blocks of 256 float32 are needed")
+    if packing.double_quant and (state.get("nested_blocksize"), state.get("nested_dtype")) != (
+        256,
+        "float32",
+    ):
+        raise _damaged(
+            reader, name, f"its quant_state says {state}, where nested blocks of 256 float32 are needed"
+        )
     return packing, (out_features, in_features), offset
 
 
@@ -342,7 +373,9 @@ def _read_4bit(reader: ShardReader, name: str, form: Literal["nf4", "fp4"]) -> P
 def _read_int8(reader: ShardReader, name: str, scale_name: str) -> PackedWeight:
     format_name = name + "_format"
     if format_name in reader and int(reader.read(format_name)) != 0:
-        raise _damaged(reader, name, "its weight_format is not row-major, which old GPU-specific checkpoints had")
+        raise _damaged(
+            reader, name, "its weight_format is not row-major, which old GPU-specific checkpoints had"
+        )
     info = reader.info(name)
     if len(info.shape) != 2:
         raise _damaged(reader, name, f"it has the shape {list(info.shape)}")
@@ -353,5 +386,5 @@ def _read_int8(reader: ShardReader, name: str, scale_name: str) -> PackedWeight:
 def _damaged(reader: ShardReader, name: str, what: str) -> BaseModelError:
     return BaseModelError(
         f"{reader.folder}: {name} is packed by bitsandbytes but cannot be used: {what}. "
-        f"Download the checkpoint again, or use one that is not quantised."
+        "Download the checkpoint again, or use one that is not quantised."
     )

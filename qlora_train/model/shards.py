@@ -3,7 +3,8 @@
 A safetensors file is: 8 bytes (little endian) with the length H of the header, H bytes of JSON, then the
 tensors' bytes, row-major. The header maps each name to `{"dtype": "BF16", "shape": [out, in],
 "data_offsets": [begin, end]}`, offsets counted from the end of the header. A large checkpoint is several
-such files (shards) and `model.safetensors.index.json`, whose `weight_map` says which shard holds which tensor.
+such files (shards) and `model.safetensors.index.json`, whose `weight_map` says which shard holds which
+tensor.
 
 Why not the safetensors library: it maps the file into memory. Mapped pages that have been touched count as
 resident memory, so reading a 16 GB model that way looks like (and, under a memory limit, is) 16 GB. Plain
@@ -71,8 +72,8 @@ class _Place:
 class ShardReader:
     """The tensors of one checkpoint folder (or adapter file), read on demand to the CPU.
 
-    Opens `model.safetensors`, or the shards named by `model.safetensors.index.json`; `single_file` names another
-    file to read instead. Not for use by two threads at once: open one reader per thread.
+    Opens `model.safetensors`, or the shards named by `model.safetensors.index.json`; `single_file` names
+    another file to read instead. Not for use by two threads at once: open one reader per thread.
 
     Raises `BaseModelError` on opening if the folder, its weights or any file's header is not usable.
     """
@@ -82,7 +83,9 @@ class ShardReader:
         self._files: dict[Path, BinaryIO] = {}
         self._places: dict[str, _Place] = {}
         if not self.folder.is_dir():
-            raise BaseModelError(f"{self.folder}: no such folder. Give a folder with config.json and safetensors weights.")
+            raise BaseModelError(
+                f"{self.folder}: no such folder. Give a folder with config.json and safetensors weights."
+            )
         if (self.folder / single_file).is_file():
             self._places = read_header(self.folder / single_file)
         elif (self.folder / INDEX_FILE).is_file():
@@ -114,7 +117,8 @@ class ShardReader:
         return self._place(name).info
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, in the checkpoint's dtype, in freshly allocated CPU memory of exactly its size."""
+        """The whole tensor, in the checkpoint's dtype, in freshly allocated CPU memory of exactly its
+        size."""
         place = self._place(name)
         buffer = torch.empty(place.info.num_bytes, dtype=torch.uint8)
         self._fill(buffer, place.path, place.offset_bytes)
@@ -125,8 +129,9 @@ class ShardReader:
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Walk over a tensor along its first dimension: yields `(start, stop, rows)`.
 
-        A block holds as many rows as fit in `max_bytes`, in multiples of `multiple_of_rows` (but the last), and at
-        least that many. All blocks share ONE buffer: `rows` is valid until the next step of the iteration only.
+        A block holds as many rows as fit in `max_bytes`, in multiples of `multiple_of_rows` (but the last),
+        and at least that many. All blocks share ONE buffer: `rows` is valid until the next step of the
+        iteration only.
         """
         place = self._place(name)
         info = place.info
@@ -165,13 +170,16 @@ class ShardReader:
 
 
 def read_header(path: Path) -> dict[str, _Place]:
-    """The places of all tensors in one safetensors file, in byte order; checks them against the file's size."""
+    """The places of all tensors in one safetensors file, in byte order; checks them against the file's
+    size."""
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= header_bytes <= MAX_HEADER_BYTES:
-            raise BaseModelError(f"{path}: not a safetensors file (its header length is not believable). Download it again.")
+            raise BaseModelError(
+                f"{path}: not a safetensors file (its header length is not believable). Download it again."
+            )
         if 8 + header_bytes > file_bytes:
             raise _truncated(path, file_bytes, 8 + header_bytes)
         raw = file.read(header_bytes)
@@ -182,7 +190,9 @@ def read_header(path: Path) -> dict[str, _Place]:
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         if isinstance(error, BaseModelError):
             raise
-        raise BaseModelError(f"{path}: the safetensors header is damaged ({error}). Download the file again.") from error
+        raise BaseModelError(
+            f"{path}: the safetensors header is damaged ({error}). Download the file again."
+        ) from error
     places.sort(key=lambda place: place.offset_bytes)
     needed_bytes = max((place.offset_bytes + place.info.num_bytes for place in places), default=0)
     if needed_bytes > file_bytes:
@@ -202,8 +212,8 @@ def _read_entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -
     num_bytes = math.prod(shape) * dtype.itemsize
     if min((*shape, begin), default=0) < 0 or end - begin != num_bytes:
         raise BaseModelError(
-            f"{path}: the safetensors header is damaged (tensor {name} of shape {list(shape)} needs {num_bytes} bytes, "
-            f"the header gives it {end - begin}). Download the file again."
+            f"{path}: the safetensors header is damaged (tensor {name} of shape {list(shape)} needs"
+            f" {num_bytes} bytes, the header gives it {end - begin}). Download the file again."
         )
     return _Place(TensorInfo(name, dtype, shape, num_bytes), path, data_start + begin)
 
@@ -214,17 +224,25 @@ def _read_index(folder: Path) -> dict[str, _Place]:
         weight_map: dict[str, str] = dict(json.loads(path.read_bytes())["weight_map"])
         shards = sorted(set(weight_map.values()))
     except (ValueError, TypeError, KeyError) as error:
-        raise BaseModelError(f"{path}: not a readable index with a weight_map ({error!r}). Download it again.") from error
+        raise BaseModelError(
+            f"{path}: not a readable index with a weight_map ({error!r}). Download it again."
+        ) from error
     places: dict[str, _Place] = {}
     for shard in shards:
         if Path(shard).name != shard:
-            raise BaseModelError(f"{path}: names the shard {shard!r}, which is not a file name in this folder.")
+            raise BaseModelError(
+                f"{path}: names the shard {shard!r}, which is not a file name in this folder."
+            )
         if not (folder / shard).is_file():
-            raise BaseModelError(f"{path}: names the shard {shard}, which is missing. Download the checkpoint again.")
+            raise BaseModelError(
+                f"{path}: names the shard {shard}, which is missing. Download the checkpoint again."
+            )
         present = read_header(folder / shard)
         for name in (name for name, holder in weight_map.items() if holder == shard):
             if name not in present:
-                raise BaseModelError(f"{path}: says that {name} is in {shard}, but that file does not hold it.")
+                raise BaseModelError(
+                    f"{path}: says that {name} is in {shard}, but that file does not hold it."
+                )
         places.update({name: place for name, place in present.items() if weight_map.get(name) == shard})
     return places
 
@@ -233,16 +251,17 @@ def _no_weights(folder: Path, wanted: str) -> BaseModelError:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickled:
         return BaseModelError(
-            f"{folder}: the weights are in pickle format only ({', '.join(pickled[:3])}), which can run code when loaded "
-            f"and is refused. Convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(folder)"
-            f".save_pretrained(new_folder) writes safetensors."
+            f"{folder}: the weights are in pickle format only ({', '.join(pickled[:3])}), which can run code"
+            " when loaded and is refused. Convert them once, where you trust them:"
+            " AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
         )
     return BaseModelError(f"{folder}: no weights: neither {wanted} nor {INDEX_FILE} is there.")
 
 
 def _truncated(path: Path, file_bytes: int, needed_bytes: int) -> BaseModelError:
     return BaseModelError(
-        f"{path}: truncated: the file has {file_bytes} bytes, its header needs {needed_bytes}. Download it again."
+        f"{path}: truncated: the file has {file_bytes} bytes, its header needs {needed_bytes}. Download it"
+        " again."
     )
 
 
@@ -251,7 +270,8 @@ def write_header(
 ) -> None:
     """Begin a safetensors file: the header follows from dtypes and shapes alone.
 
-    The caller then writes the tensors' bytes, row-major, in the order of `tensors` and with nothing between them.
+    The caller then writes the tensors' bytes, row-major, in the order of `tensors` and with nothing between
+    them.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0

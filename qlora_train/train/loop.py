@@ -96,11 +96,11 @@ class TrainLoop:
             for step in range(first + 1, self.num_steps + 1):
                 row = self._one_step(step)
                 self._report(row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step))
-                last = step == self.num_steps
+                last, is_best = step == self.num_steps, False
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
-                    self._evaluate(step, progress)
+                    is_best = self._evaluate(step, progress)
                 signal_number = self._agreed(stop.received)
-                if last or signal_number or _due(step, training.save_every):
+                if last or signal_number or _due(step, training.save_every) or (is_best and training.save_every):
                     self._save()
                 if signal_number and not last:
                     raise Interrupted(
@@ -151,7 +151,8 @@ class TrainLoop:
             progress.say(f"step {step}: the gradient is not finite; the step is skipped")
         progress.step(step, row["loss"], row["tokens_per_second"], int(row["peak_bytes"]), seconds_left)
 
-    def _evaluate(self, step: int, progress: TrainProgress) -> None:
+    def _evaluate(self, step: int, progress: TrainProgress) -> bool:
+        """Loss on the evaluation data, logged; True if it is the best so far."""
         data = self._prepared.eval_data
         assert data is not None
         groups = list(_groups(list(range(data.num_bins)), self._recipe.training.micro_batch_size))
@@ -163,8 +164,11 @@ class TrainLoop:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
         self._accelerator.log({"eval_loss": eval_loss}, step=step)
         progress.say(f"step {step}: eval loss {eval_loss:.4f}")
-        if self._state.best_eval_loss is None or eval_loss < self._state.best_eval_loss:
-            self._state.best_eval_loss, self._state.best_step = eval_loss, step
+        best = self._state.best_eval_loss
+        if best is not None and eval_loss >= best:
+            return False
+        self._state.best_eval_loss, self._state.best_step = eval_loss, step
+        return True
 
     def _save(self) -> None:
         if not self._accelerator.is_main_process:

@@ -39,7 +39,7 @@ class TrainProgress:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def step(self, step: int, loss: float, tokens_per_second: float, peak_bytes: int, seconds_left: float) -> None:
         """After an optimizer step."""

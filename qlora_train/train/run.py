@@ -46,7 +46,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     accelerator.wait_for_everyone()
     loop.run()
     loss, eval_loss = _last_losses(folder)
-    console.print(f"done: adapter in {folder.adapter}", markup=False)
+    console.print(f"done: adapter in {folder.adapter}", markup=False, soft_wrap=True)
     return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
 
 
@@ -63,7 +63,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:

@@ -44,7 +44,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     absent = [name for name in recipe.training.report_to if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(f"training.report_to: {', '.join(absent)} is not installed; pip install it or remove it from the list")
-    if recipe.training.deterministic == "true":
+    if recipe.training.deterministic is True:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     return Accelerator(

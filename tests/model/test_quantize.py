@@ -74,7 +74,13 @@ def test_4bit_has_the_bytes_of_bitsandbytes(shape, dtype, form, double_quant, mo
             state.dtype = out_dtype
             assert same_bytes(packed.unpack(out_dtype), bnb.dequantize_4bit(data, state))
         assert packed.unpack(out_dtype).dtype == out_dtype
-        for start, stop in [(0, shape[0]), (0, 1), (shape[0] // 2, shape[0]), (shape[0] - 1, shape[0]), (0, 0)]:
+        for start, stop in [
+            (0, shape[0]),
+            (0, 1),
+            (shape[0] // 2, shape[0]),
+            (shape[0] - 1, shape[0]),
+            (0, 0),
+        ]:
             assert torch.equal(packed.unpack_rows(start, stop, out_dtype), expected[start:stop])
 
 
@@ -133,12 +139,18 @@ def test_other_dtypes_are_refused() -> None:
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-def bitsandbytes_tensors(form: str, double_quant: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def bitsandbytes_tensors(
+    form: str, double_quant: bool = False
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A weight as bitsandbytes' layers save it, and its fp32 values."""
     weight = random_weight((24, 128), torch.bfloat16)
     if form == "int8":
         codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
-        parts = {NAME: codes, NAME.replace("weight", "SCB"): scales, NAME + "_format": torch.tensor(0, dtype=torch.uint8)}
+        parts = {
+            NAME: codes,
+            NAME.replace("weight", "SCB"): scales,
+            NAME + "_format": torch.tensor(0, dtype=torch.uint8),
+        }
         return parts, bnb.int8_vectorwise_dequant(codes, scales)
     data, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type=form)
     parts = {NAME: data} | {f"{NAME}.{key}": value for key, value in state.as_dict(packed=True).items()}

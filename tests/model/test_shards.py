@@ -40,7 +40,11 @@ def test_reads_what_safetensors_wrote(tmp_path: Path, is_sharded: bool, monkeypa
         assert "a" in reader and "z" not in reader
         for name, tensor in TENSORS.items():
             info = reader.info(name)
-            assert (info.dtype, info.shape, info.num_bytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+            assert (info.dtype, info.shape, info.num_bytes) == (
+                tensor.dtype,
+                tuple(tensor.shape),
+                tensor.nbytes,
+            )
             assert reader.read(name).dtype == tensor.dtype
             assert torch.equal(reader.read(name), tensor)
         with pytest.raises(BaseModelError, match="no tensor named z"):
@@ -91,14 +95,18 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (2, 2), offsets: tuple[in
         (b"{not json", 16, "damaged"),
     ],
 )
-def test_a_bad_header_is_refused_on_opening(tmp_path: Path, header, num_data_bytes: int, message: str) -> None:
+def test_a_bad_header_is_refused_on_opening(
+    tmp_path: Path, header, num_data_bytes: int, message: str
+) -> None:
     write_raw(tmp_path, header, num_data_bytes)
     with pytest.raises(BaseModelError, match=message) as caught:
         ShardReader(tmp_path)
     assert str(tmp_path / SINGLE_FILE) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / SINGLE_FILE).write_bytes(content)
     with pytest.raises(BaseModelError, match="not a safetensors file"):

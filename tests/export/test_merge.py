@@ -1,0 +1,297 @@
+"""Merged folders against plain transformers and peft, their memory, and every way an export can fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qlora_train.errors import BaseModelError, ExportError, NotYetError, RunFolderError
+from qlora_train.export import export, merge
+from qlora_train.model.adapter_files import AdapterConfig, save_adapter
+from qlora_train.model.quantize import Packing
+
+TOKENS = torch.arange(24).reshape(2, 12) % 40
+LINEARS = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"} | {
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}
+
+
+def write_base(folder: Path, tied: bool = False, shard_size: str = "5GB") -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text(f"content of {name}")
+    return model
+
+
+def write_adapter(
+    folder: Path, model: LlamaForCausalLM, targets: set[str] = LINEARS, scale: float = 0.1
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    factors = {
+        name: (
+            torch.randn(4, module.in_features, generator=generator) * scale,
+            torch.randn(module.out_features, 4, generator=generator) * scale,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(targets))
+    }
+    endings = sorted({name.rsplit(".", 1)[1] for name in factors})
+    save_adapter(folder, AdapterConfig("base", 4, 8, target_modules=endings), factors)
+
+
+@torch.no_grad()
+def base_plus_adapter(model: LlamaForCausalLM, adapter: Path, packing: Packing | None) -> torch.Tensor:
+    """fp32 logits of peft on the base, its layers' linears first packed and unpacked by bitsandbytes."""
+    if packing is not None:
+        for module in model.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(unpacked(module.weight.detach(), packing))
+    return peft.PeftModel.from_pretrained(model, adapter).eval()(TOKENS).logits
+
+
+def unpacked(weight: torch.Tensor, packing: Packing) -> torch.Tensor:
+    if packing.format == "int8":
+        codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+        return bnb.int8_vectorwise_dequant(codes, scales)
+    return bnb.dequantize_4bit(
+        *bnb.quantize_4bit(weight, None, None, 64, packing.double_quant, packing.format)
+    )
+
+
+@pytest.mark.parametrize("tied,shard_size", [(False, "5GB"), (True, "100KB")])
+@pytest.mark.parametrize("packing", [None, Packing("nf4", True), Packing("fp4"), Packing("int8")])
+def test_merged_folder_is_base_plus_adapter(tmp_path: Path, tied: bool, shard_size: str, packing) -> None:
+    model = write_base(tmp_path / "base", tied, shard_size)
+    write_adapter(tmp_path / "adapter", model, {"q_proj", "down_proj"}, scale=0.3)
+    report = merge(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        packing=packing,
+        dtype=torch.float32,
+        max_shard_bytes=5 * 10**9 if shard_size == "5GB" else 10**5,
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert merged.dtype == torch.float32
+    with torch.no_grad():
+        logits = merged(TOKENS).logits
+    assert (logits - model(TOKENS).logits).abs().max() > 0.1  # the adapter does something
+    torch.testing.assert_close(
+        logits, base_plus_adapter(model, tmp_path / "adapter", packing), rtol=1e-4, atol=1e-4
+    )
+    assert (report.num_merged, report.num_dequantized) == (4, 14 if packing else 0)
+    weights = {name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
+    assert ("lm_head.weight" in weights) is not tied
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == report.num_shards
+    assert (report.num_shards > 1) is (shard_size != "5GB")
+
+
+def test_fp16_is_the_fp32_sum_cast_once(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+    for dtype in (torch.float32, torch.float16):
+        merge(
+            tmp_path / "base",
+            tmp_path / "adapter",
+            tmp_path / str(dtype),
+            packing=Packing("nf4"),
+            dtype=dtype,
+        )
+    full, half = (
+        load_file(tmp_path / str(dtype) / "model.safetensors") for dtype in (torch.float32, torch.float16)
+    )
+    assert full.keys() == half.keys()
+    assert all(torch.equal(full[name].half(), half[name]) for name in full)
+
+
+def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": {"x": 1}}))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", packing=None, dtype=torch.float16)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert names == copied | {"config.json", "model.safetensors"}
+    for name in copied:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert merged == config | {"dtype": "float16", "torch_dtype": "float16"}
+
+
+def assert_refused(
+    tmp_path: Path, message: str | None, error: type[BaseException] = ExportError, **options
+) -> None:
+    options = {"packing": None, "dtype": torch.float16} | options
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(error, match=message):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_overflow_names_the_tensor_and_the_way_out(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"), {"down_proj"}, scale=500.0)
+    assert_refused(tmp_path, r"layers\.0\.mlp\.down_proj\.weight.*--dtype bfloat16")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", packing=None, dtype=torch.bfloat16)
+
+
+def test_disk_space_is_checked_first(tmp_path: Path, monkeypatch) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    assert_refused(tmp_path, r"needs 0\.07 GB.*0\.00 GB free")
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+
+    def interrupt(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", interrupt)
+    assert_refused(tmp_path, None, KeyboardInterrupt)
+
+
+def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    assert_refused(tmp_path, "not an empty folder")
+    assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    model = write_base(tmp_path / "base")
+    adapter = {"model.layers.7.mlp.up_proj": (torch.ones(4, 64), torch.ones(128, 4))}
+    save_adapter(tmp_path / "adapter", AdapterConfig("base", 4, 8), adapter)
+    assert_refused(tmp_path, r"trains model\.layers\.7\.mlp\.up_proj")
+    adapter = {"model.layers.1.mlp.up_proj": (torch.ones(4, 32), torch.ones(128, 4))}
+    save_adapter(tmp_path / "adapter", AdapterConfig("base", 4, 8), adapter)
+    assert_refused(tmp_path, r"\[128, 32\].*\[128, 64\]")
+    write_adapter(tmp_path / "adapter", model)
+    (tmp_path / "base" / "config.json").unlink()
+    assert_refused(tmp_path, r"config\.json", BaseModelError)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_base_packed_by_bitsandbytes(tmp_path: Path, form: str) -> None:
+    model = write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter", model, {"q_proj", "down_proj"})
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    for name in [name for name in tensors if "layers" in name and tensors[name].ndim == 2]:
+        if form == "int8":
+            tensors[name], tensors[name.replace("weight", "SCB")], _ = bnb.int8_vectorwise_quant(
+                tensors[name].half()
+            )
+        else:
+            tensors[name], state = bnb.quantize_4bit(
+                tensors[name], compress_statistics=True, quant_type="nf4"
+            )
+            tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    merge(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "whole",
+        packing=Packing(form, form == "nf4"),
+        dtype=torch.float16,
+    )
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    assert_refused(tmp_path, "--base dequantized")
+    merge(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        packing=Packing(form, form == "nf4"),
+        dtype=torch.float16,
+    )
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import torch
+from qlora_train.export import merge
+from qlora_train.model.quantize import Packing
+peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+base, adapter, out = map(Path, sys.argv[1:4])
+before_mib = peak_mib()
+packing = Packing("nf4", True) if sys.argv[4] == "packed" else None
+merge(base, adapter, out, packing=packing, dtype=torch.float16)
+print(peak_mib() - before_mib, "transformers" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("mode,bound_mib", [("original", 16 * 5 + 40), ("packed", 16 * 5 + 40 + 64 + 32)])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, mode: str, bound_mib: int) -> None:
+    """160 MB of weights, 64 MB in one: the bound is rows in fp16, fp32 and cast, plus scratch and a packed
+    weight."""
+    half = torch.float16
+    tensors = {
+        f"model.layers.{i}.mlp.up_proj.weight": torch.randn(4096, 2048).to(half) * 0.1 for i in range(6)
+    }
+    tensors["model.embed_tokens.weight"] = torch.randn(16384, 2048).to(half)
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    factors = {f"model.layers.{i}.mlp.up_proj": (torch.ones(4, 2048), torch.ones(4096, 4)) for i in range(6)}
+    save_adapter(tmp_path / "adapter", AdapterConfig("base", 4, 4), factors)
+    arguments = [str(tmp_path / name) for name in ("base", "adapter", "out")] + [mode]
+    root = str(Path(sys.modules["qlora_train"].__file__ or "").parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True, cwd=root
+    )
+    growth_mib, imported = result.stdout.split()
+    assert float(growth_mib) < bound_mib
+    assert imported == "False"
+
+
+def test_export_of_a_run(tmp_path: Path) -> None:
+    model = write_base(tmp_path / "base")
+    run = tmp_path / "run"
+    with pytest.raises(RunFolderError, match=r"recipe\.yaml"):
+        export(run)
+    run.mkdir()
+    recipe = (
+        f"model: {{base: {tmp_path / 'base'}, quantization: fp4, double_quant: false}}\ndata: {{train:"
+        " rows.jsonl}\n"
+    )
+    (run / "recipe.yaml").write_text(recipe)
+    with pytest.raises(RunFolderError, match="adapter"):
+        export(run)
+    write_adapter(run / "adapter", model)
+    assert export(run, dtype="bfloat16") == run / "merged"
+    merge(tmp_path / "base", run / "adapter", tmp_path / "out", packing=Packing("fp4"), dtype=torch.bfloat16)
+    found, expected = (load_file(path / "model.safetensors") for path in (run / "merged", tmp_path / "out"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    original = load_file(export(run, base="original", out=tmp_path / "original") / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert original[name].dtype == torch.float16 and not torch.equal(original[name].bfloat16(), found[name])
+    with pytest.raises(NotYetError):
+        export(run, to="gguf")
+    with pytest.raises(ExportError, match="float8"):
+        export(run, dtype="float8")

@@ -1,0 +1,124 @@
+"""Checkpoints: whole or not there, the right ones kept, damage named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_train.errors import RunFolderError
+from qlora_train.train import checkpoint
+from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def masters(step: int) -> Tensor:
+    return torch.full((100,), float(step))
+
+
+def save(folder: Path, step: int, num_kept: int = 2, best_step: int | None = None) -> None:
+    state = TrainState(step=step, best_step=best_step)
+    save_checkpoint(folder, state, masters(step), {"0.step": torch.tensor(step)}, num_kept)
+
+
+def files_under(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_round_trip_of_everything(tmp_path: Path) -> None:
+    state = TrainState(
+        step=7,
+        data_position=56,
+        loss_scale=4096.0,
+        loss_scale_good_steps=5,
+        num_overflows=1,
+        num_skipped=2,
+        skipped_in_a_row=1,
+        best_eval_loss=1.25,
+        best_step=6,
+        activations=["recompute", "keep"],
+    )
+    optimizer_state = {"0.state1": torch.arange(100, dtype=torch.uint8), "0.step": torch.tensor(7)}
+    save_checkpoint(tmp_path, state, masters(7), optimizer_state, 2)
+    loaded, loaded_masters, loaded_optimizer = load_checkpoint(tmp_path, 7, CPU)
+    assert loaded == state
+    assert torch.equal(loaded_masters, masters(7))
+    assert loaded_optimizer.keys() == optimizer_state.keys()
+    for key, value in optimizer_state.items():
+        assert torch.equal(loaded_optimizer[key], value) and loaded_optimizer[key].dtype == value.dtype
+    assert files_under(tmp_path) == ["step-7/state.json", "step-7/state.safetensors"]  # and no pickle
+
+
+def test_a_crash_before_the_rename_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 3)
+
+    def crash(source: Path, target: Path) -> None:
+        assert {path.name for path in Path(source).iterdir()} == {"state.json", "state.safetensors"}
+        raise SystemExit("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "rename", crash)
+        save(tmp_path, 6)
+    assert list_checkpoints(tmp_path) == [3]
+    assert torch.equal(load_checkpoint(tmp_path, 3, CPU)[1], masters(3))
+    save(tmp_path, 6)  # what the crash left does not stand in the way, and is gone afterwards
+    assert list_checkpoints(tmp_path) == [3, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-6"]
+
+
+def test_contents_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_fsync, real_rename = checkpoint._fsync, os.rename
+
+    def fsync(path: Path) -> None:
+        events.append(path.name)
+        real_fsync(path)
+
+    def rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        real_rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "_fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    save(tmp_path, 1)
+    assert sorted(events[:2]) == ["state.json", "state.safetensors"]
+    assert events[2:] == [".partial-step-1", "rename", tmp_path.name]
+
+
+def test_the_newest_stay(tmp_path: Path) -> None:
+    for step in (2, 9, 10, 100):  # by number, not by name
+        save(tmp_path, step, num_kept=3)
+    assert list_checkpoints(tmp_path) == [9, 10, 100]
+
+
+def test_the_best_by_evaluation_stays_too(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    for step in (4, 6, 8):
+        save(tmp_path, step, num_kept=1, best_step=4)
+    assert list_checkpoints(tmp_path) == [4, 8]
+    save(tmp_path, 10, num_kept=1, best_step=10)
+    assert list_checkpoints(tmp_path) == [10]
+
+
+def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    assert list_checkpoints(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "not what it says"])
+def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    save(tmp_path, 5)
+    file = tmp_path / "step-5" / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        data = file.read_bytes()
+        file.write_bytes(data[:-20] if damage == "truncated" else b"[1]" + data)
+    with pytest.raises(RunFolderError, match=r"step-5: this checkpoint does not read"):
+        load_checkpoint(tmp_path, 5, CPU)

@@ -1,0 +1,147 @@
+"""The optimizers on the flat masters: the values of the library's own, and a state that goes on to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_train.errors import UserError
+from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.linear import FrozenLinear
+from qlora_train.train.optimizer import FlatOptimizer
+
+NAMES = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+SIZES = (160, 96)  # A and B both above the 4,096 elements from which bitsandbytes keeps 8-bit state
+
+
+class NoWeights:
+    """A source nobody asks: no layer runs here."""
+
+    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
+        raise AssertionError(name)
+
+
+def make_factors(dtype: torch.dtype = torch.float32) -> FactorBuffers:
+    linears = {f"layer{i}": FrozenLinear(f"layer{i}", *SIZES, NoWeights()) for i in range(3)}
+    factors = FactorBuffers(linears, rank=16, scaling=1.0, dropout=0.0, seed=0, dtype=dtype, device="cpu")
+    factors.masters[factors.num_a :] = 0.1
+    return factors
+
+
+def make(name: str, factors: FactorBuffers, ratio: float = 1.0, weight_decay: float = 0.01) -> FlatOptimizer:
+    return FlatOptimizer(name, factors, lora_b_lr_ratio=ratio, weight_decay=weight_decay)
+
+
+def run(optimizer: FlatOptimizer, factors: FactorBuffers, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        factors.gradient.copy_(torch.randn(factors.gradient.shape, generator=generator))
+        optimizer.step(1e-3 * (step + 1))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_state_goes_on_to_the_bit(name: str, ratio: float) -> None:
+    straight = make_factors()
+    run(make(name, straight, ratio), straight, range(9))
+
+    before = make_factors()
+    first = make(name, before, ratio)
+    run(first, before, range(4))
+    saved = {key: value.clone() for key, value in first.state().items()}
+    after = make_factors()
+    after.masters.copy_(before.masters)
+    second = make(name, after, ratio)
+    second.load_state(saved)
+    assert second.state().keys() == saved.keys()
+    assert all(torch.equal(second.state()[key], value) for key, value in saved.items())
+    run(second, after, range(4, 9))
+    assert torch.equal(after.masters, straight.masters)
+    assert all(torch.equal(second.state()[key], value) for key, value in saved.items() if "qmap" in key)
+
+    forgetful = make_factors()
+    forgetful.masters.copy_(before.masters)
+    run(make(name, forgetful, ratio), forgetful, range(4, 9))
+    assert not torch.equal(forgetful.masters, straight.masters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_8_bit_optimizers_have_8_bit_moments(name: str) -> None:
+    factors = make_factors()
+    optimizer = make(name, factors)
+    assert optimizer.state() == {}
+    run(optimizer, factors, range(1))
+    moments = [v for v in optimizer.state().values() if v.numel() == factors.masters.numel()]
+    wanted = torch.uint8 if "8bit" in name else torch.float32
+    assert [moment.dtype for moment in moments] == [wanted, wanted]
+
+
+def test_adamw_is_torchs_on_the_flat_vector() -> None:
+    factors = make_factors()
+    expected = nn.Parameter(factors.masters.clone())
+    library = torch.optim.AdamW([expected], weight_decay=0.01)
+    optimizer = make("adamw", factors)
+    for step in range(5):
+        run(optimizer, factors, range(step, step + 1))
+        expected.grad = factors.gradient.clone()
+        library.param_groups[0]["lr"] = 1e-3 * (step + 1)
+        library.step()
+    assert torch.equal(factors.masters, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_is_adamw(name: str) -> None:
+    """8-bit moments are within 5 % of the path of exact ones, 32-bit moments within rounding."""
+    start, exact, factors = make_factors().masters, make_factors(), make_factors()
+    run(make("adamw", exact), exact, range(6))
+    run(make(name, factors), factors, range(6))
+    moved = (exact.masters - start).norm()
+    assert moved > 0.1
+    assert (factors.masters - exact.masters).norm() <= (0.05 if "8bit" in name else 1e-5) * moved
+
+
+def test_lora_plus_gives_b_its_own_rate() -> None:
+    factors = make_factors()
+    num_a, ratio = factors.num_a, 16.0
+    a = nn.Parameter(factors.masters[:num_a].clone())
+    b = nn.Parameter(factors.masters[num_a:].clone())
+    slow, fast = torch.optim.AdamW([a], weight_decay=0.01), torch.optim.AdamW([b], weight_decay=0.01)
+    optimizer = make("adamw", factors, ratio)
+    for step in range(3):
+        run(optimizer, factors, range(step, step + 1))
+        a.grad, b.grad = factors.gradient[:num_a].clone(), factors.gradient[num_a:].clone()
+        slow.param_groups[0]["lr"] = 1e-3 * (step + 1)
+        fast.param_groups[0]["lr"] = 1e-3 * (step + 1) * ratio
+        slow.step()
+        fast.step()
+    assert torch.equal(factors.masters[:num_a], a)
+    assert torch.equal(factors.masters[num_a:], b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_shrinks_the_masters_by_rate_times_decay(name: str) -> None:
+    factors = make_factors()
+    before = factors.masters.clone()
+    optimizer = make(name, factors, weight_decay=0.5)
+    factors.gradient.zero_()
+    optimizer.step(0.1)
+    torch.testing.assert_close(factors.masters, before * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
+
+
+def test_a_step_refreshes_the_working_copy_and_keeps_the_gradient() -> None:
+    factors = make_factors(torch.bfloat16)
+    optimizer = make("adamw", factors)
+    run(optimizer, factors, range(1))
+    assert torch.equal(factors.working, factors.masters.to(torch.bfloat16))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(factors.gradient, torch.randn(factors.gradient.shape, generator=generator))
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [("adamw", "adamw_8bit"), ("paged_adamw_8bit", "adamw")])
+def test_another_optimizers_state_is_refused(saved_by: str, loaded_by: str) -> None:
+    factors = make_factors()
+    optimizer = make(saved_by, factors)
+    run(optimizer, factors, range(1))
+    with pytest.raises(UserError, match="another optimizer"):
+        make(loaded_by, make_factors()).load_state(optimizer.state())

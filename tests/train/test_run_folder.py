@@ -1,0 +1,95 @@
+"""Who may write into a run's folder, what a resume may change, and how metrics.jsonl is cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_train.errors import RunFolderError
+from qlora_train.recipe import Recipe
+from qlora_train.train.run_folder import RunFolder
+
+
+def make_recipe(tmp_path: Path, **training: Any) -> Recipe:
+    values = {"output_dir": str(tmp_path / "run"), "max_steps": 10} | training
+    return Recipe.from_dict({"model": {"base": "org/base"}, "data": {"train": "rows.jsonl"}, "training": values})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_free_folder_may_be_used_and_checking_creates_nothing(
+    tmp_path: Path, folder: RunFolder, resume: bool
+) -> None:
+    folder.check(make_recipe(tmp_path), resume=resume)
+    assert not folder.path.exists()
+    folder.path.mkdir()
+    folder.check(make_recipe(tmp_path), resume=resume)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, folder: RunFolder, resume: bool) -> None:
+    folder.path.mkdir()
+    (folder.path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunFolderError, match="is not empty and is not a run"):
+        folder.check(make_recipe(tmp_path), resume=resume)
+
+
+def test_another_runs_folder_needs_resume(tmp_path: Path, folder: RunFolder) -> None:
+    recipe = make_recipe(tmp_path)
+    folder.begin(recipe)
+    with pytest.raises(RunFolderError, match="holds a run already.*--resume"):
+        folder.check(recipe, resume=False)
+    folder.check(recipe, resume=True)
+
+
+def test_a_resume_names_every_changed_key(tmp_path: Path, folder: RunFolder) -> None:
+    folder.begin(make_recipe(tmp_path))
+    changed = make_recipe(tmp_path, learning_rate=1e-3, seed=4, log_every=5)
+    with pytest.raises(RunFolderError, match=r"differ: training\.seed, training\.learning_rate\."):
+        folder.check(changed, resume=True)
+
+
+def test_keys_that_do_not_touch_the_computation_may_change(tmp_path: Path, folder: RunFolder) -> None:
+    folder.begin(make_recipe(tmp_path))
+    changes = {"log_every": 3, "eval_every": 2, "save_every": 1, "keep_checkpoints": 5, "report_to": ["wandb"]}
+    folder.check(make_recipe(tmp_path, **changes), resume=True)
+    moved = RunFolder(folder.path.rename(tmp_path / "moved"))
+    moved.check(make_recipe(tmp_path, output_dir=str(moved.path)), resume=True)
+
+
+def test_metrics_newer_than_the_checkpoint_are_cut(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    rows: list[dict[str, Any]] = [{"step": 0, "eval_loss": 9.0}]
+    rows += [{"step": step, "loss": 10.0 / step} for step in range(1, 6)]
+    rows.insert(4, {"step": 3, "eval_loss": 5.0})
+    for row in rows:
+        folder.append_metrics(row)
+    folder.cut_metrics(3)
+    assert [json.loads(line) for line in folder.metrics_file.read_text().splitlines()] == rows[:5]
+    assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("last_line", ['{"step": 3, "lo', "{", '{"step": 3, "loss": 2.5}'])
+def test_a_last_line_cut_by_a_crash_does_not_spoil_what_follows(folder: RunFolder, last_line: str) -> None:
+    folder.path.mkdir()
+    for step in (1, 2):
+        folder.append_metrics({"step": step})
+    with folder.metrics_file.open("a") as file:
+        file.write(last_line)  # no end of line
+    folder.cut_metrics(2)
+    folder.append_metrics({"step": 3})
+    steps = [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_there_may_be_no_metrics_to_cut(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    folder.cut_metrics(0)
+    assert not any(folder.path.iterdir())
