@@ -228,8 +228,8 @@ class Recipe(_Section):
         text = StringIO()
         yaml = YAML(typ="safe", pure=True)
         yaml.width = 4096
-        yaml.default_flow_style = False  # type: ignore[assignment]
-        yaml.sort_base_mapping_type_on_output = False
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
         yaml.dump(self.to_dict(), text)
         return text.getvalue()
 

@@ -1,4 +1,5 @@
-"""Tiny random checkpoints and packed rows for tests. Nothing is downloaded: configs come from transformers' own classes."""
+"""Tiny random checkpoints and packed rows for tests. Nothing is downloaded: configs come from transformers'
+own classes."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ _LLAMA3_ROPE = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),  # untied
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama3-rope": ("llama", {"rope_parameters": _LLAMA3_ROPE, "max_position_embeddings": 128}),  # rows of 48 > 16
+    "llama3-rope": (
+        "llama",
+        {"rope_parameters": _LLAMA3_ROPE, "max_position_embeddings": 128},
+    ),  # rows of 48 > 16
     "mistral": ("mistral", {"sliding_window": 8}),  # documents 3x the window and more
     "qwen2": ("qwen2", {}),  # biases on q, k, v
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
@@ -137,7 +141,8 @@ def packed_row(lengths: list[int], seed: int = 0, first_row: int = 0, unsupervis
 
 
 class UnpackedLinear(nn.Linear):
-    """nn.Linear plus LoRA in plain autograd: y = x W^T + b + s (x A^T) B^T, the yardstick of the parity tests."""
+    """nn.Linear plus LoRA in plain autograd: y = x W^T + b + s (x A^T) B^T, the yardstick of the parity
+    tests."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -151,8 +156,11 @@ class UnpackedLinear(nn.Linear):
 def library_model(
     folder: Path, decoder: FrozenDecoder, factors: FactorBuffers, dtype: torch.dtype, attention: str = NAME
 ) -> PreTrainedModel:
-    """transformers' own model of the checkpoint, with the unpacked weights and the factors of `decoder` in plain linears."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    """transformers' own model of the checkpoint, with the unpacked weights and the factors of `decoder` in
+    plain linears."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    )
     model.eval().requires_grad_(False)
     working = factors.views(factors.working)
     for name, frozen in decoder.linears.items():

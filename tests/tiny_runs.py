@@ -69,7 +69,9 @@ def tiny_base_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def write_base(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, seed: int = 0, **changes: Any) -> Path:
+def write_base(
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, seed: int = 0, **changes: Any
+) -> Path:
     """A base folder as `model.base` takes it: config, fp32 weights, tokenizer."""
     tiny_base_model(seed, **changes).save_pretrained(folder)
     byte_tokenizer(chat_template).save_pretrained(folder)

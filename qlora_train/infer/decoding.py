@@ -1,9 +1,11 @@
-"""Text from a model, token by token: one packed prefill of all prompts, then decoding steps for all of them at once.
+"""Text from a model, token by token: one packed prefill of all prompts, then decoding steps for all of them
+at once.
 
-Each step is the same walk over the layers as in training, with a key-value cache: L layers per token whatever the number of
-prompts. Greedy is argmax; sampling divides logits by the temperature and keeps the smallest set of tokens whose probability
-reaches top_p (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751). Choices are drawn on the CPU from one generator
-per prompt, so a prompt's answer does not depend on its neighbours' random numbers.
+Each step is the same walk over the layers as in training, with a key-value cache: L layers per token whatever
+the number of prompts. Greedy is argmax; sampling divides logits by the temperature and keeps the smallest set
+of tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751). Choices
+are drawn on the CPU from one generator per prompt, so a prompt's answer does not depend on its neighbours'
+random numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one) until a stop token or `max_new_tokens`.
 
-    on_token(prompt index, token id) is called as tokens come, stop tokens excluded. Returns the new tokens, without the stop.
+    on_token(prompt index, token id) is called as tokens come, stop tokens excluded. Returns the new tokens,
+    without the stop.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed + b) for b in range(len(prompts))]
@@ -93,7 +96,7 @@ def _decode(decoder: FrozenDecoder, tokens: Sequence[int], cache: KeyValueCache)
 
 def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1).tolist()  # type: ignore[no-any-return]
+        return logits.argmax(dim=-1).tolist()
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1).cpu()
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered

@@ -14,7 +14,8 @@ from qlora_train.model.packed_tokens import PackedTokens
 
 @torch.no_grad()
 def loss_sum(decoder: FrozenDecoder, micro_batches: Iterable[PackedTokens]) -> Tensor:
-    """Sum of the supervised losses over the micro-batches, fp32 scalar on the device, factors included, no dropout."""
+    """Sum of the supervised losses over the micro-batches, fp32 scalar on the device, factors included, no
+    dropout."""
     total = torch.zeros((), dtype=torch.float32, device=decoder.device)
     for tokens in micro_batches:
         x, arguments = decoder.embed_packed(tokens)

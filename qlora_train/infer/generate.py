@@ -25,7 +25,8 @@ def generate_command(
     seed: int,
     raw: bool,
 ) -> None:
-    """Print the answer to each prompt. raw: the prompt is given to the model as it is, without template or chat turns.
+    """Print the answer to each prompt. raw: the prompt is given to the model as it is, without template or
+    chat turns.
 
     One prompt streams; several run in one batch and are printed in order.
     """
@@ -47,8 +48,8 @@ def generate_command(
 
 
 class TextStream:
-    """Turns tokens into text as soon as it is certain: a character may span tokens, so the whole answer is decoded again
-    and only what is new and complete is written."""
+    """Turns tokens into text as soon as it is certain: a character may span tokens, so the whole answer is
+    decoded again and only what is new and complete is written."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
         self._tokenizer, self._write = tokenizer, write

@@ -1,8 +1,8 @@
 """The keys and values of B sequences, filled from one packed prefill row and then one token at a time.
 
-Per layer two tensors [B, kv heads, capacity, d] in the compute dtype; 2 B heads capacity d elements per layer. Sequence b's
-own length says how much of it is real: sequences of different lengths need no padding tokens, and rotary positions are
-those of the sequence alone.
+Per layer two tensors [B, kv heads, capacity, d] in the compute dtype; 2 B heads capacity d elements per
+layer. Sequence b's own length says how much of it is real: sequences of different lengths need no padding
+tokens, and rotary positions are those of the sequence alone.
 
 It is handed to the layers in the place of transformers' cache, of which they call `update` only.
 """
@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """boundaries: of the B prompts in the prefill row, 0 = b0 < ... < bB. capacity: longest prompt plus new tokens."""
+    """boundaries: of the B prompts in the prefill row, 0 = b0 < ... < bB. capacity: longest prompt plus new
+    tokens."""
 
     def __init__(self, boundaries: tuple[int, ...], capacity: int, device: torch.device) -> None:
         self._boundaries = boundaries
@@ -26,10 +27,13 @@ class KeyValueCache:
         self._sequences = torch.arange(len(prompt_lengths), device=device)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Prefill (first call per layer): keys, values [1, heads, T, d] are stored and returned as they are.
 
-        Decoding: [B, heads, 1, d] are written behind each sequence's last token; returns all [B, heads, capacity, d].
+        Decoding: [B, heads, 1, d] are written behind each sequence's last token; returns all [B, heads,
+        capacity, d].
         """
         if layer_index not in self._layers:
             self._layers[layer_index] = (self._scatter(keys), self._scatter(values))

@@ -1,10 +1,12 @@
-"""A model to generate with: a run folder (base + adapter), or any folder or hub id with config.json and safetensors."""
+"""A model to generate with: a run folder (base + adapter), or any folder or hub id with config.json and
+safetensors."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ class LoadedModel:
         """The answers to prompts written as training wrote them, all in one batch."""
         encoded = [encode_prompt(prompt, self.data, self.tokenizer) for prompt in prompts]
         answers = generate_tokens(self.decoder, encoded, sampling, self.stop_ids)
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
 
 
 def load_model(target: Path | str) -> LoadedModel:
@@ -52,9 +54,12 @@ def load_model(target: Path | str) -> LoadedModel:
 
 
 def load_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> LoadedModel:
-    """The base of a run's recipe, packed as it was trained on, with the run's adapter or (before training) without."""
+    """The base of a run's recipe, packed as it was trained on, with the run's adapter or (before training)
+    without."""
     if with_adapter and not (run / "adapter").is_dir():
-        raise RunFolderError(f"{run}: has no adapter yet; train it to the end (qlora-train train ... --resume)")
+        raise RunFolderError(
+            f"{run}: has no adapter yet; train it to the end (qlora-train train ... --resume)"
+        )
     folder, _ = resolve_base(recipe.model.base, recipe.model.revision)
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
     probe(read_config(folder))
@@ -80,7 +85,7 @@ def _stored_packing(folder: Path) -> Packing:
     if stored.get("load_in_8bit"):
         return Packing("int8")
     if stored.get("load_in_4bit"):
-        form = "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+        form: Literal["nf4", "fp4"] = "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
         return Packing(form, bool(stored.get("bnb_4bit_use_double_quant")))
     return Packing("none")
 
@@ -91,7 +96,8 @@ def _loaded(decoder: FrozenDecoder, folder: Path, data: DataSection | None) -> L
 
 
 def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End tokens of the tokenizer and of generation_config.json (chat models end turns with another token)."""
+    """End tokens of the tokenizer and of generation_config.json (chat models end turns with another
+    token)."""
     ids = {tokenizer.eos_token_id}
     file = folder / "generation_config.json"
     if file.is_file():

@@ -1,13 +1,14 @@
 """Dropout as a pure function: the mask depends on what is dropped, never on when or how often it is computed.
 
-The mask bit of feature d of one token is a hash of (seed, optimizer step, module, row of the data order, offset in the row, d).
-A stateful generator would give recompute other bits than the forward pass, micro-batch splits other bits than one big
-batch, and a resume other bits than the straight run; each needs its own saved state. A hash needs none, and nothing is
-saved for backward: the mask is computed again.
+The mask bit of feature d of one token is a hash of (seed, optimizer step, module, row of the data order,
+offset in the row, d). A stateful generator would give recompute other bits than the forward pass, micro-batch
+splits other bits than one big batch, and a resume other bits than the straight run; each needs its own saved
+state. A hash needs none, and nothing is saved for backward: the mask is computed again.
 
-The maths: a 64-bit key per token from five chained rounds of the splitmix64 finaliser (Steele, Lea, Flood 2014), folded to 32
-bits u[t]; a 32-bit key per feature v[d]; bits[t, d] = mix32(u[t] ^ v[d]) with the two-round "lowbias32" finaliser
-(C. Wellons, hash prospector). Kept where bits (as an unsigned number) >= p * 2^32. Working memory: two int32 [T, D].
+The maths: a 64-bit key per token from five chained rounds of the splitmix64 finaliser (Steele, Lea, Flood
+2014), folded to 32 bits u[t]; a 32-bit key per feature v[d]; bits[t, d] = mix32(u[t] ^ v[d]) with the
+two-round "lowbias32" finaliser (C. Wellons, hash prospector). Kept where bits (as an unsigned number) >= p *
+2^32. Working memory: two int32 [T, D].
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _MASK64 = (1 << 64) - 1
 class TokenKeys:
     """Identity of the tokens of a micro-batch for dropout.
 
-    seed, step: of the run and of the optimizer step. rows, offsets: int64 [T], position of the token's row in the data
-    order and its offset in that row.
+    seed, step: of the run and of the optimizer step. rows, offsets: int64 [T], position of the token's row in
+    the data order and its offset in that row.
     """
 
     seed: int

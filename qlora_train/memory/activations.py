@@ -1,12 +1,13 @@
 """What a layer leaves behind for its backward pass: its whole graph (keep) or only its input (recompute).
 
     keep       saved tensors stay from forward to backward: no extra FLOPs (4 per token and parameter in all)
-    recompute  only x_i [T, D] stays; the layer runs again in backward (6 per token and parameter; Chen et al. 2016,
-               arXiv:1604.06174)
+    recompute  only x_i [T, D] stays; the layer runs again in backward (6 per token and parameter;
+               Chen et al. 2016, arXiv:1604.06174)
 
-The choice is per layer, so memory between the two extremes is not wasted. The kept bytes of a layer are measured, not guessed:
-one forward through a layer with a hook that sums what autograd saves. The last layers are kept first: their graphs are
-born last and freed first, which shortens the time that most memory is in use.
+The choice is per layer, so memory between the two extremes is not wasted. The kept bytes of a layer are
+measured, not guessed: one forward through a layer with a hook that sums what autograd saves. The last layers
+are kept first: their graphs are born last and freed first, which shortens the time that most memory is in
+use.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def kept_bytes_of_layer(decoder: FrozenDecoder, tokens: PackedTokens) -> int:
 def choose_activations(
     num_layers: int, kept_bytes: int, num_micro_batches: int, free_bytes: int
 ) -> tuple[Activation, ...]:
-    """Keep as many layers as fit into a share of the free memory, the last ones first; recompute the others."""
+    """Keep as many layers as fit into a share of the free memory, the last ones first; recompute the
+    others."""
     budget_bytes = int(free_bytes * SHARE_OF_FREE_MEMORY)
     num_kept = min(num_layers, budget_bytes // max(1, kept_bytes * num_micro_batches))
     return (Activation.RECOMPUTE,) * (num_layers - num_kept) + (Activation.KEEP,) * num_kept

@@ -1,7 +1,8 @@
 """How much memory there is, and how much was used: one definition for logs, tests and measurements.
 
-On CUDA the peak is the allocator's (`max_memory_allocated`): what our tensors took. On the CPU it is the process's peak
-resident size as the kernel counts it (`ru_maxrss`), Python and libraries included, since nothing else is exact there.
+On CUDA the peak is the allocator's (`max_memory_allocated`): what our tensors took. On the CPU it is the
+process's peak resident size as the kernel counts it (`ru_maxrss`), Python and libraries included, since
+nothing else is exact there.
 """
 
 from __future__ import annotations

@@ -4,19 +4,19 @@ A micro-batch is one flat row of T tokens with document boundaries. With q, k, v
 result for document [s, e) is  softmax(scaling * q[s:e] k[s:e]^T + causal) v[s:e],  nothing else.
 
 How: documents of similar length (within a power of two) are gathered into one right-padded batch
-[num_documents, heads, length, d] and given to torch's SDPA with `is_causal=True`. Right padding needs no mask: a
-padded key comes after every real query, and a padded query is thrown away. One call per length class instead of one
-per document; at most half of the work is padding, and attention memory stays linear in T (flash and
-memory-efficient kernels; torch chooses).
+[num_documents, heads, length, d] and given to torch's SDPA with `is_causal=True`. Right padding needs no
+mask: a padded key comes after every real query, and a padded query is thrown away. One call per length class
+instead of one per document; at most half of the work is padding, and attention memory stays linear in T
+(flash and memory-efficient kernels; torch chooses).
 
-A sliding window w only matters for documents longer than w: those run in blocks of w queries against the at most
-2w - 1 keys they may see. Saved for backward: what SDPA saves (q, k, v, out, log-sum-exp).
+A sliding window w only matters for documents longer than w: those run in blocks of w queries against the at
+most 2w - 1 keys they may see. Saved for backward: what SDPA saves (q, k, v, out, log-sum-exp).
 
-Why not transformers' own packed masks: they build [1, 1, T, T], quadratic in the row. Why not flash-attn's package:
-it needs a compiler and a GPU of compute capability 8.0; everything here runs anywhere.
+Why not transformers' own packed masks: they build [1, 1, T, T], quadratic in the row. Why not flash-attn's
+package: it needs a compiler and a GPU of compute capability 8.0; everything here runs anywhere.
 
-The function is registered under `NAME` in transformers' attention interface (no patching). Anything a model passes that
-it does not know is an error, never ignored.
+The function is registered under `NAME` in transformers' attention interface (no patching). Anything a model
+passes that it does not know is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qlora_train.errors import UnsupportedModelError
 
 NAME = "qlora_train_packed"
 
-# Passed by some families, and without effect here: packing and caching are given by `documents` and `kv_lengths`.
+# Passed by some families, without effect here: `documents` and `kv_lengths` say all there is to say.
 _INERT_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal"}
 
 
@@ -92,14 +92,18 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in transformers' calling convention.
 
-    Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d].
-    Decoding: `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them real.
-    Returns ([B, T, Hq, d], None). Raises `UnsupportedModelError` for arguments it does not know.
+    Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d]. Decoding:
+    `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them
+    real. Returns ([B, T, Hq, d], None). Raises `UnsupportedModelError` for arguments it does not know.
     """
     unknown = {name for name, v in kwargs.items() if v is not None} - _INERT_ARGUMENTS
     if unknown or attention_mask is not None or dropout:
-        what = sorted(unknown) or (["attention_mask"] if attention_mask is not None else ["attention dropout"])
-        raise UnsupportedModelError(f"{type(module).__name__} passes {', '.join(what)} to attention, which packing cannot honour")
+        what = sorted(unknown) or (
+            ["attention_mask"] if attention_mask is not None else ["attention dropout"]
+        )
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {', '.join(what)} to attention, which packing cannot honour"
+        )
     if (documents is None) == (kv_lengths is None):
         raise UnsupportedModelError(
             f"{type(module).__name__} does not hand the document boundaries on to its attention function: "
@@ -124,7 +128,9 @@ class _ScoreRule:
     softcap: float | None
 
 
-def _by_document(query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayout, rule: _ScoreRule) -> Tensor:
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayout, rule: _ScoreRule
+) -> Tensor:
     rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, d]
     outputs = []
     for indices in documents.buckets:
@@ -145,7 +151,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule) -> Tensor:
     blocks = []
     for start in range(0, length, rule.window):
         stop, first = min(start + rule.window, length), max(0, start - rule.window + 1)
-        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(
+            first, stop, device=q.device
+        )
         mask = (distance >= 0) & (distance < rule.window)
         attend = _sdpa if rule.softcap is None else _capped
         blocks.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], rule, mask))
@@ -161,7 +169,9 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor, rule: _ScoreRul
     return attend(q, k, v, rule, mask[:, None, None, :])
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor | None, is_causal: bool = False
+) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=rule.scaling, enable_gqa=grouped

@@ -1,10 +1,11 @@
 """Load the frozen base: config -> meta-device model -> packed linears, without ever holding the 16-bit model.
 
-The model is built from its config with all parameters on the meta device (no bytes); only the small computed buffers
-(rotary frequencies, embedding scales) are real. Then the checkpoint is read a few rows at a time: each nn.Linear of a
-decoder layer becomes a `FrozenLinear` whose weight is packed on the compute device; norms, biases, embedding and head
-are read in the compute dtype, with no fp32 upcasts. Peak: packed size, plus one block of rows (64 MiB), plus the
-quantiser's scratch (64 MiB). transformers' own loader first materialises 16-bit weights.
+The model is built from its config with all parameters on the meta device (no bytes); only the small computed
+buffers (rotary frequencies, embedding scales) are real. Then the checkpoint is read a few rows at a time:
+each nn.Linear of a decoder layer becomes a `FrozenLinear` whose weight is packed on the compute device;
+norms, biases, embedding and head are read in the compute dtype, with no fp32 upcasts. Peak: packed size, plus
+one block of rows (64 MiB), plus the quantiser's scratch (64 MiB). transformers' own loader first materialises
+16-bit weights.
 
 Embedding and head stay unpacked, as in QLoRA (arXiv:2305.14314) and PEFT; a tied matrix exists once.
 """
@@ -42,9 +43,12 @@ class ResidentWeights:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The base's config. Raises `BaseModelError` if there is none or transformers does not know the family."""
+    """The base's config. Raises `BaseModelError` if there is none or transformers does not know the
+    family."""
     if not (folder / "config.json").is_file():
-        raise BaseModelError(f"{folder}: no config.json. model.base must be a folder with config.json and safetensors weights.")
+        raise BaseModelError(
+            f"{folder}: no config.json. model.base must be a folder with config.json and safetensors weights."
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
@@ -59,10 +63,14 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
                 deepcopy(config), dtype=dtype, attn_implementation=attention.NAME
             )
     except ValueError as error:
-        raise UnsupportedModelError(f"{config.model_type}: transformers has no causal language model for it ({error})") from error
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers has no causal language model for it ({error})"
+        ) from error
     decoder = model.get_decoder()
     if not all(hasattr(decoder, part) for part in ("layers", "embed_tokens", "norm")):
-        raise UnsupportedModelError(f"{config.model_type}: not a LLaMA-class decoder (embed_tokens, layers, norm)")
+        raise UnsupportedModelError(
+            f"{config.model_type}: not a LLaMA-class decoder (embed_tokens, layers, norm)"
+        )
     tie_head(model)
     return model
 
@@ -70,8 +78,9 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 def load_base(folder: Path, packing: Packing, dtype: torch.dtype, device: torch.device) -> FrozenDecoder:
     """Read and pack a base model.
 
-    folder: with config.json and safetensors. packing: of the decoder layers' linears. dtype: of everything else and of the
-    computation. Raises `BaseModelError` for missing, surplus, misshapen or differently packed tensors.
+    folder: with config.json and safetensors. packing: of the decoder layers' linears. dtype: of everything
+    else and of the computation. Raises `BaseModelError` for missing, surplus, misshapen or differently packed
+    tensors.
     """
     model = empty_model(read_config(folder), dtype)
     source = ResidentWeights()
@@ -93,7 +102,8 @@ def load_base(folder: Path, packing: Packing, dtype: torch.dtype, device: torch.
 
 
 def swap_linears(model: PreTrainedModel, source: ResidentWeights) -> None:
-    """Replace every nn.Linear in the decoder layers by a FrozenLinear; refuse layers with other weight matrices."""
+    """Replace every nn.Linear in the decoder layers by a FrozenLinear; refuse layers with other weight
+    matrices."""
     layers = model.get_decoder().layers
     prefix = next(name for name, module in model.named_modules() if module is layers)
     for name, module in list(layers.named_modules()):
@@ -106,7 +116,8 @@ def swap_linears(model: PreTrainedModel, source: ResidentWeights) -> None:
     surplus = [name for name, p in layers.named_parameters() if p.dim() > 1]
     if surplus:
         raise UnsupportedModelError(
-            f"{model.config.model_type}: its layers hold weights that are not linear layers ({surplus[0].split('.', 1)[-1]}), "
+            f"{model.config.model_type}: its layers hold weights that are not linear layers "
+            f"({surplus[0].split('.', 1)[-1]}), "
             "such as fused experts, which qlora_train cannot pack"
         )
 
@@ -123,15 +134,22 @@ def _set_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None:
 
 
 def _read_packed(
-    reader: ShardReader, name: str, linear: FrozenLinear, packing: Packing, dtype: torch.dtype, device: torch.device
+    reader: ShardReader,
+    name: str,
+    linear: FrozenLinear,
+    packing: Packing,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> PackedWeight:
     shape = (linear.out_features, linear.in_features)
     already = read_bitsandbytes_weight(reader, name, device)
     if already is not None:
         if already.packing != packing:
             raise BaseModelError(
-                f"{name}: the checkpoint is already packed as {_describe(already.packing)}, the recipe asks for "
-                f"{_describe(packing)}. Set model.quantization and model.double_quant to what the checkpoint has."
+                f"{name}: the checkpoint is already packed as {_describe(already.packing)}, the "
+                "recipe asks for "
+                f"{_describe(packing)}. Set model.quantization and model.double_quant to what the "
+                "checkpoint has."
             )
         found = already.shape
     else:
@@ -148,7 +166,9 @@ def _describe(packing: Packing) -> str:
     return f"{packing.format}{double}" + (f", block size {packing.block_size}" if packing.is_4bit else "")
 
 
-def _read_plain(reader: ShardReader, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _read_plain(
+    reader: ShardReader, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     found = reader.info(name).shape
     if found != tuple(shape):
         raise BaseModelError(f"{name} is {list(found)} in the checkpoint, config.json needs {list(shape)}")
@@ -159,7 +179,8 @@ def _read_plain(reader: ShardReader, name: str, shape: torch.Size, dtype: torch.
 
 
 class _CheckpointNames:
-    """Finds a parameter in the checkpoint, with or without the base model's prefix, and notes what was used."""
+    """Finds a parameter in the checkpoint, with or without the base model's prefix, and notes what was
+    used."""
 
     def __init__(self, reader: ShardReader, model: PreTrainedModel, folder: Path) -> None:
         self._reader, self._folder = reader, folder
@@ -173,14 +194,18 @@ class _CheckpointNames:
             if candidate in self._reader:
                 self._used.add(candidate)
                 return candidate
-        raise BaseModelError(f"{self._folder}: the checkpoint has no tensor {name}, which config.json calls for")
+        raise BaseModelError(
+            f"{self._folder}: the checkpoint has no tensor {name}, which config.json calls for"
+        )
 
     def refuse_unused(self) -> None:
         """A weight that nothing reads means a config that is not this checkpoint's."""
-        weights = [n for n in self._reader.names() if n.endswith((".weight", ".bias")) and n not in self._used]
+        weights = [
+            n for n in self._reader.names() if n.endswith((".weight", ".bias")) and n not in self._used
+        ]
         if weights:
             raise BaseModelError(
-                f"{self._folder}: the checkpoint holds {len(weights)} weights that config.json has no place for "
+                f"{self._folder}: the checkpoint holds {len(weights)} weights that config.json has "
+                "no place for "
                 f"(such as {weights[0]}). Check that config.json belongs to these weights."
             )
-

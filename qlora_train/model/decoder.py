@@ -1,17 +1,19 @@
 """A transformers causal language model, taken apart so that a loop of ours can walk its layers.
 
-    prologue   token ids -> embedded tokens x_0, and for every layer the arguments it would have been called with
+    prologue   token ids -> embedded tokens x_0, and for every layer the arguments it would be called with
     layers     x_i+1 = layer_i(x_i, **arguments_i)
     epilogue   final norm, head -> logits
 
-None of the three is rewritten here. The prologue is the library's own decoder forward with each layer replaced by a
-recorder that notes its arguments and returns its input, so embedding scales, one or two rotary tables, and sliding
-or full attention per layer come out as the family computes them. The epilogue is the library's own causal-LM forward around
-a stand-in that hands back given hidden states, so logit scales and caps are the family's too. A new family that fits
-this shape needs no code; the start-up probe (probe.py) decides whether it fits.
+None of the three is rewritten here. The prologue is the library's own decoder forward with each layer
+replaced by a recorder that notes its arguments and returns its input, so embedding scales, one or two rotary
+tables, and sliding or full attention per layer come out as the family computes them. The epilogue is the
+library's own causal-LM forward around a stand-in that hands back given hidden states, so logit scales and
+caps are the family's too. A new family that fits this shape needs no code; the start-up probe (probe.py)
+decides whether it fits.
 
-Why not hooks or `torch.utils.checkpoint`: with one graph through the whole model autograd decides when a weight is needed.
-Here the caller does, which is what streaming, layer-major accumulation and per-layer recomputation rest on.
+Why not hooks or `torch.utils.checkpoint`: with one graph through the whole model autograd decides when a
+weight is needed. Here the caller does, which is what streaming, layer-major accumulation and per-layer
+recomputation rest on.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ LayerArguments = dict[str, Any]
 class FrozenDecoder:
     """The parts of a model whose linears are `FrozenLinear`s.
 
-    layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. dtype, device: of the
-    computation. The given model is taken over and cannot be called as a whole afterwards.
+    layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. dtype,
+    device: of the computation. The given model is taken over and cannot be called as a whole afterwards.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-        model.eval().requires_grad_(False)  # the library's own dropouts never run: ours is a pure function of the token
+        model.eval().requires_grad_(
+            False
+        )  # the library's own dropouts never run: ours is a pure function of the token
         self.config = model.config
         self.dtype, self.device = dtype, device
         self.linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
@@ -52,7 +56,7 @@ class FrozenDecoder:
 
     @property
     def embedding(self) -> nn.Embedding:
-        return self._decoder.embed_tokens  # type: ignore[no-any-return]
+        return self._decoder.embed_tokens
 
     @torch.no_grad()
     def embed(
@@ -73,11 +77,11 @@ class FrozenDecoder:
 
     def run_layer(self, index: int, x: Tensor, arguments: LayerArguments) -> Tensor:
         """x [B, T, D] -> [B, T, D] through decoder layer `index`."""
-        return self.layers[index](x, **arguments)  # type: ignore[no-any-return]
+        return self.layers[index](x, **arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [B, T, D] -> logits [B, T, V], with the family's own scale and cap."""
-        return self._causal_lm(inputs_embeds=hidden, use_cache=False).logits  # type: ignore[no-any-return]
+        return self._causal_lm(inputs_embeds=hidden, use_cache=False).logits
 
     def linears_of(self, index: int) -> list[FrozenLinear]:
         """The FrozenLinears of decoder layer `index`."""

@@ -4,15 +4,17 @@
     working    compute dtype   what the forward pass multiplies by; each module's A and B are views of it
     gradient   fp32            what backward adds to; each module holds views of it
 
-N = sum over modules of R (in + out) elements: 4 N + 4 N bytes for masters and gradient and 2 N for a 16-bit working copy
-(in fp32 the working copy *is* the masters). One cast per optimizer step, one norm for clipping, one optimizer launch per
-learning-rate group, one all-reduce. Per-module tensors instead would be hundreds of small launches, and
-bitsandbytes' paging and 8-bit state only act on tensors above a size that single factors do not reach.
+N = sum over modules of R (in + out) elements: 4 N + 4 N bytes for masters and gradient and 2 N for a 16-bit
+working copy (in fp32 the working copy *is* the masters). One cast per optimizer step, one norm for clipping,
+one optimizer launch per learning-rate group, one all-reduce. Per-module tensors instead would be hundreds of
+small launches, and bitsandbytes' paging and 8-bit state only act on tensors above a size that single factors
+do not reach.
 
-Order: every A first (by layer, then module), then every B, so that LoRA+ (Hayou et al. 2024, arXiv:2402.12354), whose B
-learns faster than A, is two contiguous parameter groups.
+Order: every A first (by layer, then module), then every B, so that LoRA+ (Hayou et al. 2024,
+arXiv:2402.12354), whose B learns faster than A, is two contiguous parameter groups.
 
-Initialised as in PEFT: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero, so the adapted model starts as the base.
+Initialised as in PEFT: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero, so the adapted model
+starts as the base.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from qlora_train.errors import BaseModelError
 from qlora_train.model.linear import DropoutContext, FrozenLinear, LoraFactors
 
 
-def select_targets(linears: Mapping[str, FrozenLinear], targets: str | Sequence[str]) -> dict[str, FrozenLinear]:
+def select_targets(
+    linears: Mapping[str, FrozenLinear], targets: str | Sequence[str]
+) -> dict[str, FrozenLinear]:
     """The linears that get factors.
 
-    targets: "all-linear", or module name endings such as ["q_proj", "v_proj"]. Raises `BaseModelError` for an ending that
-    matches nothing, listing what exists.
+    targets: "all-linear", or module name endings such as ["q_proj", "v_proj"]. Raises `BaseModelError` for an
+    ending that matches nothing, listing what exists.
     """
     if targets == "all-linear":
         return dict(linears)
@@ -53,7 +57,8 @@ def _ends_with(name: str, ending: str) -> bool:
 class FactorBuffers:
     """The flat buffers, and the factors attached to `linears` as views of them.
 
-    rank: R. scaling: s. seed: of the initialisation of A. dtype: of the working copy. Attaching replaces `linear.factors`.
+    rank: R. scaling: s. seed: of the initialisation of A. dtype: of the working copy. Attaching replaces
+    `linear.factors`.
     """
 
     def __init__(
@@ -108,7 +113,8 @@ class FactorBuffers:
             for letter, mine, given in zip("AB", views[name], pair, strict=True):
                 if mine.shape != given.shape:
                     raise BaseModelError(
-                        f"the adapter's {name} {letter} is {tuple(given.shape)}, this run needs {tuple(mine.shape)}; "
+                        f"the adapter's {name} {letter} is {tuple(given.shape)}, this run needs "
+                        f"{tuple(mine.shape)}; "
                         "use the adapter's own rank and base model"
                     )
                 mine.copy_(given)

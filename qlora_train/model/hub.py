@@ -1,7 +1,7 @@
 """Where a base model's files are, and in which precision to compute.
 
-`model.base` is a folder, or a hub id that is downloaded (safetensors, configs and tokenizer files only: a pickle is never
-fetched, let alone opened) and pinned to the commit it resolved to.
+`model.base` is a folder, or a hub id that is downloaded (safetensors, configs and tokenizer files only: a
+pickle is never fetched, let alone opened) and pinned to the commit it resolved to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
     folder = Path(base)
     if folder.is_dir():
         if revision is not None:
-            raise BaseModelError(f"model.revision is {revision}, but model.base is the local folder {base}: remove the revision")
+            raise BaseModelError(
+                f"model.revision is {revision}, but model.base is the local folder {base}: remove "
+                "the revision"
+            )
         return folder, None
     if folder.is_absolute() or base.startswith(".") or base.count("/") > 1:
         raise BaseModelError(f"model.base: there is no folder {base}")
@@ -43,7 +46,8 @@ def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype. "auto": bfloat16 where the hardware multiplies it, else float16 on CUDA, float32 on a CPU.
+    """The compute dtype. "auto": bfloat16 where the hardware multiplies it, else float16 on CUDA, float32 on
+    a CPU.
 
     Raises `UserError` for bfloat16 on a GPU that only emulates it.
     """

@@ -1,23 +1,25 @@
 """The frozen linear with its LoRA factors: y = x W^T + b + s (x A^T) B^T, W packed and frozen.
 
-Shapes: x [..., T, in], W [out, in], A [R, in], B [out, R], s = alpha / R (or alpha / sqrt(R), rank-stabilised LoRA,
-Kalajdzievski 2023, arXiv:2312.03732). QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
+Shapes: x [..., T, in], W [out, in], A [R, in], B [out, R], s = alpha / R (or alpha / sqrt(R), rank-stabilised
+LoRA, Kalajdzievski 2023, arXiv:2312.03732). QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
 
 Two paths, chosen by `training.kernels`:
 
-- `reference` writes the formula with library operations and lets autograd do the rest. Autograd saves the unpacked W
-  (2 in*out bytes in 16 bits) until backward, and puts the factor gradients, in the compute dtype, into `.grad`.
-- `auto` is one autograd.Function. Saved for backward: x and h = x A^T, i.e. T (in + R) elements; never W. Backward asks
+- `reference` writes the formula with library operations and lets autograd do the rest. Autograd saves the
+unpacked W
+  (2 in*out bytes in 16 bits) until backward, and puts the factor gradients into `.grad` in the compute dtype.
+- `auto` is one autograd.Function. Saved for backward: x and h = x A^T, i.e. T (in + R) elements; never W.
+Backward asks
   the weight source again, so a weight may have left the device in between. With h and g = dL/dy:
       dB = s g^T h        dh = s g B        dA = dh^T x        dx = g W + dh A
-  dA and dB (rank R, cheap: 2 T R (in + out) FLOPs each way) are added to the flat fp32 gradient right here, and autograd
-  is handed None for them: accumulation over micro-batches happens in fp32 with no gradient tensors per micro-batch.
+  dA and dB (cheap: 2 T R (in + out) FLOPs each way) are added to the flat fp32 gradient right here, and
+  autograd is handed None for them: micro-batches accumulate in fp32, with no gradient tensors of their own.
 
-Why not bitsandbytes' own MatMul4Bit: it keeps the packed tensor itself on ctx. Once weights stream through recycled slots
-that tensor is overwritten before backward, and the gradient is silently wrong.
+Why not bitsandbytes' own MatMul4Bit: it keeps the packed tensor itself on ctx. Once weights stream through
+recycled slots that tensor is overwritten before backward, and the gradient is silently wrong.
 
-With dropout, x in the LoRA branch is dropout(x); its mask is a pure function of the token (kernels/dropout.py) and is
-computed again in backward.
+With dropout, x in the LoRA branch is dropout(x); its mask is a pure function of the token
+(kernels/dropout.py) and is computed again in backward.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ class FrozenLinear(nn.Module):
         if not self.use_autograd:
             factors = self.factors
             a, b = (factors.A, factors.B) if factors is not None else (None, None)
-            return _FrozenLinearFunction.apply(x, a, b, self)  # type: ignore[no-any-return]
+            return _FrozenLinearFunction.apply(x, a, b, self)
         y = F.linear(x, self.source.unpack(self.name, x.dtype), self.bias)
         if self.factors is None:
             return y

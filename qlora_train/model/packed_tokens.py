@@ -35,8 +35,9 @@ class HostMicroBatch(Protocol):
 class PackedTokens:
     """Tensors of one micro-batch; T packed tokens, S supervised ones.
 
-    token_ids, position_ids: int64 [1, T]. labels: int64 [T], the token to predict at each place, -100 where none is.
-    supervised: int64 [S], the places with a label. rows, offsets: int64 [T], identity of each token in the data order.
+    token_ids, position_ids: int64 [1, T]. labels: int64 [T], the token to predict at each place, -100 where
+    none is. supervised: int64 [S], the places with a label. rows, offsets: int64 [T], identity of each token
+    in the data order.
     """
 
     token_ids: Tensor

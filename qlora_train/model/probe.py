@@ -1,15 +1,16 @@
-"""The start-up probe: does our walk compute what this family's own model computes? Measured, not looked up in a list.
+"""The start-up probe: does our walk compute what this family's own model computes? Measured, not looked up in
+a list.
 
-From the real config a tiny one is made (2 layers of different kinds if there are any, widths of 64, every scale field, rope
-type, bias flag and layer type kept) with random weights. The library's own model with its own eager attention
-runs two documents one after the other; our parts run them packed into one row, from weights W and factors A, B with
-the library given W + s B A. Compared, in fp32:
+From the real config a tiny one is made (2 layers of different kinds if there are any, widths of 64, every
+scale field, rope type, bias flag and layer type kept) with random weights. The library's own model with its
+own eager attention runs two documents one after the other; our parts run them packed into one row, from
+weights W and factors A, B with the library given W + s B A. Compared, in fp32:
 
     logits of every token, the loss, and per module  dA = s B^T dW  and  dB = s dW A^T,  dW by plain autograd.
 
 That proves at once: prologue, layers, head; packed documents do not see each other; gradients. It costs a
-fraction of a second and 64-wide matrices. What fails is refused by name. Seen to fail, rightly: stablelm (drops the keyword
-that carries document boundaries), gpt_oss (attention sinks, fused experts).
+fraction of a second and 64-wide matrices. What fails is refused by name. Seen to fail, rightly: stablelm
+(drops the keyword that carries document boundaries), gpt_oss (attention sinks, fused experts).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ WINDOW = 5  # shorter than the documents, so that a sliding window is at work
 
 
 def probe(config: PretrainedConfig) -> None:
-    """Raise `UnsupportedModelError`, naming the family, unless walk and model agree on a tiny model of this config."""
+    """Raise `UnsupportedModelError`, naming the family, unless walk and model agree on a tiny model of this
+    config."""
     try:
         differences = _differences(tiny_config(config))
     except UnsupportedModelError as error:
@@ -50,7 +52,8 @@ def probe(config: PretrainedConfig) -> None:
     if wrong:
         listed = ", ".join(f"{what} by {d:.1e}" for what, d in list(wrong.items())[:3])
         raise UnsupportedModelError(
-            f"{config.model_type} is not supported: walked layer by layer over packed documents it differs from "
+            f"{config.model_type} is not supported: walked layer by layer over packed documents it "
+            "differs from "
             f"transformers' own model ({listed}, relative)"
         )
 
@@ -148,7 +151,9 @@ def _walked_copy(reference: PreTrainedModel) -> tuple[FrozenDecoder, FactorBuffe
     decoder = FrozenDecoder(model, torch.float32, torch.device("cpu"))
     for name in decoder.linears:
         weight = weights[f"{name}.weight"]
-        source.packed[name] = pack([weight], (weight.shape[0], weight.shape[1]), Packing("none"), dtype=torch.float32)
+        source.packed[name] = pack(
+            [weight], (weight.shape[0], weight.shape[1]), Packing("none"), dtype=torch.float32
+        )
     options: dict[str, Any] = {"rank": 4, "scaling": 0.5, "dropout": 0.0, "seed": 0}
     return decoder, FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
 
@@ -181,8 +186,14 @@ def _packed(tokens: Tensor) -> PackedTokens:
 
 
 def _run_alone(reference: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each document alone through the library's model: (logits [T, V], loss sum), gradients left in the weights."""
-    logits = torch.cat([reference(input_ids=part[None], use_cache=False).logits[0] for part in tokens.split(DOCUMENT_LENGTHS)])
+    """Each document alone through the library's model: (logits [T, V], loss sum), gradients left in the
+    weights."""
+    logits = torch.cat(
+        [
+            reference(input_ids=part[None], use_cache=False).logits[0]
+            for part in tokens.split(DOCUMENT_LENGTHS)
+        ]
+    )
     loss = F.cross_entropy(logits, _labels(tokens), reduction="sum")
     loss.backward()
     return logits.detach(), loss.detach()
@@ -193,16 +204,19 @@ def _relative(value: Tensor, expected: Tensor) -> float:
 
 
 def refuse_length_dependent_rope(config: PretrainedConfig, sequence_length: int) -> None:
-    """Refuse rotary tables that change with the longest document in a row, where sequence_length would make them change.
+    """Refuse rotary tables that change with the longest document in a row, where sequence_length would make
+    them change.
 
-    "longrope" (long-context Phi-3) and "dynamic" choose the table of a whole row by its largest position: past the original
-    maximum a short document would be rotated otherwise packed than alone.
+    "longrope" (long-context Phi-3) and "dynamic" choose the table of a whole row by its largest position:
+    past the original maximum a short document would be rotated otherwise packed than alone.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     if rope_type in ("longrope", "dynamic") and sequence_length > original:
         raise UnsupportedModelError(
-            f"{config.model_type} with rope type {rope_type}: beyond {original} tokens the rotary table depends on the longest "
-            f"document of a row, so packed documents would not equal the documents alone. Set data.sequence_length to {original} or less."
+            f"{config.model_type} with rope type {rope_type}: beyond {original} tokens the rotary "
+            "table depends on the longest "
+            "document of a row, so packed documents would not equal the documents alone. Set "
+            f"data.sequence_length to {original} or less."
         )

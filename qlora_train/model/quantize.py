@@ -19,10 +19,10 @@ one absmax per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = da
 bitsandbytes casts the weight to fp16 before it packs int8, so we do: from bf16 or fp32 weights that costs a
 rounding, and weights beyond 65504 are refused.
 
-The quantisers are the library's own; only the walk is ours. Called on a whole weight, its CPU quantiser
-needs about 25 bytes of scratch per number (1.4 GB for one 8B-size MLP matrix). But blocks are independent:
-chunks of whole blocks give the same bytes, the remainder of a row block is carried into the next, and
-scratch stays below 64 MiB.
+The quantisers are the library's own; only the walk is ours. Called on a whole weight, its CPU quantiser needs
+11 (nf4) to 26 (fp4) bytes of scratch per number: 0.7 to 1.5 GB for one MLP matrix of an 8B model. But blocks
+are independent: chunks of whole blocks give the same bytes, the remainder of a row block is carried into the
+next, and scratch stays below 64 MiB.
 """
 
 from __future__ import annotations

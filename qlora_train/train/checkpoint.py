@@ -1,11 +1,12 @@
-"""Checkpoints: everything the next optimizer step depends on, written so that a crash cannot leave a half one.
+"""Checkpoints: everything the next optimizer step depends on, written so that a crash cannot leave a half
+one.
 
     checkpoints/step-N/state.safetensors   masters, optimizer state
     checkpoints/step-N/state.json          step, data position, loss scale, counters
 
-The random state needs no file: masks and data order are pure functions of the seed, the step and the position.
-Written under a temporary name, every file and the folder fsynced, then renamed: a name of the form step-N is
-complete. No pickle.
+The random state needs no file: masks and data order are pure functions of the seed, the step and the
+position. Written under a temporary name, every file and the folder fsynced, then renamed: a name of the form
+step-N is complete. No pickle.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _OPTIMIZER = "optimizer."
 class TrainState:
     """The host side of a run after `step` optimizer steps.
 
-    data_position: rows (bins) of the data order consumed. best_eval_loss, best_step: the best evaluation so far.
+    data_position: rows (bins) of the data order consumed. best_eval_loss, best_step: the best evaluation so
+    far.
     """
 
     step: int = 0
@@ -48,13 +50,16 @@ class TrainState:
 def save_checkpoint(
     folder: Path, state: TrainState, masters: Tensor, optimizer_state: dict[str, Tensor], num_kept: int
 ) -> None:
-    """Write folder/step-N, then remove all but the newest `num_kept` checkpoints and the best by evaluation."""
+    """Write folder/step-N, then remove all but the newest `num_kept` checkpoints and the best by
+    evaluation."""
     target = folder / f"step-{state.step}"
     partial = folder / f".partial-step-{state.step}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {"masters": masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial / "state.safetensors")
+    save_file(
+        {key: value.cpu().contiguous() for key, value in tensors.items()}, partial / "state.safetensors"
+    )
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
     for file in partial.iterdir():
         _fsync(file)
@@ -74,7 +79,9 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted(int(name.removeprefix("step-")) for name in names)
 
 
-def load_checkpoint(folder: Path, step: int, device: torch.device) -> tuple[TrainState, Tensor, dict[str, Tensor]]:
+def load_checkpoint(
+    folder: Path, step: int, device: torch.device
+) -> tuple[TrainState, Tensor, dict[str, Tensor]]:
     """(state, masters, optimizer state) of folder/step-N. Raises `RunFolderError` when it does not read."""
     path = folder / f"step-{step}"
     try:
@@ -83,7 +90,8 @@ def load_checkpoint(folder: Path, step: int, device: torch.device) -> tuple[Trai
         masters = tensors.pop("masters")
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(
-            f"{path}: this checkpoint does not read ({error}). Remove the folder to resume from the one before."
+            f"{path}: this checkpoint does not read ({error}). Remove the folder to resume from the "
+            "one before."
         ) from error
     return state, masters, {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()}
 

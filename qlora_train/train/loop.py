@@ -1,9 +1,9 @@
 """The loop: batches in the order of the data, steps, evaluations, checkpoints, and a way back after any stop.
 
-Step n (from 1) takes the rows [(n - 1) R, n R) of the data order, R = micro_batch_size * gradient_accumulation_steps * ranks;
-micro-batch k of rank r takes the (k * ranks + r)-th group of micro_batch_size rows. What a step computes depends on (recipe, n) and
-the masters alone, so after a resume the bytes are those of the straight run.
-"""
+Step n (from 1) takes the rows [(n - 1) R, n R) of the data order, R = micro_batch_size *
+gradient_accumulation_steps * ranks; micro-batch k of rank r takes the (k * ranks + r)-th group of
+micro_batch_size rows. What a step computes depends on (recipe, n) and the masters alone, so after a resume
+the bytes are those of the straight run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from qlora_train.data.dataset import PackedDataset
-from qlora_train.errors import Interrupted
+from qlora_train.errors import Interrupted, RunFolderError
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory import meter
 from qlora_train.memory.activations import Activation, choose_activations, kept_bytes_of_layer
@@ -52,7 +51,9 @@ class TrainLoop:
             weight_decay=training.weight_decay,
         )
         self._runner = StepRunner(
-            LayerWalk(self._decoder, self._factors, self._activations(), reference=training.kernels == "reference"),
+            LayerWalk(
+                self._decoder, self._factors, self._activations(), reference=training.kernels == "reference"
+            ),
             self._decoder,
             self._factors,
             self._optimizer,
@@ -74,6 +75,13 @@ class TrainLoop:
             self._state, masters, optimizer_state = load_checkpoint(
                 self._folder.checkpoints, steps[-1], self._decoder.device
             )
+            if self._state.data_position != self._state.step * self._rows_per_step:
+                raise RunFolderError(
+                    f"{self._folder.path}: the run took "
+                    f"{self._state.data_position // self._state.step} rows a step, "
+                    f"here a step is {self._rows_per_step} rows. Resume it with as many processes "
+                    "as it began with."
+                )
             self._factors.masters.copy_(masters)
             self._factors.refresh_working()
             self._optimizer.load_state(optimizer_state)
@@ -82,35 +90,52 @@ class TrainLoop:
             runner.scale.num_overflows = state.num_overflows
             runner.num_skipped, runner.num_skipped_in_a_row = state.num_skipped, state.skipped_in_a_row
         if self._accelerator.is_main_process:
-            self._folder.cut_metrics(self._state.step)
+            self._folder.cut_metrics(
+                self._state.step if steps else -1
+            )  # -1: the first evaluation comes again
         return self._state.step
 
     def run(self) -> None:
-        """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state saved."""
+        """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state
+        saved."""
         training, first = self._recipe.training, self._state.step
         quiet = not self._accelerator.is_main_process
         started = time.monotonic()
-        with StopSignal() as stop, TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress:
+        with (
+            StopSignal() as stop,
+            TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
+        ):
             if first == 0 and self._prepared.eval_data is not None:
                 self._evaluate(0, progress)
             for step in range(first + 1, self.num_steps + 1):
                 row = self._one_step(step)
-                self._report(row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step))
+                self._report(
+                    row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step)
+                )
                 last, is_best = step == self.num_steps, False
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)
                 signal_number = self._agreed(stop.received)
-                if last or signal_number or _due(step, training.save_every) or (is_best and training.save_every):
+                if (
+                    last
+                    or signal_number
+                    or _due(step, training.save_every)
+                    or (is_best and training.save_every)
+                ):
                     self._save()
                 if signal_number and not last:
                     raise Interrupted(
                         signal_number,
-                        f"stopped after step {step} of {self.num_steps}; the state is saved, go on with --resume",
+                        f"stopped after step {step} of {self.num_steps}; the state is saved, go on "
+                        "with --resume",
                     )
         if self._accelerator.is_main_process:
             save_adapter(
-                self._folder.adapter, self._prepared.adapter_config, self._factors.views(self._factors.masters)
+                self._folder.adapter,
+                self._prepared.adapter_config,
+                self._factors.views(self._factors.masters),
             )
+        self._accelerator.wait_for_everyone()  # all that rank 0 writes is there for all
         self._accelerator.end_training()
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
@@ -137,16 +162,22 @@ class TrainLoop:
         """The rows of the data order that a step takes; None past the end of the last epoch."""
         first = (step - 1) * self._rows_per_step
         last_row = self._last_row
-        return [p if last_row is None or p < last_row else None for p in range(first, first + self._rows_per_step)]
+        return [
+            p if last_row is None or p < last_row else None for p in range(first, first + self._rows_per_step)
+        ]
 
-    def _report(self, row: dict[str, float | int | bool], progress: TrainProgress, seconds_left: float) -> None:
+    def _report(
+        self, row: dict[str, float | int | bool], progress: TrainProgress, seconds_left: float
+    ) -> None:
         step = int(row["step"])
         if self._accelerator.is_main_process:
             self._folder.append_metrics(row)
         if step % self._recipe.training.log_every == 0 or step == self.num_steps:
             self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         if row.get("overflowed"):
-            progress.say(f"step {step}: fp16 overflow, not applied; loss scale is now {self._runner.scale.value:g}")
+            progress.say(
+                f"step {step}: fp16 overflow, not applied; loss scale is now {self._runner.scale.value:g}"
+            )
         elif not row["applied"]:
             progress.say(f"step {step}: the gradient is not finite; the step is skipped")
         progress.step(step, row["loss"], row["tokens_per_second"], int(row["peak_bytes"]), seconds_left)
@@ -208,9 +239,7 @@ class TrainLoop:
 
 
 def _groups(positions: Sequence[int | None], size: int) -> Iterator[Sequence[int | None]]:
-    return (
-        (list(positions[i : i + size]) + [None] * size)[:size] for i in range(0, len(positions), size)
-    )
+    return ((list(positions[i : i + size]) + [None] * size)[:size] for i in range(0, len(positions), size))
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,10 +1,12 @@
 """AdamW on the flat masters: one launch per learning-rate group, state that can be saved and put back.
 
-`adamw` is torch's; the others are bitsandbytes': 32-bit or block-wise 8-bit state (Dettmers et al. 2022, arXiv:2110.02861), paged
-(in CUDA managed memory, moved to the host by the driver when the GPU runs full) or not. State per factor element: 8
-bytes in 32 bits, 2 + 8/256 in 8 bits. Paging is a CUDA feature: elsewhere a paged optimizer is its plain twin.
+`adamw` is torch's; the others are bitsandbytes': 32-bit or block-wise 8-bit state (Dettmers et al. 2022,
+arXiv:2110.02861), paged (in CUDA managed memory, moved to the host by the driver when the GPU runs full) or
+not. State per factor element: 8 bytes in 32 bits, 2 + 8/256 in 8 bits. Paging is a CUDA feature: elsewhere a
+paged optimizer is its plain twin.
 
-On resume the saved state is copied *into* the tensors that the optimizer allocates: a loaded tensor would not be paged.
+On resume the saved state is copied *into* the tensors that the optimizer allocates: a loaded tensor would not
+be paged.
 """
 
 from __future__ import annotations
@@ -30,14 +32,19 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 class FlatOptimizer:
     """Updates `factors.masters` from `factors.gradient`, then refreshes the working copy.
 
-    name: a value of `training.optimizer`. lora_b_lr_ratio: learning rate of B over that of A (LoRA+); 1 makes one group.
+    name: a value of `training.optimizer`. lora_b_lr_ratio: learning rate of B over that of A (LoRA+); 1 makes
+    one group.
     """
 
-    def __init__(self, name: str, factors: FactorBuffers, *, lora_b_lr_ratio: float, weight_decay: float) -> None:
+    def __init__(
+        self, name: str, factors: FactorBuffers, *, lora_b_lr_ratio: float, weight_decay: float
+    ) -> None:
         self._factors = factors
         on_cuda = factors.masters.device.type == "cuda"
         self.is_paged = name in _NOT_PAGED and on_cuda
-        slices = [slice(None)] if lora_b_lr_ratio == 1.0 else [slice(0, factors.num_a), slice(factors.num_a, None)]
+        slices = (
+            [slice(None)] if lora_b_lr_ratio == 1.0 else [slice(0, factors.num_a), slice(factors.num_a, None)]
+        )
         ratios = (1.0, lora_b_lr_ratio)
         self._parameters = [nn.Parameter(factors.masters[part]) for part in slices]
         groups = [{"params": [p], "lr_ratio": r} for p, r in zip(self._parameters, ratios, strict=False)]
@@ -75,7 +82,9 @@ class FlatOptimizer:
             self._allocate(i, parameter)
             state = self._optimizer.state[parameter]
             if state.keys() != mine.keys():
-                raise BaseModelError("the checkpoint holds the state of another optimizer than training.optimizer")
+                raise BaseModelError(
+                    "the checkpoint holds the state of another optimizer than training.optimizer"
+                )
             for key, value in mine.items():
                 if isinstance(state[key], Tensor):
                     state[key].copy_(value)
@@ -83,11 +92,12 @@ class FlatOptimizer:
                     state[key] = int(value)
 
     def _allocate(self, group_index: int, parameter: nn.Parameter) -> None:
-        if isinstance(self._optimizer, torch.optim.AdamW):
-            self._optimizer.state[parameter] = {
+        optimizer: Any = self._optimizer
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[parameter] = {
                 "step": torch.zeros(()),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         else:
-            self._optimizer.init_state(self._optimizer.param_groups[group_index], parameter, group_index, 0)
+            optimizer.init_state(optimizer.param_groups[group_index], parameter, group_index, 0)

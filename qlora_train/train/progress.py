@@ -34,14 +34,18 @@ class TrainProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def say(self, line: str) -> None:
         """A line that stays."""
         self._console.print(line, markup=False, soft_wrap=True)
 
-    def step(self, step: int, loss: float, tokens_per_second: float, peak_bytes: int, seconds_left: float) -> None:
+    def step(
+        self, step: int, loss: float, tokens_per_second: float, peak_bytes: int, seconds_left: float
+    ) -> None:
         """After an optimizer step."""
         status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  peak {peak_bytes / GIB:.2f} GiB"
         self._bar.update(self._task, completed=step, status=status)

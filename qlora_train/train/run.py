@@ -1,4 +1,5 @@
-"""`train`: from a recipe to an adapter. The order matters: nothing is written before everything has been read."""
+"""`train`: from a recipe to an adapter. The order matters: nothing is written before everything has been
+read."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
 
 @dataclass(frozen=True)
 class TrainResult:
-    """run_dir: the run folder. adapter_dir: the adapter in PEFT format. loss: of the last step; eval_loss: the last evaluation's."""
+    """run_dir: the run folder. adapter_dir: the adapter in PEFT format. loss: of the last step; eval_loss:
+    the last evaluation's."""
 
     run_dir: Path
     adapter_dir: Path
@@ -28,9 +30,8 @@ class TrainResult:
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     """Train as the recipe says; with `resume`, go on from the newest checkpoint of its output folder.
 
-    Raises a `UserError` for bad input, before anything is written; `TrainingFailure` when training cannot go on;
-    `Interrupted` after SIGINT or SIGTERM, with the state saved.
-    """
+    Raises a `UserError` for bad input, before anything is written; `TrainingFailure` when training cannot go
+    on; `Interrupted` after SIGINT or SIGTERM, with the state saved."""
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
     recipe, base, dtype = resolve(recipe, accelerator.device)
@@ -40,10 +41,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     first = loop.resume() if resume else 0
     _introduce(console, prepared, loop, first)
+    accelerator.wait_for_everyone()  # no rank may still be checking the folder
     if accelerator.is_main_process:
         folder.begin(recipe)
     accelerator.init_trackers("qlora_train", config=_flat(recipe))
-    accelerator.wait_for_everyone()
     loop.run()
     loss, eval_loss = _last_losses(folder)
     console.print(f"done: adapter in {folder.adapter}", markup=False, soft_wrap=True)
@@ -55,9 +56,11 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
     recipe, decoder, factors = prepared.recipe, prepared.decoder, prepared.factors
     num_kept = sum(a == "keep" for a in loop.activations)
     lines = [
-        f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, {recipe.model.quantization}), "
+        f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
+        f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device}",
-        f"LoRA rank {factors.rank} on {len(factors.names)} linears: {factors.masters.numel():,} trainable parameters",
+        f"LoRA rank {factors.rank} on {len(factors.names)} linears: {factors.masters.numel():,} "
+        "trainable parameters",
         *prepared.train_data.report.lines(),
         f"activations: {num_kept} layers kept, {len(decoder.layers) - num_kept} recomputed",
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
@@ -68,7 +71,11 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
 
 def _flat(recipe: Recipe) -> dict[str, str]:
     """The recipe as trackers take it."""
-    return {f"{section}.{key}": str(v) for section, values in recipe.model_dump().items() for key, v in values.items()}
+    return {
+        f"{section}.{key}": str(v)
+        for section, values in recipe.model_dump().items()
+        for key, v in values.items()
+    }
 
 
 def _last_losses(folder: RunFolder) -> tuple[float | None, float | None]:

@@ -3,9 +3,9 @@
     recipe.yaml        resolved recipe      metrics.jsonl   one object per optimizer step and per evaluation
     checkpoints/       train/checkpoint.py  adapter/        PEFT format, written at the end
 
-A run never writes into another run's folder. A resume continues only the recipe it began with, apart from keys that do not
-touch what is computed; rows of metrics.jsonl that are newer than the checkpoint are cut off and computed again.
-"""
+A run never writes into another run's folder. A resume continues only the recipe it began with, apart from
+keys that do not touch what is computed; rows of metrics.jsonl that are newer than the checkpoint are cut off
+and computed again."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ class RunFolder:
         self.adapter = path / "adapter"
 
     def check(self, recipe: Recipe, *, resume: bool) -> None:
-        """Raise `RunFolderError` unless the folder is free, or holds a run of this (resolved) recipe that is to be resumed."""
+        """Raise `RunFolderError` unless the folder is free, or holds a run of this (resolved) recipe that is
+        to be resumed."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not self.recipe_file.is_file():
-            raise RunFolderError(f"{self.path}: is not empty and is not a run. Choose another training.output_dir.")
+            raise RunFolderError(
+                f"{self.path}: is not empty and is not a run. Choose another training.output_dir."
+            )
         if not resume:
             raise RunFolderError(
-                f"{self.path}: holds a run already. Continue it with --resume, or choose another training.output_dir."
+                f"{self.path}: holds a run already. Continue it with --resume, or choose another "
+                "training.output_dir."
             )
         changed = _differences(load_recipe(self.recipe_file), recipe)
         if changed:
@@ -49,7 +53,7 @@ class RunFolder:
     def begin(self, recipe: Recipe) -> None:
         """Create the folder and save the resolved recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.recipe_file.write_text(recipe.to_yaml())
+        _replace(self.recipe_file, recipe.to_yaml())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one object to metrics.jsonl."""
@@ -68,9 +72,14 @@ class RunFolder:
                 break
             if row["step"] <= last_step:
                 kept.append(line)
-        partial = self.metrics_file.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(self.metrics_file)
+        _replace(self.metrics_file, "".join(line + "\n" for line in kept))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def _differences(saved: Recipe, wanted: Recipe) -> list[str]:

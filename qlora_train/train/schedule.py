@@ -12,8 +12,9 @@ from dataclasses import dataclass
 def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, kind: str) -> float:
     """The learning rate of optimizer step `step` = 1 .. num_steps.
 
-    Warm-up is linear over ceil(warmup_ratio * num_steps) steps, from peak / warm-up steps to peak (never 0: a step with rate 0
-    would be thrown away). Then "constant", or "linear" or "cosine" decay, which would reach 0 one step after the last.
+    Warm-up is linear over ceil(warmup_ratio * num_steps) steps, from peak / warm-up steps to peak (never 0: a
+    step with rate 0 would be thrown away). Then "constant", or "linear" or "cosine" decay, which would reach
+    0 one step after the last.
     """
     num_warmup = math.ceil(warmup_ratio * num_steps)
     if step <= num_warmup:
@@ -29,11 +30,13 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, k
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740); constant 1 in bf16 and fp32.
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740); constant 1 in bf16 and
+    fp32.
 
-    The rule: a step whose gradient overflows while the scale is above 1 is not applied, halves the scale and is counted in
-    `num_overflows`; after GROWTH_INTERVAL applied steps in a row the scale doubles, up to MAXIMUM. A skipped step's
-    batch counts as seen and the learning rate advances, so a resume replays exactly. Powers of two only: scaling is exact.
+    The rule: a step whose gradient overflows while the scale is above 1 is not applied, halves the scale and
+    is counted in `num_overflows`; after GROWTH_INTERVAL applied steps in a row the scale doubles, up to
+    MAXIMUM. A skipped step's batch counts as seen and the learning rate advances, so a resume replays
+    exactly. Powers of two only: scaling is exact.
     """
 
     value: float = 1.0

@@ -1,4 +1,5 @@
-"""Everything that must be right before a run folder is touched: device, data, base, factors. Bad input ends here."""
+"""Everything that must be right before a run folder is touched: device, data, base, factors. Bad input ends
+here."""
 
 from __future__ import annotations
 
@@ -40,10 +41,14 @@ class Prepared:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, processes and trackers. It never prepares a model, autocasts or scales: the walk does its own."""
+    """Device, processes and trackers. It never prepares a model, autocasts or scales: the walk does its
+    own."""
     absent = [name for name in recipe.training.report_to if importlib.util.find_spec(name) is None]
     if absent:
-        raise UserError(f"training.report_to: {', '.join(absent)} is not installed; pip install it or remove it from the list")
+        raise UserError(
+            f"training.report_to: {', '.join(absent)} is not installed; pip install it or remove it "
+            "from the list"
+        )
     if recipe.training.deterministic is True:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
@@ -72,7 +77,8 @@ def prepare(recipe: Recipe, folder: Path, dtype: torch.dtype, accelerator: Accel
     train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
     if len(tokenizer) > config.vocab_size:
         raise BaseModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.vocab_size} rows; "
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
+            f"{config.vocab_size} rows; "
             "check that tokenizer and weights belong together"
         )
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
@@ -81,7 +87,9 @@ def prepare(recipe: Recipe, folder: Path, dtype: torch.dtype, accelerator: Accel
     return Prepared(recipe, accelerator, tokenizer, train_data, eval_data, decoder, factors, adapter_config)
 
 
-def attach_factors(recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype) -> tuple[FactorBuffers, AdapterConfig]:
+def attach_factors(
+    recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype
+) -> tuple[FactorBuffers, AdapterConfig]:
     """LoRA factors as the recipe says, continued from `lora.init_from` where it is given."""
     lora = recipe.lora
     targets = select_targets(decoder.linears, lora.target_modules)
@@ -106,8 +114,10 @@ def attach_factors(recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype) -
         saved, pairs = load_adapter(Path(lora.init_from))
         if saved.scaling != config.scaling:
             raise BaseModelError(
-                f"lora.init_from: {lora.init_from} scales its factors by {saved.scaling}, this recipe by {config.scaling}; "
-                f"set lora.rank {saved.rank}, lora.alpha {saved.alpha} and lora.use_rslora {str(saved.use_rslora).lower()}"
+                f"lora.init_from: {lora.init_from} scales its factors by {saved.scaling}, this "
+                f"recipe by {config.scaling}; "
+                f"set lora.rank {saved.rank}, lora.alpha {saved.alpha} and lora.use_rslora "
+                f"{str(saved.use_rslora).lower()}"
             )
         factors.load(pairs)
     return factors, config

@@ -5,8 +5,8 @@
     [loss, ||g||]                the only values the host waits for
     g <- g min(1, max_norm / ||g||)
 
-A non-finite norm means the step is not applied. In fp16 with a scale above 1 that is an overflow: the scale is halved. Otherwise
-it is a bad step: skipped and counted; three in a row stop the run.
+A non-finite norm means the step is not applied. In fp16 with a scale above 1 that is an overflow: the scale
+is halved. Otherwise it is a bad step: skipped and counted; three in a row stop the run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """loss: mean over the step's supervised tokens. grad_norm: before clipping. applied: False where the step was skipped."""
+    """loss: mean over the step's supervised tokens. grad_norm: before clipping. applied: False where the step
+    was skipped."""
 
     loss: float
     grad_norm: float
@@ -40,7 +41,8 @@ class StepOutcome:
 
 
 class StepRunner:
-    """One optimizer step. `num_skipped_in_a_row` counts non-finite steps that loss scaling does not explain."""
+    """One optimizer step. `num_skipped_in_a_row` counts non-finite steps that loss scaling does not
+    explain."""
 
     def __init__(
         self,
@@ -63,10 +65,15 @@ class StepRunner:
     def run(
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int, learning_rate: float
     ) -> StepOutcome:
-        """Walk, judge, update. num_supervised: of all ranks. Raises `TrainingFailure` at the third bad step in a row."""
+        """Walk, judge, update. num_supervised: of all ranks. Raises `TrainingFailure` at the third bad step
+        in a row."""
         gradient = self._factors.gradient.zero_()
         loss_sum = self.walk.accumulate(
-            micro_batches, seed=self._seed, step=step, num_supervised=num_supervised, loss_scale=self.scale.value
+            micro_batches,
+            seed=self._seed,
+            step=step,
+            num_supervised=num_supervised,
+            loss_scale=self.scale.value,
         )
         if self.scale.value != 1.0:
             gradient.mul_(1.0 / self.scale.value)
@@ -91,14 +98,16 @@ class StepRunner:
         self.num_skipped_in_a_row += 1
         if self.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailure(
-                f"non-finite gradients in {MAX_SKIPPED_IN_A_ROW} steps in a row: {self._first_bad_layer(micro_batches)}. "
+                f"non-finite gradients in {MAX_SKIPPED_IN_A_ROW} steps in a row: "
+                f"{self._first_bad_layer(micro_batches)}. "
                 "Lower training.learning_rate, or use model.compute_dtype bfloat16 or float32."
             )
         return StepOutcome(loss, norm, applied=False, overflowed=False)
 
     @torch.no_grad()
     def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
-        """Where the values first go bad: forward through the layers, then, if all is finite there, backward."""
+        """Where the values first go bad: forward through the layers, then, if all is finite there,
+        backward."""
         for tokens in micro_batches:
             x, arguments = self._decoder.embed_packed(tokens)
             for i in range(len(self._decoder.layers)):
@@ -108,5 +117,5 @@ class StepRunner:
         pairs = self._factors.views(self._factors.gradient)
         for name in reversed(self._factors.names):
             if not all(torch.isfinite(part).all() for part in pairs[name]):
-                return f"the outputs of all layers are finite; going back, the gradient of {name} is the first that is not"
+                return f"all outputs are finite; going back, the gradient of {name} is the first that is not"
         return "the outputs of all layers and their gradients are finite one by one; their norm is not"

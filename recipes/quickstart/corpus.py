@@ -1,16 +1,17 @@
 """The quickstart's text: made-up words, and questions about them with exactly one right answer.
 
-Nothing here is taken from anyone. A word is two or three syllables drawn from the letters below ("tramilo"), so
-there are millions of them and none means anything: a model can only answer by doing what it is asked to do, letter
-by letter. Three kinds of questions use them:
+Nothing here is taken from anyone. A word is two or three syllables drawn from the letters below ("tramilo"),
+so there are millions of them and none means anything: a model can only answer by doing what it is asked to
+do, letter by letter. Three kinds of questions use them:
 
 - `operations`: what the base is pre-trained for, such as "reverse: tramilo" -> "olimart";
 - `stories`: one sentence and a question about it, "Tramilo has a red hat. Who has a hat?" -> "Tramilo";
 - `pig_latin`: what only fine-tuning teaches, "pig latin: tramilo" -> "amilotray": the consonants before the
   first vowel move behind the word, then comes "ay". No pre-training text asks for it or ends a word with "ay".
 
-Every word belongs to one side for good: `is_held_out` puts one word in ten (by checksum) aside. Held-out questions
-use only those words and all training uses only the others, so a right held-out answer cannot be remembered.
+Every word belongs to one side for good: `is_held_out` puts one word in ten (by checksum) aside. Held-out
+questions use only those words and all training uses only the others, so a right held-out answer cannot be
+remembered.
 """
 
 from __future__ import annotations
@@ -66,13 +67,19 @@ OPERATIONS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
     "reverse": (lambda w: w[::-1], ("reverse: {}", "Reverse {}", "Write {} backwards")),
     "uppercase": (str.upper, ("upper case: {}", "Shout {}", "Write {} in capitals")),
     "capitalize": (str.capitalize, ("capital: {}", "Capitalize {}", "Start {} with a capital")),
-    "double": (lambda w: "".join(c + c for c in w), ("double: {}", "Double all of {}", "Write {} with twins")),
+    "double": (
+        lambda w: "".join(c + c for c in w),
+        ("double: {}", "Double all of {}", "Write {} with twins"),
+    ),
     "first": (lambda w: w[0], ("first letter: {}", "How does {} start?")),
     "last": (lambda w: w[-1], ("last letter: {}", "How does {} end?")),
     "onset": (lambda w: split_onset(w)[0], ("onset: {}", "What comes before the vowel in {}?")),
     "rest": (lambda w: split_onset(w)[1], ("from the vowel: {}", "Drop the onset of {}")),
     "vowels": (lambda w: "".join(c for c in w if c in VOWELS), ("vowels: {}", "Only the vowels of {}")),
-    "consonants": (lambda w: "".join(c for c in w if c not in VOWELS), ("no vowels: {}", "Drop vowels from {}")),
+    "consonants": (
+        lambda w: "".join(c for c in w if c not in VOWELS),
+        ("no vowels: {}", "Drop vowels from {}"),
+    ),
     "rotate": (lambda w: w[1:] + w[0], ("rotate: {}", "Move the first letter of {} to the end")),
 }
 # operations that are asked of two words at a time now and then

@@ -2,8 +2,8 @@
 
     python recipes/quickstart/demo.py [OUTPUT_DIR]        (default runs/demo, replaced if it is there)
 
-The same held-out prompts are answered by the packed base, by base + adapter, and by the merged fp16 folder loaded with
-nothing but transformers. An answer counts when it is exactly right.
+The same held-out prompts are answered by the packed base, by base + adapter, and by the merged fp16 folder
+loaded with nothing but transformers. An answer counts when it is exactly right.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def main(output_dir: Path) -> None:
         f"held-out prompts answered exactly: before {score(before, expected)}, base + adapter "
         f"{score(after, expected)}, merged {score(merged, expected)}   ({time.monotonic() - started:.0f} s)"
     )
-    console.print(f"try your own: qlora-train generate {output_dir} --prompt {json.dumps(prompts[0])}", markup=False)
+    console.print(
+        f"try your own: qlora-train generate {output_dir} --prompt {json.dumps(prompts[0])}", markup=False
+    )
 
 
 def held_out() -> tuple[list[str], list[str]]:
@@ -83,7 +85,9 @@ def answers_with_transformers(folder: Path, prompts: list[str]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    texts = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats
+    ]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
     with torch.no_grad():
         output = model.generate(

@@ -1,4 +1,5 @@
-"""Makes everything that the quickstart recipe reads: `base/`, `train.jsonl`, `heldout.jsonl`, `pretraining_eval.jsonl`.
+"""Makes everything that the quickstart recipe reads: `base/`, `train.jsonl`, `heldout.jsonl`,
+`pretraining_eval.jsonl`.
 
     python recipes/quickstart/pretrain.py            # from the repository root; about @TIME@ on 2 CPU cores
     python recipes/quickstart/pretrain.py --rows-only  # the three .jsonl files, in a second
@@ -6,10 +7,12 @@
 What it does, all from one seed:
 
 1. A byte-level tokenizer: 256 byte tokens and 6 special ones, no merges. Letter tasks need letters as tokens.
-2. A LLaMA of @PARAMS@ parameters, pre-trained from random weights on the conversations of corpus.py. Rows of similar length share a
+2. A LLaMA of @PARAMS@ parameters, pre-trained from random weights on the conversations of corpus.py. Rows of
+similar length share a
    batch and are padded on the right, where causal attention cannot see the padding. Only answers carry a loss: the
    questions hold random words, and predicting those teaches nothing.
-3. fp16 weights, written in the Hugging Face layout, and the exact-match rate on the held-out questions printed.
+3. fp16 weights, written in the Hugging Face layout, and the exact-match rate on the held-out questions
+printed.
 
 Measured: @RESULT@
 """
@@ -99,12 +102,16 @@ def encode(messages: list[Message], tokenizer: PreTrainedTokenizerFast) -> tuple
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, rows_per_batch: int, num_batches: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(token ids, labels), both [rows_per_batch, longest row]; the labels of padding and prompts are IGNORED."""
+    """(token ids, labels), both [rows_per_batch, longest row]; the labels of padding and prompts are
+    IGNORED."""
     rng = random.Random(seed)
     pool: list[list[tuple[list[int], list[int]]]] = []
     for _ in range(num_batches):
         if not pool:
-            rows = [encode(pretraining_row(rng, held_out=False), tokenizer) for _ in range(BATCHES_PER_POOL * rows_per_batch)]
+            rows = [
+                encode(pretraining_row(rng, held_out=False), tokenizer)
+                for _ in range(BATCHES_PER_POOL * rows_per_batch)
+            ]
             rows.sort(key=lambda row: len(row[0]) + len(row[1]))
             pool = [rows[start : start + rows_per_batch] for start in range(0, len(rows), rows_per_batch)]
             rng.shuffle(pool)
@@ -128,7 +135,8 @@ def answer_loss(model: LlamaForCausalLM, token_ids: torch.Tensor, labels: torch.
 
 
 def build_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms. AdamW alone needs several times the steps."""
+    """Muon for the layers' matrices, AdamW for the embedding and the norms. AdamW alone needs several times
+    the steps."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
@@ -146,7 +154,9 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: 
     optimizers = build_optimizers(model, args.learning_rate)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     started, num_tokens = time.monotonic(), 0
-    for step, (token_ids, labels) in enumerate(batches(tokenizer, args.seed, args.rows_per_batch, args.steps), start=1):
+    for step, (token_ids, labels) in enumerate(
+        batches(tokenizer, args.seed, args.rows_per_batch, args.steps), start=1
+    ):
         loss = answer_loss(model, token_ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,13 +166,18 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: 
         num_tokens += token_ids.numel()
         if step % 100 == 0:
             seconds = time.monotonic() - started
-            line = f"step {step}: loss {loss.item():.3f}, {num_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s"
+            line = (
+                f"step {step}: loss {loss.item():.3f}, {num_tokens / seconds:,.0f} tokens/s, {seconds:.0f} s"
+            )
             print(line, flush=True)
 
 
 @torch.inference_mode()
-def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[list[Message]]) -> float:
-    """The share of rows that greedy decoding answers exactly. Rows of equal prompt length are answered together."""
+def exact_match(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[list[Message]]
+) -> float:
+    """The share of rows that greedy decoding answers exactly. Rows of equal prompt length are answered
+    together."""
     by_length: dict[int, list[tuple[list[int], list[int]]]] = {}
     for prompt, answer in (encode(row, tokenizer) for row in rows):
         by_length.setdefault(len(prompt), []).append((prompt, answer))
@@ -208,7 +223,9 @@ def main() -> None:
 
     model = model.to(torch.float16)  # what is saved is what is measured
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(args.out / "base")
     tokenizer.save_pretrained(args.out / "base")

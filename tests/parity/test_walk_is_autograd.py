@@ -32,11 +32,16 @@ def autograd_gradients(
     for parameter in model.parameters():
         parameter.grad = None
     logits = model(
-        input_ids=tokens.token_ids, position_ids=tokens.position_ids, documents=tokens.documents, use_cache=False
+        input_ids=tokens.token_ids,
+        position_ids=tokens.position_ids,
+        documents=tokens.documents,
+        use_cache=False,
     ).logits
     loss_sum = F.cross_entropy(logits[0].float(), tokens.labels, ignore_index=-100, reduction="sum")
     (loss_sum / num_supervised).backward()
-    pairs = {name: (model.get_submodule(name).a.grad, model.get_submodule(name).b.grad) for name in factors.names}
+    pairs = {
+        name: (model.get_submodule(name).a.grad, model.get_submodule(name).b.grad) for name in factors.names
+    }
     return loss_sum.detach(), pairs
 
 
@@ -60,7 +65,9 @@ def flat(gradients: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packing", [Packing("nf4", True), Packing("int8"), Packing("none")], ids=lambda p: p.format)
+@pytest.mark.parametrize(
+    "packing", [Packing("nf4", True), Packing("int8"), Packing("none")], ids=lambda p: p.format
+)
 def test_reference_is_bit_identical_to_autograd(
     tmp_path: Path, policy: str, dtype: torch.dtype, packing: Packing
 ) -> None:
@@ -132,7 +139,9 @@ def test_layers_below_the_first_factors_are_only_passed_through(tmp_path: Path) 
     chosen = {n: lin for n, lin in decoder.linears.items() if n.startswith("model.layers.1.mlp")}
     for linear in decoder.linears.values():
         linear.factors = None
-    factors = FactorBuffers(chosen, rank=4, scaling=2.0, dropout=0.0, seed=0, dtype=torch.float32, device="cpu")
+    factors = FactorBuffers(
+        chosen, rank=4, scaling=2.0, dropout=0.0, seed=0, dtype=torch.float32, device="cpu"
+    )
     factors.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
     tokens = packed_row([24, 17])
     model = library_model(folder, decoder, factors, torch.float32)

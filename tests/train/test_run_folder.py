@@ -14,8 +14,9 @@ from qlora_train.train.run_folder import RunFolder
 
 
 def make_recipe(tmp_path: Path, **training: Any) -> Recipe:
+    data = {"train": "rows.jsonl", "eval": 0.1}
     values = {"output_dir": str(tmp_path / "run"), "max_steps": 10} | training
-    return Recipe.from_dict({"model": {"base": "org/base"}, "data": {"train": "rows.jsonl"}, "training": values})
+    return Recipe.from_dict({"model": {"base": "org/base"}, "data": data, "training": values})
 
 
 @pytest.fixture
@@ -58,7 +59,13 @@ def test_a_resume_names_every_changed_key(tmp_path: Path, folder: RunFolder) -> 
 
 def test_keys_that_do_not_touch_the_computation_may_change(tmp_path: Path, folder: RunFolder) -> None:
     folder.begin(make_recipe(tmp_path))
-    changes = {"log_every": 3, "eval_every": 2, "save_every": 1, "keep_checkpoints": 5, "report_to": ["wandb"]}
+    changes = {
+        "log_every": 3,
+        "eval_every": 2,
+        "save_every": 1,
+        "keep_checkpoints": 5,
+        "report_to": ["wandb"],
+    }
     folder.check(make_recipe(tmp_path, **changes), resume=True)
     moved = RunFolder(folder.path.rename(tmp_path / "moved"))
     moved.check(make_recipe(tmp_path, output_dir=str(moved.path)), resume=True)
@@ -93,3 +100,18 @@ def test_there_may_be_no_metrics_to_cut(folder: RunFolder) -> None:
     folder.path.mkdir()
     folder.cut_metrics(0)
     assert not any(folder.path.iterdir())
+
+
+def test_a_crash_while_the_recipe_is_written_keeps_the_one_before(
+    tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.begin(make_recipe(tmp_path))
+    before = folder.recipe_file.read_text()
+
+    def crash(self: Path, target: Path) -> None:
+        raise SystemExit("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "replace", crash)
+        folder.begin(make_recipe(tmp_path, log_every=7))
+    assert folder.recipe_file.read_text() == before

@@ -23,7 +23,9 @@ def test_warmup_is_a_straight_line_that_starts_above_zero_and_ends_at_the_peak(k
 
 
 def test_linear_decay() -> None:
-    assert rates(5, 0.0, "linear") == pytest.approx([PEAK * share for share in (1, 0.8, 0.6, 0.4, 0.2)], rel=1e-12)
+    assert rates(5, 0.0, "linear") == pytest.approx(
+        [PEAK * share for share in (1, 0.8, 0.6, 0.4, 0.2)], rel=1e-12
+    )
     assert rates(10, 0.2, "linear")[-1] == pytest.approx(PEAK / 8, rel=1e-12)  # 8 steps of decay: 1/8 is left
 
 

@@ -1,0 +1,115 @@
+"""What is trainable, what has which dtype, and that training never touches a packed byte."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import load_tiny, packed_row, write_checkpoint
+from torch import Tensor, nn
+
+from qlora_train.memory.activations import Activation
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.linear import LoraFactors
+from qlora_train.model.quantize import Packing
+from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.train.walk import LayerWalk
+
+PACKINGS = [Packing("nf4", double_quant=True), Packing("fp4"), Packing("int8"), Packing("none")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def modules(decoder: FrozenDecoder) -> nn.ModuleList:
+    """Everything the computation consists of."""
+    return nn.ModuleList([decoder._causal_lm, decoder._decoder, *decoder.layers, decoder.norm])
+
+
+def packed_tensors(decoder: FrozenDecoder) -> dict[str, Tensor]:
+    packed = next(iter(decoder.linears.values())).source.packed
+    return {f"{name}.{key}": t for name, weight in packed.items() for key, t in weight.tensors.items()}
+
+
+def sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
+def test_exactly_the_factors_are_trainable(tmp_path: Path, family: str) -> None:
+    decoder, factors = load_tiny(write_checkpoint(tmp_path, family))
+    parameters = {id(p): p for p in modules(decoder).parameters()}
+    trainable = {key for key, p in parameters.items() if p.requires_grad}
+    attached = [m for m in modules(decoder).modules() if isinstance(m, LoraFactors)]
+    assert trainable == {id(p) for m in attached for p in (m.A, m.B)}
+    assert len(attached) == len(decoder.linears) == len(factors.names) == 3 * 7
+    num_trainable = sum(parameters[key].numel() for key in trainable)
+    assert num_trainable == factors.masters.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: p.format)
+def test_every_tensor_has_the_dtype_of_the_design(tmp_path: Path, packing: Packing, dtype: torch.dtype) -> None:
+    decoder, factors = load_tiny(write_checkpoint(tmp_path, "qwen2"), packing, dtype)
+    whole = modules(decoder)
+    frozen = {name: p for name, p in whole.named_parameters() if not p.requires_grad}
+    kinds = {name.rpartition(".")[0].rpartition(".")[2] for name in frozen}
+    # 0: the list's own index, of the final norm
+    assert kinds >= {"embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "q_proj"}
+    assert not any(name.endswith("proj.weight") for name in frozen)  # packed weights are not parameters
+    assert {p.dtype for p in frozen.values()} == {dtype}
+    buffers = dict(whole.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    assert {b.dtype for b in buffers.values()} == {torch.float32}
+    assert {m.A.dtype for m in whole.modules() if isinstance(m, LoraFactors)} == {dtype}
+    assert factors.working.dtype == dtype
+    assert factors.masters.dtype == factors.gradient.dtype == torch.float32
+
+    data = {"nf4": torch.uint8, "fp4": torch.uint8, "int8": torch.int8, "none": dtype}[packing.format]
+    absmax = torch.uint8 if packing.double_quant else torch.float32
+    for name, tensor in packed_tensors(decoder).items():
+        key = name.rpartition(".")[2]
+        assert tensor.dtype == {"data": data, "absmax": absmax}.get(key, torch.float32), name
+        assert not tensor.requires_grad and not isinstance(tensor, nn.Parameter), name
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: p.format)
+def test_training_changes_the_factors_and_nothing_else(
+    tmp_path: Path, packing: Packing, optimizer_name: str
+) -> None:
+    decoder, factors = load_tiny(write_checkpoint(tmp_path, "qwen2"), packing, torch.bfloat16, dropout=0.1)
+    frozen = {name: p for name, p in modules(decoder).named_parameters() if not p.requires_grad}
+    rest = frozen | dict(modules(decoder).named_buffers())
+    packed_before, rest_before = sha256(packed_tensors(decoder)), sha256(rest)
+    masters_before = factors.masters.clone()
+
+    optimizer = FlatOptimizer(optimizer_name, factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+    policy = (Activation.RECOMPUTE, Activation.KEEP, Activation.RECOMPUTE)
+    walk = LayerWalk(decoder, factors, policy, reference=False)
+    tokens = packed_row([21, 30, 4])
+    losses = []
+    for step in range(1, 4):
+        factors.gradient.zero_()
+        losses.append(walk.accumulate([tokens], seed=0, step=step, num_supervised=len(tokens.supervised)))
+        optimizer.step(2e-2)
+
+    assert losses[-1] < losses[0]
+    assert (factors.masters != masters_before).float().mean() > 0.99
+    assert torch.equal(factors.working, factors.masters.to(torch.bfloat16))
+    assert sha256(packed_tensors(decoder)) == packed_before
+    assert sha256(rest) == rest_before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_matrix_exists_once(tmp_path: Path, tied: bool) -> None:
+    decoder, _ = load_tiny(write_checkpoint(tmp_path, "llama", tie_word_embeddings=tied))
+    head = decoder._causal_lm.get_output_embeddings().weight
+    same_storage = head.untyped_storage().data_ptr() == decoder.embedding.weight.untyped_storage().data_ptr()
+    assert same_storage is tied
+    pointers = {p.untyped_storage().data_ptr() for p in modules(decoder).parameters() if p.shape == head.shape}
+    assert len(pointers) == (1 if tied else 2)

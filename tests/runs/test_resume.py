@@ -1,0 +1,158 @@
+"""A run that was killed or stopped and then resumed is, byte for byte, the run that went straight through."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import (
+    adapter_bytes,
+    child_environment,
+    metrics_of,
+    recipe_values,
+    stopped_run_command,
+    write_recipe,
+)
+
+from qlora_train.errors import RunFolderError
+from qlora_train.recipe import Recipe, load_recipe
+from qlora_train.train import train
+from qlora_train.train import loop as loop_module
+from qlora_train.train.checkpoint import list_checkpoints
+
+Sections = dict[str, dict[str, Any]]
+
+# 17 packed bins or 28 rows, 4 a step: the second epoch begins in step 5 or after step 7
+FP16: Sections = {
+    "model": {"compute_dtype": "float16"},
+    "lora": {"dropout": 0.1},
+    "data": {"eval": 0.2},
+    "training": {"epochs": 4, "save_every": 3, "eval_every": 4, "optimizer": "paged_adamw_8bit"},
+}
+REFERENCE: Sections = {
+    "data": {"packing": False},
+    "training": {"epochs": 2, "save_every": 4, "optimizer": "adamw", "kernels": "reference"},
+}
+LORA_PLUS: Sections = {
+    "model": {"compute_dtype": "bfloat16", "quantization": "int8"},
+    "lora": {"dropout": 0.05},
+    "training": {"max_steps": 14, "optimizer": "adamw_8bit", "lora_b_lr_ratio": 4.0, "lr_schedule": "linear"},
+}
+
+
+def run_straight(base: Path, train_file: Path, tmp_path: Path, sections: Sections) -> Path:
+    train(Recipe.from_dict(recipe_values(base, train_file, tmp_path / "straight", **sections)))
+    return tmp_path / "straight"
+
+
+def write_stopped_recipe(
+    base: Path, train_file: Path, tmp_path: Path, sections: Sections
+) -> tuple[Path, Path]:
+    """(recipe file, run folder) of the run that will be stopped."""
+    run_dir = tmp_path / "stopped"
+    values = recipe_values(base, train_file, run_dir, **sections)
+    return write_recipe(tmp_path / "recipe.yaml", values), run_dir
+
+
+def stop_at(signal_number: int, step: int, recipe: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = stopped_run_command(signal_number, run_dir / "metrics.jsonl", step, "train", str(recipe))
+    return subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("sections", "kill_after", "resumes_after"), [(FP16, 8, 6), (REFERENCE, 9, 8)], ids=["fp16", "reference"]
+)
+def test_killed_in_the_second_epoch(
+    tmp_path: Path, base: Path, train_file: Path, sections: Sections, kill_after: int, resumes_after: int
+) -> None:
+    straight = run_straight(base, train_file, tmp_path, sections)
+    recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, sections)
+    killed = stop_at(signal.SIGKILL, kill_after, recipe, run_dir)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (run_dir / "adapter").exists()
+    newest = list_checkpoints(run_dir / "checkpoints")[-1]
+    num_steps = max(row["step"] for row in metrics_of(straight))
+    assert resumes_after <= newest < num_steps
+
+    assert train(load_recipe(recipe), resume=True).num_steps == num_steps
+    assert adapter_bytes(run_dir) == adapter_bytes(straight)
+    assert metrics_of(run_dir) == metrics_of(straight)  # each row once, and the same
+    for name in ("state.json", "state.safetensors"):
+        last = Path("checkpoints", f"step-{num_steps}", name)
+        assert (run_dir / last).read_bytes() == (straight / last).read_bytes()
+
+
+def test_the_fp16_scale_goes_on_counting(tmp_path: Path, base: Path, train_file: Path) -> None:
+    """Guards the test above: its runs do scale, and a resume that forgot the count would end with another."""
+    straight = run_straight(base, train_file, tmp_path, FP16)
+    num_steps = list_checkpoints(straight / "checkpoints")[-1]
+    state = json.loads((straight / "checkpoints" / f"step-{num_steps}" / "state.json").read_text())
+    assert state["loss_scale"] == 2.0**13 and state["loss_scale_good_steps"] == num_steps > 6
+
+
+def test_stopped_by_sigterm_the_state_is_saved(tmp_path: Path, base: Path, train_file: Path) -> None:
+    straight = run_straight(base, train_file, tmp_path, LORA_PLUS)
+    recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, LORA_PLUS)
+    stopped = stop_at(signal.SIGTERM, 6, recipe, run_dir)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
+    (saved,) = list_checkpoints(run_dir / "checkpoints")  # no save_every: only what the signal saved
+    assert saved >= 6 and metrics_of(run_dir)[-1]["step"] == saved
+
+    command = [sys.executable, "-m", "qlora_train", "train", str(recipe), "--resume"]
+    resumed = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on after step {saved}" in resumed.stdout
+    assert adapter_bytes(run_dir) == adapter_bytes(straight)
+    assert metrics_of(run_dir) == metrics_of(straight)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, base: Path, train_file: Path) -> None:
+    run_dir = run_straight(base, train_file, tmp_path, FP16)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    result = train(load_recipe(run_dir / "recipe.yaml"), resume=True)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert result.loss == metrics_of(run_dir)[-2]["loss"]
+
+
+def test_killed_before_the_first_checkpoint(
+    tmp_path: Path, base: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run_straight(base, train_file, tmp_path, FP16)
+    recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, FP16)
+
+    def crash(*arguments: object) -> None:
+        raise SystemExit("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop_module, "save_checkpoint", crash)
+        train(load_recipe(recipe))
+    assert [row["step"] for row in metrics_of(run_dir)] == [0, 1, 2, 3]
+    train(load_recipe(recipe), resume=True)
+    assert adapter_bytes(run_dir) == adapter_bytes(straight)
+    assert metrics_of(run_dir) == metrics_of(straight)
+
+
+def test_a_changed_recipe_is_not_resumed(tmp_path: Path, base: Path, train_file: Path) -> None:
+    run_dir = run_straight(base, train_file, tmp_path, REFERENCE)
+    before = adapter_bytes(run_dir)
+    changed = load_recipe(run_dir / "recipe.yaml", ["lora.alpha=9"])
+    with pytest.raises(RunFolderError, match=r"these keys differ: lora\.alpha\."):
+        train(changed, resume=True)
+    assert adapter_bytes(run_dir) == before
+
+
+def test_another_number_of_processes_is_not_resumed(tmp_path: Path, base: Path, train_file: Path) -> None:
+    """Two processes take twice the rows a step, so a step's number would name other data."""
+    run_dir = run_straight(base, train_file, tmp_path, {"training": {"max_steps": 3}})
+    file = run_dir / "checkpoints" / "step-3" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["data_position"] == 12
+    file.write_text(json.dumps(state | {"data_position": 24}))
+    with pytest.raises(RunFolderError, match="took 8 rows a step, here a step is 4 rows.*as many processes"):
+        train(load_recipe(run_dir / "recipe.yaml"), resume=True)

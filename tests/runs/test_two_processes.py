@@ -1,0 +1,45 @@
+"""Two processes with one micro-batch each are one process with two, in the same sum over supervised tokens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import adapter_tensors, child_environment, metrics_of, recipe_values, write_recipe
+
+from qlora_train.recipe import Recipe
+from qlora_train.train import train
+
+SECTIONS = {
+    "lora": {"dropout": 0.1},
+    "data": {"eval": 0.2, "packing": False},
+    "training": {"max_steps": None, "epochs": 1.4, "eval_every": 4, "optimizer": "adamw", "save_every": 3},
+}
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_are_two_micro_batches(tmp_path: Path, base: Path, train_file: Path) -> None:
+    alone = recipe_values(base, train_file, tmp_path / "alone", **SECTIONS)
+    train(Recipe.from_dict(alone))
+    together = recipe_values(base, train_file, tmp_path / "together", **SECTIONS)
+    together["training"]["gradient_accumulation_steps"] = 1
+    recipe = write_recipe(tmp_path / "recipe.yaml", together)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "qlora_train", "train", str(recipe)]
+    environment = child_environment(GLOO_SOCKET_IFNAME="lo")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+    rows, expected_rows = metrics_of(tmp_path / "together"), metrics_of(tmp_path / "alone")
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    for row, expected in zip(rows, expected_rows, strict=True):
+        for key in expected.keys() - {"num_tokens"}:
+            assert row[key] == pytest.approx(expected[key], rel=1e-5), (row["step"], key)
+    adapter, expected_adapter = adapter_tensors(tmp_path / "together"), adapter_tensors(tmp_path / "alone")
+    assert adapter.keys() == expected_adapter.keys()
+    for name, factor in adapter.items():
+        difference = (factor - expected_adapter[name]).norm() / expected_adapter[name].norm()
+        assert difference <= 1e-6, name
