@@ -20,6 +20,7 @@ from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.quantize import Packing
 
 VOCABULARY_SIZE = 96
+NF4 = Packing("nf4", double_quant=True)
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -97,7 +98,7 @@ def write_checkpoint(folder: Path, family: str = "llama", seed: int = 0, **chang
 
 def load_tiny(
     folder: Path,
-    packing: Packing = Packing("nf4", double_quant=True),
+    packing: Packing = NF4,
     dtype: torch.dtype = torch.float32,
     *,
     rank: int = 4,

@@ -1,6 +1,6 @@
-"""Whole tiny runs for tests: a base with a byte-level tokenizer and a chat template, data, recipes, processes.
+"""Whole tiny runs for tests: a base with a byte-level tokenizer and chat template, data, recipes, processes.
 
-The base's weights are drawn from a generator by parameter name, so they are the same under every version of transformers.
+The base's weights are drawn by parameter name, so they are the same under every version of transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ CHAT_TEMPLATE = (
     "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-# Run as `python -c`: sends its own process a signal as soon as metrics.jsonl has the row of a step, wherever training is then.
+# Run as `python -c`: its process gets a signal once metrics.jsonl has the row of a step, wherever training
+# is by then.
 STOPPED_RUN = """
 import os, sys, threading
 from pathlib import Path
@@ -93,7 +94,7 @@ def reversal_rows(num_rows: int, seed: int = 0, letters: str = "abcdef") -> list
 
 
 def recipe_values(base: Path, train: Path, output_dir: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe as nested values, fp32 and 4 rows a step; `sections` (model, lora, data, training) change it."""
+    """A recipe as nested values, fp32 and 4 rows a step; `sections` (model, lora, ...) change it."""
     values: dict[str, dict[str, Any]] = {
         "model": {"base": str(base), "compute_dtype": "float32"},
         "lora": {"rank": 4, "alpha": 8},

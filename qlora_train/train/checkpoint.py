@@ -17,7 +17,6 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -79,14 +78,12 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted(int(name.removeprefix("step-")) for name in names)
 
 
-def load_checkpoint(
-    folder: Path, step: int, device: torch.device
-) -> tuple[TrainState, Tensor, dict[str, Tensor]]:
-    """(state, masters, optimizer state) of folder/step-N. Raises `RunFolderError` when it does not read."""
+def load_checkpoint(folder: Path, step: int) -> tuple[TrainState, Tensor, dict[str, Tensor]]:
+    """(state, masters, optimizer state) of folder/step-N, on the CPU. Raises `RunFolderError` when it does not read."""
     path = folder / f"step-{step}"
     try:
         state = TrainState(**json.loads((path / "state.json").read_text()))
-        tensors = load_file(path / "state.safetensors", device=str(device))
+        tensors = load_file(path / "state.safetensors")
         masters = tensors.pop("masters")
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(

@@ -72,9 +72,7 @@ class TrainLoop:
         """Put the newest checkpoint back, if there is one; returns its step."""
         steps = list_checkpoints(self._folder.checkpoints)
         if steps:
-            self._state, masters, optimizer_state = load_checkpoint(
-                self._folder.checkpoints, steps[-1], self._decoder.device
-            )
+            self._state, masters, optimizer_state = load_checkpoint(self._folder.checkpoints, steps[-1])
             if self._state.data_position != self._state.step * self._rows_per_step:
                 raise RunFolderError(
                     f"{self._folder.path}: the run took "

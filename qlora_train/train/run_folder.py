@@ -10,6 +10,7 @@ and computed again."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,10 @@ class RunFolder:
         _replace(self.recipe_file, recipe.to_yaml())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one object to metrics.jsonl."""
+        """Add one object to metrics.jsonl. A number that is not finite becomes null: JSON has no other way."""
+        finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def cut_metrics(self, last_step: int) -> None:
         """Drop the rows of steps after `last_step`, and a last line that a crash cut in half."""
@@ -73,6 +75,10 @@ class RunFolder:
             if row["step"] <= last_step:
                 kept.append(line)
         _replace(self.metrics_file, "".join(line + "\n" for line in kept))
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _replace(file: Path, text: str) -> None:

@@ -53,12 +53,13 @@ def test_exactly_the_factors_are_trainable(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: p.format)
-def test_every_tensor_has_the_dtype_of_the_design(tmp_path: Path, packing: Packing, dtype: torch.dtype) -> None:
+def test_every_tensor_has_the_dtype_of_the_design(
+    tmp_path: Path, packing: Packing, dtype: torch.dtype
+) -> None:
     decoder, factors = load_tiny(write_checkpoint(tmp_path, "qwen2"), packing, dtype)
     whole = modules(decoder)
     frozen = {name: p for name, p in whole.named_parameters() if not p.requires_grad}
     kinds = {name.rpartition(".")[0].rpartition(".")[2] for name in frozen}
-    # 0: the list's own index, of the final norm
     assert kinds >= {"embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "q_proj"}
     assert not any(name.endswith("proj.weight") for name in frozen)  # packed weights are not parameters
     assert {p.dtype for p in frozen.values()} == {dtype}
@@ -108,8 +109,10 @@ def test_training_changes_the_factors_and_nothing_else(
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_matrix_exists_once(tmp_path: Path, tied: bool) -> None:
     decoder, _ = load_tiny(write_checkpoint(tmp_path, "llama", tie_word_embeddings=tied))
-    head = decoder._causal_lm.get_output_embeddings().weight
+    head = decoder._causal_lm.lm_head.weight
     same_storage = head.untyped_storage().data_ptr() == decoder.embedding.weight.untyped_storage().data_ptr()
     assert same_storage is tied
-    pointers = {p.untyped_storage().data_ptr() for p in modules(decoder).parameters() if p.shape == head.shape}
+    pointers = {
+        p.untyped_storage().data_ptr() for p in modules(decoder).parameters() if p.shape == head.shape
+    }
     assert len(pointers) == (1 if tied else 2)

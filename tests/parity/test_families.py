@@ -27,7 +27,7 @@ from qlora_train.model.probe import probe, refuse_length_dependent_rope
 from qlora_train.model.quantize import Packing
 from qlora_train.train.walk import LayerWalk
 
-# Windows are 8 tokens: 3x the window is 24. llama3's original maximum is 16, so most documents are longer than that.
+# Windows are 8 tokens: 3x the window is 24. llama3's original maximum is 16: most documents are longer.
 LENGTHS = [25, 3, 40, 1, 16, 33]
 TOLERANCE = 1e-5
 

@@ -1,4 +1,6 @@
-"""Against peft on bitsandbytes' layers (4 bits) or on the unpacked weights (int8, none): same loss, same gradients."""
+"""Against peft on bitsandbytes' layers (4 bits) or on the unpacked weights (int8, none): same loss, same
+gradients.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The walk against plain autograd through transformers' own model: the same bits in reference mode, close in auto."""
+"""The walk against plain autograd through transformers' own model: the same bits in reference mode, close in
+auto.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs are compared bit by bit with numbers of the CPU, so they stay on it; the data cache is a folder of the tests."""
+"""Whole runs are compared with numbers of the CPU, so they stay on it; the data cache is the tests' own."""
 
 from __future__ import annotations
 

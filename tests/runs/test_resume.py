@@ -21,9 +21,10 @@ from tiny_runs import (
 
 from qlora_train.errors import RunFolderError
 from qlora_train.recipe import Recipe, load_recipe
-from qlora_train.train import train
 from qlora_train.train import loop as loop_module
-from qlora_train.train.checkpoint import list_checkpoints
+from qlora_train.train import train
+from qlora_train.train.checkpoint import TrainState, list_checkpoints, save_checkpoint
+from qlora_train.train.schedule import LossScale
 
 Sections = dict[str, dict[str, Any]]
 
@@ -120,19 +121,46 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, base: Path, tra
     assert result.loss == metrics_of(run_dir)[-2]["loss"]
 
 
+def crash_in_save(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, save_number: int) -> None:
+    """Train until this save, counted from 1, which does not happen."""
+    saves: list[int] = []
+
+    def save(folder: Path, state: TrainState, *arguments: Any) -> None:
+        saves.append(state.step)
+        if len(saves) == save_number:
+            raise SystemExit("power cut")
+        save_checkpoint(folder, state, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop_module, "save_checkpoint", save)
+        train(recipe)
+
+
 def test_killed_before_the_first_checkpoint(
     tmp_path: Path, base: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = run_straight(base, train_file, tmp_path, FP16)
     recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, FP16)
 
-    def crash(*arguments: object) -> None:
-        raise SystemExit("power cut")
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(loop_module, "save_checkpoint", crash)
-        train(load_recipe(recipe))
+    crash_in_save(monkeypatch, load_recipe(recipe), save_number=1)
     assert [row["step"] for row in metrics_of(run_dir)] == [0, 1, 2, 3]
+    train(load_recipe(recipe), resume=True)
+    assert adapter_bytes(run_dir) == adapter_bytes(straight)
+    assert metrics_of(run_dir) == metrics_of(straight)
+
+
+def test_overflows_are_replayed(
+    tmp_path: Path, base: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale starts so high that the first checkpoint holds no applied step: no optimizer state yet."""
+    monkeypatch.setattr(LossScale, "INITIAL", 2.0**24)
+    straight = run_straight(base, train_file, tmp_path, FP16)
+    recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, FP16)
+    crash_in_save(monkeypatch, load_recipe(recipe), save_number=2)
+    assert list_checkpoints(run_dir / "checkpoints") == [3]
+    overflows = [row["step"] for row in metrics_of(straight) if row.get("overflowed")]
+    assert overflows[:4] == [1, 2, 3, 4] and len(overflows) < 10
+    assert [row["grad_norm"] for row in metrics_of(straight)[1:4]] == [None] * 3  # JSON has no infinity
     train(load_recipe(recipe), resume=True)
     assert adapter_bytes(run_dir) == adapter_bytes(straight)
     assert metrics_of(run_dir) == metrics_of(straight)

@@ -1,17 +1,26 @@
-"""Two processes with one micro-batch each are one process with two, in the same sum over supervised tokens."""
+"""Two processes with one micro-batch each are one process with two: the same sum over supervised tokens."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import adapter_tensors, child_environment, metrics_of, recipe_values, write_recipe
+from tiny_runs import (
+    adapter_bytes,
+    adapter_tensors,
+    child_environment,
+    metrics_of,
+    recipe_values,
+    write_recipe,
+)
 
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
+from qlora_train.train.checkpoint import list_checkpoints
 
 SECTIONS = {
     "lora": {"dropout": 0.1},
@@ -20,8 +29,16 @@ SECTIONS = {
 }
 
 
+def run_in_a_child(command: list[str]) -> None:
+    environment = child_environment(GLOO_SOCKET_IFNAME="lo")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-def test_two_processes_are_two_micro_batches(tmp_path: Path, base: Path, train_file: Path) -> None:
+def test_two_processes_are_two_micro_batches_and_resume_to_the_same_bytes(
+    tmp_path: Path, base: Path, train_file: Path
+) -> None:
     alone = recipe_values(base, train_file, tmp_path / "alone", **SECTIONS)
     train(Recipe.from_dict(alone))
     together = recipe_values(base, train_file, tmp_path / "together", **SECTIONS)
@@ -29,9 +46,7 @@ def test_two_processes_are_two_micro_batches(tmp_path: Path, base: Path, train_f
     recipe = write_recipe(tmp_path / "recipe.yaml", together)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "qlora_train", "train", str(recipe)]
-    environment = child_environment(GLOO_SOCKET_IFNAME="lo")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    run_in_a_child(command)
 
     rows, expected_rows = metrics_of(tmp_path / "together"), metrics_of(tmp_path / "alone")
     assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
@@ -43,3 +58,11 @@ def test_two_processes_are_two_micro_batches(tmp_path: Path, base: Path, train_f
     for name, factor in adapter.items():
         difference = (factor - expected_adapter[name]).norm() / expected_adapter[name].norm()
         assert difference <= 1e-6, name
+
+    straight = adapter_bytes(tmp_path / "together")
+    last = list_checkpoints(tmp_path / "together" / "checkpoints")[-1]
+    shutil.rmtree(tmp_path / "together" / "checkpoints" / f"step-{last}")
+    shutil.rmtree(tmp_path / "together" / "adapter")
+    run_in_a_child([*command, "--resume"])
+    assert adapter_bytes(tmp_path / "together") == straight
+    assert metrics_of(tmp_path / "together") == rows

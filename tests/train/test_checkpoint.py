@@ -13,8 +13,6 @@ from qlora_train.errors import RunFolderError
 from qlora_train.train import checkpoint
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 
-CPU = torch.device("cpu")
-
 
 def masters(step: int) -> Tensor:
     return torch.full((100,), float(step))
@@ -44,7 +42,7 @@ def test_round_trip_of_everything(tmp_path: Path) -> None:
     )
     optimizer_state = {"0.state1": torch.arange(100, dtype=torch.uint8), "0.step": torch.tensor(7)}
     save_checkpoint(tmp_path, state, masters(7), optimizer_state, 2)
-    loaded, loaded_masters, loaded_optimizer = load_checkpoint(tmp_path, 7, CPU)
+    loaded, loaded_masters, loaded_optimizer = load_checkpoint(tmp_path, 7)
     assert loaded == state
     assert torch.equal(loaded_masters, masters(7))
     assert loaded_optimizer.keys() == optimizer_state.keys()
@@ -66,7 +64,7 @@ def test_a_crash_before_the_rename_leaves_the_checkpoint_before(
         patch.setattr(os, "rename", crash)
         save(tmp_path, 6)
     assert list_checkpoints(tmp_path) == [3]
-    assert torch.equal(load_checkpoint(tmp_path, 3, CPU)[1], masters(3))
+    assert torch.equal(load_checkpoint(tmp_path, 3)[1], masters(3))
     save(tmp_path, 6)  # what the crash left does not stand in the way, and is gone afterwards
     assert list_checkpoints(tmp_path) == [3, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-6"]
@@ -121,4 +119,4 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
         data = file.read_bytes()
         file.write_bytes(data[:-20] if damage == "truncated" else b"[1]" + data)
     with pytest.raises(RunFolderError, match=r"step-5: this checkpoint does not read"):
-        load_checkpoint(tmp_path, 5, CPU)
+        load_checkpoint(tmp_path, 5)

@@ -1,4 +1,4 @@
-"""The optimizers on the flat masters: the values of the library's own, and a state that goes on to the bit."""
+"""The optimizers on the flat masters: the library's own values, and a state that goes on to the bit."""
 
 from __future__ import annotations
 

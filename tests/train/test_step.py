@@ -197,7 +197,7 @@ class DeviceReads(TorchDispatchMode):
 
 @pytest.fixture
 def method_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of tensor methods that need values on the host; for CPU tensors some never reach a dispatcher."""
+    """The calls of tensor methods that need values on the host; on the CPU some pass by every dispatcher."""
     calls: list[str] = []
 
     def counted(name: str) -> Any:
