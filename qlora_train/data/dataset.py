@@ -16,6 +16,7 @@ Labels are shifted here, once: labels[t] is what the model should say after toke
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,6 +109,19 @@ class PackedDataset:
     def num_supervised(self, positions: Sequence[int | None]) -> int:
         """Supervised tokens of the bins at these positions, without building them."""
         return sum(self._num_supervised[self.bin_at(p)] for p in positions if p is not None)
+
+    def num_tokens(self, positions: Sequence[int | None]) -> int:
+        """Tokens of the documents in the bins at these positions, dummies not counted."""
+        bins = [self.bins[self.bin_at(p)] for p in positions if p is not None]
+        return sum(len(self.documents[i]) for each in bins for i in each)
+
+    def fingerprint(self) -> str:
+        """A hash of every token, mask and bin: two data sets with the same one train the same way."""
+        digest = hashlib.sha256(str((self.sequence_length, self.bins)).encode())
+        for document in self.documents:
+            digest.update(document.token_ids.tobytes())
+            digest.update(document.supervised.tobytes())
+        return digest.hexdigest()
 
     def micro_batch(self, positions: Sequence[int | None]) -> MicroBatch:
         """The bins at these positions as one flat row; None is an empty bin (all dummy, nothing

@@ -158,10 +158,6 @@ def _check_roles(data: DataSection) -> None:
         raise DataError(
             f"data.columns: unknown role {unknown[0]!r} for format {data.format}; roles: {', '.join(known)}."
         )
-    if data.prompt_template is not None and "prompt" in data.columns:
-        raise DataError(
-            "data.columns maps `prompt`, but data.prompt_template already makes the prompt: remove one."
-        )
 
 
 def _check_mapped_columns(
@@ -173,6 +169,12 @@ def _check_mapped_columns(
                 f"{_first_row(table)}: data.columns maps {role} to {column!r}, which is no column. "
                 f"{_found(table)}"
             )
+    prompt = columns.get("prompt")
+    if template is not None and prompt is not None and prompt not in template.columns:
+        raise DataError(
+            f"data.columns maps prompt to {prompt!r}, but data.prompt_template, which makes the prompt, "
+            f"does not name {{{prompt}}}: name it there, or remove the mapping."
+        )
     for column in template.columns if template else ():
         if column not in table.columns:
             raise DataError(

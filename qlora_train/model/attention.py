@@ -3,11 +3,12 @@
 A micro-batch is one flat row of T tokens with document boundaries. With q, k, v of shape [1, heads, T, d] the
 result for document [s, e) is  softmax(scaling * q[s:e] k[s:e]^T + causal) v[s:e],  nothing else.
 
-How: documents of similar length (within a power of two) are gathered into one right-padded batch
-[num_documents, heads, length, d] and given to torch's SDPA with `is_causal=True`. Right padding needs no
-mask: a padded key comes after every real query, and a padded query is thrown away. One call per length class
-instead of one per document; at most half of the work is padding, and attention memory stays linear in T
-(flash and memory-efficient kernels; torch chooses).
+How: documents of one length class are gathered into a right-padded batch [num_documents, heads, length, d]
+and given to torch's SDPA with `is_causal=True`. Right padding needs no mask: a padded key comes after every
+real query, and a padded query is thrown away. One call per class instead of one per document, and attention
+memory stays linear in T (flash and memory-efficient kernels; torch chooses). A class is a length rounded up
+to 16, or to a quarter of the power of two below: at most 4 classes an octave and 25 % padding. What a
+document is padded to depends on its own length alone, so its rounding does not depend on the split.
 
 A sliding window w only matters for documents longer than w: those run in blocks of w queries against the at
 most 2w - 1 keys they may see. Saved for backward: what SDPA saves (q, k, v, out, log-sum-exp).
@@ -57,15 +58,14 @@ class DocumentLayout:
         bounds = np.asarray(boundaries, dtype=np.int64)
         starts, lengths = bounds[:-1], np.diff(bounds)
         assert bounds[0] == 0 and (lengths > 0).all(), "document boundaries must start at 0 and increase"
-        length_class = np.ceil(np.log2(lengths)).astype(np.int64)
+        padded_lengths = _padded_length(lengths)
         inverse = np.empty(bounds[-1], dtype=np.int64)
         buckets, base = [], 0
-        for cls in np.unique(length_class):
-            members = np.flatnonzero(length_class == cls)
-            longest = int(lengths[members].max())
-            offsets = np.minimum(np.arange(longest)[None], lengths[members, None] - 1)
+        for padded in np.unique(padded_lengths):
+            members = np.flatnonzero(padded_lengths == padded)
+            offsets = np.minimum(np.arange(padded)[None], lengths[members, None] - 1)
             indices = starts[members, None] + offsets
-            real = np.arange(longest)[None] < lengths[members, None]
+            real = np.arange(padded)[None] < lengths[members, None]
             places = base + np.arange(indices.size).reshape(indices.shape)
             inverse[indices[real]] = places[real]
             buckets.append(torch.from_numpy(indices).to(device))
@@ -73,6 +73,12 @@ class DocumentLayout:
         return DocumentLayout(
             tuple(int(b) for b in bounds), tuple(buckets), torch.from_numpy(inverse).to(device)
         )
+
+
+def _padded_length(lengths: np.ndarray) -> np.ndarray:
+    """Rounded up to a quarter of the power of two below, at least to 16: at most 4 classes per octave."""
+    unit = np.maximum(16, 2 ** np.floor(np.log2(lengths)).astype(np.int64) // 4)
+    return -(-lengths // unit) * unit
 
 
 def packed_attention(

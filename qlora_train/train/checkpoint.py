@@ -12,7 +12,7 @@ step-N is complete. No pickle.
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_train.errors import RunFolderError
+from qlora_train.model.atomic_folder import atomic_folder
 
 _OPTIMIZER = "optimizer."
 
@@ -43,6 +44,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     best_eval_loss: float | None = None
     best_step: int | None = None
+    data_fingerprint: str = ""
     activations: list[str] = field(default_factory=list)
 
 
@@ -52,21 +54,13 @@ def save_checkpoint(
     """Write folder/step-N, then remove all but the newest `num_kept` checkpoints and the best by
     evaluation."""
     target = folder / f"step-{state.step}"
-    partial = folder / f".partial-step-{state.step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {"masters": masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
-    save_file(
-        {key: value.cpu().contiguous() for key, value in tensors.items()}, partial / "state.safetensors"
-    )
-    (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-    for file in partial.iterdir():
-        _fsync(file)
-    _fsync(partial)
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(partial, target)
-    _fsync(folder)
+    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    for leftover in folder.glob("step-*.partial-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover)
+    with atomic_folder(target) as partial:
+        save_file(tensors, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
     for step in list_checkpoints(folder)[:-num_kept]:
         if step != state.best_step:
             shutil.rmtree(folder / f"step-{step}")
@@ -74,12 +68,15 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[int]:
     """The steps that have a complete checkpoint, ascending."""
-    names = [p.name for p in folder.glob("step-*")] if folder.is_dir() else []
-    return sorted(int(name.removeprefix("step-")) for name in names)
+    names = [re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
 
 
 def load_checkpoint(folder: Path, step: int) -> tuple[TrainState, Tensor, dict[str, Tensor]]:
-    """(state, masters, optimizer state) of folder/step-N, on the CPU. Raises `RunFolderError` when it does not read."""
+    """(state, masters, optimizer state) of folder/step-N, on the CPU.
+
+    Raises `RunFolderError` when it does not read.
+    """
     path = folder / f"step-{step}"
     try:
         state = TrainState(**json.loads((path / "state.json").read_text()))
@@ -91,11 +88,3 @@ def load_checkpoint(folder: Path, step: int) -> tuple[TrainState, Tensor, dict[s
             "one before."
         ) from error
     return state, masters, {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

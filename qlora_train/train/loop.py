@@ -62,7 +62,7 @@ class TrainLoop:
             max_grad_norm=training.max_grad_norm,
             seed=training.seed,
         )
-        self._state = TrainState()
+        self._state = TrainState(data_fingerprint=prepared.train_data.fingerprint())
 
     @property
     def activations(self) -> tuple[Activation, ...]:
@@ -73,6 +73,11 @@ class TrainLoop:
         steps = list_checkpoints(self._folder.checkpoints)
         if steps:
             self._state, masters, optimizer_state = load_checkpoint(self._folder.checkpoints, steps[-1])
+            if self._state.data_fingerprint != self._prepared.train_data.fingerprint():
+                raise RunFolderError(
+                    f"{self._folder.path}: the training data are not those the run began with "
+                    "(their tokens differ). Put the data, the tokenizer and the chat template back, or start a new run."
+                )
             if self._state.data_position != self._state.step * self._rows_per_step:
                 raise RunFolderError(
                     f"{self._folder.path}: the run took "
@@ -134,7 +139,6 @@ class TrainLoop:
                 self._factors.views(self._factors.masters),
             )
         self._accelerator.wait_for_everyone()  # all that rank 0 writes is there for all
-        self._accelerator.end_training()
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
@@ -142,8 +146,7 @@ class TrainLoop:
         positions = self._positions(step)
         groups = list(_groups(positions, training.micro_batch_size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
-        host_batches = [data.micro_batch(group) for group in mine]
-        batches = [PackedTokens.from_host(batch, self._decoder.device) for batch in host_batches]
+        batches = [PackedTokens.from_host(data.micro_batch(group), self._decoder.device) for group in mine]
         num_supervised = data.num_supervised([p for p in positions if p is not None])
         rate = learning_rate(
             step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
@@ -151,7 +154,7 @@ class TrainLoop:
         outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
         self._state.step, self._state.data_position = step, step * self._rows_per_step
         seconds = time.monotonic() - started
-        num_tokens = sum(batch.num_tokens for batch in host_batches) * self._accelerator.num_processes
+        num_tokens = data.num_tokens(positions)
         return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
             "peak_bytes": meter.peak_bytes(self._decoder.device)
         }

@@ -17,7 +17,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from qlora_train.errors import BaseModelError
+from qlora_train.errors import RunFolderError
 from qlora_train.model.factors import FactorBuffers
 
 _BITSANDBYTES = {
@@ -74,7 +74,7 @@ class FlatOptimizer:
         return flat
 
     def load_state(self, saved: dict[str, Tensor]) -> None:
-        """Put back what `state` returned. Raises `BaseModelError` if it is another optimizer's."""
+        """Put back what `state` returned. Raises `RunFolderError` if it is another optimizer's."""
         if not saved:
             return
         for i, parameter in enumerate(self._parameters):
@@ -82,7 +82,7 @@ class FlatOptimizer:
             self._allocate(i, parameter)
             state = self._optimizer.state[parameter]
             if state.keys() != mine.keys():
-                raise BaseModelError(
+                raise RunFolderError(
                     "the checkpoint holds the state of another optimizer than training.optimizer"
                 )
             for key, value in mine.items():

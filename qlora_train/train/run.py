@@ -40,21 +40,26 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     loop = TrainLoop(prepared, folder)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     first = loop.resume() if resume else 0
-    _introduce(console, prepared, loop, first)
+    _introduce(console, prepared, loop, first, resume=resume)
     accelerator.wait_for_everyone()  # no rank may still be checking the folder
     if accelerator.is_main_process:
         folder.begin(recipe)
     accelerator.init_trackers("qlora_train", config=_flat(recipe))
-    loop.run()
+    try:
+        loop.run()
+    finally:
+        accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
     console.print(f"done: adapter in {folder.adapter}", markup=False, soft_wrap=True)
     return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
 
 
-def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int) -> None:
+def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> None:
     """What is about to happen, in a few lines."""
     recipe, decoder, factors = prepared.recipe, prepared.decoder, prepared.factors
     num_kept = sum(a == "keep" for a in loop.activations)
+    if resume and not first:
+        console.print(f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
     lines = [
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "

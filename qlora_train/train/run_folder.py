@@ -57,7 +57,7 @@ class RunFolder:
         _replace(self.recipe_file, recipe.to_yaml())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one object to metrics.jsonl. A number that is not finite becomes null: JSON has no other way."""
+        """Add one object to metrics.jsonl. A number that is not finite becomes null, as JSON has none."""
         finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")

@@ -67,6 +67,7 @@ def test_mapped_columns_and_template(jsonl: Write, section: Section) -> None:
         ({"format": "text"}, r"line 1: there is no column 'text'.*columns: \{text: <column>\}"),
         ({"columns": {"completion": "a"}, "prompt_template": "{z}"}, r"names \{z\}, which is no column"),
         ({"columns": {"completion": "a"}, "prompt_template": "{q!r}"}, "plain column names"),
+        ({"columns": {"prompt": "a", "completion": "a"}, "prompt_template": "{q}"}, r"does not name \{a\}"),
         ({"columns": {"completion": "a"}, "prompt_template": "{}"}, "plain column names"),
         ({"columns": {"completion": "a"}, "prompt_template": "{q"}, "prompt_template: "),
         ({"columns": {"completion": "a"}, "prompt_template": "same"}, "names no column"),

@@ -75,16 +75,24 @@ def test_decoding_gives_the_last_row_of_the_whole_document(rule, heads, kv_heads
         torch.testing.assert_close(out[b, 0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_layout_pads_at_most_half_and_inverts() -> None:
-    lengths = [5, 1, 12, 3, 8, 9, 2, 1, 33]
+def test_layout_pads_by_a_quarter_and_inverts() -> None:
+    lengths = [5, 1, 48, 3, 130, 9, 191, 65, 33]
     layout = DocumentLayout.of(np.cumsum([0, *lengths]), "cpu")
     assert layout.boundaries == tuple(np.cumsum([0, *lengths]).tolist())
     places = torch.cat([bucket.flatten() for bucket in layout.buckets])
     assert torch.equal(places[layout.inverse], torch.arange(sum(lengths)))
-    assert len(places) < 2 * sum(lengths)
+    assert sorted({bucket.shape[1] for bucket in layout.buckets}) == [16, 48, 80, 160, 192]
     assert sum(len(bucket) for bucket in layout.buckets) == len(lengths)
     for bucket in layout.buckets:
         assert (bucket >= 0).all() and (bucket < sum(lengths)).all()
+
+
+def test_what_a_document_is_padded_to_is_its_own_affair() -> None:
+    widths = []
+    for neighbours in ([], [50], [60, 64, 7]):
+        layout = DocumentLayout.of(np.cumsum([0, 49, *neighbours]), "cpu")
+        widths.append(next(b.shape[1] for b in layout.buckets if 48 in b))
+    assert widths == [64, 64, 64]
 
 
 @pytest.mark.parametrize("bounds", [[1, 4], [0, 4, 4], [0, 5, 3]])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.errors import RunFolderError
-from qlora_train.train import checkpoint
+from qlora_train.model import atomic_folder
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 
 
@@ -72,7 +72,7 @@ def test_a_crash_before_the_rename_leaves_the_checkpoint_before(
 
 def test_contents_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    real_fsync, real_rename = checkpoint._fsync, os.rename
+    real_fsync, real_rename = atomic_folder._fsync, os.rename
 
     def fsync(path: Path) -> None:
         events.append(path.name)
@@ -82,11 +82,11 @@ def test_contents_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: py
         events.append("rename")
         real_rename(source, target)
 
-    monkeypatch.setattr(checkpoint, "_fsync", fsync)
+    monkeypatch.setattr(atomic_folder, "_fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
     save(tmp_path, 1)
     assert sorted(events[:2]) == ["state.json", "state.safetensors"]
-    assert events[2:] == [".partial-step-1", "rename", tmp_path.name]
+    assert events[2].startswith("step-1.partial-") and events[3:] == ["rename", tmp_path.name]
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:
