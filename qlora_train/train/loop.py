@@ -76,7 +76,7 @@ class TrainLoop:
             if self._state.data_fingerprint != self._prepared.train_data.fingerprint():
                 raise RunFolderError(
                     f"{self._folder.path}: the training data are not those the run began with "
-                    "(their tokens differ). Put the data, the tokenizer and the chat template back, or start a new run."
+                    "(their tokens differ). Put data, tokenizer and chat template back, or start a new run."
                 )
             if self._state.data_position != self._state.step * self._rows_per_step:
                 raise RunFolderError(

@@ -7,7 +7,7 @@ do, letter by letter. Three kinds of questions use them:
 - `operations`: what the base is pre-trained for, such as "reverse: tramilo" -> "olimart";
 - `stories`: one sentence and a question about it, "Tramilo has a red hat. Who has a hat?" -> "Tramilo";
 - `pig_latin`: what only fine-tuning teaches, "pig latin: tramilo" -> "amilotray": the consonants before the
-  first vowel move behind the word, then comes "ay". No pre-training text asks for it or ends a word with "ay".
+  first vowel move behind the word, then comes "ay". No pre-training text asks for it, or ends in "ay".
 
 Every word belongs to one side for good: `is_held_out` puts one word in ten (by checksum) aside. Held-out
 questions use only those words and all training uses only the others, so a right held-out answer cannot be

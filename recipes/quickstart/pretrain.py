@@ -1,20 +1,19 @@
 """Makes everything that the quickstart recipe reads: `base/`, `train.jsonl`, `heldout.jsonl`,
 `pretraining_eval.jsonl`.
 
-    python recipes/quickstart/pretrain.py            # from the repository root; about @TIME@ on 2 CPU cores
+    python recipes/quickstart/pretrain.py            # from the repository root; a quarter of an hour, 2 cores
     python recipes/quickstart/pretrain.py --rows-only  # the three .jsonl files, in a second
 
 What it does, all from one seed:
 
 1. A byte-level tokenizer: 256 byte tokens and 6 special ones, no merges. Letter tasks need letters as tokens.
-2. A LLaMA of @PARAMS@ parameters, pre-trained from random weights on the conversations of corpus.py. Rows of
-similar length share a
-   batch and are padded on the right, where causal attention cannot see the padding. Only answers carry a loss: the
-   questions hold random words, and predicting those teaches nothing.
-3. fp16 weights, written in the Hugging Face layout, and the exact-match rate on the held-out questions
-printed.
+2. A LLaMA of 2.28 million parameters, pre-trained from random weights on the conversations of corpus.py. Rows
+   of similar length share a batch and are padded on the right, where causal attention cannot see the padding.
+   Only answers carry a loss: the questions hold random words, and predicting those teaches nothing.
+3. fp16 weights (4.6 MB), written in the Hugging Face layout, and the exact-match rate on the held-out
+   questions printed.
 
-Measured: @RESULT@
+Measured with the defaults on 2 shared cores: 1,500 steps in 879 s, 98.7 % of 300 held-out questions right.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 HERE = Path(__file__).parent
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
-# A turn is its role's token and its text; only an assistant turn has an end token, because only it is generated.
+# A turn is its role's token and its text. Only an assistant turn has an end token: only it is generated.
 CHAT_TEMPLATE = (
     "{{- bos_token -}}"
     "{%- for message in messages -%}"
