@@ -3,6 +3,8 @@ own classes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from qlora_train.memory.execution import Activation, ExecutionPlan
+from qlora_train.memory.load import everything_resident, load_base
 from qlora_train.model.attention import NAME
-from qlora_train.model.base import load_base
+from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.probe import probe
 from qlora_train.model.quantize import Packing
 
 VOCABULARY_SIZE = 96
@@ -104,9 +109,11 @@ def load_tiny(
     rank: int = 4,
     dropout: float = 0.0,
     seed: int = 0,
+    plan: ExecutionPlan | None = None,
 ) -> tuple[FrozenDecoder, FactorBuffers]:
     """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears."""
-    decoder = load_base(folder, packing, dtype, torch.device("cpu"))
+    decoder = load_base(folder, packing, dtype, torch.device("cpu"), plan=plan, poison=True)
+    decoder.tail_name = _tail_name(str(folder))
     factors = FactorBuffers(
         decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu"
     )
@@ -114,6 +121,17 @@ def load_tiny(
     factors.masters.copy_(0.1 * torch.randn(factors.masters.shape, generator=generator))
     factors.refresh_working()
     return decoder, factors
+
+
+@cache
+def _tail_name(folder: str) -> str | None:
+    return probe(read_config(Path(folder))).tail_name
+
+
+def resident_plan(*activations: Activation, **changes: Any) -> ExecutionPlan:
+    """Everything on the device, several tiles and blocks in the loss; one policy per layer."""
+    plan = everything_resident(len(activations))
+    return replace(plan, **({"activations": activations, "loss_tokens": 16, "head_tile_rows": 40} | changes))
 
 
 def packed_row(lengths: list[int], seed: int = 0, first_row: int = 0, unsupervised: int = 2) -> PackedTokens:

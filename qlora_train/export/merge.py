@@ -30,14 +30,12 @@ from torch import Tensor
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.model.adapter_files import Factors, load_adapter
 from qlora_train.model.atomic_folder import atomic_folder
-from qlora_train.model.quantize import (
-    PackedWeight,
-    Packing,
+from qlora_train.model.bitsandbytes_checkpoint import (
     bitsandbytes_shape,
     is_bitsandbytes_constant,
-    pack,
     read_bitsandbytes_weight,
 )
+from qlora_train.model.quantize import PackedWeight, Packing, pack
 from qlora_train.model.shards import INDEX_FILE, SINGLE_FILE, ShardReader, tensor_bytes, write_header
 
 BLOCK_BYTES = 16 * 2**20

@@ -20,6 +20,7 @@ from torch import Tensor
 from qlora_train.infer.kv_cache import KeyValueCache
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.token_matrix import TokenIds
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def _prefill(
 ) -> Tensor:
     """Logits [B, V] after each prompt's last token."""
     device = decoder.device
-    token_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    ids = TokenIds.of(np.concatenate([np.asarray(prompt) for prompt in prompts]), device)
     position_ids = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
     documents = DocumentLayout.of(boundaries, device)
-    x, arguments = decoder.embed(token_ids[None], position_ids[None], documents=documents)
-    for i in range(len(decoder.layers)):
+    x, arguments = decoder.embed(ids, position_ids[None], documents=documents)
+    for i in decoder.layers_in_turn():
         x = decoder.run_layer(i, x, arguments[i] | {"past_key_values": cache})
     last = torch.from_numpy(boundaries[1:] - 1).to(device)
     return decoder.logits(decoder.norm(x[:, last]))[0].float()
@@ -86,9 +87,9 @@ def _prefill(
 
 def _decode(decoder: FrozenDecoder, tokens: Sequence[int], cache: KeyValueCache) -> Tensor:
     """Logits [B, V] after one more token per sequence."""
-    token_ids = torch.tensor(tokens, device=decoder.device)[:, None]
-    x, arguments = decoder.embed(token_ids, cache.lengths[:, None], kv_lengths=cache.lengths + 1)
-    for i in range(len(decoder.layers)):
+    ids = TokenIds.of(np.asarray(tokens), decoder.device)
+    x, arguments = decoder.embed(ids, cache.lengths[:, None], kv_lengths=cache.lengths + 1)
+    for i in decoder.layers_in_turn():
         x = decoder.run_layer(i, x, arguments[i] | {"past_key_values": cache})
     cache.advance()
     return decoder.logits(decoder.norm(x))[:, 0].float()

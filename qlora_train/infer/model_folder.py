@@ -15,8 +15,9 @@ from qlora_train.data.prompts import encode_prompt
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
+from qlora_train.memory.load import load_base
 from qlora_train.model.adapter_files import load_adapter
-from qlora_train.model.base import load_base, read_config
+from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.hub import resolve_base, resolve_dtype

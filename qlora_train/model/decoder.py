@@ -6,10 +6,12 @@
 
 None of the three is rewritten here. The prologue is the library's own decoder forward with each layer
 replaced by a recorder that notes its arguments and returns its input, so embedding scales, one or two rotary
-tables, and sliding or full attention per layer come out as the family computes them. The epilogue is the
-library's own causal-LM forward around a stand-in that hands back given hidden states, so logit scales and
-caps are the family's too. A new family that fits this shape needs no code; the start-up probe (probe.py)
-decides whether it fits.
+tables, and sliding or full attention per layer come out as the family computes them. It is handed the rows of
+its T tokens as if they were the whole embedding matrix, so that the matrix itself may be anywhere. The
+epilogue is the library's own causal-LM forward around a stand-in that hands back given hidden states, and a
+head that multiplies by whatever rows it is given: logit scales and caps are the family's too, and they act on
+each logit alone, so logits can be taken for a tile of the vocabulary. A new family that fits this shape needs
+no code; the start-up probe (probe.py) decides whether it fits.
 
 Why not hooks or `torch.utils.checkpoint`: with one graph through the whole model autograd decides when a
 weight is needed. Here the caller does, which is what streaming, layer-major accumulation and per-layer
@@ -18,15 +20,21 @@ recomputation rest on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.tiled_mlp import TiledMlp
+from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles, whole
+from qlora_train.model.weights import LayerSource
 
 LayerArguments = dict[str, Any]
 
@@ -34,58 +42,171 @@ LayerArguments = dict[str, Any]
 class FrozenDecoder:
     """The parts of a model whose linears are `FrozenLinear`s.
 
-    layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. dtype,
-    device: of the computation. The given model is taken over and cannot be called as a whole afterwards.
+    layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
+    where those find their packed weights. embedding, head: [V, D], the same object where tied. dtype, device:
+    of the computation. tail_name: name within a layer of the linear whose output goes straight into the
+    residual sum, if the probe found that it does. The given model is taken over and cannot be called as a
+    whole afterwards; its embedding and head weights are dropped.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: LayerSource,
+        embedding: TokenMatrix,
+        head: TokenMatrix,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         model.eval().requires_grad_(
             False
         )  # the library's own dropouts never run: ours is a pure function of the token
         self.config = model.config
+        self.weights, self.embedding, self.head = weights, embedding, head
         self.dtype, self.device = dtype, device
-        self.linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
+        self.linears = {m.name: m for m in model.modules() if isinstance(m, FrozenLinear)}
         self._decoder = model.get_decoder()
         self.layers = list(self._decoder.layers)
         self.norm: nn.Module = self._decoder.norm
+        self.tail_name: str | None = None
+        self._tiled_mlps: list[TiledMlp] = []
         self._calls: list[LayerArguments] = []
         self._decoder.layers = nn.ModuleList([_Recorder(layer, self._calls) for layer in self.layers])
         self._decoder.norm = nn.Identity()
+        self._no_rows = nn.Parameter(
+            torch.empty(0, model.config.hidden_size, dtype=dtype, device=device), requires_grad=False
+        )
+        self._decoder.embed_tokens.weight = self._no_rows
+        self._decoder.embed_tokens.padding_idx = None  # only steers the gradient of an embedding that trains
+        self._head_product = _HeadProduct(model.get_output_embeddings().bias)
+        model.set_output_embeddings(self._head_product)
         self._causal_lm = model
         setattr(model, model.base_model_prefix, _HandBack())
 
-    @property
-    def embedding(self) -> nn.Embedding:
-        return self._decoder.embed_tokens
-
     @torch.no_grad()
     def embed(
-        self, token_ids: Tensor, position_ids: Tensor, **attention_arguments: Any
+        self, ids: TokenIds, position_ids: Tensor, **attention_arguments: Any
     ) -> tuple[Tensor, list[LayerArguments]]:
-        """token_ids, position_ids [B, T] -> x_0 [B, T, D] and each layer's keyword arguments."""
+        """ids [B * T], position_ids [B, T] -> x_0 [B, T, D] and each layer's keyword arguments."""
         self._calls.clear()
+        self._decoder.embed_tokens.weight = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
+        row_of_token = torch.arange(len(ids), device=self.device).view(position_ids.shape)
         output = self._decoder(
-            input_ids=token_ids, position_ids=position_ids, use_cache=False, **attention_arguments
+            input_ids=row_of_token, position_ids=position_ids, use_cache=False, **attention_arguments
         )
+        self._decoder.embed_tokens.weight = self._no_rows
         arguments = list(self._calls)
         self._calls.clear()
         return output.last_hidden_state, arguments
 
     def embed_packed(self, tokens: PackedTokens) -> tuple[Tensor, list[LayerArguments]]:
         """`embed` for a packed row: x_0 [1, T, D]."""
-        return self.embed(tokens.token_ids, tokens.position_ids, documents=tokens.documents)
+        return self.embed(tokens.ids, tokens.position_ids, documents=tokens.documents)
 
     def run_layer(self, index: int, x: Tensor, arguments: LayerArguments) -> Tensor:
         """x [B, T, D] -> [B, T, D] through decoder layer `index`."""
         return self.layers[index](x, **arguments)
 
+    def layers_in_turn(self) -> Iterator[int]:
+        """One forward pass: visits each layer in turn and yields its index. What comes after it is announced
+        too: the head, and the first layers of another pass."""
+        order = range(len(self.layers))
+        self.weights.expect([*order, *self.head.items, *order])
+        for index in order:
+            with self.weights.visit(index):
+                yield index
+
+    def tile_logits(self, hidden: Tensor, start: int, rows: Tensor) -> Tensor:
+        """Logits of normed hidden states [..., n, D] for the head's rows from `start` on: [..., n,
+        len(rows)], with the family's own scale and cap."""
+        return self._epilogue(hidden, _Product(rows, slice(start, start + len(rows)), per_token=False))
+
+    def label_logits(self, hidden: Tensor, labels: TokenIds, rows: Tensor) -> Tensor:
+        """One logit for each of n normed hidden states [n, D]: that of its label, whose head row it is given
+        (rows [n, D]). Returns [n]."""
+        return self._epilogue(hidden[None], _Product(rows, labels.device, per_token=True))[0, :, 0]
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states [B, T, D] -> logits [B, T, V], with the family's own scale and cap."""
-        return self._causal_lm(inputs_embeds=hidden, use_cache=False).logits
+        """Normed hidden states [B, T, D] -> logits [B, T, V], taken tile by tile."""
+        return torch.cat([self.tile_logits(hidden, start, rows) for start, rows in tiles(self.head)], dim=-1)
+
+    def whole_head(self) -> Tensor:
+        """The head [V, D] on the device at once, for reference runs: `tile_logits(hidden, 0, whole_head)` is
+        one product, as the library takes it."""
+        return whole(self.head)
+
+    def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
+        """Let every layer's MLP take so many tokens at a time (None: all). context: of the factors'
+        dropout."""
+        if tile_tokens is None and not self._tiled_mlps:
+            return
+        if not self._tiled_mlps:
+            for index, layer in enumerate(self.layers):
+                layer.mlp = TiledMlp(layer.mlp, context, self._tail(index))
+                self._tiled_mlps.append(layer.mlp)
+        for mlp in self._tiled_mlps:
+            mlp.tile_tokens = tile_tokens
+
+    @contextmanager
+    def skipping_tail(self, index: int) -> Iterator[None]:
+        """Inside, the value that layer `index` adds to the residual sum last is not computed: the layer's
+        output is wrong, its gradients are right. Does nothing for families where that is not so, and in
+        reference mode."""
+        tail: FrozenLinear | TiledMlp | None = self._tail(index)
+        if tail is not None and tail.use_autograd:
+            tail = None
+        elif tail is not None and self._tiled_mlps and self._tiled_mlps[index].tile_tokens is not None:
+            tail = self._tiled_mlps[index]
+        if tail is not None:
+            tail.skips_value = True
+        try:
+            yield
+        finally:
+            if tail is not None:
+                tail.skips_value = False
+
+    def _tail(self, index: int) -> FrozenLinear | None:
+        """The linear whose value recomputation may skip."""
+        if self.tail_name is None:
+            return None
+        return next(m for m in self.linears_of(index) if m.name.endswith(f".{self.tail_name}"))
 
     def linears_of(self, index: int) -> list[FrozenLinear]:
         """The FrozenLinears of decoder layer `index`."""
         return [m for m in self.layers[index].modules() if isinstance(m, FrozenLinear)]
+
+    def _epilogue(self, hidden: Tensor, product: _Product) -> Tensor:
+        self._head_product.product = product
+        try:
+            return self._causal_lm(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            self._head_product.product = None
+
+
+class _Product:
+    """What the head multiplies by: the rows [n, D], which ids they have (to find their biases), and whether
+    row t belongs to token t alone."""
+
+    def __init__(self, rows: Tensor, ids: slice | Tensor, per_token: bool) -> None:
+        self.rows, self.ids, self.per_token = rows, ids, per_token
+
+
+class _HeadProduct(nn.Module):
+    """Stands where the head stood: hidden times the rows of the product set last."""
+
+    def __init__(self, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.register_parameter("bias", bias)
+        self.product: _Product | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        product = self.product
+        assert product is not None
+        bias = self.bias[product.ids] if isinstance(self.bias, Tensor) else None
+        if not product.per_token:
+            return F.linear(hidden, product.rows, bias)
+        logits = (hidden[..., None, :] @ product.rows[:, :, None])[..., 0]  # sums in fp32, as F.linear does
+        return logits if bias is None else logits + bias[:, None]
 
 
 class _Recorder(nn.Module):

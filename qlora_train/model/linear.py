@@ -24,21 +24,14 @@ With dropout, x in the LoRA branch is dropout(x); its mask is a pure function of
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_train.kernels.dropout import TokenKeys, dropout, keep_mask
-
-
-class WeightSource(Protocol):
-    """Where packed weights live. The linear asks at every use and keeps nothing."""
-
-    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight `name` as [out, in] in `dtype` on the compute device. The caller may not change it."""
-        ...
+from qlora_train.model.weights import LayerSource
 
 
 class DropoutContext:
@@ -92,22 +85,25 @@ class LoraFactors(nn.Module):
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer whose weight is asked from a `WeightSource` at each use.
+    """A linear layer whose weight is asked from a `LayerSource` at each use.
 
-    name: the module path in the model; `source.unpack(name, dtype)` gives [out_features, in_features].
+    name: the module path in the model; `source.unpack(name, dtype)` gives [out_features, in_features]. source
+    is set when the model comes alive. skips_value: the output is zeros, while backward stays what it is;
+    right only where the output goes straight into the residual sum and only its gradient is wanted.
     """
 
     bias: nn.Parameter | None
+    source: LayerSource
 
-    def __init__(self, name: str, in_features: int, out_features: int, source: WeightSource) -> None:
+    def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
         self.name = name
         self.in_features = in_features
         self.out_features = out_features
-        self.source = source
         self.register_parameter("bias", None)
         self.factors: LoraFactors | None = None
         self.use_autograd = False
+        self.skips_value = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -138,13 +134,17 @@ class _FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
-        y = F.linear(x, linear.source.unpack(linear.name, x.dtype), linear.bias)
         factors = linear.factors
+        if linear.skips_value:
+            y = x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
+        else:
+            y = F.linear(x, linear.source.unpack(linear.name, x.dtype), linear.bias)
         if factors is None:
             return y
         assert a is not None and b is not None
         h = F.linear(_dropped(x, factors), a)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=factors.scaling)
+        if not linear.skips_value:
+            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=factors.scaling)
         ctx.tokens = factors.tokens_to_drop()
         ctx.save_for_backward(x, h, a, b)
         return y

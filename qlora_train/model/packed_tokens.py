@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.model.attention import DocumentLayout
+from qlora_train.model.token_matrix import TokenIds
 
 
 class HostMicroBatch(Protocol):
@@ -35,16 +36,17 @@ class HostMicroBatch(Protocol):
 class PackedTokens:
     """Tensors of one micro-batch; T packed tokens, S supervised ones.
 
-    token_ids, position_ids: int64 [1, T]. labels: int64 [T], the token to predict at each place, -100 where
-    none is. supervised: int64 [S], the places with a label. rows, offsets: int64 [T], identity of each token
-    in the data order.
+    ids: the tokens [T]. position_ids: int64 [1, T]. labels: int64 [T], the token to predict at each place,
+    -100 where none is. supervised: int64 [S], the places with a label; label_ids: the labels there [S]. rows,
+    offsets: int64 [T], identity of each token in the data order.
     """
 
-    token_ids: Tensor
+    ids: TokenIds
     position_ids: Tensor
     documents: DocumentLayout
     labels: Tensor
     supervised: Tensor
+    label_ids: TokenIds
     rows: Tensor
     offsets: Tensor
 
@@ -56,11 +58,17 @@ class PackedTokens:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device, non_blocking=True)
 
         return PackedTokens(
-            put(batch.token_ids)[None],
+            TokenIds.of(batch.token_ids, device),
             put(batch.position_ids)[None],
             DocumentLayout.of(batch.cu_seqlens, device),
             put(batch.labels),
             put(batch.supervised_positions),
+            TokenIds.of(batch.labels[batch.supervised_positions], device),
             put(batch.row_ids),
             put(batch.token_offsets),
         )
+
+    @property
+    def token_ids(self) -> Tensor:
+        """int64 [1, T] on the device."""
+        return self.ids.device[None]

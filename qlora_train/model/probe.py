@@ -8,13 +8,16 @@ weights W and factors A, B with the library given W + s B A. Compared, in fp32:
 
     logits of every token, the loss, and per module  dA = s B^T dW  and  dB = s dW A^T,  dW by plain autograd.
 
-That proves at once: prologue, layers, head; packed documents do not see each other; gradients. It costs a
-fraction of a second and 64-wide matrices. What fails is refused by name. Seen to fail, rightly: stablelm
-(drops the keyword that carries document boundaries), gpt_oss (attention sinks, fused experts).
+That proves at once: prologue, layers, head (in tiles); packed documents do not see each other; gradients. A
+second look finds out whether recomputation may skip the value of the layer's last linear: whether its output
+goes straight into the residual sum (llama) or first through a norm whose gradient needs it (gemma2, olmo2).
+It costs a fraction of a second and 64-wide matrices. What fails is refused by name. Seen to fail, rightly:
+stablelm (drops the keyword that carries document boundaries), gpt_oss (attention sinks, fused experts).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,24 +27,38 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora_train.errors import UnsupportedModelError
-from qlora_train.model.base import ResidentWeights, empty_model, swap_linears, tie_head
+from qlora_train.model.base import Skeleton, tie_head
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
-from qlora_train.model.loss import chunked_loss
+from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.loss import TiledLoss
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.quantize import Packing, pack
+from qlora_train.model.token_matrix import ResidentMatrix
+from qlora_train.model.weights import ResidentWeights
 
 TOLERANCE = 2e-4  # relative, fp32, against the largest value
 DOCUMENT_LENGTHS = (13, 9)
 VOCABULARY_SIZE = 64
+TILE_ROWS, BLOCK_TOKENS = 24, 8  # several of both, the last ones ragged
 WINDOW = 5  # shorter than the documents, so that a sliding window is at work
 
 
-def probe(config: PretrainedConfig) -> None:
-    """Raise `UnsupportedModelError`, naming the family, unless walk and model agree on a tiny model of this
-    config."""
+@dataclass(frozen=True)
+class ProbeResult:
+    """tail_name: name within a layer of the linear whose value recomputation may skip, None where it may
+    not."""
+
+    tail_name: str | None
+
+
+def probe(config: PretrainedConfig) -> ProbeResult:
+    """What can be done with this family, tried on a tiny model of this config.
+
+    Raises `UnsupportedModelError`, naming the family, unless walk and model agree.
+    """
     try:
-        differences = _differences(tiny_config(config))
+        differences, tail_name = _try_out(tiny_config(config))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{config.model_type} is not supported: {error}") from error
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
@@ -56,6 +73,7 @@ def probe(config: PretrainedConfig) -> None:
             "differs from "
             f"transformers' own model ({listed}, relative)"
         )
+    return ProbeResult(tail_name)
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -98,8 +116,8 @@ def _two_layers(kinds: list[tuple[Any, ...]]) -> tuple[int, int]:
     return 0, other
 
 
-def _differences(config: PretrainedConfig) -> dict[str, float]:
-    """Relative difference of logits, loss and gradients; see the module docstring."""
+def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], str | None]:
+    """Relative difference of logits, loss and gradients, and the tail's name; see the module docstring."""
     generator = torch.Generator().manual_seed(0)
     config.dtype = torch.float32
     reference: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -124,8 +142,10 @@ def _differences(config: PretrainedConfig) -> dict[str, float]:
     x, arguments = decoder.embed_packed(packed)
     for index in range(len(decoder.layers)):
         x = decoder.run_layer(index, x, arguments[index])
-    loss, gradient = chunked_loss(decoder, x, packed, gradient_scale=1.0)
     logits = decoder.logits(decoder.norm(x.detach()))[0]
+    loss, (gradient,) = TiledLoss(decoder, block_tokens=BLOCK_TOKENS)(
+        [x.detach()], [packed], gradient_scale=1.0
+    )
     x.backward(gradient)
 
     result = {"logits": _relative(logits, expected_logits), "loss": _relative(loss, expected_loss)}
@@ -135,25 +155,64 @@ def _differences(config: PretrainedConfig) -> dict[str, float]:
         a, b = pairs[name]
         result[f"{name} A gradient"] = _relative(gradient_a, factors.scaling * b.t() @ weight_gradient)
         result[f"{name} B gradient"] = _relative(gradient_b, factors.scaling * weight_gradient @ a.t())
-    return result
+    return result, _find_tail(decoder, factors, packed)
+
+
+def _find_tail(decoder: FrozenDecoder, factors: FactorBuffers, packed: PackedTokens) -> str | None:
+    """The linear that a layer runs last, if leaving out its value changes no gradient, in any layer."""
+    tails: set[str] = set()
+    for index in range(len(decoder.layers)):
+        whole = _layer_gradients(decoder, factors, packed, index)
+        tail = _linear_run_last(decoder, packed, index)
+        tail.skips_value = True
+        skipped = _layer_gradients(decoder, factors, packed, index)
+        tail.skips_value = False
+        if not all(torch.equal(ours, theirs) for ours, theirs in zip(whole, skipped, strict=True)):
+            return None
+        tails.add(tail.name.split(f".{index}.", 1)[1])
+    return tails.pop() if len(tails) == 1 else None
+
+
+def _linear_run_last(decoder: FrozenDecoder, packed: PackedTokens, index: int) -> FrozenLinear:
+    called: list[FrozenLinear] = []
+    handles = [
+        linear.register_forward_hook(lambda module, *_: called.append(module))
+        for linear in decoder.linears_of(index)
+    ]
+    x, arguments = decoder.embed_packed(packed)
+    decoder.run_layer(index, x, arguments[index])
+    for handle in handles:
+        handle.remove()
+    return called[-1]
+
+
+def _layer_gradients(
+    decoder: FrozenDecoder, factors: FactorBuffers, packed: PackedTokens, index: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one layer's input and of the factors, for a random gradient of its output."""
+    generator = torch.Generator().manual_seed(1)
+    x, arguments = decoder.embed_packed(packed)
+    leaf = (x + 0.1 * torch.randn(x.shape, generator=generator)).requires_grad_()
+    factors.gradient.zero_()
+    y = decoder.run_layer(index, leaf, arguments[index])
+    y.backward(torch.randn(y.shape, generator=generator))
+    assert leaf.grad is not None
+    return leaf.grad, factors.gradient.clone()
 
 
 def _walked_copy(reference: PreTrainedModel) -> tuple[FrozenDecoder, FactorBuffers]:
     """The same weights, taken apart, with factors on every linear."""
-    model = empty_model(reference.config, torch.float32)
+    skeleton = Skeleton(reference.config, torch.float32)
+    parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
     source = ResidentWeights()
-    swap_linears(model, source)
-    weights = {name: p.detach().clone() for name, p in reference.named_parameters()}
-    for name, _ in list(model.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weights[name], requires_grad=False))
-    tie_head(model)
-    decoder = FrozenDecoder(model, torch.float32, torch.device("cpu"))
-    for name in decoder.linears:
-        weight = weights[f"{name}.weight"]
-        source.packed[name] = pack(
-            [weight], (weight.shape[0], weight.shape[1]), Packing("none"), dtype=torch.float32
-        )
+    for i, path in enumerate(skeleton.layer_paths):
+        for name, shape in skeleton.linear_shapes(i).items():
+            weight = parameters[f"{path}.{name}.weight"]
+            packing = Packing("none")
+            source.packed[f"{path}.{name}"] = pack([weight], shape, packing, dtype=torch.float32)
+    embedding = ResidentMatrix(parameters[skeleton.embedding_name], TILE_ROWS)
+    head = embedding if skeleton.is_tied else ResidentMatrix(parameters[skeleton.head_name], TILE_ROWS)
+    decoder = skeleton.come_alive(source, parameters, embedding, head, torch.device("cpu"))
     options: dict[str, Any] = {"rank": 4, "scaling": 0.5, "dropout": 0.0, "seed": 0}
     return decoder, FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
 

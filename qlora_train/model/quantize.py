@@ -19,27 +19,29 @@ one absmax per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = da
 bitsandbytes casts the weight to fp16 before it packs int8, so we do: from bf16 or fp32 weights that costs a
 rounding, and weights beyond 65504 are refused.
 
-The quantisers are the library's own; only the walk is ours. Called on a whole weight, its CPU quantiser needs
-11 (nf4) to 26 (fp4) bytes of scratch per number: 0.7 to 1.5 GB for one MLP matrix of an 8B model. But blocks
-are independent: chunks of whole blocks give the same bytes, the remainder of a row block is carried into the
-next, and scratch stays below 64 MiB.
+The quantisers are the library's own, but for 4 bits on the CPU, where `kernels/quantize_4bit.py` makes the
+same bytes ten times as fast. Called on a whole weight, the library's needs 11 (nf4) to 26 (fp4) bytes of
+scratch per number: 0.7 to 1.5 GB for one MLP matrix of an 8B model. But blocks are independent: chunks of
+whole blocks give the same bytes, the remainder of a row block is carried into the next, and scratch stays
+below 64 MiB.
+
+Double-quantised scales are not a function of the weight alone: nested_offset is a mean, which torch sums in
+another order with another number of threads, and its last bits can differ. So they do in the library.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qlora_train.errors import BaseModelError
-from qlora_train.model.shards import ShardReader
+from qlora_train.kernels.quantize_4bit import Quantizer4bit
 
 Format = Literal["nf4", "fp4", "int8", "none"]
 NESTED_BLOCK_SIZE = 256
@@ -170,6 +172,7 @@ def pack(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     name: str = "weight",
+    out: dict[str, Tensor] | None = None,
 ) -> PackedWeight:
     """Pack a weight [out, in] that arrives as consecutive blocks of rows (any sizes; each is done with
     before the next).
@@ -178,10 +181,17 @@ def pack(
     `bitsandbytes.functional.quantize_4bit(whole, blocksize=64, compress_statistics=double_quant)`. int8 has
     those of `int8_vectorwise_quant(whole.to(float16))`. "none" casts to `dtype`, which nothing else uses.
 
+    `out`: the tensors of `packed_layout` to write into, such as views of a slab, which the result then holds;
+    they say the device. Without it they are allocated on `device`.
+
     Raises `BaseModelError`, saying `name`, for weights that are not finite, or are not 16- or 32-bit floats.
     """
     layout = packed_layout(packing, shape, dtype)
-    tensors = {key: torch.empty(size, dtype=kind, device=device) for key, (kind, size) in layout.items()}
+    tensors = out or {
+        key: torch.empty(size, dtype=kind, device=device) for key, (kind, size) in layout.items()
+    }
+    found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    assert found == layout, f"{name}: packs into {layout}, not {found}"
     rows = _checked(rows, name)
     if packing.is_4bit:
         num_elements, scales = _pack_4bit(rows, packing, tensors)
@@ -216,15 +226,30 @@ def _pack_4bit(rows: Iterable[Tensor], packing: Packing, tensors: dict[str, Tens
         torch.empty(tensors["absmax"].shape, device=device) if packing.double_quant else tensors["absmax"]
     )
     block, done = packing.block_size, 0
+    quantize = _quantizer_4bit(packing, device)
     for chunk in _whole_blocks(rows, block):
-        codes, state = bnb.quantize_4bit(chunk.to(device), blocksize=block, quant_type=packing.format)
-        data[done // 2 : done // 2 + len(codes)] = codes.squeeze(1)
-        absmax[done // block : done // block + len(state.absmax)] = state.absmax
-        done += len(chunk)
+        stop = done + len(chunk)
+        quantize(chunk, data[done // 2 : (stop + 1) // 2], absmax[done // block : -(-stop // block)])
+        done = stop
     if packing.double_quant:
         _pack_absmax(absmax, tensors)
         return done, tensors["nested_offset"]  # the mean: not finite if any absmax is not
     return done, absmax
+
+
+def _quantizer_4bit(packing: Packing, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """What quantises a flat chunk into (data, absmax), tensors on `device`."""
+    if device.type == "cpu":
+        return Quantizer4bit(bnb.get_4bit_type(packing.format, device="cpu"), packing.block_size).quantize
+
+    def quantize(chunk: Tensor, data: Tensor, absmax: Tensor) -> None:
+        codes, state = bnb.quantize_4bit(
+            chunk.to(device), blocksize=packing.block_size, quant_type=packing.format
+        )
+        data.copy_(codes.squeeze(1))
+        absmax.copy_(state.absmax)
+
+    return quantize
 
 
 def _pack_absmax(absmax: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -276,115 +301,3 @@ def _pack_none(rows: Iterable[Tensor], data: Tensor) -> tuple[int, Tensor]:
         largest.append(data[done : done + len(part)].abs().amax())
         done += len(part)
     return done * data.shape[1], torch.stack(largest)
-
-
-def read_bitsandbytes_weight(
-    reader: ShardReader, name: str, device: torch.device | str = "cpu"
-) -> PackedWeight | None:
-    """The weight `name` (such as "model.layers.0.mlp.up_proj.weight") if bitsandbytes has already packed
-    it, else None.
-
-    The bytes are taken as they are. Raises `BaseModelError` if they are incomplete or do not fit each other.
-    """
-    form = _form_of(reader, name)
-    scale_name = name.removesuffix("weight") + "SCB"
-    if form:
-        packed = _read_4bit(reader, name, form)
-    elif scale_name in reader:
-        packed = _read_int8(reader, name, scale_name)
-    elif not reader.info(name).dtype.is_floating_point:
-        raise _damaged(
-            reader,
-            name,
-            f"it is {reader.info(name).dtype} but has no bitsandbytes quant_state or SCB beside it",
-        )
-    else:
-        return None
-    for key, (dtype, shape) in packed_layout(packed.packing, packed.shape, torch.bfloat16).items():
-        tensor = packed.tensors[key]
-        if tensor.dtype != dtype or tensor.shape != shape:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise _damaged(
-                reader, name, f"its {key} is {found} where the weight's shape needs {dtype} {list(shape)}"
-            )
-    return packed.to(device)
-
-
-def bitsandbytes_shape(reader: ShardReader, name: str) -> tuple[int, int] | None:
-    """The unpacked shape of a weight that bitsandbytes has packed to 4 bits, without reading the weight;
-    else None."""
-    form = _form_of(reader, name)
-    return _read_state(reader, name, form)[1] if form else None
-
-
-def is_bitsandbytes_constant(name: str) -> bool:
-    """Whether a tensor of a checkpoint is not a weight but belongs to one that bitsandbytes has packed."""
-    return (
-        re.search(r"\.weight\.(nested_)?(absmax|quant_map|quant_state\.\w+)$|\.(SCB|weight_format)$", name)
-        is not None
-    )
-
-
-def _form_of(reader: ShardReader, name: str) -> Literal["nf4", "fp4"] | None:
-    forms: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
-    return next((form for form in forms if f"{name}.quant_state.bitsandbytes__{form}" in reader), None)
-
-
-def _read_state(
-    reader: ShardReader, name: str, form: Literal["nf4", "fp4"]
-) -> tuple[Packing, tuple[int, int], Tensor]:
-    """The JSON beside a 4-bit weight: packing, unpacked shape, nested offset."""
-    raw = bytes(reader.read(f"{name}.quant_state.bitsandbytes__{form}").numpy())
-    try:
-        state: dict[str, Any] = json.loads(raw)
-        out_features, in_features = (int(size) for size in state["shape"])
-        packing = Packing(form, "nested_offset" in state, int(state["blocksize"]))
-        offset = torch.tensor(float(state.get("nested_offset", 0.0)))
-    except (ValueError, TypeError, KeyError) as error:
-        raise _damaged(reader, name, f"its quant_state does not parse ({error!r})") from error
-    if packing.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096) or state.get("quant_type") != form:
-        raise _damaged(reader, name, f"its quant_state says {state}")
-    if packing.double_quant and (state.get("nested_blocksize"), state.get("nested_dtype")) != (
-        256,
-        "float32",
-    ):
-        raise _damaged(
-            reader, name, f"its quant_state says {state}, where nested blocks of 256 float32 are needed"
-        )
-    return packing, (out_features, in_features), offset
-
-
-def _read_4bit(reader: ShardReader, name: str, form: Literal["nf4", "fp4"]) -> PackedWeight:
-    packing, shape, offset = _read_state(reader, name, form)
-    code = reader.read(f"{name}.quant_map")
-    if code.shape != (16,) or not torch.allclose(code, bnb.get_4bit_type(form, device="cpu"), atol=1e-6):
-        raise _damaged(reader, name, f"its quant_map is not the {form} table")
-    tensors = {
-        "data": reader.read(name).reshape(-1).view(torch.uint8),  # other storage dtypes hold the same bytes
-        "absmax": reader.read(f"{name}.absmax"),
-    }
-    if packing.double_quant:
-        tensors["nested_absmax"] = reader.read(f"{name}.nested_absmax")
-        tensors["nested_offset"] = offset
-        tensors["nested_code"] = reader.read(f"{name}.nested_quant_map")
-    return PackedWeight(packing, shape, tensors)
-
-
-def _read_int8(reader: ShardReader, name: str, scale_name: str) -> PackedWeight:
-    format_name = name + "_format"
-    if format_name in reader and int(reader.read(format_name)) != 0:
-        raise _damaged(
-            reader, name, "its weight_format is not row-major, which old GPU-specific checkpoints had"
-        )
-    info = reader.info(name)
-    if len(info.shape) != 2:
-        raise _damaged(reader, name, f"it has the shape {list(info.shape)}")
-    tensors = {"data": reader.read(name), "row_absmax": reader.read(scale_name).reshape(-1)}
-    return PackedWeight(Packing("int8"), (info.shape[0], info.shape[1]), tensors)
-
-
-def _damaged(reader: ShardReader, name: str, what: str) -> BaseModelError:
-    return BaseModelError(
-        f"{reader.folder}: {name} is packed by bitsandbytes but cannot be used: {what}. "
-        "Download the checkpoint again, or use one that is not quantised."
-    )

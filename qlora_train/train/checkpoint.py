@@ -16,6 +16,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -45,7 +46,7 @@ class TrainState:
     best_eval_loss: float | None = None
     best_step: int | None = None
     data_fingerprint: str = ""
-    activations: list[str] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(

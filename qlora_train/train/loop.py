@@ -16,7 +16,7 @@ import torch
 from qlora_train.errors import Interrupted, RunFolderError
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory import meter
-from qlora_train.memory.activations import Activation, choose_activations, kept_bytes_of_layer
+from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.model.adapter_files import save_adapter
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
@@ -51,9 +51,7 @@ class TrainLoop:
             weight_decay=training.weight_decay,
         )
         self._runner = StepRunner(
-            LayerWalk(
-                self._decoder, self._factors, self._activations(), reference=training.kernels == "reference"
-            ),
+            LayerWalk(self._decoder, self._factors, prepared.plan, reference=training.kernels == "reference"),
             self._decoder,
             self._factors,
             self._optimizer,
@@ -65,8 +63,9 @@ class TrainLoop:
         self._state = TrainState(data_fingerprint=prepared.train_data.fingerprint())
 
     @property
-    def activations(self) -> tuple[Activation, ...]:
-        return self._runner.walk.activations
+    def plan(self) -> ExecutionPlan:
+        """How steps run now."""
+        return self._runner.walk.plan
 
     def resume(self) -> int:
         """Put the newest checkpoint back, if there is one; returns its step."""
@@ -190,7 +189,10 @@ class TrainLoop:
         groups = list(_groups(list(range(data.num_bins)), self._recipe.training.micro_batch_size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
         batches = (PackedTokens.from_host(data.micro_batch(g), self._decoder.device) for g in mine)
-        total = self._accelerator.reduce(loss_sum(self._decoder, batches))
+        group_size = math.ceil(self._recipe.training.gradient_accumulation_steps / self.plan.num_groups)
+        total = self._accelerator.reduce(
+            loss_sum(self._decoder, batches, group_size=group_size, loss_tokens=self.plan.loss_tokens)
+        )
         eval_loss = float(total) / data.num_supervised(range(data.num_bins))
         if self._accelerator.is_main_process:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
@@ -209,25 +211,13 @@ class TrainLoop:
         state.loss_scale, state.loss_scale_good_steps = runner.scale.value, runner.scale.good_steps
         state.num_overflows = runner.scale.num_overflows
         state.num_skipped, state.skipped_in_a_row = runner.num_skipped, runner.num_skipped_in_a_row
-        state.activations = [str(a) for a in self.activations]
+        state.plan = self.plan.to_dict()
         save_checkpoint(
             self._folder.checkpoints,
             state,
             self._factors.masters,
             self._optimizer.state(),
             self._recipe.training.keep_checkpoints,
-        )
-
-    def _activations(self) -> tuple[Activation, ...]:
-        """`memory.activations: auto`: as many layers kept as fit, by one layer's measured bytes."""
-        training = self._recipe.training
-        batch = self._prepared.train_data.micro_batch(range(training.micro_batch_size))
-        tokens = PackedTokens.from_host(batch, self._decoder.device)
-        return choose_activations(
-            len(self._decoder.layers),
-            kept_bytes_of_layer(self._decoder, tokens),
-            training.gradient_accumulation_steps,
-            meter.free_bytes(self._decoder.device),
         )
 
     def _agreed(self, signal_number: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.run_folder import RunFolder
@@ -57,7 +58,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> None:
     """What is about to happen, in a few lines."""
     recipe, decoder, factors = prepared.recipe, prepared.decoder, prepared.factors
-    num_kept = sum(a == "keep" for a in loop.activations)
     if resume and not first:
         console.print(f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
     lines = [
@@ -67,11 +67,21 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"LoRA rank {factors.rank} on {len(factors.names)} linears: {factors.masters.numel():,} "
         "trainable parameters",
         *prepared.train_data.report.lines(),
-        f"activations: {num_kept} layers kept, {len(decoder.layers) - num_kept} recomputed",
+        _plan_line(loop.plan),
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _plan_line(plan: ExecutionPlan) -> str:
+    """What is where, in one line."""
+    counts = [
+        f"{values.count(value)} {value.value}"
+        for values in (plan.weights, plan.activations)
+        for value in dict.fromkeys(values)
+    ]
+    return f"plan: layers {', '.join(counts)}; embedding {plan.embedding}, head {plan.head}"
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:

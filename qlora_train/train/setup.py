@@ -16,8 +16,10 @@ from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.prompts import format_of
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import BaseModelError, UserError
+from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.load import everything_resident, load_base
 from qlora_train.model.adapter_files import AdapterConfig, load_adapter
-from qlora_train.model.base import load_base, read_config
+from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
@@ -38,6 +40,7 @@ class Prepared:
     decoder: FrozenDecoder
     factors: FactorBuffers
     adapter_config: AdapterConfig
+    plan: ExecutionPlan
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -72,7 +75,7 @@ def prepare(recipe: Recipe, folder: Path, dtype: torch.dtype, accelerator: Accel
     """Read data and base. recipe: resolved. Raises a `UserError` for whatever does not fit together."""
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
-    probe(config)
+    found = probe(config)
     tokenizer = load_tokenizer(str(folder), None)
     train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
     if len(tokenizer) > config.vocab_size:
@@ -82,9 +85,13 @@ def prepare(recipe: Recipe, folder: Path, dtype: torch.dtype, accelerator: Accel
             "check that tokenizer and weights belong together"
         )
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
-    decoder = load_base(folder, packing, dtype, accelerator.device)
+    plan = everything_resident(config.num_hidden_layers)
+    decoder = load_base(folder, packing, dtype, accelerator.device, plan=plan)
+    decoder.tail_name = found.tail_name
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
-    return Prepared(recipe, accelerator, tokenizer, train_data, eval_data, decoder, factors, adapter_config)
+    return Prepared(
+        recipe, accelerator, tokenizer, train_data, eval_data, decoder, factors, adapter_config, plan
+    )
 
 
 def attach_factors(

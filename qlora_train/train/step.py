@@ -110,7 +110,7 @@ class StepRunner:
         backward."""
         for tokens in micro_batches:
             x, arguments = self._decoder.embed_packed(tokens)
-            for i in range(len(self._decoder.layers)):
+            for i in self._decoder.layers_in_turn():
                 x = self._decoder.run_layer(i, x, arguments[i])
                 if not torch.isfinite(x).all():
                     return f"the output of decoder layer {i} is the first that is not finite"

@@ -1,59 +1,67 @@
 """The training step: an explicit walk over the decoder layers.
 
-    forward    for layer i = 0..L-1:  for each micro-batch k:  x[k] = layer_i(x[k])     inputs remembered
-    head       for each micro-batch k:  loss, g[k] = dL/dx[k]
-    backward   for layer i = L-1..0:  for each k:  (y again, unless kept)  y.backward(g[k]);  g[k] = x[k].grad
+    for each group of micro-batches:
+      forward    for layer i = 0..L-1:  fetch(i);  for each k:  x[k] = layer_i(x[k])     inputs remembered
+      head       for each k:  loss, g[k] = dL/dx[k]                                     one pass over the head
+      backward   for layer i = L-1..0:  fetch(i);  for each k:  (y again, unless kept)  y.backward(g[k]);
+                                                                g[k] = x[k].grad
 
 Because the base is frozen, backward needs input gradients and the LoRA gradients of one layer at a time;
 there is no graph through the model, only K small ones per layer. The result is bit-identical to autograd
-through the whole model (for one micro-batch; for several it is the fp32 sum), whether a layer is kept or
-recomputed.
+through the whole model (for one micro-batch; for several it is the fp32 sum), whether a layer is kept,
+offloaded or recomputed, and wherever its weights live.
 
 Remembered: K (L + 1) inputs of T D elements, plus the graphs of kept layers. Layers below the first one with
-factors need no backward: nothing of them is remembered. All micro-batches pass a layer before the next layer
-is touched (layer-major), so whatever a layer costs to bring in is paid once per pass, not once per
-micro-batch.
+factors need no backward: nothing of them is remembered. All micro-batches of a group pass a layer before the
+next layer is touched (layer-major), so what a layer costs to bring in and unpack is paid once per pass and
+group: G (2 L - s) fetches, s of them still there at the turns.
 
 Nothing here reads a tensor on the host: the whole walk is queued without waiting for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from qlora_train.kernels.dropout import TokenKeys
-from qlora_train.memory.activations import Activation
-from qlora_train.model.decoder import FrozenDecoder, LayerArguments
+from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
-from qlora_train.model.loss import chunked_loss, reference_loss
+from qlora_train.model.loss import TiledLoss, reference_loss
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.train.remembered import Remembered, RememberedLayer
 
 
 class LayerWalk:
     """Forward and backward of one optimizer step; gradients land in `factors.gradient`.
 
-    activations: one policy per layer. reference: library operations and autograd's own sums
-    (`training.kernels: reference`).
+    plan: what is kept, recomputed or offloaded, and in how many groups micro-batches pass; may be replaced
+    between steps. reference: library operations and autograd's own sums (`training.kernels: reference`).
     """
 
     def __init__(
-        self,
-        decoder: FrozenDecoder,
-        factors: FactorBuffers,
-        activations: Sequence[Activation],
-        *,
-        reference: bool,
+        self, decoder: FrozenDecoder, factors: FactorBuffers, plan: ExecutionPlan, *, reference: bool
     ) -> None:
-        assert len(activations) == len(decoder.layers)
         self._decoder, self._factors, self._reference = decoder, factors, reference
-        self.activations = tuple(activations)
         self._modules = [factors.modules(decoder.linears_of(i)) for i in range(len(decoder.layers))]
         self._lowest = next(i for i, modules in enumerate(self._modules) if modules)
         for linear in decoder.linears.values():
             linear.use_autograd = reference
+        decoder.weights.copies_unpacked = reference
+        self._remembered = Remembered(decoder, factors)
+        self.follow(plan)
+
+    def follow(self, plan: ExecutionPlan) -> None:
+        """Walk by this plan from the next step on."""
+        assert plan.num_layers == len(self._decoder.layers)
+        self.plan = plan
+        self._decoder.weights.hold_unpacked = plan.hold_unpacked
+        self._decoder.tile_mlps(plan.mlp_tile_tokens, self._factors.dropout_context)
+        self._loss = TiledLoss(self._decoder, plan.loss_tokens)
 
     def accumulate(
         self,
@@ -70,71 +78,82 @@ class LayerWalk:
         the whole optimizer step on all ranks. Returns the sum of the supervised losses of these
         micro-batches, fp32 scalar on the device.
         """
-        keys = [TokenKeys(seed, step, tokens.rows, tokens.offsets) for tokens in micro_batches]
-        xs, arguments = self._embed(micro_batches)
-        num_layers = len(self._decoder.layers)
-        inputs: list[list[Tensor]] = [[] for _ in range(num_layers)]
-        outputs: list[list[Tensor]] = [[] for _ in range(num_layers)]
-
-        for i in range(num_layers):
-            kept = i >= self._lowest and self.activations[i] is Activation.KEEP
-            for k, x in enumerate(xs):
-                leaf = x.detach().requires_grad_(i > self._lowest)
-                y = self._run(i, leaf, arguments[k], keys[k], with_graph=kept)
-                if i >= self._lowest:
-                    inputs[i].append(leaf)
-                if kept:
-                    outputs[i].append(y)
-                xs[k] = y.detach()
-
+        for modules in self._modules:
+            for module in modules:
+                module.A.grad = module.B.grad = None  # of a step that was broken off
+        groups = list(_groups(micro_batches, self.plan.num_groups))
+        self._decoder.weights.expect(self._order(len(groups)))
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device)
-        gradients: list[Tensor] = []
-        for k, tokens in enumerate(micro_batches):
-            loss, gradient = self._loss(xs[k], tokens, num_supervised, loss_scale)
-            loss_sum += loss
-            gradients.append(gradient)
-        xs.clear()
-
-        for i in reversed(range(self._lowest, num_layers)):
-            kept_outputs, layer_inputs = outputs.pop(), inputs.pop()
-            for k, leaf in enumerate(layer_inputs):
-                y = (
-                    kept_outputs[k]
-                    if kept_outputs
-                    else self._run(i, leaf, arguments[k], keys[k], with_graph=True)
-                )
-                y.backward(gradients[k])
-                if i > self._lowest:
-                    assert leaf.grad is not None
-                    gradients[k] = leaf.grad
-                if self._reference:
-                    for module in self._modules[i]:
-                        module.collect_autograd()
-                if kept_outputs:
-                    kept_outputs[k] = y.detach()  # its graph is spent
+        for group in groups:
+            keys = [TokenKeys(seed, step, tokens.rows, tokens.offsets) for tokens in group]
+            loss_sum += self._walk(group, keys, num_supervised, loss_scale)
         return loss_sum
 
-    def _embed(
-        self, micro_batches: Sequence[PackedTokens]
-    ) -> tuple[list[Tensor], list[list[LayerArguments]]]:
-        embedded = [self._decoder.embed_packed(tokens) for tokens in micro_batches]
-        return [x for x, _ in embedded], [arguments for _, arguments in embedded]
+    def _order(self, num_groups: int) -> list[int]:
+        """What this step visits, and the layers that the next step begins with."""
+        num_layers = len(self._decoder.layers)
+        forward, back = list(range(num_layers)), list(reversed(range(self._lowest, num_layers)))
+        one_group = forward + list(self._decoder.head.items) + back
+        return one_group * num_groups + forward
 
-    def _run(
-        self, i: int, x: Tensor, arguments: list[LayerArguments], keys: TokenKeys, *, with_graph: bool
+    def _walk(
+        self, group: Sequence[PackedTokens], keys: Sequence[TokenKeys], num_supervised: int, loss_scale: float
     ) -> Tensor:
+        layers = range(len(self._decoder.layers))
+        embedded = [self._decoder.embed_packed(tokens) for tokens in group]
+        xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
+        del embedded
+        remembered: list[RememberedLayer] = []
+
+        for i in layers:
+            layer = self._remembered.layer(i, self.plan, in_backward=i >= self._lowest)
+            with self._decoder.weights.visit(i):
+                for k, x in enumerate(xs):
+                    with self._dropping(keys[k]):
+                        xs[k] = layer.forward(x, arguments[k][i], with_gradient=i > self._lowest)
+            remembered.append(layer)
+
+        loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
+        xs.clear()
+
+        for i in reversed(layers[self._lowest :]):
+            layer = remembered.pop()
+            with self._decoder.weights.visit(i):
+                for k, gradient in enumerate(gradients):
+                    if k + 1 < len(gradients):
+                        layer.fetch(k + 1)
+                    elif i > self._lowest:
+                        remembered[-1].fetch(0)
+                    with self._dropping(keys[k]):
+                        gradients[k] = layer.backward(k, gradient, arguments[k][i])
+                    if self._reference:
+                        for module in self._modules[i]:
+                            module.collect_autograd()
+        return loss_sum
+
+    def _losses(
+        self, xs: list[Tensor], group: Sequence[PackedTokens], num_supervised: int, loss_scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        if not self._reference:
+            return self._loss(xs, group, loss_scale / num_supervised)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device)
+        gradients = []
+        head = self._decoder.whole_head()
+        for x, tokens in zip(xs, group, strict=True):
+            loss, gradient = reference_loss(self._decoder, head, x, tokens, num_supervised, loss_scale)
+            loss_sum += loss
+            gradients.append(gradient)
+        return loss_sum, gradients
+
+    @contextmanager
+    def _dropping(self, keys: TokenKeys) -> Iterator[None]:
         self._factors.dropout_context.tokens = keys
         try:
-            with torch.set_grad_enabled(with_graph):
-                return self._decoder.run_layer(i, x, arguments[i])
+            yield
         finally:
             self._factors.dropout_context.tokens = None
 
-    def _loss(
-        self, x: Tensor, tokens: PackedTokens, num_supervised: int, loss_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        if self._reference:
-            return reference_loss(self._decoder, x, tokens, num_supervised, loss_scale)
-        loss, gradient = chunked_loss(self._decoder, x, tokens, loss_scale / num_supervised)
-        assert gradient is not None
-        return loss, gradient
+
+def _groups(micro_batches: Sequence[PackedTokens], num_groups: int) -> Iterator[Sequence[PackedTokens]]:
+    size = -(-len(micro_batches) // num_groups)
+    return (micro_batches[start : start + size] for start in range(0, len(micro_batches), size))

@@ -15,7 +15,8 @@ from tiny_models import write_checkpoint
 from torch import Tensor
 
 from qlora_train.errors import BaseModelError, UnsupportedModelError
-from qlora_train.model.base import load_base, read_config
+from qlora_train.memory.load import load_base
+from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.quantize import Packing
 
@@ -57,7 +58,7 @@ def test_every_weight_arrives(tmp_path: Path) -> None:
         assert bias is None or torch.equal(linear.bias, bias.bfloat16())
     assert torch.equal(decoder.embedding.weight, tensors["model.embed_tokens.weight"].bfloat16())
     assert torch.equal(decoder.norm.weight, tensors["model.norm.weight"].bfloat16())
-    assert torch.equal(decoder._causal_lm.lm_head.weight, tensors["lm_head.weight"].bfloat16())
+    assert torch.equal(decoder.head.weight, tensors["lm_head.weight"].bfloat16())
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_tied_head_may_be_in_the_file_or_not(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     for _ in range(2):
         decoder = load(folder)
-        assert decoder._causal_lm.lm_head.weight is decoder.embedding.weight
+        assert decoder.head is decoder.embedding
         rewrite(
             folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
         )
@@ -224,8 +225,8 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from qlora_train.model.base import load_base, Packing
-from qlora_train.memory.activations import FrozenDecoder
+from qlora_train.memory.load import load_base
+from qlora_train.model.quantize import Packing
 
 def high_water_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -235,7 +236,7 @@ before = high_water_bytes()
 decoder = load_base(Path(sys.argv[1]), Packing("nf4", double_quant=True), torch.bfloat16, torch.device("cpu"))
 grown = high_water_bytes() - before
 source = next(iter(decoder.linears.values())).source
-plain = {p.data_ptr(): p.nbytes for p in [*decoder._causal_lm.parameters(), *decoder._decoder.parameters()]}
+plain = {p.data_ptr(): p.nbytes for p in [decoder.embedding.weight, decoder.head.weight]}
 print(grown, source.num_bytes + sum(plain.values()))
 """
 

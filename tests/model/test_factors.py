@@ -21,13 +21,8 @@ SIZES = {
 RANK = 3
 
 
-class NoWeights:
-    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
-        raise AssertionError("no weight is needed here")
-
-
 def linears() -> dict[str, FrozenLinear]:
-    return {name: FrozenLinear(name, i, o, NoWeights()) for name, (i, o) in SIZES.items()}
+    return {name: FrozenLinear(name, i, o) for name, (i, o) in SIZES.items()}
 
 
 def buffers(attached: dict[str, FrozenLinear], dtype: torch.dtype = torch.bfloat16, seed: int = 0):

@@ -37,7 +37,8 @@ class Case:
             return torch.randn(size, generator=generator)
 
         self.source = OneWeight((randn(num_out, num_in) / num_in**0.5).to(dtype))
-        self.linear = FrozenLinear("layer.proj", num_in, num_out, self.source)
+        self.linear = FrozenLinear("layer.proj", num_in, num_out)
+        self.linear.source = self.source
         if bias:
             self.linear.bias = nn.Parameter(randn(num_out).to(dtype), requires_grad=False)
         self.factors = FactorBuffers(
@@ -135,7 +136,8 @@ def test_the_fused_path_never_saves_the_weight() -> None:
 
 def test_without_factors_nothing_is_saved() -> None:
     source = OneWeight(torch.randn(5, 3))
-    linear = FrozenLinear("layer.proj", 3, 5, source)
+    linear = FrozenLinear("layer.proj", 3, 5)
+    linear.source = source
     x = torch.randn(2, 4, 3, requires_grad=True)
     assert saved_tensors(linear, x) == []
     y = linear(x)
@@ -160,3 +162,16 @@ def test_nothing_is_dropped_in_evaluation() -> None:
     case.factors.dropout_context.tokens = None
     for case.linear.use_autograd in (False, True):
         assert relative(case.linear(case.x).detach(), y_without_dropout) <= 1e-5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_skipped_value_is_zero_and_changes_no_gradient(p: float) -> None:
+    case = Case((7, 12, 20, 3), torch.float32, bias=True, p=p)
+    _, dx, gradient = case.run(reference=False)
+    num_asked = case.source.num_asked
+    case.factors.gradient.zero_()
+    case.linear.skips_value = True
+    y, skipped_dx, skipped_gradient = case.run(reference=False)
+    assert y.count_nonzero() == 0 and y.shape == (1, 7, 20)
+    assert torch.equal(skipped_dx, dx) and torch.equal(skipped_gradient, gradient)
+    assert case.source.num_asked == num_asked + 1  # for dx only

@@ -54,23 +54,28 @@ def test_the_config_itself_is_left_alone() -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "starcoder2", "glm4"])
 def test_families_beyond_the_tested_list_are_measured_too(family: str) -> None:
-    probe(config_of(family, head_dim=16) if family != "starcoder2" else config_of(family))
+    found = probe(config_of(family, head_dim=16) if family != "starcoder2" else config_of(family))
+    # Where a norm follows the MLP, its gradient needs the MLP's value.
+    assert found.tail_name == ("mlp.c_proj" if family == "starcoder2" else None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma", "granite", "cohere"])
+def test_the_tail_is_found_where_it_goes_straight_into_the_residual_sum(family: str) -> None:
+    assert probe(config_of(family)).tail_name == "mlp.down_proj"
 
 
 def test_the_global_random_state_is_not_needed() -> None:
     torch.manual_seed(0)
-    first = probe_module._differences(tiny_config(config_of("llama")))
+    first = probe_module._try_out(tiny_config(config_of("llama")))[0]
     torch.manual_seed(99)
-    assert probe_module._differences(tiny_config(config_of("llama"))) == first
+    assert probe_module._try_out(tiny_config(config_of("llama")))[0] == first
     assert max(first.values()) < 1e-5
     assert len(first) == 2 + 2 * 14  # logits, loss, A and B of 7 linears in 2 layers
 
 
 def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    def logits(self: FrozenDecoder, hidden: torch.Tensor) -> torch.Tensor:
-        return 1.01 * self._causal_lm.lm_head(hidden)
-
-    monkeypatch.setattr(FrozenDecoder, "logits", logits)
+    tile_logits = FrozenDecoder.tile_logits
+    monkeypatch.setattr(FrozenDecoder, "tile_logits", lambda *args: 1.01 * tile_logits(*args))
 
 
 def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

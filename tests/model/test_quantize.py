@@ -1,19 +1,16 @@
-"""Packed bytes and unpacked numbers against bitsandbytes itself, and checkpoints that it packed."""
+"""Packed bytes and unpacked numbers against bitsandbytes itself."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from qlora_train.errors import BaseModelError
 from qlora_train.model import quantize
-from qlora_train.model.quantize import Packing, pack, packed_layout, read_bitsandbytes_weight
-from qlora_train.model.shards import ShardReader
+from qlora_train.model.quantize import Packing, pack, packed_layout
 
 SHAPES = [(8, 64), (128, 256), (7, 33), (5, 96), (13, 130), (1, 1), (1, 2), (3, 21), (300, 70), (257, 129)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -112,6 +109,62 @@ def test_layout_is_what_packing_makes(packing: Packing) -> None:
     assert found == packed_layout(packing, (70, 257), torch.float16)
 
 
+def slab_views(packing: Packing, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of `packed_layout` in one buffer of 0xFF, each 64 bytes from the last one's end."""
+    layout = packed_layout(packing, shape, dtype)
+    slab = torch.full((sum(math.prod(size) * kind.itemsize + 128 for kind, size in layout.values()),), 255)
+    slab, end, views = slab.to(torch.uint8), 0, {}
+    for key, (kind, size) in layout.items():
+        num_bytes = math.prod(size) * kind.itemsize
+        views[key] = slab[end : end + num_bytes].view(kind).view(size)
+        end += -(-num_bytes // 64) * 64 + 64
+    return views
+
+
+@pytest.mark.parametrize("packing", [Packing("nf4", True), Packing("fp4"), Packing("int8"), Packing("none")])
+@pytest.mark.parametrize("shape", [(70, 257), (64, 64), (1, 1)])
+def test_out_takes_the_same_bytes_and_nothing_beside_them(packing: Packing, shape) -> None:
+    weight = random_weight(shape, torch.bfloat16)
+    expected = pack([weight], shape, packing)
+    views = slab_views(packing, shape, torch.bfloat16)
+    packed = pack(reused_blocks(weight, 3), shape, packing, out=views)
+    slab = next(iter(views.values())).untyped_storage()
+    assert all(packed.tensors[key] is views[key] for key in expected.tensors)
+    assert all(same_bytes(views[key], tensor) for key, tensor in expected.tensors.items())
+    untouched = torch.tensor(slab, dtype=torch.uint8)
+    for view in views.values():
+        start = view.storage_offset() * view.itemsize
+        untouched[start : start + view.nbytes] = 255
+    assert (untouched == 255).all()
+
+
+def test_out_must_be_the_layout() -> None:
+    views = slab_views(Packing("nf4"), (4, 64), torch.bfloat16)
+    with pytest.raises(AssertionError, match="down_proj"):
+        pack([torch.ones(4, 64)], (4, 64), Packing("nf4", True), name="down_proj", out=views)
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+def test_other_block_sizes_have_the_bytes_of_bitsandbytes(block_size) -> None:
+    weight = random_weight((37, 514), torch.bfloat16)
+    data, state = bnb.quantize_4bit(weight, blocksize=block_size, compress_statistics=True, quant_type="nf4")
+    packed = pack(reused_blocks(weight, 5), (37, 514), Packing("nf4", True, block_size))
+    assert same_bytes(packed.tensors["data"], data)
+    assert same_bytes(packed.tensors["absmax"], state.absmax)
+    assert same_bytes(packed.tensors["nested_absmax"], state.state2.absmax)
+
+
+def test_a_weight_of_zeros_has_the_bytes_of_bitsandbytes() -> None:
+    for shape in ((8, 64), (9, 65)):
+        weight = torch.zeros(shape, dtype=torch.bfloat16)
+        for form in ("nf4", "fp4"):
+            data, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=form)
+            packed = pack([weight], shape, Packing(form, True))
+            assert same_bytes(packed.tensors["data"], data)
+            assert same_bytes(packed.tensors["absmax"], state.absmax)
+            assert packed.unpack(torch.float32).abs().max() < 1e-37
+
+
 def test_a_double_quantised_weight_takes_0_5159_byte_per_number() -> None:
     packed = pack([torch.randn(1024, 1024)], (1024, 1024), Packing("nf4", True))
     assert packed.num_bytes == 2**20 * 4 // 8 + 2**20 // 64 + 4 * 2**20 // 64 // 256 + 4 + 256 * 4
@@ -134,68 +187,3 @@ def test_int8_refuses_what_fp16_cannot_hold() -> None:
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(BaseModelError, match="float64"):
         pack([torch.ones(2, 64, dtype=torch.float64)], (2, 64), Packing("nf4"))
-
-
-NAME = "model.layers.0.mlp.up_proj.weight"
-
-
-def bitsandbytes_tensors(
-    form: str, double_quant: bool = False
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A weight as bitsandbytes' layers save it, and its fp32 values."""
-    weight = random_weight((24, 128), torch.bfloat16)
-    if form == "int8":
-        codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
-        parts = {
-            NAME: codes,
-            NAME.replace("weight", "SCB"): scales,
-            NAME + "_format": torch.tensor(0, dtype=torch.uint8),
-        }
-        return parts, bnb.int8_vectorwise_dequant(codes, scales)
-    data, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type=form)
-    parts = {NAME: data} | {f"{NAME}.{key}": value for key, value in state.as_dict(packed=True).items()}
-    state.dtype = torch.float32
-    return parts, bnb.dequantize_4bit(data, state)
-
-
-@pytest.mark.parametrize("form,double_quant", [("nf4", True), ("nf4", False), ("fp4", True), ("int8", False)])
-def test_checkpoints_packed_by_bitsandbytes_load_as_they_are(tmp_path, form, double_quant) -> None:
-    parts, expected = bitsandbytes_tensors(form, double_quant)
-    save_file(parts | {"model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
-    with ShardReader(tmp_path) as reader:
-        packed = read_bitsandbytes_weight(reader, NAME)
-        assert read_bitsandbytes_weight(reader, "model.norm.weight") is None
-        assert quantize.bitsandbytes_shape(reader, NAME) == (None if form == "int8" else (24, 128))
-    assert packed is not None and packed.packing == Packing(form, double_quant) and packed.shape == (24, 128)
-    assert same_bytes(packed.tensors["data"], parts[NAME])
-    assert same_bytes(packed.unpack(torch.float32), expected)
-    constants = {name for name in parts if quantize.is_bitsandbytes_constant(name)}
-    assert constants == set(parts) - {NAME}
-
-
-def damage_state(parts: dict[str, torch.Tensor], **changes: object) -> None:
-    key = f"{NAME}.quant_state.bitsandbytes__nf4"
-    state = json.loads(bytes(parts[key].numpy())) | changes
-    parts[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda p: p.pop(f"{NAME}.absmax"),
-        lambda p: p.update({NAME: p[NAME][:-1]}),
-        lambda p: p.update({f"{NAME}.nested_absmax": torch.ones(7)}),
-        lambda p: p.update({f"{NAME}.quant_map": torch.zeros(16)}),
-        lambda p: p.update({f"{NAME}.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)}),
-        lambda p: damage_state(p, shape=[24, 64]),
-        lambda p: damage_state(p, blocksize=48),
-        lambda p: damage_state(p, nested_blocksize=128),
-        lambda p: p.pop(f"{NAME}.quant_state.bitsandbytes__nf4"),
-    ],
-)
-def test_damaged_packed_weights_are_refused_by_name(tmp_path: Path, damage) -> None:
-    parts, _ = bitsandbytes_tensors("nf4", double_quant=True)
-    damage(parts)
-    save_file(parts, tmp_path / "model.safetensors")
-    with ShardReader(tmp_path) as reader, pytest.raises(BaseModelError, match="up_proj"):
-        read_bitsandbytes_weight(reader, NAME)

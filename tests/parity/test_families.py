@@ -13,6 +13,7 @@ from tiny_models import (
     load_tiny,
     packed_row,
     random_model,
+    resident_plan,
     tiny_config,
     write_checkpoint,
 )
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_train.errors import UnsupportedModelError
-from qlora_train.memory.activations import Activation
+from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.probe import probe, refuse_length_dependent_rope
@@ -69,7 +70,7 @@ def test_packed_logits_and_gradients_are_the_library_models_on_documents_alone(
     policy = (Activation.RECOMPUTE, Activation.KEEP, Activation.RECOMPUTE)
     for reference in (False, True):
         factors.gradient.zero_()
-        walk = LayerWalk(decoder, factors, policy, reference=reference)
+        walk = LayerWalk(decoder, factors, resident_plan(*policy), reference=reference)
         walked_loss = walk.accumulate([tokens], seed=0, step=1, num_supervised=num_supervised)
         torch.testing.assert_close(walked_loss, loss_sum.detach(), rtol=TOLERANCE, atol=0)
         for name, (a, b) in factors.views(factors.gradient).items():

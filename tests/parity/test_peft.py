@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny_models import load_tiny, packed_row, write_checkpoint
+from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_train.memory.activations import Activation
+from qlora_train.memory.execution import Activation
 from qlora_train.model.attention import NAME
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
@@ -107,7 +107,7 @@ def test_loss_and_gradients_equal_pefts(tmp_path: Path, family: str, packing: Pa
     loss.backward()
 
     num_supervised = len(tokens.supervised)
-    walk = LayerWalk(decoder, factors, (Activation.RECOMPUTE,) * 3, reference=False)
+    walk = LayerWalk(decoder, factors, resident_plan(*[Activation.RECOMPUTE] * 3), reference=False)
     loss_sum = walk.accumulate([tokens], seed=0, step=1, num_supervised=num_supervised)
     torch.testing.assert_close(loss_sum / num_supervised, loss.detach(), rtol=TOLERANCE, atol=0)
     for name, (a, b) in factors.views(factors.gradient).items():

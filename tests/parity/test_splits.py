@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY_SIZE, load_tiny, write_checkpoint
+from tiny_models import VOCABULARY_SIZE, load_tiny, resident_plan, write_checkpoint
 from torch import Tensor
 
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.tokenization import Document, TokenizedRows
-from qlora_train.memory.activations import Activation
+from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens
@@ -49,7 +49,7 @@ def gradients_of(
     batches = [PackedTokens.from_host(data.micro_batch(group), "cpu") for group in groups]
     num_supervised = sum(data.num_supervised(group) for group in groups)
     factors.gradient.zero_()
-    walk = LayerWalk(decoder, factors, (Activation.RECOMPUTE,) * 3, reference=reference)
+    walk = LayerWalk(decoder, factors, resident_plan(*[Activation.RECOMPUTE] * 3), reference=reference)
     loss_sum = walk.accumulate(batches, seed=seed, step=3, num_supervised=num_supervised)
     return loss_sum, factors.views(factors.gradient.clone())
 

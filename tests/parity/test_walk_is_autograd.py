@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import library_model, load_tiny, packed_row, write_checkpoint
+from tiny_models import library_model, load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor, nn
 
-from qlora_train.memory.activations import Activation
+from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens
@@ -56,7 +56,7 @@ def walk(
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     factors.gradient.zero_()
     num_supervised = sum(len(b.supervised) for b in batches)
-    layer_walk = LayerWalk(decoder, factors, policy, reference=reference)
+    layer_walk = LayerWalk(decoder, factors, resident_plan(*policy), reference=reference)
     loss_sum = layer_walk.accumulate(batches, seed=0, step=1, num_supervised=num_supervised)
     return loss_sum, factors.views(factors.gradient.clone())
 

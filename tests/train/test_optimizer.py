@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_train.errors import UserError
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.linear import FrozenLinear
+from qlora_train.train import optimizer as optimizer_module
 from qlora_train.train.optimizer import FlatOptimizer
 
 NAMES = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 SIZES = (160, 96)  # A and B both above the 4,096 elements from which bitsandbytes keeps 8-bit state
 
 
-class NoWeights:
-    """A source nobody asks: no layer runs here."""
-
-    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
-        raise AssertionError(name)
-
-
 def make_factors(dtype: torch.dtype = torch.float32) -> FactorBuffers:
-    linears = {f"layer{i}": FrozenLinear(f"layer{i}", *SIZES, NoWeights()) for i in range(3)}
+    linears = {f"layer{i}": FrozenLinear(f"layer{i}", *SIZES) for i in range(3)}
     factors = FactorBuffers(linears, rank=16, scaling=1.0, dropout=0.0, seed=0, dtype=dtype, device="cpu")
     factors.masters[factors.num_a :] = 0.1
     return factors
@@ -145,3 +139,18 @@ def test_another_optimizers_state_is_refused(saved_by: str, loaded_by: str) -> N
     run(optimizer, factors, range(1))
     with pytest.raises(UserError, match="another optimizer"):
         make(loaded_by, make_factors()).load_state(optimizer.state())
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit"])
+def test_slices_change_no_bit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    results = []
+    for slice_elements in (4096, 2**20):
+        monkeypatch.setattr(optimizer_module, "CPU_SLICE_ELEMENTS", slice_elements)
+        factors = make_factors()
+        optimizer = make(name, factors)
+        for step in range(3):
+            factors.gradient.normal_(0, 1, generator=torch.Generator().manual_seed(step))
+            optimizer.step(1e-2)
+        results.append((factors.masters, len(optimizer.state())))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] > results[1][1]  # there were several slices

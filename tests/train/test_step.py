@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import load_tiny, packed_row, write_checkpoint
+from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_train.errors import TrainingFailure
-from qlora_train.memory.activations import Activation
+from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.quantize import Packing
@@ -47,7 +47,7 @@ class Rig:
         self.decoder: FrozenDecoder
         self.factors: FactorBuffers
         self.decoder, self.factors = load_tiny(folder, packing, dtype, dropout=dropout)
-        self.walk = LayerWalk(self.decoder, self.factors, MIXED, reference=reference)
+        self.walk = LayerWalk(self.decoder, self.factors, resident_plan(*MIXED), reference=reference)
         self.scale = scale or LossScale()
         self.optimizer = FlatOptimizer(optimizer, self.factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
         self.runner = StepRunner(

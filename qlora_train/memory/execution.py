@@ -1,0 +1,108 @@
+"""The execution plan: who is alive when, as plain values that plan, train, checkpoint and resume share.
+
+A step walks the decoder layers forward and back (train/walk.py). What it needs at any moment is decided
+before the first byte is loaded, and all of that is here: where each layer's packed weights wait, what each
+layer leaves behind for its backward pass, where the remembered inputs wait, how many micro-batches pass a
+layer per fetch, and how finely the loss and the MLP are cut. Nothing here changes what is computed except
+`num_groups`, which changes the order of fp32 sums.
+
+The module imports no torch, so `qlora-train plan` answers at once. The bytes that follow from a plan are the
+business of byte_model.py, the choice of one is planner.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Place(StrEnum):
+    """Where something waits between uses: on the compute device, in (pinned) CPU RAM, or in a file."""
+
+    RESIDENT = "resident"
+    RAM = "ram"
+    DISK = "disk"
+
+
+class Activation(StrEnum):
+    """What one layer leaves behind for its backward pass.
+
+    keep       its saved tensors stay on the device: no extra FLOPs (4 per token and parameter in all)
+    recompute  only its input [T, D] stays and the layer runs again (6 per token and parameter; Chen et al.
+               2016, arXiv:1604.06174)
+    offload    its saved tensors wait in CPU RAM: no extra FLOPs, but two copies
+    """
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """How one optimizer step runs.
+
+    weights, activations: one entry per decoder layer. embedding, head: where the two [V, D] matrices wait;
+    equal where they are tied. num_groups: the K micro-batches pass the layers in so many groups of
+    ceil(K / num_groups). inputs: where remembered layer inputs wait (RESIDENT or RAM). hold_unpacked: each
+    weight of a layer is unpacked once per visit and held until the visit ends. mlp_tile_tokens: tokens of one
+    MLP tile, None for all at once. loss_tokens: supervised tokens of one loss block. head_tile_rows:
+    vocabulary rows of the head multiplied at once. num_slots: device slots of the ring, 0 if nothing streams.
+    """
+
+    weights: tuple[Place, ...]
+    activations: tuple[Activation, ...]
+    embedding: Place
+    head: Place
+    num_groups: int
+    inputs: Place
+    hold_unpacked: bool
+    mlp_tile_tokens: int | None
+    loss_tokens: int
+    head_tile_rows: int
+    num_slots: int
+
+    def __post_init__(self) -> None:
+        assert len(self.weights) == len(self.activations) > 0
+        assert self.inputs is not Place.DISK
+        assert self.num_groups >= 1 and self.loss_tokens >= 1 and self.head_tile_rows >= 1
+        assert self.mlp_tile_tokens is None or self.mlp_tile_tokens >= 1
+        assert (self.num_slots > 0) == self.streams, (self.num_slots, self.weights, self.head)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.weights)
+
+    @property
+    def streams(self) -> bool:
+        """Whether anything passes through the ring: a layer or the head (embedding rows are gathered)."""
+        return any(place is not Place.RESIDENT for place in (*self.weights, self.head))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for plan.json, metrics and checkpoints."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ExecutionPlan:
+        """What `to_dict` wrote. KeyError or ValueError for anything else."""
+        return ExecutionPlan(
+            weights=tuple(Place(place) for place in values["weights"]),
+            activations=tuple(Activation(policy) for policy in values["activations"]),
+            embedding=Place(values["embedding"]),
+            head=Place(values["head"]),
+            num_groups=int(values["num_groups"]),
+            inputs=Place(values["inputs"]),
+            hold_unpacked=bool(values["hold_unpacked"]),
+            mlp_tile_tokens=None if values["mlp_tile_tokens"] is None else int(values["mlp_tile_tokens"]),
+            loss_tokens=int(values["loss_tokens"]),
+            head_tile_rows=int(values["head_tile_rows"]),
+            num_slots=int(values["num_slots"]),
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, StrEnum):
+        return value.value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

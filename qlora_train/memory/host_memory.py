@@ -1,0 +1,74 @@
+"""Memory on the host that the device copies from and to: exact in size, pinned where there is a GPU.
+
+A copy between GPU and ordinary (pageable) memory goes through a staging buffer of the driver and makes the
+host wait. Pinned pages are copied by the GPU alone, at the bus's full rate, while everything else goes on.
+torch's own pinned allocator rounds up to powers of two: a slab of 113 MB would take 128, a head of 1.05 GB
+two. So pages come from the kernel (`mmap`) and are registered with CUDA as they are.
+
+Where the system refuses to pin (a container's limit on locked memory, say), buffers stay pageable: slower,
+never wrong; the caller can see it in `pinned`.
+
+Nothing here is made by torch's allocator, so a meter of the compute device never counts it, also where that
+device is the CPU.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+
+class HostMemory:
+    """Hands out buffers of exact size. device: whose copies they serve."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pin = device.type == "cuda"
+        self.pinned = True
+        """False once the system has refused to pin a buffer."""
+        self.num_bytes = 0
+        """Alive now."""
+        self._spare: list[Tensor] = []
+
+    def empty(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], page-aligned."""
+        assert num_bytes > 0
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        self.num_bytes += num_bytes
+        registered = self._pin and self._register(buffer)
+        weakref.finalize(buffer.untyped_storage(), self._forget, num_bytes, buffer.data_ptr(), registered)
+        return buffer
+
+    def borrow(self, num_bytes: int) -> Tensor:
+        """uint8, at least num_bytes: pinning costs more than a copy, so buffers given back are used again.
+
+        Sizes that follow the data differ from step to step. A spare buffer serves if it is at most a quarter
+        too large; where none does, one that has become useless makes room.
+        """
+        fitting = [b for b in self._spare if num_bytes <= b.numel() <= num_bytes + num_bytes // 4]
+        if not fitting and self._spare:
+            self._spare.pop(0)
+        if not fitting:
+            return self.empty(num_bytes)
+        best = min(fitting, key=lambda buffer: buffer.numel())
+        self._spare = [buffer for buffer in self._spare if buffer is not best]
+        return best
+
+    def give_back(self, buffer: Tensor) -> None:
+        """For a later `borrow`."""
+        self._spare.append(buffer)
+
+    def _register(self, buffer: Tensor) -> bool:
+        if not self.pinned:
+            return False
+        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+        self.pinned = int(error) == 0
+        return self.pinned
+
+    def _forget(self, num_bytes: int, address: int, registered: bool) -> None:
+        self.num_bytes -= num_bytes
+        if registered:
+            torch.cuda.cudart().cudaHostUnregister(address)

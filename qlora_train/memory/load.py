@@ -1,0 +1,199 @@
+"""From a checkpoint to a decoder whose parts are where the plan says.
+
+    checkpoint -> packed base on disk (packed_cache.py; once) -> slabs on the device | in RAM | left on disk
+                                                              -> ring and slots for what streams
+
+Where nothing streams and no cache is wanted, layers are packed straight into their resident slabs and nothing
+touches the disk. Either way the 16-bit model is never held: peak = what stays, plus one slab, one block of
+rows and the quantiser's scratch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.host_memory import HostMemory
+from qlora_train.memory.packed_cache import EMBEDDING, HEAD, PackedBase, cache_root, open_packed_base
+from qlora_train.memory.ring import Ring
+from qlora_train.memory.stores import FilePart, HostRows, ItemReader, read_file, tile_items
+from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
+from qlora_train.model.base import Skeleton, read_config
+from qlora_train.model.checkpoint import BaseCheckpoint
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.loss import LOSS_TOKENS
+from qlora_train.model.quantize import PackedWeight, Packing
+from qlora_train.model.token_matrix import ResidentMatrix, TokenMatrix
+from qlora_train.model.weights import ResidentWeights, by_path
+
+TILE_ROWS = 8192
+"""Head rows per tile where no plan says otherwise."""
+
+
+def load_base(
+    folder: Path,
+    packing: Packing,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    plan: ExecutionPlan | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    poison: bool = False,
+) -> FrozenDecoder:
+    """Load a base model as `plan` says; None: everything resident.
+
+    folder: with config.json and safetensors. packing: of the decoder layers' linears. dtype: of everything
+    else and of the computation. cache: the folder that keeps packed bases (packed_cache.py); None keeps
+    nothing, and what streams from disk does so from a temporary file. say: told, a line each, what takes
+    time. poison: see ring.py. Raises `BaseModelError` for missing, surplus, misshapen or differently packed
+    tensors, `UserError` for a disk that is too small.
+    """
+    skeleton = Skeleton(read_config(folder), dtype)
+    plan = plan or everything_resident(len(skeleton.layer_paths))
+    if cache is None and _is_resident(plan):
+        return _from_checkpoint(folder, skeleton, packing, device, plan.head_tile_rows)
+    temporary = None
+    if cache is None:
+        cache_root().mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix="temporary-", dir=cache_root())
+        cache = Path(temporary.name)
+    base = open_packed_base(cache, folder, skeleton, packing, device, say)
+    decoder = _Assembly(skeleton, base, plan, device).decoder(poison)
+    if temporary is not None:
+        weakref.finalize(decoder, temporary.cleanup)
+    return decoder
+
+
+def everything_resident(num_layers: int) -> ExecutionPlan:
+    """Nothing streams, every layer is kept: what a run would do with memory to spare."""
+    return ExecutionPlan(
+        weights=(Place.RESIDENT,) * num_layers,
+        activations=(Activation.KEEP,) * num_layers,
+        embedding=Place.RESIDENT,
+        head=Place.RESIDENT,
+        num_groups=1,
+        inputs=Place.RESIDENT,
+        hold_unpacked=False,
+        mlp_tile_tokens=None,
+        loss_tokens=LOSS_TOKENS,
+        head_tile_rows=TILE_ROWS,
+        num_slots=0,
+    )
+
+
+def _is_resident(plan: ExecutionPlan) -> bool:
+    return all(place is Place.RESIDENT for place in (*plan.weights, plan.embedding, plan.head))
+
+
+def _from_checkpoint(
+    folder: Path, skeleton: Skeleton, packing: Packing, device: torch.device, tile_rows: int
+) -> FrozenDecoder:
+    """Everything resident, packed where it stays."""
+    weights = ResidentWeights()
+    with BaseCheckpoint(folder, skeleton) as checkpoint:
+        for i, layout in enumerate(skeleton.layouts(packing)):
+            slab = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+            checkpoint.pack_layer(i, layout, slab)
+            weights.packed |= by_path(layout.weights(slab), skeleton.layer_paths[i])
+        plain = checkpoint.plain(device)
+        embedding = _read_matrix(checkpoint, skeleton, skeleton.embedding_name, device, tile_rows)
+        head = embedding
+        if not skeleton.is_tied:
+            head = _read_matrix(checkpoint, skeleton, skeleton.head_name, device, tile_rows)
+    return skeleton.come_alive(weights, plain, embedding, head, device)
+
+
+def _read_matrix(
+    checkpoint: BaseCheckpoint, skeleton: Skeleton, name: str, device: torch.device, tile_rows: int
+) -> ResidentMatrix:
+    matrix = torch.empty(skeleton.matrix_shape, dtype=skeleton.dtype, device=device)
+    start = 0
+    for rows in checkpoint.matrix_rows(name):
+        matrix[start : start + len(rows)] = rows
+        start += len(rows)
+    return ResidentMatrix(matrix, tile_rows)
+
+
+class _Assembly:
+    """Puts the parts of a packed base where a plan wants them."""
+
+    def __init__(
+        self, skeleton: Skeleton, base: PackedBase, plan: ExecutionPlan, device: torch.device
+    ) -> None:
+        self._skeleton, self._base, self._plan, self._device = skeleton, base, plan, device
+        self._host = HostMemory(device)
+        self._reader = ItemReader(device, self._host)
+
+    def decoder(self, poison: bool) -> FrozenDecoder:
+        """The decoder; see `load_base` for poison."""
+        skeleton, base, plan, device = self._skeleton, self._base, self._plan, self._device
+        resident: dict[str, PackedWeight] = {}
+        for i, place in enumerate(plan.weights):
+            if place is Place.RESIDENT:
+                slab = self._on_device(base.slab(i))
+                resident |= by_path(base.layouts[i].weights(slab), skeleton.layer_paths[i])
+            else:
+                self._reader.items[i] = self._off_device(base.slab(i), place)
+        head_file = EMBEDDING if skeleton.is_tied else HEAD
+        head_at = None if plan.head is Place.RESIDENT else self._off_device(base.matrix(head_file), plan.head)
+        if head_at is not None:
+            self._reader.items |= tile_items(head_at, self._row_bytes, plan.head_tile_rows, len(plan.weights))
+        weights: ResidentWeights | StreamedWeights = ResidentWeights()
+        ring = None
+        if self._reader.items:
+            ring = Ring(self._reader, plan.num_slots, self._reader.largest_bytes, device, poison=poison)
+            weights = StreamedWeights(skeleton.layer_paths, base.layouts, ring, self._reader)
+        weights.packed |= resident
+        head = self._head(head_at, ring)
+        embedding = head if skeleton.is_tied else self._embedding()
+        return skeleton.come_alive(weights, base.plain(device), embedding, head, device)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._skeleton.matrix_shape[1] * self._skeleton.dtype.itemsize
+
+    def _head(self, at: Tensor | FilePart | None, ring: Ring | None) -> TokenMatrix:
+        if at is None:
+            return self._resident_matrix(EMBEDDING if self._skeleton.is_tied else HEAD)
+        num_layers = len(self._plan.weights)
+        items = sorted(item for item in self._reader.items if item >= num_layers)
+        return self._streamed_matrix(at, ring, items)
+
+    def _embedding(self) -> TokenMatrix:
+        if self._plan.embedding is Place.RESIDENT:
+            return self._resident_matrix(EMBEDDING)
+        return self._streamed_matrix(
+            self._off_device(self._base.matrix(EMBEDDING), self._plan.embedding), None, []
+        )
+
+    def _resident_matrix(self, file_name: str) -> ResidentMatrix:
+        flat = self._on_device(self._base.matrix(file_name))
+        matrix = flat.view(self._skeleton.dtype).view(self._skeleton.matrix_shape)
+        return ResidentMatrix(matrix, self._plan.head_tile_rows)
+
+    def _streamed_matrix(self, at: Tensor | FilePart, ring: Ring | None, items: list[int]) -> StreamedMatrix:
+        rows = HostRows(at, self._row_bytes)
+        skeleton, tile_rows = self._skeleton, self._plan.head_tile_rows
+        return StreamedMatrix(
+            skeleton.matrix_shape, skeleton.dtype, self._device, rows, ring, items, tile_rows
+        )
+
+    def _on_device(self, part: FilePart) -> Tensor:
+        target = torch.empty(part.num_bytes, dtype=torch.uint8, device=self._device)
+        self._reader.copy(part, target)
+        return target
+
+    def _off_device(self, part: FilePart, place: Place) -> Tensor | FilePart:
+        if place is Place.DISK:
+            return part
+        buffer = self._host.empty(part.num_bytes)
+        with part.path.open("rb", buffering=0) as file:
+            read_file(file, part.offset_bytes, buffer)
+        return buffer

@@ -1,0 +1,215 @@
+"""The packed base on disk: made once per base and packing, read as it is by every later start, and the place
+that layers stream from when they do not fit into RAM.
+
+    <cache>/<fingerprint>/manifest.json       version, packing, dtype, every file's size and hash
+                          layers.bin          the slabs, one after another
+                          embedding.bin       [V, D] in the compute dtype; head.bin where it is not tied
+                          plain.safetensors   norms and biases
+
+The fingerprint covers what the bytes follow from: format version, packing, compute dtype, config.json, and of
+every weight file its name, size, time of change and header (hashing 16 GB of weights at each start would cost
+more than the packing saves). A folder appears under its final name only when complete and fsynced
+(model/atomic_folder.py). On opening every file is read through once and its XXH3-128 compared: a damaged
+cache is made again, with a line that says so. xxhash is several times faster than a disk; this guards against
+accidents, not attacks.
+
+Where: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
+(`--no-cache`) the same files are made in a temporary folder that goes with the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_train.errors import UserError
+from qlora_train.memory.stores import FilePart
+from qlora_train.model.atomic_folder import atomic_folder
+from qlora_train.model.base import Skeleton
+from qlora_train.model.checkpoint import BaseCheckpoint
+from qlora_train.model.quantize import Packing
+from qlora_train.model.shards import tensor_bytes
+from qlora_train.model.slab import SlabLayout
+
+VERSION = 1
+READ_BYTES = 16 * 2**20
+SPARE_DISK_BYTES = 64 * 2**20
+LAYERS, EMBEDDING, HEAD, PLAIN = "layers.bin", "embedding.bin", "head.bin", "plain.safetensors"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class PackedBase:
+    """A complete packed base on disk."""
+
+    folder: Path
+    layouts: tuple[SlabLayout, ...]
+    num_bytes: int
+
+    def slab(self, layer: int) -> FilePart:
+        """Where a layer's slab lies."""
+        offset = sum(layout.num_bytes for layout in self.layouts[:layer])
+        return FilePart(self.folder / LAYERS, offset, self.layouts[layer].num_bytes)
+
+    def matrix(self, file_name: str) -> FilePart:
+        """EMBEDDING or HEAD."""
+        path = self.folder / file_name
+        return FilePart(path, 0, path.stat().st_size)
+
+    def plain(self, device: torch.device) -> dict[str, Tensor]:
+        """Norms and biases on the device."""
+        return load_file(self.folder / PLAIN, device=str(device))
+
+
+def cache_root() -> Path:
+    """The folder that holds all packed bases."""
+    named = os.environ.get("QLORA_TRAIN_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_train"
+
+
+def open_packed_base(
+    root: Path,
+    base_folder: Path,
+    skeleton: Skeleton,
+    packing: Packing,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> PackedBase:
+    """The packed base below `root`, made if it is not there or damaged. device: packs.
+
+    say: told what takes time or went wrong, a line each. Raises `BaseModelError` for a base that cannot be
+    packed and `UserError` where the disk is too small; nothing half-made is left.
+    """
+    layouts = tuple(skeleton.layouts(packing))
+    folder = root / _fingerprint(base_folder, skeleton, packing)
+    base = PackedBase(folder, layouts, _total_bytes(skeleton, layouts))
+    if folder.exists():
+        damage = _damage(folder)
+        if damage is None:
+            return base
+        say(f"packed cache {folder} is damaged ({damage}): packing the base again")
+    with BaseCheckpoint(base_folder, skeleton) as checkpoint:
+        _check_disk(root, base.num_bytes)
+        say(f"packing the base, once: {base.num_bytes / 1e9:.2f} GB into {folder}")
+        with atomic_folder(folder) as partial:
+            _write(partial, checkpoint, skeleton, layouts, packing, device)
+    return base
+
+
+def _write(
+    folder: Path,
+    checkpoint: BaseCheckpoint,
+    skeleton: Skeleton,
+    layouts: tuple[SlabLayout, ...],
+    packing: Packing,
+    device: torch.device,
+) -> None:
+    files = {LAYERS: _HashingFile(folder / LAYERS)}
+    slab = torch.empty(max(layout.num_bytes for layout in layouts), dtype=torch.uint8, device=device)
+    for i, layout in enumerate(layouts):
+        part = slab[: layout.num_bytes].zero_()  # the gaps between tensors too: the same bytes every time
+        checkpoint.pack_layer(i, layout, part)
+        files[LAYERS].write(part.cpu())
+    matrices = {EMBEDDING: skeleton.embedding_name}
+    if not skeleton.is_tied:
+        matrices[HEAD] = skeleton.head_name
+    for file_name, name in matrices.items():
+        files[file_name] = _HashingFile(folder / file_name)
+        for rows in checkpoint.matrix_rows(name):
+            files[file_name].write(rows.reshape(-1).view(torch.uint8))
+    save_file(checkpoint.plain(torch.device("cpu")), folder / PLAIN)
+    entries = {name: file.close() for name, file in files.items()}
+    entries[PLAIN] = _hash_of(folder / PLAIN)
+    manifest = {
+        "version": VERSION,
+        "packing": asdict(packing),
+        "dtype": str(skeleton.dtype),
+        "files": entries,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+class _HashingFile:
+    """A file written from tensors, hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._hash = xxhash.xxh3_128()
+        self._num_bytes = 0
+
+    def write(self, part: Tensor) -> None:
+        memory = tensor_bytes(part)
+        self._file.write(memory)
+        self._hash.update(memory)
+        self._num_bytes += len(memory)
+
+    def close(self) -> dict[str, int | str]:
+        self._file.close()
+        return {"num_bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
+
+
+def _hash_of(path: Path) -> dict[str, int | str]:
+    hashed, num_bytes = xxhash.xxh3_128(), 0
+    buffer = bytearray(READ_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while num_read := file.readinto(buffer):
+            hashed.update(memoryview(buffer)[:num_read])
+            num_bytes += num_read
+    return {"num_bytes": num_bytes, "xxh3_128": hashed.hexdigest()}
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a packed base, or None."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, entry in entries.items():
+            if _hash_of(folder / name) != entry:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _fingerprint(base_folder: Path, skeleton: Skeleton, packing: Packing) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps([VERSION, asdict(packing), str(skeleton.dtype)]).encode())
+    digest.update((base_folder / "config.json").read_bytes())
+    for path in sorted(base_folder.glob("*.safetensors")):
+        stat = path.stat()
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, stat.st_size))
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        digest.update(hashlib.sha256(header).digest())
+    return f"{base_folder.name}-{packing.format}-{digest.hexdigest()[:16]}"
+
+
+def _total_bytes(skeleton: Skeleton, layouts: tuple[SlabLayout, ...]) -> int:
+    rows, columns = skeleton.matrix_shape
+    num_matrices = 1 if skeleton.is_tied else 2
+    return (
+        sum(layout.num_bytes for layout in layouts) + num_matrices * rows * columns * skeleton.dtype.itemsize
+    )
+
+
+def _check_disk(root: Path, num_bytes: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(root).free
+    if free_bytes < num_bytes + SPARE_DISK_BYTES:
+        raise UserError(
+            f"{root}: the packed base needs {(num_bytes + SPARE_DISK_BYTES) / 1e9:.2f} GB, the disk has "
+            f"{free_bytes / 1e9:.2f} GB free. Make room, or set QLORA_TRAIN_CACHE to another disk."
+        )

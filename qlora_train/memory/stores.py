@@ -1,0 +1,148 @@
+"""Where streamed bytes wait: RAM or a file. Both fill a slot on the device.
+
+    RAM    -> device     one copy from (pinned) host memory file   -> device     reads of up to 16 MiB into
+    two pinned staging pieces in turn, each copied on while the
+                         next is read; without a GPU straight into the slot
+
+Files are read with plain sequential reads. A memory map would page-fault 4 KB at a time, and every page it
+touched would count as this process's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_train.errors import QloraTrainError
+from qlora_train.memory.host_memory import HostMemory
+
+STAGING_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """num_bytes of a file from offset_bytes on."""
+
+    path: Path
+    offset_bytes: int
+    num_bytes: int
+
+
+class ItemReader:
+    """A ring's reader (ring.py): each item is a part of a file, or a buffer in RAM.
+
+    num_bytes_read: bytes copied into slots so far.
+    """
+
+    def __init__(self, device: torch.device, host: HostMemory) -> None:
+        self.items: dict[int, Tensor | FilePart] = {}
+        self.num_bytes_read = 0
+        self._files: dict[Path, BinaryIO] = {}
+        self._staging = _Staging(host) if device.type == "cuda" else None
+
+    @property
+    def largest_bytes(self) -> int:
+        return max((_size(item) for item in self.items.values()), default=0)
+
+    def read(self, item: int, slot: Tensor) -> None:
+        """Fill the beginning of `slot` with the item."""
+        source = self.items[item]
+        self.copy(source, slot[: _size(source)])
+        self.num_bytes_read += _size(source)
+
+    def copy(self, source: Tensor | FilePart, target: Tensor) -> None:
+        """Fill `target` (uint8, on the device)."""
+        if isinstance(source, Tensor):
+            target.copy_(source, non_blocking=True)
+        elif self._staging is None:
+            read_file(self._file(source.path), source.offset_bytes, target)
+        else:
+            self._staging.copy(self._file(source.path), source.offset_bytes, target)
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self._files:
+            self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as the run
+        return self._files[path]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class _Staging:
+    """Two pinned pieces between a file and the device; the current stream copies them on."""
+
+    def __init__(self, host: HostMemory) -> None:
+        self._pieces = [host.empty(STAGING_BYTES) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]
+
+    def copy(self, file: BinaryIO, offset_bytes: int, target: Tensor) -> None:
+        for number, start in enumerate(range(0, target.numel(), STAGING_BYTES)):
+            part = target[start : start + STAGING_BYTES]
+            piece, copied = self._pieces[number % 2], self._copied[number % 2]
+            copied.synchronize()  # what this piece held is on the device
+            read_file(file, offset_bytes + start, piece[: part.numel()])
+            part.copy_(piece[: part.numel()], non_blocking=True)
+            copied.record()
+
+
+def read_file(file: BinaryIO, offset_bytes: int, target: Tensor) -> None:
+    """Fill a uint8 tensor on the CPU from an unbuffered file. Raises `QloraTrainError` if the file is too
+    short."""
+    file.seek(offset_bytes)
+    memory = memoryview(target.numpy())  # type: ignore[arg-type]  # a numpy stub gap
+    done = 0
+    while done < len(memory):
+        num_read = file.readinto(memory[done:])  # type: ignore[attr-defined]
+        if not num_read:
+            raise QloraTrainError(
+                f"{file.name}: became shorter while it was in use. Start again: it will be rebuilt."
+            )
+        done += num_read
+
+
+def _size(source: Tensor | FilePart) -> int:
+    return source.numel() if isinstance(source, Tensor) else source.num_bytes
+
+
+class HostRows:
+    """The rows of an [V, D] matrix in RAM or in a file, gathered on the host."""
+
+    def __init__(self, source: Tensor | FilePart, row_bytes: int) -> None:
+        self._source, self._row_bytes = source, row_bytes
+        self._file = None if isinstance(source, Tensor) else open(source.path, "rb", buffering=0)  # noqa: SIM115
+
+    def gather(self, ids: np.ndarray) -> Tensor:
+        """uint8 [n, row bytes] on the host."""
+        if isinstance(self._source, Tensor):
+            return self._source.view(-1, self._row_bytes)[torch.from_numpy(ids)]
+        assert self._file is not None
+        rows = torch.empty(len(ids), self._row_bytes, dtype=torch.uint8)
+        unique, where = np.unique(ids, return_inverse=True)
+        found = torch.empty(len(unique), self._row_bytes, dtype=torch.uint8)
+        for row, token in zip(found, unique.tolist(), strict=True):
+            read_file(self._file, self._source.offset_bytes + token * self._row_bytes, row)
+        torch.index_select(found, 0, torch.from_numpy(where), out=rows)
+        return rows
+
+
+def tile_items(
+    source: Tensor | FilePart, row_bytes: int, tile_rows: int, first_item: int
+) -> Mapping[int, Tensor | FilePart]:
+    """The tiles of a matrix as ring items, numbered from first_item on."""
+    num_bytes, tile_bytes = _size(source), tile_rows * row_bytes
+    items: dict[int, Tensor | FilePart] = {}
+    for number, start in enumerate(range(0, num_bytes, tile_bytes)):
+        size = min(tile_bytes, num_bytes - start)
+        items[first_item + number] = (
+            source[start : start + size]
+            if isinstance(source, Tensor)
+            else FilePart(source.path, source.offset_bytes + start, size)
+        )
+    return items

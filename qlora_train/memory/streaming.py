@@ -1,0 +1,113 @@
+"""Streaming: layers and head tiles that are not on the device are there while they are visited.
+
+`StreamedWeights` is a `LayerSource` (model/weights.py) whose layers live on the device, in RAM or in a file,
+in any mixture. A visit to a resident layer costs nothing; the others come through the ring (ring.py), which
+reads ahead also while resident layers compute. `StreamedMatrix` is a `TokenMatrix` (model/token_matrix.py) in
+RAM or a file: rows are gathered on the host, tiles come through the same ring, in the same order as the
+layers:
+
+    forward 0..L-1, head tiles, backward L-1..        one order, one set of slots, no second buffer for the
+    head
+
+Bytes on the device: num_slots * slot_bytes, slot_bytes the largest streamed item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from qlora_train.memory.ring import Ring
+from qlora_train.memory.stores import HostRows, ItemReader
+from qlora_train.model.quantize import PackedWeight
+from qlora_train.model.slab import SlabLayout
+from qlora_train.model.token_matrix import TokenIds
+from qlora_train.model.weights import PresentWeights, by_path
+
+
+class StreamedWeights(PresentWeights):
+    """A `LayerSource` over a ring. layer_paths, layouts: of all layers. Layers given to `add_resident` stay;
+    the others are items of `reader`."""
+
+    def __init__(
+        self, layer_paths: Sequence[str], layouts: Sequence[SlabLayout], ring: Ring, reader: ItemReader
+    ) -> None:
+        super().__init__()
+        self._paths, self._layouts = layer_paths, layouts
+        self.ring, self.reader = ring, reader
+        self._views: dict[tuple[int, int], dict[str, PackedWeight]] = {}
+
+    def expect(self, order: Iterable[int]) -> None:
+        self.ring.expect(item for item in order if item in self.reader.items)
+
+    @contextmanager
+    def visit(self, layer: int) -> Iterator[None]:
+        if layer not in self.reader.items:
+            with self.holding():
+                yield
+            return
+        slot_number, slot = self.ring.acquire(layer)
+        present = by_path(self._weights_in(slot_number, slot, layer), self._paths[layer])
+        self.packed.update(present)
+        try:
+            with self.holding():
+                yield
+        finally:
+            for name in present:
+                del self.packed[name]
+            self.ring.release(layer)
+
+    def close(self) -> None:
+        """End reading; the weights that stream can no longer be visited."""
+        self.ring.close()
+        self.reader.close()
+
+    def _weights_in(self, slot_number: int, slot: Tensor, layer: int) -> dict[str, PackedWeight]:
+        """Views of a slot as the layer's weights; layers of one shape share them."""
+        layout = self._layouts[layer]
+        key = (slot_number, id(layout))
+        if key not in self._views:
+            self._views[key] = layout.weights(slot)
+        return self._views[key]
+
+
+class StreamedMatrix:
+    """A `TokenMatrix` off the device: [V, D] in `dtype`, rows from `rows`, tiles from the ring."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: HostRows,
+        ring: Ring | None,
+        items: Sequence[int],
+        tile_rows: int,
+    ) -> None:
+        """ring: None for an embedding that is not the head, of which only rows are asked."""
+        self.num_rows, self._num_columns = shape
+        self.tile_rows, self.items = tile_rows, tuple(items)
+        self._dtype, self._device, self._rows, self._ring = dtype, device, rows, ring
+
+    def gather(self, ids: TokenIds) -> Tensor:
+        rows = self._rows.gather(ids.host).view(self._dtype)
+        if self._device.type == "cpu":
+            return rows
+        return rows.pin_memory().to(
+            self._device, non_blocking=True
+        )  # from pageable memory the host would wait
+
+    @contextmanager
+    def tile(self, index: int) -> Iterator[Tensor]:
+        assert self._ring is not None
+        start = index * self.tile_rows
+        shape = (min(self.tile_rows, self.num_rows - start), self._num_columns)
+        item = self.items[index]
+        _, slot = self._ring.acquire(item)
+        try:
+            yield slot[: shape[0] * shape[1] * self._dtype.itemsize].view(self._dtype).view(shape)
+        finally:
+            self._ring.release(item)

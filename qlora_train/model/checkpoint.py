@@ -1,0 +1,126 @@
+"""Reading a base checkpoint into what a `Skeleton` needs, a few rows at a time; no 16-bit model is ever held.
+
+Linears of a layer are packed straight into the layer's slab. Weights that bitsandbytes has already packed are
+copied there as they are. Norms, biases, embedding and head are cast to the compute dtype, with no fp32
+upcasts. Peak: what is being filled, plus one block of rows (64 MiB) and the quantiser's scratch (64 MiB).
+transformers' own loader first materialises 16-bit weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_train.errors import BaseModelError
+from qlora_train.model.base import Skeleton
+from qlora_train.model.bitsandbytes_checkpoint import read_bitsandbytes_weight
+from qlora_train.model.quantize import Packing, pack
+from qlora_train.model.shards import ShardReader
+from qlora_train.model.slab import SlabLayout
+
+
+class BaseCheckpoint:
+    """The weights of a skeleton in a folder; a context manager.
+
+    Raises `BaseModelError` for missing, surplus, misshapen or differently packed tensors: on opening what the
+    headers tell, the rest when it is read.
+    """
+
+    def __init__(self, folder: Path, skeleton: Skeleton) -> None:
+        self._folder, self._skeleton = folder, skeleton
+        self._reader = ShardReader(folder)
+        self._prefix = skeleton.model.base_model_prefix + "."
+        self._check_names()
+
+    def __enter__(self) -> BaseCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.close()
+
+    def pack_layer(self, layer: int, layout: SlabLayout, slab: Tensor) -> None:
+        """Pack every linear of a layer into `slab` (uint8, on the device that is to do the packing)."""
+        path = self._skeleton.layer_paths[layer]
+        for name, weight in layout.weights(slab).items():
+            self._pack_into(self._find(f"{path}.{name}.weight"), weight.shape, layout.packing, weight.tensors)
+
+    def plain(self, device: torch.device) -> dict[str, Tensor]:
+        """Norms and biases in the compute dtype."""
+        tensors = {}
+        for name, shape in self._skeleton.plain_shapes.items():
+            value = torch.empty(shape, dtype=self._skeleton.dtype, device=device)
+            for start, stop, rows in self._checked_rows(name, shape):
+                value[start:stop] = rows
+            tensors[name] = value
+        return tensors
+
+    def matrix_rows(self, name: str) -> Iterator[Tensor]:
+        """The embedding or the head in the compute dtype, consecutive rows [n, D]; each valid until the
+        next."""
+        for _, _, rows in self._checked_rows(name, self._skeleton.matrix_shape):
+            yield rows.to(self._skeleton.dtype)
+
+    def _checked_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
+        name = self._find(name)
+        self._check_shape(name, self._reader.info(name).shape, shape)
+        return self._reader.row_blocks(name)
+
+    def _pack_into(
+        self, name: str, shape: tuple[int, int], packing: Packing, tensors: dict[str, Tensor]
+    ) -> None:
+        already = read_bitsandbytes_weight(self._reader, name)
+        if already is None:
+            self._check_shape(name, self._reader.info(name).shape, shape)
+            blocks = (rows for _, _, rows in self._reader.row_blocks(name))
+            device = tensors["data"].device
+            pack(blocks, shape, packing, device, self._skeleton.dtype, name, out=tensors)
+            return
+        if already.packing != packing:
+            raise BaseModelError(
+                f"{name}: the checkpoint is already packed as {_describe(already.packing)}, the "
+                f"recipe asks for {_describe(packing)}. Set model.quantization and model.double_quant to "
+                "what the checkpoint has."
+            )
+        self._check_shape(name, already.shape, shape)
+        for key, tensor in already.tensors.items():
+            tensors[key].copy_(tensor)
+
+    def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if tuple(found) != tuple(wanted):
+            raise BaseModelError(
+                f"{name} is {list(found)} in the checkpoint, config.json needs {list(wanted)}"
+            )
+
+    def _find(self, name: str) -> str:
+        """A parameter's name in the checkpoint: with or without the base model's prefix."""
+        for candidate in (name, name.removeprefix(self._prefix)):
+            if candidate in self._reader:
+                return candidate
+        raise BaseModelError(
+            f"{self._folder}: the checkpoint has no tensor {name}, which config.json calls for"
+        )
+
+    def _check_names(self) -> None:
+        """Every parameter has a tensor; a weight that nothing reads means a config that is not this
+        checkpoint's."""
+        skeleton = self._skeleton
+        wanted = [skeleton.embedding_name, skeleton.head_name, *skeleton.plain_shapes]
+        for i, path in enumerate(skeleton.layer_paths):
+            wanted += [f"{path}.{name}.weight" for name in skeleton.linear_shapes(i)]
+        used = {self._find(name) for name in wanted}
+        if skeleton.is_tied:
+            used.add("lm_head.weight")  # where a file holds it all the same, the config's word counts
+        surplus = [n for n in self._reader.names() if n.endswith((".weight", ".bias")) and n not in used]
+        if surplus:
+            raise BaseModelError(
+                f"{self._folder}: the checkpoint holds {len(surplus)} weights that config.json has no place "
+                f"for (such as {surplus[0]}). Check that config.json belongs to these weights."
+            )
+
+
+def _describe(packing: Packing) -> str:
+    double = " with double quantisation" if packing.double_quant else ""
+    return f"{packing.format}{double}" + (f", block size {packing.block_size}" if packing.is_4bit else "")

@@ -1,0 +1,19 @@
+"""For all tests: packed bases go to a folder of the session, never to the user's own cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = os.environ.get("QLORA_TRAIN_CACHE")
+    os.environ["QLORA_TRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["QLORA_TRAIN_CACHE"]
+    else:
+        os.environ["QLORA_TRAIN_CACHE"] = before

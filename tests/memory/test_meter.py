@@ -1,0 +1,113 @@
+"""The meter: what counts as a byte of the device, and when it stops counting."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_train.memory.meter import DeviceMeter, free_bytes, process_peak_bytes, reset_process_peak
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KIB = 1024
+
+
+def device_of(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(name)
+
+
+def block(device: torch.device, num_kib: int = 64) -> Tensor:
+    return torch.zeros(num_kib * KIB, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_live_falls_and_peak_stays(name: str) -> None:
+    device = device_of(name)
+    before = block(device)
+    with DeviceMeter(device) as meter:
+        assert (meter.live_bytes, meter.peak_bytes) == (0, 0)
+        a, b = block(device), block(device, 128)
+        assert meter.live_bytes == meter.peak_bytes == 192 * KIB
+        del b
+        assert (meter.live_bytes, meter.peak_bytes) == (64 * KIB, 192 * KIB)
+        meter.reset_peak()
+        assert meter.peak_bytes == 64 * KIB
+        c = a + 1
+        assert meter.peak_bytes == 128 * KIB
+        del a, c
+        assert meter.live_bytes == 0
+    assert before is not None
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_views_and_in_place_results_count_nothing_and_hold_their_storage(name: str) -> None:
+    device = device_of(name)
+    with DeviceMeter(device) as meter:
+        whole = block(device)
+        part = whole.view(4, -1)[1:3].t()
+        whole.add_(1)
+        torch.add(whole, 1, out=whole)
+        assert meter.peak_bytes == 64 * KIB
+        del whole
+        assert meter.live_bytes == 64 * KIB  # the view still needs it
+        del part
+        assert meter.live_bytes == 0
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_what_autograd_saves_counts_until_backward(name: str) -> None:
+    device = device_of(name)
+    x = torch.ones(4 * KIB, device=device, requires_grad=True)  # 16 KiB
+    with DeviceMeter(device) as meter:
+        y = (x.exp() * 2).sum()
+        assert meter.live_bytes >= 16 * KIB  # exp saves its result
+        y.backward()
+        del y
+        assert meter.live_bytes == 16 * KIB  # the gradient
+        x.grad = None
+        assert meter.live_bytes == 0
+
+
+def test_memory_that_torch_did_not_allocate_is_not_the_devices() -> None:
+    with DeviceMeter("cpu") as meter:
+        host = torch.frombuffer(mmap.mmap(-1, 64 * KIB), dtype=torch.uint8)
+        view = host[KIB:].view(torch.int32)
+        assert meter.peak_bytes == 0
+        copy = view.clone()
+        assert meter.live_bytes == 63 * KIB
+    assert copy is not None
+
+
+def test_a_resized_storage_counts_with_its_new_size() -> None:
+    with DeviceMeter("cpu") as meter:
+        x = block(torch.device("cpu"), 1)
+        x.resize_(3 * KIB)
+        assert meter.live_bytes == 3 * KIB
+
+
+def test_after_the_block_nothing_more_is_counted() -> None:
+    with DeviceMeter("cpu") as meter:
+        x = block(torch.device("cpu"))
+    y = block(torch.device("cpu"))
+    assert meter.live_bytes == 64 * KIB
+    del x, y
+    assert meter.live_bytes == 0
+
+
+def test_the_process_peak_sees_pages_that_were_touched() -> None:
+    size = 96 * KIB * KIB
+    could_reset = reset_process_peak()
+    before = process_peak_bytes()
+    torch.ones(size, dtype=torch.uint8)
+    assert could_reset is False or process_peak_bytes() - before > 0.9 * size
+    if could_reset:
+        assert reset_process_peak()
+        assert process_peak_bytes() < before + size // 2
+
+
+def test_there_is_free_memory() -> None:
+    assert free_bytes(torch.device("cpu")) > 0
