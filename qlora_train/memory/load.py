@@ -96,9 +96,10 @@ def _from_checkpoint(
     folder: Path, skeleton: Skeleton, packing: Packing, device: torch.device, tile_rows: int
 ) -> FrozenDecoder:
     """Everything resident, packed where it stays."""
-    weights = ResidentWeights()
+    layouts = skeleton.layouts(packing)
+    weights = ResidentWeights(layouts)
     with BaseCheckpoint(folder, skeleton) as checkpoint:
-        for i, layout in enumerate(skeleton.layouts(packing)):
+        for i, layout in enumerate(layouts):
             slab = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
             checkpoint.pack_layer(i, layout, slab)
             weights.packed |= by_path(layout.weights(slab), skeleton.layer_paths[i])
@@ -145,7 +146,7 @@ class _Assembly:
         head_at = None if plan.head is Place.RESIDENT else self._off_device(base.matrix(head_file), plan.head)
         if head_at is not None:
             self._reader.items |= tile_items(head_at, self._row_bytes, plan.head_tile_rows, len(plan.weights))
-        weights: ResidentWeights | StreamedWeights = ResidentWeights()
+        weights: ResidentWeights | StreamedWeights = ResidentWeights(base.layouts)
         ring = None
         if self._reader.items:
             ring = Ring(self._reader, plan.num_slots, self._reader.largest_bytes, device, poison=poison)

@@ -35,7 +35,7 @@ class StreamedWeights(PresentWeights):
     def __init__(
         self, layer_paths: Sequence[str], layouts: Sequence[SlabLayout], ring: Ring, reader: ItemReader
     ) -> None:
-        super().__init__()
+        super().__init__(layouts)
         self._paths, self._layouts = layer_paths, layouts
         self.ring, self.reader = ring, reader
         self._views: dict[tuple[int, int], dict[str, PackedWeight]] = {}

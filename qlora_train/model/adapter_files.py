@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter's config says. `target_modules` are module name endings, as in the recipe."""
+    """What an adapter's config says. `target_modules` are module name endings or whole paths."""
 
     base_model: str
     rank: int
@@ -69,6 +69,19 @@ class AdapterConfig:
     def scaling(self) -> float:
         """The factor of B A in the merged weight."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def shortest_names(trained: Iterable[str], existing: Iterable[str]) -> list[str]:
+    """`target_modules` that name the trained modules and no other: the last part of a path ("q_proj") where
+    every existing module of that name is trained, else whole paths. Sorted.
+    """
+    paths = set(trained)
+    partly = {_last_part(path) for path in existing if path not in paths}
+    return sorted({path if _last_part(path) in partly else _last_part(path) for path in paths})
+
+
+def _last_part(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def save_adapter(folder: Path, config: AdapterConfig, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -127,7 +140,7 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
         ) from error
     factors = _read_factors(folder, rank)
     if not isinstance(targets, list):  # peft also takes a regular expression: the factors say what it matched
-        targets = {path.rsplit(".", 1)[-1] for path in factors}
+        targets = {_last_part(path) for path in factors}
     config = AdapterConfig(base_model, rank, alpha, dropout, sorted(targets), use_rslora)
     return config, factors
 

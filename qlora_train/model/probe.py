@@ -204,11 +204,11 @@ def _walked_copy(reference: PreTrainedModel) -> tuple[FrozenDecoder, FactorBuffe
     """The same weights, taken apart, with factors on every linear."""
     skeleton = Skeleton(reference.config, torch.float32)
     parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
-    source = ResidentWeights()
+    packing = Packing("none")
+    source = ResidentWeights(skeleton.layouts(packing))
     for i, path in enumerate(skeleton.layer_paths):
         for name, shape in skeleton.linear_shapes(i).items():
             weight = parameters[f"{path}.{name}.weight"]
-            packing = Packing("none")
             source.packed[f"{path}.{name}"] = pack([weight], shape, packing, dtype=torch.float32)
     embedding = ResidentMatrix(parameters[skeleton.embedding_name], TILE_ROWS)
     head = embedding if skeleton.is_tied else ResidentMatrix(parameters[skeleton.head_name], TILE_ROWS)

@@ -84,6 +84,19 @@ class PackedWeight:
         """The weight [out, in] as numbers: what training multiplies with."""
         return self.unpack_rows(0, self.shape[0], dtype)
 
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """`unpack(out.dtype)` written into `out` [out, in]; returns it.
+
+        Without a GPU a cache-sized part at a time: the library's kernel there only returns new tensors."""
+        data = self.tensors["data"]
+        if self.packing.is_4bit and data.is_cuda and self.shape[1] % self.packing.block_size == 0:
+            return bnb.dequantize_4bit(data.unsqueeze(1), self._state(0, self.shape[0], out.dtype), out=out)
+        step = max(1, CHUNK_ELEMENTS // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            out[start:stop] = self.unpack_rows(start, stop, out.dtype)
+        return out
+
     def unpack_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start..stop of `unpack(dtype)`, bit for bit: [stop - start, in]."""
         assert 0 <= start <= stop <= self.shape[0], (start, stop, self.shape)
@@ -96,23 +109,33 @@ class PackedWeight:
         return self.tensors["data"][start:stop].to(dtype)
 
     def _unpack_4bit(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        columns = self.shape[1]
+        begin, end = start * columns, stop * columns
+        origin, limit = self._stored_range(begin, end)
+        data = self.tensors["data"][origin // 2 : limit // 2].unsqueeze(1)
+        flat = bnb.dequantize_4bit(data, self._state(start, stop, dtype)).reshape(-1)
+        return flat[begin - origin : end - origin].reshape(stop - start, columns)
+
+    def _stored_range(self, begin: int, end: int) -> tuple[int, int]:
+        """The numbers begin..end widened to whole blocks, as far as there are any."""
+        block = self.packing.block_size
+        num_stored = 2 * len(self.tensors["data"])  # n, or n + 1: the last byte's low nibble is then padding
+        return begin // block * block, min(-(-end // block) * block, num_stored)
+
+    def _state(self, start: int, stop: int, dtype: torch.dtype) -> bnb.QuantState:
+        """What the library's kernel is told about rows start..stop."""
         block, columns = self.packing.block_size, self.shape[1]
         begin, end = start * columns, stop * columns
-        first_block, last_block = begin // block, -(-end // block)
-        num_stored = 2 * len(self.tensors["data"])  # n, or n + 1: the last byte's low nibble is then padding
-        origin, limit = first_block * block, min(last_block * block, num_stored)
+        origin, limit = self._stored_range(begin, end)
         # A matrix only if rows are whole blocks: else the library's CPU kernel takes the wrong absmax.
         as_matrix = columns % block == 0
-        state = bnb.QuantState(
-            absmax=self._absmax(first_block, last_block),
+        return bnb.QuantState(
+            absmax=self._absmax(begin // block, -(-end // block)),
             shape=torch.Size((stop - start, columns) if as_matrix else (1, limit - origin)),
             blocksize=block,
             quant_type=self.packing.format,
             dtype=dtype,
         )
-        data = self.tensors["data"][origin // 2 : limit // 2].unsqueeze(1)
-        flat = bnb.dequantize_4bit(data, state).reshape(-1)
-        return flat[begin - origin : end - origin].reshape(stop - start, columns)
 
     def _absmax(self, first_block: int, last_block: int) -> Tensor:
         """The fp32 absmax of 4-bit blocks first..last."""

@@ -12,7 +12,8 @@ micro-batch backward if the layer is recomputed. The same bits either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.model.quantize import PackedWeight
+from qlora_train.model.slab import SlabLayout
 
 
 class LayerSource(Protocol):
@@ -42,37 +44,55 @@ class LayerSource(Protocol):
     def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
         """The weight `name` (module path) as [out, in] in `dtype` on the compute device; not to be changed.
 
-        Valid until the visit ends, unless `copies_unpacked`."""
+        Valid until the next call, or, with `hold_unpacked`, until the visit ends; with `copies_unpacked`
+        for good."""
         ...
 
 
 class PresentWeights:
     """Unpacks weights that are on the device, holding them within a visit where asked to.
 
-    `packed`: those present now, by module path. copies_unpacked: what is unpacked outlives the visit, as it
-    must where autograd saves it (reference mode): a weight left in 16 bits would otherwise be a view of its
-    slot.
+    layouts: of all layers. `packed`: the weights present now, by module path. copies_unpacked: what is
+    unpacked is a new tensor that outlives the visit, as it must where autograd saves it (reference mode).
+    Otherwise it lies in one buffer that is used again and again: as large as the largest weight, or, where
+    weights are held, the largest layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: Sequence[SlabLayout]) -> None:
         self.packed: dict[str, PackedWeight] = {}
         self.hold_unpacked = False
         self.copies_unpacked = False
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        sizes = [[math.prod(shape) for _, shape in layout.shapes] for layout in layouts]
+        self._largest_weight, self._largest_layer = max(map(max, sizes)), max(map(sum, sizes))
+        self._buffer = torch.empty(0)
+        self._held: dict[str, Tensor] = {}
+        self._num_held_elements = 0
         self._in_visit = False
 
     def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
-        if not (self.hold_unpacked and self._in_visit):
-            return self._unpack(name, dtype)
-        key = (name, dtype)
-        if key not in self._held:
-            self._held[key] = self._unpack(name, dtype)
-        return self._held[key]
-
-    def _unpack(self, name: str, dtype: torch.dtype) -> Tensor:
+        """See `LayerSource`. Unless held or copied, valid until the next call."""
         packed = self.packed[name]
-        weight = packed.unpack(dtype)
-        return weight.clone() if self.copies_unpacked and packed.packing.format == "none" else weight
+        if self.copies_unpacked:
+            weight = packed.unpack(dtype)
+            return weight.clone() if packed.packing.format == "none" else weight
+        if packed.packing.format == "none":
+            return packed.unpack(dtype)
+        if name in self._held:
+            return self._held[name]
+        holds = self.hold_unpacked and self._in_visit
+        self._make_room(self._largest_layer if holds else self._largest_weight, packed, dtype)
+        start = self._num_held_elements
+        weight = packed.unpack_into(self._buffer[start : start + math.prod(packed.shape)].view(packed.shape))
+        if holds:
+            self._held[name] = weight
+            self._num_held_elements += weight.numel()
+        return weight
+
+    def _make_room(self, num_elements: int, packed: PackedWeight, dtype: torch.dtype) -> None:
+        if self._buffer.numel() < num_elements or self._buffer.dtype != dtype:
+            assert not self._held
+            self._buffer = torch.empty(0)  # the old one goes first
+            self._buffer = torch.empty(num_elements, dtype=dtype, device=packed.tensors["data"].device)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -83,6 +103,7 @@ class PresentWeights:
         finally:
             self._in_visit = False
             self._held.clear()
+            self._num_held_elements = 0
 
 
 class ResidentWeights(PresentWeights):

@@ -56,7 +56,7 @@ def save_checkpoint(
     evaluation."""
     target = folder / f"step-{state.step}"
     tensors = {"masters": masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    tensors = _each_its_own_memory({key: value.cpu().contiguous() for key, value in tensors.items()})
     for leftover in folder.glob("step-*.partial-*"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover)
     with atomic_folder(target) as partial:
@@ -65,6 +65,18 @@ def save_checkpoint(
     for step in list_checkpoints(folder)[:-num_kept]:
         if step != state.best_step:
             shutil.rmtree(folder / f"step-{step}")
+
+
+def _each_its_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what shares memory with a tensor before it, which the format refuses: bitsandbytes gives the
+    1 KiB code tables of 8-bit state to all parameters at once."""
+    seen: set[int] = set()
+    own = {}
+    for key, value in tensors.items():
+        address = value.untyped_storage().data_ptr()
+        own[key] = value.clone() if address in seen else value
+        seen.add(address)
+    return own
 
 
 def list_checkpoints(folder: Path) -> list[int]:

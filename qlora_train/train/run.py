@@ -67,6 +67,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"LoRA rank {factors.rank} on {len(factors.names)} linears: {factors.masters.numel():,} "
         "trainable parameters",
         *prepared.train_data.report.lines(),
+        *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         _plan_line(loop.plan),
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]

@@ -26,6 +26,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
+        self._begun = _partial(self.recipe_file)  # alone in a folder: a run killed before it began
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
@@ -33,7 +34,13 @@ class RunFolder:
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """Raise `RunFolderError` unless the folder is free, or holds a run of this (resolved) recipe that is
         to be resumed."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        lies_in = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not lies_in.is_dir():
+            raise RunFolderError(
+                f"{self.path}: {lies_in} is a file, so no folder can be made in it. Choose another "
+                "training.output_dir."
+            )
+        if not self.path.exists() or (self.path.is_dir() and set(self.path.iterdir()) <= {self._begun}):
             return
         if not self.recipe_file.is_file():
             raise RunFolderError(
@@ -81,9 +88,13 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
+def _partial(file: Path) -> Path:
+    return file.with_suffix(".partial")
+
+
 def _replace(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one."""
-    partial = file.with_suffix(".partial")
+    partial = _partial(file)
     partial.write_text(text)
     partial.replace(file)
 

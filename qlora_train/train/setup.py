@@ -18,7 +18,7 @@ from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.load import everything_resident, load_base
-from qlora_train.model.adapter_files import AdapterConfig, load_adapter
+from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers, select_targets
@@ -105,7 +105,7 @@ def attach_factors(
         rank=lora.rank,
         alpha=lora.alpha,
         dropout=lora.dropout,
-        target_modules=sorted({name.rpartition(".")[2] for name in targets}),
+        target_modules=shortest_names(targets, decoder.linears),
         use_rslora=lora.use_rslora,
     )
     factors = FactorBuffers(

@@ -153,8 +153,8 @@ def test_held_weights_are_unpacked_once_per_visit(folder: Path, monkeypatch: pyt
     from qlora_train.model.quantize import PackedWeight
 
     counts: list[int] = []
-    unpack = PackedWeight.unpack
-    monkeypatch.setattr(PackedWeight, "unpack", lambda self, dtype: counts.append(1) or unpack(self, dtype))
+    unpack = PackedWeight.unpack_into
+    monkeypatch.setattr(PackedWeight, "unpack_into", lambda self, out: counts.append(1) or unpack(self, out))
     step(folder, resident_plan(*POLICIES["recompute"], hold_unpacked=True))
     held = len(counts)
     counts.clear()
