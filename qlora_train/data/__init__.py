@@ -1,9 +1,9 @@
 """Rows -> messages -> tokens with a supervised mask -> packed bins, read in a resumable order.
 
 The story in files: `sources` finds and opens files and hub ids as `tables` of rows; `formats` says what a
-row's columns mean; `chat` renders conversations; `tokenization` makes documents; `packing` fills bins with
-them; `dataset` hands out micro-batches; `report` counts what happened; `preview` shows it. Numpy only, no
-torch.
+row's columns mean; `chat` renders conversations; `control_text` keeps quoted special tokens text;
+`tokenization` makes documents; `packing` fills bins with them; `dataset` hands out micro-batches; `report`
+counts what happened; `preview` shows it. Numpy only, no torch.
 """
 
 from __future__ import annotations

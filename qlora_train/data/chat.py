@@ -20,20 +20,26 @@ they need to know no template.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from datetime import datetime
+from functools import lru_cache
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+from qlora_train.data.formats import Chat
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-Message = dict[str, Any]
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Templates that print today's date would make a resumed run see other tokens than the one it continues.
-_FIXED_DATE = "26 Jul 2024"
+_FIXED_DAY = datetime(2024, 7, 26)
+_FIXED_DATE = _FIXED_DAY.strftime("%d %b %Y")
+_DATE_CODES = [f"%{code}" for code in "aAbBcCdDeFGgHhIjklmMnpPrRStTuUVwWxXyYzZ"] + [
+    f"%-{code}" for code in "deHIjklmMSUVWy"
+]
 # A character no text has: shows what a template puts behind a content.
 _STAND_IN = "\ue000"
 
@@ -52,55 +58,96 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+@lru_cache(maxsize=8)
+def _with_fixed_day(template: str) -> str:
+    """The template with its `strftime_now`, if it calls one, telling a fixed day.
+
+    The function is the library's own global and only plain data can be handed to a template, so a macro of
+    that name goes in front: it puts the fixed day's value in the place of each code of the format.
+    """
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace({code!r}, {_FIXED_DAY.strftime(code)!r})" for code in _DATE_CODES)
+    # The line break goes with the block, and the template still begins at the beginning of a line.
+    return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n" + template
+
+
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    *,
+    num_messages: int | None = None,
+    generation_prompt: bool = False,
 ) -> str:
-    """The template's text for the messages. Raises ChatProblem with the template's own complaint."""
+    """The template's text for the first `num_messages` (default: all) messages, with the chat's tools.
+
+    Raises ChatProblem with the template's own complaint.
+    """
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt, date_string=_FIXED_DATE
+            list(chat.messages[:num_messages]),
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **_template_options(tokenizer, chat),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: such as adding text to an object
         raise ChatProblem(f"the chat template refuses the conversation: {error}") from error
     assert isinstance(text, str)
     return text
 
 
-def render_with_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[str, list[Span]]:
-    """The whole text, and the spans of characters [start, end) that the assistant says, in order."""
-    text = render(tokenizer, messages)
-    spans = _spans_by_prefix(tokenizer, messages, text)
+def _template_options(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, Any]:
+    tools = list(chat.tools) or None
+    template = tokenizer.get_chat_template(tools=tools)
+    return {"tools": tools, "chat_template": _with_fixed_day(template), "date_string": _FIXED_DATE}
+
+
+def render_with_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, list[Span]]:
+    """The whole text, and the spans of characters [start, end) that the assistant says, in order, without the
+    turns in `chat.unsupervised`.
+    """
+    text = render(tokenizer, chat)
+    turns = _assistant_turns(chat)
+    spans = _spans_by_prefix(tokenizer, chat, turns, text)
     if spans is None:
-        spans = _spans_by_marks(tokenizer, messages, text)
-    return text, spans
+        spans = _spans_by_marks(tokenizer, chat, turns, text)
+    if not chat.unsupervised:
+        return text, spans
+    if len(spans) != len(turns):
+        raise ChatProblem(
+            "a message has the weight 0, but the chat template does not mark one span per assistant message, "
+            "so its tokens cannot be told apart. Leave the weights out."
+        )
+    return text, [span for turn, span in zip(turns, spans, strict=True) if turn not in chat.unsupervised]
 
 
-def prompt_length(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> int:
+def prompt_length(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> int:
     """Characters of `text` before the assistant's first turn; 0 where the template does not tell."""
-    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
-    prompt = render(tokenizer, messages[:first], generation_prompt=True) if first else ""
+    first = next(iter(_assistant_turns(chat)), 0)
+    prompt = render(tokenizer, chat, num_messages=first, generation_prompt=True) if first else ""
     return len(prompt) if text.startswith(prompt) else 0
 
 
+def _assistant_turns(chat: Chat) -> list[int]:
+    return [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
 def _spans_by_prefix(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, turns: list[int], text: str
 ) -> list[Span] | None:
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         return []
     if turns[0] == 0:
         raise ChatProblem("the conversation begins with the assistant; put a system or user message before.")
-    prompts = [render(tokenizer, messages[:i], generation_prompt=True) for i in turns]
+    prompts = [render(tokenizer, chat, num_messages=i, generation_prompt=True) for i in turns]
     if not all(text.startswith(prompt) for prompt in prompts):
         return None
     starts = [len(prompt) for prompt in prompts]
     spans = []
     for i, start, limit in zip(turns, starts, [*starts[1:], len(text)], strict=True):
-        end = _end_of_turn(tokenizer, messages, i, text, start, limit)
+        end = _end_of_turn(tokenizer, chat, i, text, start, limit)
         if end is None:
             return None
         spans.append((start, end))
@@ -108,19 +155,15 @@ def _spans_by_prefix(
 
 
 def _end_of_turn(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    turn: int,
-    text: str,
-    start: int,
-    limit: int,
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, turn: int, text: str, start: int, limit: int
 ) -> int | None:
-    upto = text if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1])
+    messages = chat.messages
+    upto = text if turn == len(messages) - 1 else render(tokenizer, chat, num_messages=turn + 1)
     if text.startswith(upto):
         end = len(upto.rstrip())
         return end if start < end <= limit else None
     content = messages[turn].get("content", "").strip()
-    stand_in = [*messages[:turn], {**messages[turn], "content": _STAND_IN}]
+    stand_in = Chat((*messages[:turn], {**messages[turn], "content": _STAND_IN}), chat.tools)
     _, found, behind = render(tokenizer, stand_in).rpartition(_STAND_IN)
     if not (content and found and behind.strip()):
         return None  # nothing that marks the end for certain
@@ -129,20 +172,18 @@ def _end_of_turn(
     return at + len(said) if at >= 0 else None
 
 
-def _spans_by_marks(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> list[Span]:
-    if not _GENERATION_MARK.search(tokenizer.get_chat_template()):
-        raise ChatProblem(
-            "the chat template renders the beginning of this conversation differently once more messages "
-            "follow, so the assistant's tokens cannot be told apart. Mark them in the template with "
-            "{% generation %} ... {% endgeneration %}, train on everything with data.supervise: all, or use "
-            "one exchange per row."
-        )
+def _spans_by_marks(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, turns: list[int], text: str
+) -> list[Span]:
+    options = _template_options(tokenizer, chat)
+    if not _GENERATION_MARK.search(options["chat_template"]):
+        raise ChatProblem(_why_no_span(tokenizer, chat, turns, text))
     encoded: Any = tokenizer.apply_chat_template(
-        list(messages),
+        list(chat.messages),
         return_dict=True,
         return_assistant_tokens_mask=True,
-        date_string=_FIXED_DATE,
         tokenizer_kwargs={"return_offsets_mapping": True},
+        **options,
     )
     spans: list[Span] = []
     previous = 0
@@ -153,6 +194,25 @@ def _spans_by_marks(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messa
             spans.append((start, end))
         previous = said
     return [(start, _with_end_token(tokenizer, text, start, end)) for start, end in spans]
+
+
+def _why_no_span(tokenizer: PreTrainedTokenizerBase, chat: Chat, turns: list[int], text: str) -> str:
+    for turn in turns:
+        before = render(tokenizer, chat, num_messages=turn)
+        prompt = render(tokenizer, chat, num_messages=turn, generation_prompt=True)
+        if text.startswith(before) and prompt.startswith(before) and not text.startswith(prompt):
+            opened = prompt[len(commonprefix([prompt, text])) :]
+            return (
+                f"the chat template opens an answer with {opened!r} when it asks for one, but renders "
+                f"message {turn + 1} without it, so generation would go on from tokens that training never "
+                "saw. Begin the assistant messages with it, if the template keeps it there, or put a "
+                "chat_template.jinja that does not open answers so into the base's folder."
+            )
+    return (
+        "the chat template renders the beginning of this conversation differently once more messages follow, "
+        "so the assistant's tokens cannot be told apart. Mark them in the template with {% generation %} ... "
+        "{% endgeneration %}, train on everything with data.supervise: all, or use one exchange per row."
+    )
 
 
 def _with_end_token(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int:

@@ -4,7 +4,8 @@ A format is a set of *roles* (instruction, completion, ...); `data.columns` maps
 unmapped role is the column of its own name. `auto` takes the one format whose roles the table has. A row
 becomes one of three contents, and everything behind this file knows only those:
 
-    messages           {"messages": [{"role": "user", "content": ...}, ...]}    -> Chat
+    messages           {"messages": [{"role": "user", "content": ...}, ...]}    -> Chat; a column `tools` goes
+                       to the chat template, an assistant message with "weight": 0 has no loss
     alpaca             instruction, input (may be empty or absent), output      -> Chat: one user, one
     assistant turn prompt_completion  prompt, completion                                       -> Completion
     text               text                                                     -> PlainText
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from string import Formatter
@@ -30,13 +32,22 @@ from qlora_train.recipe_checks import COLUMN_ROLES as ROLES
 if TYPE_CHECKING:
     from qlora_train.recipe import DataSection
 
+CHAT_FORMATS = frozenset({"messages", "alpaca"})
 _OPTIONAL = {"input"}
+# JSON can spell halves of characters ("\ud83d" without its other half); no tokenizer takes them.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKERS = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
+    """`tools`: descriptions that the chat template may show. `unsupervised`: assistant messages (by index)
+    without a loss.
+    """
+
     messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    unsupervised: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +75,8 @@ class _RowProblem(Exception):
 
 def content_key(content: Content) -> bytes:
     """Equal for two rows that say the same, whatever file they are in."""
-    canonical = json.dumps([type(content).__name__, asdict(content)], sort_keys=True, default=str)
+    fields = {name: value for name, value in asdict(content).items() if value}
+    canonical = json.dumps([type(content).__name__, fields], sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).digest()
 
 
@@ -102,7 +114,7 @@ class RowFormat:
     def read(self, row: Row) -> Content:
         """Raises _RowProblem for a row that lacks a column or holds anything but text there."""
         if self.name == "messages":
-            return Chat(_messages(_value(row, self.columns["messages"])))
+            return _chat(_value(row, self.columns["messages"]), row.get("tools"))
         if self.name == "alpaca":
             return self._read_alpaca(row)
         if self.name == "prompt_completion":
@@ -115,6 +127,7 @@ class RowFormat:
         extra = row.get(column) if column else None
         if extra is not None and not isinstance(extra, str):
             raise _RowProblem(f"the column {column!r} is {type_name(extra)}, not a string.")
+        _check_characters(extra, f"the column {column!r}")
         question = f"{instruction}\n\n{extra}" if extra else instruction
         answer = _text(row, self.columns["output"])
         return Chat(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
@@ -248,31 +261,78 @@ def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
         raise _RowProblem(f"the column {column!r} is {type_name(value)}, not a string.")
     if not may_be_empty and (not value or value.isspace()):
         raise _RowProblem(f"the column {column!r} is empty.")
+    _check_characters(value, f"the column {column!r}")
     return value
 
 
-def _messages(value: Any) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list):
+def _check_characters(value: Any, place: str) -> None:
+    """Of a text, or of all texts in a message."""
+    if isinstance(value, str) and (found := LONE_SURROGATE.search(value)):
         raise _RowProblem(
-            f"the messages are {type_name(value)}, not a list of objects with role and content."
+            f"{place} holds {found[0]!r}, half a character: write both halves, or the character itself."
         )
-    if not value:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_characters(item, place)
+
+
+def _chat(messages: Any, tools: Any) -> Chat:
+    if not isinstance(messages, list):
+        raise _RowProblem(
+            f"the messages are {type_name(messages)}, not a list of objects with role and content."
+        )
+    if not messages:
         raise _RowProblem("the list of messages is empty.")
-    return tuple(_message(message, number) for number, message in enumerate(value, start=1))
+    checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
+    weights = [message.pop("weight", 1) for message in checked]
+    if wrong := [number for number, weight in enumerate(weights, start=1) if weight not in (0, 1)]:
+        raise _RowProblem(
+            f"message {wrong[0]} has the weight {weights[wrong[0] - 1]!r}; a weight is 0 (no loss) or 1."
+        )
+    unsupervised = [
+        i for i, weight in enumerate(weights) if weight == 0 and checked[i]["role"] == "assistant"
+    ]
+    return Chat(tuple(checked), _tools(tools), tuple(unsupervised))
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """A list of objects, or (where one column must hold tools of all kinds) that list as JSON text."""
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise _RowProblem(f"the column 'tools' is text, but not valid JSON: {error}.") from error
+    value = _without_nulls(value or [])
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _RowProblem("the column 'tools' is not a list of objects (tool descriptions).")
+    _check_characters(value, "the column 'tools'")
+    return tuple(value)
 
 
 def _message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise _RowProblem(f"message {number} is {type_name(message)}, not an object with role and content.")
-    # Arrow gives every message every key that any of them has; templates ask "is the key there".
-    message = {key: value for key, value in message.items() if value is not None}
+    _check_characters(message, f"message {number}")
+    message = _without_nulls(message)
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)
     role, content = message.get("role"), message.get("content")
     if role not in _SPEAKERS:
         raise _RowProblem(f"message {number} has the role {role!r}; roles are {', '.join(_SPEAKERS)}.")
-    if content is None and role == "assistant" and message.get("tool_calls"):
+    if content is None and role == "assistant" and "tool_calls" in message:
         return message
     if not isinstance(content, str):
         raise _RowProblem(f"the content of message {number} is {type_name(content)}, not a string.")
-    if role != "system" and (not content or content.isspace()):
+    may_be_empty = role in ("system", "tool") or "tool_calls" in message
+    if not may_be_empty and (not content or content.isspace()):
         raise _RowProblem(f"the content of message {number} ({role}) is empty.")
     return message
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that are null, at any depth: Arrow gives every object every key that any of them has,
+    and templates ask "is the key there".
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -19,6 +19,9 @@ class TokenCounts:
     num_answers_cut: int = 0
     num_texts_split: int = 0
     num_tokens_cut: int = 0
+    num_chats_without_turn_ends: int = 0  # of several answers, of which only the last one got its EOS
+    num_rows_saying_control_tokens: int = 0  # the text of special tokens, read as these tokens
+    num_rows_quoting_control_tokens: int = 0  # the same, read as text
     num_unsupervised_rows: int = 0  # left out: they have no token to learn from
 
 
@@ -60,6 +63,21 @@ class DatasetReport:
             )
         if counts.num_unsupervised_rows:
             lines.append(f"{counts.num_unsupervised_rows:,} rows without a supervised token left out")
+        if counts.num_chats_without_turn_ends:
+            lines.append(
+                f"{counts.num_chats_without_turn_ends:,} conversations of several answers, of which only the "
+                "last one ends in EOS: the chat template writes no end-of-turn token"
+            )
+        if counts.num_rows_quoting_control_tokens:
+            lines.append(
+                f"{counts.num_rows_quoting_control_tokens:,} conversations hold the text of special tokens, "
+                "read as plain text"
+            )
+        if counts.num_rows_saying_control_tokens:
+            lines.append(
+                f"{counts.num_rows_saying_control_tokens:,} rows hold the text of special tokens, read as "
+                "these tokens"
+            )
         if self.num_rows_also_in_train:
             lines.append(
                 f"{self.num_rows_also_in_train:,} evaluation rows are also training rows, word for word"

@@ -1,8 +1,8 @@
 """Finds what `data.train` and `data.eval` name: a file, a folder of files, or a data set on the hub.
 
 All reading goes through the `datasets` library's packaged builders, whose cache lies where that library
-puts it (HF_DATASETS_CACHE): nothing is ever written beside the data. What a row looks like per file type is
-in `tables`.
+puts it (HF_DATASETS_CACHE), one folder per content: nothing is ever written beside the data. What a row
+looks like per file type is in `tables`.
 
 A folder is read with its sub-folders, in sorted order, and all its data files are joined. Where file or
 folder names tell several splits apart (train-00000.parquet, test/a.jsonl) the source must say which one it
@@ -11,6 +11,7 @@ means, because test rows must not slip into training.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,10 +142,10 @@ def _read_csv(path: Path) -> RowTable:
     from datasets import Features, Value
 
     # pandas guesses types and reads "NA" or "None" as missing: here text is text.
-    columns = Features({name: Value("string") for name in check_csv_header(path)})
-    return CsvTable(
-        str(path), _open("csv", path, features=columns, keep_default_na=False, encoding="utf-8-sig")
-    )
+    names = check_csv_header(path)
+    columns = Features({name: Value("string") for name in names})
+    options = {"names": list(names), "header": 0, "keep_default_na": False, "encoding": "utf-8-sig"}
+    return CsvTable(str(path), _open("csv", path, features=columns, **options))
 
 
 def _read_parquet(path: Path) -> RowTable:
@@ -165,14 +166,23 @@ def _supported() -> str:
 
 
 def _open(builder: str, path: Path, **options: object) -> Dataset:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(builder, data_files=[str(path)], split="train", **options)
+        cache = Path(config.HF_DATASETS_CACHE) / "qlora_train" / _content_hash(path)
+        return load_dataset(builder, data_files=[str(path)], split="train", cache_dir=str(cache), **options)
     except (DatasetsError, ValueError) as error:
         cause = error.__cause__ or error
         raise DataError(f"{path} cannot be read as {builder}: {_first_line(cause)}") from error
+
+
+def _content_hash(path: Path) -> str:
+    """The library's cache knows a file by its path and time only: two versions written within one tick of
+    the clock, or copied with their times, would be the same to it.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def _load_hub(name: str, split: str) -> RowTable:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _READ_ROWS = 1000  # rows taken from Arrow at a time
 MAX_LISTED_PROBLEMS = 5
+csv.field_size_limit(2**31 - 1)  # the module's own 128 KiB are less than a long document
 
 
 class RowTable(ABC):
@@ -216,8 +217,8 @@ class RowProblems:
 
 
 def check_csv_header(path: Path) -> tuple[str, ...]:
-    """The column names of a CSV file. Raises DataError where they are missing, doubled or do not match the
-    data.
+    """The column names of a CSV file; a column without one (such as the index that pandas writes) is called
+    by its number. Raises DataError where the header is missing, a name doubled or the data do not match.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -230,7 +231,7 @@ def check_csv_header(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path} is empty: it needs a header line and at least one row.")
     if first is None:
         raise DataError(f"{path} holds no rows, only a header.")
-    doubled = sorted({name for name, after in pairwise(sorted(header)) if name == after})
+    doubled = sorted({name for name, after in pairwise(sorted(header)) if name == after and name})
     if doubled:
         raise DataError(f"{path} line 1 names the column {doubled[0]!r} twice. Rename one of them.")
     if len(first) > len(header):
@@ -238,4 +239,4 @@ def check_csv_header(path: Path) -> tuple[str, ...]:
             f"{path}: the header names {len(header)} columns, the first row has {len(first)} fields. Quote "
             'fields that hold a comma ("like, this") or complete the header.'
         )
-    return tuple(header)
+    return tuple(name or f"column {number}" for number, name in enumerate(header, start=1))

@@ -11,7 +11,8 @@ that straddles the boundary belongs to the answer.
 BOS: exactly one, at the start. Plain documents get it if the tokenizer defines one; conversations if the
 template writes it or the tokenizer puts it before every text by itself; two in a row become one. EOS: a
 conversation whose last supervised token is no special token (the template has no end-of-turn token) gets a
-supervised EOS, so that the model learns to stop.
+supervised EOS, so that the model learns to stop. The text of a special token in a message is text (see
+`control_text`).
 
 Longer than sequence_length: the prompt is cut first, from the left (behind BOS; one token always stays, so
 that the answer's first token has something to be predicted from), then the end of the answer. A PlainText
@@ -37,9 +38,11 @@ from qlora_train.data.chat import (
     render_with_spans,
     require_chat_template,
 )
+from qlora_train.data.control_text import ControlText, Encoded, unmarked_positions, without_marks
 from qlora_train.data.formats import Chat, Completion, Example, PlainText
 from qlora_train.data.report import TokenCounts
 from qlora_train.data.tables import Origin, RowProblems
+from qlora_train.data.tokenizer import special_token_ids
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,6 +86,7 @@ class _Prepared(NamedTuple):
     prompt_end: int
     is_chat: bool
     may_split: bool
+    encoded: Encoded | None = None  # where tokenising `text` would not do
 
 
 class BosRule:
@@ -126,11 +130,8 @@ class _Tokenization:
         self.sequence_length = sequence_length
         self.supervise_all = supervise_all
         self.bos = BosRule(tokenizer)
-        added = tokenizer.added_tokens_decoder.items()
-        self.special_ids = {
-            *tokenizer.all_special_ids,
-            *(token_id for token_id, token in added if token.special),
-        }
+        self.special_ids = special_token_ids(tokenizer)
+        self.control_text = ControlText(tokenizer)
         self.tally = dict.fromkeys(TokenCounts.__dataclass_fields__, 0)
 
     def run(self, examples: Sequence[Example]) -> TokenizedRows:
@@ -170,16 +171,38 @@ class _Tokenization:
             text, boundary = content.prompt + content.completion, len(content.prompt)
         else:
             text, boundary = content.text, 0
+        self.tally["num_rows_saying_control_tokens"] += self.control_text.is_in(text)
         # + 1: some tokenizers report a token of spaces at the very end as empty, at len(text).
         answers = [(boundary, len(text) + 1)]
         return _Prepared(example.origin, text, answers, boundary, False, isinstance(content, PlainText))
 
     def _chat_as_text(self, origin: Origin, chat: Chat) -> _Prepared:
+        if not self.control_text.is_in([chat.messages, chat.tools]):
+            return self._rendered(origin, chat)
+        marked_chat = self.control_text.marked(chat)
+        marked = self._rendered(origin, marked_chat) if marked_chat is not None else None
+        encoded = self.control_text.encode(marked.text) if marked is not None else None
+        if marked is None or encoded is None:
+            self.tally["num_rows_saying_control_tokens"] += 1
+            return self._rendered(origin, chat)
+        self.tally["num_rows_quoting_control_tokens"] += 1
+        position = unmarked_positions(marked.text).tolist()
+        position.append(position[-1] + 1)
+        return marked._replace(
+            text=without_marks(marked.text),
+            answers=[(position[start], position[end]) for start, end in marked.answers],
+            prompt_end=position[marked.prompt_end],
+            encoded=encoded,
+        )
+
+    def _rendered(self, origin: Origin, chat: Chat) -> _Prepared:
         if self.supervise_all:
-            text = render(self.tokenizer, chat.messages)
-            boundary = prompt_length(self.tokenizer, chat.messages, text)
+            if chat.unsupervised:
+                raise ChatProblem("a message has the weight 0, which data.supervise: all contradicts.")
+            text = render(self.tokenizer, chat)
+            boundary = prompt_length(self.tokenizer, chat, text)
             return _Prepared(origin, text, [(boundary, len(text) + 1)], boundary, True, False)
-        text, answers = render_with_spans(self.tokenizer, chat.messages)
+        text, answers = render_with_spans(self.tokenizer, chat)
         return _Prepared(origin, text, answers, answers[0][0] if answers else len(text), True, False)
 
     def _encode(
@@ -198,7 +221,8 @@ class _Tokenization:
                 batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
             ):
                 bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-                yield row, np.asarray(token_ids, dtype=np.int32), bounds[:, 0], bounds[:, 1]
+                found = Encoded(np.asarray(token_ids, dtype=np.int32), bounds[:, 0], bounds[:, 1])
+                yield row, *(row.encoded or found)
 
     def _documents(
         self, row: _Prepared, token_ids: np.ndarray, starts: np.ndarray, ends: np.ndarray
@@ -242,6 +266,7 @@ class _Tokenization:
             )
         if int(token_ids[last]) == eos_id:
             return token_ids, supervised
+        self.tally["num_chats_without_turn_ends"] += len(row.answers) > 1
         ids = np.append(token_ids[: last + 1], np.int32(eos_id))
         return ids, np.append(supervised[: last + 1], True)
 

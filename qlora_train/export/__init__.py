@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from qlora_train.data.prompts import answer_end_ids
+from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import ExportError, NotYetError, RunFolderError
 from qlora_train.export.merge import MergeReport, merge
 from qlora_train.model.hub import resolve_base
@@ -30,8 +32,8 @@ def export(
     own. dtype: "float16", "bfloat16" or "float32". Needs no GPU and, up to 1.1 GB per tensor, less than 1.2
     GB of memory.
 
-    Raises `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see
-    `merge`).
+    generation_config.json also lists the token that the chat template ends turns with. Raises
+    `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
     """
     run = Path(run)
     if to in ("adapter", "gguf") or base == "auto":
@@ -52,4 +54,7 @@ def export(
     folder = resolve_base(model.base, model.revision)[0]
     packing = Packing(model.quantization, model.double_quant) if base == "dequantized" else None
     target = Path(out) if out is not None else run / "merged"
-    return merge(folder, run / "adapter", target, packing=packing, dtype=DTYPES[dtype]).folder
+    end_ids = answer_end_ids(load_tokenizer(str(folder)))
+    return merge(
+        folder, run / "adapter", target, packing=packing, dtype=DTYPES[dtype], end_ids=end_ids
+    ).folder

@@ -11,7 +11,7 @@ exact up to the final cast (`packing` given: each weight is packed and unpacked 
 top of the original weights the quantisation error goes, and so does whatever the factors learned to make up
 for it. `packing: none` has no error to keep: its weights are the original ones.
 
-Tied embeddings stay tied because nothing is written that the base does not have.
+Tied embeddings stay tied: nothing is written that the base does not have, nor a head that repeats them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 SPARE_DISK_BYTES = 64 * 2**20  # headers, tokenizer, file system overhead
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LAYER_NAME = re.compile(r"(^|\.)layers\.\d+\.")
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
@@ -66,31 +68,39 @@ def merge(
     *,
     packing: Packing | None,
     dtype: torch.dtype,
+    end_ids: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> MergeReport:
     """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
 
     packing: None starts from the original weights; else every matrix of a decoder layer is packed and
-    unpacked as in training. Raises `ExportError` (out not empty, disk too small, adapter that does not fit,
+    unpacked as in training. end_ids: tokens that end an answer, which generation_config.json is to list for
+    other tools. Raises `ExportError` (out not empty, disk too small, adapter that does not fit,
     values `dtype` cannot hold) and `BaseModelError` (unusable base or adapter); `out` is then as it was.
     """
     base_folder, out = Path(base_folder), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: exists and is not an empty folder. Remove it, or give another --out.")
+    lies_in = next(parent for parent in out.absolute().parents if parent.exists())
+    if not lies_in.is_dir():
+        raise ExportError(f"{out}: {lies_in} is a file, so no folder can be made in it. Give another --out.")
     config, factors = load_adapter(adapter_folder)
     with ShardReader(base_folder) as reader:
+        model_config = _read_config(base_folder)
         weights = _Weights(reader, packing, factors, config.scaling)
+        if model_config.get("tie_word_embeddings") and _head_is_embedding(reader):
+            weights.leave_out_head()
         shards = _plan_shards(weights.shapes, dtype, max_shard_bytes)
         num_bytes = sum(_num_bytes(shape, dtype) for shape in weights.shapes.values())
         _check_disk(out, num_bytes)
-        model_config = _merged_config(base_folder, dtype)
         with atomic_folder(out) as partial:
             for file_name, names in shards.items():
                 _write_shard(partial / file_name, names, weights, dtype)
             if len(shards) > 1:
                 _write_index(partial, shards, num_bytes)
-            (partial / "config.json").write_text(model_config, "utf-8")
+            (partial / "config.json").write_text(_merged_config(model_config, dtype), "utf-8")
             _copy_companions(base_folder, partial)
+            _list_end_ids(partial, end_ids)
     return MergeReport(
         out, len(weights.shapes), len(factors), len(weights.dequantized), len(shards), num_bytes
     )
@@ -119,6 +129,11 @@ class _Weights:
         self.dequantized = self._is_packed_already | {
             name for name, shape in self.shapes.items() if self._is_packed_in_training(name, shape)
         }
+
+    def leave_out_head(self) -> None:
+        """Do not write the output head, unless the adapter changes it."""
+        if HEAD not in self._factors:
+            del self.shapes[HEAD]
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """The merged tensor, in fp32, some rows [rows, ...] at a time and in order; each valid until the
@@ -245,16 +260,34 @@ def _check_disk(out: Path, num_bytes: int) -> None:
         )
 
 
-def _merged_config(base_folder: Path, dtype: torch.dtype) -> str:
+def _read_config(base_folder: Path) -> dict[str, Any]:
     path = base_folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{path}: cannot be read ({error}).") from error
-    config.pop("quantization_config", None)
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{path}: must be a JSON object.")
+    return config
+
+
+def _merged_config(config: dict[str, Any], dtype: torch.dtype) -> str:
     # transformers 5 calls it dtype, most other tools still read torch_dtype
-    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    return json.dumps(config, indent=2) + "\n"
+    name = str(dtype).removeprefix("torch.")
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    return json.dumps(kept | {"dtype": name, "torch_dtype": name}, indent=2) + "\n"
+
+
+def _head_is_embedding(reader: ShardReader) -> bool:
+    """Whether the checkpoint of a tied model holds its one matrix twice, byte for byte."""
+    embedding = next((name for name in reader.names() if name.endswith(EMBEDDING)), None)
+    if HEAD not in reader or embedding is None:
+        return False
+    head_info, embedding_info = reader.info(HEAD), reader.info(embedding)
+    if (head_info.dtype, head_info.shape) != (embedding_info.dtype, embedding_info.shape):
+        return False
+    pairs = zip(reader.row_blocks(HEAD, BLOCK_BYTES), reader.row_blocks(embedding, BLOCK_BYTES), strict=True)
+    return all(tensor_bytes(a) == tensor_bytes(b) for (_, _, a), (_, _, b) in pairs)
 
 
 def _copy_companions(base_folder: Path, folder: Path) -> None:
@@ -267,6 +300,17 @@ def _copy_companions(base_folder: Path, folder: Path) -> None:
     templates = base_folder / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, folder / templates.name)
+
+
+def _list_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
+    """Add to what generation_config.json (without one: config.json) says ends an answer."""
+    file = folder / "generation_config.json"
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    model_config = json.loads((folder / "config.json").read_bytes())
+    listed = config.get("eos_token_id", model_config.get("eos_token_id"))
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if new := [token for token in dict.fromkeys(end_ids) if token not in listed]:
+        file.write_text(json.dumps(config | {"eos_token_id": [*listed, *new]}, indent=2) + "\n", "utf-8")
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

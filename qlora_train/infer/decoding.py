@@ -98,7 +98,8 @@ def _decode(decoder: FrozenDecoder, tokens: Sequence[int], cache: KeyValueCache)
 def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1).cpu()
+    below_best = logits - logits.amax(dim=-1, keepdim=True)  # divided by a tiny temperature: 0 or -inf
+    probabilities = torch.softmax(below_best / sampling.temperature, dim=-1).cpu()
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
     ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.prompts import encode_prompt
+from qlora_train.data.prompts import encode_prompt, encode_raw
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.infer.model_folder import load_model
 
@@ -31,10 +32,8 @@ def generate_command(
     One prompt streams; several run in one batch and are printed in order.
     """
     model = load_model(target)
-    encoded = [
-        model.tokenizer(prompt).input_ids if raw else encode_prompt(prompt, model.data, model.tokenizer)
-        for prompt in prompts
-    ]
+    encode = encode_raw if raw else partial(encode_prompt, data=model.data)
+    encoded = [encode(prompt, tokenizer=model.tokenizer) for prompt in prompts]
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if len(prompts) == 1:
         stream = TextStream(model.tokenizer, lambda text: print(text, end="", flush=True))

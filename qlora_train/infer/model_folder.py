@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.prompts import encode_prompt
+from qlora_train.data.prompts import answer_end_ids, encode_prompt
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
@@ -97,9 +97,8 @@ def _loaded(decoder: FrozenDecoder, folder: Path, data: DataSection | None) -> L
 
 
 def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End tokens of the tokenizer and of generation_config.json (chat models end turns with another
-    token)."""
-    ids = {tokenizer.eos_token_id}
+    """What ends an answer by the tokenizer, its chat template and generation_config.json."""
+    ids: set[int | None] = set(answer_end_ids(tokenizer))
     file = folder / "generation_config.json"
     if file.is_file():
         listed = json.loads(file.read_text()).get("eos_token_id")

@@ -151,6 +151,7 @@ def test_report_lines() -> None:
     counts = TokenCounts(
         num_rows=2000, num_documents=2001, num_tokens=8000, num_supervised=2000, num_overlong_rows=3,
         num_prompts_cut=2, num_answers_cut=1, num_texts_split=1, num_tokens_cut=17, num_unsupervised_rows=4,
+        num_chats_without_turn_ends=5, num_rows_saying_control_tokens=6, num_rows_quoting_control_tokens=7,
     )  # fmt: skip
     data = dataset("aB")
     report = type(data.report)(counts, num_bins=10, sequence_length=1000)
@@ -160,4 +161,8 @@ def test_report_lines() -> None:
         "3 rows longer than sequence_length: 2 prompts cut on the left, 1 answers cut at the end "
         "(17 tokens lost), 1 texts split",
         "4 rows without a supervised token left out",
+        "5 conversations of several answers, of which only the last one ends in EOS: the chat template "
+        "writes no end-of-turn token",
+        "7 conversations hold the text of special tokens, read as plain text",
+        "6 rows hold the text of special tokens, read as these tokens",
     ]

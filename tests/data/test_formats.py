@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +110,7 @@ def test_bad_rows_are_named_by_line_up_to_five_at_once(jsonl: Write, section: Se
         ([{"role": "user", "content": ["q"]}], "content of message 1 is a list"),
         ([{"role": "user", "content": ""}], r"content of message 1 \(user\) is empty"),
         ([{"role": "assistant"}], "content of message 1 is null"),
+        ([{"role": "user", "content": "a\ud83d"}], r"message 1 holds '\\ud83d', half a character"),
     ],
 )
 def test_bad_messages(jsonl: Write, section: Section, messages: Any, message: str) -> None:
@@ -115,9 +118,83 @@ def test_bad_messages(jsonl: Write, section: Section, messages: Any, message: st
         contents(section(jsonl({"messages": messages})))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a\udc00"},
+        {"prompt": "p", "completion": "\ud83d"},
+        {"instruction": "i", "input": "\ud83d", "output": "o"},
+    ],
+)
+def test_half_characters_are_refused_and_whole_ones_are_not(
+    jsonl: Write, section: Section, row: dict
+) -> None:
+    whole = dict.fromkeys(row, "\U0001f642")  # json writes it as two halves
+    with pytest.raises(DataError, match=r"rows\.jsonl line 2: the column '\w+' holds .*half a character"):
+        contents(section(jsonl(whole, row)))
+
+
 def test_null_keys_of_messages_are_dropped(jsonl: Write, section: Section) -> None:
     row = {"messages": [{"role": "system", "content": "", "name": None}, {"role": "user", "content": "q"}]}
     assert contents(section(jsonl(row))) == [Chat(({"role": "system", "content": ""}, _user("q")))]
+
+
+TOOL_CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def test_tool_calls_tools_and_weights(jsonl: Write, section: Section) -> None:
+    messages = [
+        _user("q"),
+        {"role": "assistant", "content": "", "tool_calls": TOOL_CALLS, "weight": 0},
+        {"role": "tool", "content": "", "weight": None},
+        {"role": "assistant", "content": "a", "tool_calls": [], "weight": 1},
+    ]
+    expected = (
+        _user("q"),
+        {"role": "assistant", "content": "", "tool_calls": TOOL_CALLS},
+        {"role": "tool", "content": ""},
+        _assistant("a"),
+    )
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [{"messages": messages, "tools": written} for written in (tools, json.dumps(tools), None, "", [])]
+    assert contents(section(jsonl(*rows))) == [
+        Chat(expected, tuple(tools), (1,)),
+        Chat(expected, tuple(tools), (1,)),
+        *[Chat(expected, (), (1,))] * 3,
+    ]
+
+
+def test_nulls_that_parquet_fills_in_are_dropped_at_every_depth(tmp_path: Path, section: Section) -> None:
+    from datasets import Dataset
+
+    def call(**arguments: Any) -> list[dict]:
+        return [{"function": {"name": "f", "arguments": arguments}}]
+
+    rows = [
+        {"messages": [_user("q"), {"role": "assistant", "content": None, "tool_calls": call(**arguments)}]}
+        for arguments in ({"x": 1}, {"y": [{"z": "z"}, {"w": "w"}]})
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    said = [chat.messages[1] for chat in contents(section(str(tmp_path / "rows.parquet")))]
+    assert said == [
+        {"role": "assistant", "tool_calls": call(x=1)},
+        {"role": "assistant", "tool_calls": call(y=[{"z": "z"}, {"w": "w"}])},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{**_user("q"), "weight": 0.5}]}, r"message 1 has the weight 0\.5; a weight is 0"),
+        ({"messages": [_user("q")], "tools": "{"}, "'tools' is text, but not valid JSON"),
+        ({"messages": [_user("q")], "tools": ["f"]}, "'tools' is not a list of objects"),
+        ({"messages": [_user("q")], "tools": {"f": 1}}, "'tools' is not a list of objects"),
+        ({"messages": [{"role": "user", "content": "", "name": "n"}]}, r"message 1 \(user\) is empty"),
+    ],
+)
+def test_bad_weights_and_tools(jsonl: Write, section: Section, row: dict, message: str) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl line 1: .*{message}"):
+        contents(section(jsonl(row)))
 
 
 def test_content_key_is_by_value() -> None:
@@ -126,3 +203,4 @@ def test_content_key_is_by_value() -> None:
     )
     assert content_key(Completion("ab", "c")) != content_key(Completion("a", "bc"))
     assert content_key(PlainText("a")) != content_key(PlainText("b"))
+    assert content_key(Chat((_user("q"),))) != content_key(Chat((_user("q"),), ({"name": "f"},)))

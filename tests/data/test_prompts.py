@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qlora_train.data import build_dataset, encode_prompt, load_tokenizer, preview
 from qlora_train.data.preview import as_text
+from qlora_train.data.prompts import answer_end_ids, encode_raw, format_of
 from qlora_train.errors import BaseModelError, DataError
 from qlora_train.recipe import DataSection
 
@@ -51,6 +52,27 @@ def test_prompts_without_data(make_tokenizer: MakeTokenizer) -> None:
         encode_prompt("", None, make_tokenizer("none", bos=False))
 
 
+def test_raw_prompts_have_one_bos_where_the_tokenizer_adds_it(make_tokenizer: MakeTokenizer) -> None:
+    adding, plain = make_tokenizer(adds_bos=True), make_tokenizer()
+    assert adding.decode(encode_raw("hi", adding)) == "<s>hi"
+    assert adding.decode(encode_raw("<s>hi", adding)) == "<s>hi"
+    assert plain.decode(encode_raw("hi", plain)) == "hi"
+    with pytest.raises(DataError, match="prompt is empty"):
+        encode_raw("", plain)
+    for encode in (encode_raw, lambda prompt, t: encode_prompt(prompt, None, t)):
+        with pytest.raises(DataError, match="half a character"):
+            encode("a\ud800", plain)
+
+
+def test_an_answer_ends_with_eos_or_the_turn_end_of_the_template(make_tokenizer: MakeTokenizer) -> None:
+    chatml = make_tokenizer()
+    assert chatml.convert_ids_to_tokens(answer_end_ids(chatml)) == ["</s>", "<|end|>"]
+    for template in ("plain turns", "none"):
+        assert answer_end_ids(make_tokenizer(template)) == (chatml.eos_token_id,)
+    chatml.chat_template = "{{ raise_exception('tools only') }}"
+    assert answer_end_ids(chatml) == (chatml.eos_token_id,)
+
+
 def test_prompts_for_a_template_of_several_columns(section: Section, tokenizer: Any) -> None:
     data = section("gone.jsonl", prompt_template="{a}-{b}\n")
     assert tokenizer.decode(encode_prompt('{"a": "x", "b": "y"}', data, tokenizer)) == "<s>x-y\n"
@@ -60,8 +82,29 @@ def test_prompts_for_a_template_of_several_columns(section: Section, tokenizer: 
 
 
 def test_prompts_when_auto_cannot_tell(section: Section, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"(?s)gone\.jsonl does not exist.*Set data\.format"):
+    with pytest.raises(DataError, match=r"^The data file gone\.jsonl does not exist[^\n]*$"):
         encode_prompt("x", section("gone.jsonl"), tokenizer)
+
+
+def test_sources_of_several_formats_stay_auto(jsonl: Write, section: Section, tokenizer: Any) -> None:
+    messages = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}
+    chat, text, pair = (
+        jsonl(row, name=f"{number}.jsonl")
+        for number, row in enumerate((messages, {"text": "t"}, {"prompt": "p", "completion": "c"}))
+    )
+    for sources, eval_sources, found in (
+        ([text, pair], None, "auto"),
+        ([text], [pair], "auto"),
+        ([text], 0.5, "text"),
+        ([chat], None, "messages"),
+    ):
+        data = section(sources, eval=eval_sources)
+        assert format_of(data) == found
+    mixed = section([text, chat, pair])
+    (*_, answer) = (d for d in build_dataset(mixed, tokenizer, seed=0)[0].documents if len(d) > 10)
+    prompt = encode_prompt("hi", mixed, tokenizer)
+    assert prompt == answer.token_ids[: len(prompt)].tolist()
+    assert tokenizer.decode(encode_prompt("hi", section([text, pair]), tokenizer)) == "<s>hi"
 
 
 def test_load_tokenizer(tmp_path: Path, tokenizer: Any) -> None:

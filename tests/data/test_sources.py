@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -50,6 +51,37 @@ def test_csv_values_are_text_and_records_may_span_lines(tmp_path: Path) -> None:
     (table,) = load(path)
     assert rows_of([table]) == [{"q": "two\nlines", "a": "007"}, {"q": "x", "a": "NA"}, {"q": "y", "a": ""}]
     assert [table.describe(i).rsplit(" ", 1)[1] for i in range(3)] == ["2", "5", "6"]
+
+
+def test_a_csv_column_without_a_name_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",q,\n0,x,1\n1,y,2\n")  # pandas writes its index so
+    (table,) = load(path)
+    assert table.columns == ("column 1", "q", "column 3")
+    assert [row["q"] for row in rows_of([table])] == ["x", "y"]
+
+
+def test_csv_fields_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"q,a\n{'long ' * 40_000},1\nx,2\n")
+    (table,) = load(path)
+    assert [len(row["q"]) for row in rows_of([table])] == [200_000, 1]
+    assert table.describe(1).endswith("line 3")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
+def test_a_changed_file_is_read_again_though_its_time_is_the_same(tmp_path: Path, name: str) -> None:
+    from datasets import Dataset
+
+    path = tmp_path / name
+    for value in ("one", "two"):
+        if name == "a.parquet":
+            Dataset.from_dict({"text": [value]}).to_parquet(path)
+        else:
+            lines = {"a.csv": f"text\n{value}\n", "a.txt": f"{value}\n"}
+            path.write_text(lines.get(name, f'{{"text": "{value}"}}\n'))
+        os.utime(path, ns=(10**18, 10**18))
+        assert rows_of(load(path)) == [{"text": value}]
 
 
 def test_parquet_and_text(tmp_path: Path) -> None:

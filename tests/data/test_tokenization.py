@@ -96,6 +96,17 @@ def test_a_template_that_breaks_prefixes_needs_marks(make_tokenizer: MakeTokeniz
     assert document.supervised.tolist() == [False] + [True] * (len(document) - 1)
 
 
+def test_turns_of_weight_0_have_no_loss(tokenizer: Any, show: Show) -> None:
+    silenced = Chat(chat("u:q", "a:x", "u:r", "a:y").messages, unsupervised=(3,))
+    (document,) = tokenize(tokenizer, silenced).documents
+    assert show(tokenizer, document) == (
+        "<s><|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]\n"
+        "<|start|>user\nr<|end|>\n<|start|>assistant\ny<|end|>\n"
+    )
+    with pytest.raises(DataError, match="weight 0, which data.supervise: all contradicts"):
+        tokenize(tokenizer, silenced, supervise="all")
+
+
 def test_completion_mask_and_the_token_on_the_boundary(make_tokenizer: MakeTokenizer, show: Show) -> None:
     tokenizer = make_tokenizer(merges=("b c", "Ġ d"))
     rows = tokenize(tokenizer, Completion("ab", "cd "), Completion("a ", "d"), Completion("a", "b</s>"))

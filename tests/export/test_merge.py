@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_train.errors import BaseModelError, ExportError, NotYetError, RunFolderError
@@ -110,6 +111,26 @@ def test_merged_folder_is_base_plus_adapter(tmp_path: Path, tied: bool, shard_si
     assert (report.num_shards > 1) is (shard_size != "5GB")
 
 
+@pytest.mark.parametrize(
+    "tied,change,is_written", [(True, 0.0, False), (True, 1.0, True), (False, 0.0, True), (True, None, True)]
+)
+def test_a_head_that_repeats_the_tied_embedding_is_left_out(
+    tmp_path: Path, tied: bool, change: float | None, is_written: bool
+) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", tied))
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[39, 63] += change or 0.0
+    tensors["lm_head.weight"] = head if change is not None else head.half()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    report = merge(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", packing=None, dtype=torch.float16
+    )
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert ("lm_head.weight" in written) is is_written
+    assert report.num_tensors == len(written)
+
+
 def test_fp16_is_the_fp32_sum_cast_once(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
     for dtype in (torch.float32, torch.float16):
@@ -139,6 +160,29 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     merged = json.loads((tmp_path / "out" / "config.json").read_text())
     assert merged == config | {"dtype": "float16", "torch_dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    "generation,listed",
+    [({"eos_token_id": [5], "top_k": 3}, [5, 2, 7]), ({"eos_token_id": 7}, [7, 2]), (None, [2, 7])],
+)
+def test_tokens_that_end_an_answer_are_added_to_the_list(tmp_path: Path, generation, listed) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+    file = tmp_path / "base" / "generation_config.json"
+    if generation is None:  # then config.json says it: 2
+        file.unlink()
+    else:
+        file.write_text(json.dumps(generation))
+    merge(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        packing=None,
+        dtype=torch.float16,
+        end_ids=(2, 7),
+    )
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == (generation or {}) | {"eos_token_id": listed}
 
 
 def assert_refused(
@@ -180,6 +224,14 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / "out" / "mine").write_text("keep")
     assert_refused(tmp_path, "not an empty folder")
     assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+    (tmp_path / "file").write_text("keep")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(ExportError, match=r"file is a file.*--out"):
+            merge(tmp_path / "base", tmp_path / "adapter", out, packing=None, dtype=torch.float16)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
@@ -281,6 +333,7 @@ def test_export_of_a_run(tmp_path: Path) -> None:
         " rows.jsonl}\n"
     )
     (run / "recipe.yaml").write_text(recipe)
+    byte_tokenizer(CHAT_TEMPLATE.replace("eos_token", "'<pad>'")).save_pretrained(tmp_path / "base")
     with pytest.raises(RunFolderError, match="adapter"):
         export(run)
     write_adapter(run / "adapter", model)
@@ -288,6 +341,7 @@ def test_export_of_a_run(tmp_path: Path) -> None:
     merge(tmp_path / "base", run / "adapter", tmp_path / "out", packing=Packing("fp4"), dtype=torch.bfloat16)
     found, expected = (load_file(path / "model.safetensors") for path in (run / "merged", tmp_path / "out"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert json.loads((run / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
     original = load_file(export(run, base="original", out=tmp_path / "original") / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert original[name].dtype == torch.float16 and not torch.equal(original[name].bfloat16(), found[name])

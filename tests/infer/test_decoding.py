@@ -70,3 +70,4 @@ def test_sampling_follows_seed_temperature_and_top_p(tmp_path: Path) -> None:
     assert sample(1) != greedy
     assert sample(1, top_p=1e-6) == greedy  # the nucleus is the likeliest token alone
     assert sample(1, temperature=1e-4) == greedy
+    assert sample(1, temperature=1e-37) == greedy  # logits divided by it are infinite

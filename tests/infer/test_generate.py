@@ -71,6 +71,42 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(
     assert load_model(tmp_path).stop_ids == {2, 7, 9}
 
 
+def test_the_turn_end_of_the_chat_template_stops_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_checkpoint(tmp_path, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content + '<pad>\n' }}{% endfor %}"
+    )
+    assert load_model(tmp_path).stop_ids == {0, 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--prompt", "a", "--temperature", "1", "--top-p", "0"],
+        ["--prompt", "a", "--temperature", "1", "--seed", "-1"],
+        ["--prompt", "a", "--temperature", "1", "--seed", str(2**64)],
+        ["--prompt", "", "--raw"],
+    ],
+)
+def test_what_cannot_be_generated_is_one_message(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    write_checkpoint(tmp_path, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path)
+    try:
+        code = main(["generate", str(tmp_path), *options])
+    except SystemExit as stop:  # of argparse
+        code = int(stop.code or 0)
+    assert code == 2
+    assert "qlora-train" in capsys.readouterr().err
+
+
 def test_a_run_without_an_adapter_says_so(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: {base: somewhere}\ndata: {train: x.jsonl}\n")
     with pytest.raises(RunFolderError, match="no adapter yet"):

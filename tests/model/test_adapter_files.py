@@ -19,6 +19,7 @@ from qlora_train.model.adapter_files import (
     AdapterConfig,
     load_adapter,
     save_adapter,
+    shortest_names,
 )
 
 CONFIG = AdapterConfig("some/base", rank=3, alpha=6, dropout=0.05, target_modules=["q_proj", "down_proj"])
@@ -77,6 +78,30 @@ def test_we_load_what_peft_writes(tmp_path: Path, targets: list[str] | str) -> N
         module = model.get_submodule(f"base_model.model.{path}")
         assert torch.equal(a, module.lora_A["default"].weight)
         assert torch.equal(b, module.lora_B["default"].weight)
+
+
+@pytest.mark.parametrize(
+    ("endings", "expected"),
+    [
+        (("q_proj", "down_proj"), ["down_proj", "q_proj"]),
+        (("1.self_attn.q_proj", "up_proj"), ["model.layers.1.self_attn.q_proj", "up_proj"]),
+        (("layers.0.mlp.up_proj",), ["model.layers.0.mlp.up_proj"]),
+    ],
+)
+def test_the_config_names_no_module_that_was_not_trained(
+    tmp_path: Path, endings: tuple[str, ...], expected: list[str]
+) -> None:
+    model = tiny_llama()
+    linears = [
+        name for name, m in model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)
+    ]
+    trained = [name for name in linears if name.endswith(endings)]
+    names = shortest_names(trained, linears)
+    assert names == expected
+    config = peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config)
+    tuned = {name for name, m in wrapped.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert tuned == set(trained)
 
 
 def test_round_trip_is_exact_and_bytes_are_deterministic(tmp_path: Path) -> None:

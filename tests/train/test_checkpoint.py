@@ -11,7 +11,10 @@ from torch import Tensor
 
 from qlora_train.errors import RunFolderError
 from qlora_train.model import atomic_folder
+from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.linear import FrozenLinear
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from qlora_train.train.optimizer import FlatOptimizer
 
 
 def masters(step: int) -> Tensor:
@@ -49,6 +52,37 @@ def test_round_trip_of_everything(tmp_path: Path) -> None:
     for key, value in optimizer_state.items():
         assert torch.equal(loaded_optimizer[key], value) and loaded_optimizer[key].dtype == value.dtype
     assert files_under(tmp_path) == ["step-7/state.json", "step-7/state.safetensors"]  # and no pickle
+
+
+def test_8bit_state_of_several_groups_shares_its_code_tables(tmp_path: Path) -> None:
+    """LoRA+ has two parameter groups, and bitsandbytes one table for both."""
+
+    def make_optimizer() -> tuple[FlatOptimizer, FactorBuffers]:
+        linears = {f"layer{i}": FrozenLinear(f"layer{i}", 160, 96) for i in range(3)}
+        factors = FactorBuffers(
+            linears, rank=16, scaling=1.0, dropout=0.0, seed=0, dtype=torch.float32, device="cpu"
+        )
+        return FlatOptimizer("paged_adamw_8bit", factors, lora_b_lr_ratio=4.0, weight_decay=0.0), factors
+
+    def run(optimizer: FlatOptimizer, factors: FactorBuffers, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        factors.gradient.copy_(torch.randn(factors.gradient.shape, generator=generator))
+        optimizer.step(1e-2)
+
+    straight, factors = make_optimizer()
+    run(straight, factors, 0)
+    tables = [value.data_ptr() for key, value in straight.state().items() if key.endswith("qmap1")]
+    assert len(tables) == 2 and len(set(tables)) == 1
+    save_checkpoint(tmp_path, TrainState(step=1), factors.masters, straight.state(), 2)
+    _, saved_masters, saved_state = load_checkpoint(tmp_path, 1)
+    assert saved_state.keys() == straight.state().keys()
+
+    resumed, resumed_factors = make_optimizer()
+    resumed_factors.masters.copy_(saved_masters)
+    resumed.load_state(saved_state)
+    run(straight, factors, 1)
+    run(resumed, resumed_factors, 1)
+    assert torch.equal(resumed_factors.masters, factors.masters)
 
 
 def test_a_crash_before_the_rename_leaves_the_checkpoint_before(

@@ -42,6 +42,30 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, folder: RunFolder
         folder.check(make_recipe(tmp_path), resume=resume)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_killed_before_its_recipe_was_there_leaves_the_folder_free(
+    tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    def kill(self: Path, target: Path) -> None:
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "replace", kill)
+        folder.begin(make_recipe(tmp_path))
+    assert not folder.recipe_file.exists() and any(folder.path.iterdir())
+    folder.check(make_recipe(tmp_path), resume=resume)
+    folder.begin(make_recipe(tmp_path))
+    assert [path.name for path in folder.path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("below", ["", "deep/down"])
+def test_a_folder_below_a_file_is_refused(tmp_path: Path, below: str) -> None:
+    (tmp_path / "notes").write_text("a file")
+    folder = RunFolder(tmp_path / "notes" / below / "run")
+    with pytest.raises(RunFolderError, match=r"notes is a file.*training\.output_dir"):
+        folder.check(make_recipe(tmp_path), resume=False)
+
+
 def test_another_runs_folder_needs_resume(tmp_path: Path, folder: RunFolder) -> None:
     recipe = make_recipe(tmp_path)
     folder.begin(recipe)

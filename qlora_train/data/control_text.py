@@ -1,0 +1,128 @@
+"""Text of special tokens inside what people wrote: `</s>` in an answer about HTML or tokenizers.
+
+A tokenizer takes the text "</s>" for the token EOS wherever it stands. In a rendered conversation only the
+template may say control tokens: the same text in a message is content, and tokenised as such, or a row could
+end a turn in the middle of it. (In `text` and `prompt_completion` rows there is no telling them apart, and
+people do write templates by hand there: they stay tokens, and are counted.)
+
+How, without knowing the template: a mark, one character that no text has, goes behind the first character of
+each such text in the messages, which are then rendered. Now the tokenizer finds the template's own control
+tokens only. They cut the text into runs, which a tokenizer treats apart from each other; the runs that hold a
+mark are tokenised again without it, with special tokens switched off (`split_special_tokens`). Not all
+tokenizers and templates can do that (one strips the mark, another asks what a content is, a third tokenises a
+run alone differently than behind a control token). Each of these is checked, and where it fails the row is
+tokenised as it is and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from qlora_train.data.chat import render
+from qlora_train.data.formats import Chat
+from qlora_train.data.tokenizer import special_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = "\ue001"
+
+
+class Encoded(NamedTuple):
+    """token_ids int32 [n]; starts, ends int64 [n]: the characters of each token."""
+
+    token_ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+class ControlText:
+    """Finds the text of one tokenizer's special tokens, and tokenises around it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special_ids = np.array(sorted(special_token_ids(tokenizer)), dtype=np.int64)
+        texts = [str(tokenizer.convert_ids_to_tokens(int(token))) for token in self._special_ids]
+        # One of a single character has no place for a mark.
+        longest_first = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def is_in(self, value: Any) -> bool:
+        """Whether a text, or any text inside lists and objects, holds the text of a special token."""
+        if isinstance(value, dict):
+            return any(map(self.is_in, value.values()))
+        if isinstance(value, list | tuple):
+            return any(map(self.is_in, value))
+        return isinstance(value, str) and self._pattern.search(value) is not None
+
+    def marked(self, chat: Chat, *, generation_prompt: bool = False) -> Chat | None:
+        """The conversation with marks in it. None where the template renders it differently because of
+        them.
+        """
+        plain = render(self._tokenizer, chat, generation_prompt=generation_prompt)
+        marked = replace(chat, messages=self._mark(chat.messages), tools=self._mark(chat.tools))
+        rendered = render(self._tokenizer, marked, generation_prompt=generation_prompt)
+        return marked if _MARK not in plain and without_marks(rendered) == plain else None
+
+    def _mark(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._pattern.sub(lambda found: found[0][0] + _MARK + found[0][1:], value)
+        if isinstance(value, dict):
+            return {key: self._mark(item) for key, item in value.items()}
+        return type(value)(map(self._mark, value)) if isinstance(value, list | tuple) else value
+
+    def encode(self, marked_text: str) -> Encoded | None:
+        """Tokens of the text without its marks; positions are in the text without marks too. None where
+        that cannot be done exactly.
+        """
+        whole = self._encode(marked_text)
+        is_special = np.isin(whole.token_ids, self._special_ids)
+        unmarked = unmarked_positions(marked_text)
+        pieces: list[Encoded] = []
+        first = position = 0  # token and character behind the last control token
+        for index in [*np.flatnonzero(is_special).tolist(), len(is_special)]:
+            at_end = index == len(is_special)
+            start, end = (len(marked_text),) * 2 if at_end else (whole.starts[index], whole.ends[index])
+            if _MARK in marked_text[start:end]:
+                return None  # the tokenizer dropped the mark and took the text for the token
+            part = slice(first, index)
+            run = Encoded(whole.token_ids[part], unmarked[whole.starts[part]], unmarked[whole.ends[part]])
+            if _MARK in marked_text[position:start]:
+                again = self._without_marks(marked_text[position:start], run.token_ids)
+                if again is None:
+                    return None
+                shift = unmarked[position]
+                run = Encoded(again.token_ids, again.starts + shift, again.ends + shift)
+            pieces.append(run)
+            if not at_end:
+                pieces.append(Encoded(whole.token_ids[index : index + 1], unmarked[[start]], unmarked[[end]]))
+            first, position = index + 1, int(end)
+        return Encoded(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
+
+    def _without_marks(self, marked_run: str, token_ids: np.ndarray) -> Encoded | None:
+        """The tokens of a run between control tokens; `token_ids`: what it was, with marks, in its place."""
+        if not np.array_equal(self._encode(marked_run).token_ids, token_ids):
+            return None  # alone it is not what it is in its place
+        run = self._encode(without_marks(marked_run), split_special_tokens=True)
+        return None if np.isin(run.token_ids, self._special_ids).any() else run
+
+    def _encode(self, text: str, **options: bool) -> Encoded:
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
+        )
+        bounds = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return Encoded(np.asarray(encoded["input_ids"], dtype=np.int32), bounds[:, 0], bounds[:, 1])
+
+
+def without_marks(text: str) -> str:
+    return text.replace(_MARK, "")
+
+
+def unmarked_positions(text: str) -> np.ndarray:
+    """int64 [len(text) + 1]: where each character of the text is once the marks are gone."""
+    is_mark = np.array([character == _MARK for character in text], dtype=np.int64)
+    return np.arange(len(text) + 1) - np.concatenate([[0], np.cumsum(is_mark)])
