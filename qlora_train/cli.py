@@ -1,4 +1,4 @@
-"""The commands: `qlora-train train | preview | generate | export | recipes`, and the names still to come.
+"""The commands: `qlora-train train | plan | preview | generate | export | recipes`, and names still to come.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes`
 answer without torch) and calls one function of a lower floor. Whatever the user can mend, and every failure
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import logging
 import os
 import shutil
@@ -30,7 +31,6 @@ from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
 
 NOT_YET = {
-    "plan": ("B", "show what fits where before anything is loaded"),
     "chat": ("D", "talk to a run or a model"),
     "eval": ("D", "score a run on held-out data"),
     "report": ("D", "show a run's curves and samples"),
@@ -65,11 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError:
         return _fail(QloraTrainError("out of memory"))
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        first_line = (str(error).strip() or "an allocation failed").splitlines()[0]
+        return _fail(QloraTrainError(f"out of memory: {first_line}"))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         return _fail(QloraTrainError(f"no space left on the disk: {error}"))
     return 0
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's out-of-memory errors, told without importing torch; on the CPU it is a plain RuntimeError."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error)
 
 
 def _quiet_libraries() -> None:
@@ -92,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train LoRA factors as a recipe says", run=_train)
     _add_recipe(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    train.add_argument("--no-cache", action="store_true", help="do not keep the packed base for later starts")
+
+    plan = command("plan", "show what fits where, before anything is loaded", run=_plan)
+    _add_recipe(plan)
+    plan.add_argument("--vram", metavar="SIZE", help="a card's memory, such as 8GiB (memory.vram)")
+    plan.add_argument("--json", action="store_true", help="for programs: what a run writes as plan.json")
 
     preview = command("preview", "print the tokens the model will see, supervised ones marked", run=_preview)
     _add_recipe(preview)
@@ -101,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
     generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
     generate.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
-    generate.add_argument("--temperature", type=_number(0), default=0.0, help="0 is greedy (default)")
-    generate.add_argument("--top-p", type=_number(0, 1), default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-p", type=_share, default=1.0, help="above 0, at most 1 (default)")
+    generate.add_argument("--seed", type=_seed, default=0, help="for --temperature above 0")
     generate.add_argument(
         "--raw", action="store_true", help="the prompt as it is, without the run's template"
     )
@@ -147,22 +164,50 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _number(low: float, high: float = float("inf")) -> Any:
-    def number(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
+    return value
 
-    return number
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def _train(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     from qlora_train.train import train
 
-    run_dir = train(recipe, resume=args.resume).run_dir
+    run_dir = train(recipe, resume=args.resume, use_cache=not args.no_cache).run_dir
     print(f"Run folder: {run_dir}\nNext: qlora-train export {run_dir} --to merged")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    overrides = [*args.overrides, *([f"memory.vram={args.vram}"] if args.vram else [])]
+    recipe = load_recipe(args.recipe, overrides)
+    from qlora_train.memory.plan_run import plan_command
+
+    plan, device_text = plan_command(recipe)
+    if args.json:
+        print(json.dumps(plan.to_dict(recipe.training.max_steps), indent=1))
+    else:
+        from rich.console import Console
+
+        from qlora_train.memory.plan_report import print_plan
+
+        print_plan(plan, Console(), device_text, recipe.training.max_steps)
+    if not plan.fits:
+        plan.require_fit()
 
 
 def _preview(args: argparse.Namespace) -> None:
@@ -216,7 +261,10 @@ def _copy_recipe(args: argparse.Namespace) -> None:
         raise UserError(
             f"{target} is already there; name another folder: qlora-train recipes copy {args.name} DIR"
         )
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{args.folder}: a file is in the way ({error}); name another folder") from error
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     else:

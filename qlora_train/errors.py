@@ -57,6 +57,10 @@ class TrainingFailure(QloraTrainError):
     """Training stopped by itself: non-finite gradients three times in a row, for example."""
 
 
+class OutOfMemory(QloraTrainError):
+    """Memory ran out and no tighter plan is left; the message says what held which bytes."""
+
+
 class Interrupted(QloraTrainError):
     """Stopped by a signal, with the state saved; the exit code is the shell's, 128 + signal number."""
 

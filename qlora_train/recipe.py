@@ -42,7 +42,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from qlora_train.errors import RecipeError
-from qlora_train.recipe_checks import FOUR_BIT, contradictions, with_dependent_defaults
+from qlora_train.recipe_checks import FOUR_BIT, contradictions, parse_size, with_dependent_defaults
 from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
 
 PARTS = {"B": "memory", "C": "speed", "D": "journey", "E": "trust"}
@@ -191,12 +191,24 @@ class TrainingSection(_Section):
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
 
 
-class MemorySection(_Section):
-    """Where weights and activations live."""
+def _auto_or_size(value: Any) -> Any:
+    if value != "auto":
+        parse_size(value)
+    return value
 
-    vram: Annotated[Text, _not_yet("B")] = "auto"
-    weights: Annotated[Literal["auto", "resident", "ram", "disk"], _not_yet("B", "ram", "disk")] = "auto"
-    activations: Annotated[Literal["auto", "keep", "recompute", "offload"], _not_yet("B")] = "auto"
+
+class MemorySection(_Section):
+    """Where weights and activations live. `vram` is the budget that the plan must meet, as a size with its
+    unit; what is not `auto` is obeyed for every layer."""
+
+    vram: Annotated[Text, BeforeValidator(_auto_or_size)] = "auto"
+    weights: Literal["auto", "resident", "ram", "disk"] = "auto"
+    activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """The budget in bytes; None for auto."""
+        return None if self.vram == "auto" else parse_size(self.vram)
 
 
 class Recipe(_Section):

@@ -6,6 +6,7 @@ Both look at the values as they were **written**, before defaults: `quantization
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,26 @@ COLUMN_ROLES = {
     "text": ("text",),
 }
 """The names on the left of `data.columns`, per format: what a row can be mapped to."""
+
+
+_SIZE_UNITS = {"B": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+def parse_size(text: Any) -> int:
+    """Bytes of a size such as 8GiB or "7.5 GB"; GB is 1000^3 bytes, GiB 1024^3. Raises ValueError, saying
+    what to write, for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text) if isinstance(text, str) else None
+    units = {unit.lower(): factor for unit, factor in _SIZE_UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise ValueError(f"must be auto or a size with its unit, such as 8GiB or 7.5GB, got {text!r}")
+    num_bytes = int(float(found[1]) * units[found[2].lower()])
+    if num_bytes < 1:
+        raise ValueError(f"must be more than nothing, got {text!r}")
+    return num_bytes
 
 
 def _sections(values: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:

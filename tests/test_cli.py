@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -82,7 +83,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["recipes"], ["recipes", "show", "gsm8k"], ["plan", "x", "--json"]]
+    "argv",
+    [
+        ["--help"],
+        ["recipes"],
+        ["recipes", "show", "gsm8k"],
+        ["plan", "quickstart"],
+        ["plan", "quickstart", "model.base=meta-llama/Llama-3.1-8B", "--vram", "8GiB", "--json"],
+        ["plan", "quickstart", "model.base=meta-llama/Llama-3.1-405B", "--vram", "1GiB"],
+    ],
 )
 def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     script = (
@@ -98,7 +107,6 @@ def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["plan", "recipe.yaml", "--vram", "8GiB", "--json"], "B"),
         (["chat", "runs/x"], "D"),
         (["eval", "runs/x"], "D"),
         (["report"], "D"),
@@ -131,7 +139,11 @@ def test_train_takes_overrides_before_and_after_options(
     assert cli.main(["train", *(words.get(word, word) for word in order)]) == 0
     ((recipe,), options) = train.calls[0]
     assert isinstance(recipe, Recipe)
-    assert (recipe.training.max_steps, recipe.lora.rank, options) == (7, 3, {"resume": True})
+    assert (recipe.training.max_steps, recipe.lora.rank, options) == (
+        7,
+        3,
+        {"resume": True, "use_cache": True},
+    )
     assert "runs/x" in capsys.readouterr().out
 
 
@@ -141,6 +153,41 @@ def test_preview_calls_what_it_says(monkeypatch: pytest.MonkeyPatch, recipe_file
     assert cli.main(["preview", str(recipe_file), "-n", "5", "data.packing=false"]) == 0
     ((recipe, num_rows), _) = preview.calls[0]
     assert (recipe.data.packing, num_rows) == (False, 5)
+
+
+def test_plan_prints_json_for_a_card_that_is_not_here(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora_train.memory.plan_run.find_card", lambda: None)
+    argv = ["plan", str(recipe_file), "model.base=TinyLlama/TinyLlama-1.1B-Chat-v1.0", "--json"]
+    assert cli.main([*argv, "--vram", "24GiB", "training.max_steps=10"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["device"] == "cuda" and plan["vram_budget_bytes"] == 24 * 2**30
+    assert len(plan["weights"]) == len(plan["activations"]) == 22
+    assert plan["seconds_to_the_end"] == pytest.approx(10 * plan["step_seconds"])
+    assert cli.main([*argv, "--vram", "4GiB", "training.max_steps=10"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_vram_bytes"] < 4 * 2**30 < plan["peak_vram_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vram", "600MiB", "model.base=Qwen/Qwen3-32B"], "the floor is made of"),
+        (["--vram", "8", "model.base=Qwen/Qwen3-32B"], "memory.vram=8: must be auto or a size with its unit"),
+        (["--vram", "8GiB"], "model.base: b is neither a folder"),
+        (["--vram", "8GiB", "model.base=Qwen/Qwen3-32B", "lora.target_modules=[qproj]"], "matches no linear"),
+    ],
+)
+def test_plan_refuses(
+    words: list[str],
+    message: str,
+    recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("qlora_train.memory.plan_run.find_card", lambda: None)
+    assert cli.main(["plan", str(recipe_file), *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_generate_calls_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +222,12 @@ def test_export_calls_what_it_says(
         (TrainingFailure("gradients of layer 3"), 1, "qlora-train: gradients of layer 3\n"),
         (KeyboardInterrupt(), 130, "qlora-train: stopped by signal 2\n"),
         (MemoryError(), 1, "qlora-train: out of memory\n"),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA: no 2 GiB\nmore"),
+            1,
+            "qlora-train: out of memory: CUDA: no 2 GiB\n",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: no"), 1, "qlora-train: out of memory: [enf"),
         (OSError(28, "No space left on device", "x"), 1, "qlora-train: no space left on the disk: "),
     ],
 )
@@ -194,9 +247,10 @@ def test_failures_become_one_message_and_a_code(
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(recipe_file: Path, train: Recorder) -> None:
-    train.outcome = KeyError("a bug")
-    with pytest.raises(KeyError, match="a bug"):
-        cli.main(["train", str(recipe_file)])
+    for bug in (KeyError("a bug"), RuntimeError("a bug")):
+        train.outcome = bug
+        with pytest.raises(type(bug), match="a bug"):
+            cli.main(["train", str(recipe_file)])
 
 
 def test_sigterm_ends_with_143(recipe_file: Path, train: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +314,13 @@ def test_recipes_lists_shows_and_copies(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["recipes", "copy", "gsm8k", str(tmp_path / "mine")]) == 2
     assert "already there" in capsys.readouterr().err
     assert (tmp_path / "mine" / "gsm8k.yaml").read_text(encoding="utf-8") == "# mine\n"
+
+
+def test_a_recipe_is_not_copied_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert cli.main(["recipes", "copy", "gsm8k", str(folder)]) == 2
+        assert "a file is in the way" in capsys.readouterr().err
 
 
 def test_a_recipe_with_its_own_data_is_copied_as_a_folder(

@@ -16,11 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.packed_cache import EMBEDDING, HEAD, PackedBase, cache_root, open_packed_base
+from qlora_train.memory.packed_cache import (
+    EMBEDDING,
+    HEAD,
+    PackedBase,
+    cache_root,
+    content_fingerprint,
+    open_packed_base,
+)
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import FilePart, HostRows, ItemReader, read_file, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
@@ -29,6 +37,7 @@ from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.loss import LOSS_TOKENS
 from qlora_train.model.quantize import PackedWeight, Packing
+from qlora_train.model.shards import tensor_bytes
 from qlora_train.model.token_matrix import ResidentMatrix, TokenMatrix
 from qlora_train.model.weights import ResidentWeights, by_path
 
@@ -66,6 +75,7 @@ def load_base(
         cache = Path(temporary.name)
     base = open_packed_base(cache, folder, skeleton, packing, device, say)
     decoder = _Assembly(skeleton, base, plan, device).decoder(poison)
+    decoder.fingerprint = base.fingerprint()
     if temporary is not None:
         weakref.finalize(decoder, temporary.cleanup)
     return decoder
@@ -98,17 +108,29 @@ def _from_checkpoint(
     """Everything resident, packed where it stays."""
     layouts = skeleton.layouts(packing)
     weights = ResidentWeights(layouts)
+    hashed = xxhash.xxh3_128()
     with BaseCheckpoint(folder, skeleton) as checkpoint:
         for i, layout in enumerate(layouts):
-            slab = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+            slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
             checkpoint.pack_layer(i, layout, slab)
+            hashed.update(tensor_bytes(slab.cpu()))
             weights.packed |= by_path(layout.weights(slab), skeleton.layer_paths[i])
         plain = checkpoint.plain(device)
         embedding = _read_matrix(checkpoint, skeleton, skeleton.embedding_name, device, tile_rows)
         head = embedding
         if not skeleton.is_tied:
             head = _read_matrix(checkpoint, skeleton, skeleton.head_name, device, tile_rows)
-    return skeleton.come_alive(weights, plain, embedding, head, device)
+    decoder = skeleton.come_alive(weights, plain, embedding, head, device)
+    matrices = [embedding] if skeleton.is_tied else [embedding, head]
+    decoder.fingerprint = content_fingerprint([hashed.hexdigest(), *(_hash_of(m.weight) for m in matrices)])
+    return decoder
+
+
+def _hash_of(matrix: Tensor) -> str:
+    hashed = xxhash.xxh3_128()
+    for rows in matrix.split(TILE_ROWS):
+        hashed.update(tensor_bytes(rows.cpu()))
+    return hashed.hexdigest()
 
 
 def _read_matrix(

@@ -122,6 +122,10 @@ class OffloadedGraph:
         for saved in self._noted.values():
             saved.fetch()
 
+    def leave_to_autograd(self) -> None:
+        """Call before backward: from then on each storage goes with the last operation that saved it."""
+        self._noted.clear()
+
     def _note(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()

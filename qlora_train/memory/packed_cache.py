@@ -67,9 +67,16 @@ class PackedBase:
         path = self.folder / file_name
         return FilePart(path, 0, path.stat().st_size)
 
+    def fingerprint(self) -> str:
+        """Of the bytes of slabs, embedding and head, whatever files they were made from."""
+        entries = json.loads((self.folder / MANIFEST).read_text())["files"]
+        return content_fingerprint(
+            [entries[n]["xxh3_128"] for n in (LAYERS, EMBEDDING, HEAD) if n in entries]
+        )
+
     def plain(self, device: torch.device) -> dict[str, Tensor]:
         """Norms and biases on the device."""
-        return load_file(self.folder / PLAIN, device=str(device))
+        return {name: tensor.to(device) for name, tensor in load_file(self.folder / PLAIN).items()}
 
 
 def cache_root() -> Path:
@@ -140,6 +147,11 @@ def _write(
         "files": entries,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def content_fingerprint(hashes: list[str]) -> str:
+    """One short word for the content of layers, embedding and head."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
 class _HashingFile:

@@ -54,6 +54,8 @@ class BaseCheckpoint:
             value = torch.empty(shape, dtype=self._skeleton.dtype, device=device)
             for start, stop, rows in self._checked_rows(name, shape):
                 value[start:stop] = rows
+            if not torch.isfinite(value).all():
+                raise self._not_finite(name)
             tensors[name] = value
         return tensors
 
@@ -61,7 +63,16 @@ class BaseCheckpoint:
         """The embedding or the head in the compute dtype, consecutive rows [n, D]; each valid until the
         next."""
         for _, _, rows in self._checked_rows(name, self._skeleton.matrix_shape):
-            yield rows.to(self._skeleton.dtype)
+            cast = rows.to(self._skeleton.dtype)
+            if not torch.isfinite(cast).all():
+                raise self._not_finite(name)
+            yield cast
+
+    def _not_finite(self, name: str) -> BaseModelError:
+        return BaseModelError(
+            f"{self._folder}: {name} holds values that are not finite, or that {self._skeleton.dtype} cannot "
+            "hold. Use model.compute_dtype bfloat16, or repair the checkpoint."
+        )
 
     def _checked_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
         name = self._find(name)
@@ -88,6 +99,20 @@ class BaseCheckpoint:
         for key, tensor in already.tensors.items():
             tensors[key].copy_(tensor)
 
+    def _check_tied_head(self) -> None:
+        """A file may hold a tied head all the same, but not another one: transformers would then untie
+        them."""
+        head, embedding = "lm_head.weight", self._find(self._skeleton.embedding_name)
+        if head not in self._reader:
+            return
+        same = self._reader.info(head).shape == self._reader.info(embedding).shape
+        pairs = zip(self._reader.row_blocks(head), self._reader.row_blocks(embedding), strict=False)
+        if not same or not all(torch.equal(ours, theirs) for (_, _, ours), (_, _, theirs) in pairs):
+            raise BaseModelError(
+                f"{self._folder}: config.json ties head and embedding (tie_word_embeddings), but {head} "
+                f"differs from {embedding}. Set tie_word_embeddings to false if the head is its own."
+            )
+
     def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if tuple(found) != tuple(wanted):
             raise BaseModelError(
@@ -112,7 +137,8 @@ class BaseCheckpoint:
             wanted += [f"{path}.{name}.weight" for name in skeleton.linear_shapes(i)]
         used = {self._find(name) for name in wanted}
         if skeleton.is_tied:
-            used.add("lm_head.weight")  # where a file holds it all the same, the config's word counts
+            used.add("lm_head.weight")
+            self._check_tied_head()
         surplus = [n for n in self._reader.names() if n.endswith((".weight", ".bias")) and n not in used]
         if surplus:
             raise BaseModelError(

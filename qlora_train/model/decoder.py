@@ -45,8 +45,8 @@ class FrozenDecoder:
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
     where those find their packed weights. embedding, head: [V, D], the same object where tied. dtype, device:
     of the computation. tail_name: name within a layer of the linear whose output goes straight into the
-    residual sum, if the probe found that it does. The given model is taken over and cannot be called as a
-    whole afterwards; its embedding and head weights are dropped.
+    residual sum, if the probe found that it does. fingerprint: of the packed base's content. The given model
+    is taken over and cannot be called as a whole afterwards; its embedding and head weights are dropped.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class FrozenDecoder:
         self.layers = list(self._decoder.layers)
         self.norm: nn.Module = self._decoder.norm
         self.tail_name: str | None = None
+        self.fingerprint = ""
         self._tiled_mlps: list[TiledMlp] = []
         self._calls: list[LayerArguments] = []
         self._decoder.layers = nn.ModuleList([_Recorder(layer, self._calls) for layer in self.layers])

@@ -14,9 +14,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -46,7 +45,7 @@ class TrainState:
     best_eval_loss: float | None = None
     best_step: int | None = None
     data_fingerprint: str = ""
-    plan: dict[str, Any] = field(default_factory=dict)
+    base_fingerprint: str = ""
 
 
 def save_checkpoint(

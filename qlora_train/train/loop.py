@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from qlora_train.errors import Interrupted, RunFolderError
+from qlora_train.errors import Interrupted, OutOfMemory, RunFolderError
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.meter import DeviceMeter
+from qlora_train.memory.plan import largest_causes
 from qlora_train.model.adapter_files import save_adapter
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.schedule import LossScale, learning_rate
@@ -29,12 +32,25 @@ from qlora_train.train.signals import StopSignal
 from qlora_train.train.step import StepOutcome, StepRunner
 from qlora_train.train.walk import LayerWalk
 
+STEPS_METERED = 2
+
 
 class TrainLoop:
     """One run from its first or its next step to its last. See `run`."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
-        self._recipe, self._folder = prepared.recipe, folder
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        plan_log: PlanLog,
+        meter: DeviceMeter,
+        stop_metering: Callable[[], None],
+    ) -> None:
+        """plan_log: of this run. meter: counts since before the base was loaded; when the first steps have
+        been compared with the plan, metering is stopped, as it costs time."""
+        self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
+        self._meter, self._stop_metering = meter, stop_metering
+        self._say: Callable[[str], None] = print
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._factors = prepared.decoder, prepared.factors
         training = self._recipe.training
@@ -51,7 +67,9 @@ class TrainLoop:
             weight_decay=training.weight_decay,
         )
         self._runner = StepRunner(
-            LayerWalk(self._decoder, self._factors, prepared.plan, reference=training.kernels == "reference"),
+            LayerWalk(
+                self._decoder, self._factors, prepared.execution, reference=training.kernels == "reference"
+            ),
             self._decoder,
             self._factors,
             self._optimizer,
@@ -59,8 +77,12 @@ class TrainLoop:
             self._accelerator,
             max_grad_norm=training.max_grad_norm,
             seed=training.seed,
+            on_tighter_plan=self._tighten,
         )
-        self._state = TrainState(data_fingerprint=prepared.train_data.fingerprint())
+        self._state = TrainState(
+            data_fingerprint=prepared.train_data.fingerprint(),
+            base_fingerprint=prepared.decoder.fingerprint,
+        )
 
     @property
     def plan(self) -> ExecutionPlan:
@@ -76,6 +98,11 @@ class TrainLoop:
                 raise RunFolderError(
                     f"{self._folder.path}: the training data are not those the run began with "
                     "(their tokens differ). Put data, tokenizer and chat template back, or start a new run."
+                )
+            if self._state.base_fingerprint != self._prepared.decoder.fingerprint:
+                raise RunFolderError(
+                    f"{self._folder.path}: the base model's weights are not those the run began with. "
+                    "Put them back, or start a new run."
                 )
             if self._state.data_position != self._state.step * self._rows_per_step:
                 raise RunFolderError(
@@ -107,10 +134,13 @@ class TrainLoop:
             StopSignal() as stop,
             TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
         ):
+            self._say = progress.say
             if first == 0 and self._prepared.eval_data is not None:
                 self._evaluate(0, progress)
+            self._meter.reset_peak()
             for step in range(first + 1, self.num_steps + 1):
-                row = self._one_step(step)
+                row = self._one_step_or_save(step)
+                self._compare_with_plan(step - first)
                 self._report(
                     row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step)
                 )
@@ -139,9 +169,42 @@ class TrainLoop:
             )
         self._accelerator.wait_for_everyone()  # all that rank 0 writes is there for all
 
+    def _one_step_or_save(self, step: int) -> dict[str, float | int | bool]:
+        """Where memory runs out for good, the state before this step is saved."""
+        try:
+            return self._one_step(step)
+        except OutOfMemory as error:
+            if self._state.step > 0:
+                self._save()
+            held = largest_causes(self._prepared.plan)
+            knobs = "; ".join(self._prepared.plan.advice)
+            raise OutOfMemory(
+                f"{error}. By the plan, the device held {held}. What would save memory: "
+                f"{knobs or 'nothing'}. The state after step {self._state.step} is saved."
+            ) from error
+
+    def _tighten(self, step: int, plan: ExecutionPlan, change: str) -> None:
+        self._plan_log.change(step, plan, change)
+        self._say(f"step {step}: out of memory; tried again with less: {change}")
+
+    def _compare_with_plan(self, num_steps_done: int) -> None:
+        """After the first steps: what was predicted and what was."""
+        if num_steps_done != min(STEPS_METERED, self.num_steps):
+            return
+        predicted, measured = self._prepared.plan.step_vram_bytes, self._meter.peak_bytes
+        self._stop_metering()
+        self._plan_log.measured(measured)
+        self._say(
+            f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
+            f"({measured / predicted - 1:+.1%})"
+        )
+
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
         started = time.monotonic()
+        _, plan = self._plan_log.in_force(step)
+        if plan != self.plan:
+            self._runner.walk.follow(plan)
         positions = self._positions(step)
         groups = list(_groups(positions, training.micro_batch_size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
@@ -155,7 +218,8 @@ class TrainLoop:
         seconds = time.monotonic() - started
         num_tokens = data.num_tokens(positions)
         return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
-            "peak_bytes": meter.peak_bytes(self._decoder.device)
+            "peak_bytes": meter.peak_bytes(self._decoder.device),
+            "plan": self._plan_log.in_force(step)[0],
         }
 
     def _positions(self, step: int) -> list[int | None]:
@@ -211,7 +275,6 @@ class TrainLoop:
         state.loss_scale, state.loss_scale_good_steps = runner.scale.value, runner.scale.good_steps
         state.num_overflows = runner.scale.num_overflows
         state.num_skipped, state.skipped_in_a_row = runner.num_skipped, runner.num_skipped_in_a_row
-        state.plan = self.plan.to_dict()
         save_checkpoint(
             self._folder.checkpoints,
             state,

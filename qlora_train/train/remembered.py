@@ -91,6 +91,7 @@ class RememberedLayer:
                 y = decoder.run_layer(self._index, leaf, arguments)
         else:
             leaf, y = run.leaf, run.y
+            run.leave_to_autograd()
         del run
         y.backward(gradient)
         return gradient if leaf.grad is None else leaf.grad
@@ -110,6 +111,10 @@ class _Kept:
     def fetch(self) -> None:
         if self._graph is not None:
             self._graph.fetch()
+
+    def leave_to_autograd(self) -> None:
+        if self._graph is not None:
+            self._graph.leave_to_autograd()
 
 
 class _ToRecompute:

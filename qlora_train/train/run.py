@@ -4,14 +4,17 @@ read."""
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.meter import DeviceMeter
+from qlora_train.memory.plan_report import residency_lines
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
+from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
 
@@ -28,28 +31,41 @@ class TrainResult:
     eval_loss: float | None
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
+def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> TrainResult:
     """Train as the recipe says; with `resume`, go on from the newest checkpoint of its output folder.
 
-    Raises a `UserError` for bad input, before anything is written; `TrainingFailure` when training cannot go
-    on; `Interrupted` after SIGINT or SIGTERM, with the state saved."""
+    use_cache: keep the packed base for later starts. Raises a `UserError` for bad input and for a plan that
+    does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
+    `Interrupted` after SIGINT or SIGTERM, with the state saved."""
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
     recipe, base, dtype = resolve(recipe, accelerator.device)
     folder.check(recipe, resume=resume)
-    prepared = prepare(recipe, base, dtype, accelerator)
-    loop = TrainLoop(prepared, folder)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
-    first = loop.resume() if resume else 0
-    _introduce(console, prepared, loop, first, resume=resume)
-    accelerator.wait_for_everyone()  # no rank may still be checking the folder
-    if accelerator.is_main_process:
-        folder.begin(recipe)
-    accelerator.init_trackers("qlora_train", config=_flat(recipe))
-    try:
-        loop.run()
-    finally:
-        accelerator.end_training()
+    plan_log = PlanLog(folder.plan_file, writes=accelerator.is_main_process)
+    with ExitStack() as metering:
+        meter = metering.enter_context(DeviceMeter(accelerator.device))
+        prepared = prepare(
+            recipe,
+            base,
+            dtype,
+            accelerator,
+            saved_execution=plan_log.read() if resume else None,
+            use_cache=use_cache,
+            say=lambda line: console.print(line, markup=False, soft_wrap=True),
+        )
+        loop = TrainLoop(prepared, folder, plan_log, meter, metering.close)
+        first = loop.resume() if resume else 0
+        _introduce(console, prepared, loop, first, resume=resume)
+        accelerator.wait_for_everyone()  # no rank may still be checking the folder
+        if accelerator.is_main_process:
+            folder.begin(recipe)
+        plan_log.begin(prepared.plan.to_dict(loop.num_steps), prepared.execution)
+        accelerator.init_trackers("qlora_train", config=_flat(recipe))
+        try:
+            loop.run()
+        finally:
+            accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
     console.print(f"done: adapter in {folder.adapter}", markup=False, soft_wrap=True)
     return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
@@ -68,21 +84,12 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         "trainable parameters",
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
-        _plan_line(loop.plan),
+        *residency_lines(prepared.execution),
+        f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
-
-
-def _plan_line(plan: ExecutionPlan) -> str:
-    """What is where, in one line."""
-    counts = [
-        f"{values.count(value)} {value.value}"
-        for values in (plan.weights, plan.activations)
-        for value in dict.fromkeys(values)
-    ]
-    return f"plan: layers {', '.join(counts)}; embedding {plan.embedding}, head {plan.head}"
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The folder of a run: who may use it, and what is appended to it.
 
-    recipe.yaml        resolved recipe      metrics.jsonl   one object per optimizer step and per evaluation
+    recipe.yaml        resolved recipe      plan.json       train/plan_log.py
+    metrics.jsonl   one object per optimizer step and per evaluation
     checkpoints/       train/checkpoint.py  adapter/        PEFT format, written at the end
 
 A run never writes into another run's folder. A resume continues only the recipe it began with, apart from
@@ -27,6 +28,7 @@ class RunFolder:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
         self._begun = _partial(self.recipe_file)  # alone in a folder: a run killed before it began
+        self.plan_file = path / "plan.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"

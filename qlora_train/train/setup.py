@@ -5,19 +5,28 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.prompts import format_of
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import BaseModelError, UserError
+from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.memory.load import everything_resident, load_base
+from qlora_train.memory.load import load_base
+from qlora_train.memory.measured_rates import rates_of
+from qlora_train.memory.model_shape import find_shape
+from qlora_train.memory.packed_cache import cache_root
+from qlora_train.memory.plan import Plan
+from qlora_train.memory.plan_run import plan_recipe
+from qlora_train.memory.workload import DeviceKind
 from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
@@ -30,7 +39,8 @@ from qlora_train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Prepared:
-    """The parts of a run. recipe: resolved (absolute base, commit, compute dtype)."""
+    """The parts of a run. recipe: resolved (absolute base, commit, compute dtype). plan: what this machine
+    could do. execution: what the run does: the plan's, or that of the checkpoint it goes on from."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -40,7 +50,8 @@ class Prepared:
     decoder: FrozenDecoder
     factors: FactorBuffers
     adapter_config: AdapterConfig
-    plan: ExecutionPlan
+    plan: Plan
+    execution: ExecutionPlan
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -71,8 +82,22 @@ def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, Path, torch.d
     return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
 
 
-def prepare(recipe: Recipe, folder: Path, dtype: torch.dtype, accelerator: Accelerator) -> Prepared:
-    """Read data and base. recipe: resolved. Raises a `UserError` for whatever does not fit together."""
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+    *,
+    saved_execution: ExecutionPlan | None = None,
+    use_cache: bool = True,
+    say: Callable[[str], None] = print,
+) -> Prepared:
+    """Read data, plan, load the base.
+
+    recipe: resolved. saved_execution: of the checkpoint that is gone on from; it is followed, so that sums
+    keep their order. use_cache: keep the packed base for later starts. say: told a line each about what takes
+    time. Raises a `UserError` for whatever does not fit together, a plan that does not fit included.
+    """
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
@@ -85,12 +110,43 @@ def prepare(recipe: Recipe, folder: Path, dtype: torch.dtype, accelerator: Accel
             "check that tokenizer and weights belong together"
         )
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
-    plan = everything_resident(config.num_hidden_layers)
-    decoder = load_base(folder, packing, dtype, accelerator.device, plan=plan)
+    plan = _make_plan(recipe, folder, dtype, accelerator.device)
+    plan.require_fit()
+    execution = _agreed(saved_execution or plan.execution)
+    cache = cache_root() if use_cache else None
+    with accelerator.main_process_first():  # one rank packs, the others read
+        decoder = load_base(folder, packing, dtype, accelerator.device, plan=execution, cache=cache, say=say)
     decoder.tail_name = found.tail_name
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
     return Prepared(
-        recipe, accelerator, tokenizer, train_data, eval_data, decoder, factors, adapter_config, plan
+        recipe,
+        accelerator,
+        tokenizer,
+        train_data,
+        eval_data,
+        decoder,
+        factors,
+        adapter_config,
+        plan,
+        execution,
+    )
+
+
+def _agreed(execution: ExecutionPlan) -> ExecutionPlan:
+    """The first rank's plan, on all ranks: they must walk the same number of groups."""
+    return ExecutionPlan.from_dict(broadcast_object_list([execution.to_dict()])[0])
+
+
+def _make_plan(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Plan:
+    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    return plan_recipe(
+        recipe,
+        kind,
+        meter.free_bytes(device),
+        shape=find_shape(str(folder)),
+        rates=rates_of(device, dtype, cache_root()),
+        has_context=kind == "cuda",
+        cache=cache_root(),
     )
 
 

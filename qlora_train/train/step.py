@@ -1,5 +1,6 @@
 """From a walked batch to updated factors: unscale, sum over ranks, judge, clip, update. One host read.
 
+    walk                         out of memory: a tighter plan, the same step again
     g <- g / loss_scale          exact: the scale is a power of two
     g <- sum over ranks of g     already divided by the supervised tokens of all ranks
     [loss, ||g||]                the only values the host waits for
@@ -11,14 +12,18 @@ is halved. Otherwise it is a bad step: skipped and counted; three in a row stop 
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from qlora_train.errors import TrainingFailure
+from qlora_train.errors import OutOfMemory, TrainingFailure
+from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.tighten import is_out_of_memory, tighter
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens
@@ -55,10 +60,13 @@ class StepRunner:
         *,
         max_grad_norm: float,
         seed: int,
+        on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, plan, reason: None,
     ) -> None:
+        """on_tighter_plan: told (step, plan, reason) before a step is tried again by that plan."""
         self.walk, self._decoder, self._factors, self._optimizer = walk, decoder, factors, optimizer
         self.scale, self._accelerator = scale, accelerator
         self._max_grad_norm, self._seed = max_grad_norm, seed
+        self._on_tighter_plan = on_tighter_plan
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
 
@@ -66,15 +74,10 @@ class StepRunner:
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int, learning_rate: float
     ) -> StepOutcome:
         """Walk, judge, update. num_supervised: of all ranks. Raises `TrainingFailure` at the third bad step
-        in a row."""
-        gradient = self._factors.gradient.zero_()
-        loss_sum = self.walk.accumulate(
-            micro_batches,
-            seed=self._seed,
-            step=step,
-            num_supervised=num_supervised,
-            loss_scale=self.scale.value,
-        )
+        in a row, `OutOfMemory` where memory runs out and no tighter plan is left; the masters are then those
+        of before."""
+        gradient = self._factors.gradient
+        loss_sum = self._walk_within_memory(step, micro_batches, num_supervised)
         if self.scale.value != 1.0:
             gradient.mul_(1.0 / self.scale.value)
         if self._accelerator.num_processes > 1:
@@ -90,6 +93,58 @@ class StepRunner:
         self.scale.record_applied()
         self.num_skipped_in_a_row = 0
         return StepOutcome(loss_value, norm_value, applied=True, overflowed=False)
+
+    def _walk_within_memory(
+        self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int
+    ) -> Tensor:
+        """The walk, tried again by tighter plans until it fits on every rank; its gradient is that of the
+        last attempt alone."""
+        while True:
+            self._factors.gradient.zero_()
+            loss_sum, failure = self._try_walk(step, micro_batches, num_supervised)
+            if not self._any_rank(failure is not None):
+                assert loss_sum is not None
+                return loss_sum
+            del loss_sum
+            self._free_memory()
+            tokens = micro_batches[0].labels.numel()
+            found = tighter(self.walk.plan, len(micro_batches), tokens)
+            if found is None:
+                raise OutOfMemory(f"out of memory in step {step}, and no tighter plan is left ({failure})")
+            plan, change = found
+            self._on_tighter_plan(step, plan, change)
+            self.walk.follow(plan)
+
+    def _try_walk(
+        self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int
+    ) -> tuple[Tensor | None, str | None]:
+        """(loss sum, None), or (None, what ran out). The exception ends here: its traceback holds the tensors
+        of the failed walk."""
+        try:
+            loss_sum = self.walk.accumulate(
+                micro_batches,
+                seed=self._seed,
+                step=step,
+                num_supervised=num_supervised,
+                loss_scale=self.scale.value,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None, str(error).strip().partition("\n")[0] or type(error).__name__
+        return loss_sum, None
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self._accelerator.num_processes == 1:
+            return flag
+        anywhere = torch.tensor(int(flag), device=self._factors.gradient.device)
+        torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+        return bool(anywhere)
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if self._factors.gradient.is_cuda:
+            torch.cuda.empty_cache()
 
     def _skip(self, loss: float, norm: float, micro_batches: Sequence[PackedTokens]) -> StepOutcome:
         if self.scale.absorbs_overflow():

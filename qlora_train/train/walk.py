@@ -112,6 +112,7 @@ class LayerWalk:
                     with self._dropping(keys[k]):
                         xs[k] = layer.forward(x, arguments[k][i], with_gradient=i > self._lowest)
             remembered.append(layer)
+        del x  # the input of the last layer
 
         loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
         xs.clear()

@@ -41,7 +41,7 @@ def test_round_trip_of_everything(tmp_path: Path) -> None:
         skipped_in_a_row=1,
         best_eval_loss=1.25,
         best_step=6,
-        plan={"weights": ["resident"]},
+        base_fingerprint="abc",
     )
     optimizer_state = {"0.state1": torch.arange(100, dtype=torch.uint8), "0.step": torch.tensor(7)}
     save_checkpoint(tmp_path, state, masters(7), optimizer_state, 2)

@@ -1,0 +1,372 @@
+"""One decoder layer with ghost tensors: what transformers and our linear do, statement by statement.
+
+Kept in the order, and with the local names, of the real code (transformers' modeling_llama.py and its
+relatives, model/linear.py, model/attention.py, model/tiled_mlp.py): a name that lives to the end of a
+function keeps its tensor alive to the end of the function. See ghost.py for why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_train.memory import ghost_ops as op
+from qlora_train.memory.ghost import Ghost, Ledger, Node, apply, backward
+from qlora_train.memory.model_shape import ModelShape
+from qlora_train.memory.packed_sizes import PackingSizes
+
+UNPACKING = "unpacking one weight"
+FLOAT32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What of a run decides a layer's bytes.
+
+    rank: R. targets: linears with factors, by name within the layer. dropout: whether anything is dropped.
+    documents: tokens of each document in a micro-batch; their sum is T. hold_unpacked, mlp_tile_tokens: of
+    the execution plan. skip_tail: recomputation need not compute the last product. reference: the library's
+    own operations. on_cuda: the compute device is a GPU.
+    """
+
+    shape: ModelShape
+    packing: PackingSizes
+    rank: int
+    targets: frozenset[str]
+    dropout: bool
+    documents: tuple[int, ...]
+    hold_unpacked: bool = False
+    mlp_tile_tokens: int | None = None
+    skip_tail: bool = True
+    reference: bool = False
+    on_cuda: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.documents)
+
+    @property
+    def itemsize(self) -> int:
+        return self.packing.itemsize
+
+
+class GhostLayer:
+    """One layer, for one visit: weights that are held stay unpacked until `close`."""
+
+    def __init__(self, ledger: Ledger, settings: LayerSettings, window: int | None) -> None:
+        self._ledger, self._settings, self._window = ledger, settings, window
+        self._shapes = settings.shape.linear_shapes()
+        self._held: set[str] = set()
+        self._skips_tail = False
+
+    def close(self) -> None:
+        """End of the visit."""
+        self._held.clear()
+
+    def forward(self, x: Ghost, *, skips_tail: bool = False) -> Ghost:
+        """x [1, T, D] -> [1, T, D]. skips_tail: the value of the last linear is not wanted."""
+        self._skips_tail = skips_tail and self._settings.skip_tail and not self._settings.reference
+        shape = self._settings.shape
+        only_post = shape.only_post_norms
+        residual = x
+        hidden = x if only_post else rms_norm(x)
+        hidden = self._attention(hidden)
+        if only_post or shape.num_norms == 4:
+            hidden = rms_norm(hidden)
+        hidden = op.add(residual, self._residual_scaled(hidden))
+        residual = hidden
+        hidden = hidden if only_post else rms_norm(hidden)
+        hidden = self._tiled_mlp(hidden) if self._settings.mlp_tile_tokens is not None else self._mlp(hidden)
+        if only_post or shape.num_norms == 4:
+            hidden = rms_norm(hidden)
+        return op.add(residual, self._residual_scaled(hidden))
+
+    def _residual_scaled(self, x: Ghost) -> Ghost:
+        return op.scale(x) if self._settings.shape.scales_residual else x
+
+    def _attention(self, hidden: Ghost) -> Ghost:
+        shape = self._settings.shape
+        if shape.is_fused:
+            qkv = self._linear("self_attn.qkv_proj", hidden)
+            query = op.heads(op.part(qkv, shape.q_width), shape.num_heads)
+            key = op.heads(op.part(qkv, shape.kv_width), shape.num_kv_heads)
+            value = op.heads(op.part(qkv, shape.kv_width), shape.num_kv_heads)
+        else:
+            query = op.heads(
+                self._normed_heads(self._linear("self_attn.q_proj", hidden), shape.num_heads), shape.num_heads
+            )
+            key = op.heads(
+                self._normed_heads(self._linear("self_attn.k_proj", hidden), shape.num_kv_heads),
+                shape.num_kv_heads,
+            )
+            value = op.heads(self._linear("self_attn.v_proj", hidden), shape.num_kv_heads)
+        query, key = _rotated(query), _rotated(key)
+        output = _by_document(query, key, value, self._settings.documents, self._window)
+        return self._linear("self_attn.o_proj", output)
+
+    def _normed_heads(self, x: Ghost, num_heads: int) -> Ghost:
+        kind = self._settings.shape.qk_norm
+        if kind == "none":
+            return x
+        if kind == "whole":
+            return rms_norm(x)
+        num_tokens, width = x.shape[1], x.shape[2]
+        return rms_norm(x.view(num_tokens, num_heads, width // num_heads)).view(1, num_tokens, width)
+
+    def _mlp(self, x: Ghost) -> Ghost:
+        if self._settings.shape.is_fused:
+            return self._fused_mlp(x)
+        return self._linear(
+            "mlp.down_proj",
+            op.multiply(op.activation(self._linear("mlp.gate_proj", x)), self._linear("mlp.up_proj", x)),
+        )
+
+    def _fused_mlp(self, x: Ghost) -> Ghost:
+        up_states = self._linear("mlp.gate_up_proj", x)
+        width = self._settings.shape.intermediate
+        gate, up_states = op.part(up_states, width), op.part(up_states, width)
+        up_states = op.multiply(up_states, op.activation(gate))
+        return self._linear("mlp.down_proj", up_states)
+
+    def _tiled_mlp(self, x: Ghost) -> Ghost:
+        """model/tiled_mlp.py: an operation of its own that saves its input and goes tile by tile."""
+        tile = self._settings.mlp_tile_tokens
+        assert tile is not None
+        sizes = [min(tile, x.shape[1] - start) for start in range(0, x.shape[1], tile)]
+        sizes = sorted({sizes[0], sizes[-1]}, reverse=True)  # one of each size stands for all
+        width, itemsize = x.shape[2], x.itemsize
+        result = self._tail_placeholder(x) if self._skips_tail else x.like()
+        if not self._skips_tail:
+            with self._ledger.no_grad():
+                for size in sizes:
+                    self._mlp(Ghost(x.storage, (1, size, width), itemsize))
+
+        def run(gradient: Ghost, x: Ghost) -> tuple[Ghost]:
+            dx = x.like()
+            for size in sizes:
+                leaf = Ghost(x.storage, (1, size, width), itemsize).leaf()
+                self._skips_tail = self._settings.skip_tail and not self._settings.reference
+                backward(self._mlp(leaf), Ghost(gradient.storage, (1, size, width), itemsize))
+            return (dx,)
+
+        return apply(result, (x,), (x,), run)
+
+    def _tail_placeholder(self, x: Ghost) -> Ghost:
+        """zeros(()).expand(...): a value that nobody looks at."""
+        one = self._ledger.tensor((), x.itemsize)
+        return Ghost(one.storage, x.shape, x.itemsize)
+
+    def _linear(self, name: str, x: Ghost) -> Ghost:
+        """model/linear.py, `_FrozenLinearFunction` (or, in reference mode, the formula itself)."""
+        settings = self._settings
+        has_factors = name in settings.targets
+        if settings.reference:
+            return self._reference_linear(name, x, has_factors)
+        num_out, num_in = self._shapes[name]
+        num_tokens, itemsize, rank = x.shape[1], x.itemsize, settings.rank
+        if name == "mlp.down_proj" and self._skips_tail:
+            y = Ghost(self._ledger.tensor((), itemsize).storage, (1, num_tokens, num_out), itemsize)
+        else:
+            self._unpack(name)
+            y = self._ledger.tensor((1, num_tokens, num_out), itemsize)
+        saved: tuple[Ghost, ...] = ()
+        if has_factors:
+            branch = self._dropped(x) if settings.dropout else x
+            saved = (x, self._ledger.tensor((num_tokens, rank), itemsize))
+            del branch
+
+        needs_dx = x.node is not None
+
+        def run(gradient: Ghost, *saved: Ghost) -> tuple[Ghost | None, None]:
+            ledger = self._ledger
+            dx = None
+            if needs_dx:
+                self._unpack(name)
+                dx = ledger.tensor((1, num_tokens, num_in), itemsize)
+            if not has_factors:
+                return dx, None
+            dh = ledger.tensor((num_tokens, rank), itemsize)
+            branch_bytes = num_tokens * num_in * itemsize if settings.dropout else 0
+            if settings.dropout:
+                op.scratch_of_dropout_mask(ledger, num_tokens, num_in)
+                kept = ledger.tensor((num_tokens * num_in * (1 + itemsize),), 1)  # with the mask
+            ledger.scratch(branch_bytes + rank * (num_in + num_out) * itemsize)
+            if settings.dropout and needs_dx:
+                ledger.scratch(branch_bytes)
+                del kept
+            del dh
+            return dx, None
+
+        inputs = (x, _trainable(self._ledger)) if has_factors else (x,)
+        return apply(y, inputs, saved, run)
+
+    def _dropped(self, x: Ghost) -> Ghost:
+        """kernels/dropout.dropout."""
+        op.scratch_of_dropout_mask(self._ledger, x.shape[1], x.shape[2])
+        mask = self._ledger.tensor(x.shape, 1)
+        factor = x.like()
+        branch = self._ledger.tensor(x.shape, x.itemsize)
+        del mask, factor
+        return branch
+
+    def _reference_linear(self, name: str, x: Ghost, has_factors: bool) -> Ghost:
+        """F.linear, twice more for the factors: autograd saves the unpacked weight and the branch."""
+        num_out, num_in = self._shapes[name]
+        ledger, itemsize, rank, num_tokens = self._ledger, x.itemsize, self._settings.rank, x.shape[1]
+        weight = self._unpacked_copy(name)
+        value = ledger.tensor((1, num_tokens, num_out), itemsize)
+
+        def product_run(gradient: Ghost, weight: Ghost) -> tuple[Ghost]:
+            return (gradient.ledger.tensor((1, num_tokens, num_in), itemsize),)
+
+        y = apply(value, (x,), (weight,), product_run)
+        del weight, value
+        if not has_factors:
+            return y
+        branch = self._reference_dropped(x) if self._settings.dropout else x
+        factors = _trainable(ledger)
+        low = apply(
+            ledger.tensor((1, num_tokens, rank), itemsize),
+            (branch, factors),
+            (branch,),
+            _factor_run((1, num_tokens, num_in), (rank, num_in), itemsize),
+        )
+        high = apply(
+            ledger.tensor((1, num_tokens, num_out), itemsize),
+            (low, factors),
+            (low,),
+            _factor_run((1, num_tokens, rank), (num_out, rank), itemsize),
+        )
+        del branch, low
+        return op.add(y, op.scale(high))
+
+    def _reference_dropped(self, x: Ghost) -> Ghost:
+        op.scratch_of_dropout_mask(self._ledger, x.shape[1], x.shape[2])
+        mask = self._ledger.tensor(x.shape, 1)
+        factor = x.like()
+        result = apply(x.like(), (x,), (factor,), lambda g, saved: (g.like(),))
+        del mask, factor
+        return result
+
+    def _unpack(self, name: str) -> None:
+        """Into the buffer that all weights share, which the walk counts; a held one is there already."""
+        if name not in self._held:
+            with self._ledger.cause(UNPACKING):
+                self._ledger.scratch(
+                    self._settings.packing.scratch_bytes(self._shapes[name], on_cuda=self._settings.on_cuda)
+                )
+        if self._settings.hold_unpacked:
+            self._held.add(name)
+
+    def _unpacked_copy(self, name: str) -> Ghost:
+        """A weight of its own, which autograd may save."""
+        shape, packing = self._shapes[name], self._settings.packing
+        with self._ledger.cause(UNPACKING):
+            absmax = self._ledger.tensor((packing.absmax_bytes(shape[0] * shape[1]),), 1)
+            weight = self._ledger.tensor(shape, packing.itemsize)
+            del absmax
+        return weight
+
+
+def _trainable(ledger: Ledger) -> Ghost:
+    """Stands for A and B, which have memory of their own: they only make the graph begin."""
+    empty = ledger.tensor((0,), 1)
+    empty.node = Node(ledger, (), (), None)
+    return empty
+
+
+def _factor_run(
+    input_shape: tuple[int, ...], factor_shape: tuple[int, ...], itemsize: int
+) -> Callable[..., tuple[Ghost, Ghost]]:
+    def run(gradient: Ghost, saved: Ghost) -> tuple[Ghost, Ghost]:
+        ledger = gradient.ledger
+        return ledger.tensor(input_shape, itemsize), ledger.tensor(factor_shape, itemsize)
+
+    return run
+
+
+def rms_norm(x: Ghost) -> Ghost:
+    """weight * (x32 * rsqrt(mean(x32^2) + eps)).to(dtype), the weight frozen."""
+    itemsize = x.itemsize
+    hidden = op.to(x, FLOAT32)
+    variance = op.mean(op.square(hidden))
+    hidden = op.multiply(hidden, op.rsqrt(op.plus_number(variance)))
+    return op.scale(op.to(hidden, itemsize))
+
+
+def _rotated(q: Ghost) -> Ghost:
+    """q * cos + rotate_half(q) * sin."""
+    straight = op.scale(q)
+    return op.add(straight, op.scale(_rotate_half(q)))
+
+
+def _rotate_half(q: Ghost) -> Ghost:
+    half = q.shape[-1] // 2
+    x1, x2 = op.part(q, half), op.part(q, q.shape[-1] - half)
+    return op.concatenate((op.scale(x2), x1), dim=-1)
+
+
+def padded_length(length: int) -> int:
+    """What a document is padded to (model/attention.py)."""
+    unit = max(16, 2 ** (length.bit_length() - 1) // 4)
+    return -(-length // unit) * unit
+
+
+def buckets(documents: Sequence[int]) -> Mapping[int, int]:
+    """Padded length -> how many documents have it, in ascending order."""
+    counts: dict[int, int] = {}
+    for length in documents:
+        counts[padded_length(length)] = counts.get(padded_length(length), 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _by_document(
+    query: Ghost, key: Ghost, value: Ghost, documents: Sequence[int], window: int | None
+) -> Ghost:
+    """model/attention.py: gather documents into batches, attend, gather back."""
+    rows = [_rows(t) for t in (query, key, value)]
+    outputs = []
+    for length, number in buckets(documents).items():
+        q, k, v = (_batch(t, number, length) for t in rows)
+        attended = _causal(q, k, v, window)
+        outputs.append(attended.view(number * length, q.shape[1], q.shape[3]))
+    together = op.concatenate(outputs, dim=0)
+    num_tokens, num_heads, head_dim = sum(documents), query.shape[1], query.shape[3]
+    result = op.gather(together, (num_tokens, num_heads, head_dim))
+    return result.view(1, num_tokens, num_heads * head_dim)
+
+
+def _rows(t: Ghost) -> Ghost:
+    """[1, heads, T, d] -> [T, heads, d]."""
+    _, num_heads, num_tokens, head_dim = t.shape
+    return op.first(t).view(num_tokens, num_heads, head_dim)
+
+
+def _batch(t: Ghost, number: int, length: int) -> Ghost:
+    """[T, heads, d] -> [documents, heads, length, d]."""
+    _, num_heads, head_dim = t.shape
+    return op.gather(t, (number, length, num_heads, head_dim)).view(number, num_heads, length, head_dim)
+
+
+def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None) -> Ghost:
+    length = q.shape[2]
+    if window is None or length <= window:
+        return op.scaled_dot_product_attention(q, k, v)
+    blocks = []
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window + 1)
+        num_queries, num_keys, ledger = stop - start, stop - first, q.ledger
+        ledger.scratch(num_queries * num_keys * (INT64 + 3))
+        mask = ledger.tensor((num_queries * num_keys,), 1 + q.itemsize)
+        q_part = _tokens(q, num_queries)
+        k_part, v_part = _tokens(k, num_keys), _tokens(v, num_keys)
+        blocks.append(op.scaled_dot_product_attention(q_part, k_part, v_part))
+        del mask
+    return op.concatenate(blocks, dim=2)
+
+
+def _tokens(t: Ghost, size: int) -> Ghost:
+    """t[:, :, a:b]."""
+    shape = t.shape
+    view = Ghost(t.storage, (shape[0], shape[1], size, shape[3]), t.itemsize)
+    return apply(view, (t,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))

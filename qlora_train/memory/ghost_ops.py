@@ -1,0 +1,155 @@
+"""What torch operations allocate, save and allocate again on the way back, for ghost tensors (ghost.py).
+
+Each function is named after the operation. Learned by tracing torch 2.13 on the CPU; the test that compares
+plans with the meter (tests/memory/test_plan_matches_meter.py) fails where a version does otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_train.memory.ghost import Ghost, Ledger, apply
+
+FLOAT32 = 4
+
+
+def add(a: Ghost, b: Ghost) -> Ghost:
+    """Saves nothing; both inputs get the gradient itself."""
+    return apply(a.like(), (a, b), (), lambda g: (g, g))
+
+
+def multiply(a: Ghost, b: Ghost) -> Ghost:
+    """Shapes broadcast. Saves b if a needs a gradient, and a if b does."""
+    shape = tuple(max(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+    result = a.ledger.tensor(shape, max(a.itemsize, b.itemsize))
+    needs = (a.node is not None, b.node is not None)
+    shapes = (a.shape, b.shape)
+
+    def backward(g: Ghost, *saved: Ghost) -> tuple[Ghost | None, Ghost | None]:
+        return tuple(_product_to(g, shapes[i]) if needs[i] else None for i in range(2))  # type: ignore[return-value]
+
+    saved = [x for x, needed in ((b, needs[0]), (a, needs[1])) if needed]
+    return apply(result, (a, b), saved, backward)
+
+
+def _product_to(g: Ghost, shape: tuple[int, ...]) -> Ghost:
+    """g times something, summed over what was broadcast."""
+    product = g.like()
+    return product if product.shape == shape else g.ledger.tensor(shape, g.itemsize)
+
+
+def scale(x: Ghost) -> Ghost:
+    """Times (or plus) a number or a frozen vector: nothing of x is saved."""
+    return apply(x.like(), (x,), (), lambda g: (g.like(),))
+
+
+def plus_number(x: Ghost) -> Ghost:
+    return apply(x.like(), (x,), (), lambda g: (g,))
+
+
+def to(x: Ghost, itemsize: int) -> Ghost:
+    """A copy in another dtype; x itself if it has that one."""
+    if x.itemsize == itemsize:
+        return x
+    before = x.itemsize
+    result = x.ledger.tensor(x.shape, itemsize)
+    return apply(result, (x,), (), lambda g: (g.ledger.tensor(g.shape, before),))
+
+
+def square(x: Ghost) -> Ghost:
+    """x.pow(2)."""
+
+    def backward(g: Ghost, saved: Ghost) -> tuple[Ghost]:
+        first_power, doubled = saved.like(), saved.like()
+        result = g.like()
+        del first_power, doubled
+        return (result,)
+
+    return apply(x.like(), (x,), (x,), backward)
+
+
+def mean(x: Ghost) -> Ghost:
+    """Over the last dimension, kept as 1."""
+    shape = x.shape
+    result = x.ledger.tensor((*shape[:-1], 1), x.itemsize)
+    return apply(result, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
+
+
+def rsqrt(x: Ghost) -> Ghost:
+    result = x.like()
+
+    def backward(g: Ghost, saved: Ghost) -> tuple[Ghost]:
+        cube, half = saved.like(), saved.like()
+        gradient = g.like()
+        del cube, half
+        return (gradient,)
+
+    return apply(result, (x,), (result,), backward)
+
+
+def activation(x: Ghost) -> Ghost:
+    """silu or gelu: saves its input."""
+    return apply(x.like(), (x,), (x,), lambda g, saved: (g.like(),))
+
+
+def part(x: Ghost, size: int) -> Ghost:
+    """x[..., a:b] with `size` elements in the last dimension: a view, whose gradient is padded with zeros."""
+    shape = x.shape
+    view = Ghost(x.storage, (*shape[:-1], size), x.itemsize)
+    return apply(view, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
+
+
+def first(x: Ghost) -> Ghost:
+    """x[0]: a view, whose gradient is padded with zeros."""
+    shape = x.shape
+    view = Ghost(x.storage, shape[1:], x.itemsize)
+    return apply(view, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
+
+
+def concatenate(parts: Sequence[Ghost], dim: int) -> Ghost:
+    """Always a copy; gradients are views."""
+    shapes = [x.shape for x in parts]
+    shape = list(shapes[0])
+    shape[dim] = sum(s[dim] for s in shapes)
+    result = parts[0].ledger.tensor(shape, parts[0].itemsize)
+    return apply(result, parts, (), lambda g: tuple(Ghost(g.storage, s, g.itemsize) for s in shapes))
+
+
+def heads(x: Ghost, num_heads: int) -> Ghost:
+    """x.view(1, T, heads, d).transpose(1, 2) of [1, T, heads * d]: its gradient is copied into the plain
+    order."""
+    _, num_tokens, width = x.shape
+    view = Ghost(x.storage, (1, num_heads, num_tokens, width // num_heads), x.itemsize)
+    shape = x.shape
+    if num_heads == 1 or num_tokens == 1:
+        return apply(view, (x,), (), lambda g: (Ghost(g.storage, shape, g.itemsize),))
+    return apply(view, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
+
+
+def gather(x: Ghost, shape: Sequence[int]) -> Ghost:
+    """x[indices] along the first dimension."""
+    before = x.shape
+
+    def backward(g: Ghost) -> tuple[Ghost]:
+        zeros = g.ledger.tensor(before, g.itemsize)
+        gradient = g.ledger.tensor(before, g.itemsize)
+        del zeros
+        return (gradient,)
+
+    return apply(x.ledger.tensor(shape, x.itemsize), (x,), (), backward)
+
+
+def scaled_dot_product_attention(q: Ghost, k: Ghost, v: Ghost) -> Ghost:
+    """[N, heads, n, d]: flash attention, which saves q, k, v, the result and a log-sum-exp per query."""
+    result = q.like()
+    log_sums = q.ledger.tensor(q.shape[:3], FLOAT32)
+
+    def backward(g: Ghost, *saved: Ghost) -> tuple[Ghost, ...]:
+        return tuple(x.like() for x in saved[:3])
+
+    return apply(result, (q, k, v), (q, k, v, result, log_sums), backward)
+
+
+def scratch_of_dropout_mask(ledger: Ledger, num_tokens: int, num_features: int) -> None:
+    """What kernels/dropout.py needs to compute one mask: three int32 [T, in] at a time, and the keys."""
+    ledger.scratch(12 * num_tokens * num_features + 8 * (num_tokens + num_features))

@@ -1,0 +1,118 @@
+"""Bytes off the device by cause: RAM (pinned where a GPU copies from it) and disk, under an execution plan.
+
+On a CPU the compute device is RAM too; what byte_walk.py counts comes on top of what is here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from qlora_train.memory.byte_model import layer_bytes, optimizer_state_bytes
+from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.ghost import Bytes
+from qlora_train.memory.workload import Workload
+
+PROCESS = "Python and libraries"
+SLABS = "pinned: packed layers"
+MATRICES = "pinned: embedding and head"
+INPUTS = "pinned: remembered inputs"
+PARKED = "pinned: offloaded activations"
+STAGING = "pinned: pieces of files on their way"
+ROWS = "rows of the checkpoint"
+PACKED_BASE = "packed base (cache)"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+MERGED = "merged model"
+PROCESS_BYTES = {"cpu": 500 * 10**6, "cuda": 1500 * 10**6}
+STAGING_BYTES = 2 * 16 * 2**20
+ROWS_BYTES = 3 * 64 * 2**20
+_SHARE_OF_RAM = 0.9
+
+
+@dataclass(frozen=True)
+class HostBudget:
+    """Bytes of RAM and disk that a run may use."""
+
+    ram_bytes: int
+    disk_bytes: int
+
+    @staticmethod
+    def of_this_machine(cache: Path) -> HostBudget:
+        """What is free now. cache: the folder of packed bases (it need not exist yet)."""
+        folder = cache
+        while not folder.exists():
+            folder = folder.parent
+        ram = psutil.virtual_memory().available
+        return HostBudget(int(ram * _SHARE_OF_RAM), shutil.disk_usage(folder).free)
+
+
+def host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
+    """RAM while training, without what a CPU holds as the compute device."""
+    matrices = (plan.embedding is Place.RAM) + (plan.head is Place.RAM and not workload.shape.is_tied)
+    group = -(-workload.num_micro_batches // plan.num_groups)
+    x_bytes = workload.num_tokens * workload.shape.hidden * workload.itemsize
+    num_recomputed = plan.activations.count(Activation.RECOMPUTE)
+    from_disk = Place.DISK in (*plan.weights, plan.head)
+    result = {
+        PROCESS: PROCESS_BYTES[workload.device],
+        SLABS: sum(place is Place.RAM for place in plan.weights) * workload.slab_bytes,
+        MATRICES: matrices * workload.matrix_bytes,
+        INPUTS: group * num_recomputed * x_bytes if plan.inputs is Place.RAM else 0,
+        PARKED: group * parked_bytes(workload, plan),
+        STAGING: STAGING_BYTES if from_disk and workload.device == "cuda" else 0,
+    }
+    return {cause: num_bytes for cause, num_bytes in result.items() if num_bytes}
+
+
+def parked_bytes(workload: Workload, plan: ExecutionPlan) -> int:
+    """What offloaded layers park of one micro-batch."""
+    if Activation.OFFLOAD not in plan.activations:
+        return 0
+    settings = workload.layer_settings(hold_unpacked=plan.hold_unpacked, mlp_tile_tokens=plan.mlp_tile_tokens)
+    counts: dict[tuple[int | None, bool], int] = {}
+    for i, policy in enumerate(plan.activations):
+        if policy is Activation.OFFLOAD:
+            key = (workload.shape.windows[i], i > 0)
+            counts[key] = counts.get(key, 0) + 1
+    return sum(n * sum(layer_bytes(settings, *key).saved.values()) for key, n in counts.items())
+
+
+def load_host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
+    """RAM while the base is read and packed: what is to stay there, and blocks of rows."""
+    stays = {c: n for c, n in host_bytes(workload, plan).items() if c in (PROCESS, SLABS, MATRICES)}
+    return stays | {ROWS: ROWS_BYTES}
+
+
+def save_host_bytes(workload: Workload) -> Bytes:
+    """RAM while a checkpoint is written: the masters and the optimizer state on their way."""
+    state = 4 * workload.num_factor_numbers + optimizer_state_bytes(workload)
+    return {PROCESS: PROCESS_BYTES[workload.device], CHECKPOINTS: state}
+
+
+def merge_host_bytes(workload: Workload) -> Bytes:
+    """RAM while merging: a few rows at a time, one packed weight."""
+    largest = max(workload.packing.of(shape).num_bytes for shape in workload.shape.linear_shapes().values())
+    return {PROCESS: PROCESS_BYTES[workload.device], ROWS: ROWS_BYTES + largest}
+
+
+def disk_bytes(workload: Workload, keep_checkpoints: int = 2) -> Bytes:
+    """What a run writes: the packed base once, checkpoints (one more while it replaces another; the best by
+    evaluation may be kept besides), the adapter."""
+    shape = workload.shape
+    num_matrices = 1 if shape.is_tied else 2
+    packed = shape.num_layers * workload.slab_bytes + num_matrices * workload.matrix_bytes
+    state = 4 * workload.num_factor_numbers + optimizer_state_bytes(workload)
+    return {
+        PACKED_BASE: packed + shape.plain_parameters * workload.itemsize,
+        CHECKPOINTS: (keep_checkpoints + 2) * state,
+        ADAPTER: 4 * workload.num_factor_numbers,
+    }
+
+
+def merged_disk_bytes(workload: Workload) -> Bytes:
+    """What `export --to merged` writes in 16 bits."""
+    return {MERGED: 2 * workload.shape.num_parameters}

@@ -1,0 +1,181 @@
+"""A plan: what a run will do, what it takes on the device, in RAM and on disk, and how long a step lasts.
+
+Made by planner.py, shown by plan_report.py, obeyed by `train` (its `execution`), kept in plan.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qlora_train.errors import UserError
+from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.ghost import Bytes
+from qlora_train.memory.host_bytes import (
+    HostBudget,
+    load_host_bytes,
+    merge_host_bytes,
+    merged_disk_bytes,
+    save_host_bytes,
+)
+from qlora_train.memory.time_model import Rates, StepTime
+from qlora_train.memory.workload import Workload
+
+CONTEXT = "CUDA context"
+CONTEXT_BYTES = {"cuda": 450 * 2**20, "cpu": 0}
+"""What a CUDA context and the libraries' workspaces take before the first tensor."""
+FRAGMENTATION = {"cuda": 0.02, "cpu": 0.0}
+"""Share of the budget left to the allocator's rounding."""
+PINNED = "pinned: "
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the recipe's `memory` section leaves open."""
+
+    weights: Literal["auto", "resident", "ram", "disk"] = "auto"
+    activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. place: VRAM, pinned RAM, RAM or disk."""
+
+    phase: str
+    place: str
+    cause: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen, and what it takes.
+
+    phases: bytes on the device by cause, at the most, of every phase that uses it. host, disk: bytes by cause
+    in RAM while training and on disk. budget_bytes: for the device, context included. problems: which budgets
+    do not hold, and by how much. advice: what each knob would save; where there are problems, changes of the
+    recipe that would fit.
+    """
+
+    workload: Workload
+    execution: ExecutionPlan
+    phases: dict[str, Bytes]
+    host: Bytes
+    disk: Bytes
+    budget_bytes: int
+    host_budget: HostBudget
+    time: StepTime
+    rates: Rates
+    problems: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    @property
+    def context_bytes(self) -> int:
+        return CONTEXT_BYTES[self.workload.device]
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        """The largest phase on the device, context included."""
+        return max(sum(phase.values()) for phase in self.phases.values()) + self.context_bytes
+
+    @property
+    def step_vram_bytes(self) -> int:
+        """Tensors in an optimizer step: what a meter reads."""
+        return sum(self.phases["step"].values())
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        """On a CPU the device's bytes are RAM."""
+        return sum(self.host.values()) + (self.peak_vram_bytes if self.workload.device == "cpu" else 0)
+
+    @property
+    def step_seconds(self) -> float:
+        return self.time.total_seconds
+
+    @property
+    def device_place(self) -> str:
+        return "VRAM" if self.workload.device == "cuda" else "RAM (compute device)"
+
+    def rows(self) -> Iterator[Row]:
+        """The table: per phase and place the bytes by cause."""
+        for phase, parts in self.phases.items():
+            context = {CONTEXT: self.context_bytes} if self.context_bytes else {}
+            for cause, num_bytes in (context | parts).items():
+                yield Row(phase, self.device_place, cause, num_bytes)
+        host = {
+            "load": load_host_bytes(self.workload, self.execution),
+            "step": self.host,
+            "save": save_host_bytes(self.workload),
+            "merge": merge_host_bytes(self.workload),
+        }
+        for phase, parts in host.items():
+            for cause, num_bytes in parts.items():
+                place = "pinned RAM" if cause.startswith(PINNED) and self.workload.device == "cuda" else "RAM"
+                yield Row(phase, place, cause.removeprefix(PINNED), num_bytes)
+        for cause, num_bytes in self.disk.items():
+            yield Row("load" if "cache" in cause else "save", "disk", cause, num_bytes)
+        for cause, num_bytes in merged_disk_bytes(self.workload).items():
+            yield Row("merge", "disk", cause, num_bytes)
+
+    def to_dict(self, num_steps: int | None = None) -> dict[str, Any]:
+        """plan.json. num_steps: optimizer steps to the end, where known."""
+        execution = self.execution.to_dict()
+        return {
+            "fits": self.fits,
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "step_vram_bytes": self.step_vram_bytes,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "disk_bytes": sum(self.disk.values()),
+            "step_seconds": self.step_seconds,
+            "seconds_to_the_end": None if num_steps is None else num_steps * self.step_seconds,
+            "weights": execution["weights"],
+            "activations": execution["activations"],
+            "execution": execution,
+            "device": self.workload.device,
+            "vram_budget_bytes": self.budget_bytes,
+            "is_estimate": not self.workload.shape.is_exact,
+            "rates": {
+                "flops_per_second": self.rates.flops,
+                "memory_bytes_per_second": self.rates.memory,
+                "copy_bytes_per_second": self.rates.copy,
+                "disk_bytes_per_second": self.rates.disk,
+                "source": self.rates.source,
+            },
+            "flops_per_step": self.time.flops,
+            "copied_bytes_per_step": self.time.copied_bytes,
+            "rows": [
+                {"phase": r.phase, "place": r.place, "cause": r.cause, "bytes": r.num_bytes}
+                for r in self.rows()
+            ],
+            "problems": list(self.problems),
+            "advice": list(self.advice),
+        }
+
+    def require_fit(self) -> None:
+        """Raise `UserError`, with what is missing and what would fit, where the plan does not."""
+        if self.fits:
+            return
+        largest = max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        lines = ["this does not fit, however it is arranged:"]
+        lines += [f"  {problem}" for problem in self.problems]
+        lines.append(f"  the floor is made of {largest_causes(self, largest)}")
+        if self.advice:
+            lines += ["what would fit, one at a time:", *(f"  {change}" for change in self.advice)]
+        else:
+            lines.append("no single change of the recipe would do; take a smaller base or a larger budget")
+        raise UserError("\n".join(lines))
+
+
+def largest_causes(plan: Plan, phase: str = "step") -> str:
+    """What takes most on the device, in words."""
+    causes = sorted(plan.phases[phase].items(), key=lambda item: -item[1])[:5]
+    return ", ".join(f"{cause} {gib(num_bytes)}" for cause, num_bytes in causes)
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,108 @@
+"""From a recipe to a plan: what is asked for, what this machine (or the card named) has.
+
+`plan_recipe` is for `train`, which knows its device; `plan_command` is for `qlora-train plan`, which works
+without one: a card is asked through nvidia-smi, or is only a size.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from qlora_train.memory.byte_walk import GenerateSize
+from qlora_train.memory.host_bytes import HostBudget
+from qlora_train.memory.model_shape import ModelShape, find_shape
+from qlora_train.memory.plan import CONTEXT_BYTES, Choices, Plan
+from qlora_train.memory.planner import make_plan
+from qlora_train.memory.time_model import Rates, stated_rates
+from qlora_train.memory.workload import DeviceKind, workload_of
+from qlora_train.recipe import Recipe
+
+_SHARE_OF_FREE_VRAM = 0.95  # the desktop and others move too
+_SHARE_OF_FREE_RAM = 0.9
+
+
+def plan_recipe(
+    recipe: Recipe,
+    device: DeviceKind,
+    free_bytes: int,
+    *,
+    shape: ModelShape | None = None,
+    documents: Sequence[int] | None = None,
+    rates: Rates | None = None,
+    gpu_name: str | None = None,
+    has_context: bool = False,
+    cache: Path | None = None,
+) -> Plan:
+    """The plan of a run on this machine.
+
+    free_bytes: on the device now; memory.vram, where it is given, is the budget instead. shape: None looks
+    for model.base. documents: token counts of a micro-batch; None: full bins. rates: None takes stated ones.
+    has_context: free_bytes leaves out a CUDA context that exists already. cache: the folder of packed bases,
+    whose disk must hold one. Raises `UserError` for a base that is unknown; see `Plan.require_fit` for one
+    that does not fit.
+    """
+    shape = shape or find_shape(recipe.model.base, recipe.model.revision)
+    workload = workload_of(recipe, shape, device, documents)
+    share = _SHARE_OF_FREE_VRAM if device == "cuda" else _SHARE_OF_FREE_RAM
+    budget_bytes = int(free_bytes * share) + (CONTEXT_BYTES[device] if has_context else 0)
+    if recipe.memory.vram_bytes is not None:
+        budget_bytes = recipe.memory.vram_bytes
+    return make_plan(
+        workload,
+        budget_bytes,
+        rates or stated_rates(device, gpu_name),
+        HostBudget.of_this_machine(cache or Path.home()),
+        Choices(recipe.memory.weights, recipe.memory.activations),
+        GenerateSize(prompt_tokens=min(512, recipe.data.sequence_length)),
+    )
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as nvidia-smi tells it. Bytes."""
+
+    name: str
+    free_bytes: int
+
+
+def plan_command(recipe: Recipe) -> tuple[Plan, str]:
+    """The plan for this machine's card, for one of the size that memory.vram says, or for the CPU; and in
+    words which of them it is."""
+    card = find_card()
+    if card is not None:
+        plan = plan_recipe(recipe, "cuda", card.free_bytes, gpu_name=card.name)
+        return plan, card.name
+    if recipe.memory.vram_bytes is not None:
+        return plan_recipe(recipe, "cuda", recipe.memory.vram_bytes), "a CUDA card (none is here)"
+    if recipe.model.compute_dtype == "auto":
+        dtype = "bfloat16" if _multiplies_bfloat16() else "float32"
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"compute_dtype": dtype})})
+    return plan_recipe(recipe, "cpu", psutil.virtual_memory().available), "the CPU (no CUDA card is here)"
+
+
+def find_card() -> Card | None:
+    """The first GPU, if the driver's tool is here and finds one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    name, _, free_mib = done.stdout.partition("\n")[0].rpartition(",")
+    if done.returncode != 0 or not free_mib.strip().isdecimal():
+        return None
+    return Card(name.strip(), int(free_mib) * 2**20)
+
+
+def _multiplies_bfloat16() -> bool:
+    """As `model/hub.resolve_dtype` decides it, without torch."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "avx512_bf16" in info.read_text()

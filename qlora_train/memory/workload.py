@@ -1,0 +1,131 @@
+"""What a run asks for, as numbers: everything but the execution plan that decides bytes and time.
+
+Shape of the model, packing, factors, tokens per micro-batch, optimizer. One `Workload` and one
+`ExecutionPlan` give one prediction (byte_model.py, time_model.py); the planner varies the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_train.errors import UserError
+from qlora_train.memory.ghost_layer import LayerSettings
+from qlora_train.memory.model_shape import ModelShape
+from qlora_train.memory.packed_sizes import PackingSizes
+from qlora_train.recipe import Recipe
+
+DeviceKind = Literal["cuda", "cpu"]
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One optimizer step of a run.
+
+    documents: token counts of the documents of one micro-batch; their sum is T. num_supervised: S, supervised
+    tokens of one micro-batch. num_micro_batches: K. targets: linears with factors, by name within a layer.
+    skips_tail: recomputation may leave the last product out. splits_learning_rate: B has its own (LoRA+).
+    """
+
+    shape: ModelShape
+    packing: PackingSizes
+    rank: int
+    targets: tuple[str, ...]
+    dropout: bool
+    documents: tuple[int, ...]
+    num_supervised: int
+    num_micro_batches: int
+    optimizer: str
+    splits_learning_rate: bool = False
+    reference: bool = False
+    skips_tail: bool = True
+    device: DeviceKind = "cuda"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.documents)
+
+    @property
+    def itemsize(self) -> int:
+        return self.packing.itemsize
+
+    @property
+    def factor_parts(self) -> tuple[int, int]:
+        """(numbers in all A, numbers in all B)."""
+        shapes = self.shape.linear_shapes()
+        a = sum(self.rank * shapes[name][1] for name in self.targets)
+        b = sum(self.rank * shapes[name][0] for name in self.targets)
+        return a * self.shape.num_layers, b * self.shape.num_layers
+
+    @property
+    def num_factor_numbers(self) -> int:
+        return sum(self.factor_parts)
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.packing.slab_bytes(self.shape.linear_shapes())
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of the embedding, or the head."""
+        return self.shape.matrix_parameters * self.itemsize
+
+    def layer_settings(self, *, hold_unpacked: bool, mlp_tile_tokens: int | None) -> LayerSettings:
+        return LayerSettings(
+            self.shape,
+            self.packing,
+            self.rank,
+            frozenset(self.targets),
+            self.dropout,
+            self.documents,
+            hold_unpacked=hold_unpacked,
+            mlp_tile_tokens=mlp_tile_tokens,
+            skip_tail=self.skips_tail and not self.shape.only_post_norms and self.shape.num_norms == 2,
+            reference=self.reference,
+            on_cuda=self.device == "cuda",
+        )
+
+
+def workload_of(
+    recipe: Recipe, shape: ModelShape, device: DeviceKind, documents: Sequence[int] | None = None
+) -> Workload:
+    """The step that a recipe asks for.
+
+    compute_dtype `auto` counts as bfloat16 on CUDA and float32 on a CPU unless resolved before. documents:
+    token counts of a micro-batch's documents; None: each fills a bin, every token supervised, which is the
+    most that any data can take.
+    """
+    model, training = recipe.model, recipe.training
+    dtype = model.compute_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    lengths = tuple(documents or (recipe.data.sequence_length,) * training.micro_batch_size)
+    return Workload(
+        shape=shape,
+        packing=PackingSizes(model.quantization, model.double_quant, ITEMSIZES[dtype]),
+        rank=recipe.lora.rank,
+        targets=_targets(recipe.lora.target_modules, shape),
+        dropout=recipe.lora.dropout > 0,
+        documents=lengths,
+        num_supervised=sum(lengths) - len(lengths),
+        num_micro_batches=training.gradient_accumulation_steps,
+        optimizer=training.optimizer,
+        splits_learning_rate=training.lora_b_lr_ratio != 1.0,
+        reference=training.kernels == "reference",
+        device=device,
+    )
+
+
+def _targets(targets: str | Sequence[str], shape: ModelShape) -> tuple[str, ...]:
+    names = tuple(shape.linear_shapes())
+    if isinstance(targets, str):
+        return names
+    missing = [e for e in targets if not any(name == e or name.endswith("." + e) for name in names)]
+    if missing:
+        raise UserError(
+            f"lora.target_modules: {', '.join(missing)} matches no linear layer of this model; "
+            f"it has {', '.join(names)} (or use all-linear)"
+        )
+    return tuple(name for name in names if any(name == e or name.endswith("." + e) for e in targets))

@@ -1,0 +1,70 @@
+"""plan.json of a run: what was planned, what was measured, and every change since.
+
+A run begins with one execution plan; running out of memory may change it (memory/tighten.py). A change can
+alter the order of sums, so a resume must make it at the same step: it is written here, before the step is
+tried again, and rows of metrics.jsonl say by number which plan they ran by (0: the first).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_train.errors import RunFolderError
+from qlora_train.memory.execution import ExecutionPlan
+
+
+class PlanLog:
+    """writes: False on ranks that only read."""
+
+    def __init__(self, file: Path, *, writes: bool = True) -> None:
+        self._file, self._writes = file, writes
+        self._content: dict[str, Any] = {}
+
+    def read(self) -> ExecutionPlan | None:
+        """The plan that an earlier part of this run began with, if there was one.
+
+        Raises `RunFolderError` where plan.json does not read."""
+        if not self._file.is_file():
+            return None
+        try:
+            self._content = json.loads(self._file.read_text())
+            return ExecutionPlan.from_dict(self._content["execution"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{self._file}: does not read ({error}), and without it a resume could not repeat the order "
+                "of sums. Start a new run."
+            ) from error
+
+    def begin(self, plan: dict[str, Any], execution: ExecutionPlan) -> None:
+        """plan: `Plan.to_dict`. What an earlier part of the run wrote stays as it is."""
+        if not self._content:
+            self._content = plan | {"execution": execution.to_dict(), "changes": []}
+            self._write()
+
+    def change(self, from_step: int, execution: ExecutionPlan, reason: str) -> None:
+        """From this step on, another plan."""
+        self._content["changes"].append(
+            {"from_step": from_step, "reason": reason, "execution": execution.to_dict()}
+        )
+        self._write()
+
+    def measured(self, step_bytes: int) -> None:
+        """Peak of the first steps on the device."""
+        self._content["measured_step_vram_bytes"] = step_bytes
+        self._write()
+
+    def in_force(self, step: int) -> tuple[int, ExecutionPlan]:
+        """Number and plan that a step runs by."""
+        number, values = 0, self._content["execution"]
+        for i, change in enumerate(self._content["changes"], 1):
+            if change["from_step"] <= step:
+                number, values = i, change["execution"]
+        return number, ExecutionPlan.from_dict(values)
+
+    def _write(self) -> None:
+        if self._writes:
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(self._content, indent=1) + "\n")
+            partial.replace(self._file)
