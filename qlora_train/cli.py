@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from qlora_train import __version__
-from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, UserError
+from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, RecipeError, UserError
 from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
 
@@ -195,7 +195,7 @@ def _train(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     overrides = [*args.overrides, *([f"memory.vram={args.vram}"] if args.vram else [])]
     recipe = load_recipe(args.recipe, overrides)
-    from qlora_train.memory.plan_run import plan_command
+    from qlora_train.memory.plan.from_recipe import plan_command
 
     plan, device_text = plan_command(recipe)
     if args.json:
@@ -203,7 +203,7 @@ def _plan(args: argparse.Namespace) -> None:
     else:
         from rich.console import Console
 
-        from qlora_train.memory.plan_report import print_plan
+        from qlora_train.memory.plan.report import print_plan
 
         print_plan(plan, Console(), device_text, recipe.training.max_steps)
     if not plan.fits:
@@ -287,7 +287,8 @@ def _not_yet_error(what: str, part: str) -> NotYetError:
 def _fail(error: QloraTrainError) -> int:
     sys.stdout.flush()
     text = str(error)
-    print("qlora-train:", text if "\n" not in text else f"several problems\n{text}", file=sys.stderr)
+    several = isinstance(error, RecipeError) and len(error.problems) > 1
+    print("qlora-train:", f"several problems\n{text}" if several else text, file=sys.stderr)
     return error.exit_code
 
 

@@ -158,7 +158,7 @@ def test_preview_calls_what_it_says(monkeypatch: pytest.MonkeyPatch, recipe_file
 def test_plan_prints_json_for_a_card_that_is_not_here(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qlora_train.memory.plan_run.find_card", lambda: None)
+    monkeypatch.setattr("qlora_train.memory.plan.from_recipe.find_card", lambda: None)
     argv = ["plan", str(recipe_file), "model.base=TinyLlama/TinyLlama-1.1B-Chat-v1.0", "--json"]
     assert cli.main([*argv, "--vram", "24GiB", "training.max_steps=10"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -185,7 +185,7 @@ def test_plan_refuses(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("qlora_train.memory.plan_run.find_card", lambda: None)
+    monkeypatch.setattr("qlora_train.memory.plan.from_recipe.find_card", lambda: None)
     assert cli.main(["plan", str(recipe_file), *words]) == 2
     assert message in capsys.readouterr().err
 

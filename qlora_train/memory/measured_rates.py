@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.time_model import Rates, stated_rates
+from qlora_train.memory.plan.time_model import Rates, stated_rates
 
 _FILE = "rates.json"
 _MATRIX = {"cuda": 8192, "cpu": 2048}

@@ -18,7 +18,7 @@ from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan import largest_causes
+from qlora_train.memory.plan.plan import largest_causes
 from qlora_train.model.adapter_files import save_adapter
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan_report import residency_lines
+from qlora_train.memory.plan.report import residency_lines
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog

@@ -22,11 +22,11 @@ from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.load import load_base
 from qlora_train.memory.measured_rates import rates_of
-from qlora_train.memory.model_shape import find_shape
 from qlora_train.memory.packed_cache import cache_root
-from qlora_train.memory.plan import Plan
-from qlora_train.memory.plan_run import plan_recipe
-from qlora_train.memory.workload import DeviceKind
+from qlora_train.memory.plan.from_recipe import plan_recipe
+from qlora_train.memory.plan.model_shape import find_shape
+from qlora_train.memory.plan.plan import Plan
+from qlora_train.memory.plan.workload import DeviceKind
 from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder

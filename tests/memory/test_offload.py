@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.offload import HostPark, OffloadedGraph
+from qlora_train.memory.offload import HostPark, OffloadedGraph, Parked
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.linear import FrozenLinear
 
@@ -70,6 +70,16 @@ def test_buffers_are_used_again_but_not_before_they_are_back() -> None:
         first.append(park.park(tensors[k]))
     assert [torch.equal(p.take(), t) for p, t in zip(first, tensors[45:], strict=True)] == [True] * 5
     assert park.host.num_bytes <= 5 * 1.25 * 4 * 106
+
+
+def test_one_buffer_serves_what_leaves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    park, made = new_park(), []
+    empty = HostMemory.empty
+    monkeypatch.setattr(HostMemory, "empty", lambda self, size: made.append(size) or empty(self, size))
+    for k in range(10):
+        x = torch.full((100,), float(k))
+        assert torch.equal(park.park(x).take(), x)
+    assert made == [400]
 
 
 def test_parked_bytes_are_on_the_host_and_fetched_ones_on_the_device() -> None:
@@ -247,8 +257,10 @@ def test_a_storage_is_parked_once_however_many_views_are_saved() -> None:
     assert y is not None
 
 
-def test_views_of_one_storage_come_back_as_views_of_one_storage() -> None:
-    park = new_park()
+def test_views_of_one_storage_come_back_as_views_of_one_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    park, taken = new_park(), []
+    take = Parked.take
+    monkeypatch.setattr(Parked, "take", lambda self: taken.append(self) or take(self))
     base = torch.randn(6, 8, requires_grad=True)
     graph = OffloadedGraph(park, [base])
     with graph.recording():
@@ -262,6 +274,7 @@ def test_views_of_one_storage_come_back_as_views_of_one_storage() -> None:
         graph.fetch()
         assert meter.live_bytes == 6 * 8 * 4
     y.backward()
+    assert len(taken) == 1
     again = base.detach().clone().requires_grad_()
     fused = again * 2
     a, b = fused.chunk(2, dim=1)

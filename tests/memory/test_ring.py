@@ -15,7 +15,7 @@ from qlora_train.memory.ring import Ring
 
 CPU = torch.device("cpu")
 SLOT_BYTES = 97
-PATIENCE_S = 30  # for what must happen; only a failing test waits so long
+PATIENCE_S = 10  # for what must happen; only a failing test waits so long
 POISON = torch.full((SLOT_BYTES,), 0xFF, dtype=torch.uint8)
 
 
@@ -201,10 +201,11 @@ def test_whoever_looks_later_sees_poison_or_another_item() -> None:
 def test_a_slot_is_poison_from_the_moment_its_item_goes() -> None:
     reader = GatedReader()
     with ring_of(reader, num_slots=1) as ring:
-        reader.gate.release()
         ring.expect([4, 5])
-        _, slot = ring.acquire(4)
         assert reader.at_the_gate.acquire(timeout=PATIENCE_S)
+        assert torch.equal(ring._slots[0], POISON)  # before its first item too
+        reader.gate.release()
+        _, slot = ring.acquire(4)
         ring.release(4)  # 5 is asked for, in the same slot
         assert reader.at_the_gate.acquire(timeout=PATIENCE_S)  # and stands at the gate
         assert torch.equal(slot, POISON)
@@ -212,6 +213,15 @@ def test_a_slot_is_poison_from_the_moment_its_item_goes() -> None:
         part = content(5)
         seen = use(ring, 5)
         assert torch.equal(seen[: len(part)], part) and torch.equal(seen[len(part) :], POISON[len(part) :])
+
+
+def test_half_an_item_is_poison() -> None:
+    with ring_of(Reader(failures={4: 1}), num_slots=1) as ring:
+        ring.expect([4])
+        with pytest.raises(DiskError):
+            ring.acquire(4)
+        settle(ring)
+        assert torch.equal(ring._slots[0], POISON)
 
 
 def test_acquire_waits_for_the_whole_item() -> None:
@@ -360,9 +370,10 @@ def test_close_does_not_begin_what_has_not_begun() -> None:
     assert reader.at_the_gate.acquire(timeout=PATIENCE_S)
     closing = threading.Thread(target=ring.close)
     closing.start()
-    while not ring._filled[2].cancelled():  # until close has got so far
+    for _ in range(PATIENCE_S * 1000):
+        if ring._filled[2].cancelled():  # close has got so far
+            break
         closing.join(1e-3)
-        assert closing.is_alive()
-    reader.gate.release()
+    reader.gate.release(1000)
     closing.join(PATIENCE_S)
     assert not closing.is_alive() and reader.asked == [0]

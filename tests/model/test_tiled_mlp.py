@@ -216,6 +216,15 @@ def test_micro_batches_add_up() -> None:
     assert_close(case.factors.gradient, 2 * once)
 
 
+def test_tiles_of_a_reference_run_add_up_in_fp32() -> None:
+    """Nothing is left in `.grad`, where 16-bit sums would lose bits."""
+    case = Case(use_autograd=True)
+    case.tiled.tile_tokens = 5
+    case.tiled(case.x).backward(case.direction)
+    assert all(p.grad is None for linear in case.linears for p in linear.factors.parameters())
+    assert case.factors.gradient.count_nonzero() > 0.9 * case.factors.gradient.numel()
+
+
 @pytest.mark.parametrize("skips", [False, True])
 def test_only_the_input_is_kept_and_one_tile_is_alive(skips: bool) -> None:
     def peaks(tile_tokens: int | None) -> tuple[int, int, int]:

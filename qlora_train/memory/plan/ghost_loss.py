@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_train.memory import ghost_ops as op
-from qlora_train.memory.ghost import Ghost, Ledger, backward
-from qlora_train.memory.ghost_layer import FLOAT32, INT64, rms_norm
+from qlora_train.memory.plan import ghost_ops as op
+from qlora_train.memory.plan.ghost import Ghost, Ledger, backward
+from qlora_train.memory.plan.ghost_layer import FLOAT32, INT64, rms_norm
 
 LOSS_BLOCK = "loss block"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from qlora_train.memory.byte_model import layer_bytes, optimizer_state_bytes
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
-from qlora_train.memory.ghost import Bytes
-from qlora_train.memory.workload import Workload
+from qlora_train.memory.plan.byte_model import layer_bytes, optimizer_state_bytes
+from qlora_train.memory.plan.ghost import Bytes
+from qlora_train.memory.plan.workload import Workload
 
 PROCESS = "Python and libraries"
 SLABS = "pinned: packed layers"

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_train.memory.byte_model import (
+from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.plan.byte_model import (
     EMBEDDING,
     GRADIENT,
     HEAD,
@@ -17,13 +18,12 @@ from qlora_train.memory.byte_model import (
     layer_bytes,
     optimizer_state_bytes,
 )
-from qlora_train.memory.byte_walk import evaluation_peak, step_peak
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place
-from qlora_train.memory.ghost import Ledger, backward
-from qlora_train.memory.ghost_layer import buckets, padded_length
-from qlora_train.memory.model_shape import KNOWN
-from qlora_train.memory.packed_sizes import PackingSizes
-from qlora_train.memory.workload import Workload
+from qlora_train.memory.plan.byte_walk import evaluation_peak, step_peak
+from qlora_train.memory.plan.ghost import Ledger, backward
+from qlora_train.memory.plan.ghost_layer import buckets, padded_length
+from qlora_train.memory.plan.model_shape import KNOWN
+from qlora_train.memory.plan.packed_sizes import PackingSizes
+from qlora_train.memory.plan.workload import Workload
 
 NF4 = PackingSizes("nf4", True, 2)
 LLAMA_8B = KNOWN["llama-3.1-8b"]
@@ -177,7 +177,7 @@ def test_a_ghost_is_freed_with_its_last_name() -> None:
 
 
 def test_backward_leaves_a_gradient_and_nothing_else() -> None:
-    from qlora_train.memory.ghost_layer import rms_norm
+    from qlora_train.memory.plan.ghost_layer import rms_norm
 
     ledger = Ledger()
     leaf = ledger.tensor((1, 8, 16), 2).leaf()

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_train.errors import UserError
-from qlora_train.memory.ghost_layer import LayerSettings
-from qlora_train.memory.model_shape import ModelShape
-from qlora_train.memory.packed_sizes import PackingSizes
+from qlora_train.memory.plan.ghost_layer import LayerSettings
+from qlora_train.memory.plan.model_shape import ModelShape
+from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.recipe import Recipe
 
 DeviceKind = Literal["cuda", "cpu"]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import psutil
 
-from qlora_train.memory.byte_walk import GenerateSize
-from qlora_train.memory.host_bytes import HostBudget
-from qlora_train.memory.model_shape import ModelShape, find_shape
-from qlora_train.memory.plan import CONTEXT_BYTES, Choices, Plan
-from qlora_train.memory.planner import make_plan
-from qlora_train.memory.time_model import Rates, stated_rates
-from qlora_train.memory.workload import DeviceKind, workload_of
+from qlora_train.memory.plan.byte_walk import GenerateSize
+from qlora_train.memory.plan.host_bytes import HostBudget
+from qlora_train.memory.plan.model_shape import ModelShape, find_shape
+from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
+from qlora_train.memory.plan.planner import make_plan
+from qlora_train.memory.plan.time_model import Rates, stated_rates
+from qlora_train.memory.plan.workload import DeviceKind, workload_of
 from qlora_train.recipe import Recipe
 
 _SHARE_OF_FREE_VRAM = 0.95  # the desktop and others move too

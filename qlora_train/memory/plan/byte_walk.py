@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from qlora_train.memory.byte_model import (
+from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.plan.byte_model import (
     GRADIENT,
     KV_CACHE,
     LOADING,
@@ -33,9 +34,8 @@ from qlora_train.memory.byte_model import (
     layer_bytes,
     optimizer_scratch_bytes,
 )
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place
-from qlora_train.memory.ghost import Bytes, Ledger, total
-from qlora_train.memory.ghost_loss import (
+from qlora_train.memory.plan.ghost import Bytes, Ledger, total
+from qlora_train.memory.plan.ghost_loss import (
     GRADIENTS,
     ROTARY,
     LossSettings,
@@ -43,7 +43,7 @@ from qlora_train.memory.ghost_loss import (
     reference_loss,
     tiled_loss,
 )
-from qlora_train.memory.workload import Workload
+from qlora_train.memory.plan.workload import Workload
 
 STREAM = "layer inputs"
 """x of every micro-batch of a group, on its way through the layers."""

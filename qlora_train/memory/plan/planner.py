@@ -24,19 +24,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from qlora_train.memory.byte_walk import (
+from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.plan.byte_walk import (
     GenerateSize,
     evaluation_peak,
     generate_peak,
     load_peak,
     step_peak,
 )
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place
-from qlora_train.memory.ghost import Bytes
-from qlora_train.memory.host_bytes import HostBudget, disk_bytes, host_bytes
-from qlora_train.memory.plan import CONTEXT_BYTES, FRAGMENTATION, Choices, Plan, gib
-from qlora_train.memory.time_model import Rates, step_time
-from qlora_train.memory.workload import Workload
+from qlora_train.memory.plan.ghost import Bytes
+from qlora_train.memory.plan.host_bytes import HostBudget, disk_bytes, host_bytes
+from qlora_train.memory.plan.plan import CONTEXT_BYTES, FRAGMENTATION, Choices, Plan, gib
+from qlora_train.memory.plan.time_model import Rates, step_time
+from qlora_train.memory.plan.workload import Workload
 
 LOSS_TOKENS, HEAD_TILE_ROWS = 512, 8192
 LEAST_GAIN = 0.01

@@ -9,8 +9,8 @@ from collections import defaultdict
 from rich.console import Console
 
 from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.memory.plan_report import print_plan, residency_lines
-from qlora_train.memory.plan_run import plan_recipe
+from qlora_train.memory.plan.from_recipe import plan_recipe
+from qlora_train.memory.plan.report import print_plan, residency_lines
 from qlora_train.recipe import Recipe
 
 GIB = 2**30

@@ -1,6 +1,6 @@
 """A plan: what a run will do, what it takes on the device, in RAM and on disk, and how long a step lasts.
 
-Made by planner.py, shown by plan_report.py, obeyed by `train` (its `execution`), kept in plan.json.
+Made by planner.py, shown by report.py, obeyed by `train` (its `execution`), kept in plan.json.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any, Literal
 
 from qlora_train.errors import UserError
 from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.memory.ghost import Bytes
-from qlora_train.memory.host_bytes import (
+from qlora_train.memory.plan.ghost import Bytes
+from qlora_train.memory.plan.host_bytes import (
     HostBudget,
     load_host_bytes,
     merge_host_bytes,
     merged_disk_bytes,
     save_host_bytes,
 )
-from qlora_train.memory.time_model import Rates, StepTime
-from qlora_train.memory.workload import Workload
+from qlora_train.memory.plan.time_model import Rates, StepTime
+from qlora_train.memory.plan.workload import Workload
 
 CONTEXT = "CUDA context"
 CONTEXT_BYTES = {"cuda": 450 * 2**20, "cpu": 0}

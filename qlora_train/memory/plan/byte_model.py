@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qlora_train.memory.execution import ExecutionPlan, Place
-from qlora_train.memory.ghost import Bytes, Ledger, backward
-from qlora_train.memory.ghost_layer import GhostLayer, LayerSettings
-from qlora_train.memory.workload import Workload
+from qlora_train.memory.plan.ghost import Bytes, Ledger, backward
+from qlora_train.memory.plan.ghost_layer import GhostLayer, LayerSettings
+from qlora_train.memory.plan.workload import Workload
 
 PACKED = "packed weights"
 CONSTANTS = "quantisation constants"

@@ -21,13 +21,13 @@ from tiny_models import packed_row, tiny_config
 from transformers import AutoModelForCausalLM
 
 from qlora_train.infer.evaluate import loss_sum
-from qlora_train.memory.byte_walk import evaluation_peak, step_peak
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
 from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.model_shape import ModelShape, shape_from_config
-from qlora_train.memory.packed_sizes import PackingSizes
-from qlora_train.memory.workload import Workload
+from qlora_train.memory.plan.byte_walk import evaluation_peak, step_peak
+from qlora_train.memory.plan.model_shape import ModelShape, shape_from_config
+from qlora_train.memory.plan.packed_sizes import PackingSizes
+from qlora_train.memory.plan.workload import Workload
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.quantize import Packing, pack

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
-from qlora_train.memory.host_bytes import parked_bytes
-from qlora_train.memory.workload import DeviceKind, Workload
+from qlora_train.memory.plan.host_bytes import parked_bytes
+from qlora_train.memory.plan.workload import DeviceKind, Workload
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_train.memory.ghost import Ghost, Ledger, apply
+from qlora_train.memory.plan.ghost import Ghost, Ledger, apply
 
 FLOAT32 = 4
 

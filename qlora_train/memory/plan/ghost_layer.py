@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_train.memory import ghost_ops as op
-from qlora_train.memory.ghost import Ghost, Ledger, Node, apply, backward
-from qlora_train.memory.model_shape import ModelShape
-from qlora_train.memory.packed_sizes import PackingSizes
+from qlora_train.memory.plan import ghost_ops as op
+from qlora_train.memory.plan.ghost import Ghost, Ledger, Node, apply, backward
+from qlora_train.memory.plan.model_shape import ModelShape
+from qlora_train.memory.plan.packed_sizes import PackingSizes
 
 UNPACKING = "unpacking one weight"
 FLOAT32, INT64 = 4, 8

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.memory.plan import Plan, Row, gib
+from qlora_train.memory.plan.plan import Plan, Row, gib
 
 _SMALL_BYTES = 2**20
 
@@ -47,9 +47,13 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
 _PHASES = ("load", "step", "evaluation", "generate", "save", "merge")
 
 
-def _position(row: Row) -> tuple[int, int, str]:
+_AFTER_THE_DEVICE = ("pinned RAM", "RAM", "disk")
+
+
+def _position(row: Row) -> tuple[int, int]:
     """Phases in the order of a run; in each the device first, the disk last."""
-    return _PHASES.index(row.phase), ("RAM" in row.place) + 2 * (row.place == "disk"), row.place
+    after = _AFTER_THE_DEVICE.index(row.place) if row.place in _AFTER_THE_DEVICE else -1
+    return _PHASES.index(row.phase), after
 
 
 class _Lines:

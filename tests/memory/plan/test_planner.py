@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from qlora_train.errors import UserError
-from qlora_train.memory.byte_walk import step_peak
 from qlora_train.memory.execution import Activation, Place
-from qlora_train.memory.host_bytes import HostBudget, host_bytes
-from qlora_train.memory.model_shape import KNOWN
-from qlora_train.memory.plan import Choices, Plan
-from qlora_train.memory.plan_run import Card, find_card, plan_recipe
-from qlora_train.memory.planner import make_plan
-from qlora_train.memory.time_model import Rates, stated_rates, step_time
-from qlora_train.memory.workload import workload_of
+from qlora_train.memory.plan.byte_walk import step_peak
+from qlora_train.memory.plan.from_recipe import Card, find_card, plan_recipe
+from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
+from qlora_train.memory.plan.model_shape import KNOWN
+from qlora_train.memory.plan.plan import Choices, Plan
+from qlora_train.memory.plan.planner import make_plan
+from qlora_train.memory.plan.time_model import Rates, stated_rates, step_time
+from qlora_train.memory.plan.workload import workload_of
 from qlora_train.recipe import Recipe
 
 GIB = 2**30

@@ -10,14 +10,14 @@ import torch
 from tiny_models import FAMILIES, tiny_config
 
 from qlora_train.errors import UserError
-from qlora_train.memory.model_shape import (
+from qlora_train.memory.plan.model_shape import (
     EXACT_FAMILIES,
     KNOWN,
     find_shape,
     known_shape,
     shape_from_config,
 )
-from qlora_train.memory.packed_sizes import PackingSizes
+from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.model.base import Skeleton
 from qlora_train.model.quantize import Packing
 
