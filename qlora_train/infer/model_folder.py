@@ -16,11 +16,13 @@ from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.memory.load import load_base
+from qlora_train.memory.machine_plan import plan_here
+from qlora_train.memory.packed_cache import cache_root
 from qlora_train.model.adapter_files import load_adapter
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
-from qlora_train.model.hub import resolve_base, resolve_dtype
+from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 from qlora_train.model.probe import probe
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import DataSection, Recipe, load_recipe
@@ -56,7 +58,7 @@ def load_model(target: Path | str) -> LoadedModel:
 
 def load_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> LoadedModel:
     """The base of a run's recipe, packed as it was trained on, with the run's adapter or (before training)
-    without."""
+    without. Within the recipe's memory budget, streaming what does not fit."""
     if with_adapter and not (run / "adapter").is_dir():
         raise RunFolderError(
             f"{run}: has no adapter yet; train it to the end (qlora-train train ... --resume)"
@@ -64,7 +66,11 @@ def load_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: b
     folder, _ = resolve_base(recipe.model.base, recipe.model.revision)
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
     probe(read_config(folder))
-    decoder = load_base(folder, Packing(recipe.model.quantization, recipe.model.double_quant), dtype, device)
+    model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)})
+    plan = plan_here(recipe.model_copy(update={"model": model}), folder, dtype, device)
+    plan.require_fit()
+    packing = Packing(model.quantization, model.double_quant)
+    decoder = load_base(folder, packing, dtype, device, plan=plan.execution, cache=cache_root())
     if with_adapter:
         config, pairs = load_adapter(run / "adapter")
         factors = FactorBuffers(

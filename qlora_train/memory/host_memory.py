@@ -39,7 +39,9 @@ class HostMemory:
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         self.num_bytes += num_bytes
         registered = self._pin and self._register(buffer)
-        weakref.finalize(buffer.untyped_storage(), self._forget, num_bytes, buffer.data_ptr(), registered)
+        weakref.finalize(
+            buffer.untyped_storage(), _forget, weakref.ref(self), num_bytes, buffer.data_ptr(), registered
+        )
         return buffer
 
     def borrow(self, num_bytes: int) -> Tensor:
@@ -50,6 +52,8 @@ class HostMemory:
         """
         fitting = [b for b in self._spare if num_bytes <= b.numel() <= num_bytes + num_bytes // 4]
         if not fitting and self._spare:
+            if self._pin:
+                torch.cuda.synchronize()  # a copy from it may still be under way; rare: sizes settle
             self._spare.pop(0)
         if not fitting:
             return self.empty(num_bytes)
@@ -68,7 +72,11 @@ class HostMemory:
         self.pinned = int(error) == 0
         return self.pinned
 
-    def _forget(self, num_bytes: int, address: int, registered: bool) -> None:
-        self.num_bytes -= num_bytes
-        if registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
+
+def _forget(owner: weakref.ref[HostMemory], num_bytes: int, address: int, registered: bool) -> None:
+    """When a buffer goes. Not a method: it would keep the owner, and with it every spare buffer, alive."""
+    memory = owner()
+    if memory is not None:
+        memory.num_bytes -= num_bytes
+    if registered:
+        torch.cuda.cudart().cudaHostUnregister(address)

@@ -10,6 +10,7 @@ rows and the quantiser's scratch.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -71,13 +72,15 @@ def load_base(
     temporary = None
     if cache is None:
         cache_root().mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix="temporary-", dir=cache_root())
+        temporary = tempfile.TemporaryDirectory(prefix=f"temporary-{os.getpid()}-", dir=cache_root())
         cache = Path(temporary.name)
     base = open_packed_base(cache, folder, skeleton, packing, device, say)
     decoder = _Assembly(skeleton, base, plan, device).decoder(poison)
     decoder.fingerprint = base.fingerprint()
+    if isinstance(decoder.weights, StreamedWeights):
+        decoder.at_close.append(decoder.weights.close)
     if temporary is not None:
-        weakref.finalize(decoder, temporary.cleanup)
+        decoder.at_close.append(weakref.finalize(decoder, temporary.cleanup))
     return decoder
 
 

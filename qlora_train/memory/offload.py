@@ -66,7 +66,7 @@ class Parked:
     def __init__(self, park: HostPark, tensor: Tensor) -> None:
         assert tensor.is_contiguous()
         self._park, self._shape, self._dtype = park, tensor.shape, tensor.dtype
-        self._buffer = park.host.borrow(max(1, tensor.nbytes))
+        self._buffer: Tensor | None = park.host.borrow(max(1, tensor.nbytes))
         self._back: Tensor | None = None
         self._host_view.copy_(tensor.detach(), non_blocking=True)
 
@@ -74,6 +74,7 @@ class Parked:
         """Begin to copy back."""
         if self._back is not None:
             return
+        assert self._buffer is not None, "taken twice"
         self._back = torch.empty(self._shape, dtype=self._dtype, device=self._park.device)
         stream = self._park.stream
         if stream is None:
@@ -83,6 +84,7 @@ class Parked:
             with torch.cuda.stream(stream):
                 self._back.copy_(self._host_view, non_blocking=True)
         self._park.host.give_back(self._buffer)
+        self._buffer = None
 
     def take(self) -> Tensor:
         """The tensor on the device, valid for work queued from now on."""
@@ -95,6 +97,7 @@ class Parked:
 
     @property
     def _host_view(self) -> Tensor:
+        assert self._buffer is not None
         num_bytes = self._shape.numel() * self._dtype.itemsize
         return self._buffer[:num_bytes].view(self._dtype).view(self._shape)
 

@@ -22,12 +22,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
@@ -104,13 +106,16 @@ def open_packed_base(
     folder = root / _fingerprint(base_folder, skeleton, packing)
     base = PackedBase(folder, layouts, _total_bytes(skeleton, layouts))
     if folder.exists():
-        damage = _damage(folder)
+        damage = _damage(folder, skeleton)
         if damage is None:
             return base
-        say(f"packed cache {folder} is damaged ({damage}): packing the base again")
+        begins = f"the packed cache is damaged ({damage}); packing the base again"
+    else:
+        begins = "packing the base, once"
     with BaseCheckpoint(base_folder, skeleton) as checkpoint:
+        _remove_leftovers(root)
         _check_disk(root, base.num_bytes)
-        say(f"packing the base, once: {base.num_bytes / 1e9:.2f} GB into {folder}")
+        say(f"{begins}: {base.num_bytes / 1e9:.2f} GB into {folder}")
         with atomic_folder(folder) as partial:
             _write(partial, checkpoint, skeleton, layouts, packing, device)
     return base
@@ -183,10 +188,21 @@ def _hash_of(path: Path) -> dict[str, int | str]:
     return {"num_bytes": num_bytes, "xxh3_128": hashed.hexdigest()}
 
 
-def _damage(folder: Path) -> str | None:
+def _remove_leftovers(root: Path) -> None:
+    """Half-made folders of processes that were killed."""
+    for path in root.glob("*"):
+        made_by = re.search(r"(?:\.partial-|^temporary-)(\d+)", path.name)
+        if made_by and not psutil.pid_exists(int(made_by[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _damage(folder: Path, skeleton: Skeleton) -> str | None:
     """What is wrong with a packed base, or None."""
+    needed = {LAYERS, EMBEDDING, PLAIN} | (set() if skeleton.is_tied else {HEAD})
     try:
         entries = json.loads((folder / MANIFEST).read_text())["files"]
+        if not entries.keys() >= needed:
+            return "its manifest does not list every file"
         for name, entry in entries.items():
             if _hash_of(folder / name) != entry:
                 return f"{name} is not what was written"

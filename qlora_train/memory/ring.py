@@ -70,6 +70,8 @@ class Ring:
         """Announce the coming uses, in order; replaces what was announced. Reading begins at once."""
         assert self._in_use is None, "a new order while an item is in use"
         self._order = deque(order)
+        for item in [item for item, filled in self._filled.items() if filled.done() and filled.exception()]:
+            self._drop(item)  # failed ahead of a use that never came: read again
         self._refill()
 
     def acquire(self, item: int) -> tuple[int, Tensor]:

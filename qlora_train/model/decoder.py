@@ -20,7 +20,7 @@ recomputation rest on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,7 @@ class FrozenDecoder:
         self.norm: nn.Module = self._decoder.norm
         self.tail_name: str | None = None
         self.fingerprint = ""
+        self.at_close: list[Callable[[], object]] = []
         self._tiled_mlps: list[TiledMlp] = []
         self._calls: list[LayerArguments] = []
         self._decoder.layers = nn.ModuleList([_Recorder(layer, self._calls) for layer in self.layers])
@@ -83,6 +84,11 @@ class FrozenDecoder:
         model.set_output_embeddings(self._head_product)
         self._causal_lm = model
         setattr(model, model.base_model_prefix, _HandBack())
+
+    def close(self) -> None:
+        """Let go of threads and files of weights that stream; no layer can be run afterwards."""
+        while self.at_close:
+            self.at_close.pop(0)()
 
     @torch.no_grad()
     def embed(

@@ -46,6 +46,7 @@ from qlora_train.kernels.quantize_4bit import Quantizer4bit
 Format = Literal["nf4", "fp4", "int8", "none"]
 NESTED_BLOCK_SIZE = 256
 CHUNK_ELEMENTS = 2**20  # what the library's quantiser is given at once
+UNPACK_ELEMENTS = 2**21  # what its dequantiser is given at once without a GPU
 PACKABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,7 +92,7 @@ class PackedWeight:
         data = self.tensors["data"]
         if self.packing.is_4bit and data.is_cuda and self.shape[1] % self.packing.block_size == 0:
             return bnb.dequantize_4bit(data.unsqueeze(1), self._state(0, self.shape[0], out.dtype), out=out)
-        step = max(1, CHUNK_ELEMENTS // self.shape[1])
+        step = max(1, UNPACK_ELEMENTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             out[start:stop] = self.unpack_rows(start, stop, out.dtype)

@@ -65,6 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
         try:
             loop.run()
         finally:
+            prepared.decoder.close()
             accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
     console.print(f"done: adapter in {folder.adapter}", markup=False, soft_wrap=True)

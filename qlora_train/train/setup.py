@@ -18,15 +18,11 @@ from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.prompts import format_of
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import BaseModelError, UserError
-from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.load import load_base
-from qlora_train.memory.measured_rates import rates_of
+from qlora_train.memory.machine_plan import plan_here
 from qlora_train.memory.packed_cache import cache_root
-from qlora_train.memory.plan.from_recipe import plan_recipe
-from qlora_train.memory.plan.model_shape import find_shape
 from qlora_train.memory.plan.plan import Plan
-from qlora_train.memory.plan.workload import DeviceKind
 from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
@@ -110,7 +106,7 @@ def prepare(
             "check that tokenizer and weights belong together"
         )
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
-    plan = _make_plan(recipe, folder, dtype, accelerator.device)
+    plan = plan_here(recipe, folder, dtype, accelerator.device)
     plan.require_fit()
     execution = _agreed(saved_execution or plan.execution)
     cache = cache_root() if use_cache else None
@@ -135,19 +131,6 @@ def prepare(
 def _agreed(execution: ExecutionPlan) -> ExecutionPlan:
     """The first rank's plan, on all ranks: they must walk the same number of groups."""
     return ExecutionPlan.from_dict(broadcast_object_list([execution.to_dict()])[0])
-
-
-def _make_plan(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Plan:
-    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
-    return plan_recipe(
-        recipe,
-        kind,
-        meter.free_bytes(device),
-        shape=find_shape(str(folder)),
-        rates=rates_of(device, dtype, cache_root()),
-        has_context=kind == "cuda",
-        cache=cache_root(),
-    )
 
 
 def attach_factors(

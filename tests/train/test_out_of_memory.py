@@ -1,0 +1,148 @@
+"""Memory runs out in the middle of a step: the same step again by a tighter plan, and nothing of the first
+try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
+from torch import Tensor
+
+from qlora_train.errors import OutOfMemory
+from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.tighten import tighter
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.train.schedule import LossScale
+from qlora_train.train.step import StepRunner
+from qlora_train.train.walk import LayerWalk
+
+KEEP, RECOMPUTE, OFFLOAD = Activation.KEEP, Activation.RECOMPUTE, Activation.OFFLOAD
+BATCHES = [packed_row([14, 18], seed=k, first_row=k) for k in range(4)]
+NUM_SUPERVISED = sum(len(batch.supervised) for batch in BATCHES)
+ERRORS = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+    "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    "python": MemoryError,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+def runner(
+    folder: Path, plan: ExecutionPlan, told: list[tuple[int, str]], reference: bool = False
+) -> tuple[StepRunner, FrozenDecoder]:
+    decoder, factors = load_tiny(folder, plan=plan, dropout=0.1)
+    optimizer = FlatOptimizer("adamw", factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+    return StepRunner(
+        LayerWalk(decoder, factors, plan, reference=reference),
+        decoder,
+        factors,
+        optimizer,
+        LossScale(),
+        SimpleNamespace(num_processes=1),  # type: ignore[arg-type]
+        max_grad_norm=1e9,
+        seed=0,
+        on_tighter_plan=lambda step, plan, change: told.append((step, change)),
+    ), decoder
+
+
+def run_out(monkeypatch: pytest.MonkeyPatch, at_calls: set[int], error: Callable[[], Exception]) -> list[int]:
+    """Let the n-th calls of a layer run out of memory."""
+    calls: list[int] = []
+    run_layer = FrozenDecoder.run_layer
+
+    def run(self: FrozenDecoder, index: int, *args: object) -> Tensor:
+        calls.append(index)
+        if len(calls) in at_calls:
+            raise error()
+        return run_layer(self, index, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FrozenDecoder, "run_layer", run)
+    return calls
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["auto", "reference"])
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("place", [Place.RESIDENT, Place.DISK])
+@pytest.mark.parametrize("call", [1, 9, 13, 15])  # first layer, in the middle forward, in backward
+def test_the_redone_step_is_the_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: Place, kind: str, call: int, reference: bool
+) -> None:
+    slots = 0 if place is Place.RESIDENT else 2
+    plan = resident_plan(RECOMPUTE, KEEP, OFFLOAD, weights=(place,) * 3, num_slots=slots)
+    told: list[tuple[int, str]] = []
+    plain, _ = runner(folder, plan, told, reference)
+    expected = plain.run(4, BATCHES, NUM_SUPERVISED, 1e-3)
+    assert told == []
+
+    tried, decoder = runner(folder, plan, told, reference)
+    run_out(monkeypatch, {call}, ERRORS[kind])
+    outcome = tried.run(4, BATCHES, NUM_SUPERVISED, 1e-3)
+    assert told == [(4, "1 more layers are recomputed")]
+    assert outcome == expected
+    assert torch.equal(tried._factors.gradient, plain._factors.gradient)
+    assert torch.equal(tried._factors.masters, plain._factors.masters)
+    assert tried.walk.plan.activations == (RECOMPUTE, RECOMPUTE, OFFLOAD)
+
+
+def test_other_errors_are_not_swallowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, _ = runner(folder, resident_plan(KEEP, KEEP, KEEP), [])
+    run_out(monkeypatch, {2}, lambda: RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        tried.run(1, BATCHES, NUM_SUPERVISED, 1e-3)
+
+
+def test_when_nothing_helps_the_masters_are_those_of_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, str]] = []
+    tried, _ = runner(folder, resident_plan(KEEP, KEEP, KEEP, loss_tokens=512), told)
+    before = tried._factors.masters.clone()
+    run_out(monkeypatch, set(range(1, 10_000)), ERRORS["cuda"])
+    with pytest.raises(OutOfMemory, match=r"in step 7, and no tighter plan is left \(CUDA out of memory"):
+        tried.run(7, BATCHES, NUM_SUPERVISED, 1e-3)
+    assert torch.equal(tried._factors.masters, before)
+    assert [change for _, change in told] == [
+        "2 more layers are recomputed",
+        "1 more layers are recomputed",
+        "layer inputs wait in RAM",
+        "the loss takes 256 tokens at a time",
+        "the loss takes 128 tokens at a time",
+        "the loss takes 64 tokens at a time",
+        "micro-batches pass in 2 groups",
+        "micro-batches pass in 4 groups",
+    ]
+
+
+def test_long_rows_are_cut_into_mlp_tiles_last() -> None:
+    plan = resident_plan(RECOMPUTE, inputs=Place.RAM, loss_tokens=64)
+    changes = []
+    while (found := tighter(plan, num_micro_batches=1, num_tokens=3000)) is not None:
+        plan, change = found
+        changes.append(change)
+    assert changes == [f"the MLP takes {n} tokens at a time" for n in (2048, 1024, 512, 256)]
+
+
+def test_a_plan_with_nothing_kept_alive_frees_the_failed_walk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exception's traceback must not hold the tensors of the first try while the second runs."""
+    from qlora_train.memory.meter import DeviceMeter
+
+    plan = resident_plan(KEEP, KEEP, KEEP)
+    with DeviceMeter("cpu") as meter:
+        tried, _ = runner(folder, plan, [])
+        tried.run(1, BATCHES, NUM_SUPERVISED, 1e-3)
+        usual = meter.peak_bytes
+        meter.reset_peak()
+        run_out(monkeypatch, {12}, ERRORS["cuda"])
+        tried.run(2, BATCHES, NUM_SUPERVISED, 1e-3)
+        assert meter.peak_bytes <= usual
