@@ -42,7 +42,7 @@ from qlora_train.model.shards import tensor_bytes
 from qlora_train.model.token_matrix import ResidentMatrix, TokenMatrix
 from qlora_train.model.weights import ResidentWeights, by_path
 
-TILE_ROWS = 8192
+TILE_ROWS = 4096
 """Head rows per tile where no plan says otherwise."""
 
 

@@ -21,8 +21,8 @@ each rounded to 16 bits; at p = 0.994 a third of it is rounding.) dz/dh goes thr
 (scale, tanh cap) by autograd, one tile deep.
 
 Bytes: C Vt (4 + 4 + 2 + 2) for a block of C tokens and a tile of Vt rows, and per supervised token D fp32 for
-a and twice D 16-bit for the hidden state and the label's gradient. With V = 128,256, T = 2,048, Vt = 8,192
-and C = 512: 50 MB + 34 MB, instead of 2.6 GB. The tile is the outer loop: all micro-batches of a group share
+a and twice D 16-bit for the hidden state and the label's gradient. With V = 128,256, T = 2,048, Vt = 4,096
+and C = 512: 25 MB + 34 MB, instead of 2.6 GB. The tile is the outer loop: all micro-batches of a group share
 one pass over a head that streams.
 
 `reference_loss` is the formula on all T positions as transformers computes it; bit-identical to autograd

@@ -38,7 +38,7 @@ from qlora_train.memory.plan.plan import CONTEXT_BYTES, FRAGMENTATION, Choices, 
 from qlora_train.memory.plan.time_model import Rates, step_time
 from qlora_train.memory.plan.workload import Workload
 
-LOSS_TOKENS, HEAD_TILE_ROWS = 512, 8192
+LOSS_TOKENS, HEAD_TILE_ROWS = 512, 4096
 LEAST_GAIN = 0.01
 SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS, SMALLEST_MLP_TILE = 64, 1024, 256
 
