@@ -4,7 +4,7 @@ Where the CPU is the compute device, tensors below 32 MiB come from glibc's heap
 with the process, in holes between what lives longer, and the process grows past what its tensors take: 1.33
 GB instead of 0.98 for a 1.1B base that streams from disk. `malloc_trim` hands whole free pages back. They
 cost a page fault when they are used again, so it is called now and then, not at every turn, and only where
-memory is so scarce that weights stream: every 4 layers costs about 4 % of a step.
+memory is so scarce that weights stream: every second layer costs about 5 % of a step.
 
 Why not a lower mmap threshold (every large tensor mapped and unmapped by itself): 0.93 GB, but 40 % slower.
 """

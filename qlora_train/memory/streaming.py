@@ -28,7 +28,7 @@ from qlora_train.model.slab import SlabLayout
 from qlora_train.model.token_matrix import TokenIds
 from qlora_train.model.weights import PresentWeights, by_path
 
-VISITS_PER_TRIM = 4
+VISITS_PER_TRIM = 2
 
 
 class StreamedWeights(PresentWeights):
