@@ -3,8 +3,9 @@
 A step walks the decoder layers forward and back (train/walk.py). What it needs at any moment is decided
 before the first byte is loaded, and all of that is here: where each layer's packed weights wait, what each
 layer leaves behind for its backward pass, where the remembered inputs wait, how many micro-batches pass a
-layer per fetch, and how finely the loss and the MLP are cut. Nothing here changes what is computed except
-`num_groups`, which changes the order of fp32 sums.
+layer per fetch, and how finely the loss and the MLP are cut. Places and policies change no bit of the result.
+`num_groups`, `loss_tokens`, `head_tile_rows` and `mlp_tile_tokens` change the order of sums, hence the last
+bits: a resume keeps them.
 
 The module imports no torch, so `qlora-train plan` answers at once. The bytes that follow from a plan are the
 business of byte_model.py, the choice of one is planner.py's.

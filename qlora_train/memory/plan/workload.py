@@ -122,6 +122,9 @@ def _targets(targets: str | Sequence[str], shape: ModelShape) -> tuple[str, ...]
     names = tuple(shape.linear_shapes())
     if isinstance(targets, str):
         return names
+    if not shape.is_exact:  # its linears may have other names; the model itself will be asked
+        chosen = tuple(name for name in names if any(name.endswith("." + e) for e in targets))
+        return chosen or names
     missing = [e for e in targets if not any(name == e or name.endswith("." + e) for name in names)]
     if missing:
         raise UserError(

@@ -14,11 +14,11 @@ from qlora_train.memory.execution import Activation, Place
 from qlora_train.memory.plan.byte_walk import step_peak
 from qlora_train.memory.plan.from_recipe import Card, find_card, plan_recipe
 from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
-from qlora_train.memory.plan.model_shape import KNOWN
+from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
 from qlora_train.memory.plan.time_model import Rates, stated_rates, step_time
-from qlora_train.memory.plan.workload import workload_of
+from qlora_train.memory.plan.workload import _targets, workload_of
 from qlora_train.recipe import Recipe
 
 GIB = 2**30
@@ -229,3 +229,14 @@ def test_the_drivers_tool_is_asked(
 def test_without_the_tool_there_is_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_card() is None
+
+
+def test_unknown_names_of_linears_are_refused_only_where_the_shape_is_exact() -> None:
+    config = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"vocab_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    starcoder = shape_from_config(config | {"model_type": "starcoder2"}, "here")
+    assert not starcoder.is_exact
+    assert _targets(["c_fc"], starcoder) == tuple(starcoder.linear_shapes())  # counted as all of them
+    assert _targets(["q_proj"], starcoder) == ("self_attn.q_proj",)
+    with pytest.raises(UserError, match="c_fc matches no linear layer"):
+        _targets(["c_fc"], shape_from_config(config | {"model_type": "llama"}, "here"))
