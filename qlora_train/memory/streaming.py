@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qlora_train.memory.heap import give_back_free_pages
+from qlora_train.memory.heap import HeapTrimmer
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import HostRows, ItemReader
 from qlora_train.model.quantize import PackedWeight
@@ -28,12 +28,10 @@ from qlora_train.model.slab import SlabLayout
 from qlora_train.model.token_matrix import TokenIds
 from qlora_train.model.weights import PresentWeights, by_path
 
-VISITS_PER_TRIM = 2
-
 
 class StreamedWeights(PresentWeights):
-    """A `LayerSource` over a ring. layer_paths, layouts: of all layers. Layers given to `add_resident` stay;
-    the others are items of `reader`."""
+    """A `LayerSource` over a ring. layer_paths, layouts: of all layers. Layers that are
+    no items of `reader` are always present (`packed`)."""
 
     def __init__(
         self, layer_paths: Sequence[str], layouts: Sequence[SlabLayout], ring: Ring, reader: ItemReader
@@ -41,7 +39,7 @@ class StreamedWeights(PresentWeights):
         super().__init__(layouts)
         self._paths, self._layouts = layer_paths, layouts
         self.ring, self.reader = ring, reader
-        self._num_visits = 0
+        self._heap = HeapTrimmer()
         self._views: dict[tuple[int, int], dict[str, PackedWeight]] = {}
 
     def expect(self, order: Iterable[int]) -> None:
@@ -63,9 +61,8 @@ class StreamedWeights(PresentWeights):
             for name in present:
                 del self.packed[name]
             self.ring.release(layer)
-            self._num_visits += 1
-            if slot.device.type == "cpu" and self._num_visits % VISITS_PER_TRIM == 0:
-                give_back_free_pages()
+            if slot.device.type == "cpu":
+                self._heap.trim_if_grown()
 
     def close(self) -> None:
         """End reading; the weights that stream can no longer be visited."""
