@@ -2,7 +2,7 @@
 
 Where the CPU is the compute device, tensors below 32 MiB come from glibc's heap. What is freed there stays
 with the process, in holes between what lives longer, and the process grows past what its tensors take. (A
-1.1B base that streams from disk, 512 tokens a step: 1.04 GB after three steps and growing, 1.00 GB with this.)
+1.1B base that streams from disk, 512 tokens a step: 1.04 GB after three steps and growing; with this, 1.00.)
 `malloc_trim` hands whole free pages back. They cost a page fault when they are used again, so it is called
 only when the process has grown by `GROWTH_BYTES` since the last time, and only where memory is so scarce that
 weights stream.
