@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from qlora_train.memory.execution import Activation, ExecutionPlan
-from qlora_train.memory.load import everything_resident, load_base
+from qlora_train.memory.execution import Activation, ExecutionPlan, everything_resident
+from qlora_train.memory.load import load_base
 from qlora_train.model.attention import NAME
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder

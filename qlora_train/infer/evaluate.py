@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from qlora_train.memory.execution import LOSS_TOKENS
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.loss import LOSS_TOKENS, TiledLoss
+from qlora_train.model.loss import TiledLoss
 from qlora_train.model.packed_tokens import PackedTokens
 
 

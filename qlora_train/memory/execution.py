@@ -18,6 +18,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+LOSS_TOKENS, HEAD_TILE_ROWS = 512, 4096
+"""How finely the loss is cut unless memory asks for less. They do not depend on where things wait: the same
+arithmetic everywhere."""
+
 
 class Place(StrEnum):
     """Where something waits between uses: on the compute device, in (pinned) CPU RAM, or in a file."""
@@ -101,6 +105,29 @@ class ExecutionPlan:
             head_tile_rows=int(values["head_tile_rows"]),
             num_slots=int(values["num_slots"]),
         )
+
+
+def everything_resident(
+    num_layers: int,
+    *,
+    activation: Activation = Activation.KEEP,
+    num_groups: int = 1,
+    hold_unpacked: bool = False,
+) -> ExecutionPlan:
+    """Nothing streams, every layer is kept: what a run with memory to spare does; planning begins here."""
+    return ExecutionPlan(
+        weights=(Place.RESIDENT,) * num_layers,
+        activations=(activation,) * num_layers,
+        embedding=Place.RESIDENT,
+        head=Place.RESIDENT,
+        num_groups=num_groups,
+        inputs=Place.RESIDENT,
+        hold_unpacked=hold_unpacked,
+        mlp_tile_tokens=None,
+        loss_tokens=LOSS_TOKENS,
+        head_tile_rows=HEAD_TILE_ROWS,
+        num_slots=0,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.execution import HEAD_TILE_ROWS, ExecutionPlan, Place, everything_resident
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.packed_cache import (
     EMBEDDING,
@@ -36,14 +36,10 @@ from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.loss import LOSS_TOKENS
 from qlora_train.model.quantize import PackedWeight, Packing
 from qlora_train.model.shards import tensor_bytes
 from qlora_train.model.token_matrix import ResidentMatrix, TokenMatrix
 from qlora_train.model.weights import ResidentWeights, by_path
-
-TILE_ROWS = 4096
-"""Head rows per tile where no plan says otherwise."""
 
 
 def load_base(
@@ -84,23 +80,6 @@ def load_base(
     return decoder
 
 
-def everything_resident(num_layers: int) -> ExecutionPlan:
-    """Nothing streams, every layer is kept: what a run would do with memory to spare."""
-    return ExecutionPlan(
-        weights=(Place.RESIDENT,) * num_layers,
-        activations=(Activation.KEEP,) * num_layers,
-        embedding=Place.RESIDENT,
-        head=Place.RESIDENT,
-        num_groups=1,
-        inputs=Place.RESIDENT,
-        hold_unpacked=False,
-        mlp_tile_tokens=None,
-        loss_tokens=LOSS_TOKENS,
-        head_tile_rows=TILE_ROWS,
-        num_slots=0,
-    )
-
-
 def _is_resident(plan: ExecutionPlan) -> bool:
     return all(place is Place.RESIDENT for place in (*plan.weights, plan.embedding, plan.head))
 
@@ -131,7 +110,7 @@ def _from_checkpoint(
 
 def _hash_of(matrix: Tensor) -> str:
     hashed = xxhash.xxh3_128()
-    for rows in matrix.split(TILE_ROWS):
+    for rows in matrix.split(HEAD_TILE_ROWS):
         hashed.update(tensor_bytes(rows.cpu()))
     return hashed.hexdigest()
 

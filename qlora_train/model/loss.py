@@ -44,8 +44,6 @@ from qlora_train.model.token_matrix import tiles
 
 IGNORED = -100
 LOWEST = -1e30  # below any logit, and finite: the first maximum subtracts from -inf where a tile is one label
-LOSS_TOKENS = 512
-"""Supervised tokens per block where no plan says otherwise."""
 
 
 @dataclass
@@ -74,7 +72,7 @@ class _Running:
 class TiledLoss:
     """See the module docstring. block_tokens: C, supervised tokens whose tile of logits is alive at once."""
 
-    def __init__(self, decoder: FrozenDecoder, block_tokens: int = LOSS_TOKENS) -> None:
+    def __init__(self, decoder: FrozenDecoder, block_tokens: int) -> None:
         self._decoder, self._block_tokens = decoder, block_tokens
 
     def __call__(

@@ -24,7 +24,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.execution import (
+    HEAD_TILE_ROWS,
+    LOSS_TOKENS,
+    Activation,
+    ExecutionPlan,
+    Place,
+    everything_resident,
+)
 from qlora_train.memory.plan.byte_walk import (
     GenerateSize,
     evaluation_peak,
@@ -38,7 +45,6 @@ from qlora_train.memory.plan.plan import CONTEXT_BYTES, FRAGMENTATION, Choices, 
 from qlora_train.memory.plan.time_model import Rates, step_time
 from qlora_train.memory.plan.workload import Workload
 
-LOSS_TOKENS, HEAD_TILE_ROWS = 512, 4096
 LEAST_GAIN = 0.01
 SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS, SMALLEST_MLP_TILE = 64, 1024, 256
 
@@ -203,18 +209,8 @@ class _Search:
     def _start(self, num_groups: int, *, holds: bool) -> ExecutionPlan:
         """What the recipe insists on, and otherwise everything resident and kept."""
         policy = Activation.KEEP if self._choices.activations == "auto" else self._choices.activations
-        plan = ExecutionPlan(
-            weights=(Place.RESIDENT,) * self._num_layers,
-            activations=(Activation(policy),) * self._num_layers,
-            embedding=Place.RESIDENT,
-            head=Place.RESIDENT,
-            num_groups=num_groups,
-            inputs=Place.RESIDENT,
-            hold_unpacked=holds,
-            mlp_tile_tokens=None,
-            loss_tokens=LOSS_TOKENS,
-            head_tile_rows=HEAD_TILE_ROWS,
-            num_slots=0,
+        plan = everything_resident(
+            self._num_layers, activation=Activation(policy), num_groups=num_groups, hold_unpacked=holds
         )
         if self._choices.weights in ("ram", "disk"):
             plan = self._placed(plan, self._num_layers, with_embedding=True, with_head=True)
