@@ -6,12 +6,13 @@ LoRA, Kalajdzievski 2023, arXiv:2312.03732). QLoRA: Dettmers et al. 2023, arXiv:
 Two paths, chosen by `training.kernels`:
 
 - `reference` writes the formula with library operations and lets autograd do the rest. Autograd saves the
-unpacked W
-  (2 in*out bytes in 16 bits) until backward, and puts the factor gradients into `.grad` in the compute dtype.
+  unpacked W (2 in*out bytes in 16 bits) until backward, and puts the factor gradients into `.grad` in the
+  compute dtype.
 - `auto` is one autograd.Function. Saved for backward: x and h = x A^T, i.e. T (in + R) elements; never W.
-Backward asks
-  the weight source again, so a weight may have left the device in between. With h and g = dL/dy:
+  Backward asks the weight source again, so a weight may have left the device in between. With g = dL/dy:
+
       dB = s g^T h        dh = s g B        dA = dh^T x        dx = g W + dh A
+
   dA and dB (cheap: 2 T R (in + out) FLOPs each way) are added to the flat fp32 gradient right here, and
   autograd is handed None for them: micro-batches accumulate in fp32, with no gradient tensors of their own.
 
