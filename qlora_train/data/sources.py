@@ -1,8 +1,7 @@
 """Finds what `data.train` and `data.eval` name: a file, a folder of files, or a data set on the hub.
 
-All reading goes through the `datasets` library's packaged builders, whose cache lies where that library
-puts it (HF_DATASETS_CACHE), one folder per content: nothing is ever written beside the data. What a row
-looks like per file type is in `tables`.
+Files are read where they lie and nothing is written beside them; only data sets of the hub go through the
+`datasets` library and its cache. How each file type is read is in `tables`.
 
 A folder is read with its sub-folders, in sorted order, and all its data files are joined. Where file or
 folder names tell several splits apart (train-00000.parquet, test/a.jsonl) the source must say which one it
@@ -11,26 +10,23 @@ means, because test rows must not slip into training.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_train.data.tables import (
-    ColumnTable,
     CsvTable,
+    HubTable,
     JsonLinesTable,
     JsonTable,
+    ParquetTable,
     RowTable,
     TextTable,
-    check_csv_header,
 )
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from qlora_train.recipe import DataSource
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -122,42 +118,16 @@ def _load_file(path: Path) -> RowTable:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _read_json_lines(path: Path) -> RowTable:
-    return JsonLinesTable(str(path), _open("text", path, encoding="utf-8-sig"))
-
-
 def _read_json(path: Path) -> RowTable:
-    """A list of objects, or (as the hub's .json files often are) one object a line."""
-    lines = _open("text", path, encoding="utf-8-sig")
-    first = next((text for text in lines["text"] if text and not text.isspace()), "")
-    is_list = first.lstrip().startswith("[")
-    return JsonTable(str(path), lines) if is_list else JsonLinesTable(str(path), lines)
-
-
-def _read_text(path: Path) -> RowTable:
-    return TextTable(str(path), _open("text", path, encoding="utf-8-sig"))
-
-
-def _read_csv(path: Path) -> RowTable:
-    from datasets import Features, Value
-
-    # pandas guesses types and reads "NA" or "None" as missing: here text is text.
-    names = check_csv_header(path)
-    columns = Features({name: Value("string") for name in names})
-    options = {"names": list(names), "header": 0, "keep_default_na": False, "encoding": "utf-8-sig"}
-    return CsvTable(str(path), _open("csv", path, features=columns, **options))
-
-
-def _read_parquet(path: Path) -> RowTable:
-    return ColumnTable(str(path), _open("parquet", path))
+    return JsonTable(str(path)) if JsonTable.is_list(path) else JsonLinesTable(str(path))
 
 
 _READERS: dict[str, Callable[[Path], RowTable]] = {
-    ".jsonl": _read_json_lines,
+    ".jsonl": lambda path: JsonLinesTable(str(path)),
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
+    ".csv": lambda path: CsvTable(str(path)),
+    ".parquet": lambda path: ParquetTable(str(path)),
+    ".txt": lambda path: TextTable(str(path)),
 }
 
 
@@ -165,32 +135,12 @@ def _supported() -> str:
     return " ".join(_READERS)
 
 
-def _open(builder: str, path: Path, **options: object) -> Dataset:
-    from datasets import config, load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        cache = Path(config.HF_DATASETS_CACHE) / "qlora_train" / _content_hash(path)
-        return load_dataset(builder, data_files=[str(path)], split="train", cache_dir=str(cache), **options)
-    except (DatasetsError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{path} cannot be read as {builder}: {_first_line(cause)}") from error
-
-
-def _content_hash(path: Path) -> str:
-    """The library's cache knows a file by its path and time only: two versions written within one tick of
-    the clock, or copied with their times, would be the same to it.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
 def _load_hub(name: str, split: str) -> RowTable:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     try:
-        return ColumnTable(f"{name} [{split}]", load_dataset(name, split=split))
+        return HubTable(f"{name} [{split}]", load_dataset(name, split=split))
     except DatasetNotFoundError as error:
         raise DataError(
             f"There is no file or folder {name}, and no data set of that name on the hub that you may read: "

@@ -1,14 +1,17 @@
 """One file or hub split as rows that remember where they come from.
 
-Every table is opened by the `datasets` library (its Arrow cache keeps rows on disk, not in memory), but
-text-like files are read as *lines of text* and parsed here, not by the library's JSON reader: that one
-infers one type per column (a column of ISO dates becomes timestamps, a mixed column is recoded) and forgets
-the line numbers. As lines, a value stays what the file says and row i of the table is physical line i + 1
-of the file. For the same reason every column of a CSV is read as text, and "NA" or "null" stay the words
-they are.
+    .jsonl .json .txt   lines of text, parsed here           row i is physical line i + 1 of the file
+    .csv                records of the standard library's reader, every field as text
+    .parquet            batches of pyarrow                    rows have numbers, no lines
+    hub split           the `datasets` library
 
-A row is addressed by (table, index); `describe(index)` turns that into words for a message, and does the
-counting of lines only then.
+A value stays what the file says. A reader that infers one type per column (as pandas does, and the JSON and
+CSV builders of `datasets`) turns a column of ISO dates into timestamps and "NA" into nothing, and forgets the
+line numbers. Importing pandas would cost every run 90 MB besides.
+
+Rows are read anew at each iteration, never held (but for a .json list, which is parsed at once). A row is
+addressed by (table, index); `describe(index)` turns that into words for a message, and does the counting of
+lines only then.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,31 +39,19 @@ csv.field_size_limit(2**31 - 1)  # the module's own 128 KiB are less than a long
 class RowTable(ABC):
     """Rows of one file or hub split; `name` is its path or id. Iterating gives (index, row)."""
 
-    def __init__(self, name: str, dataset: Dataset) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.dataset = dataset
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[int, Row]]: ...
 
     @cached_property
+    @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """All column names that occur, in order of first appearance."""
-        return tuple(self.dataset.column_names)
 
     def describe(self, index: int) -> str:
         return f"{self.name} row {index + 1}"
-
-    def _batches(self) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-        for number, batch in enumerate(self.dataset.iter(batch_size=_READ_ROWS)):
-            yield number * _READ_ROWS, batch
-
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        """(index, line) of a table opened as text, blank lines left out."""
-        for first, batch in self._batches():
-            for index, line in enumerate(batch["text"], start=first):
-                if line and not line.isspace():
-                    yield index, line
 
 
 class Origin(NamedTuple):
@@ -73,32 +64,106 @@ class Origin(NamedTuple):
         return self.table.describe(self.row_index)
 
 
-class ColumnTable(RowTable):
-    """Parquet files and hub splits: rows have no lines, only numbers (from 1)."""
+class HubTable(RowTable):
+    """A split of a data set on the hub; the library keeps its rows on disk."""
+
+    def __init__(self, name: str, dataset: Dataset) -> None:
+        super().__init__(name)
+        self._dataset = dataset
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        for first, batch in self._batches():
-            names = list(batch)
-            for index, values in enumerate(zip(*batch.values(), strict=True), start=first):
-                yield index, dict(zip(names, values, strict=True))
+        return enumerate(self._dataset)
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self._dataset.column_names)
 
 
-class CsvTable(ColumnTable):
-    """A CSV file with a header line; a record may span several lines, it is named by its first."""
+class ParquetTable(RowTable):
+    """A .parquet file, read in batches of rows."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        _ = self.columns  # reads the footer: what is no parquet file is refused at once
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        from pyarrow import ArrowException, parquet
+
+        index = 0
+        try:
+            with parquet.ParquetFile(self.name) as file:
+                for batch in file.iter_batches(batch_size=_READ_ROWS):
+                    for row in batch.to_pylist():
+                        yield index, row
+                        index += 1
+        except ArrowException as error:
+            raise DataError(f"{self.name} cannot be read as parquet: {error}") from error
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return tuple(parquet.read_schema(self.name).names)
+        except ArrowException as error:
+            raise DataError(f"{self.name} cannot be read as parquet: {error}") from error
+
+
+class CsvTable(RowTable):
+    """A CSV file with a header line; a record may span several lines, it is named by its first. A record
+    shorter than the header has empty texts at its end."""
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        return check_csv_header(Path(self.name))
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        names = self.columns
+        for index, (line, record) in enumerate(self._records()):
+            if len(record) > len(names):
+                raise DataError(
+                    f"{self.name} cannot be read as csv: line {line} has {len(record)} fields, the header "
+                    f'names {len(names)} columns. Quote fields that hold a comma ("like, this").'
+                )
+            yield index, dict(zip_longest(names, record, fillvalue=""))
 
     def describe(self, index: int) -> str:
-        with open(self.name, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            starts = [0]
-            records: list[int] = []
-            for record in reader:
-                if record:  # blank lines are no records
-                    records.append(starts[-1] + 1)
-                starts.append(reader.line_num)
-        return f"{self.name} line {records[index + 1]}"  # records[0] is the header
+        lines = (line for number, (line, _) in enumerate(self._records()) if number == index)
+        return f"{self.name} line {next(lines)}"
+
+    def _records(self) -> Iterator[tuple[int, list[str]]]:
+        """(first line, fields) of each record after the header; blank lines are no records."""
+        try:
+            with open(self.name, encoding="utf-8-sig", newline="") as file:
+                reader = csv.reader(file)
+                line, header_is_over = 1, False
+                for record in reader:
+                    if record and header_is_over:
+                        yield line, record
+                    header_is_over = header_is_over or bool(record)
+                    line = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{self.name} cannot be read as csv in UTF-8: {error}") from error
 
 
-class TextTable(RowTable):
+class LineTable(RowTable):
+    """A file read as lines of text."""
+
+    def describe(self, index: int) -> str:
+        return f"{self.name} line {index + 1}"
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """(index, line), blank lines left out."""
+        try:
+            with open(self.name, encoding="utf-8-sig") as file:
+                for index, line in enumerate(file):
+                    if not line.isspace():
+                        yield index, line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.name} cannot be read as text in UTF-8: {error}") from error
+
+
+class TextTable(LineTable):
     """A .txt file: every line that is not blank is a row with one column, `text`."""
 
     @cached_property
@@ -108,11 +173,8 @@ class TextTable(RowTable):
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         return ((index, {"text": line}) for index, line in self._lines())
 
-    def describe(self, index: int) -> str:
-        return f"{self.name} line {index + 1}"
 
-
-class JsonLinesTable(RowTable):
+class JsonLinesTable(LineTable):
     """One JSON object a line; blank lines are skipped."""
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
@@ -127,16 +189,13 @@ class JsonLinesTable(RowTable):
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for _, row in self for name in row))
 
-    def describe(self, index: int) -> str:
-        return f"{self.name} line {index + 1}"
 
-
-class JsonTable(RowTable):
+class JsonTable(LineTable):
     """A .json file that holds one list of objects. It is parsed at once, so it must fit in memory."""
 
     @cached_property
     def _text(self) -> str:
-        return "\n".join(line for _, batch in self._batches() for line in batch["text"])
+        return Path(self.name).read_text(encoding="utf-8-sig")
 
     @cached_property
     def _rows(self) -> list[Any]:
@@ -162,6 +221,12 @@ class JsonTable(RowTable):
             position = decoder.raw_decode(text, _skip_space(text, position))[1]
             position = text.index(",", position) + 1
         return f"{self.name} line {text.count(chr(10), 0, _skip_space(text, position)) + 1}"
+
+    @staticmethod
+    def is_list(path: Path) -> bool:
+        """Whether the file holds a list; the hub's .json files often hold one object a line."""
+        lines = TextTable(str(path))
+        return next((row["text"] for _, row in lines), "").lstrip().startswith("[")
 
 
 def _skip_space(text: str, position: int) -> int:

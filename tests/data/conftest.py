@@ -85,13 +85,6 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return _make_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-
-
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
     def write(*rows: Any, name: str = "rows.jsonl") -> str:

@@ -19,7 +19,7 @@ Show = Callable[[Any, Any], str]
 
 
 def tokenize(tokenizer: Any, *contents: Content, supervise: str = "completions") -> TokenizedRows:
-    table = JsonLinesTable("rows.jsonl", dataset=None)  # type: ignore[arg-type]
+    table = JsonLinesTable("rows.jsonl")
     examples = [Example(Origin(table, number), content) for number, content in enumerate(contents)]
     return tokenize_examples(examples, tokenizer, sequence_length=300, supervise=supervise)
 

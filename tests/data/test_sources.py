@@ -53,6 +53,11 @@ def test_csv_values_are_text_and_records_may_span_lines(tmp_path: Path) -> None:
     assert [table.describe(i).rsplit(" ", 1)[1] for i in range(3)] == ["2", "5", "6"]
 
 
+def test_a_short_csv_record_ends_in_empty_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,a,b\nx\ny,1\n")
+    assert rows_of(load(tmp_path / "a.csv")) == [{"q": "x", "a": "", "b": ""}, {"q": "y", "a": "1", "b": ""}]
+
+
 def test_a_csv_column_without_a_name_is_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(",q,\n0,x,1\n1,y,2\n")  # pandas writes its index so

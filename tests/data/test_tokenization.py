@@ -24,7 +24,7 @@ def chat(*turns: str) -> Chat:
 def tokenize(
     tokenizer: Any, *contents: Content, length: int = 200, supervise: str = "completions"
 ) -> TokenizedRows:
-    table = JsonLinesTable("rows.jsonl", dataset=None)  # type: ignore[arg-type]
+    table = JsonLinesTable("rows.jsonl")
     examples = [Example(Origin(table, number), content) for number, content in enumerate(contents)]
     return tokenize_examples(examples, tokenizer, sequence_length=length, supervise=supervise)
 

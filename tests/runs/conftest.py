@@ -1,22 +1,18 @@
-"""Whole runs are compared with numbers of the CPU, so they stay on it; the data cache is the tests' own."""
+"""Whole runs are compared with numbers of the CPU, so they stay on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 from accelerate.state import AcceleratorState
 from tiny_runs import reversal_rows, write_base, write_rows
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    cache = tmp_path_factory.getbasetemp() / "datasets"
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # for children; this process has read it already
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
