@@ -1,4 +1,4 @@
-"""The commands: `qlora-train train | plan | preview | generate | export | recipes`, and names still to come.
+"""The commands: `qlora-train train | plan | preview | generate | export | recipes | bench`, others to come.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes`
 answer without torch) and calls one function of a lower floor. Whatever the user can mend, and every failure
@@ -35,7 +35,6 @@ NOT_YET = {
     "eval": ("D", "score a run on held-out data"),
     "report": ("D", "show a run's curves and samples"),
     "init": ("D", "write a recipe for a model and a card"),
-    "bench": ("C", "measure speed and memory beside other trainers"),
     "verify": ("E", "check that a run's promises hold"),
 }
 
@@ -141,6 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("."))
     copy.set_defaults(run=_copy_recipe)
+
+    bench = command("bench", "measure speed and memory beside other trainers", run=_bench)
+    bench.add_argument("names", metavar="NAME", nargs="*", help="cases (default: all)")
+    bench.add_argument("--list", action="store_true", help="show the cases")
+    bench.add_argument("--runs", type=_count, default=3, metavar="N", help="of each contender (default: 3)")
+    bench.add_argument(
+        "--record",
+        type=Path,
+        default=Path("bench-results"),
+        metavar="DIR",
+        help="add figures, machine and versions to the files here (default: ./bench-results)",
+    )
 
     for name, (part, help_text) in NOT_YET.items():
         command(name, f"{help_text} (not yet: part {part}, {PARTS[part]})")
@@ -278,6 +289,18 @@ def _bundled(name: str) -> Path:
         known = ", ".join(recipes)
         raise UserError(f"{name}: no such bundled recipe; there are {known}{nearest(name, recipes)}")
     return recipes[name]
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from qlora_train.bench.command import list_cases, run_bench
+
+    console = Console(highlight=False)
+    if args.list:
+        list_cases(console)
+    else:
+        run_bench(args.names, num_runs=args.runs, records=args.record, console=console)
 
 
 def _not_yet_error(what: str, part: str) -> NotYetError:

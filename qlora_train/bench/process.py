@@ -1,0 +1,122 @@
+"""One piece of work in its own fresh process: no warm caches, no memory and no imports of the one before.
+
+    python -m MODULE arguments.json figures.json
+
+The module reads its arguments as JSON and writes its figures as JSON (`answer`). What it prints goes to a log
+whose last lines become the error where it fails, is killed or takes too long. Peak memory is read inside the
+child, from the kernel (and on CUDA from the allocator): the parent would see it only by polling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NUM_ERROR_LINES = 12
+_CHECKOUT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """figures: what the piece measured, or None; error: its last lines then. seconds: of the whole process,
+    start and imports included."""
+
+    figures: dict[str, Any] | None
+    error: str | None
+    seconds: float
+
+
+def run_piece(
+    module: str,
+    arguments: Mapping[str, Any],
+    *,
+    timeout_seconds: float,
+    environment: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Run a module, such as `qlora_train.bench.pieces.ours`, in a fresh process.
+
+    arguments: plain JSON values. environment: added to this process's. Never raises for what the child does.
+    """
+    with tempfile.TemporaryDirectory(prefix="qlora-bench-") as name:
+        folder = Path(name)
+        (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
+        files = [str(folder / "arguments.json"), str(folder / "figures.json")]
+        command = [sys.executable, "-m", module, *files]
+        started = time.monotonic()
+        with (folder / "log").open("w+", encoding="utf-8", errors="replace") as log:
+            code = _run(command, log, timeout_seconds, _environment(environment or {}))
+            seconds = time.monotonic() - started
+            log.seek(0)
+            last_lines = "\n".join(log.read().strip().splitlines()[-NUM_ERROR_LINES:])
+        figures = folder / "figures.json"
+        if code == 0 and figures.is_file():
+            return Outcome(json.loads(figures.read_text(encoding="utf-8")), None, seconds)
+    return Outcome(None, f"{_ending(code, timeout_seconds)}\n{last_lines}".strip(), seconds)
+
+
+def answer(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The main program of a piece: arguments in, figures out, with the peaks of this process beside them
+    (those that `measure` took itself, at an earlier moment, stand)."""
+    arguments_file, figures_file = map(Path, sys.argv[1:])
+    figures = measure(json.loads(arguments_file.read_text(encoding="utf-8")))
+    text = json.dumps(peaks() | figures, allow_nan=False)
+    figures_file.write_text(text, encoding="utf-8")
+
+
+def peaks() -> dict[str, int]:
+    """process_peak_bytes: resident memory at its highest since the process began. On CUDA also
+    device_peak_bytes and device_reserved_peak_bytes: the allocator's, since it was last reset."""
+    import torch
+
+    from qlora_train.memory.meter import process_peak_bytes
+
+    found = {"process_peak_bytes": process_peak_bytes()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+        found["device_reserved_peak_bytes"] = torch.cuda.max_memory_reserved()
+    return found
+
+
+def _environment(added: Mapping[str, str]) -> dict[str, str]:
+    """This process's, this very package importable from anywhere, nothing downloaded."""
+    paths = [str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(paths), **added}
+
+
+def _run(command: list[str], log: Any, timeout_seconds: float, environment: Mapping[str, str]) -> int | None:
+    """The exit code; None where the time was over. The child leads its own group, which ends with it."""
+    child = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        return child.wait(timeout_seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(child)
+
+
+def _end(child: subprocess.Popen[Any]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and all that it started
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _ending(code: int | None, timeout_seconds: float) -> str:
+    if code is None:
+        return f"not finished after {timeout_seconds:g} s"
+    if code < 0:
+        return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return f"exit code {code}" if code else "ended without figures"

@@ -1,0 +1,157 @@
+"""A base of any size without its weights: random bytes in the format of the packed cache, made directly.
+
+Memory and speed do not depend on what the weights say, only on their shapes, so a 70B base can be measured
+where no 141 GB checkpoint is. Every byte is a valid pair of 4-bit codes, so a slab is random bytes; only its
+floating-point constants have to make sense, so that losses and gradients are finite and of an ordinary size:
+
+    weights        mean square 1/in in every linear: products keep the size of what they multiply
+    absmax         offset + code * nested_absmax, spread a quarter around what that mean square asks for
+    embedding, head   normal, mean square 1/D: logits of size one, a loss near ln V + 1/2
+    norms          ones; biases zeros
+
+What costs is bandwidth, not random numbers: one random pattern, a little longer than a slab, is copied from
+another place for every layer (likewise for blocks of matrix rows), so no two layers are alike and 40 GB take
+as long as writing and hashing them does. The 16-bit weights never exist. The rest is the product's own
+(packed_cache.py): layout, manifest, hashes, atomic folder. What it makes is opened by `load_base` like any
+packed base, since a base folder with nothing but its config.json has the same fingerprint every time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+
+from qlora_train.memory.packed_cache import PackedBase, open_packed_base
+from qlora_train.memory.plan.model_shape import ModelShape
+from qlora_train.model.base import Skeleton, read_config
+from qlora_train.model.quantize import PackedWeight, Packing
+from qlora_train.model.slab import SlabLayout
+
+SHIFT = 4099
+"""Bytes (of slabs) or numbers (of matrices) between the places that consecutive copies start from; odd, so
+that rows do not meet themselves."""
+SPREAD = 0.25
+BLOCK_NUMBERS = 2**24
+INT8_MEAN_SQUARE = (256**2 - 1) / 12  # of uniform codes, around their mean of -1/2
+
+
+def config_of(shape: ModelShape) -> dict[str, Any]:
+    """A config.json for the shape of a model of the llama family."""
+    assert shape.model_type == "llama", shape.model_type
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": shape.max_positions,
+        "tie_word_embeddings": shape.is_tied,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A base folder with nothing but its config.json; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def make_random_base(
+    base_folder: Path,
+    packing: Packing,
+    dtype: torch.dtype,
+    cache: Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> PackedBase:
+    """The random packed base of `base_folder` (write_config) below `cache`, made if it is not there.
+
+    dtype: the compute dtype. Raises `UserError` for a disk that is too small.
+    """
+    skeleton = Skeleton(read_config(base_folder), dtype)
+    return open_packed_base(cache, base_folder, skeleton, packing, torch.device("cpu"), say, RandomWeights)
+
+
+class RandomWeights:
+    """Stands where a `BaseCheckpoint` stands; a context manager. CPU tensors only."""
+
+    def __init__(self, base_folder: Path, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+        self._generator = torch.Generator().manual_seed(0)
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._dynamic_code = bnb.create_dynamic_map()
+
+    def __enter__(self) -> RandomWeights:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def pack_layer(self, layer: int, layout: SlabLayout, slab: Tensor) -> None:
+        """Fill `slab` (uint8) with a layer of this layout."""
+        start = layer * SHIFT
+        if len(self._bytes) < start + len(slab):
+            self._bytes = self._random_bytes(len(self._skeleton.layer_paths) * SHIFT + len(slab))
+        slab.copy_(self._bytes[start : start + len(slab)])
+        for weight in layout.weights(slab).values():
+            self._set_constants(weight)
+
+    def matrix_rows(self, name: str) -> Iterator[Tensor]:
+        """Consecutive rows [n, D] of the embedding or the head, in the compute dtype."""
+        num_rows, num_columns = self._skeleton.matrix_shape
+        block = min(num_rows, max(1, BLOCK_NUMBERS // num_columns))
+        starts = range(0, num_rows, block)
+        pattern = torch.empty(block * num_columns + len(starts) * SHIFT)
+        pattern.normal_(std=num_columns**-0.5, generator=self._generator)
+        pattern = pattern.to(self._skeleton.dtype)
+        for number, start in enumerate(starts):
+            rows = min(block, num_rows - start)
+            yield pattern[number * SHIFT :][: rows * num_columns].view(rows, num_columns)
+
+    def plain(self, device: torch.device) -> dict[str, Tensor]:
+        """Norms and biases."""
+        return {
+            name: torch.full(
+                shape, 0.0 if name.endswith("bias") else 1.0, dtype=self._skeleton.dtype, device=device
+            )
+            for name, shape in self._skeleton.plain_shapes.items()
+        }
+
+    def _random_bytes(self, num_bytes: int) -> Tensor:
+        words = torch.empty(-(-num_bytes // 8), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=self._generator)  # eight bytes a draw
+        return words.view(torch.uint8)
+
+    def _set_constants(self, weight: PackedWeight) -> None:
+        """Scales for random codes: see the module docstring."""
+        packing, tensors, root_mean_square = weight.packing, weight.tensors, weight.shape[1] ** -0.5
+        if packing.format == "none":
+            tensors["data"].normal_(std=root_mean_square, generator=self._generator)
+            return
+        if packing.format == "int8":
+            tensors["row_absmax"].fill_(127 * root_mean_square / math.sqrt(INT8_MEAN_SQUARE))
+            return
+        codes = bnb.get_4bit_type(packing.format, device="cpu")
+        absmax = root_mean_square / float(codes.square().mean().sqrt())
+        if not packing.double_quant:
+            tensors["absmax"].uniform_(
+                (1 - SPREAD) * absmax, (1 + SPREAD) * absmax, generator=self._generator
+            )
+            return
+        tensors["nested_absmax"].fill_(SPREAD * absmax)
+        tensors["nested_offset"].fill_(absmax)
+        tensors["nested_code"].copy_(self._dynamic_code)
