@@ -6,7 +6,7 @@ torch's own pinned allocator rounds up to powers of two: a slab of 113 MB would 
 two. So pages come from the kernel (`mmap`) and are registered with CUDA as they are.
 
 Where the system refuses to pin (a container's limit on locked memory, say), buffers stay pageable: slower,
-never wrong; the caller can see it in `pinned`.
+never wrong, and said once (`refused`; unpinned.py says what it costs).
 
 Nothing here is made by torch's allocator, so a meter of the compute device never counts it, also where that
 device is the CPU.
@@ -14,18 +14,61 @@ device is the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class HostMemory:
-    """Hands out buffers of exact size. device: whose copies they serve."""
+class Pinning(Protocol):
+    """Makes host pages such that a device can copy from and to them by itself."""
+
+    def pin(self, buffer: Tensor) -> bool:
+        """False where the system refuses."""
+        ...
+
+    def unpin(self, address: int) -> None:
+        """Of a buffer that was pinned, while it is still there."""
+        ...
+
+
+class CudaPinning:
+    """The CUDA runtime's."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pin = device.type == "cuda"
+        self._device = device
+
+    def pin(self, buffer: Tensor) -> bool:
+        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+        if int(error) == 0:
+            return True
+        # The runtime keeps the error for this thread's next kernel launch to raise: let that be ours.
+        with contextlib.suppress(RuntimeError):
+            torch.empty(1, device=self._device).fill_(0)
+        return False
+
+    def unpin(self, address: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+class HostMemory:
+    """Hands out buffers of exact size."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        pinning: Pinning | None = None,
+        refused: Callable[[], None] = lambda: None,
+    ) -> None:
+        """device: whose copies the buffers serve. pinning: None is CUDA's for a GPU, and none elsewhere.
+        refused: called at the first refusal, after which no buffer is pinned any more."""
+        self._device, self._refused = device, refused
+        self._pinning = CudaPinning(device) if pinning is None and device.type == "cuda" else pinning
         self.pinned = True
         """False once the system has refused to pin a buffer."""
         self.num_bytes = 0
@@ -38,9 +81,9 @@ class HostMemory:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         self.num_bytes += num_bytes
-        registered = self._pin and self._register(buffer)
+        unpin = self._pinning.unpin if self._pinning is not None and self._pin(buffer) else None
         weakref.finalize(
-            buffer.untyped_storage(), _forget, weakref.ref(self), num_bytes, buffer.data_ptr(), registered
+            buffer.untyped_storage(), _forget, weakref.ref(self), num_bytes, buffer.data_ptr(), unpin
         )
         return buffer
 
@@ -52,8 +95,9 @@ class HostMemory:
         """
         fitting = [b for b in self._spare if num_bytes <= b.numel() <= num_bytes + num_bytes // 4]
         if not fitting and self._spare:
-            if self._pin:
-                torch.cuda.synchronize()  # a copy from it may still be under way; rare: sizes settle
+            if self._device.type == "cuda":
+                # A copy from it may still be under way; rare, because sizes settle.
+                torch.cuda.synchronize(self._device)
             self._spare.pop(0)
         if not fitting:
             return self.empty(num_bytes)
@@ -65,18 +109,22 @@ class HostMemory:
         """For a later `borrow`."""
         self._spare.append(buffer)
 
-    def _register(self, buffer: Tensor) -> bool:
+    def _pin(self, buffer: Tensor) -> bool:
         if not self.pinned:
             return False
-        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-        self.pinned = int(error) == 0
+        assert self._pinning is not None
+        self.pinned = self._pinning.pin(buffer)
+        if not self.pinned:
+            self._refused()
         return self.pinned
 
 
-def _forget(owner: weakref.ref[HostMemory], num_bytes: int, address: int, registered: bool) -> None:
+def _forget(
+    owner: weakref.ref[HostMemory], num_bytes: int, address: int, unpin: Callable[[int], None] | None
+) -> None:
     """When a buffer goes. Not a method: it would keep the owner, and with it every spare buffer, alive."""
     memory = owner()
     if memory is not None:
         memory.num_bytes -= num_bytes
-    if registered:
-        torch.cuda.cudart().cudaHostUnregister(address)
+    if unpin is not None:
+        unpin(address)

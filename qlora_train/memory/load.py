@@ -50,6 +50,7 @@ def load_base(
     *,
     plan: ExecutionPlan | None = None,
     cache: Path | None = None,
+    host: HostMemory | None = None,
     say: Callable[[str], None] = lambda line: None,
     poison: bool = False,
 ) -> FrozenDecoder:
@@ -57,9 +58,10 @@ def load_base(
 
     folder: with config.json and safetensors. packing: of the decoder layers' linears. dtype: of everything
     else and of the computation. cache: the folder that keeps packed bases (packed_cache.py); None keeps
-    nothing, and what streams from disk does so from a temporary file. say: told, a line each, what takes
-    time. poison: see ring.py. Raises `BaseModelError` for missing, surplus, misshapen or differently packed
-    tensors, `UserError` for a disk that is too small.
+    nothing, and what streams from disk does so from a temporary file. host: for what waits in
+    RAM; None: its own, silent where pinning is refused. say: told, a line each, what takes time. poison: see
+    ring.py. Raises `BaseModelError` for missing, surplus, misshapen or differently packed tensors,
+    `UserError` for a disk that is too small.
     """
     skeleton = Skeleton(read_config(folder), dtype)
     plan = plan or everything_resident(len(skeleton.layer_paths))
@@ -71,7 +73,7 @@ def load_base(
         temporary = tempfile.TemporaryDirectory(prefix=f"temporary-{os.getpid()}-", dir=cache_root())
         cache = Path(temporary.name)
     base = open_packed_base(cache, folder, skeleton, packing, device, say)
-    decoder = _Assembly(skeleton, base, plan, device).decoder(poison)
+    decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device)).decoder(poison)
     decoder.fingerprint = base.fingerprint()
     if isinstance(decoder.weights, StreamedWeights):
         decoder.at_close.append(decoder.weights.close)
@@ -130,11 +132,16 @@ class _Assembly:
     """Puts the parts of a packed base where a plan wants them."""
 
     def __init__(
-        self, skeleton: Skeleton, base: PackedBase, plan: ExecutionPlan, device: torch.device
+        self,
+        skeleton: Skeleton,
+        base: PackedBase,
+        plan: ExecutionPlan,
+        device: torch.device,
+        host: HostMemory,
     ) -> None:
         self._skeleton, self._base, self._plan, self._device = skeleton, base, plan, device
-        self._host = HostMemory(device)
-        self._reader = ItemReader(device, self._host)
+        self._host = host
+        self._reader = ItemReader(device, host)
 
     def decoder(self, poison: bool) -> FrozenDecoder:
         """The decoder; see `load_base` for poison."""
@@ -187,7 +194,7 @@ class _Assembly:
         rows = HostRows(at, self._row_bytes)
         skeleton, tile_rows = self._skeleton, self._plan.head_tile_rows
         return StreamedMatrix(
-            skeleton.matrix_shape, skeleton.dtype, self._device, rows, ring, items, tile_rows
+            skeleton.matrix_shape, skeleton.dtype, self._device, rows, ring, items, tile_rows, self._host
         )
 
     def _on_device(self, part: FilePart) -> Tensor:

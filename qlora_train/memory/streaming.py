@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.memory.heap import HeapTrimmer
+from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import HostRows, ItemReader
 from qlora_train.model.quantize import PackedWeight
@@ -90,19 +91,20 @@ class StreamedMatrix:
         ring: Ring | None,
         items: Sequence[int],
         tile_rows: int,
+        host: HostMemory,
     ) -> None:
-        """ring: None for an embedding that is not the head, of which only rows are asked."""
+        """ring: None for an embedding that is not the head, of which only rows are asked. host: knows whether
+        memory may be pinned."""
         self.num_rows, self._num_columns = shape
         self.tile_rows, self.items = tile_rows, tuple(items)
         self._dtype, self._device, self._rows, self._ring = dtype, device, rows, ring
+        self._host = host
 
     def gather(self, ids: TokenIds) -> Tensor:
         rows = self._rows.gather(ids.host).view(self._dtype)
-        if self._device.type == "cpu":
-            return rows
-        return rows.pin_memory().to(
-            self._device, non_blocking=True
-        )  # from pageable memory the host would wait
+        if self._device.type == "cuda" and self._host.pinned:
+            rows = rows.pin_memory()  # from pageable memory the host would wait
+        return rows.to(self._device, non_blocking=True)
 
     @contextmanager
     def tile(self, index: int) -> Iterator[Tensor]:

@@ -68,7 +68,11 @@ class TrainLoop:
         )
         self._runner = StepRunner(
             LayerWalk(
-                self._decoder, self._factors, prepared.execution, reference=training.kernels == "reference"
+                self._decoder,
+                self._factors,
+                prepared.execution,
+                reference=training.kernels == "reference",
+                host=prepared.host,
             ),
             self._decoder,
             self._factors,

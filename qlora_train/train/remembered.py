@@ -26,11 +26,11 @@ from qlora_train.model.factors import FactorBuffers
 
 
 class Remembered:
-    """Makes a `RememberedLayer` for each layer of a walk; owns the host memory they use."""
+    """Makes a `RememberedLayer` for each layer of a walk. host: the memory that they use."""
 
-    def __init__(self, decoder: FrozenDecoder, factors: FactorBuffers) -> None:
+    def __init__(self, decoder: FrozenDecoder, factors: FactorBuffers, host: HostMemory) -> None:
         self.decoder, self.factors = decoder, factors
-        self.park = HostPark(decoder.device, HostMemory(decoder.device))
+        self.park = HostPark(decoder.device, host)
 
     def layer(self, index: int, plan: ExecutionPlan, *, in_backward: bool) -> RememberedLayer:
         """in_backward: False for layers below the first factors, of which nothing is remembered."""

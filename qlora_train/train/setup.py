@@ -19,10 +19,12 @@ from qlora_train.data.prompts import format_of
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.load import load_base
 from qlora_train.memory.machine_plan import plan_here
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.plan import Plan
+from qlora_train.memory.unpinned import host_memory_of_run
 from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
@@ -36,7 +38,8 @@ from qlora_train.recipe import Recipe
 @dataclass(frozen=True)
 class Prepared:
     """The parts of a run. recipe: resolved (absolute base, commit, compute dtype). plan: what this machine
-    could do. execution: what the run does: the plan's, or that of the checkpoint it goes on from."""
+    could do. execution: what the run does: the plan's, or that of the checkpoint it goes on from. host: for
+    what waits in RAM."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -48,6 +51,7 @@ class Prepared:
     adapter_config: AdapterConfig
     plan: Plan
     execution: ExecutionPlan
+    host: HostMemory
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -110,8 +114,11 @@ def prepare(
     plan.require_fit()
     execution = _agreed(saved_execution or plan.execution)
     cache = cache_root() if use_cache else None
+    host = host_memory_of_run(plan, execution, accelerator.device, say)
     with accelerator.main_process_first():  # one rank packs, the others read
-        decoder = load_base(folder, packing, dtype, accelerator.device, plan=execution, cache=cache, say=say)
+        decoder = load_base(
+            folder, packing, dtype, accelerator.device, plan=execution, cache=cache, host=host, say=say
+        )
     decoder.tail_name = found.tail_name
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
     return Prepared(
@@ -125,6 +132,7 @@ def prepare(
         adapter_config,
         plan,
         execution,
+        host,
     )
 
 

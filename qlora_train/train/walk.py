@@ -29,6 +29,7 @@ from torch import Tensor
 
 from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.host_memory import HostMemory
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.loss import TiledLoss, reference_loss
@@ -41,10 +42,17 @@ class LayerWalk:
 
     plan: what is kept, recomputed or offloaded, and in how many groups micro-batches pass; may be replaced
     between steps. reference: library operations and autograd's own sums (`training.kernels: reference`).
+    host: memory for what is parked; None: memory of its own.
     """
 
     def __init__(
-        self, decoder: FrozenDecoder, factors: FactorBuffers, plan: ExecutionPlan, *, reference: bool
+        self,
+        decoder: FrozenDecoder,
+        factors: FactorBuffers,
+        plan: ExecutionPlan,
+        *,
+        reference: bool,
+        host: HostMemory | None = None,
     ) -> None:
         self._decoder, self._factors, self._reference = decoder, factors, reference
         self._modules = [factors.modules(decoder.linears_of(i)) for i in range(len(decoder.layers))]
@@ -52,7 +60,7 @@ class LayerWalk:
         for linear in decoder.linears.values():
             linear.use_autograd = reference
         decoder.weights.copies_unpacked = reference
-        self._remembered = Remembered(decoder, factors)
+        self._remembered = Remembered(decoder, factors, host or HostMemory(decoder.device))
         self.follow(plan)
 
     def follow(self, plan: ExecutionPlan) -> None:

@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.memory.host_memory import HostMemory
+from qlora_train.memory.host_memory import CudaPinning, HostMemory
 from qlora_train.memory.meter import DeviceMeter
 
 MIB = 2**20
+CPU = torch.device("cpu")
 
 
 def host_memory() -> HostMemory:
-    return HostMemory(torch.device("cpu"))
+    return HostMemory(CPU)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 7, mmap.PAGESIZE, mmap.PAGESIZE + 1, 3 * MIB + 5])
@@ -143,8 +144,8 @@ def test_the_meter_of_the_device_does_not_see_it() -> None:
     assert view is not None
 
 
-class FakeCuda:
-    """What stands for the CUDA runtime: pins until it refuses."""
+class FakePinning:
+    """Stands for the CUDA runtime: pins until it refuses."""
 
     def __init__(self, refuse_after: int) -> None:
         self.refuse_after = refuse_after
@@ -152,19 +153,17 @@ class FakeCuda:
         self.num_asked = 0
         self.unmapped_too_early: list[int] = []
 
-    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
-        assert flags == 0
+    def pin(self, buffer: Tensor) -> bool:
         self.num_asked += 1
         if self.num_asked > self.refuse_after:
-            return 2  # cudaErrorMemoryAllocation
-        self.pinned[address] = num_bytes
-        return 0
+            return False
+        self.pinned[buffer.data_ptr()] = buffer.numel()
+        return True
 
-    def cudaHostUnregister(self, address: int) -> int:
+    def unpin(self, address: int) -> None:
         del self.pinned[address]
         if not is_mapped(address):
             self.unmapped_too_early.append(address)
-        return 0
 
 
 def is_mapped(address: int) -> bool:
@@ -175,16 +174,10 @@ def is_mapped(address: int) -> bool:
     return False
 
 
-def with_fake_cuda(monkeypatch: pytest.MonkeyPatch, refuse_after: int) -> tuple[FakeCuda, HostMemory]:
-    cuda = FakeCuda(refuse_after)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return cuda, HostMemory(torch.device("cuda"))
-
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_a_buffer_is_pinned_and_released_while_it_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, host = with_fake_cuda(monkeypatch, refuse_after=100)
+def test_a_buffer_is_pinned_and_released_while_it_is_still_there() -> None:
+    cuda = FakePinning(refuse_after=100)
+    host = HostMemory(CPU, pinning=cuda)
     a, b = host.empty(5 * MIB + 1), host.borrow(MIB)
     assert cuda.pinned == {a.data_ptr(): 5 * MIB + 1, b.data_ptr(): MIB}
     saved = (a[: 4 * MIB].view(torch.float32).requires_grad_() ** 2).sum()
@@ -199,16 +192,49 @@ def test_a_buffer_is_pinned_and_released_while_it_is_still_there(monkeypatch: py
     assert host.pinned and host.num_bytes == 0
 
 
-def test_where_the_system_refuses_buffers_stay_pageable(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, host = with_fake_cuda(monkeypatch, refuse_after=1)
+def test_where_the_system_refuses_buffers_stay_pageable_and_it_is_said_once() -> None:
+    cuda, said = FakePinning(refuse_after=1), []
+    host = HostMemory(CPU, pinning=cuda, refused=lambda: said.append(host.pinned))
     first = host.empty(MIB)
-    assert host.pinned
+    assert host.pinned and said == []
     second, third = host.empty(MIB), host.empty(MIB)
     assert not host.pinned and cuda.num_asked == 2  # asked once more, then no longer
+    assert said == [False]
     second.fill_(1), third.fill_(2)
     assert list(cuda.pinned) == [first.data_ptr()] and host.num_bytes == 3 * MIB
     del first, second, third
     assert cuda.pinned == {} and host.num_bytes == 0
+
+
+class Runtime:
+    """The two functions of torch.cuda.cudart() that pinning calls."""
+
+    def __init__(self, error: int) -> None:
+        self.error, self.calls = error, list[tuple[str, int]]()
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        assert flags == 0
+        self.calls.append(("register", num_bytes))
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append(("unregister", address))
+        return 0
+
+
+@pytest.mark.parametrize("error", [0, 2])
+def test_cuda_is_asked_for_the_exact_size(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is followed by a launch on the device that takes the runtime's error away."""
+    runtime = Runtime(error)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    host = HostMemory(CPU, pinning=CudaPinning(CPU))
+    with DeviceMeter(CPU) as meter:
+        buffer = host.empty(5 * MIB + 1)
+    address = buffer.data_ptr()
+    assert host.pinned == (error == 0) and (meter.peak_bytes > 0) == (error != 0)
+    del buffer
+    released = [("unregister", address)] if error == 0 else []
+    assert runtime.calls == [("register", 5 * MIB + 1), *released]
 
 
 def test_without_a_gpu_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,14 @@ def test_a_streamed_matrix_is_the_resident_one(
     reader.items |= tile_items(source, 14, tile_rows, first_item=2)
     ring = Ring(reader, num_slots, reader.largest_bytes, CPU, poison=True)
     streamed = StreamedMatrix(
-        (23, 7), torch.bfloat16, CPU, HostRows(source, 14), ring, sorted(reader.items), tile_rows
+        (23, 7),
+        torch.bfloat16,
+        CPU,
+        HostRows(source, 14),
+        ring,
+        sorted(reader.items),
+        tile_rows,
+        HostMemory(CPU),
     )
     resident = ResidentMatrix(matrix, tile_rows)
     assert tile_starts(streamed) == tile_starts(resident)
@@ -220,7 +227,8 @@ def test_a_tile_whose_use_fails_gives_its_slot_back() -> None:
     reader = new_reader()
     reader.items |= tile_items(source, 28, 10, first_item=0)
     ring = Ring(reader, 2, reader.largest_bytes, CPU, poison=True)
-    streamed = StreamedMatrix((23, 7), torch.float32, CPU, HostRows(source, 28), ring, range(3), 10)
+    rows = HostRows(source, 28)
+    streamed = StreamedMatrix((23, 7), torch.float32, CPU, rows, ring, range(3), 10, HostMemory(CPU))
     ring.expect(streamed.items)
     with pytest.raises(MemoryError), streamed.tile(0):
         raise MemoryError

@@ -179,3 +179,11 @@ def largest_causes(plan: Plan, phase: str = "step") -> str:
 
 def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """In s, min or h."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.memory.plan.plan import Plan, Row, gib
+from qlora_train.memory.plan.plan import Plan, Row, duration, gib
 
 _SMALL_BYTES = 2**20
 
@@ -28,9 +28,9 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
     for line in residency_lines(plan.execution):
         say(line)
     seconds = plan.step_seconds
-    end = "" if num_steps is None else f", {_duration(num_steps * seconds)} to the end ({num_steps} steps)"
+    end = "" if num_steps is None else f", {duration(num_steps * seconds)} to the end ({num_steps} steps)"
     tokens = plan.workload.num_micro_batches * plan.workload.num_tokens
-    say(f"time: {_duration(seconds)} per step of {tokens:,} tokens{end}")
+    say(f"time: {duration(seconds)} per step of {tokens:,} tokens{end}")
     flops, copied_bytes = plan.time.flops, plan.time.copied_bytes
     say(f"  arithmetic {flops / 1e12:.1f} TFLOP, copies {copied_bytes / 1e9:.1f} GB a step")
     say(f"  rates {plan.rates.source}")
@@ -120,10 +120,3 @@ def _where(place: str) -> str:
 
 def _counted(values: tuple[str, ...]) -> str:
     return ", ".join(f"{values.count(value)} {value!s}" for value in dict.fromkeys(values))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,64 @@
+"""What it costs where the system refuses to pin host memory: measured, and said once.
+
+Training goes on (host_memory.py). Copies from pageable pages pass through a buffer of the driver: a half to a
+sixth of the bus's rate. The plan was made with the rate of pinned pages; the same time model with the rate
+that is measured now says what the difference is.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.host_memory import HostMemory, Pinning
+from qlora_train.memory.measured_rates import copy_rate
+from qlora_train.memory.plan.plan import Plan, duration
+from qlora_train.memory.plan.time_model import step_time
+
+_TIMED_BYTES = 16 * 2**20  # little: the device may be nearly full
+_LEAST_LOSS = 0.05
+
+
+def host_memory_of_run(
+    plan: Plan,
+    execution: ExecutionPlan,
+    device: torch.device,
+    say: Callable[[str], None],
+    pinning: Pinning | None = None,
+) -> HostMemory:
+    """Host memory that tells `say` at the first refusal what it costs per step of this run. execution: what
+    the run does, which in a resume is not the plan's own. pinning: see `HostMemory`."""
+
+    def step_seconds(copy_bytes_per_second: float) -> float:
+        rates = replace(plan.rates, copy=copy_bytes_per_second)
+        return step_time(plan.workload, execution, rates).total_seconds
+
+    def refused() -> None:
+        say(refusal_line(device, plan.rates.copy, step_seconds, "step"))
+
+    return HostMemory(device, pinning=pinning, refused=refused)
+
+
+def refusal_line(
+    device: torch.device, planned_rate: float, seconds_at: Callable[[float], float], unit: str
+) -> str:
+    """That pinning was refused, the rate measured now against the planned one (bytes/s), and what that costs
+    per `unit` of work, which takes seconds_at(rate)."""
+    rate = copy_rate(device, torch.zeros(_TIMED_BYTES, dtype=torch.uint8))
+    told = (
+        f"the system refused to pin memory (ulimit -l: {_locked_limit()}); "
+        f"copies run at {rate / 1e9:.1f} GB/s"
+    )
+    if rate > (1 - _LEAST_LOSS) * planned_rate:
+        return f"{told}, with which the plan has reckoned"
+    more_seconds = seconds_at(rate) - seconds_at(planned_rate)
+    return f"{told} instead of {planned_rate / 1e9:.1f} GB/s: about {duration(more_seconds)} more per {unit}"
+
+
+def _locked_limit() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit // 1024} KiB"
