@@ -85,6 +85,11 @@ class ExecutionPlan:
         """Whether anything passes through the ring: a layer or the head (embedding rows are gathered)."""
         return any(place is not Place.RESIDENT for place in (*self.weights, self.head))
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether all weights wait on the device."""
+        return all(place is Place.RESIDENT for place in (*self.weights, self.embedding, self.head))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for plan.json, metrics and checkpoints."""
         return {key: _plain(value) for key, value in asdict(self).items()}

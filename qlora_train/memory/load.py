@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.execution import HEAD_TILE_ROWS, ExecutionPlan, Place, everything_resident
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.packed_cache import (
@@ -31,7 +32,7 @@ from qlora_train.memory.packed_cache import (
     open_packed_base,
 )
 from qlora_train.memory.ring import Ring
-from qlora_train.memory.stores import FilePart, HostRows, ItemReader, read_file, tile_items
+from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
@@ -65,7 +66,7 @@ def load_base(
     """
     skeleton = Skeleton(read_config(folder), dtype)
     plan = plan or everything_resident(len(skeleton.layer_paths))
-    if cache is None and _is_resident(plan):
+    if cache is None and plan.is_resident:
         return _from_checkpoint(folder, skeleton, packing, device, plan.head_tile_rows)
     temporary = None
     if cache is None:
@@ -82,10 +83,6 @@ def load_base(
     return decoder
 
 
-def _is_resident(plan: ExecutionPlan) -> bool:
-    return all(place is Place.RESIDENT for place in (*plan.weights, plan.embedding, plan.head))
-
-
 def _from_checkpoint(
     folder: Path, skeleton: Skeleton, packing: Packing, device: torch.device, tile_rows: int
 ) -> FrozenDecoder:
@@ -98,6 +95,7 @@ def _from_checkpoint(
             slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
             checkpoint.pack_layer(i, layout, slab)
             hashed.update(tensor_bytes(slab.cpu()))
+            hashed.update(bytes(page_aligned(layout.num_bytes) - layout.num_bytes))  # as in the packed cache
             weights.packed |= by_path(layout.weights(slab), skeleton.layer_paths[i])
         plain = checkpoint.plain(device)
         embedding = _read_matrix(checkpoint, skeleton, skeleton.embedding_name, device, tile_rows)
@@ -206,6 +204,5 @@ class _Assembly:
         if place is Place.DISK:
             return part
         buffer = self._host.empty(part.num_bytes)
-        with part.path.open("rb", buffering=0) as file:
-            read_file(file, part.offset_bytes, buffer)
+        self._reader.read_to_host(part, buffer)
         return buffer

@@ -2,7 +2,7 @@
 that layers stream from when they do not fit into RAM.
 
     <cache>/<fingerprint>/manifest.json       version, packing, dtype, every file's size and hash
-                          layers.bin          the slabs, one after another
+                          layers.bin          the slabs one after another, each from a whole page on
                           embedding.bin       [V, D] in the compute dtype; head.bin where it is not tied
                           plain.safetensors   norms and biases
 
@@ -24,10 +24,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import psutil
 import torch
@@ -36,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_train.errors import UserError
+from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.stores import FilePart
 from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.model.base import Skeleton
@@ -44,11 +46,21 @@ from qlora_train.model.quantize import Packing
 from qlora_train.model.shards import tensor_bytes
 from qlora_train.model.slab import SlabLayout
 
-VERSION = 1
+VERSION = 2
 READ_BYTES = 16 * 2**20
 SPARE_DISK_BYTES = 64 * 2**20
 LAYERS, EMBEDDING, HEAD, PLAIN = "layers.bin", "embedding.bin", "head.bin", "plain.safetensors"
 MANIFEST = "manifest.json"
+
+
+class Weights(Protocol):
+    """What a packed base is made of; see `BaseCheckpoint` (model/checkpoint.py), which is one."""
+
+    def pack_layer(self, layer: int, layout: SlabLayout, slab: Tensor) -> None: ...
+
+    def matrix_rows(self, name: str) -> Iterator[Tensor]: ...
+
+    def plain(self, device: torch.device) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class PackedBase:
 
     def slab(self, layer: int) -> FilePart:
         """Where a layer's slab lies."""
-        offset = sum(layout.num_bytes for layout in self.layouts[:layer])
+        offset = sum(page_aligned(layout.num_bytes) for layout in self.layouts[:layer])
         return FilePart(self.folder / LAYERS, offset, self.layouts[layer].num_bytes)
 
     def matrix(self, file_name: str) -> FilePart:
@@ -96,14 +108,16 @@ def open_packed_base(
     packing: Packing,
     device: torch.device,
     say: Callable[[str], None],
+    open_weights: Callable[[Path, Skeleton], AbstractContextManager[Weights]] = BaseCheckpoint,
 ) -> PackedBase:
     """The packed base below `root`, made if it is not there or damaged. device: packs.
 
-    say: told what takes time or went wrong, a line each. Raises `BaseModelError` for a base that cannot be
-    packed and `UserError` where the disk is too small; nothing half-made is left.
+    say: told what takes time or went wrong, a line each. open_weights: what a base that is not there is made
+    of. Raises `BaseModelError` for a base that cannot be packed and `UserError` where the disk is too small;
+    nothing half-made is left.
     """
     layouts = tuple(skeleton.layouts(packing))
-    folder = root / _fingerprint(base_folder, skeleton, packing)
+    folder = packed_folder(root, base_folder, skeleton, packing)
     base = PackedBase(folder, layouts, _total_bytes(skeleton, layouts))
     if folder.exists():
         damage = _damage(folder, skeleton)
@@ -112,7 +126,7 @@ def open_packed_base(
         begins = f"the packed cache is damaged ({damage}); packing the base again"
     else:
         begins = "packing the base, once"
-    with BaseCheckpoint(base_folder, skeleton) as checkpoint:
+    with open_weights(base_folder, skeleton) as checkpoint:
         _remove_leftovers(root)
         _check_disk(root, base.num_bytes)
         say(f"{begins}: {base.num_bytes / 1e9:.2f} GB into {folder}")
@@ -123,17 +137,18 @@ def open_packed_base(
 
 def _write(
     folder: Path,
-    checkpoint: BaseCheckpoint,
+    checkpoint: Weights,
     skeleton: Skeleton,
     layouts: tuple[SlabLayout, ...],
     packing: Packing,
     device: torch.device,
 ) -> None:
     files = {LAYERS: _HashingFile(folder / LAYERS)}
-    slab = torch.empty(max(layout.num_bytes for layout in layouts), dtype=torch.uint8, device=device)
+    largest = max(page_aligned(layout.num_bytes) for layout in layouts)
+    slab = torch.empty(largest, dtype=torch.uint8, device=device)
     for i, layout in enumerate(layouts):
-        part = slab[: layout.num_bytes].zero_()  # the gaps between tensors too: the same bytes every time
-        checkpoint.pack_layer(i, layout, part)
+        part = slab[: page_aligned(layout.num_bytes)].zero_()  # the gaps too: the same bytes every time
+        checkpoint.pack_layer(i, layout, part[: layout.num_bytes])
         files[LAYERS].write(part.cpu())
     matrices = {EMBEDDING: skeleton.embedding_name}
     if not skeleton.is_tied:
@@ -211,7 +226,8 @@ def _damage(folder: Path, skeleton: Skeleton) -> str | None:
     return None
 
 
-def _fingerprint(base_folder: Path, skeleton: Skeleton, packing: Packing) -> str:
+def packed_folder(root: Path, base_folder: Path, skeleton: Skeleton, packing: Packing) -> Path:
+    """Where below `root` the packed base is, or will be: its name is the fingerprint."""
     digest = hashlib.sha256()
     digest.update(json.dumps([VERSION, asdict(packing), str(skeleton.dtype)]).encode())
     digest.update((base_folder / "config.json").read_bytes())
@@ -222,15 +238,14 @@ def _fingerprint(base_folder: Path, skeleton: Skeleton, packing: Packing) -> str
             header = file.read(min(length, stat.st_size))
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
         digest.update(hashlib.sha256(header).digest())
-    return f"{base_folder.name}-{packing.format}-{digest.hexdigest()[:16]}"
+    return root / f"{base_folder.name}-{packing.format}-{digest.hexdigest()[:16]}"
 
 
 def _total_bytes(skeleton: Skeleton, layouts: tuple[SlabLayout, ...]) -> int:
     rows, columns = skeleton.matrix_shape
     num_matrices = 1 if skeleton.is_tied else 2
-    return (
-        sum(layout.num_bytes for layout in layouts) + num_matrices * rows * columns * skeleton.dtype.itemsize
-    )
+    matrix_bytes = rows * columns * skeleton.dtype.itemsize
+    return sum(page_aligned(layout.num_bytes) for layout in layouts) + num_matrices * matrix_bytes
 
 
 def _check_disk(root: Path, num_bytes: int) -> None:

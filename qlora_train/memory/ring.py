@@ -32,6 +32,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_train.memory.disk_file import PAGE_BYTES
+
 
 class Reader(Protocol):
     """Copies items into slots; called on the ring's worker thread, on CUDA with the side stream current."""
@@ -39,6 +41,13 @@ class Reader(Protocol):
     def read(self, item: int, slot: Tensor) -> None:
         """Fill the beginning of `slot` (uint8, on the device) with the item's bytes."""
         ...
+
+
+def _page_aligned_slot(num_bytes: int, device: torch.device) -> Tensor:
+    """Where a disk can write into it (disk_file.py), a slot begins at a page."""
+    memory = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % PAGE_BYTES
+    return memory[start : start + num_bytes]
 
 
 class Ring:
@@ -51,7 +60,7 @@ class Ring:
         self, reader: Reader, num_slots: int, slot_bytes: int, device: torch.device, *, poison: bool = False
     ) -> None:
         self._reader = reader
-        self._slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        self._slots = [_page_aligned_slot(slot_bytes, device) for _ in range(num_slots)]
         self._free = deque(range(num_slots))
         self._slot_of: dict[int, int] = {}
         self._filled: dict[int, Future[None]] = {}

@@ -1,11 +1,11 @@
 """Where streamed bytes wait: RAM or a file. Both fill a slot on the device.
 
-    RAM    -> device     one copy from (pinned) host memory file   -> device     reads of up to 16 MiB into
-    two pinned staging pieces in turn, each copied on while the
-                         next is read; without a GPU straight into the slot
+    RAM  -> device    one copy from (pinned) host memory
+    file -> device    reads of up to 16 MiB into two pinned staging pieces in turn, each copied on while the
+                      next is read; without a GPU straight into the slot
 
-Files are read with plain sequential reads. A memory map would page-fault 4 KB at a time, and every page it
-touched would count as this process's memory.
+Files are read in large parts past the page cache (disk_file.py). A memory map would page-fault 4 KB at a
+time, and every page it touched would count as this process's memory.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_train.errors import QloraTrainError
+from qlora_train.memory.disk_file import DiskFile
 from qlora_train.memory.host_memory import HostMemory
 
 STAGING_BYTES = 16 * 2**20
@@ -43,7 +42,7 @@ class ItemReader:
     def __init__(self, device: torch.device, host: HostMemory) -> None:
         self.items: dict[int, Tensor | FilePart] = {}
         self.num_bytes_read = 0
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, DiskFile] = {}
         self._staging = _Staging(host) if device.type == "cuda" else None
 
     @property
@@ -61,13 +60,17 @@ class ItemReader:
         if isinstance(source, Tensor):
             target.copy_(source, non_blocking=True)
         elif self._staging is None:
-            read_file(self._file(source.path), source.offset_bytes, target)
+            self.read_to_host(source, target)
         else:
             self._staging.copy(self._file(source.path), source.offset_bytes, target)
 
-    def _file(self, path: Path) -> BinaryIO:
+    def read_to_host(self, part: FilePart, target: Tensor) -> None:
+        """Fill `target` (uint8, on the host)."""
+        self._file(part.path).read(part.offset_bytes, target)
+
+    def _file(self, path: Path) -> DiskFile:
         if path not in self._files:
-            self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as the run
+            self._files[path] = DiskFile(path)
         return self._files[path]
 
     def close(self) -> None:
@@ -82,29 +85,14 @@ class _Staging:
         self._pieces = [host.empty(STAGING_BYTES) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]
 
-    def copy(self, file: BinaryIO, offset_bytes: int, target: Tensor) -> None:
+    def copy(self, file: DiskFile, offset_bytes: int, target: Tensor) -> None:
         for number, start in enumerate(range(0, target.numel(), STAGING_BYTES)):
             part = target[start : start + STAGING_BYTES]
             piece, copied = self._pieces[number % 2], self._copied[number % 2]
             copied.synchronize()  # what this piece held is on the device
-            read_file(file, offset_bytes + start, piece[: part.numel()])
+            file.read(offset_bytes + start, piece[: part.numel()])
             part.copy_(piece[: part.numel()], non_blocking=True)
             copied.record()
-
-
-def read_file(file: BinaryIO, offset_bytes: int, target: Tensor) -> None:
-    """Fill a uint8 tensor on the CPU from an unbuffered file. Raises `QloraTrainError` if the file is too
-    short."""
-    file.seek(offset_bytes)
-    memory = memoryview(target.numpy())  # type: ignore[arg-type]  # a numpy stub gap
-    done = 0
-    while done < len(memory):
-        num_read = file.readinto(memory[done:])  # type: ignore[attr-defined]
-        if not num_read:
-            raise QloraTrainError(
-                f"{file.name}: became shorter while it was in use. Start again: it will be rebuilt."
-            )
-        done += num_read
 
 
 def _size(source: Tensor | FilePart) -> int:
@@ -116,7 +104,7 @@ class HostRows:
 
     def __init__(self, source: Tensor | FilePart, row_bytes: int) -> None:
         self._source, self._row_bytes = source, row_bytes
-        self._file = None if isinstance(source, Tensor) else open(source.path, "rb", buffering=0)  # noqa: SIM115
+        self._file = None if isinstance(source, Tensor) else DiskFile(source.path)
 
     def gather(self, ids: np.ndarray) -> Tensor:
         """uint8 [n, row bytes] on the host."""
@@ -127,7 +115,7 @@ class HostRows:
         unique, where = np.unique(ids, return_inverse=True)
         found = torch.empty(len(unique), self._row_bytes, dtype=torch.uint8)
         for row, token in zip(found, unique.tolist(), strict=True):
-            read_file(self._file, self._source.offset_bytes + token * self._row_bytes, row)
+            self._file.read(self._source.offset_bytes + token * self._row_bytes, row)
         torch.index_select(found, 0, torch.from_numpy(where), out=rows)
         return rows
 

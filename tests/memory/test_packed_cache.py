@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory import packed_cache
+from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.load import load_base
 from qlora_train.memory.packed_cache import EMBEDDING, HEAD, LAYERS, MANIFEST, PLAIN, PackedBase
 from qlora_train.memory.stores import FilePart
@@ -76,12 +77,12 @@ class Packed(Exception):
 
 @pytest.fixture
 def no_packing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """After the call, reading a checkpoint fails."""
+    """After the call, packing a layer fails."""
 
     def refuse(*_: Any) -> None:
         raise Packed
 
-    return lambda: monkeypatch.setattr(packed_cache, "BaseCheckpoint", refuse)
+    return lambda: monkeypatch.setattr(packed_cache.BaseCheckpoint, "pack_layer", refuse)
 
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:
@@ -118,7 +119,7 @@ def test_the_files_and_their_sizes(original: Path, root: Path) -> None:
     assert names_in(root) == [found.folder.name]
     assert names_in(found.folder) == sorted([LAYERS, EMBEDDING, HEAD, PLAIN, MANIFEST])
     sizes = {name: len(content) for name, content in contents(found.folder).items()}
-    assert sizes[LAYERS] == sum(layout.num_bytes for layout in found.layouts)
+    assert sizes[LAYERS] == sum(page_aligned(layout.num_bytes) for layout in found.layouts)
     assert sizes[EMBEDDING] == sizes[HEAD] == 96 * 64 * 4
     assert found.num_bytes == sizes[LAYERS] + sizes[EMBEDDING] + sizes[HEAD]
     manifest = json.loads((found.folder / MANIFEST).read_text())
@@ -131,7 +132,7 @@ def test_a_tied_matrix_is_there_once(tmp_path: Path, root: Path) -> None:
     base = write_checkpoint(tmp_path / "base", "llama-tied", num_hidden_layers=NUM_LAYERS)
     found = opened(root, base)
     assert names_in(found.folder) == sorted([LAYERS, EMBEDDING, PLAIN, MANIFEST])
-    assert found.num_bytes == sum(layout.num_bytes for layout in found.layouts) + 96 * 64 * 4
+    assert found.num_bytes == sum(page_aligned(layout.num_bytes) for layout in found.layouts) + 96 * 64 * 4
 
 
 def test_a_second_start_reads_and_says_nothing(

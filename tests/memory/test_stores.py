@@ -4,7 +4,6 @@ when a pass breaks off or the decoder is gone."""
 from __future__ import annotations
 
 import gc
-import io
 import os
 import shutil
 import threading
@@ -23,7 +22,7 @@ from qlora_train.memory.execution import Activation, Place
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.load import load_base
 from qlora_train.memory.ring import Ring
-from qlora_train.memory.stores import FilePart, HostRows, ItemReader, read_file, tile_items
+from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
 from qlora_train.model.quantize import Packing
 from qlora_train.model.slab import SlabLayout
@@ -74,25 +73,6 @@ def test_items_of_ram_and_of_several_files(file: Path, tmp_path: Path) -> None:
         assert slot[: len(expected)].tolist() == expected
     assert reader.num_bytes_read == 4 + 33 + 100
     reader.close()
-
-
-class Trickle(io.RawIOBase):
-    """A file that gives at most three bytes a read, as a network disk may."""
-
-    def __init__(self, content: bytes) -> None:
-        self._file = io.BytesIO(content)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def readinto(self, buffer) -> int:
-        return self._file.readinto(memoryview(buffer)[:3])
-
-
-def test_reads_that_give_less_than_asked_are_continued() -> None:
-    target = torch.zeros(50, dtype=torch.uint8)
-    read_file(Trickle(BYTES[:60].numpy().tobytes()), 9, target)
-    assert torch.equal(target, BYTES[9:59])
 
 
 @pytest.mark.parametrize("offset", [1, FILE_BYTES - 3, FILE_BYTES, FILE_BYTES + 10])
