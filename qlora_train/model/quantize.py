@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -42,6 +43,7 @@ from torch import Tensor
 
 from qlora_train.errors import BaseModelError
 from qlora_train.kernels.quantize_4bit import Quantizer4bit
+from qlora_train.kernels.triton_support import triton_runs
 
 Format = Literal["nf4", "fp4", "int8", "none"]
 NESTED_BLOCK_SIZE = 256
@@ -86,17 +88,34 @@ class PackedWeight:
         return self.unpack_rows(0, self.shape[0], dtype)
 
     def unpack_into(self, out: Tensor) -> Tensor:
-        """`unpack(out.dtype)` written into `out` [out, in]; returns it.
+        """`unpack(out.dtype)` written into `out` [out, in], contiguous; returns it.
 
-        Without a GPU a cache-sized part at a time: the library's kernel there only returns new tensors."""
+        4 bits on a GPU: one launch of our kernel where Triton runs, else the library's, which can write into
+        `out` where rows are whole blocks. Everything else a cache-sized part at a time: the library's
+        functions then only return new tensors."""
         data = self.tensors["data"]
-        if self.packing.is_4bit and data.is_cuda and self.shape[1] % self.packing.block_size == 0:
-            return bnb.dequantize_4bit(data.unsqueeze(1), self._state(0, self.shape[0], out.dtype), out=out)
+        if self.packing.is_4bit and data.is_cuda:
+            if triton_runs(data.device):
+                return self._unpack_in_one_launch(out)
+            if self.shape[1] % self.packing.block_size == 0:
+                return bnb.dequantize_4bit(
+                    data.unsqueeze(1), self._state(0, self.shape[0], out.dtype), out=out
+                )
         step = max(1, UNPACK_ELEMENTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             out[start:stop] = self.unpack_rows(start, stop, out.dtype)
         return out
+
+    def _unpack_in_one_launch(self, out: Tensor) -> Tensor:
+        from qlora_train.kernels.unpack_4bit import NestedScales, Packed4bit, unpack_4bit  # imports Triton
+
+        t, nested = self.tensors, None
+        if self.packing.double_quant:
+            nested = NestedScales(t["nested_code"], t["nested_absmax"], t["nested_offset"])
+        code = _code_on(self.packing.format, out.device)
+        packed = Packed4bit(t["data"], t["absmax"], code, self.packing.block_size, nested)
+        return unpack_4bit(packed, out)
 
     def unpack_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start..stop of `unpack(dtype)`, bit for bit: [stop - start, in]."""
@@ -165,6 +184,16 @@ class PackedWeight:
                 data[rows], row_absmax[rows]
             )
         return out
+
+
+@cache
+def _code_on(form: Format, device: torch.device) -> Tensor:
+    """float32 [16] on `device`: what the library unpacks the 16 codes to there. It has a table per device, and
+    what it packs with is yet another one: asked, it is right to the last bit."""
+    every_code = torch.tensor([[17 * even + 1] for even in range(0, 16, 2)], dtype=torch.uint8, device=device)
+    ones = torch.ones(1, device=device)
+    state = bnb.QuantState(ones, torch.Size((1, 16)), blocksize=64, quant_type=form, dtype=torch.float32)
+    return bnb.dequantize_4bit(every_code, state).view(-1)
 
 
 def packed_layout(

@@ -1,0 +1,44 @@
+"""Whether Triton kernels run on a GPU of this machine.
+
+Triton comes with torch for CUDA, but needs more than torch does: a C compiler and Python's headers, with
+which it builds its launcher at the first launch, a folder to keep what it compiled, and a GPU that its
+assembler knows. What of that is there is found out by launching a kernel, once per process.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def triton_runs(device: torch.device) -> bool:
+    """Whether a Triton kernel can be launched on this CUDA device; warns, once, with the reason if not."""
+    return runs(_launch, torch.zeros(1, dtype=torch.int32, device=device))
+
+
+def runs(launch: Callable[[Tensor], None], one: Tensor) -> bool:
+    """Whether `launch` gets as far as adding 1 to `one`, int32 [1]; warns if not."""
+    try:
+        launch(one)
+        reason = None if one.item() == 1 else "a kernel ran, but wrote nothing"
+    except Exception as error:  # there is no list of what may be missing, and all of it is said
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        warnings.warn(
+            f"Triton does not run on {one.device} ({reason}). Slower library kernels take the place of ours; "
+            "the results are the same. Triton needs a C compiler and Python's headers on the machine.",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def _launch(one: Tensor) -> None:
+    from qlora_train.kernels.triton_probe import add_one  # fails where Triton is not installed
+
+    with torch.cuda.device_of(one):
+        add_one[(1,)](one)

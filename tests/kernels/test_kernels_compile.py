@@ -1,0 +1,71 @@
+"""Every Triton kernel becomes machine code for every GPU generation we run on, without a GPU here.
+
+What the machine code looks like is looked at too, where speed or bits depend on it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from qlora_train.kernels.triton_probe import add_one
+from qlora_train.kernels.unpack_4bit import LAUNCH_OPTIONS, unpack_4bit_kernel
+
+CAPABILITIES = [75, 80, 86, 89, 90, 120]
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+def compiled(kernel, capability: int, types: dict[str, str], constants: dict, **options) -> CompiledKernel:
+    """types: argument -> Triton's name of its type; pointers and integers count as multiples of 16, as a
+    launch with usual shapes finds them."""
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def unpack(capability: int, out: str, nested: bool = True, wide: bool = False) -> CompiledKernel:
+    scales = ("code", "nested_code", "nested_absmax", "nested_offset")
+    types = {"data": "*u8", "absmax": "*u8" if nested else "*fp32"} | dict.fromkeys(scales, "*fp32")
+    types |= {"out": out} | dict.fromkeys(("start", "stop", "num_bytes"), "i64" if wide else "i32")
+    constants = {"BLOCK_SIZE": 64, "NESTED": nested, "WIDE": wide}
+    return compiled(unpack_4bit_kernel, capability, types, constants, **LAUNCH_OPTIONS)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_probe_compiles(capability) -> None:
+    assert len(compiled(add_one, capability, {"pointer": "*i32"}, {}).asm["cubin"]) > 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("out", ["*bf16", "*fp16", "*fp32"])
+def test_unpack_4bit_compiles(capability, out) -> None:
+    asm = unpack(capability, out).asm
+    assert len(asm["cubin"]) > 0
+    # absmax = code * scale + offset, each operation rounded: as bitsandbytes does it
+    assert "fma" not in asm["ptx"]
+    assert asm["ptx"].count("add.rn.f32") == 1
+    if capability >= 80 and out == "*bf16":  # below, rounding to bfloat16 takes integer operations
+        assert asm["ptx"].count("cvt.rn.bf16x2.f32") == 4
+    # one word read, 8 numbers written at once; 16 bits without an exchange between threads
+    assert "st.global.v4" in asm["ptx"] and "st.global.b16" not in asm["ptx"]
+    assert ("shared" in asm["ptx"]) == (out == "*fp32")
+
+
+@pytest.mark.parametrize(("nested", "wide"), [(False, False), (False, True), (True, True)])
+def test_other_layouts_compile(nested, wide) -> None:
+    asm = unpack(80, "*bf16", nested, wide).asm
+    assert len(asm["cubin"]) > 0 and "st.global.v4" in asm["ptx"]

@@ -1,0 +1,129 @@
+"""The unpacking kernel, interpreted on the CPU, and its reference against bitsandbytes: the same bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_train.model.quantize import PackedWeight, Packing, _code_on
+from qlora_train.model.quantize import pack as pack_weight
+
+BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("qlora_train.kernels.unpack_4bit")
+
+
+def pack(kernels: ModuleType, num_elements: int, form: str, block_size: int, double_quant: bool):
+    """Random numbers, packed by bitsandbytes: ours and the library's view of the same bytes."""
+    generator = torch.Generator().manual_seed(num_elements + block_size)
+    flat = torch.randn(num_elements, generator=generator)
+    flat *= 10 ** torch.linspace(-3, 3, num_elements)  # scales of many sizes
+    data, state = bnb.quantize_4bit(
+        flat, blocksize=block_size, quant_type=form, compress_statistics=double_quant
+    )
+    nested = None
+    if double_quant:
+        nested = kernels.NestedScales(state.state2.code, state.state2.absmax, state.offset)
+    packed = kernels.Packed4bit(
+        data.view(-1), state.absmax, _code_on(form, torch.device("cpu")), block_size, nested
+    )
+    return packed, data, state
+
+
+def bits(numbers: Tensor) -> Tensor:
+    """All bits but the sign of zero: fp4 has two zeros, and the library's CPU kernels make of the second now
+    one, now the other."""
+    numbers = numbers + 0.0
+    return numbers.reshape(-1).view(torch.int32 if numbers.dtype == torch.float32 else torch.int16)
+
+
+def cut_off(numbers: Tensor) -> Tensor:
+    """float32 -> bfloat16 as Triton's interpreter does it: the lower half is dropped."""
+    return (numbers.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def check(kernels: ModuleType, packed, expected: Tensor, start: int, stop: int, dtype: torch.dtype) -> None:
+    """Numbers start..stop against `expected`, float32, from kernel and reference; nothing beside them."""
+    around = torch.full((stop - start + 14,), 7.0, dtype=dtype)
+    kernels.unpack_4bit_reference(packed, around[8 : 8 + stop - start], start)
+    assert torch.equal(bits(around[8:-6]), bits(expected[start:stop].to(dtype)))
+    around.fill_(7.0)
+    out = around[8 : 8 + stop - start]
+    assert kernels.unpack_4bit(packed, out, start) is out
+    exact = expected[start:stop]
+    assert torch.equal(bits(out), bits(cut_off(exact) if dtype == torch.bfloat16 else exact.to(dtype)))
+    assert (around[:8] == 7).all() and (around[len(around) - 6 :] == 7).all()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size_has_the_bits_of_bitsandbytes(kernels, block_size, form, double_quant) -> None:
+    num_elements = 258 * block_size - block_size // 2 + 3  # more than one block of scales, an odd tail
+    packed, data, state = pack(kernels, num_elements, form, block_size, double_quant)
+    expected = bnb.dequantize_4bit(data, state).view(-1)
+    for start, stop in [(0, 1111), (256 * block_size - 45, 256 * block_size + 30)]:
+        check(kernels, packed, expected, start, stop, torch.float32)
+    for dtype in DTYPES:
+        check(kernels, packed, expected, num_elements - 70, num_elements, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("start", "num_elements"),
+    [(0, 1), (0, 2), (0, 1023), (0, 1024), (0, 1025), (0, 4096), (1, 1), (1, 1024), (31, 2), (1023, 2)]
+    + [(64, 1984), (333, 3333)],
+)
+def test_any_range_has_the_bits_of_bitsandbytes(kernels, start, num_elements, dtype) -> None:
+    for whole in (start + num_elements, 5001):  # with and without numbers behind
+        packed, data, state = pack(kernels, whole, "nf4", 64, True)
+        expected = bnb.dequantize_4bit(data, state).view(-1)
+        check(kernels, packed, expected, start, start + num_elements, dtype)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+def test_a_packed_weight_is_unpacked_by_it(kernels, monkeypatch, form, double_quant) -> None:
+    monkeypatch.setitem(sys.modules, "qlora_train.kernels.unpack_4bit", kernels)
+    weight = torch.randn(37, 130, generator=torch.Generator().manual_seed(0))
+    packed: PackedWeight = pack_weight([weight], (37, 130), Packing(form, double_quant))
+    for dtype in (torch.float32, torch.float16):
+        out = torch.empty(37, 130, dtype=dtype)
+        assert packed._unpack_in_one_launch(out) is out
+        assert torch.equal(bits(out), bits(packed.unpack(dtype)))
+
+
+def test_numbers_beyond_2_to_the_31(kernels) -> None:
+    start, num_elements = 2**31 - 37, 1100
+    stop = start + num_elements
+    packed, _, _ = pack(kernels, num_elements + 1, "nf4", 4096, False)
+    far = kernels.Packed4bit(
+        torch.zeros((stop + 1) // 2, dtype=torch.uint8),  # only the pages written take memory
+        torch.linspace(0.1, 3, -(-stop // 4096)),
+        packed.code,
+        4096,
+    )
+    far.data[start // 2 :] = packed.data[: (stop + 1) // 2 - start // 2]
+    codes = torch.stack([packed.data >> 4, packed.data & 15], dim=1).view(-1).int()
+    absmax = far.absmax[torch.arange(start, stop) // 4096]
+    expected = packed.code[codes[1 : 1 + num_elements]] * absmax  # `start` is odd
+    for unpack in (kernels.unpack_4bit, kernels.unpack_4bit_reference):
+        assert torch.equal(unpack(far, torch.empty(num_elements), start), expected)
+
+
+def test_the_range_must_be_there(kernels) -> None:
+    packed, _, _ = pack(kernels, 100, "nf4", 64, False)
+    for start, num_elements in [(0, 101), (-1, 4), (99, 2)]:
+        with pytest.raises(AssertionError):
+            kernels.unpack_4bit(packed, torch.empty(num_elements), start)
+    assert kernels.unpack_4bit(packed, torch.empty(0), 7).numel() == 0
