@@ -28,8 +28,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from qlora_train.memory.packed_cache import PackedBase, open_packed_base
-from qlora_train.memory.plan.model_shape import ModelShape
+from qlora_train.memory.packed_cache import open_packed_base, packed_folder
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.quantize import PackedWeight, Packing
 from qlora_train.model.slab import SlabLayout
@@ -40,28 +39,6 @@ that rows do not meet themselves."""
 SPREAD = 0.25
 BLOCK_NUMBERS = 2**24
 INT8_MEAN_SQUARE = (256**2 - 1) / 12  # of uniform codes, around their mean of -1/2
-
-
-def config_of(shape: ModelShape) -> dict[str, Any]:
-    """A config.json for the shape of a model of the llama family."""
-    assert shape.model_type == "llama", shape.model_type
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": shape.max_positions,
-        "tie_word_embeddings": shape.is_tied,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -77,13 +54,17 @@ def make_random_base(
     dtype: torch.dtype,
     cache: Path,
     say: Callable[[str], None] = lambda line: None,
-) -> PackedBase:
-    """The random packed base of `base_folder` (write_config) below `cache`, made if it is not there.
+) -> Path:
+    """The folder of the random packed base of `base_folder` (write_config) below `cache`, made if it is not
+    there. What is there is not read: whoever opens it does that.
 
     dtype: the compute dtype. Raises `UserError` for a disk that is too small.
     """
     skeleton = Skeleton(read_config(base_folder), dtype)
-    return open_packed_base(cache, base_folder, skeleton, packing, torch.device("cpu"), say, RandomWeights)
+    folder = packed_folder(cache, base_folder, skeleton, packing)
+    if not folder.exists():
+        open_packed_base(cache, base_folder, skeleton, packing, torch.device("cpu"), say, RandomWeights)
+    return folder
 
 
 class RandomWeights:
