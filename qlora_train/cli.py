@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from qlora_train import __version__
 from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, RecipeError, UserError
 from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
+from qlora_train.recipe_checks import parse_size
 from qlora_train.recipe_yaml import nearest
 
 NOT_YET = {
@@ -121,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=_share, default=1.0, help="above 0, at most 1 (default)")
     generate.add_argument("--seed", type=_seed, default=0, help="for --temperature above 0")
     generate.add_argument(
+        "--vram",
+        type=_size,
+        metavar="SIZE",
+        help="memory to stay within, such as 2GiB (default: what is free)",
+    )
+    generate.add_argument(
         "--raw", action="store_true", help="the prompt as it is, without the run's template"
     )
 
@@ -189,6 +196,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8GiB or 7.5GB") from error
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
@@ -239,6 +253,7 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
         raw=args.raw,
+        vram_bytes=args.vram,
     )
 
 

@@ -193,12 +193,12 @@ def test_plan_refuses(
 def test_generate_calls_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     generate = Recorder()
     replace_module(monkeypatch, "qlora_train.infer.generate", generate, "generate_command")
-    assert (
-        cli.main(["generate", "runs/x", "--prompt", "a", "--prompt", "b", "--temperature", "0.5", "--raw"])
-        == 0
-    )
+    command = ["generate", "runs/x", "--prompt", "a", "--prompt", "b", "--temperature", "0.5", "--raw"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--vram", "1.5GiB"]) == 0
     options = {"max_new_tokens": 128, "temperature": 0.5, "top_p": 1.0, "seed": 0, "raw": True}
-    assert generate.calls == [(("runs/x", ["a", "b"]), options)]
+    budgets = [None, 3 * 2**29]
+    assert generate.calls == [(("runs/x", ["a", "b"]), options | {"vram_bytes": b}) for b in budgets]
 
 
 def test_export_calls_what_it_says(

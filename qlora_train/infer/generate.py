@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.prompts import encode_prompt, encode_raw
 from qlora_train.infer.decoding import Sampling, generate_tokens
-from qlora_train.infer.model_folder import load_model
+from qlora_train.infer.model_folder import LoadedModel, find_model
+from qlora_train.memory.plan.byte_walk import GenerateSize
 
 _UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
 
@@ -25,16 +25,26 @@ def generate_command(
     top_p: float,
     seed: int,
     raw: bool,
+    vram_bytes: int | None,
 ) -> None:
     """Print the answer to each prompt. raw: the prompt is given to the model as it is, without template or
-    chat turns.
+    chat turns. vram_bytes: budget on the device; None: the run's, or what is free.
 
-    One prompt streams; several run in one batch and are printed in order.
+    One prompt streams; several run in one batch and are printed in order. What waits off the device is said
+    on stderr.
     """
-    model = load_model(target)
-    encode = encode_raw if raw else partial(encode_prompt, data=model.data)
-    encoded = [encode(prompt, tokenizer=model.tokenizer) for prompt in prompts]
+    source = find_model(target)
+    encoded = [source.encode(prompt, raw=raw) for prompt in prompts]
+    size = GenerateSize(tuple(len(tokens) for tokens in encoded), max_new_tokens)
+    model = source.load(size, vram_bytes=vram_bytes, say=partial(print, file=sys.stderr))
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    try:
+        _answer(model, prompts, encoded, sampling)
+    finally:
+        model.decoder.close()
+
+
+def _answer(model: LoadedModel, prompts: list[str], encoded: list[list[int]], sampling: Sampling) -> None:
     if len(prompts) == 1:
         stream = TextStream(model.tokenizer, lambda text: print(text, end="", flush=True))
         generate_tokens(model.decoder, encoded, sampling, model.stop_ids, lambda _, token: stream.add(token))

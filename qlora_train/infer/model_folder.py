@@ -1,9 +1,14 @@
-"""A model to generate with: a run folder (base + adapter), or any folder or hub id with config.json and
-safetensors."""
+"""A model to generate with: a run folder (base + adapter), or any folder or hub id with a model's files.
+
+Nothing is loaded before it is known how much is asked for. `find_model` reads configs and the tokenizer, so
+that prompts can be tokens; `ModelSource.load` plans with their lengths (memory/plan/generation.py) and loads
+as the plan says.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,31 +16,40 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.prompts import answer_end_ids, encode_prompt
+from qlora_train.data.prompts import answer_end_ids, encode_prompt, encode_raw
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.memory.load import load_base
-from qlora_train.memory.machine_plan import plan_here
+from qlora_train.memory.machine_plan import kind_of, plan_generation_here
 from qlora_train.memory.packed_cache import cache_root
+from qlora_train.memory.plan.byte_walk import GenerateSize
+from qlora_train.memory.plan.generation import GenerationPlan, bare_workload
+from qlora_train.memory.plan.model_shape import find_shape
+from qlora_train.memory.plan.packed_sizes import PackingSizes
+from qlora_train.memory.plan.workload import Workload, workload_of
+from qlora_train.memory.unpinned import host_memory_of_generation
 from qlora_train.model.adapter_files import load_adapter
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
+from qlora_train.model.linear import DropoutContext
 from qlora_train.model.probe import probe
 from qlora_train.model.quantize import Packing
-from qlora_train.recipe import DataSection, Recipe, load_recipe
+from qlora_train.recipe import DataSection, MemorySection, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """decoder with its factors, if any. data: how training wrote prompts; None for a bare model."""
+    """decoder with its factors, if any. data: how training wrote prompts; None for a bare model. plan: by
+    which it was loaded."""
 
     decoder: FrozenDecoder
     tokenizer: PreTrainedTokenizerBase
     data: DataSection | None
     stop_ids: frozenset[int]
+    plan: GenerationPlan
 
     def answer(self, prompts: list[str], sampling: Sampling) -> list[str]:
         """The answers to prompts written as training wrote them, all in one batch."""
@@ -44,21 +58,101 @@ class LoadedModel:
         return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
 
 
-def load_model(target: Path | str) -> LoadedModel:
-    """Load what `target` names. Raises a `UserError` when it is neither a run with an adapter nor a model."""
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is not loaded. folder: of the base. recipe: of the run, its compute dtype resolved; None
+    for a bare model. adapter: its folder, if there is one."""
+
+    folder: Path
+    packing: Packing
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe | None = None
+    adapter: Path | None = None
+
+    @property
+    def data(self) -> DataSection | None:
+        return None if self.recipe is None else self.recipe.data
+
+    def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
+        """Token ids, written as training wrote prompts; raw: as it is."""
+        if raw:
+            return encode_raw(prompt, self.tokenizer)
+        return encode_prompt(prompt, self.data, self.tokenizer)
+
+    def load(
+        self,
+        size: GenerateSize,
+        *,
+        vram_bytes: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> LoadedModel:
+        """Load it for batches of this size, within vram_bytes (None: the recipe's budget, or what is free),
+        streaming what does not fit. say: told a line each about what takes time or streams. Raises
+        `UserError` where nothing fits."""
+        memory = MemorySection() if self.recipe is None else self.recipe.memory
+        plan = plan_generation_here(
+            self._workload(),
+            size,
+            self.device,
+            vram_bytes=memory.vram_bytes if vram_bytes is None else vram_bytes,
+            weights=memory.weights,
+        )
+        plan.require_fit()
+        if not plan.execution.is_resident:
+            say(plan.line())
+        decoder = load_base(
+            self.folder,
+            self.packing,
+            self.dtype,
+            self.device,
+            plan=plan.execution,
+            cache=None if self.recipe is None and plan.execution.is_resident else cache_root(),
+            host=host_memory_of_generation(plan, self.device, say),
+            say=say,
+        )
+        if self.adapter is not None:
+            self._attach(decoder, self.adapter)
+        decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
+        return LoadedModel(decoder, self.tokenizer, self.data, _stop_ids(self.folder, self.tokenizer), plan)
+
+    def _workload(self) -> Workload:
+        shape, kind = find_shape(str(self.folder)), kind_of(self.device)
+        if self.recipe is not None and self.adapter is not None:
+            return workload_of(self.recipe, shape, kind)
+        sizes = PackingSizes(self.packing.format, self.packing.double_quant, self.dtype.itemsize)
+        return bare_workload(shape, sizes, kind)
+
+    def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
+        config, pairs = load_adapter(adapter)
+        factors = FactorBuffers(
+            {name: decoder.linears[name] for name in pairs},
+            rank=config.rank,
+            scaling=config.scaling,
+            dropout=0.0,
+            seed=0,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        factors.load(pairs)
+
+
+def find_model(target: Path | str) -> ModelSource:
+    """What `target` names. Raises a `UserError` when it is neither a run with an adapter nor a model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Path(target)
     if (run / "recipe.yaml").is_file() and not (run / "config.json").is_file():
-        return load_run(run, load_recipe(run / "recipe.yaml"), device)
+        return find_run(run, load_recipe(run / "recipe.yaml"), device)
     folder, _ = resolve_base(str(target), None)
     probe(read_config(folder))
-    decoder = load_base(folder, _stored_packing(folder), resolve_dtype("auto", device), device)
-    return _loaded(decoder, folder, None)
+    dtype = resolve_dtype("auto", device)
+    return ModelSource(folder, _stored_packing(folder), dtype, device, load_tokenizer(str(folder)))
 
 
-def load_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> LoadedModel:
+def find_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> ModelSource:
     """The base of a run's recipe, packed as it was trained on, with the run's adapter or (before training)
-    without. Within the recipe's memory budget, streaming what does not fit."""
+    without."""
     if with_adapter and not (run / "adapter").is_dir():
         raise RunFolderError(
             f"{run}: has no adapter yet; train it to the end (qlora-train train ... --resume)"
@@ -67,23 +161,25 @@ def load_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: b
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
     probe(read_config(folder))
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)})
-    plan = plan_here(recipe.model_copy(update={"model": model}), folder, dtype, device)
-    plan.require_fit()
-    packing = Packing(model.quantization, model.double_quant)
-    decoder = load_base(folder, packing, dtype, device, plan=plan.execution, cache=cache_root())
-    if with_adapter:
-        config, pairs = load_adapter(run / "adapter")
-        factors = FactorBuffers(
-            {name: decoder.linears[name] for name in pairs},
-            rank=config.rank,
-            scaling=config.scaling,
-            dropout=0.0,
-            seed=0,
-            dtype=dtype,
-            device=device,
-        )
-        factors.load(pairs)
-    return _loaded(decoder, folder, recipe.data)
+    return ModelSource(
+        folder,
+        Packing(model.quantization, model.double_quant),
+        dtype,
+        device,
+        load_tokenizer(str(folder)),
+        recipe.model_copy(update={"model": model}),
+        run / "adapter" if with_adapter else None,
+    )
+
+
+def load_model(target: Path | str, size: GenerateSize = GenerateSize()) -> LoadedModel:  # noqa: B008  # frozen
+    """`find_model`, loaded for batches of this size."""
+    return find_model(target).load(size)
+
+
+def load_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> LoadedModel:
+    """`find_run`, loaded for a prompt of usual size."""
+    return find_run(run, recipe, device, with_adapter=with_adapter).load(GenerateSize())
 
 
 def _stored_packing(folder: Path) -> Packing:
@@ -95,11 +191,6 @@ def _stored_packing(folder: Path) -> Packing:
         form: Literal["nf4", "fp4"] = "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
         return Packing(form, bool(stored.get("bnb_4bit_use_double_quant")))
     return Packing("none")
-
-
-def _loaded(decoder: FrozenDecoder, folder: Path, data: DataSection | None) -> LoadedModel:
-    tokenizer = load_tokenizer(str(folder))
-    return LoadedModel(decoder, tokenizer, data, _stop_ids(folder, tokenizer))
 
 
 def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

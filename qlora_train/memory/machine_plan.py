@@ -1,4 +1,4 @@
-"""The plan of a recipe on the machine that is about to run it: its free memory, its measured rates."""
+"""Plans on the machine that is about to follow them: its free memory, its measured rates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import torch
 from qlora_train.memory import meter
 from qlora_train.memory.measured_rates import rates_of
 from qlora_train.memory.packed_cache import cache_root
-from qlora_train.memory.plan.from_recipe import plan_recipe
+from qlora_train.memory.plan.byte_walk import GenerateSize
+from qlora_train.memory.plan.from_recipe import device_budget, plan_recipe
+from qlora_train.memory.plan.generation import GenerationPlan, WeightsChoice, plan_generation
+from qlora_train.memory.plan.host_bytes import HostBudget
 from qlora_train.memory.plan.model_shape import find_shape
 from qlora_train.memory.plan.plan import Plan
-from qlora_train.memory.plan.workload import DeviceKind
+from qlora_train.memory.plan.workload import DeviceKind, Workload
 from qlora_train.recipe import Recipe
 
 
 def plan_here(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Plan:
-    """recipe: with the compute dtype resolved to `dtype`. folder: the base's. See `Plan.require_fit`."""
-    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    """The plan of a run. recipe: with the compute dtype resolved to `dtype`. folder: the base's. See
+    `Plan.require_fit`."""
+    kind = kind_of(device)
     return plan_recipe(
         recipe,
         kind,
@@ -28,3 +32,23 @@ def plan_here(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.de
         has_context=kind == "cuda",
         cache=cache_root(),
     )
+
+
+def plan_generation_here(
+    workload: Workload,
+    size: GenerateSize,
+    device: torch.device,
+    *,
+    vram_bytes: int | None,
+    weights: WeightsChoice,
+) -> GenerationPlan:
+    """The plan of generation. workload: the model, its packing and factors. vram_bytes: the budget; None:
+    what is free. weights: `memory.weights`. See `GenerationPlan.require_fit`."""
+    kind = kind_of(device)
+    budget_bytes = device_budget(kind, meter.free_bytes(device), vram_bytes, has_context=kind == "cuda")
+    return plan_generation(workload, size, budget_bytes, HostBudget.of_this_machine(cache_root()), weights)
+
+
+def kind_of(device: torch.device) -> DeviceKind:
+    """What the planner calls it."""
+    return "cuda" if device.type == "cuda" else "cpu"

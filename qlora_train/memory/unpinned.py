@@ -16,8 +16,9 @@ import torch
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.host_memory import HostMemory, Pinning
 from qlora_train.memory.measured_rates import copy_rate
+from qlora_train.memory.plan.generation import GenerationPlan
 from qlora_train.memory.plan.plan import Plan, duration
-from qlora_train.memory.plan.time_model import step_time
+from qlora_train.memory.plan.time_model import stated_rates, step_time
 
 _TIMED_BYTES = 16 * 2**20  # little: the device may be nearly full
 _LEAST_LOSS = 0.05
@@ -41,6 +42,24 @@ def host_memory_of_run(
         say(refusal_line(device, plan.rates.copy, step_seconds, "step"))
 
     return HostMemory(device, pinning=pinning, refused=refused)
+
+
+def host_memory_of_generation(
+    plan: GenerationPlan, device: torch.device, say: Callable[[str], None], pinning: Pinning | None = None
+) -> HostMemory:
+    """The same for generation: what a refusal costs per token of all prompts. Its plan needs no rates, so the
+    one to compare with is stated."""
+    gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    stated = stated_rates(plan.workload.device, gpu_name).copy
+
+    def token_seconds(copy_bytes_per_second: float) -> float:
+        return plan.copied_bytes_per_token / copy_bytes_per_second
+
+    return HostMemory(
+        device,
+        pinning=pinning,
+        refused=lambda: say(refusal_line(device, stated, token_seconds, "token")),
+    )
 
 
 def refusal_line(

@@ -52,11 +52,16 @@ _LEAVES_GRAPH = (Activation.KEEP, Activation.OFFLOAD)
 
 @dataclass(frozen=True)
 class GenerateSize:
-    """What `generate` and samples are planned for: prompts in one batch, tokens of each, new tokens."""
+    """What `generate` and samples are planned for: token counts of the prompts of one batch, new tokens of
+    each."""
 
-    num_prompts: int = 1
-    prompt_tokens: int = 512
+    prompts: tuple[int, ...] = (512,)
     new_tokens: int = 128
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache has room for, per prompt."""
+        return max(self.prompts) + self.new_tokens
 
 
 def step_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
@@ -266,25 +271,27 @@ def evaluation_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
     return step.evaluation()
 
 
-def generate_peak(workload: Workload, plan: ExecutionPlan, size: GenerateSize) -> Bytes:
-    """The prompts of one batch in one row, then token by token. Trained factors, no training state."""
-    quiet = replace(
-        workload, dropout=False, documents=(size.prompt_tokens,) * size.num_prompts, num_micro_batches=1
-    )
+def generate_peak(
+    workload: Workload, plan: ExecutionPlan, size: GenerateSize, *, in_training: bool = True
+) -> Bytes:
+    """The prompts of one batch in one row, then token by token. in_training: optimizer state is there too."""
+    quiet = replace(workload, dropout=False, documents=size.prompts, num_micro_batches=1)
     shape, itemsize = workload.shape, workload.itemsize
     ledger = Ledger()
     for cause, num_bytes in fixed_bytes(workload, plan).items():
-        ledger.add(cause, num_bytes)
+        if in_training or cause != OPTIMIZER:
+            ledger.add(cause, num_bytes)
     x_bytes = quiet.num_tokens * shape.hidden * itemsize
-    capacity = size.prompt_tokens + size.new_tokens
-    cache = 2 * shape.num_layers * size.num_prompts * shape.kv_width * capacity * itemsize
+    cache = 2 * shape.num_layers * len(size.prompts) * shape.kv_width * size.capacity * itemsize
     ledger.add(KV_CACHE, cache)
     ledger.add(STREAM, x_bytes)
     ledger.add(ROTARY, 2 * quiet.num_tokens * shape.head_dim * itemsize)
     settings = quiet.layer_settings(hold_unpacked=plan.hold_unpacked, mlp_tile_tokens=plan.mlp_tile_tokens)
     for window in set(shape.windows):
         ledger.bump(layer_bytes(settings, window, True).forward_first)
-    ledger.bump({"logits": size.num_prompts * shape.vocabulary * (2 * itemsize + 4)})
+    # Logits of the token before in fp32, and of this one: tiles and all of them, or all of them and in fp32.
+    logits = len(size.prompts) * shape.vocabulary
+    ledger.bump({"logits": logits * (4 + max(2 * itemsize, itemsize + 4))})
     return ledger.peak
 
 

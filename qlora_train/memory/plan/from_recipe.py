@@ -49,18 +49,23 @@ def plan_recipe(
     """
     shape = shape or find_shape(recipe.model.base, recipe.model.revision)
     workload = workload_of(recipe, shape, device, documents)
-    share = _SHARE_OF_FREE_VRAM if device == "cuda" else _SHARE_OF_FREE_RAM
-    budget_bytes = int(free_bytes * share) + (CONTEXT_BYTES[device] if has_context else 0)
-    if recipe.memory.vram_bytes is not None:
-        budget_bytes = recipe.memory.vram_bytes
     return make_plan(
         workload,
-        budget_bytes,
+        device_budget(device, free_bytes, recipe.memory.vram_bytes, has_context=has_context),
         rates or stated_rates(device, gpu_name),
         HostBudget.of_this_machine(cache or Path.home()),
         Choices(recipe.memory.weights, recipe.memory.activations),
-        GenerateSize(prompt_tokens=min(512, recipe.data.sequence_length)),
+        GenerateSize(prompts=(min(512, recipe.data.sequence_length),)),
     )
+
+
+def device_budget(device: DeviceKind, free_bytes: int, vram_bytes: int | None, *, has_context: bool) -> int:
+    """Bytes that may be used on the device, context included: what is asked for, else most of what is free
+    (which leaves a context out that exists already)."""
+    if vram_bytes is not None:
+        return vram_bytes
+    share = _SHARE_OF_FREE_VRAM if device == "cuda" else _SHARE_OF_FREE_RAM
+    return int(free_bytes * share) + (CONTEXT_BYTES[device] if has_context else 0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Made by planner.py, shown by report.py, obeyed by `train` (its `execution`), kep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from qlora_train.memory.plan.host_bytes import (
     save_host_bytes,
 )
 from qlora_train.memory.plan.time_model import Rates, StepTime
-from qlora_train.memory.plan.workload import Workload
+from qlora_train.memory.plan.workload import DeviceKind, Workload
 
 CONTEXT = "CUDA context"
 CONTEXT_BYTES = {"cuda": 450 * 2**20, "cpu": 0}
@@ -28,6 +29,16 @@ CONTEXT_BYTES = {"cuda": 450 * 2**20, "cpu": 0}
 FRAGMENTATION = {"cuda": 0.02, "cpu": 0.0}
 """Share of the budget left to the allocator's rounding."""
 PINNED = "pinned: "
+
+
+def room_in(budget_bytes: int, device: DeviceKind) -> int:
+    """Bytes for tensors on the device within a budget."""
+    return int((budget_bytes - CONTEXT_BYTES[device]) * (1 - FRAGMENTATION[device]))
+
+
+def budget_for(tensor_bytes: int, device: DeviceKind) -> int:
+    """The smallest budget with room for so many bytes of tensors."""
+    return math.ceil(tensor_bytes / (1 - FRAGMENTATION[device])) + 1 + CONTEXT_BYTES[device]
 
 
 @dataclass(frozen=True)
@@ -160,20 +171,32 @@ class Plan:
         """Raise `UserError`, with what is missing and what would fit, where the plan does not."""
         if self.fits:
             return
-        largest = max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
-        lines = ["this does not fit, however it is arranged:"]
-        lines += [f"  {problem}" for problem in self.problems]
-        lines.append(f"  the floor is made of {largest_causes(self, largest)}")
-        if self.advice:
-            lines += ["what would fit, one at a time:", *(f"  {change}" for change in self.advice)]
-        else:
-            lines.append("no single change of the recipe would do; take a smaller base or a larger budget")
-        raise UserError("\n".join(lines))
+        largest = max(self.phases.values(), key=lambda phase: sum(phase.values()))
+        otherwise = "no single change of the recipe would do; take a smaller base or a larger budget"
+        raise refusal(self.problems, largest, self.advice, otherwise)
 
 
-def largest_causes(plan: Plan, phase: str = "step") -> str:
-    """What takes most on the device, in words."""
-    causes = sorted(plan.phases[phase].items(), key=lambda item: -item[1])[:5]
+def refusal(problems: Sequence[str], floor: Bytes, advice: Sequence[str], otherwise: str) -> UserError:
+    """The error of a plan that does not fit. floor: what the smallest plan needs by cause. advice: changes
+    each of which would fit; otherwise: what to do where there is none."""
+    lines = ["this does not fit, however it is arranged:"]
+    lines += [f"  {problem}" for problem in problems]
+    lines.append(f"  the floor is made of {in_words(floor)}")
+    if advice:
+        lines += ["what would fit, one at a time:", *(f"  {change}" for change in advice)]
+    else:
+        lines.append(otherwise)
+    return UserError("\n".join(lines))
+
+
+def largest_causes(plan: Plan) -> str:
+    """What takes most on the device in a step."""
+    return in_words(plan.phases["step"])
+
+
+def in_words(parts: Bytes) -> str:
+    """The five largest causes."""
+    causes = sorted(parts.items(), key=lambda item: -item[1])[:5]
     return ", ".join(f"{cause} {gib(num_bytes)}" for cause, num_bytes in causes)
 
 

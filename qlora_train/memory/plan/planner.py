@@ -13,8 +13,8 @@ In this order, each step only if the one before does not fit into the budget:
 
 Every step is tried for several numbers of groups (micro-batches that pass the layers together cost memory and
 save transfers and unpacking); of what fits the fastest by the time model is taken, the earlier one where they
-are equally fast. Explicit `memory.*` keys
-narrow the choice. Bytes come from byte_walk.py, seconds from time_model.py.
+are equally fast. Explicit `memory.*` keys narrow the choice. Bytes come from byte_walk.py, seconds from
+time_model.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from qlora_train.memory.plan.byte_walk import (
 )
 from qlora_train.memory.plan.ghost import Bytes
 from qlora_train.memory.plan.host_bytes import HostBudget, disk_bytes, host_bytes
-from qlora_train.memory.plan.plan import CONTEXT_BYTES, FRAGMENTATION, Choices, Plan, gib
+from qlora_train.memory.plan.placement import fewest, place_of_streamed, placed
+from qlora_train.memory.plan.plan import Choices, Plan, budget_for, gib, room_in
 from qlora_train.memory.plan.time_model import Rates, step_time
 from qlora_train.memory.plan.workload import Workload
 
@@ -132,11 +133,13 @@ class _Search:
         self._generate = generate
         self._workload, self._rates, self._choices = workload, rates, choices
         self._budget_bytes, self._host = budget_bytes, host_budget
-        device = workload.device
-        self._room = int((budget_bytes - CONTEXT_BYTES[device]) * (1 - FRAGMENTATION[device]))
+        self._room = room_in(budget_bytes, workload.device)
         self._num_layers = workload.shape.num_layers
         self._peaks: dict[ExecutionPlan, int] = {}
-        self._host_place = self._place_of_streamed()
+        if choices.weights in ("ram", "disk"):
+            self._host_place = Place(choices.weights)
+        else:
+            self._host_place = place_of_streamed(workload, self._start(1, holds=False), host_budget)
 
     def peak(self, plan: ExecutionPlan) -> int:
         """Bytes on the device at the most, over all phases."""
@@ -257,56 +260,30 @@ class _Search:
     def _placed(
         self, plan: ExecutionPlan, num_streamed: int, *, with_embedding: bool, with_head: bool
     ) -> ExecutionPlan:
-        place = self._host_place
-        if self._workload.shape.is_tied:
-            with_embedding = with_head
-        head = place if with_head else Place.RESIDENT
-        num_resident = self._num_layers - num_streamed
-        resident = {(2 * j + 1) * self._num_layers // (2 * num_resident) for j in range(num_resident)}
-        weights = tuple(Place.RESIDENT if i in resident else place for i in range(self._num_layers))
-        return replace(
+        return placed(
             plan,
-            weights=weights,
-            embedding=place if with_embedding else Place.RESIDENT,
-            head=head,
-            num_slots=2 if num_streamed or with_head else 0,
+            self._host_place,
+            num_streamed,
+            is_tied=self._workload.shape.is_tied,
+            with_embedding=with_embedding,
+            with_head=with_head,
         )
-
-    def _place_of_streamed(self) -> Place:
-        """RAM if all that could stream fits there, else disk."""
-        if self._choices.weights in ("ram", "disk"):
-            return Place(self._choices.weights)
-        if self._workload.device == "cpu":
-            return Place.DISK  # on a CPU "the device" is RAM
-        self._host_place = Place.RAM
-        everything = self._placed(
-            self._start(1, holds=False), self._num_layers, with_embedding=True, with_head=True
-        )
-        needed = sum(host_bytes(self._workload, everything).values())
-        return Place.RAM if needed <= self._host.ram_bytes else Place.DISK
 
     def _fewest_streamed(self, plan: ExecutionPlan) -> Iterator[ExecutionPlan]:
         return self._fewest(lambda m: self._placed(plan, m, with_embedding=True, with_head=True))
 
     def _fewest(self, plan_of: Callable[[int], ExecutionPlan]) -> Iterator[ExecutionPlan]:
-        """The plan with the smallest number of layers that fits, by halving: each one more frees memory."""
-        least, most = 0, self._num_layers
-        if not self.fits(plan_of(most)):
-            return
-        while least < most:
-            middle = (least + most) // 2
-            if self.fits(plan_of(middle)):
-                most = middle
-            else:
-                least = middle + 1
-        yield plan_of(most)
+        plan = fewest(plan_of, self._num_layers, self.fits)
+        if plan is not None:
+            yield plan
 
     def problems(self, plan: Plan) -> Iterator[str]:
         """What does not fit, by how much."""
         if self.peak(plan.execution) > self._room:
+            needed = budget_for(self.peak(plan.execution), self._workload.device)
             yield (
-                f"the device: at least {gib(plan.peak_vram_bytes)} are needed, the budget is "
-                f"{gib(self._budget_bytes)} ({gib(plan.peak_vram_bytes - self._budget_bytes)} too little)"
+                f"the device: at least {gib(needed)} are needed, the budget is "
+                f"{gib(self._budget_bytes)} ({gib(needed - self._budget_bytes)} too little)"
             )
         if plan.peak_ram_bytes > self._host.ram_bytes:
             yield (f"RAM: {gib(plan.peak_ram_bytes)} are needed, {gib(self._host.ram_bytes)} are free")

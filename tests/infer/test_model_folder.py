@@ -1,0 +1,139 @@
+"""Generation within a budget: the same tokens from anywhere, few fetches, refusals before loading."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_checkpoint
+from tiny_runs import byte_tokenizer
+
+from qlora_train.cli import main
+from qlora_train.errors import UserError
+from qlora_train.infer import model_folder
+from qlora_train.infer.decoding import Sampling, generate_tokens
+from qlora_train.infer.model_folder import LoadedModel, find_model
+from qlora_train.memory.execution import Place
+from qlora_train.memory.meter import DeviceMeter
+from qlora_train.memory.packed_cache import cache_root
+from qlora_train.memory.plan.byte_walk import GenerateSize
+from qlora_train.memory.streaming import StreamedWeights
+
+NUM_LAYERS, NUM_NEW = 8, 6
+PROMPTS = [[5, 9, 7, 30], [8], [11] * 19]
+SIZE = GenerateSize(tuple(len(prompt) for prompt in PROMPTS), NUM_NEW)
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_and_no_cache_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("QLORA_TRAIN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bare")
+    tokenizer = byte_tokenizer()
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": NUM_LAYERS}
+    write_checkpoint(folder, vocab_size=len(tokenizer), **sizes)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def room(bare: Path) -> tuple[int, int]:
+    """(bytes that the resident model is planned with, bytes of a layer)."""
+    plan = find_model(bare).load(SIZE).plan
+    return plan.peak_bytes, plan.workload.slab_bytes
+
+
+def tokens_of(model: LoadedModel) -> list[list[int]]:
+    return generate_tokens(model.decoder, PROMPTS, Sampling(NUM_NEW), frozenset())
+
+
+def test_a_bare_model_with_memory_to_spare_is_resident_and_leaves_no_cache(bare: Path) -> None:
+    model = find_model(bare).load(SIZE)
+    assert model.plan.execution.is_resident and not isinstance(model.decoder.weights, StreamedWeights)
+    assert not list(cache_root().glob("*-none-*"))
+
+
+def test_the_same_tokens_however_much_streams_and_few_fetches(bare: Path, room: tuple[int, int]) -> None:
+    expected = tokens_of(find_model(bare).load(SIZE))
+    resident_bytes, slab_bytes = room
+    streamed = set()
+    for budget in (resident_bytes - 2 * slab_bytes, resident_bytes - 5 * slab_bytes):
+        model = find_model(bare).load(SIZE, vram_bytes=budget)
+        execution = model.plan.execution
+        assert model.plan.peak_bytes <= budget
+        assert tokens_of(model) == expected
+        assert isinstance(model.decoder.weights, StreamedWeights)
+        num_streamed = execution.weights.count(Place.DISK)
+        num_tiles = len(model.decoder.head.items)
+        num_reads = model.decoder.weights.ring.num_reads
+        assert 0 < num_reads <= NUM_NEW * (num_streamed + num_tiles) + execution.num_slots
+        streamed.add(num_streamed)
+        model.decoder.close()
+    assert len(streamed) == 2 and max(streamed) <= NUM_LAYERS
+
+
+def test_the_budget_is_kept(bare: Path, room: tuple[int, int]) -> None:
+    """The plan counts 128 MiB for blocks of rows while loading; a model this small needs less."""
+    budget = room[0] - 5 * room[1]
+    with DeviceMeter("cpu") as meter:
+        model = find_model(bare).load(SIZE, vram_bytes=budget)
+        meter.reset_peak()
+        tokens_of(model)
+    model.decoder.close()
+    planned = sum(model.plan.phases["generate"].values())
+    assert meter.peak_bytes == pytest.approx(planned, rel=0.01) and planned < budget
+
+
+def test_a_long_prompt_passes_in_mlp_tiles(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the plan says so, the layers do."""
+    source, size = find_model(bare), GenerateSize((64,), 2)
+    whole = source.load(size)
+    plan_generation_here = model_folder.plan_generation_here
+
+    def in_tiles(*args, **options):  # type: ignore[no-untyped-def]
+        plan = plan_generation_here(*args, **options)
+        return replace(plan, execution=replace(plan.execution, mlp_tile_tokens=16))
+
+    monkeypatch.setattr(model_folder, "plan_generation_here", in_tiles)
+    tiled = source.load(size)
+    assert [layer.mlp.tile_tokens for layer in tiled.decoder.layers] == [16] * NUM_LAYERS
+    prompt = [[7, 8, 9, 10] * 16]
+    answers = [generate_tokens(m.decoder, prompt, Sampling(2), frozenset()) for m in (whole, tiled)]
+    assert answers[0] == answers[1]
+
+
+def test_nothing_is_loaded_where_nothing_fits(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_folder, "load_base", lambda *args, **options: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"at least .* are needed for 3 prompts .*, the budget is 0\.00 GiB"):
+        find_model(bare).load(SIZE, vram_bytes=2**20)
+
+
+def test_the_command_obeys_vram(
+    bare: Path, room: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(bare), "--prompt", "ab", "--prompt", "c", "--max-new-tokens", "4"]
+    assert main(command) == 0
+    resident = capsys.readouterr()
+    assert resident.err == ""
+    mebibytes = (room[0] - 3 * room[1]) / 2**20
+    assert main([*command, "--vram", f"{mebibytes:.2f}MiB"]) == 0
+    streamed = capsys.readouterr()
+    assert streamed.out == resident.out
+    assert "disk; embedding disk, head disk" in streamed.err.splitlines()[0]
+    assert main([*command, "--vram", "1MiB"]) == 2
+    refused = capsys.readouterr()
+    assert refused.out == "" and "this does not fit, however it is arranged" in refused.err
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--vram", "12"])
+    assert stop.value.code == 2 and "'12' is no size such as 8GiB" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_refused_before_loading(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_folder, "load_base", lambda *args, **options: pytest.fail("loaded"))
+    assert main(["generate", str(bare), "--prompt", "", "--raw"]) == 2
