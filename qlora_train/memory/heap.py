@@ -17,7 +17,7 @@ import sys
 
 import psutil
 
-GROWTH_BYTES = 32 * 2**20
+GROWTH_BYTES = 96 * 2**20
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
