@@ -10,12 +10,14 @@ from typing import Any
 @dataclass(frozen=True)
 class Contender:
     """module: a piece (process.py), run with the case's settings, then `arguments`, as its arguments.
-    requires: packages that must be importable, else the contender is skipped with a word."""
+    requires, commands: packages that must be importable and programs that must be there, else the contender
+    is skipped with a word."""
 
     name: str
     module: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

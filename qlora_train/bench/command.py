@@ -20,6 +20,7 @@ COLUMNS = (
     Column("first_step_seconds", "to the first step", seconds),
     Column("load_seconds", "load", seconds),
     Column("merge_seconds", "merge", seconds),
+    Column("merge_to_disk_seconds", "merge, on disk", seconds),
     Column("useful_gflops_per_second", "useful GFLOP/s", rate),
     Column("share_of_matmul_ceiling", "of measured matmul", share),
     Column("copied_gb_per_second", "copied GB/s", rate),

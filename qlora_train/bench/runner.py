@@ -7,6 +7,7 @@ backwards: a drift that is linear in time falls on all alike. Medians do the res
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -60,27 +61,26 @@ class Bench:
         if case.needs_cuda and self.machine["gpu"] is None:
             return "skipped: no CUDA device"
         absent = [name for name in contender.requires if importlib.util.find_spec(name) is None]
+        absent += [name for name in contender.commands if shutil.which(name) is None]
         return f"skipped: {', '.join(absent)} not installed" if absent else ""
 
     def _inputs(self, case: Case) -> dict[str, str]:
         if not case.inputs:
             return {}
         arguments = {"folder": str(self.folder), **case.inputs}
-        outcome = run_piece(INPUTS, arguments, timeout_seconds=INPUTS_TIMEOUT_SECONDS)
+        outcome = self._run_piece(INPUTS, arguments, INPUTS_TIMEOUT_SECONDS)
         if outcome.figures is None:
             raise QloraTrainError(f"{case.name}: its inputs could not be made: {outcome.error}")
         return dict(outcome.figures["paths"])
 
+    def _run_piece(self, module: str, arguments: Mapping[str, Any], timeout_seconds: float) -> Outcome:
+        environment = {"QLORA_TRAIN_CACHE": str(self.folder / "packed")}
+        return run_piece(module, arguments, timeout_seconds=timeout_seconds, environment=environment)
+
     def _take(self, case: Case, turn: _Turns, settings: Mapping[str, Any], number: int) -> None:
         self.say(f"{case.name}: {turn.contender.name}, run {number + 1}")
         arguments = {**settings, **turn.contender.arguments}
-        environment = {"QLORA_TRAIN_CACHE": str(self.folder / "packed")}
-        outcome = run_piece(
-            turn.contender.module,
-            arguments,
-            timeout_seconds=case.timeout_seconds,
-            environment=environment,
-        )
+        outcome = self._run_piece(turn.contender.module, arguments, case.timeout_seconds)
         figures = _figures(outcome)
         record.append(
             self.records,

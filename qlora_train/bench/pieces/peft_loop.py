@@ -1,0 +1,36 @@
+"""The peer everyone knows: peft on a base packed by bitsandbytes, a plain loop with gradient checkpointing.
+
+Two ways to write it. As peft's guide has it: `prepare_model_for_kbit_training` (fp32 norms, embedding and
+head), then `get_peft_model`. And the fastest we found (LOG.md): nothing in fp32 but the factors, bfloat16
+autocast around the forward pass. Gradients are clipped, the optimizer is bitsandbytes'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import get_peft_model, prepare_model_for_kbit_training
+
+from qlora_train.bench.pieces.figures import DTYPE, device, now
+from qlora_train.bench.pieces.loop import train_plainly
+from qlora_train.bench.pieces.peer import load_packed, lora_config
+from qlora_train.bench.process import answer
+
+
+def measure(arguments: dict[str, Any]) -> dict[str, Any]:
+    """arguments: as for `train_plainly`, rank, and as_documented: which of the two ways."""
+    started, as_documented = now(), arguments["as_documented"]
+    model: Any = load_packed(arguments["inputs"]["base"])
+    checkpointing = {"use_reentrant": False}
+    if as_documented:
+        model = prepare_model_for_kbit_training(model, True, checkpointing)
+    else:
+        model.gradient_checkpointing_enable(checkpointing)
+    model = get_peft_model(model, lora_config(arguments["rank"]))
+    autocast = torch.autocast(device().type, DTYPE, enabled=not as_documented)
+    return train_plainly(model, arguments, started=started, autocast=autocast)
+
+
+if __name__ == "__main__":
+    answer(measure)

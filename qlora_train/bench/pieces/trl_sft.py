@@ -1,0 +1,109 @@
+"""trl's SFTTrainer at its defaults (8 rows a batch, padded; checkpointing; loss on completions), on a
+base packed by bitsandbytes. Set is only what the case fixes for all: rank, optimizer, number of steps.
+
+A step lasts from the end of the one before: the trainer collates the next batch before it says that a step
+begins.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from qlora_train.bench.pieces.figures import Step, age_seconds, device, now, training_figures
+from qlora_train.bench.pieces.peer import load_packed, lora_config
+from qlora_train.bench.process import answer
+
+
+class _Clock(TrainerCallback):
+    """Seconds and tokens of every step. `seen` is told about each batch."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.first_step_seconds = 0.0
+        self.started = 0.0
+        self.begun = 0.0
+        self._num_tokens = self._num_supervised = 0
+
+    def seen(self, inputs: dict[str, torch.Tensor]) -> None:
+        self._num_tokens += int(inputs["attention_mask"].sum())
+        self._num_supervised += int((inputs["labels"][:, 1:] >= 0).sum())
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.steps and not self.begun:
+            self.begun = self.started = now()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        ended = now()
+        step = Step(ended - self.started, self._num_tokens, self._num_supervised, float(logs["loss"]))
+        self.steps.append(step)
+        self.started, self._num_tokens, self._num_supervised = ended, 0, 0
+        self.first_step_seconds = self.first_step_seconds or age_seconds()
+
+
+class _Trainer(SFTTrainer):
+    """Says which batch each step gets."""
+
+    clock: _Clock
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.clock.seen(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def measure(arguments: dict[str, Any]) -> dict[str, Any]:
+    """arguments: inputs, rank, optimizer, num_warm_up, num_timed, and trl: changes of SFTConfig."""
+    started = now()
+    base = arguments["inputs"]["base"]
+    rows = Dataset.from_json(arguments["inputs"]["rows"])
+    with tempfile.TemporaryDirectory(prefix="qlora-bench-trl-") as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            max_steps=arguments["num_warm_up"] + arguments["num_timed"],
+            optim=arguments["optimizer"],
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=device().type == "cpu",
+            **arguments.get("trl", {}),
+        )
+        trainer = _Trainer(
+            model=load_packed(base),
+            args=config,
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(base),
+            peft_config=lora_config(arguments["rank"]),
+        )
+        trainer.clock = clock = _Clock()
+        trainer.add_callback(clock)
+        if device().type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    return training_figures(
+        clock.steps,
+        Path(base),
+        num_warm_up=arguments["num_warm_up"],
+        load_seconds=clock.begun - started,
+        first_step_seconds=clock.first_step_seconds,
+    )
+
+
+if __name__ == "__main__":
+    answer(measure)

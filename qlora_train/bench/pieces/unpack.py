@@ -1,0 +1,67 @@
+"""Unpacking one 4-bit matrix on the GPU: bytes read and written per second, beside a plain copy on it.
+
+Our kernel and bitsandbytes' take the same packed weight (NF4, double quantisation) to bfloat16. The ceiling
+is a device-to-device copy, which reads and writes every byte as an unpack does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+
+from qlora_train.bench.pieces.figures import DTYPE, device, now
+from qlora_train.bench.process import answer
+from qlora_train.memory.measured_rates import rates_of
+
+NUM_WARM_UP, NUM_TIMED = 10, 200
+
+
+def measure(arguments: dict[str, Any]) -> dict[str, Any]:
+    """arguments: num_rows, num_columns; by: "ours" or "bitsandbytes"."""
+    torch.manual_seed(0)
+    shape = (arguments["num_rows"], arguments["num_columns"])
+    weight = torch.randn(shape, device=device(), dtype=DTYPE)
+    data, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    expected = bnb.dequantize_4bit(data, state)
+    out = torch.empty_like(weight)
+    unpack = (_ours if arguments["by"] == "ours" else _bitsandbytes)(data, state, out)
+    unpack()
+    if not torch.equal(out, expected):
+        raise ValueError("unpacked weights differ from bitsandbytes' own")
+    for _ in range(NUM_WARM_UP):
+        unpack()
+    started = now()
+    for _ in range(NUM_TIMED):
+        unpack()
+    seconds = (now() - started) / NUM_TIMED
+    with tempfile.TemporaryDirectory() as empty:
+        ceiling = rates_of(device(), DTYPE, Path(empty)).memory
+    scale_bytes = state.absmax.numel() + 4 * state.state2.absmax.numel()
+    moved = data.numel() + scale_bytes + out.numel() * out.element_size()
+    return {
+        "unpack_microseconds": seconds * 1e6,
+        "unpacked_gb_per_second": moved / seconds / 1e9,
+        "copy_ceiling_gb_per_second": ceiling / 1e9,
+        "share_of_copy_ceiling": moved / seconds / ceiling,
+    }
+
+
+def _ours(data: torch.Tensor, state: bnb.QuantState, out: torch.Tensor) -> Callable[[], object]:
+    from qlora_train.kernels.unpack_4bit import NestedScales, Packed4bit, unpack_4bit
+
+    nested = NestedScales(state.state2.code, state.state2.absmax, state.offset)
+    packed = Packed4bit(data.reshape(-1), state.absmax, state.code, state.blocksize, nested)
+    return lambda: unpack_4bit(packed, out)
+
+
+def _bitsandbytes(data: torch.Tensor, state: bnb.QuantState, out: torch.Tensor) -> Callable[[], object]:
+    return lambda: bnb.dequantize_4bit(data, state, out=out)
+
+
+if __name__ == "__main__":
+    answer(measure)
