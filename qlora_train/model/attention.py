@@ -3,6 +3,9 @@
 A micro-batch is one flat row of T tokens with document boundaries. With q, k, v of shape [1, heads, T, d] the
 result for document [s, e) is  softmax(scaling * q[s:e] k[s:e]^T + causal) v[s:e],  nothing else.
 
+On GPUs where flash attention serves a layer, one call does it for all documents (varlen_attention.py). What
+follows is the path everywhere else, on every CPU, and in reference mode: the reference of the other one.
+
 How: documents of one length class are gathered into a right-padded batch [num_documents, heads, length, d]
 and given to torch's SDPA with `is_causal=True`. Right padding needs no mask: a padded key comes after every
 real query, and a padded query is thrown away. One call per class instead of one per document, and attention
@@ -12,6 +15,10 @@ document is padded to depends on its own length alone, so its rounding does not 
 
 A sliding window w only matters for documents longer than w: those run in blocks of w queries against the at
 most 2w - 1 keys they may see. Saved for backward: what SDPA saves (q, k, v, out, log-sum-exp).
+
+Of torch's GPU kernels only flash can share a key head among query heads. Where it does not run (capability
+below 8.0, float32, a mask), key heads are written out once per query head for the memory-efficient kernel;
+asked to share them all the same, torch would take the plain one, which writes all scores.
 
 Why not transformers' own packed masks: they build [1, 1, T, T], quadratic in the row. Why not flash-attn's
 package: it needs a compiler and a GPU of compute capability 8.0; everything here runs anywhere.
@@ -32,6 +39,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qlora_train.errors import UnsupportedModelError
+from qlora_train.model.varlen_attention import Heads, VarlenAttention, flash_serves
 
 NAME = "qlora_train_packed"
 
@@ -46,11 +54,15 @@ class DocumentLayout:
     boundaries: host integers 0 = b0 < b1 < ... = T; document i is [b_i, b_i+1).
     buckets: one index tensor [num_documents, length] per length class, right-padded with a valid position.
     inverse: [T], where each token of the row stands in the concatenation of the flattened buckets.
+    cu_seqlens: int32 [num_documents + 1], the boundaries on the device. longest: tokens of the longest
+    document.
     """
 
     boundaries: tuple[int, ...]
     buckets: tuple[Tensor, ...]
     inverse: Tensor
+    cu_seqlens: Tensor
+    longest: int
 
     @staticmethod
     def of(boundaries: np.ndarray, device: torch.device | str) -> DocumentLayout:
@@ -71,7 +83,11 @@ class DocumentLayout:
             buckets.append(torch.from_numpy(indices).to(device))
             base += indices.size
         return DocumentLayout(
-            tuple(int(b) for b in bounds), tuple(buckets), torch.from_numpy(inverse).to(device)
+            tuple(int(b) for b in bounds),
+            tuple(buckets),
+            torch.from_numpy(inverse).to(device),
+            torch.from_numpy(bounds.astype(np.int32)).to(device),
+            int(lengths.max()),
         )
 
 
@@ -90,6 +106,7 @@ def packed_attention(
     *,
     documents: DocumentLayout | None = None,
     kv_lengths: Tensor | None = None,
+    varlen: VarlenAttention | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -100,7 +117,8 @@ def packed_attention(
 
     Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d]. Decoding:
     `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them
-    real. Returns ([B, T, Hq, d], None). Raises `UnsupportedModelError` for arguments it does not know.
+    real. varlen: attends to documents where it serves such a layer. Returns ([B, T, Hq, d], None). Raises
+    `UnsupportedModelError` for arguments it does not know.
     """
     unknown = {name for name, v in kwargs.items() if v is not None} - _INERT_ARGUMENTS
     if unknown or attention_mask is not None or dropout:
@@ -119,6 +137,9 @@ def packed_attention(
     if kv_lengths is not None:
         return _decode(query, key, value, kv_lengths, rule).transpose(1, 2).contiguous(), None
     assert documents is not None
+    if varlen is not None and varlen.serves(query, key, value, softcap):
+        boundaries, longest = documents.cu_seqlens, documents.longest
+        return varlen.attend(query, key, value, boundaries, longest, scaling, sliding_window), None
     return _by_document(query, key, value, documents, rule), None
 
 
@@ -178,17 +199,33 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor, rule: _ScoreRul
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor | None, is_causal: bool = False
 ) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    shares_heads = q.shape[1] != k.shape[1]
+    if shares_heads and not _sdpa_shares_heads(q, k, v, mask):
+        k, v = _written_out(q, k, v)
+        shares_heads = False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=rule.scaling, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=rule.scaling, enable_gqa=shares_heads
     )
+
+
+def _sdpa_shares_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA can share key heads among query heads without writing all scores."""
+    if not q.is_cuda:
+        return True
+    capability = torch.cuda.get_device_capability(q.device)
+    return mask is None and flash_serves(capability, q.dtype, Heads.of(q, k, v))
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A key and a value head for every query head."""
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor) -> Tensor:
     """softmax(c tanh(s / c)) v: no fused kernel offers it, so the scores of one block are materialised."""
     assert rule.softcap is not None
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    k, v = _written_out(q, k, v)
     scale = rule.scaling if rule.scaling is not None else q.shape[-1] ** -0.5
     scores = rule.softcap * torch.tanh((q @ k.transpose(2, 3)) * scale / rule.softcap)
     scores = scores.float().masked_fill(~mask, float("-inf"))

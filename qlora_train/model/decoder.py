@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.tiled_mlp import TiledMlp
 from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles, whole
+from qlora_train.model.varlen_attention import VarlenAttention, varlen_attention
 from qlora_train.model.weights import LayerSource
 
 LayerArguments = dict[str, Any]
@@ -45,8 +47,9 @@ class FrozenDecoder:
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
     where those find their packed weights. embedding, head: [V, D], the same object where tied. dtype, device:
     of the computation. tail_name: name within a layer of the linear whose output goes straight into the
-    residual sum, if the probe found that it does. fingerprint: of the packed base's content. The given model
-    is taken over and cannot be called as a whole afterwards; its embedding and head weights are dropped.
+    residual sum, if the probe found that it does. fingerprint: of the packed base's content. varlen: what
+    attends to packed documents where it can; None: SDPA does, always. The given model is taken over and
+    cannot be called as a whole afterwards; its embedding and head weights are dropped.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class FrozenDecoder:
         self.norm: nn.Module = self._decoder.norm
         self.tail_name: str | None = None
         self.fingerprint = ""
+        self.varlen: VarlenAttention | None = varlen_attention(device)
         self.at_close: list[Callable[[], object]] = []
         self._tiled_mlps: list[TiledMlp] = []
         self._calls: list[LayerArguments] = []
@@ -99,7 +103,11 @@ class FrozenDecoder:
         self._decoder.embed_tokens.weight = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
         row_of_token = torch.arange(len(ids), device=self.device).view(position_ids.shape)
         output = self._decoder(
-            input_ids=row_of_token, position_ids=position_ids, use_cache=False, **attention_arguments
+            input_ids=row_of_token,
+            position_ids=position_ids,
+            use_cache=False,
+            varlen=self.varlen,
+            **attention_arguments,
         )
         self._decoder.embed_tokens.weight = self._no_rows
         arguments = list(self._calls)
@@ -141,6 +149,15 @@ class FrozenDecoder:
         """The head [V, D] on the device at once, for reference runs: `tile_logits(hidden, 0, whole_head)` is
         one product, as the library takes it."""
         return whole(self.head)
+
+    def fuse(self, *, norms: bool, mlps: bool) -> None:
+        """Put fused operations (fused.py) in place of the layers' norms and MLPs, as the probe found they
+        may be; before MLPs are tiled."""
+        assert not self._tiled_mlps
+        if norms:
+            fuse_norms(self.layers)
+        if mlps:
+            fuse_mlps(self.layers)
 
     def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
         """Let every layer's MLP take so many tokens at a time (None: all). context: of the factors'

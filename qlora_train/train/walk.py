@@ -60,6 +60,8 @@ class LayerWalk:
         for linear in decoder.linears.values():
             linear.use_autograd = reference
         decoder.weights.copies_unpacked = reference
+        if reference:
+            decoder.varlen = None
         self._remembered = Remembered(decoder, factors, host or HostMemory(decoder.device))
         self.follow(plan)
 

@@ -79,6 +79,8 @@ def test_layout_pads_by_a_quarter_and_inverts() -> None:
     lengths = [5, 1, 48, 3, 130, 9, 191, 65, 33]
     layout = DocumentLayout.of(np.cumsum([0, *lengths]), "cpu")
     assert layout.boundaries == tuple(np.cumsum([0, *lengths]).tolist())
+    assert layout.cu_seqlens.tolist() == list(layout.boundaries) and layout.cu_seqlens.dtype == torch.int32
+    assert layout.longest == 191
     places = torch.cat([bucket.flatten() for bucket in layout.buckets])
     assert torch.equal(places[layout.inverse], torch.arange(sum(lengths)))
     assert sorted({bucket.shape[1] for bucket in layout.buckets}) == [16, 48, 80, 160, 192]
