@@ -1,4 +1,6 @@
 # make demo: install and run the quickstart    make test: install and run every test
+# make gpu-suite: on a GPU, all tests and cases that need one, in stages; see qlora_train/bench/gpu_suite.py
+# make offline-wheels: what a GPU machine without a network may lack, into build/wheels, to be taken there
 # Another interpreter: make PYTHON=python3.12 demo
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +8,14 @@ BIN := $(VENV)/bin
 NUM_WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+# gpu-suite takes the wheels, where they are, beside what PYTHON has; else it makes .venv like the others.
+WHEELS := build/wheels
+SITE := build/gpu-site
+RECORD := build/gpu-suite
+SUITE := -m qlora_train.bench.gpu_suite --record $(RECORD) $(if $(ONLY),--only $(ONLY)) \
+  $(if $(AGAIN),--again) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER))
+
+.PHONY: demo test lint clean gpu-suite offline-wheels
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/demo.py
@@ -18,6 +27,18 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+ifeq ($(wildcard $(WHEELS)/*.whl),)
+gpu-suite: $(VENV)/.installed-dev
+	$(BIN)/python $(SUITE)
+else
+gpu-suite: $(SITE)/.installed
+	PATH="$(CURDIR)/$(SITE)/bin:$$PATH" PYTHONPATH="$(CURDIR):$(CURDIR)/$(SITE)" \
+	  $(PYTHON) $(SUITE) --commit "$$(cat $(WHEELS)/COMMIT)"
+endif
+
+offline-wheels: $(VENV)/.created
+	$(BIN)/python .ci/offline_wheels.py $(WHEELS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
@@ -31,6 +52,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(SITE)/.installed: $(wildcard $(WHEELS)/*.whl)
+	rm -rf $(SITE)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+	  --target $(SITE) $^
+	@touch $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
