@@ -12,6 +12,7 @@ from qlora_train.bench.cases import CASES, choose
 from qlora_train.bench.machine import describe_machine
 from qlora_train.bench.runner import Bench
 from qlora_train.bench.table import Column, build_table, gib, rate, seconds, share
+from qlora_train.errors import QloraTrainError
 
 COLUMNS = (
     Column("tokens_per_second", "tokens/s", rate),
@@ -48,7 +49,8 @@ def run_bench(
 ) -> None:
     """Run the named cases, all of them where none is named; print their table.
 
-    Raises `UserError` for an unknown name, `QloraTrainError` where inputs cannot be made.
+    Raises `UserError` for an unknown name, `QloraTrainError` where inputs cannot be made and, after the
+    table, where something failed.
     """
     chosen = choose(names, cases)
     from qlora_train.memory.packed_cache import cache_root
@@ -62,3 +64,6 @@ def run_bench(
     wide = Console(file=console.file, width=max(console.width, TABLE_WIDTH), highlight=False)
     wide.print(build_table(rows, COLUMNS, targets))
     say(f"medians of {num_runs}; (x): compared with the contender without one; figures added to {records}")
+    failed = [f"{row.contender} in {row.case}" for row in rows if row.has_failed]
+    if failed:
+        raise QloraTrainError(f"failed: {', '.join(failed)}; the records in {records} say how")

@@ -4,7 +4,8 @@
 
 The module reads its arguments as JSON and writes its figures as JSON (`answer`). What it prints goes to a log
 whose last lines become the error where it fails, is killed or takes too long. Peak memory is read inside the
-child, from the kernel (and on CUDA from the allocator): the parent would see it only by polling.
+child, from the kernel (and on CUDA from the allocator): the parent would see it only by polling. What the
+parent does see is how much of the processor others took meanwhile: a time measured beside them is no time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,18 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 NUM_ERROR_LINES = 12
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 _CHECKOUT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """figures: what the piece measured, or None; error: its last lines then. seconds: of the whole process,
-    start and imports included."""
+    start and imports included. others_num_cores: cores that other processes, or other guests of the host,
+    kept busy meanwhile, on average."""
 
     figures: dict[str, Any] | None
     error: str | None
     seconds: float
+    others_num_cores: float
 
 
 def run_piece(
@@ -52,16 +59,17 @@ def run_piece(
         (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
         files = [str(folder / "arguments.json"), str(folder / "figures.json")]
         command = [sys.executable, "-m", module, *files]
-        started = time.monotonic()
+        started, busy_before = time.monotonic(), _others_busy_seconds()
         with (folder / "log").open("w+", encoding="utf-8", errors="replace") as log:
             code = _run(command, log, timeout_seconds, _environment(environment or {}))
             seconds = time.monotonic() - started
+            others = max(0.0, _others_busy_seconds() - busy_before) / seconds
             log.seek(0)
             last_lines = "\n".join(log.read().strip().splitlines()[-NUM_ERROR_LINES:])
         figures = folder / "figures.json"
         if code == 0 and figures.is_file():
-            return Outcome(json.loads(figures.read_text(encoding="utf-8")), None, seconds)
-    return Outcome(None, f"{_ending(code, timeout_seconds)}\n{last_lines}".strip(), seconds)
+            return Outcome(json.loads(figures.read_text(encoding="utf-8")), None, seconds, others)
+    return Outcome(None, f"{_ending(code, timeout_seconds)}\n{last_lines}".strip(), seconds, others)
 
 
 def answer(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -85,6 +93,14 @@ def peaks() -> dict[str, int]:
         found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
         found["device_reserved_peak_bytes"] = torch.cuda.max_memory_reserved()
     return found
+
+
+def _others_busy_seconds() -> float:
+    """Processor seconds so far of everybody but this process and the children it has waited for."""
+    times = psutil.cpu_times()
+    busy = sum(getattr(times, kind, 0.0) for kind in _BUSY)  # not every system tells all kinds apart
+    ours = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return busy - sum(usage.ru_utime + usage.ru_stime for usage in ours)
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from qlora_train.errors import QloraTrainError
 
 INPUTS = "qlora_train.bench.pieces.inputs"
 INPUTS_TIMEOUT_SECONDS = 3600.0
+DISTURBED_NUM_CORES = 0.2
 
 
 @dataclass
@@ -31,6 +32,7 @@ class _Turns:
     contender: Contender
     word: str
     runs: list[Mapping[str, Any]] = field(default_factory=list)
+    has_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Bench:
         self.say(f"{case.name}: {turn.contender.name}, run {number + 1}")
         arguments = {**settings, **turn.contender.arguments}
         outcome = self._run_piece(turn.contender.module, arguments, case.timeout_seconds)
+        if outcome.others_num_cores > DISTURBED_NUM_CORES:
+            self.say(f"disturbed: other processes kept {outcome.others_num_cores:.1f} cores busy")
         figures = _figures(outcome)
         record.append(
             self.records,
@@ -99,7 +103,7 @@ class Bench:
         )
         if figures is None:
             last_line = str(outcome.error).splitlines()[-1]
-            turn.word = f"failed: {last_line}"
+            turn.word, turn.has_failed = f"failed: {last_line}", True
             self.say(str(outcome.error))
         else:
             turn.runs.append(figures)
@@ -108,9 +112,14 @@ class Bench:
 def _figures(outcome: Outcome) -> dict[str, Any] | None:
     if outcome.figures is None:
         return None
-    return {**outcome.figures, "whole_process_seconds": outcome.seconds}
+    return {
+        **outcome.figures,
+        "whole_process_seconds": outcome.seconds,
+        "others_num_cores": outcome.others_num_cores,
+    }
 
 
 def _row(case: Case, turn: _Turns) -> Row:
     name = turn.contender.name
-    return Row(case.name, name, tuple(turn.runs), turn.word, is_reference=name == case.reference)
+    is_reference = name == case.reference
+    return Row(case.name, name, tuple(turn.runs), turn.word, is_reference, turn.has_failed)

@@ -26,13 +26,15 @@ class Column:
 @dataclass(frozen=True)
 class Row:
     """What one contender of one case gave. runs: figures of the runs that succeeded. word: why there are
-    none or fewer (absent, failed). is_reference: ratios of this case are against this row."""
+    none or fewer (absent, failed). is_reference: ratios of this case are against this row. has_failed: a
+    process of it ended without figures."""
 
     case: str
     contender: str
     runs: tuple[Mapping[str, Any], ...] = ()
     word: str = ""
     is_reference: bool = False
+    has_failed: bool = False
 
 
 def gib(num_bytes: float) -> str:

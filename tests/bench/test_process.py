@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from qlora_train.bench import process
 from qlora_train.bench.process import run_piece
 
 MakePiece = Callable[[str, str], str]
@@ -24,6 +28,25 @@ def test_figures_come_back_with_the_peak_of_that_process(make_piece: MakePiece) 
     assert outcome.figures["pid"] != os.getpid()
     assert 300 * 2**20 < outcome.figures["process_peak_bytes"] < 2**30
     assert outcome.seconds > 0
+
+
+def test_what_others_take_of_the_processor_is_told(make_piece: MakePiece) -> None:
+    module = make_piece("sleeps", "import time\ntime.sleep(2)\nreturn {}")
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        beside_one = run_piece(module, {}, timeout_seconds=60)
+    finally:
+        spinning.kill()
+        spinning.wait()
+    assert beside_one.others_num_cores > 0.3
+
+
+def test_what_this_process_and_its_children_took_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    ours = sum(os.times()[:4])
+    times = SimpleNamespace(user=ours + 30.0, system=10.0, steal=2.0, idle=500.0)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: times)
+    assert process._others_busy_seconds() == pytest.approx(42.0, abs=0.5)
 
 
 def test_a_peak_that_the_piece_took_itself_stands(make_piece: MakePiece) -> None:

@@ -16,6 +16,7 @@ from qlora_train.bench.case import Case, Contender
 from qlora_train.bench.cases import CASES
 from qlora_train.bench.command import run_bench
 from qlora_train.bench.runner import Bench
+from qlora_train.errors import QloraTrainError
 
 MakePiece = Callable[[str, str], str]
 MACHINE: dict[str, Any] = {"cpu": "some", "gpu": None}
@@ -56,6 +57,7 @@ def test_a_failure_is_recorded_once_and_stops_nobody_else(make_piece: MakePiece,
     ours, peer = bench_in(tmp_path, []).run(case, 2)
     assert len(ours.runs) == 2 and not ours.word
     assert not peer.runs and peer.word == "failed: RuntimeError: no memory left"
+    assert peer.has_failed and not ours.has_failed
     records = record.read(tmp_path / "records", "speed")
     assert [(r["contender"], r["figures"] is None) for r in records] == [
         ("ours", False),
@@ -85,6 +87,17 @@ def test_the_command_prints_one_table_and_keeps_the_figures(make_piece: MakePiec
     text = output.getvalue()
     assert "2.0 s (0.50x)" in text and "2.00 GiB (1.00x)" in text and "target: <= 0.6x" in text
     assert len(record.read(tmp_path / "r", "speed")) == 2
+
+
+def test_the_command_shows_its_table_before_it_says_what_failed(
+    make_piece: MakePiece, tmp_path: Path
+) -> None:
+    works, broken = make_piece("works", "return {'load_seconds': 2.0}"), make_piece("broken", "1 / 0")
+    case = Case("named", "about", (Contender("ours", works), Contender("peer", broken)), "peer")
+    output = io.StringIO()
+    with pytest.raises(QloraTrainError, match="^failed: peer in named; the records in "):
+        run_bench([], num_runs=1, records=tmp_path, console=Console(file=output), cases={"named": case})
+    assert "2.0 s" in output.getvalue() and "ZeroDivisionError" in output.getvalue()
 
 
 def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:

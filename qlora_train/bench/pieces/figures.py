@@ -74,6 +74,7 @@ def training_figures(
     return found | {
         "tokens_per_second": sum(step.num_tokens for step in timed) / total_seconds,
         "step_seconds": total_seconds / len(timed),
+        "step_seconds_each": [step.seconds for step in steps],
         "first_step_seconds": first_step_seconds,
         "load_seconds": load_seconds,
         "num_timed_steps": len(timed),
