@@ -66,27 +66,37 @@ class GhostLayer:
     def forward(self, x: Ghost, *, skips_tail: bool = False) -> Ghost:
         """x [1, T, D] -> [1, T, D]. skips_tail: the value of the last linear is not wanted."""
         self._skips_tail = skips_tail and self._settings.skip_tail and not self._settings.reference
-        shape = self._settings.shape
-        only_post = shape.only_post_norms
+        family = self._settings.shape.family
+        if family.is_parallel:
+            return self._parallel(x)
+        only_post = family.only_post_norms
         residual = x
         hidden = x if only_post else rms_norm(x)
         hidden = self._attention(hidden)
-        if only_post or shape.num_norms == 4:
+        if only_post or family.num_norms == 4:
             hidden = rms_norm(hidden)
         hidden = op.add(residual, self._residual_scaled(hidden))
         residual = hidden
         hidden = hidden if only_post else rms_norm(hidden)
-        hidden = self._tiled_mlp(hidden) if self._settings.mlp_tile_tokens is not None else self._mlp(hidden)
-        if only_post or shape.num_norms == 4:
+        hidden = self._whole_mlp(hidden)
+        if only_post or family.num_norms == 4:
             hidden = rms_norm(hidden)
         return op.add(residual, self._residual_scaled(hidden))
 
+    def _parallel(self, x: Ghost) -> Ghost:
+        """Attention and MLP read the same norm (cohere)."""
+        residual = x
+        hidden = rms_norm(x)
+        attended = self._attention(hidden)
+        hidden = self._whole_mlp(hidden)
+        return op.add(op.add(residual, attended), hidden)
+
     def _residual_scaled(self, x: Ghost) -> Ghost:
-        return op.scale(x) if self._settings.shape.scales_residual else x
+        return op.scale(x) if self._settings.shape.family.scales_residual else x
 
     def _attention(self, hidden: Ghost) -> Ghost:
         shape = self._settings.shape
-        if shape.is_fused:
+        if shape.family.fuses_qkv:
             qkv = self._linear("self_attn.qkv_proj", hidden)
             query = op.heads(op.part(qkv, shape.q_width), shape.num_heads)
             key = op.heads(op.part(qkv, shape.kv_width), shape.num_kv_heads)
@@ -105,7 +115,7 @@ class GhostLayer:
         return self._linear("self_attn.o_proj", output)
 
     def _normed_heads(self, x: Ghost, num_heads: int) -> Ghost:
-        kind = self._settings.shape.qk_norm
+        kind = self._settings.shape.family.qk_norm
         if kind == "none":
             return x
         if kind == "whole":
@@ -113,13 +123,18 @@ class GhostLayer:
         num_tokens, width = x.shape[1], x.shape[2]
         return rms_norm(x.view(num_tokens, num_heads, width // num_heads)).view(1, num_tokens, width)
 
+    def _whole_mlp(self, x: Ghost) -> Ghost:
+        return self._mlp(x) if self._settings.mlp_tile_tokens is None else self._tiled_mlp(x)
+
     def _mlp(self, x: Ghost) -> Ghost:
-        if self._settings.shape.is_fused:
+        family = self._settings.shape.family
+        if family.fuses_gate:
             return self._fused_mlp(x)
-        return self._linear(
-            "mlp.down_proj",
-            op.multiply(op.activation(self._linear("mlp.gate_proj", x)), self._linear("mlp.up_proj", x)),
-        )
+        *inner, down = (f"mlp.{name}" for name in family.mlp)
+        if len(inner) == 1:
+            return self._linear(down, op.activation(self._linear(inner[0], x)))
+        gate, up = inner
+        return self._linear(down, op.multiply(op.activation(self._linear(gate, x)), self._linear(up, x)))
 
     def _fused_mlp(self, x: Ghost) -> Ghost:
         up_states = self._linear("mlp.gate_up_proj", x)
@@ -164,7 +179,7 @@ class GhostLayer:
             return self._reference_linear(name, x, has_factors)
         num_out, num_in = self._shapes[name]
         num_tokens, itemsize, rank = x.shape[1], x.itemsize, settings.rank
-        if name == "mlp.down_proj" and self._skips_tail:
+        if name == settings.shape.tail_name and self._skips_tail:
             y = Ghost(self._ledger.tensor((), itemsize).storage, (1, num_tokens, num_out), itemsize)
         else:
             self._unpack(name)

@@ -1,9 +1,8 @@
 """A model's shape: all that the plan needs to know of it. From a config.json, or a table of known models.
 
-No transformers and no torch: a config.json is plain JSON, and the families that the byte model replays
-exactly are told apart by a few facts (which norms, which biases, fused or separate linears). For another
-LLaMA-class family the same keys give an estimate, and the plan says that it is one; the start-up probe of
-`train`, not this table, decides whether a family can be trained.
+No transformers and no torch: a config.json is plain JSON, and what a family's code adds to it is a table
+(families.py). For a family that is not in it the same keys give an estimate, and the plan says that it is
+one; the start-up probe of `train`, not this table, decides whether a family can be trained.
 """
 
 from __future__ import annotations
@@ -12,40 +11,24 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qlora_train.errors import UserError
-
-QkNorm = Literal["none", "per_head", "whole"]
-EXACT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma", "granite")
-"""Replayed operation by operation and held to the meter by tests."""
-_QKV_BIASES = ("qwen2", "starcoder2")
-_POST_NORMS = ("gemma2", "gemma3_text", "glm4")
-_ONLY_POST_NORMS = ("olmo2", "olmo3", "exaone4")
-_QK_NORMS: dict[str, QkNorm] = {
-    "qwen3": "per_head",
-    "gemma3_text": "per_head",
-    "exaone4": "per_head",
-    "apertus": "per_head",
-    "olmo2": "whole",
-    "olmo3": "whole",
-}
-_FUSED = ("phi3", "glm4")
+from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a LLaMA-class decoder.
 
-    windows: per layer, how many tokens back a query sees (None: all). num_norms: per layer, over the hidden
-    size; only_post_norms: they stand behind attention and MLP, not before. scales_residual: what is added to
-    the residual is multiplied by a number. is_fused: one linear for q, k, v and one for gate and up.
-    is_exact: the byte model replays this family's operations; otherwise what follows is an estimate.
+    family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). The rest is
+    what the config says, or the family where it says nothing.
     """
 
     model_type: str
+    family: Family
     hidden: int
     intermediate: int
     num_layers: int
@@ -59,12 +42,16 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: QkNorm = "none"
-    num_norms: int = 2
-    only_post_norms: bool = False
-    scales_residual: bool = False
-    is_fused: bool = False
-    is_exact: bool = True
+
+    @property
+    def is_known(self) -> bool:
+        """Names and shapes of its linears are those of the model."""
+        return self.model_type in FAMILIES
+
+    @property
+    def is_exact(self) -> bool:
+        """The byte model replays this family's operations; otherwise what follows is an estimate."""
+        return self.family.is_exact
 
     @property
     def q_width(self) -> int:
@@ -77,22 +64,23 @@ class ModelShape:
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Name within a layer -> (out, in)."""
         d, q, kv, i = self.hidden, self.q_width, self.kv_width, self.intermediate
-        if self.is_fused:
-            return {
-                "self_attn.o_proj": (d, q),
-                "self_attn.qkv_proj": (q + 2 * kv, d),
-                "mlp.gate_up_proj": (2 * i, d),
-                "mlp.down_proj": (d, i),
-            }
-        return {
-            "self_attn.q_proj": (q, d),
-            "self_attn.k_proj": (kv, d),
-            "self_attn.v_proj": (kv, d),
-            "self_attn.o_proj": (d, q),
-            "mlp.gate_proj": (i, d),
-            "mlp.up_proj": (i, d),
-            "mlp.down_proj": (d, i),
-        }
+        shapes = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)}
+        if self.family.fuses_qkv:
+            shapes = {"self_attn.qkv_proj": (q + 2 * kv, d)}
+        shapes["self_attn.o_proj"] = (d, d if self.family.square_output else q)
+        *inner, down = self.family.mlp
+        width = 2 * i if self.family.fuses_gate else i
+        return shapes | {f"mlp.{name}": (width, d) for name in inner} | {f"mlp.{down}": (d, i)}
+
+    @property
+    def tail_name(self) -> str:
+        """The linear that a layer runs last."""
+        return f"mlp.{self.family.mlp[-1]}"
+
+    @property
+    def may_skip_tail(self) -> bool:
+        """Its output goes straight into the residual sum: recomputation need not know its value."""
+        return not self.family.only_post_norms and self.family.num_norms <= 2
 
     @property
     def layer_parameters(self) -> int:
@@ -107,13 +95,15 @@ class ModelShape:
     @property
     def plain_parameters(self) -> int:
         """Numbers in norms and biases, of all layers and the final norm."""
-        norms = self.num_norms * self.hidden
-        norms += {"none": 0, "per_head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}[
-            self.qk_norm
+        norm = self.family.norm_weights * self.hidden
+        per_layer = self.family.num_norms * norm + self.family.activation_numbers
+        per_layer += {"none": 0, "per_head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}[
+            self.family.qk_norm
         ]
-        biases = self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.output_bias * self.hidden
-        biases += self.mlp_bias * (2 * self.intermediate + self.hidden)
-        return self.num_layers * (norms + biases) + self.hidden
+        per_layer += self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.output_bias * self.hidden
+        num_inner = (len(self.family.mlp) - 1) * (2 if self.family.fuses_gate else 1)
+        per_layer += self.mlp_bias * (num_inner * self.intermediate + self.hidden)
+        return self.num_layers * per_layer + norm
 
     @property
     def num_parameters(self) -> int:
@@ -127,61 +117,68 @@ class ModelShape:
 
 def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """The shape that a config.json tells. Raises `UserError`, saying `where`, if it lacks a size."""
-    family = str(values.get("model_type", ""))
+    model_type = str(values.get("model_type", ""))
+    family = FAMILIES.get(model_type, UNKNOWN)
     try:
         hidden, num_heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         num_layers = int(values["num_hidden_layers"])
-        shape = ModelShape(
-            model_type=family,
+        return ModelShape(
+            model_type=model_type,
+            family=family,
             hidden=hidden,
             intermediate=int(values["intermediate_size"]),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
-            head_dim=int(values.get("head_dim") or _default_head_dim(family, hidden, num_heads)),
+            num_kv_heads=int(values.get("num_key_value_heads", family.kv_heads) or num_heads),
+            head_dim=int(values.get("head_dim", family.head_dim) or hidden // num_heads),
             vocabulary=int(values["vocab_size"]),
-            is_tied=bool(values.get("tie_word_embeddings", _tied_by_default(family))),
+            is_tied=bool(values.get("tie_word_embeddings", family.is_tied)),
             max_positions=int(values.get("max_position_embeddings", 2048)),
             windows=_windows(family, values, num_layers),
+            qkv_bias=_bias(family.qkv_bias, values),
+            output_bias=_bias(family.output_bias, values),
+            mlp_bias=_bias(family.mlp_bias, values),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{where}: cannot be planned with: {error!r}. It must be the config.json of a LLaMA-class model "
             "(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size)."
         ) from error
-    bias = bool(values.get("attention_bias", False))
-    return replace(
-        shape,
-        qkv_bias=bias or family in _QKV_BIASES,
-        output_bias=bias and family not in _QKV_BIASES,
-        mlp_bias=bool(values.get("mlp_bias", False)),
-        qk_norm=_QK_NORMS.get(family, "none"),
-        num_norms=4 if family in _POST_NORMS else 2,
-        only_post_norms=family in _ONLY_POST_NORMS,
-        scales_residual=family == "granite",
-        is_fused=family in _FUSED,
-        is_exact=family in EXACT_FAMILIES,
-    )
 
 
-def _default_head_dim(family: str, hidden: int, num_heads: int) -> int:
-    return {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}.get(family, hidden // num_heads)
+def _bias(rule: Bias, values: Mapping[str, Any]) -> bool:
+    return rule if isinstance(rule, bool) else bool(values.get(*rule))
 
 
-def _tied_by_default(family: str) -> bool:
-    return family.startswith(("gemma", "smollm3"))
-
-
-def _windows(family: str, values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+def _windows(family: Family, values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """The sliding window of every layer."""
-    window = values.get("sliding_window")
-    if window is None or (family in ("qwen2", "qwen3") and not values.get("use_sliding_window", False)):
+    window = values.get("sliding_window", family.window)
+    asked = family.windows in ("all", "listed") or bool(values.get("use_sliding_window"))
+    if family.windows == "none" or window is None or not asked:
         return (None,) * num_layers
     kinds = values.get("layer_types")
-    if kinds is not None:
-        return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
-    full_below = int(values.get("max_window_layers", 0)) if family in ("qwen2", "qwen3") else 0
-    return tuple(int(window) if i >= full_below else None for i in range(num_layers))
+    if family.windows == "all":
+        slides = [True] * num_layers
+    elif kinds is not None:
+        slides = [kind == "sliding_attention" for kind in kinds]
+    elif family.windows == "after":
+        slides = [i >= int(values.get("max_window_layers", 28)) for i in range(num_layers)]
+    elif family.windows == "without_rope":
+        slides = [not has_rope for has_rope in _ropes(values, num_layers)]
+    else:
+        pattern = values.get("sliding_window_pattern") if family.reads_pattern else None
+        every = pattern or family.full_every
+        slides = [every is None or (i + 1) % int(every) != 0 for i in range(num_layers)]
+    return tuple(int(window) if slides_here else None for slides_here in slides)
+
+
+def _ropes(values: Mapping[str, Any], num_layers: int) -> list[bool]:
+    """Which layers of a smollm3 have a rotary embedding."""
+    listed = values.get("no_rope_layers")
+    if listed is not None:
+        return [bool(has_rope) for has_rope in listed]
+    every = int(values.get("no_rope_layer_interval", 4))
+    return [(i + 1) % every != 0 for i in range(num_layers)]
 
 
 def find_shape(base: str, revision: str | None = None) -> ModelShape:
@@ -249,25 +246,22 @@ def _known(
     vocabulary: int,
     max_positions: int,
     *,
-    head_dim: int | None = None,
     tied: bool = False,
     window: int | None = None,
 ) -> ModelShape:
-    return shape_from_config(
-        {
-            "model_type": family,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": max_positions,
-            "tie_word_embeddings": tied,
-            "sliding_window": window,
-        }
-    )
+    values = {
+        "model_type": family,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": tied,
+        "sliding_window": window,
+    }
+    return shape_from_config(values)
 
 
 _LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)

@@ -82,7 +82,7 @@ class Workload:
             self.documents,
             hold_unpacked=hold_unpacked,
             mlp_tile_tokens=mlp_tile_tokens,
-            skip_tail=self.skips_tail and not self.shape.only_post_norms and self.shape.num_norms == 2,
+            skip_tail=self.skips_tail and self.shape.may_skip_tail,
             reference=self.reference,
             on_cuda=self.device == "cuda",
         )
@@ -122,7 +122,7 @@ def _targets(targets: str | Sequence[str], shape: ModelShape) -> tuple[str, ...]
     names = tuple(shape.linear_shapes())
     if isinstance(targets, str):
         return names
-    if not shape.is_exact:  # its linears may have other names; the model itself will be asked
+    if not shape.is_known:  # its linears may have other names; the model itself will be asked
         chosen = tuple(name for name in names if any(name.endswith("." + e) for e in targets))
         return chosen or names
     missing = [e for e in targets if not any(name == e or name.endswith("." + e) for name in names)]

@@ -11,7 +11,6 @@ from tiny_models import FAMILIES, tiny_config
 
 from qlora_train.errors import UserError
 from qlora_train.memory.plan.model_shape import (
-    EXACT_FAMILIES,
     KNOWN,
     find_shape,
     known_shape,
@@ -84,7 +83,7 @@ def test_known_models_have_the_parameters_that_their_makers_state(name: str, bil
 
 
 def test_known_models_are_exact() -> None:
-    assert {shape.model_type for shape in KNOWN.values()} <= set(EXACT_FAMILIES)
+    assert all(shape.is_exact for shape in KNOWN.values())
     assert known_shape("meta-llama/Llama-9-8B") is None
 
 
@@ -111,7 +110,3 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
     with pytest.raises(UserError, match="num_attention_heads"):
         find_shape(str(tmp_path))
-
-
-def test_an_unknown_family_is_an_estimate() -> None:
-    assert not shape_from_config(tiny_config("llama").to_dict() | {"model_type": "llama9"}).is_exact

@@ -32,7 +32,7 @@ from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.byte_walk import evaluation_peak, step_peak
-from qlora_train.memory.plan.model_shape import ModelShape, shape_from_config
+from qlora_train.memory.plan.model_shape import ModelShape, find_shape, shape_from_config
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.workload import Workload
 from qlora_train.model.factors import FactorBuffers
@@ -54,6 +54,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-3m": ("qwen3", {"hidden_size": 192, "intermediate_size": 576, "vocab_size": 3000, "head_dim": 64}),
     "phi3-4m": ("phi3", {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 500}),
     "gemma-3m": ("gemma", {"hidden_size": 192, "intermediate_size": 768, "vocab_size": 700, "head_dim": 48}),
+    **{
+        family: (family, {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000, "head_dim": 64})
+        for family in (
+            "ministral",
+            "gemma3_text",
+            "glm",
+            "glm4",
+            "exaone4",
+            "seed_oss",
+            "hunyuan_v1_dense",
+            "helium",
+        )
+    },
     "llama-118m": (
         "llama",
         {"hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 2048, "num_hidden_layers": 2}
@@ -131,6 +144,14 @@ CASES = {
     "qwen3": Case("qwen3-3m", activations=(KEEP, RECOMPUTE), documents=(100, 28)),
     "phi3": Case("phi3-4m", activations=(RECOMPUTE, KEEP)),
     "gemma": Case("gemma-3m", activations=(RECOMPUTE,), documents=(256,)),
+    "ministral": Case("ministral", activations=(KEEP, RECOMPUTE), num_micro_batches=2),
+    "gemma3": Case("gemma3_text", activations=(RECOMPUTE, KEEP), documents=(300,)),
+    "glm": Case("glm", activations=(KEEP, RECOMPUTE), documents=(64, 32, 17), dropout=0.1),
+    "glm4": Case("glm4", activations=(RECOMPUTE, KEEP), documents=(300,)),
+    "exaone4": Case("exaone4", activations=(RECOMPUTE, KEEP), documents=(300,)),
+    "seed-oss": Case("seed_oss", activations=(RECOMPUTE,), num_micro_batches=2),
+    "hunyuan": Case("hunyuan_v1_dense", documents=(100, 28)),
+    "helium": Case("helium", activations=(RECOMPUTE, KEEP)),
     "groups": Case("llama-4m", num_micro_batches=4, plan={"num_groups": 2}),
     "mlp-tiles": Case(
         "llama-4m", activations=(RECOMPUTE,), documents=(512,), plan={"mlp_tile_tokens": 100}, dropout=0.1
@@ -215,7 +236,8 @@ def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
         plan = case.execution(num_layers)
         cache_folder = folder.parent / "packed"
         decoder = load_base(folder, case.packing, case.dtype, device, plan=plan, cache=cache_folder)
-        decoder.tail_name = "mlp.down_proj"
+        shape = find_shape(str(folder))
+        decoder.tail_name = shape.tail_name if shape.may_skip_tail else None
         factors = FactorBuffers(
             decoder.linears,
             rank=case.rank,

@@ -231,12 +231,14 @@ def test_without_the_tool_there_is_no_card(tmp_path: Path, monkeypatch: pytest.M
     assert find_card() is None
 
 
-def test_unknown_names_of_linears_are_refused_only_where_the_shape_is_exact() -> None:
+def test_unknown_names_of_linears_are_refused_only_where_the_family_is_known() -> None:
     config = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
     config |= {"vocab_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    unknown = shape_from_config(config | {"model_type": "llama9"}, "here")
+    assert not unknown.is_known
+    assert _targets(["c_fc"], unknown) == tuple(unknown.linear_shapes())  # counted as all of them
+    assert _targets(["q_proj"], unknown) == ("self_attn.q_proj",)
     starcoder = shape_from_config(config | {"model_type": "starcoder2"}, "here")
-    assert not starcoder.is_exact
-    assert _targets(["c_fc"], starcoder) == tuple(starcoder.linear_shapes())  # counted as all of them
-    assert _targets(["q_proj"], starcoder) == ("self_attn.q_proj",)
+    assert not starcoder.is_exact and _targets(["c_fc"], starcoder) == ("mlp.c_fc",)
     with pytest.raises(UserError, match="c_fc matches no linear layer"):
         _targets(["c_fc"], shape_from_config(config | {"model_type": "llama"}, "here"))
