@@ -1,5 +1,4 @@
-"""Tiny random checkpoints and packed rows for tests. Nothing is downloaded: configs come from transformers'
-own classes."""
+"""Tiny random checkpoints and packed rows for tests, from transformers' own configs: no downloads."""
 
 from __future__ import annotations
 

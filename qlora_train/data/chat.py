@@ -9,8 +9,8 @@ R = render(all messages),
 are right exactly when both renderings begin R, which is checked. So a span holds the end-of-turn token, not
 the header that the generation prompt already gives. Some templates render an earlier turn differently once
 a later one follows (a thinking block that is only shown in the last turn): there the end is looked up as
-the turn's content followed by what the template put behind it. Where that fails too, the template's own {%
-generation %} marks are used, and without marks the template is refused: a guess would train on the wrong
+the turn's content followed by what the template put behind it. Where that fails too, the template's own
+`{% generation %}` marks are used, and without marks the template is refused: a guess would train on the wrong
 tokens in silence.
 
 Two renderings a turn are cheaper than they look (50 to 100 us each), and unlike searching for role markers

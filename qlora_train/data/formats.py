@@ -4,15 +4,16 @@ A format is a set of *roles* (instruction, completion, ...); `data.columns` maps
 unmapped role is the column of its own name. `auto` takes the one format whose roles the table has. A row
 becomes one of three contents, and everything behind this file knows only those:
 
-    messages           {"messages": [{"role": "user", "content": ...}, ...]}    -> Chat; a column `tools` goes
-                       to the chat template, an assistant message with "weight": 0 has no loss
-    alpaca             instruction, input (may be empty or absent), output      -> Chat: one user, one
-    assistant turn prompt_completion  prompt, completion                                       -> Completion
+    messages           {"messages": [{"role": "user", "content": ...}, ...]}    -> Chat
+    alpaca             instruction, input (may be empty or absent), output      -> Chat: a user, an assistant
+    prompt_completion  prompt, completion                                       -> Completion
     text               text                                                     -> PlainText
 
-Without `prompt_template` a prompt is followed by its completion exactly as the two columns are: no space or
-line is put between them, because for the model that is a different text. Say `prompt_template:
-"{question}\n"` to get one.
+Beside `messages`, a column `tools` goes to the chat template; an assistant message with "weight": 0 has no
+loss. Without `prompt_template` a prompt is followed by its completion exactly as the two columns are: no
+space or line is put between them, because for the model that is a different text. To get a line, say
+
+    prompt_template: "{question}\\n"
 """
 
 from __future__ import annotations

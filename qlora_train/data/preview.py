@@ -1,5 +1,4 @@
-"""Shows what the model will see: the first rows' tokens, the supervised ones marked, and what packing makes
-of all.
+"""Shows what the model will see: the first rows' tokens, supervised ones marked, and what packing makes.
 
 On a terminal supervised text is green and underlined, special tokens are reversed; piped into a file (or
 without colours) supervised text stands in [[ ... ]]. Look here first when a loss does not fall.

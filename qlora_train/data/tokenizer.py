@@ -1,6 +1,4 @@
-"""Loads the base's own tokenizer. Only fast ones: the supervised mask needs each token's characters
-(offsets).
-"""
+"""Loads the base's own tokenizer. Only fast ones: the supervised mask needs each token's offsets."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Text from a model, token by token: one packed prefill of all prompts, then decoding steps for all of them
-at once.
+"""Text from a model, token by token: one packed prefill of all prompts, then steps for all of them at once.
 
 Each step is the same walk over the layers as in training, with a key-value cache: L layers per token whatever
 the number of prompts. Greedy is argmax; sampling divides logits by the temperature and keeps the smallest set

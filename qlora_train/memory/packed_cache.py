@@ -1,5 +1,6 @@
-"""The packed base on disk: made once per base and packing, read as it is by every later start, and the place
-that layers stream from when they do not fit into RAM.
+"""The packed base on disk: made once per base and packing, read as it is by every later start.
+
+It is also the place that layers stream from when they do not fit into RAM.
 
     <cache>/<fingerprint>/manifest.json       version, packing, dtype, every file's size and hash
                           layers.bin          the slabs one after another, each from a whole page on

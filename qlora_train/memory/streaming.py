@@ -6,8 +6,7 @@ reads ahead also while resident layers compute. `StreamedMatrix` is a `TokenMatr
 RAM or a file: rows are gathered on the host, tiles come through the same ring, in the same order as the
 layers:
 
-    forward 0..L-1, head tiles, backward L-1..        one order, one set of slots, no second buffer for the
-    head
+    forward 0..L-1, head tiles, backward L-1..0       one order, one set of slots, no second buffer
 
 Bytes on the device: num_slots * slot_bytes, slot_bytes the largest streamed item.
 """

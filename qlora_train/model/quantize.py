@@ -1,9 +1,8 @@
-"""Packing: the frozen weights as 4-bit or 8-bit codes and their scales, byte for byte as bitsandbytes makes
-them.
+"""Packing: frozen weights as 4-bit or 8-bit codes and scales, byte for byte as bitsandbytes makes them.
 
-4 bits (nf4, fp4). The weight [out, in] is read as one flat row of n = out*in numbers, cut into blocks of
-64. A block keeps its absolute maximum (fp32) and, per number, the index of the nearest of 16 code values to
-w / absmax:
+4 bits (nf4, fp4). The weight [out, in] is read as one flat row of n = out*in numbers, cut into blocks of 64.
+A block keeps its absolute maximum (fp32) and, per number, the index of the code value, one of 16, that is
+nearest to w / absmax:
 
     data    uint8 [ceil(n/2)]          two codes a byte, the first in the high nibble
     absmax  float32 [ceil(n/64)]       w = code[index] * absmax
@@ -14,10 +13,11 @@ Double quantisation packs absmax itself: less its mean (nested_offset), in block
     absmax  uint8 [ceil(n/64)]         absmax = nested_code[absmax] * nested_absmax + nested_offset
     nested_absmax float32 [ceil(n/64/256)], nested_offset float32 [], nested_code float32 [256]
 
-which makes (4 + 8/64 + 32/(64*256)) / 8 = 0.5159 byte per number, against 0.5625 without. 8 bits (int8):
-one absmax per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = data * row_absmax / 127.
-bitsandbytes casts the weight to fp16 before it packs int8, so we do: from bf16 or fp32 weights that costs a
-rounding, and weights beyond 65504 are refused.
+which makes (4 + 8/64 + 32/(64*256)) / 8 = 0.5159 byte per number, against 0.5625 without.
+
+8 bits (int8). One absmax per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = data * row_absmax
+/ 127. bitsandbytes casts the weight to fp16 before it packs int8, so we do: from bf16 or fp32 weights that
+costs a rounding, and weights beyond 65504 are refused.
 
 The quantisers are the library's own, but for 4 bits on the CPU, where `kernels/quantize_4bit.py` makes the
 same bytes ten times as fast. Called on a whole weight, the library's needs 11 (nf4) to 26 (fp4) bytes of
@@ -188,8 +188,8 @@ class PackedWeight:
 
 @cache
 def _code_on(form: Format, device: torch.device) -> Tensor:
-    """float32 [16] on `device`: what the library unpacks the 16 codes to there. It has a table per device, and
-    what it packs with is yet another one: asked, it is right to the last bit."""
+    """float32 [16] on `device`: what the library unpacks the 16 codes to there. It has a table per device,
+    and what it packs with is yet another one: asked, it is right to the last bit."""
     every_code = torch.tensor([[17 * even + 1] for even in range(0, 16, 2)], dtype=torch.uint8, device=device)
     ones = torch.ones(1, device=device)
     state = bnb.QuantState(ones, torch.Size((1, 16)), blocksize=64, quant_type=form, dtype=torch.float32)

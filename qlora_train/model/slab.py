@@ -1,8 +1,7 @@
-"""A slab: all packed bytes of one decoder layer in one contiguous buffer, and the table that says what is
-where.
+"""A slab: all packed bytes of one decoder layer in one contiguous buffer, and the table of what is where.
 
-    slab    uint8 [num_bytes] table   (weight, tensor) -> offset, dtype, shape        e.g. (mlp.up_proj,
-    absmax) -> 3,211,264, uint8, [..]
+    slab    uint8 [num_bytes]
+    table   (weight, tensor) -> offset, dtype, shape    e.g. (mlp.up_proj, absmax) -> 3,211,264, uint8, [..]
 
 Moving a layer (disk to RAM to GPU) is then one copy of known size: a 7-linear layer in NF4 with double
 quantisation would otherwise be 35 small ones. Offsets are multiples of 64 bytes, which every dtype and vector

@@ -1,5 +1,4 @@
-"""Embedding and head: one row of D numbers per token, V rows, in the compute dtype; one object where they are
-tied.
+"""Embedding and head: V rows of D numbers in the compute dtype; one object where they are tied.
 
 They are the largest matrices of a model (Llama 3: 128,256 x 4,096, 1.05 GB in 16 bits, against 0.11 GB for a
 packed layer) and the least used: a row of T tokens needs T embedding rows, and the loss can take the head a

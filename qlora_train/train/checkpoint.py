@@ -1,5 +1,4 @@
-"""Checkpoints: everything the next optimizer step depends on, written so that a crash cannot leave a half
-one.
+"""Checkpoints: all that the next optimizer step depends on, written so that a crash leaves no half one.
 
     checkpoints/step-N/state.safetensors   masters, optimizer state
     checkpoints/step-N/state.json          step, data position, loss scale, counters

@@ -1,5 +1,4 @@
-"""AdamW on the flat masters: on a GPU one launch per learning-rate group; state that can be saved and put
-back.
+"""AdamW on the flat masters: a launch per learning-rate group; state that can be saved and put back.
 
 `adamw` is torch's; the others are bitsandbytes': 32-bit or block-wise 8-bit state (Dettmers et al. 2022,
 arXiv:2110.02861), paged (in CUDA managed memory, moved to the host by the driver when the GPU runs full) or

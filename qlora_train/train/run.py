@@ -1,5 +1,4 @@
-"""`train`: from a recipe to an adapter. The order matters: nothing is written before everything has been
-read."""
+"""`train`: from a recipe to an adapter. The order matters: nothing is written before all has been read."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """The folder of a run: who may use it, and what is appended to it.
 
-    recipe.yaml        resolved recipe      plan.json       train/plan_log.py
-    metrics.jsonl   one object per optimizer step and per evaluation
-    checkpoints/       train/checkpoint.py  adapter/        PEFT format, written at the end
+    recipe.yaml      the resolved recipe
+    plan.json        train/plan_log.py
+    metrics.jsonl    one object per optimizer step and per evaluation
+    checkpoints/     train/checkpoint.py
+    adapter/         PEFT format, written at the end
 
 A run never writes into another run's folder. A resume continues only the recipe it began with, apart from
 keys that do not touch what is computed; rows of metrics.jsonl that are newer than the checkpoint are cut off

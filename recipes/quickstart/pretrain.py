@@ -1,8 +1,7 @@
-"""Makes everything that the quickstart recipe reads: `base/`, `train.jsonl`, `heldout.jsonl`,
-`pretraining_eval.jsonl`.
+"""Makes everything that the quickstart recipe reads: `base/` and three .jsonl files.
 
-    python recipes/quickstart/pretrain.py            # from the repository root; a quarter of an hour, 2 cores
-    python recipes/quickstart/pretrain.py --rows-only  # the three .jsonl files, in a second
+    python recipes/quickstart/pretrain.py              # from the repository root; 15 minutes on 2 cores
+    python recipes/quickstart/pretrain.py --rows-only  # train, heldout and pretraining_eval, in a second
 
 What it does, all from one seed:
 

@@ -1,5 +1,4 @@
-"""Where streamed bytes wait: parts of files, buffers in RAM, rows and tiles of a matrix; what is left of them
-when a pass breaks off or the decoder is gone."""
+"""Where streamed bytes wait: files, buffers, rows and tiles; what is left when a pass breaks off."""
 
 from __future__ import annotations
 

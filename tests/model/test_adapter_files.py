@@ -1,5 +1,4 @@
-"""Adapter folders: PEFT reads what we write, we read what PEFT writes, and anything beyond plain LoRA is
-refused."""
+"""Adapter folders: PEFT reads ours, we read PEFT's, and anything beyond plain LoRA is refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Against peft on bitsandbytes' layers (4 bits) or on the unpacked weights (int8, none): same loss, same
-gradients.
-"""
+"""Against peft on bitsandbytes' layers (4 bits) or unpacked weights (int8, none): the same gradients."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The walk against plain autograd through transformers' own model: the same bits in reference mode, close in
-auto.
-"""
+"""The walk against autograd through transformers' own model: the same bits in reference mode."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Whole runs by every plan: the same adapter, what plan.json says, and what is refused before anything is
-loaded."""
+"""Whole runs by every plan: the same adapter, what plan.json says, what is refused before loading."""
 
 from __future__ import annotations
 

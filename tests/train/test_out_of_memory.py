@@ -1,5 +1,4 @@
-"""Memory runs out in the middle of a step: the same step again by a tighter plan, and nothing of the first
-try."""
+"""Memory runs out in mid-step: the same step again by a tighter plan, nothing of the first try."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Ghost tensors: sizes without numbers. Code that is written like the real one and run with ghosts says which
-bytes are alive when, in a millisecond and without torch.
+"""Ghost tensors: sizes without numbers.
+
+Code that is written like the real one and run with ghosts says which bytes are alive when, in a millisecond
+and without torch.
 
 Peaks are decided by details nobody gets right in closed form: which operation saves its input, that a norm in
 16 bits makes a 32-bit copy, that a temporary lives to the end of its statement, in which order autograd goes

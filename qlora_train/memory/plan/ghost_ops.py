@@ -1,7 +1,7 @@
 """What torch operations allocate, save and allocate again on the way back, for ghost tensors (ghost.py).
 
 Each function is named after the operation. Learned by tracing torch 2.13 on the CPU; the test that compares
-plans with the meter (tests/memory/test_plan_matches_meter.py) fails where a version does otherwise.
+plans with the meter (tests/memory/plan/test_plan_matches_meter.py) fails where a version does otherwise.
 """
 
 from __future__ import annotations
