@@ -109,6 +109,11 @@ class Plan:
         return self.time.total_seconds
 
     @property
+    def seconds_per_million_tokens(self) -> float:
+        """Of bins, which packing fills almost to the last token."""
+        return self.step_seconds * 1e6 / self.workload.tokens_per_step
+
+    @property
     def device_place(self) -> str:
         return "VRAM" if self.workload.device == "cuda" else "RAM (compute device)"
 
@@ -143,6 +148,7 @@ class Plan:
             "peak_ram_bytes": self.peak_ram_bytes,
             "disk_bytes": sum(self.disk.values()),
             "step_seconds": self.step_seconds,
+            "seconds_per_million_tokens": self.seconds_per_million_tokens,
             "seconds_to_the_end": None if num_steps is None else num_steps * self.step_seconds,
             "weights": execution["weights"],
             "activations": execution["activations"],

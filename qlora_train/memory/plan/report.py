@@ -27,10 +27,12 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
         console.print(_phase_table(phase, list(rows)))
     for line in residency_lines(plan.execution):
         say(line)
-    seconds = plan.step_seconds
-    end = "" if num_steps is None else f", {duration(num_steps * seconds)} to the end ({num_steps} steps)"
-    tokens = plan.workload.num_micro_batches * plan.workload.num_tokens
-    say(f"time: {duration(seconds)} per step of {tokens:,} tokens{end}")
+    seconds, tokens = plan.step_seconds, plan.workload.tokens_per_step
+    if num_steps is None:  # how many tokens the data has is known when they are read
+        end = f"{duration(plan.seconds_per_million_tokens)} per million tokens of training data and epoch"
+    else:
+        end = f"{duration(num_steps * seconds)} to the end ({num_steps} steps)"
+    say(f"time: {duration(seconds)} per step of {tokens:,} tokens, {end}")
     flops, copied_bytes = plan.time.flops, plan.time.copied_bytes
     say(f"  arithmetic {flops / 1e12:.1f} TFLOP, copies {copied_bytes / 1e9:.1f} GB a step")
     say(f"  rates {plan.rates.source}")

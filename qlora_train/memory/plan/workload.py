@@ -48,6 +48,11 @@ class Workload:
         return sum(self.documents)
 
     @property
+    def tokens_per_step(self) -> int:
+        """Of all micro-batches."""
+        return self.num_micro_batches * self.num_tokens
+
+    @property
     def itemsize(self) -> int:
         return self.packing.itemsize
 

@@ -6,10 +6,12 @@ import io
 import json
 from collections import defaultdict
 
+import pytest
 from rich.console import Console
 
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.plan.from_recipe import plan_recipe
+from qlora_train.memory.plan.plan import duration
 from qlora_train.memory.plan.report import print_plan, residency_lines
 from qlora_train.recipe import Recipe
 
@@ -44,6 +46,8 @@ def test_json_is_complete_and_adds_up() -> None:
     }  # fmt: skip
     assert {row["place"] for row in values["rows"]} == {"VRAM", "RAM", "disk"}
     assert plan.to_dict()["seconds_to_the_end"] is None
+    tokens_per_step = 4 * 4 * 2048
+    assert values["seconds_per_million_tokens"] * tokens_per_step / 1e6 == pytest.approx(plan.step_seconds)
 
 
 def test_streamed_layers_show_up_as_pinned_ram() -> None:
@@ -56,8 +60,18 @@ def test_the_table_says_what_matters() -> None:
     text = shown(plan_of("meta-llama/Llama-3.1-8B", 24), num_steps=1000)
     for words in ("8.03B parameters", "packed weights", "CUDA context", "optimizer state", "fits: peak"):
         assert words in text
-    assert "to the end (1000 steps)" in text and "what each knob would save" in text
+    assert "to the end (1000 steps)" in text and "per million tokens" not in text
+    assert "what each knob would save" in text
     assert "assumed: a card like an RTX 3060" in text and "estimate" not in text
+
+
+def test_without_a_number_of_steps_there_is_a_time_to_multiply() -> None:
+    plan = plan_of("meta-llama/Llama-3.1-8B", 24)
+    line = next(line for line in shown(plan).splitlines() if line.startswith("time:"))
+    per_million = f"{duration(plan.seconds_per_million_tokens)} per million tokens of training data and epoch"
+    assert line.endswith(
+        f"per step of 32,768 tokens, {expected} per million tokens of training data and epoch"
+    )
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:
