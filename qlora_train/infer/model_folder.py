@@ -35,7 +35,7 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 from qlora_train.model.linear import DropoutContext
-from qlora_train.model.probe import probe
+from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import DataSection, MemorySection, Recipe, load_recipe
 
@@ -60,10 +60,11 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is not loaded. folder: of the base. recipe: of the run, its compute dtype resolved; None
-    for a bare model. adapter: its folder, if there is one."""
+    """A model that is not loaded. folder: of the base. probed: what its layers allow. recipe: of the run, its
+    compute dtype resolved; None for a bare model. adapter: its folder, if there is one."""
 
     folder: Path
+    probed: ProbeResult
     packing: Packing
     dtype: torch.dtype
     device: torch.device
@@ -112,6 +113,8 @@ class ModelSource:
             host=host_memory_of_generation(plan, self.device, say),
             say=say,
         )
+        if self.recipe is None or self.recipe.training.kernels == "auto":
+            decoder.fuse(norms=self.probed.fuses_norms, mlps=self.probed.fuses_mlps)
         if self.adapter is not None:
             self._attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
@@ -145,9 +148,9 @@ def find_model(target: Path | str) -> ModelSource:
     if (run / "recipe.yaml").is_file() and not (run / "config.json").is_file():
         return find_run(run, load_recipe(run / "recipe.yaml"), device)
     folder, _ = resolve_base(str(target), None)
-    probe(read_config(folder))
+    probed = probe(read_config(folder))
     dtype = resolve_dtype("auto", device)
-    return ModelSource(folder, _stored_packing(folder), dtype, device, load_tokenizer(str(folder)))
+    return ModelSource(folder, probed, _stored_packing(folder), dtype, device, load_tokenizer(str(folder)))
 
 
 def find_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> ModelSource:
@@ -159,10 +162,11 @@ def find_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: b
         )
     folder, _ = resolve_base(recipe.model.base, recipe.model.revision)
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
-    probe(read_config(folder))
+    probed = probe(read_config(folder))
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)})
     return ModelSource(
         folder,
+        probed,
         Packing(model.quantization, model.double_quant),
         dtype,
         device,

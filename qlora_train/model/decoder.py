@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.tiled_mlp import TiledMlp
@@ -148,6 +149,15 @@ class FrozenDecoder:
         """The head [V, D] on the device at once, for reference runs: `tile_logits(hidden, 0, whole_head)` is
         one product, as the library takes it."""
         return whole(self.head)
+
+    def fuse(self, *, norms: bool, mlps: bool) -> None:
+        """Put fused operations (fused.py) in place of the layers' norms and MLPs, as the probe found they
+        may be; before MLPs are tiled."""
+        assert not self._tiled_mlps
+        if norms:
+            fuse_norms(self.layers)
+        if mlps:
+            fuse_mlps(self.layers)
 
     def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
         """Let every layer's MLP take so many tokens at a time (None: all). context: of the factors'

@@ -129,49 +129,77 @@ def _dropped(x: Tensor, factors: LoraFactors) -> Tensor:
     return dropout(x, tokens, factors.module_id, factors.dropout_probability)
 
 
+def linear_forward(linear: FrozenLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x [T, in] -> (y [T, out], h [T, R] for `linear_backward`, None without factors). For use inside a
+    Function: nothing is recorded. Where `skips_value` is set, y is zeros."""
+    if linear.skips_value:
+        y = x.new_zeros(()).expand(len(x), linear.out_features)
+    else:
+        y = F.linear(x, linear.source.unpack(linear.name, x.dtype), linear.bias)
+    factors = linear.factors
+    if factors is None:
+        return y, None
+    h = F.linear(_dropped(x, factors), factors.A)
+    if not linear.skips_value:
+        y.addmm_(h, factors.B.t(), alpha=factors.scaling)
+    return y, h
+
+
+def linear_backward(
+    linear: FrozenLinear,
+    gradient: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    tokens: TokenKeys | None,
+    *,
+    needs_dx: bool = True,
+    onto: Tensor | None = None,
+) -> Tensor | None:
+    """From gradient = dL/dy [T, out] to dL/dx [T, in], None where it is not needed; factor gradients are
+    added where they belong.
+
+    x [T, in]: the input. h: what `linear_forward` returned, or None: computed again. tokens: those of the
+    forward pass, if anything was dropped. onto: a tensor that dL/dx is added to and that is returned.
+    """
+    dx = onto
+    if needs_dx:
+        weight = linear.source.unpack(linear.name, gradient.dtype)
+        dx = gradient @ weight if onto is None else onto.addmm_(gradient, weight)
+    factors = linear.factors
+    if factors is None:
+        return dx
+    a, b, scaling = factors.A.detach(), factors.B.detach(), factors.scaling
+    dh = (gradient @ b).mul_(scaling)
+    kept = None
+    if tokens is not None:
+        mask = keep_mask(tokens, factors.module_id, linear.in_features, factors.dropout_probability)
+        kept = mask.to(x.dtype).mul_(1.0 / (1.0 - factors.dropout_probability))
+        x = x * kept
+    if h is None:
+        h = F.linear(x, a)
+    factors.add_gradients(dh.t() @ x, (gradient.t() @ h).mul_(scaling))
+    if dx is not None:
+        dx = dx.addmm_(dh, a) if kept is None else dx.add_((dh @ a).mul_(kept))
+    return dx
+
+
 class _FrozenLinearFunction(torch.autograd.Function):
     """See the module docstring; `linear` is an object, A and B are passed so that autograd sees them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, linear: FrozenLinear) -> Tensor:
+        y, h = linear_forward(linear, x.reshape(-1, x.shape[-1]))
         ctx.linear = linear
-        factors = linear.factors
-        if linear.skips_value:
-            y = x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
-        else:
-            y = F.linear(x, linear.source.unpack(linear.name, x.dtype), linear.bias)
-        if factors is None:
-            return y
-        assert a is not None and b is not None
-        h = F.linear(_dropped(x, factors), a)
-        if not linear.skips_value:
-            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=factors.scaling)
-        ctx.tokens = factors.tokens_to_drop()
-        ctx.save_for_backward(x, h, a, b)
-        return y
+        ctx.tokens = linear.factors.tokens_to_drop() if linear.factors is not None else None
+        if linear.factors is not None:
+            ctx.save_for_backward(x, h)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
-        linear: FrozenLinear = ctx.linear
-        factors = linear.factors
+        x, h = ctx.saved_tensors or (gradient, None)  # without factors, x is not asked for
         g = gradient.reshape(-1, gradient.shape[-1])
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ linear.source.unpack(linear.name, g.dtype)
-        if factors is None:
-            return (None if dx is None else dx.view(*gradient.shape[:-1], -1)), None, None, None
-
-        x, h, a, b = ctx.saved_tensors
-        x, h = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
-        dh = (g @ b).mul_(factors.scaling)
-        if ctx.tokens is None:
-            factors.add_gradients(dh.t() @ x, (g.t() @ h).mul_(factors.scaling))
-            if dx is not None:
-                dx.addmm_(dh, a)
-        else:
-            mask = keep_mask(ctx.tokens, factors.module_id, linear.in_features, factors.dropout_probability)
-            kept = mask.to(x.dtype).mul_(1.0 / (1.0 - factors.dropout_probability))
-            factors.add_gradients(dh.t() @ (x * kept), (g.t() @ h).mul_(factors.scaling))
-            if dx is not None:
-                dx.add_((dh @ a).mul_(kept))
+        dx = linear_backward(
+            ctx.linear, g, x.reshape(-1, x.shape[-1]), h, ctx.tokens, needs_dx=ctx.needs_input_grad[0]
+        )
         return (None if dx is None else dx.view(*gradient.shape[:-1], -1)), None, None, None

@@ -10,9 +10,10 @@ weights W and factors A, B with the library given W + s B A. Compared, in fp32:
 
 That proves at once: prologue, layers, head (in tiles); packed documents do not see each other; gradients. A
 second look finds out whether recomputation may skip the value of the layer's last linear: whether its output
-goes straight into the residual sum (llama) or first through a norm whose gradient needs it (gemma2, olmo2).
-It costs a fraction of a second and 64-wide matrices. What fails is refused by name. Seen to fail, rightly:
-stablelm (drops the keyword that carries document boundaries), gpt_oss (attention sinks, fused experts).
+goes straight into the residual sum (llama) or first through a norm whose gradient needs it (gemma2, olmo2); a
+third, whether layers with fused norms and MLPs (fused.py) give the same outputs and gradients. It costs a
+fraction of a second and 64-wide matrices. What fails is refused by name. Seen to fail, rightly: stablelm
+(drops the keyword that carries document boundaries), gpt_oss (attention sinks, fused experts).
 """
 
 from __future__ import annotations
@@ -44,12 +45,17 @@ TILE_ROWS, BLOCK_TOKENS = 24, 8  # several of both, the last ones ragged
 WINDOW = 5  # shorter than the documents, so that a sliding window is at work
 
 
+_Walked = tuple[FrozenDecoder, FactorBuffers]
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """tail_name: name within a layer of the linear whose value recomputation may skip, None where it may
-    not."""
+    not. fuses_norms, fuses_mlps: whether the layers may run with those of fused.py."""
 
     tail_name: str | None
+    fuses_norms: bool
+    fuses_mlps: bool
 
 
 def probe(config: PretrainedConfig) -> ProbeResult:
@@ -58,7 +64,7 @@ def probe(config: PretrainedConfig) -> ProbeResult:
     Raises `UnsupportedModelError`, naming the family, unless walk and model agree.
     """
     try:
-        differences, tail_name = _try_out(tiny_config(config))
+        differences, result = _try_out(tiny_config(config))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{config.model_type} is not supported: {error}") from error
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
@@ -73,7 +79,7 @@ def probe(config: PretrainedConfig) -> ProbeResult:
             "differs from "
             f"transformers' own model ({listed}, relative)"
         )
-    return ProbeResult(tail_name)
+    return result
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -116,8 +122,9 @@ def _two_layers(kinds: list[tuple[Any, ...]]) -> tuple[int, int]:
     return 0, other
 
 
-def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], str | None]:
-    """Relative difference of logits, loss and gradients, and the tail's name; see the module docstring."""
+def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
+    """Relative difference of logits, loss and gradients, and what else was found; see the module
+    docstring."""
     generator = torch.Generator().manual_seed(0)
     config.dtype = torch.float32
     reference: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -129,9 +136,9 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], str | None]:
     tie_head(reference)
 
     decoder, factors = _walked_copy(reference)
-    for a, b in factors.views(factors.masters).values():
-        a.copy_(0.1 * torch.randn(a.shape, generator=generator))
-        b.copy_(0.1 * torch.randn(b.shape, generator=generator))
+    fused_norms, fused_mlps = _walked_copy(reference), _walked_copy(reference)
+    fused_norms[0].fuse(norms=True, mlps=False)
+    fused_mlps[0].fuse(norms=False, mlps=True)
     pairs = factors.views(factors.masters)
     for name, (a, b) in pairs.items():
         reference.get_parameter(f"{name}.weight").data += factors.scaling * b @ a
@@ -155,17 +162,30 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], str | None]:
         a, b = pairs[name]
         result[f"{name} A gradient"] = _relative(gradient_a, factors.scaling * b.t() @ weight_gradient)
         result[f"{name} B gradient"] = _relative(gradient_b, factors.scaling * weight_gradient @ a.t())
-    return result, _find_tail(decoder, factors, packed)
+    return result, ProbeResult(
+        tail_name=_find_tail(decoder, factors, packed),
+        fuses_norms=_same_layers((decoder, factors), fused_norms, packed),
+        fuses_mlps=_same_layers((decoder, factors), fused_mlps, packed),
+    )
+
+
+def _same_layers(plain: _Walked, fused: _Walked, packed: PackedTokens) -> bool:
+    """Whether every layer gives the same output and gradients."""
+    for index in range(len(plain[0].layers)):
+        expected, found = (_layer_results(*walked, packed, index) for walked in (plain, fused))
+        if not all(_relative(f, e) <= TOLERANCE for f, e in zip(found, expected, strict=True)):
+            return False
+    return True
 
 
 def _find_tail(decoder: FrozenDecoder, factors: FactorBuffers, packed: PackedTokens) -> str | None:
     """The linear that a layer runs last, if leaving out its value changes no gradient, in any layer."""
     tails: set[str] = set()
     for index in range(len(decoder.layers)):
-        whole = _layer_gradients(decoder, factors, packed, index)
+        _, *whole = _layer_results(decoder, factors, packed, index)
         tail = _linear_run_last(decoder, packed, index)
         tail.skips_value = True
-        skipped = _layer_gradients(decoder, factors, packed, index)
+        _, *skipped = _layer_results(decoder, factors, packed, index)
         tail.skips_value = False
         if not all(torch.equal(ours, theirs) for ours, theirs in zip(whole, skipped, strict=True)):
             return None
@@ -186,10 +206,10 @@ def _linear_run_last(decoder: FrozenDecoder, packed: PackedTokens, index: int) -
     return called[-1]
 
 
-def _layer_gradients(
+def _layer_results(
     decoder: FrozenDecoder, factors: FactorBuffers, packed: PackedTokens, index: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of one layer's input and of the factors, for a random gradient of its output."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer's output, and the gradients of its input and of the factors for a random gradient of it."""
     generator = torch.Generator().manual_seed(1)
     x, arguments = decoder.embed_packed(packed)
     leaf = (x + 0.1 * torch.randn(x.shape, generator=generator)).requires_grad_()
@@ -197,11 +217,11 @@ def _layer_gradients(
     y = decoder.run_layer(index, leaf, arguments[index])
     y.backward(torch.randn(y.shape, generator=generator))
     assert leaf.grad is not None
-    return leaf.grad, factors.gradient.clone()
+    return y, leaf.grad, factors.gradient.clone()
 
 
-def _walked_copy(reference: PreTrainedModel) -> tuple[FrozenDecoder, FactorBuffers]:
-    """The same weights, taken apart, with factors on every linear."""
+def _walked_copy(reference: PreTrainedModel) -> _Walked:
+    """The same weights, taken apart, with random factors on every linear."""
     skeleton = Skeleton(reference.config, torch.float32)
     parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
     packing = Packing("none")
@@ -214,7 +234,9 @@ def _walked_copy(reference: PreTrainedModel) -> tuple[FrozenDecoder, FactorBuffe
     head = embedding if skeleton.is_tied else ResidentMatrix(parameters[skeleton.head_name], TILE_ROWS)
     decoder = skeleton.come_alive(source, parameters, embedding, head, torch.device("cpu"))
     options: dict[str, Any] = {"rank": 4, "scaling": 0.5, "dropout": 0.0, "seed": 0}
-    return decoder, FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
+    factors = FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
+    factors.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    return decoder, factors
 
 
 def _labels(tokens: Tensor) -> Tensor:
@@ -259,7 +281,7 @@ def _run_alone(reference: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tens
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
-    return float((value.detach() - expected).abs().max() / expected.abs().max())
+    return float((value.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
 
 
 def refuse_length_dependent_rope(config: PretrainedConfig, sequence_length: int) -> None:

@@ -120,6 +120,8 @@ def prepare(
             folder, packing, dtype, accelerator.device, plan=execution, cache=cache, host=host, say=say
         )
     decoder.tail_name = found.tail_name
+    if recipe.training.kernels == "auto":
+        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps)
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
     return Prepared(
         recipe,

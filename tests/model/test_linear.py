@@ -127,7 +127,7 @@ def test_the_fused_path_never_saves_the_weight() -> None:
     num_tokens, num_in, num_out, rank = SHAPES[2]
     x = case.x.requires_grad_()
     shapes = {tuple(t.shape[-2:]) for t in saved_tensors(case.linear, x)}
-    assert shapes == {(num_tokens, num_in), (num_tokens, rank), (rank, num_in), (num_out, rank)}
+    assert shapes == {(num_tokens, num_in), (num_tokens, rank)}
     case.linear.use_autograd = True
     assert (num_in, num_out) in {
         tuple(sorted(t.shape[-2:], reverse=True)) for t in saved_tensors(case.linear, x)

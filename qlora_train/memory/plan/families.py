@@ -25,7 +25,8 @@ class Family:
 
     qkv_bias, output_bias, mlp_bias: of the linears. fuses_qkv: q, k and v are one. mlp: names of its linears;
     gate and up may be one. square_output: the output projection is [hidden, hidden]. num_norms: per layer,
-    over the hidden size, norm_weights vectors in each. only_post_norms: they stand behind attention and MLP,
+    over the hidden size, norm_weights vectors in each. fuses_norms: the library's are kernels/rms_norm.py to
+    the bit. only_post_norms: they stand behind attention and MLP,
     not before. is_parallel: attention and MLP read the same norm. qk_norm: of queries and keys, by head or
     whole. scales_residual: what is added to the residual is multiplied by a number. activation_numbers:
     parameters of the activation. is_exact: the byte model replays the family operation by operation, held to
@@ -43,6 +44,7 @@ class Family:
     mlp_bias: Bias = False
     num_norms: int = 2
     norm_weights: int = 1
+    fuses_norms: bool = True
     only_post_norms: bool = False
     qk_norm: QkNorm = "none"
     is_parallel: bool = False
@@ -70,13 +72,19 @@ _FUSED_MLP = ("gate_up_proj", "down_proj")
 _LLAMA = Family(_ATTENTION_BIAS, _ATTENTION_BIAS, _MLP_BIAS)
 _MISTRAL = Family(kv_heads=8, window=4096, windows="all")
 _QWEN2 = Family(qkv_bias=True, kv_heads=32, window=4096, windows="after")
-_OLMO = Family(_ATTENTION_BIAS, _ATTENTION_BIAS, is_exact=False)  # another norm
+_OLMO = Family(_ATTENTION_BIAS, _ATTENTION_BIAS, is_exact=False, fuses_norms=False)  # another norm
 _OLMO2 = replace(_OLMO, only_post_norms=True, qk_norm="whole")
 _GEMMA = Family(_ATTENTION_BIAS, _ATTENTION_BIAS, kv_heads=16, head_dim=256, is_tied=True)
 _GEMMA2 = replace(_GEMMA, num_norms=4, kv_heads=4, window=4096, windows="listed", full_every=2)
 _GLM = Family(("attention_bias", True), mlp=_FUSED_MLP, kv_heads=2, head_dim=128)
 _COHERE = Family(
-    _ATTENTION_BIAS, _ATTENTION_BIAS, num_norms=1, is_parallel=True, is_exact=False, is_tied=True
+    _ATTENTION_BIAS,
+    _ATTENTION_BIAS,
+    num_norms=1,
+    fuses_norms=False,
+    is_parallel=True,
+    is_exact=False,
+    is_tied=True,
 )
 
 UNKNOWN = replace(_LLAMA, is_exact=False)
@@ -121,6 +129,7 @@ FAMILIES: dict[str, Family] = {
         ("use_bias", True),
         ("use_bias", True),
         norm_weights=2,
+        fuses_norms=False,
         mlp=("c_fc", "c_proj"),
         is_exact=False,
         kv_heads=2,
@@ -139,6 +148,8 @@ FAMILIES: dict[str, Family] = {
         is_exact=False,
     ),
     "hunyuan_v1_dense": Family(_ATTENTION_BIAS, _ATTENTION_BIAS, qk_norm="per_head"),
-    "helium": Family(_ATTENTION_BIAS, mlp_bias=_MLP_BIAS, square_output=True, kv_heads=20, head_dim=128),
+    "helium": Family(
+        _ATTENTION_BIAS, mlp_bias=_MLP_BIAS, fuses_norms=False, square_output=True, kv_heads=20, head_dim=128
+    ),
 }
 """By `model_type`."""

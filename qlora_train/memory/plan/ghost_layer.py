@@ -7,16 +7,17 @@ function keeps its tensor alive to the end of the function. See ghost.py for why
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, Ledger, Node, apply, backward
+from qlora_train.memory.plan.ghost_attention import by_document, rotated
+from qlora_train.memory.plan.ghost_norm import fused_norm, rms_norm
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 
 UNPACKING = "unpacking one weight"
-FLOAT32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -71,25 +72,29 @@ class GhostLayer:
             return self._parallel(x)
         only_post = family.only_post_norms
         residual = x
-        hidden = x if only_post else rms_norm(x)
+        hidden = x if only_post else self._norm(x)
         hidden = self._attention(hidden)
         if only_post or family.num_norms == 4:
-            hidden = rms_norm(hidden)
+            hidden = self._norm(hidden)
         hidden = op.add(residual, self._residual_scaled(hidden))
         residual = hidden
-        hidden = hidden if only_post else rms_norm(hidden)
+        hidden = hidden if only_post else self._norm(hidden)
         hidden = self._whole_mlp(hidden)
         if only_post or family.num_norms == 4:
-            hidden = rms_norm(hidden)
+            hidden = self._norm(hidden)
         return op.add(residual, self._residual_scaled(hidden))
 
     def _parallel(self, x: Ghost) -> Ghost:
         """Attention and MLP read the same norm (cohere)."""
         residual = x
-        hidden = rms_norm(x)
+        hidden = self._norm(x)
         attended = self._attention(hidden)
         hidden = self._whole_mlp(hidden)
         return op.add(op.add(residual, attended), hidden)
+
+    def _norm(self, x: Ghost) -> Ghost:
+        fuses = self._settings.shape.family.fuses_norms and not self._settings.reference
+        return fused_norm(x) if fuses else rms_norm(x)
 
     def _residual_scaled(self, x: Ghost) -> Ghost:
         return op.scale(x) if self._settings.shape.family.scales_residual else x
@@ -110,8 +115,8 @@ class GhostLayer:
                 shape.num_kv_heads,
             )
             value = op.heads(self._linear("self_attn.v_proj", hidden), shape.num_kv_heads)
-        query, key = _rotated(query), _rotated(key)
-        output = _by_document(query, key, value, self._settings.documents, self._window)
+        query, key = rotated(query), rotated(key)
+        output = by_document(query, key, value, self._settings.documents, self._window)
         return self._linear("self_attn.o_proj", output)
 
     def _normed_heads(self, x: Ghost, num_heads: int) -> Ghost:
@@ -119,9 +124,9 @@ class GhostLayer:
         if kind == "none":
             return x
         if kind == "whole":
-            return rms_norm(x)
+            return self._norm(x)
         num_tokens, width = x.shape[1], x.shape[2]
-        return rms_norm(x.view(num_tokens, num_heads, width // num_heads)).view(1, num_tokens, width)
+        return self._norm(x.view(num_tokens, num_heads, width // num_heads)).view(1, num_tokens, width)
 
     def _whole_mlp(self, x: Ghost) -> Ghost:
         return self._mlp(x) if self._settings.mlp_tile_tokens is None else self._tiled_mlp(x)
@@ -129,14 +134,41 @@ class GhostLayer:
     def _mlp(self, x: Ghost) -> Ghost:
         family = self._settings.shape.family
         if family.fuses_gate:
-            return self._fused_mlp(x)
+            return self._joint_mlp(x)
         *inner, down = (f"mlp.{name}" for name in family.mlp)
         if len(inner) == 1:
             return self._linear(down, op.activation(self._linear(inner[0], x)))
         gate, up = inner
+        if not self._settings.reference:
+            return self._fused_mlp(x, gate, up, down)
         return self._linear(down, op.multiply(op.activation(self._linear(gate, x)), self._linear(up, x)))
 
-    def _fused_mlp(self, x: Ghost) -> Ghost:
+    def _fused_mlp(self, x: Ghost, gate_name: str, up_name: str, down_name: str) -> Ghost:
+        """model/fused.py, `_FusedMlpFunction`."""
+        needs_dx = x.node is not None
+        gate, gate_h = self._linear_forward(gate_name, x)
+        up, up_h = self._linear_forward(up_name, x)
+        if self._skips_tail:
+            y = self._tail_placeholder(x)
+        else:
+            y, _ = self._linear_forward(down_name, gate.like())
+
+        def run(gradient: Ghost, x: Ghost, gate: Ghost, up: Ghost, *low: Ghost) -> tuple[Ghost | None, None]:
+            activated, product = gate.like(), gate.like()
+            d_product = self._linear_backward(down_name, gradient, product, None, needs_dx=True)
+            assert d_product is not None
+            del product
+            d_up, d_gate = d_product.like(), d_product.like()
+            del activated, d_product
+            h = low[0] if low else None  # a stand-in for both: they are not computed again
+            dx = self._linear_backward(gate_name, d_gate, x, h, needs_dx=needs_dx)
+            dx = self._linear_backward(up_name, d_up, x, h, needs_dx=needs_dx, onto=dx)
+            return dx, None
+
+        low = tuple(h for h in (gate_h, up_h) if h is not None)
+        return apply(y, (x, _trainable(self._ledger)), (x, gate, up, *low), run)
+
+    def _joint_mlp(self, x: Ghost) -> Ghost:
         up_states = self._linear("mlp.gate_up_proj", x)
         width = self._settings.shape.intermediate
         gate, up_states = op.part(up_states, width), op.part(up_states, width)
@@ -174,46 +206,67 @@ class GhostLayer:
     def _linear(self, name: str, x: Ghost) -> Ghost:
         """model/linear.py, `_FrozenLinearFunction` (or, in reference mode, the formula itself)."""
         settings = self._settings
-        has_factors = name in settings.targets
         if settings.reference:
-            return self._reference_linear(name, x, has_factors)
-        num_out, num_in = self._shapes[name]
-        num_tokens, itemsize, rank = x.shape[1], x.itemsize, settings.rank
-        if name == settings.shape.tail_name and self._skips_tail:
-            y = Ghost(self._ledger.tensor((), itemsize).storage, (1, num_tokens, num_out), itemsize)
-        else:
-            self._unpack(name)
-            y = self._ledger.tensor((1, num_tokens, num_out), itemsize)
-        saved: tuple[Ghost, ...] = ()
-        if has_factors:
-            branch = self._dropped(x) if settings.dropout else x
-            saved = (x, self._ledger.tensor((num_tokens, rank), itemsize))
-            del branch
-
+            return self._reference_linear(name, x, name in settings.targets)
+        y, h = self._linear_forward(name, x)
         needs_dx = x.node is not None
 
         def run(gradient: Ghost, *saved: Ghost) -> tuple[Ghost | None, None]:
-            ledger = self._ledger
-            dx = None
-            if needs_dx:
-                self._unpack(name)
-                dx = ledger.tensor((1, num_tokens, num_in), itemsize)
-            if not has_factors:
-                return dx, None
-            dh = ledger.tensor((num_tokens, rank), itemsize)
-            branch_bytes = num_tokens * num_in * itemsize if settings.dropout else 0
-            if settings.dropout:
-                op.scratch_of_dropout_mask(ledger, num_tokens, num_in)
-                kept = ledger.tensor((num_tokens * num_in * (1 + itemsize),), 1)  # with the mask
-            ledger.scratch(branch_bytes + rank * (num_in + num_out) * itemsize)
-            if settings.dropout and needs_dx:
-                ledger.scratch(branch_bytes)
-                del kept
-            del dh
-            return dx, None
+            x, h = saved or (gradient, None)
+            return self._linear_backward(name, gradient, x, h, needs_dx=needs_dx), None
 
-        inputs = (x, _trainable(self._ledger)) if has_factors else (x,)
-        return apply(y, inputs, saved, run)
+        if h is None:
+            return apply(y, (x,), (), run)
+        return apply(y, (x, _trainable(self._ledger)), (x, h), run)
+
+    def _linear_forward(self, name: str, x: Ghost) -> tuple[Ghost, Ghost | None]:
+        """(y, h = x A^T; None without factors)."""
+        settings, ledger, num_tokens, itemsize = self._settings, self._ledger, x.shape[1], x.itemsize
+        num_out, _ = self._shapes[name]
+        if name == settings.shape.tail_name and self._skips_tail:
+            y = Ghost(ledger.tensor((), itemsize).storage, (1, num_tokens, num_out), itemsize)
+        else:
+            self._unpack(name)
+            y = ledger.tensor((1, num_tokens, num_out), itemsize)
+        if name not in settings.targets:
+            return y, None
+        branch = self._dropped(x.detach()) if settings.dropout else x
+        h = ledger.tensor((num_tokens, settings.rank), itemsize)
+        del branch
+        return y, h
+
+    def _linear_backward(
+        self,
+        name: str,
+        gradient: Ghost,
+        x: Ghost,
+        h: Ghost | None,
+        *,
+        needs_dx: bool,
+        onto: Ghost | None = None,
+    ) -> Ghost | None:
+        """dL/dx, written into `onto` where there is one."""
+        settings, ledger, num_tokens, itemsize = self._settings, self._ledger, x.shape[1], gradient.itemsize
+        num_out, num_in = self._shapes[name]
+        rank, dx = settings.rank, onto
+        if needs_dx:
+            self._unpack(name)
+            dx = ledger.tensor((1, num_tokens, num_in), itemsize) if onto is None else onto
+        if name not in settings.targets:
+            return dx
+        dh = ledger.tensor((num_tokens, rank), itemsize)
+        if settings.dropout:
+            op.scratch_of_dropout_mask(ledger, num_tokens, num_in)
+            kept = ledger.tensor((num_tokens * num_in * (1 + itemsize),), 1)  # with the mask
+            branch = ledger.tensor((num_tokens, num_in), itemsize)
+        if h is None:
+            h = dh.like()
+        ledger.scratch(rank * (num_in + num_out) * itemsize)
+        if settings.dropout and needs_dx:
+            ledger.scratch(num_tokens * num_in * itemsize)
+            del kept, branch
+        del dh
+        return dx
 
     def _dropped(self, x: Ghost) -> Ghost:
         """kernels/dropout.dropout."""
@@ -298,90 +351,3 @@ def _factor_run(
         return ledger.tensor(input_shape, itemsize), ledger.tensor(factor_shape, itemsize)
 
     return run
-
-
-def rms_norm(x: Ghost) -> Ghost:
-    """weight * (x32 * rsqrt(mean(x32^2) + eps)).to(dtype), the weight frozen."""
-    itemsize = x.itemsize
-    hidden = op.to(x, FLOAT32)
-    variance = op.mean(op.square(hidden))
-    hidden = op.multiply(hidden, op.rsqrt(op.plus_number(variance)))
-    return op.scale(op.to(hidden, itemsize))
-
-
-def _rotated(q: Ghost) -> Ghost:
-    """q * cos + rotate_half(q) * sin."""
-    straight = op.scale(q)
-    return op.add(straight, op.scale(_rotate_half(q)))
-
-
-def _rotate_half(q: Ghost) -> Ghost:
-    half = q.shape[-1] // 2
-    x1, x2 = op.part(q, half), op.part(q, q.shape[-1] - half)
-    return op.concatenate((op.scale(x2), x1), dim=-1)
-
-
-def padded_length(length: int) -> int:
-    """What a document is padded to (model/attention.py)."""
-    unit = max(16, 2 ** (length.bit_length() - 1) // 4)
-    return -(-length // unit) * unit
-
-
-def buckets(documents: Sequence[int]) -> Mapping[int, int]:
-    """Padded length -> how many documents have it, in ascending order."""
-    counts: dict[int, int] = {}
-    for length in documents:
-        counts[padded_length(length)] = counts.get(padded_length(length), 0) + 1
-    return dict(sorted(counts.items()))
-
-
-def _by_document(
-    query: Ghost, key: Ghost, value: Ghost, documents: Sequence[int], window: int | None
-) -> Ghost:
-    """model/attention.py: gather documents into batches, attend, gather back."""
-    rows = [_rows(t) for t in (query, key, value)]
-    outputs = []
-    for length, number in buckets(documents).items():
-        q, k, v = (_batch(t, number, length) for t in rows)
-        attended = _causal(q, k, v, window)
-        outputs.append(attended.view(number * length, q.shape[1], q.shape[3]))
-    together = op.concatenate(outputs, dim=0)
-    num_tokens, num_heads, head_dim = sum(documents), query.shape[1], query.shape[3]
-    result = op.gather(together, (num_tokens, num_heads, head_dim))
-    return result.view(1, num_tokens, num_heads * head_dim)
-
-
-def _rows(t: Ghost) -> Ghost:
-    """[1, heads, T, d] -> [T, heads, d]."""
-    _, num_heads, num_tokens, head_dim = t.shape
-    return op.first(t).view(num_tokens, num_heads, head_dim)
-
-
-def _batch(t: Ghost, number: int, length: int) -> Ghost:
-    """[T, heads, d] -> [documents, heads, length, d]."""
-    _, num_heads, head_dim = t.shape
-    return op.gather(t, (number, length, num_heads, head_dim)).view(number, num_heads, length, head_dim)
-
-
-def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None) -> Ghost:
-    length = q.shape[2]
-    if window is None or length <= window:
-        return op.scaled_dot_product_attention(q, k, v)
-    blocks = []
-    for start in range(0, length, window):
-        stop, first = min(start + window, length), max(0, start - window + 1)
-        num_queries, num_keys, ledger = stop - start, stop - first, q.ledger
-        ledger.scratch(num_queries * num_keys * (INT64 + 3))
-        mask = ledger.tensor((num_queries * num_keys,), 1 + q.itemsize)
-        q_part = _tokens(q, num_queries)
-        k_part, v_part = _tokens(k, num_keys), _tokens(v, num_keys)
-        blocks.append(op.scaled_dot_product_attention(q_part, k_part, v_part))
-        del mask
-    return op.concatenate(blocks, dim=2)
-
-
-def _tokens(t: Ghost, size: int) -> Ghost:
-    """t[:, :, a:b]."""
-    shape = t.shape
-    view = Ghost(t.storage, (shape[0], shape[1], size, shape[3]), t.itemsize)
-    return apply(view, (t,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))

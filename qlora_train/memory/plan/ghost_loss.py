@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, Ledger, backward
-from qlora_train.memory.plan.ghost_layer import FLOAT32, INT64, rms_norm
+from qlora_train.memory.plan.ghost_attention import INT64
+from qlora_train.memory.plan.ghost_norm import rms_norm
+from qlora_train.memory.plan.ghost_ops import FLOAT32
 
 LOSS_BLOCK = "loss block"
 

@@ -18,7 +18,7 @@ from typing import Literal
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 ALIGNMENT_BYTES = 64
-UNPACK_CHUNK = 2**20
+UNPACK_CHUNK, INT8_CHUNK = 2**21, 2**20
 """Weights are unpacked in pieces of so many numbers."""
 
 
@@ -92,7 +92,9 @@ class PackingSizes:
         if self.is_4bit and on_cuda and num_columns % BLOCK_SIZE == 0:
             return self.absmax_bytes(num_rows * num_columns)
         n = num_columns * min(num_rows, max(1, UNPACK_CHUNK // num_columns))
-        return n * self.itemsize + (4 * n if self.format == "int8" else self.absmax_bytes(n))
+        if self.format == "int8":
+            return n * self.itemsize + 4 * num_columns * min(num_rows, max(1, INT8_CHUNK // num_columns))
+        return n * self.itemsize + self.absmax_bytes(n)
 
     def absmax_bytes(self, num_numbers: int) -> int:
         """The fp32 absmax of so many numbers, where it has to be unpacked itself."""

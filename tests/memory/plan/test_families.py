@@ -14,6 +14,7 @@ from qlora_train.memory.plan.families import FAMILIES
 from qlora_train.memory.plan.model_shape import ModelShape, find_shape, shape_from_config
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.model.base import Skeleton, read_config
+from qlora_train.model.fused import FusedMlp, FusedNorm, fuse_mlps, fuse_norms
 from qlora_train.model.probe import probe
 from qlora_train.model.quantize import Packing
 
@@ -99,6 +100,25 @@ def test_the_probe_accepts_every_family_in_the_table_and_finds_its_tail(family: 
     config = tiny_config(family, **options)
     shape = shape_from_config(config.to_dict())
     assert probe(config).tail_name == (shape.tail_name if shape.may_skip_tail else None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_knows_whose_norms_and_mlps_are_fused(family: str) -> None:
+    options = {"head_dim": 16} if family in NEEDS_HEAD_DIM else {}
+    options |= {"no_rope_layers": [1, 0, 1]} if family == "smollm3" else {}
+    config = tiny_config(family, **options)
+    found, shape = probe(config), shape_from_config(config.to_dict())
+    assert found.fuses_norms and found.fuses_mlps  # nothing is swapped that is not the same
+    torch.manual_seed(0)
+    skeleton = Skeleton(config, torch.bfloat16)
+    layers = skeleton.model.get_decoder().layers.to_empty(device="cpu")
+    for parameter in layers.parameters():
+        parameter.data.uniform_(0.5, 1.5)
+    fuse_norms(layers)
+    fuse_mlps(layers)
+    assert any(isinstance(m, FusedNorm) for m in layers.modules()) == shape.family.fuses_norms
+    gated = len(shape.family.mlp) == 3
+    assert any(isinstance(m, FusedMlp) for m in layers.modules()) == gated
 
 
 def test_another_family_is_an_estimate() -> None:
