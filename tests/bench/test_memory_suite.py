@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from qlora_train.bench.memory_suite import CASES, NUM_RUNS, config_of, memory_case, remarks
+from qlora_train.bench.command import TABLE_WIDTH
+from qlora_train.bench.gpu_suite import Part, Suite, failures
+from qlora_train.bench.memory_suite import CASES, COLUMNS, NUM_RUNS, config_of, memory_case, remarks
 from qlora_train.bench.pieces import memory
-from qlora_train.bench.process import run_piece
-from qlora_train.bench.table import Row
+from qlora_train.bench.table import Row, build_table
 from qlora_train.errors import UserError
 from qlora_train.memory.execution import Place
 from qlora_train.memory.plan.host_bytes import HostBudget
@@ -132,20 +135,28 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
         memory.measure(arguments("budget", {"vram": "1MiB"}))
 
 
-def test_the_base_and_the_determinism_of_a_process_of_its_own(tmp_path: Path) -> None:
-    """As the suite runs them: `deterministic: true` reaches torch before anything else does."""
-    environment = {"QLORA_TRAIN_CACHE": str(tmp_path)}
-
-    def piece(given: dict[str, Any]) -> dict[str, Any]:
-        outcome = run_piece(memory.__name__, given, timeout_seconds=300, environment=environment)
-        assert outcome.figures is not None, outcome.error
-        return outcome.figures
-
-    made = piece(arguments("base", {}))
-    assert not made["was_there"] and made["base_bytes"] > 0
-    assert piece(arguments("base", {}))["was_there"]
-    figures = piece(arguments("budget", {}, deterministic=True))
+def test_the_suite_runs_them_in_processes_of_their_own_and_shows_them(tmp_path: Path) -> None:
+    """`deterministic: true` reaches torch there before anything else does."""
+    recipe = {**RECIPE, "training": {**RECIPE["training"], "deterministic": True}}
+    options: dict[str, Any] = {"needs_cuda": False, "num_steps": 2}
+    cases = (
+        memory_case("base", "about", "tiny", TINY, RECIPE, work="base", **options),
+        memory_case("budget", "about", "tiny", TINY, recipe, target="held", **options),
+    )
+    part = Part("memory", cases, COLUMNS)
+    machine = {"gpu": None, "versions": {"torch": "any"}}
+    suite = Suite(tmp_path / "records", lambda name: tmp_path / name, machine, lambda line: None)
+    assert suite.run(part) == 0
+    made, stepped = suite.rows(part)
+    assert made.runs[0]["base_bytes"] > 0 and not made.runs[0]["was_there"]
+    figures = stepped.runs[0]
     assert figures["is_deterministic"] and figures["process_peak_bytes"] > figures["device_peak_bytes"]
+    assert stepped.word == "held" and failures([made, stepped]) == []
+    screen = io.StringIO()
+    table = build_table([made, stepped], part.columns, {"budget": "held"})
+    Console(file=screen, width=TABLE_WIDTH).print(table)
+    for heading in ("planned", "allocated", "of the plan", "tokens/s", "made in"):
+        assert heading in screen.getvalue()
 
 
 def test_remarks_say_what_numbers_do_not() -> None:

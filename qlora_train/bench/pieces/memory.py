@@ -128,7 +128,10 @@ class Trainer:
         decoder = load_base(
             folder, packing, dtype, device, plan=execution, cache=cache_root(), host=host, say=print
         )
-        decoder.tail_name = probe(config).tail_name
+        found = probe(config)
+        decoder.tail_name = found.tail_name
+        if recipe.training.kernels == "auto":
+            decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps)
         factors, _ = attach_factors(recipe, decoder, dtype)
         training, changes = recipe.training, list[str]()
         optimizer = FlatOptimizer(
