@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qlora_train.errors import UnsupportedModelError
+from qlora_train.kernels.blocked_attention import LONGEST, causal_attention
 from qlora_train.model.varlen_attention import Heads, VarlenAttention, flash_serves
 
 NAME = "qlora_train_packed"
@@ -107,6 +108,7 @@ def packed_attention(
     documents: DocumentLayout | None = None,
     kv_lengths: Tensor | None = None,
     varlen: VarlenAttention | None = None,
+    blocked: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -117,7 +119,8 @@ def packed_attention(
 
     Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d]. Decoding:
     `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them
-    real. varlen: attends to documents where it serves such a layer. Returns ([B, T, Hq, d], None). Raises
+    real. varlen: attends to documents where it serves such a layer. blocked: short
+    documents go through kernels/blocked_attention.py. Returns ([B, T, Hq, d], None). Raises
     `UnsupportedModelError` for arguments it does not know.
     """
     unknown = {name for name, v in kwargs.items() if v is not None} - _INERT_ARGUMENTS
@@ -133,7 +136,7 @@ def packed_attention(
             f"{type(module).__name__} does not hand the document boundaries on to its attention function: "
             "packed documents would see each other"
         )
-    rule = _ScoreRule(scaling, sliding_window, softcap)
+    rule = _ScoreRule(scaling, sliding_window, softcap, blocked)
     if kv_lengths is not None:
         return _decode(query, key, value, kv_lengths, rule).transpose(1, 2).contiguous(), None
     assert documents is not None
@@ -148,11 +151,13 @@ AttentionInterface.register(NAME, packed_attention)
 
 @dataclass(frozen=True)
 class _ScoreRule:
-    """What a family does to the scores: their scale, how far back a query sees, tanh capping."""
+    """What a family does to the scores: their scale, how far back a query sees, tanh capping; and whether
+    short documents are attended to in blocks of ours."""
 
     scaling: float | None
     window: int | None
     softcap: float | None
+    blocked: bool = False
 
 
 def _by_document(
@@ -171,6 +176,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule) -> Tensor:
     """Causal attention of a right-padded batch of documents; q [N, Hq, n, d] -> [N, Hq, n, d]."""
     length = q.shape[2]
     if rule.window is None or length <= rule.window:
+        if rule.softcap is None and rule.blocked and length <= LONGEST:
+            return causal_attention(q, k, v, q.shape[3] ** -0.5 if rule.scaling is None else rule.scaling)
         if rule.softcap is None:
             return _sdpa(q, k, v, rule, mask=None, is_causal=True)
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qlora_train.kernels.liger import liger_on
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
@@ -48,7 +49,8 @@ class FrozenDecoder:
     where those find their packed weights. embedding, head: [V, D], the same object where tied. dtype, device:
     of the computation. tail_name: name within a layer of the linear whose output goes straight into the
     residual sum, if the probe found that it does. fingerprint: of the packed base's content. varlen: what
-    attends to packed documents where it can; None: SDPA does, always. The given model is taken over and
+    attends to packed documents where it can; None: SDPA does, always. blocks_attention: short documents are
+    attended to by kernels/blocked_attention.py instead. The given model is taken over and
     cannot be called as a whole afterwards; its embedding and head weights are dropped.
     """
 
@@ -74,6 +76,9 @@ class FrozenDecoder:
         self.tail_name: str | None = None
         self.fingerprint = ""
         self.varlen: VarlenAttention | None = varlen_attention(device)
+        self.blocks_attention = (
+            device.type == "cpu" and dtype != torch.float16
+        )  # whose products are slow there
         self.at_close: list[Callable[[], object]] = []
         self._tiled_mlps: list[TiledMlp] = []
         self._calls: list[LayerArguments] = []
@@ -107,6 +112,7 @@ class FrozenDecoder:
             position_ids=position_ids,
             use_cache=False,
             varlen=self.varlen,
+            blocked=self.blocks_attention,
             **attention_arguments,
         )
         self._decoder.embed_tokens.weight = self._no_rows
@@ -154,10 +160,11 @@ class FrozenDecoder:
         """Put fused operations (fused.py) in place of the layers' norms and MLPs, as the probe found they
         may be; before MLPs are tiled."""
         assert not self._tiled_mlps
+        liger = liger_on(self.device)
         if norms:
-            fuse_norms(self.layers)
+            fuse_norms(self.layers, liger)
         if mlps:
-            fuse_mlps(self.layers)
+            fuse_mlps(self.layers, liger)
 
     def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
         """Let every layer's MLP take so many tokens at a time (None: all). context: of the factors'

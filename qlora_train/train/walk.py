@@ -61,7 +61,7 @@ class LayerWalk:
             linear.use_autograd = reference
         decoder.weights.copies_unpacked = reference
         if reference:
-            decoder.varlen = None
+            decoder.varlen, decoder.blocks_attention = None, False
         self._remembered = Remembered(decoder, factors, host or HostMemory(decoder.device))
         self.follow(plan)
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, apply
+from qlora_train.memory.plan.ghost_ops import FLOAT32
 
 INT64 = 8
+BLOCK_QUERIES, LONGEST = 64, 512
+"""Of kernels/blocked_attention.py."""
 
 
 def rotated(q: Ghost) -> Ghost:
@@ -38,14 +41,14 @@ def buckets(documents: Sequence[int]) -> Mapping[int, int]:
 
 
 def by_document(
-    query: Ghost, key: Ghost, value: Ghost, documents: Sequence[int], window: int | None
+    query: Ghost, key: Ghost, value: Ghost, documents: Sequence[int], window: int | None, *, blocked: bool
 ) -> Ghost:
     """model/attention.py: gather documents into batches, attend, gather back."""
     rows = [_rows(t) for t in (query, key, value)]
     outputs = []
     for length, number in buckets(documents).items():
         q, k, v = (_batch(t, number, length) for t in rows)
-        attended = _causal(q, k, v, window)
+        attended = _causal(q, k, v, window, blocked)
         outputs.append(attended.view(number * length, q.shape[1], q.shape[3]))
     together = op.concatenate(outputs, dim=0)
     num_tokens, num_heads, head_dim = sum(documents), query.shape[1], query.shape[3]
@@ -65,8 +68,10 @@ def _batch(t: Ghost, number: int, length: int) -> Ghost:
     return op.gather(t, (number, length, num_heads, head_dim)).view(number, num_heads, length, head_dim)
 
 
-def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None) -> Ghost:
+def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None, blocked: bool) -> Ghost:
     length = q.shape[2]
+    if blocked and length <= LONGEST and (window is None or length <= window):
+        return _blocked(q, k, v)
     if window is None or length <= window:
         return op.scaled_dot_product_attention(q, k, v)
     blocks = []
@@ -87,3 +92,70 @@ def _tokens(t: Ghost, size: int) -> Ghost:
     shape = t.shape
     view = Ghost(t.storage, (shape[0], shape[1], size, shape[3]), t.itemsize)
     return apply(view, (t,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
+
+
+def _blocked(q: Ghost, k: Ghost, v: Ghost) -> Ghost:
+    """kernels/blocked_attention.py. Inputs are views with the heads in front: of several documents, flattened
+    they are copies."""
+    (number, num_heads, length, size), (_, num_keys, _, value_size) = q.shape, v.shape
+    ledger, itemsize, batch = q.ledger, q.itemsize, number * num_keys
+    group = num_heads // num_keys
+
+    def flat(x: Ghost, width: int) -> Ghost:
+        copied = number > 1
+        return ledger.tensor((batch, length, width), itemsize) if copied else x
+
+    def wide(x: Ghost) -> Ghost:
+        return op.to(x, FLOAT32)
+
+    def weights(block: Ghost, rows: int, stop: int) -> Ghost:
+        block = wide(block)
+        scores = ledger.tensor((batch, group * rows, stop), FLOAT32)
+        del block
+        ledger.scratch(rows * rows)
+        return scores.like()
+
+    def block_of(rows: int, width: int) -> Ghost:
+        return ledger.tensor((batch, group * rows, width), itemsize)
+
+    def forward() -> Ghost:
+        out = ledger.tensor((number, num_heads, length, value_size), itemsize)
+        keys, values = wide(flat(k.detach(), size)), flat(v.detach(), value_size)
+        for rows, stop in _query_blocks(length):
+            block = block_of(rows, size)
+            probabilities = op.to(weights(block, rows, stop), itemsize)
+            ledger.scratch(block_of(rows, value_size).num_bytes)
+            del block, probabilities
+        del keys, values
+        return out
+
+    def run(gradient: Ghost, q: Ghost, k: Ghost, v: Ghost) -> tuple[Ghost, Ghost, Ghost]:
+        dq = q.like()
+        keys, values = wide(flat(k, size)), wide(flat(v, value_size))
+        dk, dv = (ledger.tensor((batch, length, width), FLOAT32) for width in (size, value_size))
+        for rows, stop in _query_blocks(length):
+            block, do = block_of(rows, size), block_of(rows, value_size)
+            first = weights(block, rows, stop)
+            rounded = op.to(first, itemsize)
+            ledger.scratch(batch * stop * value_size * itemsize)
+            del rounded
+            wide_do = wide(do)
+            second = first.like()
+            del wide_do
+            third = first.like()
+            del first, second
+            d_scores = op.to(third, itemsize)
+            del third
+            ledger.scratch(batch * (stop + group * rows) * size * itemsize)
+            del block, do, d_scores
+        results = op.to(dk, itemsize), op.to(dv, itemsize)
+        del keys, values
+        return dq, *results
+
+    return apply(forward(), (q, k, v), (q, k, v), run)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """(rows, end) of each block of queries."""
+    starts = range(0, length, BLOCK_QUERIES)
+    return [(min(BLOCK_QUERIES, length - start), min(start + BLOCK_QUERIES, length)) for start in starts]

@@ -116,7 +116,8 @@ class GhostLayer:
             )
             value = op.heads(self._linear("self_attn.v_proj", hidden), shape.num_kv_heads)
         query, key = rotated(query), rotated(key)
-        output = by_document(query, key, value, self._settings.documents, self._window)
+        blocked = not (self._settings.on_cuda or self._settings.reference)
+        output = by_document(query, key, value, self._settings.documents, self._window, blocked=blocked)
         return self._linear("self_attn.o_proj", output)
 
     def _normed_heads(self, x: Ghost, num_heads: int) -> Ghost:
