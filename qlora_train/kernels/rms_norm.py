@@ -11,7 +11,8 @@ which autograd keeps x in fp32 and takes the square back with a power: 4 bytes p
 five times the time. The weight is frozen, so there is no gradient of it to sum over tokens.
 
 Where the product with w rounds differs between families: most round n to x's dtype first, gemma multiplies in
-fp32. Both are done as the family does them, so the output has the library's bits.
+fp32. Both are done as the family does them, so the output has the library's bits. On a GPU liger-kernel's
+kernels, if they are there (liger.py), do the same in one pass over x, up to rounding; they save the same.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train.kernels.liger import Liger
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """x [..., D], weight [D] -> [..., D] in x's dtype. offset: o, and with it where the product rounds."""
-    return _RmsNorm.apply(x, weight, eps, offset)
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, liger: Liger | None = None) -> Tensor:
+    """x [..., D], weight [D] -> [..., D] in x's dtype. offset: o, and with it where the product rounds.
+    liger: whose kernels to use; None: plain torch."""
+    if liger is None:
+        return _RmsNorm.apply(x, weight, eps, offset)
+    return _LigerRmsNorm.apply(x, weight, eps, offset, liger)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -49,3 +55,18 @@ class _RmsNorm(torch.autograd.Function):
         inner = (dx * normed).mean(-1, keepdim=True)
         dx = dx.sub_(normed.mul_(inner)).mul_(scale)
         return dx.to(x.dtype), None, None, None
+
+
+class _LigerRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, liger: Liger) -> Tensor:
+        y, scale, ctx.launch = liger.rms_norm(x, weight, eps, offset)
+        ctx.save_for_backward(x, scale, weight)
+        ctx.offset, ctx.liger = offset, liger
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        dx = ctx.liger.rms_norm_backward(gradient, x, weight, scale, ctx.offset, ctx.launch)
+        return dx, None, None, None, None

@@ -10,6 +10,10 @@ g = dL/dy, p' = g W_down + ...:
 
     d_up = p' act(gate)        d_gate = act'(gate) (p' up)        dx = d_gate W_gate + d_up W_up + ...
 
+On a GPU liger-kernel's kernels (kernels/liger.py), if they are there, do the elementwise passes: of a norm
+whose results they give up to rounding, and of an MLP whose activation is SiLU. d_gate and d_up then take the
+places of gate and up, so that backward has 4 I per token alive at a time instead of 6 I.
+
 Which families these fit is not looked up but tried: the start-up probe (probe.py) swaps them into its tiny
 model and compares outputs and gradients with the plain layer. `training.kernels: reference` swaps nothing.
 
@@ -19,45 +23,81 @@ gained nothing measurable (bench/LOG.md).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
+from qlora_train.kernels.dropout import TokenKeys
+from qlora_train.kernels.liger import MAX_COLUMNS, Liger
 from qlora_train.kernels.rms_norm import rms_norm
 from qlora_train.model.linear import FrozenLinear, linear_backward, linear_forward
 
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""What liger's results may differ by, relative to the largest value."""
+
 
 class FusedNorm(nn.Module):
-    """An RMSNorm whose weight is frozen; takes over the weight of `plain`, the library's module. offset: see
-    kernels/rms_norm.py."""
+    """An RMSNorm whose weight is frozen; takes over the weight of `plain`, the library's module. offset,
+    liger: see kernels/rms_norm.py."""
 
-    def __init__(self, plain: nn.Module, offset: float) -> None:
+    def __init__(self, plain: nn.Module, offset: float, liger: Liger | None = None) -> None:
         super().__init__()
         self.weight: nn.Parameter = plain.weight  # type: ignore[assignment]
-        self.eps, self.offset = _eps_of(plain), offset
+        self.eps, self.offset, self.liger = _eps_of(plain), offset, liger
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return rms_norm(x, self.weight, self.eps, self.offset)
+        return rms_norm(x, self.weight, self.eps, self.offset, self.liger)
 
 
 class FusedMlp(nn.Module):
-    """A gated MLP; takes over the linears and the activation of `plain`, the library's module."""
+    """A gated MLP; takes over the linears and the activation of `plain`, the library's module.
+    liger: whose kernels to use where they do what the activation does; None: plain torch."""
 
-    def __init__(self, plain: nn.Module) -> None:
+    def __init__(self, plain: nn.Module, liger: Liger | None = None) -> None:
         super().__init__()
         self.gate_proj: FrozenLinear = plain.gate_proj  # type: ignore[assignment]
         self.up_proj: FrozenLinear = plain.up_proj  # type: ignore[assignment]
         self.down_proj: FrozenLinear = plain.down_proj  # type: ignore[assignment]
         self.act_fn: nn.Module = plain.act_fn  # type: ignore[assignment]
+        is_silu = type(self.act_fn) in (nn.SiLU, SiLUActivation)
+        self.liger = liger if is_silu and self.gate_proj.out_features <= MAX_COLUMNS else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, D] -> [..., T, D]."""
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         factors = [linear.factors.A for linear in linears if linear.factors is not None]
         return _FusedMlpFunction.apply(x, self, *factors)
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up, all [T, I]."""
+        return self.act_fn(gate).mul_(up) if self.liger is None else self.liger.silu_mul(gate, up)
+
+    def before_down(
+        self, gradient: Tensor, gate: Tensor, up: Tensor, down_tokens: TokenKeys | None
+    ) -> tuple[Tensor, Tensor]:
+        """From gradient = dL/dy [T, D] to (d_gate, d_up), through down, whose factors get theirs. gate, up:
+        overwritten."""
+        if self.liger is not None:
+            d_product = self._through_down(gradient, self.product(gate, up), down_tokens)
+            self.liger.silu_mul_backward_(gate, up, d_product)
+            return gate, up
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = self.act_fn(leaf)
+        d_product = self._through_down(gradient, activated.detach() * up, down_tokens)
+        d_up = d_product * activated.detach()
+        (d_gate,) = torch.autograd.grad(activated, leaf, d_product.mul_(up))
+        return d_gate, d_up
+
+    def _through_down(self, gradient: Tensor, product: Tensor, tokens: TokenKeys | None) -> Tensor:
+        d_product = linear_backward(self.down_proj, gradient, product, None, tokens)
+        assert d_product is not None
+        return d_product
 
 
 class _FusedMlpFunction(torch.autograd.Function):
@@ -72,7 +112,7 @@ class _FusedMlpFunction(torch.autograd.Function):
         ctx.save_for_backward(x, gate, gate_h, up, up_h)
         if mlp.down_proj.skips_value:
             return x.new_zeros(()).expand(x.shape)
-        y, _ = linear_forward(mlp.down_proj, mlp.act_fn(gate).mul_(up))
+        y, _ = linear_forward(mlp.down_proj, mlp.product(gate, up))
         return y.view(x.shape)
 
     @staticmethod
@@ -80,18 +120,10 @@ class _FusedMlpFunction(torch.autograd.Function):
         mlp: FusedMlp = ctx.mlp
         gate_tokens, up_tokens, down_tokens = ctx.tokens
         x, gate, gate_h, up, up_h = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = mlp.act_fn(leaf)
-        product = activated.detach() * up
-        g = gradient.reshape(-1, gradient.shape[-1])
-        d_product = linear_backward(mlp.down_proj, g, product, None, down_tokens)
-        assert d_product is not None
-        del product
-        d_up = d_product * activated.detach()
-        (d_gate,) = torch.autograd.grad(activated, leaf, d_product.mul_(up))
-        del activated, leaf, d_product
+        flat, g = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        # gate and up are ours alone: made in forward, and nobody else has seen them. They may be overwritten
+        # because backward runs once; a second time autograd would miss their values, and say so
+        d_gate, d_up = mlp.before_down(g, gate, up, down_tokens)
         needs_dx = ctx.needs_input_grad[0]
         dx = linear_backward(mlp.gate_proj, d_gate, flat, gate_h, gate_tokens, needs_dx=needs_dx)
         dx = linear_backward(mlp.up_proj, d_up, flat, up_h, up_tokens, needs_dx=needs_dx, onto=dx)
@@ -102,23 +134,25 @@ def _tokens(linear: FrozenLinear) -> Any:
     return linear.factors.tokens_to_drop() if linear.factors is not None else None
 
 
-def fuse_mlps(layers: Iterable[nn.Module]) -> None:
+def fuse_mlps(layers: Iterable[nn.Module], liger: Liger | None = None) -> None:
     """Put a `FusedMlp` where a layer has a gated MLP of three linears."""
     for layer in layers:
         mlp = getattr(layer, "mlp", None)
         parts = [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
         if all(isinstance(part, FrozenLinear) for part in parts) and hasattr(mlp, "act_fn"):
-            layer.mlp = FusedMlp(mlp)  # type: ignore[arg-type]  # not None: it has parts
+            layer.mlp = FusedMlp(mlp, liger)  # type: ignore[arg-type]  # not None: it has parts
 
 
-def fuse_norms(layers: Iterable[nn.Module]) -> None:
-    """Put a `FusedNorm` in place of every RMSNorm in a layer that ours computes bit for bit."""
+def fuse_norms(layers: Iterable[nn.Module], liger: Liger | None = None) -> None:
+    """Put a `FusedNorm` in place of every RMSNorm in a layer that plain torch computes bit for bit as the
+    library does, with liger's kernels where they are given and near enough."""
     for layer in layers:
         for owner in list(layer.modules()):
             for name, norm in list(_rms_norms(owner)):
                 offset = _offset_of(norm)
                 if offset is not None:
-                    setattr(owner, name, FusedNorm(norm, offset))
+                    is_near = liger is not None and _is_near(norm, offset, liger)
+                    setattr(owner, name, FusedNorm(norm, offset, liger if is_near else None))
 
 
 def _rms_norms(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -134,9 +168,29 @@ def _eps_of(norm: nn.Module) -> float:
 
 @torch.no_grad()
 def _offset_of(norm: nn.Module) -> float | None:
-    """The offset with which ours gives the bits of this module, None if none does."""
+    """The offset with which ours, in plain torch, gives the bits of this module, None if none does."""
+    x, expected = _tried_out(norm)
+    matching = (o for o in (0.0, 1.0) if torch.equal(FusedNorm(norm, o)(x), expected))
+    return next(matching, None)
+
+
+@torch.no_grad()
+def _is_near(norm: nn.Module, offset: float, liger: Liger) -> bool:
+    """Whether liger's kernels give the results of this module; warns if not."""
+    x, expected = _tried_out(norm)
+    difference = (FusedNorm(norm, offset, liger)(x) - expected).abs().max() / expected.abs().max()
+    is_near = bool(difference <= NEAR[x.dtype])  # NaN is not
+    if not is_near:
+        warnings.warn(
+            f"liger-kernel's RMSNorm differs from {type(norm).__name__} by {difference:.1e} of the largest "
+            f"value, in {x.dtype}: plain torch takes its place.",
+            stacklevel=3,
+        )
+    return is_near
+
+
+def _tried_out(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """An input [2, D] and what the module makes of it."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     x = torch.linspace(-3, 3, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
-    expected = norm(x)
-    matching = (o for o in (0.0, 1.0) if torch.equal(rms_norm(x, weight, _eps_of(norm), o), expected))
-    return next(matching, None)
+    return x, norm(x)

@@ -5,11 +5,14 @@ What the machine code looks like is looked at too, where speed or bits depend on
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -17,6 +20,7 @@ from qlora_train.kernels.triton_probe import add_one
 from qlora_train.kernels.unpack_4bit import LAUNCH_OPTIONS, unpack_4bit_kernel
 
 CAPABILITIES = [75, 80, 86, 89, 90, 120]
+ROWS = {"W_row_stride": 1, "RSTD_row_stride": 1, "elementwise_affine": True, "BLOCK_SIZE": 4096}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +36,7 @@ def compiled(kernel, capability: int, types: dict[str, str], constants: dict, **
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types if types[name] != "fp32"},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -69,3 +73,67 @@ def test_unpack_4bit_compiles(capability, out) -> None:
 def test_other_layouts_compile(nested, wide) -> None:
     asm = unpack(80, "*bf16", nested, wide).asm
     assert len(asm["cubin"]) > 0 and "st.global.v4" in asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("element", "dtype"), [("*bf16", tl.bfloat16), ("*fp16", tl.float16), ("*fp32", tl.float32)]
+)
+def test_ligers_norm_compiles(capability, element, dtype) -> None:
+    norms = pytest.importorskip(
+        "liger_kernel.ops.rms_norm", reason="liger-kernel is not installed (extra gpu)"
+    )
+    shared = {"RSTD_ptr": "*fp32", "n_cols": "i32", "offset": "fp32"}
+    forward = compiled(
+        norms._rms_norm_forward_kernel,
+        capability,
+        dict.fromkeys(("Y_ptr", "X_ptr", "W_ptr"), element)
+        | dict.fromkeys(("Y_row_stride", "X_row_stride"), "i32")
+        | {**shared, "eps": "fp32"},
+        {**ROWS, "casting_mode": 0},
+        num_warps=8,
+    )
+    backward = compiled(
+        norms._rms_norm_backward_kernel,
+        capability,
+        dict.fromkeys(("dY_ptr", "dX_ptr", "X_ptr", "W_ptr"), element)
+        | dict.fromkeys(
+            ("dY_row_stride", "dX_row_stride", "X_row_stride", "n_rows", "rows_per_program"), "i32"
+        )
+        | shared,
+        {
+            **ROWS,
+            "casting_mode": 0,
+            "X_dtype": dtype,
+            "dW_ptr": None,
+            "dW_row_stride": 0,
+            "COMPUTE_DW": False,
+        },
+        num_warps=8,
+    )
+    assert_no_atomics(forward, backward)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("element", ["*bf16", "*fp16", "*fp32"])
+def test_ligers_silu_multiply_compiles(capability, element) -> None:
+    swiglu = pytest.importorskip(
+        "liger_kernel.ops.swiglu", reason="liger-kernel is not installed (extra gpu)"
+    )
+    others = {"stride": "i32", "gate_multiplier": "fp32"}
+    width = {"n_cols": 14336, "BLOCK_SIZE": 16384}
+    forward, backward = (
+        compiled(kernel, capability, dict.fromkeys(names, element) | others, width, num_warps=16)
+        for kernel, names in (
+            (swiglu._swiglu_forward_kernel, ("a_ptr", "b_ptr", "c_ptr")),
+            (swiglu._swiglu_backward_kernel, ("dc_ptr", "a_ptr", "b_ptr")),
+        )
+    )
+    assert_no_atomics(forward, backward)
+
+
+def assert_no_atomics(*kernels: CompiledKernel) -> None:
+    """Sums are in a fixed order: the same bits in every run."""
+    for kernel in kernels:
+        assert len(kernel.asm["cubin"]) > 0
+        assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import FAMILIES, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from qlora_train.kernels.dropout import TokenKeys
+from qlora_train.kernels.liger import MAX_COLUMNS, Liger
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.fused import FusedMlp, FusedNorm, fuse_mlps, fuse_norms
 from qlora_train.model.linear import FrozenLinear
@@ -176,3 +179,110 @@ def test_only_gated_mlps_of_frozen_linears_are_replaced() -> None:
         layer.mlp = PlainMlp(SHAPES[0], torch.float32, "silu", bias=False)
     fuse_mlps(layers)
     assert all(isinstance(layer.mlp, FusedMlp) for layer in layers)
+
+
+class StandIn:
+    """liger-kernel's functions in plain torch, which count how often they are called; error: of the norm."""
+
+    def __init__(self, error: float = 0.0) -> None:
+        self.calls: list[str] = []
+        self.error = error
+        self.liger = Liger(
+            SimpleNamespace(rms_norm_forward=self.norm, rms_norm_backward=self.norm_backward),  # type: ignore
+            SimpleNamespace(swiglu_forward=self.silu, swiglu_backward=self.silu_backward),  # type: ignore
+        )
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, rounding: str, _: None) -> Any:
+        self.calls.append(f"norm {rounding}")
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y = (wide * scale * (weight.float() + offset) * (1 + self.error)).to(x.dtype)
+        return y, x, scale.view(-1), 64, 4, rounding
+
+    def norm_backward(
+        self,
+        gradient: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        offset: float,
+        *launch: Any,
+        needs_dw: bool,
+    ) -> tuple[Tensor, None]:
+        rounding = "gemma" if offset else "llama"
+        assert (
+            launch == (rounding, 64, 4, False, None) and not needs_dw and x.shape == (len(scale), len(weight))
+        )
+        self.calls.append("norm_backward")
+        g, n = gradient.float() * (weight.float() + offset), (x.float() * scale[:, None]).view(gradient.shape)
+        inner = (g * n).mean(-1, keepdim=True)
+        return (scale.view(*gradient.shape[:-1], 1) * (g - n * inner)).to(x.dtype), None
+
+    def silu(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls.append("silu")
+        return gate, up, F.silu(gate) * up
+
+    def silu_backward(self, gate: Tensor, up: Tensor, gradient: Tensor) -> None:
+        self.calls.append("silu_backward")
+        s = torch.sigmoid(gate)
+        d_gate, d_up = gradient * up * s * (1 + gate * (1 - s)), gradient * gate * s
+        gate.data.copy_(d_gate)  # behind autograd's back, as a kernel does
+        up.data.copy_(d_up)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("targets", [NAMES, (), ("down_proj",)], ids=str)
+def test_an_mlp_with_liger(targets: tuple[str, ...], dropout: float) -> None:
+    stand_in = StandIn()
+    case = Case(targets=targets, dropout=dropout)
+    case.fused = FusedMlp(case.plain, stand_in.liger)
+    case.check()
+    assert stand_in.calls == ["silu", "silu", "silu_backward"]
+
+
+def test_liger_is_for_silu_and_rows_of_one_block() -> None:
+    stand_in = StandIn()
+    case = Case(activation="gelu_pytorch_tanh")
+    case.fused = FusedMlp(case.plain, stand_in.liger)
+    case.check()
+    assert not stand_in.calls
+    case.plain.act_fn = nn.SiLU()
+    assert FusedMlp(case.plain, stand_in.liger).liger is stand_in.liger
+    case.plain.gate_proj.out_features = MAX_COLUMNS + 1
+    assert FusedMlp(case.plain, stand_in.liger).liger is None
+
+
+def test_a_second_backward_with_liger_is_an_error() -> None:
+    case = Case()
+    y = FusedMlp(case.plain, StandIn().liger)(case.x.requires_grad_())
+    y.backward(case.direction, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(case.direction)
+
+
+@pytest.mark.parametrize(("family", "rounding"), [("llama", "llama"), ("qwen3", "llama"), ("gemma", "gemma")])
+def test_norms_with_liger(family: str, rounding: str) -> None:
+    stand_in, layers, plain = StandIn(), layers_of(family), layers_of(family)
+    fuse_norms(layers, stand_in.liger)
+    fuse_norms(plain)
+    replaced = {name: m for name, m in layers.named_modules() if isinstance(m, FusedNorm)}
+    assert replaced and all(norm.liger is stand_in.liger for norm in replaced.values())
+    for name, norm in replaced.items():
+        results = []
+        for module in (plain.get_submodule(name), norm):
+            x = torch.linspace(-2, 3, 6 * len(norm.weight)).bfloat16().view(2, 3, -1).requires_grad_()
+            y = module(x)
+            y.backward(x.detach().sin())
+            results.append((y.detach(), x.grad))
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert set(stand_in.calls) == {f"norm {rounding}", "norm_backward"}
+
+
+@pytest.mark.parametrize("error", [0.05, float("nan")])
+def test_norms_that_liger_computes_otherwise_stay_plain(error: float) -> None:
+    layers = layers_of("llama")
+    with pytest.warns(UserWarning, match="RMSNorm differs from LlamaRMSNorm by .* plain torch"):
+        fuse_norms(layers, StandIn(error).liger)
+    norms = [m for m in layers.modules() if isinstance(m, FusedNorm)]
+    assert norms and all(norm.liger is None for norm in norms)
