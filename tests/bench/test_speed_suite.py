@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_train.bench import speed_suite
 from qlora_train.bench.case import Case
 from qlora_train.bench.pieces import inputs
-from qlora_train.bench.pieces.figures import linear_parameters
+from qlora_train.bench.pieces.figures import Step, linear_parameters, training_figures
 from qlora_train.bench.pieces.ours import recipe_values
 from qlora_train.bench.pieces.soup import figures_of, soup_config
 from qlora_train.bench.runner import Bench
@@ -119,6 +119,19 @@ def test_gpu_cases_are_skipped_with_a_word_without_a_gpu(folder: Path) -> None:
     for case in on_gpu:
         rows = Bench(folder, folder / "records", MACHINE, print).run(case, 1)
         assert {row.word for row in rows} == {"skipped: no CUDA device"}
+
+
+def test_a_disturbed_step_counts_only_where_steps_differ(tmp_path: Path) -> None:
+    inputs.write_base(tmp_path, TINY["config"])
+
+    def tokens_per_second(*num_tokens: int) -> float:
+        steps = [Step(s, n, n, 5.0) for s, n in zip((9.0, 2.0, 2.0, 12.0), num_tokens, strict=True)]
+        return training_figures(
+            steps, tmp_path, num_warm_up=1, load_seconds=1.0, first_step_seconds=2.0
+        )["tokens_per_second"]  # fmt: skip
+
+    assert tokens_per_second(50, 50, 50, 50) == 25.0
+    assert tokens_per_second(50, 50, 50, 60) == 10.0
 
 
 def test_a_random_base_is_a_checkpoint_like_any_other(tmp_path: Path) -> None:

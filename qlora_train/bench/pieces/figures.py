@@ -1,6 +1,7 @@
 """From timed steps to figures, the same way for every contender.
 
-    tokens/s     real tokens (padding is not work) of the timed steps / their seconds
+    tokens/s     real tokens (padding is not work) of the timed steps / their seconds; of steps that are
+                 all the same work the median counts, so that one disturbed step does not
     useful FLOPs 4 per token and parameter of the base's linears: 2 forward, 2 back (a frozen weight has no
                  gradient); of the head only at supervised positions. Recomputing is not useful work.
     ceiling      a large matrix product in the compute dtype, timed in the same process right after the steps
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -67,7 +69,7 @@ def training_figures(
     counted. first_step_seconds: from the start of the process to the end of the first step."""
     found: dict[str, Any] = dict(peaks())
     timed = steps[num_warm_up:]
-    total_seconds = sum(step.seconds for step in timed)
+    total_seconds = _undisturbed_seconds(timed)
     in_layers, in_head = linear_parameters(base)
     useful_flops = sum(4 * (in_layers * step.num_tokens + in_head * step.num_supervised) for step in timed)
     ceiling = matmul_flops_per_second()
@@ -87,6 +89,14 @@ def training_figures(
         "share_of_matmul_ceiling": useful_flops / total_seconds / ceiling,
         "num_threads": torch.get_num_threads(),
     }
+
+
+def _undisturbed_seconds(timed: Sequence[Step]) -> float:
+    """Of all timed steps together."""
+    seconds = [step.seconds for step in timed]
+    if len({step.num_tokens for step in timed}) == 1:
+        return len(timed) * statistics.median(seconds)
+    return sum(seconds)
 
 
 def _finite(loss: float) -> float:
