@@ -29,6 +29,7 @@ passes that it does not know is an error, never ignored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,16 @@ class DocumentLayout:
             torch.from_numpy(inverse).to(device),
             torch.from_numpy(bounds.astype(np.int32)).to(device),
             int(lengths.max()),
+        )
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> DocumentLayout:
+        """The same with every tensor replaced by move(tensor)."""
+        return DocumentLayout(
+            self.boundaries,
+            tuple(move(bucket) for bucket in self.buckets),
+            move(self.inverse),
+            move(self.cu_seqlens),
+            self.longest,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +67,19 @@ class PackedTokens:
             TokenIds.of(batch.labels[batch.supervised_positions], device),
             put(batch.row_ids),
             put(batch.token_offsets),
+        )
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> PackedTokens:
+        """The same with every device tensor replaced by move(tensor): pinned, or on another device."""
+        return PackedTokens(
+            self.ids.moved(move),
+            move(self.position_ids),
+            self.documents.moved(move),
+            move(self.labels),
+            move(self.supervised),
+            self.label_ids.moved(move),
+            move(self.rows),
+            move(self.offsets),
         )
 
     @property

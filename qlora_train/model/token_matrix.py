@@ -13,7 +13,7 @@ so moving it changes no bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,6 +35,10 @@ class TokenIds:
     def of(ids: np.ndarray, device: torch.device | str) -> TokenIds:
         host = np.ascontiguousarray(ids, dtype=np.int64)
         return TokenIds(host, torch.from_numpy(host).to(device, non_blocking=True))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> TokenIds:
+        """The same with move(device) for the ids on the device."""
+        return TokenIds(self.host, move(self.device))
 
     def __len__(self) -> int:
         return len(self.host)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from qlora_train.data.dataset import MicroBatch
 from qlora_train.errors import Interrupted, OutOfMemory, RunFolderError
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory import meter
@@ -21,6 +22,7 @@ from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.plan import largest_causes
 from qlora_train.model.adapter_files import save_adapter
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.train.batches import BatchesAhead
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from qlora_train.train.optimizer import FlatOptimizer
 from qlora_train.train.plan_log import PlanLog
@@ -134,15 +136,17 @@ class TrainLoop:
         training, first = self._recipe.training, self._state.step
         quiet = not self._accelerator.is_main_process
         started = time.monotonic()
+        steps = range(first + 1, self.num_steps + 1)
         with (
             StopSignal() as stop,
             TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
+            BatchesAhead(self._micro_batches, steps, self._decoder.device) as self._batches,
         ):
             self._say = progress.say
             if first == 0 and self._prepared.eval_data is not None:
                 self._evaluate(0, progress)
             self._meter.reset_peak()
-            for step in range(first + 1, self.num_steps + 1):
+            for step in steps:
                 row = self._one_step_or_save(step)
                 self._compare_with_plan(step - first)
                 self._report(
@@ -210,9 +214,7 @@ class TrainLoop:
         if plan != self.plan:
             self._runner.walk.follow(plan)
         positions = self._positions(step)
-        groups = list(_groups(positions, training.micro_batch_size))
-        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
-        batches = [PackedTokens.from_host(data.micro_batch(group), self._decoder.device) for group in mine]
+        batches = self._batches.take(step)
         num_supervised = data.num_supervised([p for p in positions if p is not None])
         rate = learning_rate(
             step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
@@ -225,6 +227,12 @@ class TrainLoop:
             "peak_bytes": meter.peak_bytes(self._decoder.device),
             "plan": self._plan_log.in_force(step)[0],
         }
+
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
+        """Those of this rank."""
+        groups = list(_groups(self._positions(step), self._recipe.training.micro_batch_size))
+        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        return [self._prepared.train_data.micro_batch(group) for group in mine]
 
     def _positions(self, step: int) -> list[int | None]:
         """The rows of the data order that a step takes; None past the end of the last epoch."""
