@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail(QloraTrainError("out of memory"))
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        from qlora_train.memory.tighten import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         first_line = (str(error).strip() or "an allocation failed").splitlines()[0]
         return _fail(QloraTrainError(f"out of memory: {first_line}"))
@@ -75,12 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(QloraTrainError(f"no space left on the disk: {error}"))
     return 0
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch's out-of-memory errors, told without importing torch; on the CPU it is a plain RuntimeError."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error)
 
 
 def _quiet_libraries() -> None:

@@ -17,6 +17,12 @@ from dataclasses import replace
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 
+_MESSAGES = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # the runtime's, for pinned or managed memory: torch.AcceleratorError
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "[CUDA]: out of memory",  # Triton's, when it loads a kernel
+)
 LEAST_LOSS_TOKENS, FIRST_MLP_TILE, LEAST_MLP_TILE = 64, 2048, 256
 
 
@@ -47,6 +53,7 @@ def tighter(plan: ExecutionPlan, num_micro_batches: int, num_tokens: int) -> tup
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's, CUDA's, or the CPU allocator's."""
+    """Whether an exception says that memory ran out: Python's, that of an allocator of torch, or of a CUDA
+    library; those have no type of their own."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(m in str(error) for m in _MESSAGES)
