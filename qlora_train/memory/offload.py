@@ -5,11 +5,12 @@
     Parked.take()      the tensor, back on the device
 
 On CUDA all copies run in order on one side stream, so a host buffer that is used again cannot be overtaken;
-the host waits for nothing. What leaves is held until two later things have been parked, and let go only after
-the compute stream has been told to wait for its copy; what comes back is allocated by the compute stream. So
-every byte is taken and freed in the compute stream's order, and the peak is what the plan says however far
-the host runs ahead. (`record_stream` would free a block at a time that depends on the host.) On a CPU the
-same code copies at once.
+the host waits for nothing. What leaves is copied while the next thing is computed and held that long: one
+thing at a time (`settle` ends it), let go only after the compute stream has been told to wait for its copy.
+What comes back is allocated by the compute stream, which then waits for that copy alone: the one after it is
+under way meanwhile. So every byte is taken and freed in the compute stream's order, and the peak is what the
+plan says however far the host runs ahead. (`record_stream` would free a block at a time that depends on the
+host.) On a CPU the same code copies at once.
 
 `OffloadedGraph` is the policy "offload" for one run of one layer: autograd hands every tensor it saves to a
 hook. Those that are there anyway (weights, factors, the layer's input, rotary tables) stay; of the others the
@@ -20,7 +21,6 @@ over. In backward they come back as the same views of the same bytes, so gradien
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,8 +30,6 @@ from torch import Tensor
 
 from qlora_train.memory.host_memory import HostMemory
 
-MAX_LEAVING = 2  # parked things whose device copies may still be alive
-
 
 class HostPark:
     """Copies tensors out to `host` memory and back to `device`."""
@@ -39,25 +37,38 @@ class HostPark:
     def __init__(self, device: torch.device, host: HostMemory) -> None:
         self.device, self.host = device, host
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+        self._leaving: tuple[torch.cuda.Event, list[Tensor]] | None = None
 
     def park(self, tensor: Tensor) -> Parked:
         """Begin to copy `tensor` (contiguous) out."""
         return self.park_all([tensor])[0]
 
     def park_all(self, tensors: list[Tensor]) -> list[Parked]:
-        """Begin to copy tensors (contiguous) out that leave together."""
+        """Begin to copy tensors (contiguous) out that leave together; what left before is settled."""
         if self.stream is None:
             return [Parked(self, tensor) for tensor in tensors]
+        self.settle()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             parked = [Parked(self, tensor) for tensor in tensors]
             copied = torch.cuda.Event()
             copied.record()
-        self._leaving.append((copied, tensors))
-        while len(self._leaving) > MAX_LEAVING:
-            torch.cuda.current_stream().wait_event(self._leaving.popleft()[0])
+        self._leaving = copied, tensors
         return parked
+
+    def settle(self) -> None:
+        """Let go what left last: work queued from now on waits until it is in host memory."""
+        if self._leaving is not None:
+            torch.cuda.current_stream().wait_event(self._leaving[0])
+            self._leaving = None
+
+    def drain(self) -> None:
+        """Let the host wait for every copy. For a walk that is broken off: call it while whatever is being
+        copied, in either direction, is still held, or its memory is somebody else's before the copy is
+        done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        self._leaving = None
 
 
 class Parked:
@@ -68,6 +79,7 @@ class Parked:
         self._park, self._shape, self._dtype = park, tensor.shape, tensor.dtype
         self._buffer: Tensor | None = park.host.borrow(max(1, tensor.nbytes))
         self._back: Tensor | None = None
+        self._is_back: torch.cuda.Event | None = None
         self._host_view.copy_(tensor.detach(), non_blocking=True)
 
     def fetch(self) -> None:
@@ -83,6 +95,8 @@ class Parked:
             stream.wait_stream(torch.cuda.current_stream())  # until then the memory is somebody else's
             with torch.cuda.stream(stream):
                 self._back.copy_(self._host_view, non_blocking=True)
+                self._is_back = torch.cuda.Event()
+                self._is_back.record()
         self._park.host.give_back(self._buffer)
         self._buffer = None
 
@@ -90,8 +104,8 @@ class Parked:
         """The tensor on the device, valid for work queued from now on."""
         self.fetch()
         assert self._back is not None
-        if self._park.stream is not None:
-            torch.cuda.current_stream().wait_stream(self._park.stream)
+        if self._is_back is not None:  # not for the whole stream: what is fetched next is copied meanwhile
+            torch.cuda.current_stream().wait_event(self._is_back)
         back, self._back = self._back, None
         return back
 

@@ -7,6 +7,9 @@
                goes straight into the residual sum, that product's value is skipped (5.46 instead of 6 FLOPs
                per token and parameter: 37 % over keeping everything instead of 50 %)
 
+What goes to host memory leaves while the next micro-batch is computed and is let go after it, whatever the
+policy of that one is.
+
 One object per layer, group and step; one entry in it per micro-batch.
 """
 
@@ -55,6 +58,7 @@ class RememberedLayer:
         if self._policy in (None, Activation.RECOMPUTE):
             with torch.no_grad():
                 y = decoder.run_layer(index, x, arguments)
+            self._owner.park.settle()
             if self._policy is not None:
                 waiting = self._owner.park.park(x) if self._inputs_wait_in_ram else x
                 self._runs.append(_ToRecompute(waiting, with_gradient))
@@ -63,6 +67,7 @@ class RememberedLayer:
         if self._policy is Activation.KEEP:
             with torch.enable_grad():
                 y = decoder.run_layer(index, leaf, arguments)
+            self._owner.park.settle()
             self._runs.append(_Kept(leaf, y, None))
             return y.detach()
         graph = OffloadedGraph(self._owner.park, self._stays(leaf, arguments))

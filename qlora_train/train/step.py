@@ -131,6 +131,7 @@ class StepRunner:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            self.walk.break_off()
             return None, str(error).strip().partition("\n")[0] or type(error).__name__
         return loss_sum, None
 

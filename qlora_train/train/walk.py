@@ -99,6 +99,11 @@ class LayerWalk:
             loss_sum += self._walk(group, keys, num_supervised, loss_scale)
         return loss_sum
 
+    def break_off(self) -> None:
+        """After an exception out of `accumulate`, while its traceback still holds the tensors: wait for the
+        copies that are under way."""
+        self._remembered.park.drain()
+
     def _order(self, num_groups: int) -> list[int]:
         """What this step visits, and the layers that the next step begins with."""
         num_layers = len(self._decoder.layers)
@@ -123,6 +128,7 @@ class LayerWalk:
                         xs[k] = layer.forward(x, arguments[k][i], with_gradient=i > self._lowest)
             remembered.append(layer)
         del x  # the input of the last layer
+        self._remembered.park.settle()
 
         loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
         xs.clear()
