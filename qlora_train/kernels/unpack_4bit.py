@@ -37,6 +37,7 @@ from torch import Tensor
 TILE = tl.constexpr(1024)  # numbers that a program makes
 SEGMENT = tl.constexpr(32)  # the smallest block size
 NESTED_BLOCK_SIZE = tl.constexpr(256)  # scales per nested_absmax
+WIDE_FROM = 2**31  # numbers of a row whose places no longer fit into 32 bits
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 4 warps: 8 numbers a thread
 
 
@@ -109,7 +110,7 @@ def unpack_4bit(packed: Packed4bit, out: Tensor, start: int = 0) -> Tensor:
             num_bytes,
             BLOCK_SIZE=packed.block_size,
             NESTED=packed.nested is not None,
-            WIDE=stop >= 2**31,
+            WIDE=stop >= WIDE_FROM,
             **LAUNCH_OPTIONS,
         )
     return out

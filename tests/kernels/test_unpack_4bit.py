@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -85,7 +86,8 @@ def test_every_block_size_has_the_bits_of_bitsandbytes(kernels, block_size, form
     + [(64, 1984), (333, 3333)],
 )
 def test_any_range_has_the_bits_of_bitsandbytes(kernels, start, num_elements, dtype) -> None:
-    for whole in (start + num_elements, 5001):  # with and without numbers behind
+    sizes = [start + num_elements] + [5001] * (dtype == torch.float32)  # without and with numbers behind
+    for whole in sizes:
         packed, data, state = pack(kernels, whole, "nf4", 64, True)
         expected = bnb.dequantize_4bit(data, state).view(-1)
         check(kernels, packed, expected, start, start + num_elements, dtype)
@@ -103,22 +105,27 @@ def test_a_packed_weight_is_unpacked_by_it(kernels, monkeypatch, form, double_qu
         assert torch.equal(bits(out), bits(packed.unpack(dtype)))
 
 
-def test_numbers_beyond_2_to_the_31(kernels) -> None:
+def test_places_of_64_bits_make_the_same(kernels, monkeypatch) -> None:
+    """Real ones, beyond 2^31, are for tests/gpu: the interpreter copies all it is given."""
+    monkeypatch.setattr(kernels, "WIDE_FROM", 0)
+    packed, data, state = pack(kernels, 9001, "nf4", 32, True)
+    expected = bnb.dequantize_4bit(data, state).view(-1)
+    for start, stop in [(0, 1024), (1000, 3300), (8100, 9001)]:
+        check(kernels, packed, expected, start, stop, torch.float32)
+
+
+def test_the_reference_beyond_2_to_the_31(kernels) -> None:
     start, num_elements = 2**31 - 37, 1100
-    stop = start + num_elements
-    packed, _, _ = pack(kernels, num_elements + 1, "nf4", 4096, False)
-    far = kernels.Packed4bit(
-        torch.zeros((stop + 1) // 2, dtype=torch.uint8),  # only the pages written take memory
-        torch.linspace(0.1, 3, -(-stop // 4096)),
-        packed.code,
-        4096,
-    )
-    far.data[start // 2 :] = packed.data[: (stop + 1) // 2 - start // 2]
-    codes = torch.stack([packed.data >> 4, packed.data & 15], dim=1).view(-1).int()
-    absmax = far.absmax[torch.arange(start, stop) // 4096]
-    expected = packed.code[codes[1 : 1 + num_elements]] * absmax  # `start` is odd
-    for unpack in (kernels.unpack_4bit, kernels.unpack_4bit_reference):
-        assert torch.equal(unpack(far, torch.empty(num_elements), start), expected)
+    num_bytes = (start + num_elements + 1) // 2
+    data = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))  # numpy's zeros take no memory until written
+    data[start // 2 :] = torch.randint(256, (len(data) - start // 2,))
+    absmax = torch.linspace(0.1, 3, -(-2 * len(data) // 4096))
+    packed = kernels.Packed4bit(data, absmax, _code_on("nf4", torch.device("cpu")), 4096)
+    codes = torch.stack([data[start // 2 :] >> 4, data[start // 2 :] & 15], dim=1).view(-1).int()
+    scales = absmax[torch.arange(start, start + num_elements) // 4096]
+    expected = packed.code[codes[1 : 1 + num_elements]] * scales  # `start` is odd
+    out = kernels.unpack_4bit_reference(packed, torch.empty(num_elements), start)
+    assert torch.equal(out, expected)
 
 
 def test_the_range_must_be_there(kernels) -> None:
