@@ -33,6 +33,7 @@ OURS = (
     "ruamel.yaml",
     "dill",
     "multiprocess",
+    "liger_kernel",
 )
 PEERS = (
     "datasets>=4.6,<5",  # unsloth takes no newer one
