@@ -31,6 +31,7 @@ UNPACK_BUFFER = "unpack buffer"
 SLOTS = "ring slots"
 REMEMBERED = "remembered inputs"
 KEPT = "kept activations"
+LEAVING = "activations on their way to host memory"
 RETURNING = "offloaded activations on their way back"
 MICRO_BATCH = "token ids and labels"
 KV_CACHE = "key-value cache"
@@ -146,7 +147,7 @@ class _Replay:
     it."""
 
     def __init__(self, settings: LayerSettings, window: int | None) -> None:
-        self.ledger = Ledger()
+        self.ledger = Ledger(sees_kernel_scratch=settings.on_cuda)
         self.x = self.ledger.tensor((1, settings.num_tokens, settings.shape.hidden), settings.itemsize)
         self.gradient = self.x.like()
         self.layer = GhostLayer(self.ledger, settings, window)

@@ -19,6 +19,7 @@ from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.byte_model import (
     GRADIENT,
     KV_CACHE,
+    LEAVING,
     LOADING,
     MASTERS,
     MICRO_BATCH,
@@ -160,15 +161,30 @@ class _Step:
         if self._input_stays(i):
             per_micro_batch[REMEMBERED] = self._x_bytes
         ledger.bump(first)
+        self._let_leave(self._leaving(i))
         _add(ledger, per_micro_batch, group - 1)
         if group > 1:
             ledger.bump(later)
         _add(ledger, per_micro_batch, 1)
 
+    def _leaving(self, i: int) -> int:
+        """Bytes of one micro-batch in layer i that are copied to the host while the next one is computed. On
+        a CPU they are copied at once."""
+        if self._workload.device == "cpu":
+            return 0
+        if self._policy(i) is Activation.OFFLOAD:
+            return sum(self._layer(i).saved.values())
+        return 0 if self._input_stays(i) else self._x_bytes
+
+    def _let_leave(self, num_bytes: int) -> None:
+        """Of what leaves, the last is alive."""
+        self._ledger.add(LEAVING, num_bytes - self._ledger.live.get(LEAVING, 0))
+
     def _loss(self) -> None:
         """Takes the last layer's outputs, leaves a gradient for each."""
         ledger, group, last = self._ledger, self._group, self._plan.num_layers - 1
         output_stays = self._policy(last) in _LEAVES_GRAPH
+        self._let_leave(0)
         ledger.add(STREAM, -group * self._x_bytes)
         if output_stays:
             ledger.add(REMEMBERED, group * self._x_bytes)

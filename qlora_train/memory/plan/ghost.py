@@ -14,7 +14,8 @@ backward allocates (ghost_ops.py).
 engine: nodes in reverse order of their making, each releasing what it saved when it has run, a second
 gradient for the same node added out of place.
 
-Not modelled: scratch inside one operation (the meter does not see it either) and an allocator's rounding.
+Not modelled: an allocator's rounding, and scratch inside one operation, which the CPU's meter does not see
+either. On CUDA the allocator gives it, so the one that is large counts there: flash attention's, going back.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ Bytes = dict[str, int]
 
 
 class Ledger:
-    """Bytes alive now and at the peak, by cause."""
+    """Bytes alive now and at the peak, by cause. sees_kernel_scratch: what a kernel allocates for itself
+    counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sees_kernel_scratch: bool = False) -> None:
+        self.sees_kernel_scratch = sees_kernel_scratch
         self.live: Bytes = {}
         self.live_bytes = 0
         self.peak: Bytes = {}
