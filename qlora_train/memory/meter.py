@@ -6,7 +6,8 @@ Three readings, none of which knows the planner's formulas:
   such thing to ask, so a dispatch mode watches every operation: a result whose storage is none of its
   inputs' is new and counts until that storage is freed; a view counts nothing. Scratch inside one
   operation is not seen, nor memory that torch did not allocate (a mapped file, a numpy array): host
-  buffers are made that way, so that "device" means the same in both cases.
+  buffers are made that way, so that "device" means the same in both cases. Nor, on CUDA, the libraries'
+  workspaces, which come from the same allocator but belong to the context (`make_workspaces`).
 - `peak_bytes`, for the log: our tensors on CUDA, the whole process elsewhere.
 - `process_peak_bytes`, resident memory of this process at its highest, as the kernel counts it, Python and
   all imports included. `reset_process_peak` starts it anew where the kernel offers that.
@@ -25,6 +26,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,7 +36,8 @@ class DeviceMeter:
     """Within `with DeviceMeter(device) as meter`: bytes of the tensors made since, on `device`.
 
     live_bytes: now. peak_bytes: the most since entering or since `reset_peak`. On the CPU only operations of
-    the thread that entered are seen (autograd's backward runs there too).
+    the thread that entered are seen (autograd's backward runs there too). On CUDA the libraries' workspaces
+    are made on entering, if they are not there yet.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -46,7 +49,7 @@ class DeviceMeter:
         if self._watch is not None:
             self._watch.__enter__()
         else:
-            torch.cuda.synchronize(self._device)
+            make_workspaces(self._device)
             self._bytes_before = torch.cuda.memory_allocated(self._device)
             self.reset_peak()
         return self
@@ -75,6 +78,18 @@ class DeviceMeter:
             self._watch.peak_bytes = self._watch.live_bytes
         else:
             torch.cuda.reset_peak_memory_stats(self._device)
+
+
+def make_workspaces(device: torch.device) -> None:
+    """Let cuBLAS take its workspaces, and wait for it: products forward and back, since it takes one for each
+    thread that multiplies (the backward pass is autograd's own thread) at the thread's first product, from
+    torch's allocator. The plan counts them with the context."""
+    for dtype in (torch.float32, torch.float16):
+        a = torch.ones(64, 64, dtype=dtype, device=device, requires_grad=True)
+        b = torch.ones(64, dtype=dtype, device=device)
+        F.linear(a, a, b).addmm(a, a).sum().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class _StorageWatch(TorchDispatchMode):

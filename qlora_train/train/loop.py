@@ -199,7 +199,8 @@ class TrainLoop:
         """After the first steps: what was predicted and what was."""
         if num_steps_done != min(STEPS_METERED, self.num_steps):
             return
-        predicted, measured = self._prepared.plan.step_vram_bytes, self._meter.peak_bytes
+        predicted = self._prepared.plan.step_vram_bytes
+        measured = self._meter.peak_bytes + self._optimizer.managed_bytes
         self._stop_metering()
         self._plan_log.measured(measured)
         self._say(

@@ -47,7 +47,6 @@ class FlatOptimizer:
     ) -> None:
         self._factors = factors
         on_cuda = factors.masters.device.type == "cuda"
-        self.is_paged = name in _NOT_PAGED and on_cuda
         num_elements = factors.masters.numel()
         cuts = [0, num_elements] if lora_b_lr_ratio == 1.0 else [0, factors.num_a, num_elements]
         slice_elements = num_elements if on_cuda or name == "adamw" else CPU_SLICE_ELEMENTS
@@ -82,6 +81,15 @@ class FlatOptimizer:
             for key, value in self._optimizer.state[parameter].items():
                 flat[f"{i}.{key}"] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
         return flat
+
+    @property
+    def managed_bytes(self) -> int:
+        """State in CUDA managed memory: the plan counts it on the device, torch's allocator does not see it.
+        Of a paged optimizer these are the moments, where they are large; bitsandbytes marks them."""
+        states = (
+            value for parameter in self._parameters for value in self._optimizer.state[parameter].values()
+        )
+        return sum(value.nbytes for value in states if getattr(value, "is_paged", False))
 
     def load_state(self, saved: dict[str, Tensor]) -> None:
         """Put back what `state` returned. Raises `RunFolderError` if it is another optimizer's."""

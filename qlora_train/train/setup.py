@@ -30,9 +30,22 @@ from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
-from qlora_train.model.probe import probe, refuse_length_dependent_rope
+from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The base and its factors, where the plan puts them. plan: what this machine could do. execution: what
+    is done. host: for what waits in RAM."""
+
+    plan: Plan
+    execution: ExecutionPlan
+    host: HostMemory
+    decoder: FrozenDecoder
+    factors: FactorBuffers
+    adapter_config: AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.training.deterministic is True:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+        # Else every torch.empty is filled first. Nothing here reads memory that it has not written: tests
+        # poison the ring's slots to see it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Accelerator(
         mixed_precision="no",
         log_with=list(recipe.training.report_to) or None,
@@ -109,33 +125,60 @@ def prepare(
             f"{config.vocab_size} rows; "
             "check that tokenizer and weights belong together"
         )
-    packing = Packing(recipe.model.quantization, recipe.model.double_quant)
-    plan = plan_here(recipe, folder, dtype, accelerator.device)
-    plan.require_fit()
-    execution = _agreed(saved_execution or plan.execution)
-    cache = cache_root() if use_cache else None
-    host = host_memory_of_run(plan, execution, accelerator.device, say)
-    with accelerator.main_process_first():  # one rank packs, the others read
-        decoder = load_base(
-            folder, packing, dtype, accelerator.device, plan=execution, cache=cache, host=host, say=say
-        )
-    decoder.tail_name = found.tail_name
-    if recipe.training.kernels == "auto":
-        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps)
-    factors, adapter_config = attach_factors(recipe, decoder, dtype)
+    loaded = load_model(
+        recipe,
+        folder,
+        dtype,
+        accelerator,
+        found,
+        lambda planned: saved_execution or planned,
+        cache=cache_root() if use_cache else None,
+        say=say,
+    )
     return Prepared(
         recipe,
         accelerator,
         tokenizer,
         train_data,
         eval_data,
-        decoder,
-        factors,
-        adapter_config,
-        plan,
-        execution,
-        host,
+        loaded.decoder,
+        loaded.factors,
+        loaded.adapter_config,
+        loaded.plan,
+        loaded.execution,
+        loaded.host,
     )
+
+
+def load_model(
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+    found: ProbeResult,
+    choose: Callable[[ExecutionPlan], ExecutionPlan],
+    *,
+    cache: Path | None,
+    say: Callable[[str], None],
+) -> LoadedModel:
+    """Plan for this machine, load the base and attach the factors.
+
+    recipe: resolved. found: by the probe of the base's config. choose: from what was planned to what is done.
+    cache: the folder of packed bases; None: none is kept. Raises a `UserError` for a plan that does not fit.
+    """
+    device = accelerator.device
+    plan = plan_here(recipe, folder, dtype, device)
+    plan.require_fit()
+    execution = _agreed(choose(plan.execution))
+    host = host_memory_of_run(plan, execution, device, say)
+    packing = Packing(recipe.model.quantization, recipe.model.double_quant)
+    with accelerator.main_process_first():  # one rank packs, the others read
+        decoder = load_base(folder, packing, dtype, device, plan=execution, cache=cache, host=host, say=say)
+    decoder.tail_name = found.tail_name
+    if recipe.training.kernels == "auto":
+        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps)
+    factors, adapter_config = attach_factors(recipe, decoder, dtype)
+    return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
 
 
 def _agreed(execution: ExecutionPlan) -> ExecutionPlan:

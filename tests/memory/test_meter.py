@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.memory.meter import DeviceMeter, free_bytes, process_peak_bytes, reset_process_peak
+from qlora_train.memory import meter as meter_module
+from qlora_train.memory.meter import (
+    DeviceMeter,
+    free_bytes,
+    make_workspaces,
+    process_peak_bytes,
+    reset_process_peak,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KIB = 1024
@@ -108,6 +115,32 @@ def test_the_process_peak_sees_pages_that_were_touched() -> None:
     if could_reset:
         assert reset_process_peak()
         assert process_peak_bytes() < before + size // 2
+
+
+def test_a_librarys_workspaces_are_there_before_counting_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = [5 * KIB]
+
+    def make(device: torch.device) -> None:
+        allocated[0] += KIB
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(meter_module, "make_workspaces", make)
+    with DeviceMeter("cuda") as meter:
+        assert allocated == [6 * KIB]
+        assert (meter.live_bytes, meter.peak_bytes) == (0, 0)
+        allocated[0] += KIB
+        assert (meter.live_bytes, meter.peak_bytes) == (KIB, KIB)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_making_workspaces_leaves_no_tensor(name: str) -> None:
+    device = device_of(name)
+    make_workspaces(device)
+    with DeviceMeter(device) as meter:
+        make_workspaces(device)
+        assert meter.live_bytes == 0
 
 
 def test_there_is_free_memory() -> None:

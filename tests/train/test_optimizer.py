@@ -71,6 +71,19 @@ def test_only_the_8_bit_optimizers_have_8_bit_moments(name: str) -> None:
     assert [moment.dtype for moment in moments] == [wanted, wanted]
 
 
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_state_in_managed_memory_is_counted(name: str) -> None:
+    factors = make_factors()
+    optimizer = make(name, factors)
+    run(optimizer, factors, range(1))
+    assert optimizer.managed_bytes == 0  # no such memory without CUDA
+    moments = [value for key, value in optimizer.state().items() if ".state" in key]
+    for state in optimizer._optimizer.state.values():
+        state["state1"].is_paged = state["state2"].is_paged = True  # as bitsandbytes does
+    assert optimizer.managed_bytes == sum(moment.nbytes for moment in moments)
+    assert optimizer.managed_bytes == (8 if name.endswith("32bit") else 2) * factors.masters.numel()
+
+
 def test_adamw_is_torchs_on_the_flat_vector() -> None:
     factors = make_factors()
     expected = nn.Parameter(factors.masters.clone())

@@ -10,9 +10,6 @@ A budget is enforced: the allocator may take what the budget leaves beside the C
 workspaces (plan.CONTEXT_BYTES), and fails beyond it as it would on a smaller card. What the context really
 takes here is measured too: another card's is another.
 
-cuBLAS takes its workspace from the same allocator at its first product, one per thread that multiplies (the
-backward pass is autograd's own thread). The plan counts it with the context, so it is made before metering.
-
 Data are random tokens, every row one document that fills its bin: the most that any data take.
 """
 
@@ -27,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xxhash
 from accelerate import Accelerator
 
@@ -35,15 +31,12 @@ from qlora_train.bench.process import answer
 from qlora_train.bench.random_base import make_random_base, write_config
 from qlora_train.memory.execution import ExecutionPlan, Place
 from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.load import load_base
-from qlora_train.memory.machine_plan import plan_here
 from qlora_train.memory.measured_rates import rates_of
-from qlora_train.memory.meter import DeviceMeter
+from qlora_train.memory.meter import DeviceMeter, make_workspaces
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Plan
 from qlora_train.memory.plan.report import residency_lines
 from qlora_train.memory.streaming import StreamedWeights
-from qlora_train.memory.unpinned import host_memory_of_run
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
@@ -55,7 +48,7 @@ from qlora_train.model.shards import tensor_bytes
 from qlora_train.recipe import Recipe
 from qlora_train.train.optimizer import FlatOptimizer
 from qlora_train.train.schedule import LossScale
-from qlora_train.train.setup import attach_factors, make_accelerator, resolve
+from qlora_train.train.setup import load_model, make_accelerator, resolve
 from qlora_train.train.step import StepRunner
 from qlora_train.train.walk import LayerWalk
 
@@ -121,18 +114,10 @@ class Trainer:
         packing = Packing(recipe.model.quantization, recipe.model.double_quant)
         make_random_base(folder, packing, dtype, cache_root())
         config = read_config(folder)
-        plan = plan_here(recipe, folder, dtype, device)
-        plan.require_fit()
-        execution = change(plan.execution)
-        host = host_memory_of_run(plan, execution, device, print)
-        decoder = load_base(
-            folder, packing, dtype, device, plan=execution, cache=cache_root(), host=host, say=print
+        loaded = load_model(
+            recipe, folder, dtype, accelerator, probe(config), change, cache=cache_root(), say=print
         )
-        found = probe(config)
-        decoder.tail_name = found.tail_name
-        if recipe.training.kernels == "auto":
-            decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps)
-        factors, _ = attach_factors(recipe, decoder, dtype)
+        decoder, factors, execution = loaded.decoder, loaded.factors, loaded.execution
         training, changes = recipe.training, list[str]()
         optimizer = FlatOptimizer(
             training.optimizer,
@@ -140,7 +125,9 @@ class Trainer:
             lora_b_lr_ratio=training.lora_b_lr_ratio,
             weight_decay=training.weight_decay,
         )
-        walk = LayerWalk(decoder, factors, execution, reference=training.kernels == "reference", host=host)
+        walk = LayerWalk(
+            decoder, factors, execution, reference=training.kernels == "reference", host=loaded.host
+        )
         runner = StepRunner(
             walk,
             decoder,
@@ -153,7 +140,9 @@ class Trainer:
             on_tighter_plan=lambda step, plan, reason: changes.append(f"step {step}: {reason}"),
         )
         batches = random_batches(recipe, config.vocab_size, device)
-        return Trainer(plan, execution, decoder, factors, optimizer, runner, host, batches, changes)
+        return Trainer(
+            loaded.plan, execution, decoder, factors, optimizer, runner, loaded.host, batches, changes
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -165,11 +154,6 @@ class Trainer:
         """Into slots, so far."""
         weights = self.decoder.weights
         return weights.reader.num_bytes_read if isinstance(weights, StreamedWeights) else 0
-
-    @property
-    def paged_bytes(self) -> int:
-        """Optimizer state in managed memory: counted by the plan, unseen by torch's allocator."""
-        return sum(t.nbytes for t in self.optimizer.state().values()) if self.optimizer.is_paged else 0
 
     def step(self) -> float:
         """One optimizer step; its seconds, until the device has done all of it."""
@@ -237,8 +221,8 @@ def _budget(recipe: Recipe, num_steps: int) -> dict[str, Any]:
         "planned_peak_bytes": plan.peak_vram_bytes,
         "planned_step_bytes": plan.step_vram_bytes,
         "device_peak_bytes": peak_bytes,
-        "paged_bytes": trainer.paged_bytes,
-        "peak_over_planned": (peak_bytes + trainer.paged_bytes) / plan.step_vram_bytes,
+        "paged_bytes": trainer.optimizer.managed_bytes,
+        "peak_over_planned": (peak_bytes + trainer.optimizer.managed_bytes) / plan.step_vram_bytes,
         "planned_load_bytes": sum(plan.phases["load"].values()),
         "load_peak_bytes": load_peak_bytes,
         "held": not trainer.changes,
@@ -321,15 +305,6 @@ def open_device(device: torch.device, budget_bytes: int | None) -> dict[str, int
         torch.cuda.set_per_process_memory_fraction(opened["limit_bytes"] / total_bytes, device)
     make_workspaces(device)
     return opened | {"workspace_bytes": torch.cuda.memory_allocated(device)}
-
-
-def make_workspaces(device: torch.device) -> None:
-    """Products forward and back, in the threads that will multiply."""
-    for dtype in (torch.float32, torch.float16):
-        a = torch.ones(64, 64, dtype=dtype, device=device, requires_grad=True)
-        b = torch.ones(64, dtype=dtype, device=device)
-        F.linear(a, a, b).addmm(a, a).sum().backward()
-    _wait(device)
 
 
 def _after(device: torch.device) -> dict[str, int]:

@@ -5,8 +5,8 @@ those over 100M parameters have few, wide layers, so that the whole file takes a
 
 On a machine with a GPU the same comparison runs there too. The allocator says two things there: what was
 asked of it, which is what a plan can know, and what it gave, up to 1 MiB more for each large tensor: nothing
-beside an 8B model, a tenth of these. The first is compared, both are printed. cuBLAS's workspaces come from
-the same allocator, and are made before; managed memory does not, and is added.
+beside an 8B model, a tenth of these. The first is compared, both are printed. Managed memory does not come
+from the allocator, and is added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import torch
 from tiny_models import packed_row, tiny_config
 from transformers import AutoModelForCausalLM
 
-from qlora_train.bench.pieces.memory import make_workspaces
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
@@ -229,9 +228,7 @@ def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
     if case.packing.is_4bit:
         pack([torch.zeros(64, 64)], (64, 64), case.packing)  # the packer's look-up table is made once
     rows = [packed_row(list(case.documents), seed=k) for k in range(case.num_micro_batches)]
-    if device.type == "cuda":
-        gc.collect()
-        make_workspaces(device)
+    gc.collect()
     with DeviceMeter(device) as meter:
         peak_bytes = _peak_reader(meter, device)
         tokens = [_on(device, row) for row in rows]
@@ -259,11 +256,11 @@ def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
             factors.gradient.zero_()
             walk.accumulate(tokens, seed=0, step=step, num_supervised=100)
             optimizer.step(1e-4)
-        step_bytes = peak_bytes() + _managed_bytes(optimizer)
+        step_bytes = peak_bytes() + optimizer.managed_bytes
         meter.reset_peak()
         group_size = -(-case.num_micro_batches // plan.num_groups)
         loss_sum(decoder, tokens, group_size=group_size, loss_tokens=plan.loss_tokens)
-        evaluation_bytes = peak_bytes() + _managed_bytes(optimizer)
+        evaluation_bytes = peak_bytes() + optimizer.managed_bytes
     if plan.streams:
         decoder.weights.close()  # type: ignore[attr-defined]
     return Peaks(step_bytes, evaluation_bytes)
@@ -286,10 +283,6 @@ def _peak_reader(meter: DeviceMeter, device: torch.device) -> Callable[[], int]:
         return requested("peak") - before
 
     return read
-
-
-def _managed_bytes(optimizer: FlatOptimizer) -> int:
-    return sum(tensor.nbytes for tensor in optimizer.state().values()) if optimizer.is_paged else 0
 
 
 def _on(device: torch.device, tokens: PackedTokens) -> PackedTokens:
