@@ -17,3 +17,9 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         del os.environ["QLORA_TRAIN_CACHE"]
     else:
         os.environ["QLORA_TRAIN_CACHE"] = before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/runs/golden_losses.json from this code"
+    )
