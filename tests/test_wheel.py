@@ -47,6 +47,13 @@ def test_the_wheel_holds_every_file_of_the_recipes(installed: Path) -> None:
     assert (installed / "qlora_train" / "py.typed").is_file()
 
 
+def test_the_wheel_leaves_out_the_figures_of_the_bench(installed: Path) -> None:
+    bench = Path("qlora_train") / "bench"
+    assert any((REPOSITORY / bench / "results").iterdir())
+    assert (installed / bench / "command.py").is_file()
+    assert not (installed / bench / "results").exists()
+
+
 def test_the_installed_command_lists_and_shows_the_recipes(installed: Path) -> None:
     listed = run(installed, "recipes")
     assert (listed.returncode, listed.stderr) == (0, "")
