@@ -8,7 +8,8 @@ The sums are in fp32 whatever x is in, as in the library's modules. With g = dL/
 
 Saved for backward: x itself and r, one number per token. The library writes the norm as six operations, of
 which autograd keeps x in fp32 and takes the square back with a power: 4 bytes per element more, and on a CPU
-five times the time. The weight is frozen, so there is no gradient of it to sum over tokens.
+almost twice the time (5.1 against 2.75 ms, forward and backward, [1, 1024, 1024] in bfloat16). The weight is
+frozen, so there is no gradient of it to sum over tokens.
 
 Where the product with w rounds differs between families: most round n to x's dtype first, gemma multiplies in
 fp32. Both are done as the family does them, so the output has the library's bits. On a GPU liger-kernel's

@@ -1,13 +1,13 @@
 """Give free pages of the C heap back to the system.
 
 Where the CPU is the compute device, tensors below 32 MiB come from glibc's heap. What is freed there stays
-with the process, in holes between what lives longer, and the process grows past what its tensors take. (A
-1.1B base that streams from disk, 512 tokens a step: 1.04 GB after three steps and growing; with this, 1.00.)
+with the process, in holes between what lives longer, and the process grows past what its tensors take.
 `malloc_trim` hands whole free pages back. They cost a page fault when they are used again, so it is called
 only when the process has grown by `GROWTH_BYTES` since the last time, and only where memory is so scarce that
-weights stream.
+weights stream. Trimming at every 32 MiB of growth cost a fifth of a short step (bench/LOG.md).
 
-Why not a lower mmap threshold (every large tensor mapped and unmapped by itself): 0.91 GB, but 40 % slower.
+Why not a lower mmap threshold (every large tensor mapped and unmapped by itself): a tenth less memory, but
+40 % slower.
 """
 
 from __future__ import annotations

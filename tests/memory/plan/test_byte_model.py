@@ -233,3 +233,15 @@ def step_of(work: Workload, execution: ExecutionPlan) -> _Step:
     step = _Step(work, execution)
     step._embed()
     return step
+
+
+def test_the_planner_knows_how_finely_the_real_code_cuts() -> None:
+    """It imports no torch, so it has these numbers of its own."""
+    from qlora_train.kernels import blocked_attention
+    from qlora_train.memory.plan import ghost_attention, packed_sizes
+    from qlora_train.model import quantize
+
+    assert ghost_attention.BLOCK_QUERIES == blocked_attention.BLOCK_QUERIES
+    assert ghost_attention.LONGEST == blocked_attention.LONGEST
+    assert packed_sizes.UNPACK_CHUNK == quantize.UNPACK_ELEMENTS
+    assert packed_sizes.INT8_CHUNK == quantize.CHUNK_ELEMENTS
