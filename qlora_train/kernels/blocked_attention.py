@@ -40,7 +40,8 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        out = value.new_empty(*query.shape[:3], value.shape[3])
+        num_documents, num_heads, length, _ = query.shape
+        out = value.new_empty(num_documents, length, num_heads, value.shape[3]).transpose(1, 2)
         keys, values = key.flatten(0, 1).float(), value.flatten(0, 1)
         for rows in _blocks(query.shape[2]):
             block = _grouped(query, key, rows)
@@ -53,7 +54,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value = ctx.saved_tensors
         scale, dtype = ctx.scale, query.dtype
-        dq = torch.empty_like(query, memory_format=torch.contiguous_format)
+        dq = torch.empty_like(query)  # laid out as it is, tokens in front of heads
         keys, values = key.flatten(0, 1).float(), value.flatten(0, 1).float()
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
         for rows in _blocks(query.shape[2]):

@@ -41,6 +41,7 @@ from transformers import AttentionInterface
 
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.kernels.blocked_attention import LONGEST, causal_attention
+from qlora_train.kernels.document_batches import put_together, take_apart
 from qlora_train.model.varlen_attention import Heads, VarlenAttention, flash_serves
 
 NAME = "qlora_train_packed"
@@ -174,13 +175,14 @@ class _ScoreRule:
 def _by_document(
     query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayout, rule: _ScoreRule
 ) -> Tensor:
-    rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, d]
+    indices, places = documents.buckets, documents.inverse
+    parts = [take_apart(t.squeeze(0).transpose(0, 1), indices, places) for t in (query, key, value)]
     outputs = []
-    for indices in documents.buckets:
-        q, k, v = (t[indices].transpose(1, 2) for t in rows)  # [documents, heads, length, d]
-        attended = _causal(q, k, v, rule).transpose(1, 2)
-        outputs.append(attended.reshape(-1, *attended.shape[2:]))
-    return torch.cat(outputs)[documents.inverse].unsqueeze(0)
+    for q, k, v in zip(*parts, strict=True):  # [documents, length, heads, d]
+        attended = _causal(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rule)
+        outputs.append(attended.transpose(1, 2))
+    del parts
+    return put_together(outputs, indices, places).unsqueeze(0)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule) -> Tensor:

@@ -43,29 +43,59 @@ def buckets(documents: Sequence[int]) -> Mapping[int, int]:
 def by_document(
     query: Ghost, key: Ghost, value: Ghost, documents: Sequence[int], window: int | None, *, blocked: bool
 ) -> Ghost:
-    """model/attention.py: gather documents into batches, attend, gather back."""
-    rows = [_rows(t) for t in (query, key, value)]
+    """model/attention.py: documents into batches (kernels/document_batches.py), attend, and back."""
+    classes = buckets(documents)
+    (_, num_heads, num_tokens, _), value_dim = query.shape, value.shape[3]
+    is_view = [length * number for length, number in classes.items()] == [num_tokens]
+    parts = [_taken_apart(t, classes, is_view) for t in (query, key, value)]
     outputs = []
-    for length, number in buckets(documents).items():
-        q, k, v = (_batch(t, number, length) for t in rows)
+    for q, k, v in zip(*parts, strict=True):
         attended = _causal(q, k, v, window, blocked)
-        outputs.append(attended.view(number * length, q.shape[1], q.shape[3]))
-    together = op.concatenate(outputs, dim=0)
-    num_tokens, num_heads, head_dim = sum(documents), query.shape[1], query.shape[3]
-    result = op.gather(together, (num_tokens, num_heads, head_dim))
-    return result.view(1, num_tokens, num_heads * head_dim)
+        outputs.append(attended.view(q.shape[0] * q.shape[2], num_heads, value_dim))
+    del parts
+    result = outputs[0] if is_view else _put_together(outputs, (num_tokens, num_heads, value_dim))
+    return result.view(1, num_tokens, num_heads * value_dim)
 
 
-def _rows(t: Ghost) -> Ghost:
-    """[1, heads, T, d] -> [T, heads, d]."""
+def _taken_apart(t: Ghost, classes: Mapping[int, int], is_view: bool) -> tuple[Ghost, ...]:
+    """[1, heads, T, d] -> for each class [documents, heads, length, d]."""
     _, num_heads, num_tokens, head_dim = t.shape
-    return op.first(t).view(num_tokens, num_heads, head_dim)
+    shapes = [(number, num_heads, length, head_dim) for length, number in classes.items()]
+    if is_view:
+        return (t.view(*shapes[0]),)
+
+    waiting: list[Ghost] = []
+
+    def run(gradient: Ghost) -> tuple[Ghost | None]:
+        """One node going back: it waits for the gradients of all classes."""
+        waiting.append(gradient)
+        if len(waiting) < len(shapes):
+            return (None,)
+        together = _gathered(waiting, (1, num_heads, num_tokens, head_dim))
+        waiting.clear()
+        return (together,)
+
+    return tuple(apply(t.ledger.tensor(shape, t.itemsize), (t,), (), run) for shape in shapes)
 
 
-def _batch(t: Ghost, number: int, length: int) -> Ghost:
-    """[T, heads, d] -> [documents, heads, length, d]."""
-    _, num_heads, head_dim = t.shape
-    return op.gather(t, (number, length, num_heads, head_dim)).view(number, num_heads, length, head_dim)
+def _put_together(batches: Sequence[Ghost], shape: tuple[int, ...]) -> Ghost:
+    """[documents * length, heads, d] of each class -> [T, heads, d]."""
+    shapes = [batch.shape for batch in batches]
+
+    def run(g: Ghost) -> tuple[Ghost, ...]:
+        spread = g.ledger.tensor((sum(s[0] for s in shapes), *g.shape[1:]), g.itemsize)
+        return tuple(Ghost(spread.storage, s, g.itemsize) for s in shapes)
+
+    return apply(_gathered(batches, shape), batches, (), run)
+
+
+def _gathered(batches: Sequence[Ghost], shape: tuple[int, ...]) -> Ghost:
+    """Concatenated, then gathered."""
+    ledger, itemsize = batches[0].ledger, batches[0].itemsize
+    together = ledger.tensor((sum(batch.num_bytes for batch in batches),), 1)
+    result = ledger.tensor(shape, itemsize)
+    del together
+    return result
 
 
 def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None, blocked: bool) -> Ghost:

@@ -101,13 +101,6 @@ def part(x: Ghost, size: int) -> Ghost:
     return apply(view, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
 
 
-def first(x: Ghost) -> Ghost:
-    """x[0]: a view, whose gradient is padded with zeros."""
-    shape = x.shape
-    view = Ghost(x.storage, shape[1:], x.itemsize)
-    return apply(view, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
-
-
 def concatenate(parts: Sequence[Ghost], dim: int) -> Ghost:
     """Always a copy; gradients are views."""
     shapes = [x.shape for x in parts]
@@ -126,19 +119,6 @@ def heads(x: Ghost, num_heads: int) -> Ghost:
     if num_heads == 1 or num_tokens == 1:
         return apply(view, (x,), (), lambda g: (Ghost(g.storage, shape, g.itemsize),))
     return apply(view, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
-
-
-def gather(x: Ghost, shape: Sequence[int]) -> Ghost:
-    """x[indices] along the first dimension."""
-    before = x.shape
-
-    def backward(g: Ghost) -> tuple[Ghost]:
-        zeros = g.ledger.tensor(before, g.itemsize)
-        gradient = g.ledger.tensor(before, g.itemsize)
-        del zeros
-        return (gradient,)
-
-    return apply(x.ledger.tensor(shape, x.itemsize), (x,), (), backward)
 
 
 def scaled_dot_product_attention(q: Ghost, k: Ghost, v: Ghost) -> Ghost:

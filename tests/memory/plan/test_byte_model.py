@@ -144,7 +144,7 @@ def test_saved_bytes_of_a_layer_by_hand() -> None:
     settings = run.layer_settings(hold_unpacked=False, mlp_tile_tokens=None)
     d, i, q, kv, heads = 4096, 14336, 4096, 1024, 32
     norms = 2 * (2 * d + 4) + 2 * d  # what the linears take, and a scale, twice; the second norm's input
-    attention = 2 * (q + 2 * kv) + 2 * q + 4 * heads + 2 * q  # q, k, v, out, log-sums, gathered back
+    attention = 2 * (q + 2 * kv) + 2 * q + 4 * heads  # q, k, v, out, log-sums; one document: all views
     mlp = 2 * 2 * i  # gate, up
     low_rank = 2 * 16 * 6  # the down projection's is computed again
     (saved,) = layer_bytes(settings, None, True).saved.values()
