@@ -114,7 +114,9 @@ class ModelSource:
             say=say,
         )
         if self.recipe is None or self.recipe.training.kernels == "auto":
-            decoder.fuse(norms=self.probed.fuses_norms, mlps=self.probed.fuses_mlps)
+            decoder.fuse(
+                norms=self.probed.fuses_norms, mlps=self.probed.fuses_mlps, qkv=self.probed.fuses_qkv
+            )
         if self.adapter is not None:
             self._attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())

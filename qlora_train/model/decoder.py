@@ -34,6 +34,7 @@ from qlora_train.kernels.liger import liger_on
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.shared_input import fuse_qkv
 from qlora_train.model.tiled_mlp import TiledMlp
 from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles, whole
 from qlora_train.model.varlen_attention import VarlenAttention, varlen_attention
@@ -156,15 +157,17 @@ class FrozenDecoder:
         one product, as the library takes it."""
         return whole(self.head)
 
-    def fuse(self, *, norms: bool, mlps: bool) -> None:
-        """Put fused operations (fused.py) in place of the layers' norms and MLPs, as the probe found they
-        may be; before MLPs are tiled."""
+    def fuse(self, *, norms: bool, mlps: bool, qkv: bool) -> None:
+        """Put fused operations (fused.py, shared_input.py) in place of the layers' norms, MLPs and
+        projections, as the probe found they may be; before MLPs are tiled."""
         assert not self._tiled_mlps
         liger = liger_on(self.device)
         if norms:
             fuse_norms(self.layers, liger)
         if mlps:
             fuse_mlps(self.layers, liger)
+        if qkv:
+            fuse_qkv(self.layers)
 
     def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
         """Let every layer's MLP take so many tokens at a time (None: all). context: of the factors'

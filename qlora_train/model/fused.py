@@ -5,8 +5,7 @@
     FusedNorm    kernels/rms_norm.py          saves x               the library's saves x in fp32
 
 In backward the product p = act(gate) * up is computed again (two elementwise passes), and with it whatever
-down's factors need. The input gradients of gate and up are added up by the second product itself. With
-g = dL/dy, p' = g W_down + ...:
+down's factors need. gate and up read one input (shared_input.py). With g = dL/dy, p' = g W_down + ...:
 
     d_up = p' act(gate)        d_gate = act'(gate) (p' up)        dx = d_gate W_gate + d_up W_up + ...
 
@@ -16,9 +15,6 @@ places of gate and up, so that backward has 4 I per token alive at a time instea
 
 Which families these fit is not looked up but tried: the start-up probe (probe.py) swaps them into its tiny
 model and compares outputs and gradients with the plain layer. `training.kernels: reference` swaps nothing.
-
-Attention's q, k and v are not fused: they share one saved input as it is, and their LoRA-A as one product
-gained nothing measurable (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -35,6 +31,7 @@ from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.kernels.liger import MAX_COLUMNS, Liger
 from qlora_train.kernels.rms_norm import rms_norm
 from qlora_train.model.linear import FrozenLinear, linear_backward, linear_forward
+from qlora_train.model.shared_input import backward_of_all, dropped_tokens, forward_of_all
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """What liger's results may differ by, relative to the largest value."""
@@ -106,10 +103,10 @@ class _FusedMlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: FusedMlp, *factors: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        gate, gate_h = linear_forward(mlp.gate_proj, flat)
-        up, up_h = linear_forward(mlp.up_proj, flat)
-        ctx.mlp, ctx.tokens = mlp, [_tokens(linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-        ctx.save_for_backward(x, gate, gate_h, up, up_h)
+        (gate, up), hs = forward_of_all((mlp.gate_proj, mlp.up_proj), flat)
+        ctx.mlp = mlp
+        ctx.tokens = dropped_tokens((mlp.gate_proj, mlp.up_proj)), dropped_tokens((mlp.down_proj,))
+        ctx.save_for_backward(x, gate, up, *hs)
         if mlp.down_proj.skips_value:
             return x.new_zeros(()).expand(x.shape)
         y, _ = linear_forward(mlp.down_proj, mlp.product(gate, up))
@@ -118,20 +115,15 @@ class _FusedMlpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         mlp: FusedMlp = ctx.mlp
-        gate_tokens, up_tokens, down_tokens = ctx.tokens
-        x, gate, gate_h, up, up_h = ctx.saved_tensors
+        tokens, down_tokens = ctx.tokens
+        x, gate, up, *hs = ctx.saved_tensors
         flat, g = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         # gate and up are ours alone: made in forward, and nobody else has seen them. They may be overwritten
         # because backward runs once; a second time autograd would miss their values, and say so
         d_gate, d_up = mlp.before_down(g, gate, up, down_tokens)
-        needs_dx = ctx.needs_input_grad[0]
-        dx = linear_backward(mlp.gate_proj, d_gate, flat, gate_h, gate_tokens, needs_dx=needs_dx)
-        dx = linear_backward(mlp.up_proj, d_up, flat, up_h, up_tokens, needs_dx=needs_dx, onto=dx)
+        both, needs_dx = (mlp.gate_proj, mlp.up_proj), ctx.needs_input_grad[0]
+        dx = backward_of_all(both, (d_gate, d_up), flat, hs, tokens, needs_dx=needs_dx)
         return (None if dx is None else dx.view(x.shape)), None, *([None] * (len(ctx.needs_input_grad) - 2))
-
-
-def _tokens(linear: FrozenLinear) -> Any:
-    return linear.factors.tokens_to_drop() if linear.factors is not None else None
 
 
 def fuse_mlps(layers: Iterable[nn.Module], liger: Liger | None = None) -> None:

@@ -129,9 +129,9 @@ def _dropped(x: Tensor, factors: LoraFactors) -> Tensor:
     return dropout(x, tokens, factors.module_id, factors.dropout_probability)
 
 
-def linear_forward(linear: FrozenLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def linear_forward(linear: FrozenLinear, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x [T, in] -> (y [T, out], h [T, R] for `linear_backward`, None without factors). For use inside a
-    Function: nothing is recorded. Where `skips_value` is set, y is zeros."""
+    Function: nothing is recorded. Where `skips_value` is set, y is zeros. h: x A^T where it is known."""
     if linear.skips_value:
         y = x.new_zeros(()).expand(len(x), linear.out_features)
     else:
@@ -139,7 +139,8 @@ def linear_forward(linear: FrozenLinear, x: Tensor) -> tuple[Tensor, Tensor | No
     factors = linear.factors
     if factors is None:
         return y, None
-    h = F.linear(_dropped(x, factors), factors.A)
+    if h is None:
+        h = F.linear(_dropped(x, factors), factors.A)
     if not linear.skips_value:
         y.addmm_(h, factors.B.t(), alpha=factors.scaling)
     return y, h
@@ -161,26 +162,35 @@ def linear_backward(
     x [T, in]: the input. h: what `linear_forward` returned, or None: computed again. tokens: those of the
     forward pass, if anything was dropped. onto: a tensor that dL/dx is added to and that is returned.
     """
-    dx = onto
-    if needs_dx:
-        weight = linear.source.unpack(linear.name, gradient.dtype)
-        dx = gradient @ weight if onto is None else onto.addmm_(gradient, weight)
+    dx = through_weight(linear, gradient, onto) if needs_dx else None
     factors = linear.factors
     if factors is None:
         return dx
-    a, b, scaling = factors.A.detach(), factors.B.detach(), factors.scaling
-    dh = (gradient @ b).mul_(scaling)
-    kept = None
+    a, kept = factors.A.detach(), None
     if tokens is not None:
         mask = keep_mask(tokens, factors.module_id, linear.in_features, factors.dropout_probability)
         kept = mask.to(x.dtype).mul_(1.0 / (1.0 - factors.dropout_probability))
         x = x * kept
     if h is None:
         h = F.linear(x, a)
-    factors.add_gradients(dh.t() @ x, (gradient.t() @ h).mul_(scaling))
+    dh, gradient_b = through_b(factors, gradient, h)
+    factors.add_gradients(dh.t() @ x, gradient_b)
+    del gradient_b
     if dx is not None:
         dx = dx.addmm_(dh, a) if kept is None else dx.add_((dh @ a).mul_(kept))
     return dx
+
+
+def through_weight(linear: FrozenLinear, gradient: Tensor, onto: Tensor | None) -> Tensor:
+    """gradient W [T, in], added to `onto` where it is given."""
+    weight = linear.source.unpack(linear.name, gradient.dtype)
+    return gradient @ weight if onto is None else onto.addmm_(gradient, weight)
+
+
+def through_b(factors: LoraFactors, gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """From gradient = dL/dy [T, out] and h [T, R]: dL/dh [T, R], dL/dB [out, R]."""
+    dh = (gradient @ factors.B.detach()).mul_(factors.scaling)
+    return dh, (gradient.t() @ h).mul_(factors.scaling)
 
 
 class _FrozenLinearFunction(torch.autograd.Function):

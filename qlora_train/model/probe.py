@@ -51,11 +51,13 @@ _Walked = tuple[FrozenDecoder, FactorBuffers]
 @dataclass(frozen=True)
 class ProbeResult:
     """tail_name: name within a layer of the linear whose value recomputation may skip, None where it may
-    not. fuses_norms, fuses_mlps: whether the layers may run with those of fused.py."""
+    not. fuses_norms, fuses_mlps, fuses_qkv: whether the layers may run with those of
+    fused.py and shared_input.py."""
 
     tail_name: str | None
     fuses_norms: bool
     fuses_mlps: bool
+    fuses_qkv: bool
 
 
 def probe(config: PretrainedConfig) -> ProbeResult:
@@ -136,9 +138,10 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
     tie_head(reference)
 
     decoder, factors = _walked_copy(reference)
-    fused_norms, fused_mlps = _walked_copy(reference), _walked_copy(reference)
-    fused_norms[0].fuse(norms=True, mlps=False)
-    fused_mlps[0].fuse(norms=False, mlps=True)
+    fused_norms, fused_mlps, fused_qkv = (_walked_copy(reference) for _ in range(3))
+    fused_norms[0].fuse(norms=True, mlps=False, qkv=False)
+    fused_mlps[0].fuse(norms=False, mlps=True, qkv=False)
+    fused_qkv[0].fuse(norms=False, mlps=False, qkv=True)
     pairs = factors.views(factors.masters)
     for name, (a, b) in pairs.items():
         reference.get_parameter(f"{name}.weight").data += factors.scaling * b @ a
@@ -166,6 +169,7 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
         tail_name=_find_tail(decoder, factors, packed),
         fuses_norms=_same_layers((decoder, factors), fused_norms, packed),
         fuses_mlps=_same_layers((decoder, factors), fused_mlps, packed),
+        fuses_qkv=_same_layers((decoder, factors), fused_qkv, packed),
     )
 
 

@@ -176,7 +176,7 @@ def load_model(
         decoder = load_base(folder, packing, dtype, device, plan=execution, cache=cache, host=host, say=say)
     decoder.tail_name = found.tail_name
     if recipe.training.kernels == "auto":
-        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps)
+        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
     return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
 

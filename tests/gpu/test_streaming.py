@@ -93,7 +93,7 @@ def loaded(folder: Path, plan: ExecutionPlan, gpu: torch.device) -> tuple[Frozen
         folder, NF4, torch.bfloat16, gpu, plan=plan, cache=folder.parent / "packed", poison=True
     )
     decoder.tail_name = "mlp.down_proj"
-    decoder.fuse(norms=True, mlps=True)
+    decoder.fuse(norms=True, mlps=True, qkv=True)
     factors = FactorBuffers(
         decoder.linears, rank=8, scaling=2.0, dropout=0.1, seed=0, dtype=torch.bfloat16, device=gpu
     )

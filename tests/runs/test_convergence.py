@@ -63,6 +63,7 @@ class Way:
     reference: bool = False
     norms: bool = True
     mlps: bool = True
+    qkv: bool = True
     plan: ExecutionPlan = BY_DEFAULT
     dtype: torch.dtype = torch.float32
 
@@ -76,12 +77,13 @@ class Curve:
 
 
 AUTO = Way()
-REFERENCE = Way(reference=True, norms=False, mlps=False)
+REFERENCE = Way(reference=True, norms=False, mlps=False, qkv=False)
 PATHS = {
     "reference": REFERENCE,
-    "linears": Way(norms=False, mlps=False),
-    "linears and norms": Way(mlps=False),
-    "linears and mlps": Way(norms=False),
+    "linears": Way(norms=False, mlps=False, qkv=False),
+    "linears and norms": Way(mlps=False, qkv=False),
+    "linears and mlps": Way(norms=False, qkv=False),
+    "linears and qkv": Way(norms=False, mlps=False),
     "auto": AUTO,
 }
 
@@ -129,7 +131,7 @@ def trained(way: Way, num_steps: int = NUM_STEPS) -> Curve:
     """The first steps of a run of NUM_STEPS."""
     decoder = load_base(BASE, Packing("nf4", double_quant=True), way.dtype, CPU, plan=way.plan)
     decoder.tail_name = probed().tail_name
-    decoder.fuse(norms=way.norms, mlps=way.mlps)
+    decoder.fuse(norms=way.norms, mlps=way.mlps, qkv=way.qkv)
     factors = FactorBuffers(
         decoder.linears, rank=8, scaling=2.0, dropout=0.0, seed=0, dtype=way.dtype, device=CPU
     )
@@ -189,7 +191,7 @@ def golden(request: pytest.FixtureRequest) -> dict[torch.dtype, Curve]:
 
 def test_the_run_is_one_that_tells(golden: dict[torch.dtype, Curve]) -> None:
     """The base can be fused as runs fuse it, and in every dtype the loss falls."""
-    assert probed() == ProbeResult("mlp.down_proj", fuses_norms=True, fuses_mlps=True)
+    assert probed() == ProbeResult("mlp.down_proj", fuses_norms=True, fuses_mlps=True, fuses_qkv=True)
     for expected in golden.values():
         assert len(expected.losses) == len(expected.grad_norms) == NUM_STEPS
         assert sum(expected.losses[-10:]) < 0.7 * sum(expected.losses[:10])

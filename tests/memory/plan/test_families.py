@@ -108,7 +108,9 @@ def test_the_table_knows_whose_norms_and_mlps_are_fused(family: str) -> None:
     options |= {"no_rope_layers": [1, 0, 1]} if family == "smollm3" else {}
     config = tiny_config(family, **options)
     found, shape = probe(config), shape_from_config(config.to_dict())
-    assert found.fuses_norms and found.fuses_mlps  # nothing is swapped that is not the same
+    assert (
+        found.fuses_norms and found.fuses_mlps and found.fuses_qkv
+    )  # nothing is swapped that is not the same
     torch.manual_seed(0)
     skeleton = Skeleton(config, torch.bfloat16)
     layers = skeleton.model.get_decoder().layers.to_empty(device="cpu")

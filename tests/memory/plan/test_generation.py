@@ -185,7 +185,7 @@ def test_plan_matches_meter(
         prompts = [[token % shape.vocabulary for token in range(length)] for length in size.prompts]
         with DeviceMeter(CPU) as meter:
             decoder = load_base(tmp_path / "base", packing, dtype, CPU, plan=execution)
-            decoder.fuse(norms=True, mlps=True)
+            decoder.fuse(norms=True, mlps=True, qkv=True)
             meter.reset_peak()
             generate_tokens(decoder, prompts, Sampling(size.new_tokens), frozenset())
         decoder.close()

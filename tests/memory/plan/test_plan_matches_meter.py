@@ -239,7 +239,7 @@ def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
         shape = find_shape(str(folder))
         decoder.tail_name = shape.tail_name if shape.may_skip_tail else None
         if not case.reference:
-            decoder.fuse(norms=True, mlps=True)
+            decoder.fuse(norms=True, mlps=True, qkv=True)
         factors = FactorBuffers(
             decoder.linears,
             rank=case.rank,

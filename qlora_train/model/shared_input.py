@@ -1,0 +1,170 @@
+"""Linears that read one input, as one operation: an attention's q, k and v; an MLP's gate and up.
+
+    y_i = x W_i^T + s h_i B_i^T          [h_1 .. h_n] = x [A_1; ..; A_n]^T
+
+Their A lie one after another in the flat buffer (factors.py), so the stacked A [n R, in] is a view: one
+product instead of n on the way there, two instead of 2 n on the way back. With g_i = dL/dy_i:
+
+    dh_i = s g_i B_i      dA = dh^T x      dx = sum_i g_i W_i + dh A
+
+dx is one buffer that all products are added to; autograd would allocate n and add them up. Saved for
+backward: x and h, once, T (in + n R) elements. Each weight is unpacked once on each way, when its turn comes:
+never more than one is there.
+
+With dropout each module has a mask of its own, so each has another x in its branch, and where only some of
+the linears have factors there is nothing to stack: then factors are taken one by one, dx stays one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_train.kernels.dropout import TokenKeys
+from qlora_train.model.linear import (
+    FrozenLinear,
+    LoraFactors,
+    linear_backward,
+    linear_forward,
+    through_b,
+    through_weight,
+)
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def forward_of_all(linears: Sequence[FrozenLinear], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """x [T, in] -> (every y [T, out], what `backward_of_all` wants: h [T, n R], or those of the linears with
+    factors one by one). For use inside a Function: nothing is recorded."""
+    factors = _stackable(linears)
+    if factors is None:
+        results = [linear_forward(linear, x) for linear in linears]
+        return [y for y, _ in results], [h for _, h in results if h is not None]
+    stacked = F.linear(x, _stacked([f.A.detach() for f in factors]))
+    parts = stacked.split(len(factors[0].A), dim=1)
+    ys = [linear_forward(linear, x, h)[0] for linear, h in zip(linears, parts, strict=True)]
+    return ys, [stacked]
+
+
+def backward_of_all(
+    linears: Sequence[FrozenLinear],
+    gradients: Sequence[Tensor],
+    x: Tensor,
+    hs: Sequence[Tensor],
+    tokens: TokenKeys | None,
+    *,
+    needs_dx: bool,
+) -> Tensor | None:
+    """From every dL/dy [T, out] to dL/dx [T, in], None where it is not needed; factor gradients are added
+    where they belong. hs: what `forward_of_all` returned. tokens: those of the forward pass, if anything was
+    dropped."""
+    dx: Tensor | None = None
+    factors = _stackable(linears) if tokens is None else None
+    if factors is None:
+        waiting = list(hs)
+        for linear, gradient in zip(linears, gradients, strict=True):
+            h = waiting.pop(0) if linear.factors is not None else None
+            dx = linear_backward(linear, gradient, x, h, tokens, needs_dx=needs_dx, onto=dx)
+        return dx
+    rank = len(factors[0].A)
+    low = []
+    for linear, module, gradient, h in zip(linears, factors, gradients, hs[0].split(rank, 1), strict=True):
+        if needs_dx:
+            dx = through_weight(linear, gradient, dx)
+        low.append(through_b(module, gradient, h))
+    dh = torch.cat([d for d, _ in low], dim=1)
+    for module, gradient_a, (_, gradient_b) in zip(factors, (dh.t() @ x).split(rank), low, strict=True):
+        module.add_gradients(gradient_a, gradient_b)
+    return None if dx is None else dx.addmm_(dh, _stacked([module.A.detach() for module in factors]))
+
+
+def dropped_tokens(linears: Iterable[FrozenLinear]) -> TokenKeys | None:
+    """Keys for the dropout of these linears, None where nothing is dropped."""
+    keys = (linear.factors.tokens_to_drop() for linear in linears if linear.factors is not None)
+    return next(keys, None)
+
+
+def _stackable(linears: Sequence[FrozenLinear]) -> list[LoraFactors] | None:
+    """The factors of all linears, or None: some have none, or something is dropped."""
+    factors = [linear.factors for linear in linears if linear.factors is not None]
+    return factors if len(factors) == len(linears) and dropped_tokens(linears) is None else None
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [R, in] that lie one after another in one buffer, as [n R, in]."""
+    first, size = parts[0], parts[0].numel()
+    places = [first.storage_offset() + i * size for i in range(len(parts))]
+    assert [part.storage_offset() for part in parts] == places, "factors of one input lie side by side"
+    return first.as_strided((len(parts) * len(first), first.shape[1]), first.stride())
+
+
+class SharedInputs:
+    """The linears of one input where a module calls them one by one: the first call computes all, the others
+    take what is theirs."""
+
+    def __init__(self, linears: Sequence[FrozenLinear]) -> None:
+        self.linears = tuple(linears)
+        self._x: Tensor | None = None
+        self._ys: list[Tensor | None] = []
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        """The output [..., out] of linear `index` for x [..., in]. Each is handed out once: another call, or
+        another x, computes all again."""
+        if x is not self._x or self._ys[index] is None:
+            factors = [linear.factors.A for linear in self.linears if linear.factors is not None]
+            self._x, self._ys = x, list(_SharedInputFunction.apply(x, self.linears, *factors))
+        y, self._ys[index] = self._ys[index], None
+        if all(rest is None for rest in self._ys):
+            self._x, self._ys = None, []
+        assert y is not None
+        return y
+
+
+class SharedLinear(nn.Module):
+    """Stands where a linear stood that shares its input with others."""
+
+    def __init__(self, linear: FrozenLinear, together: SharedInputs, index: int) -> None:
+        super().__init__()
+        self.linear, self._together, self._index = linear, together, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return self._together.take(self._index, x)
+
+
+def fuse_qkv(layers: Iterable[nn.Module]) -> None:
+    """Let q, k and v of every attention that has the three be one operation."""
+    for layer in layers:
+        attention = getattr(layer, "self_attn", None)
+        linears = [getattr(attention, name, None) for name in QKV]
+        if attention is not None and all(isinstance(linear, FrozenLinear) for linear in linears):
+            together = SharedInputs(linears)  # type: ignore[arg-type]  # all are
+            for index, name in enumerate(QKV):
+                setattr(attention, name, SharedLinear(together.linears[index], together, index))
+
+
+class _SharedInputFunction(torch.autograd.Function):
+    """The factors' A are passed so that autograd sees that something needs a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, linears: tuple[FrozenLinear, ...], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ys, hs = forward_of_all(linears, x.reshape(-1, x.shape[-1]))
+        ctx.linears, ctx.tokens = linears, dropped_tokens(linears)
+        if hs:
+            ctx.save_for_backward(x, *hs)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        x, *hs = ctx.saved_tensors or rows  # without factors, x is not asked for
+        needs_dx = ctx.needs_input_grad[0]
+        dx = backward_of_all(ctx.linears, rows, x.reshape(-1, x.shape[-1]), hs, ctx.tokens, needs_dx=needs_dx)
+        rest = [None] * (len(ctx.needs_input_grad) - 1)
+        return (None if dx is None else dx.view(*gradients[0].shape[:-1], -1)), *rest
