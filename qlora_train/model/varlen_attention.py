@@ -107,7 +107,7 @@ class VarlenAttention:
         cu_seqlens: int32 [num_documents + 1] on the device. longest: tokens of the longest document. window:
         how many tokens a query sees, itself included; None: all before it.
         """
-        rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, d]
+        rows = [t.squeeze(0).transpose(0, 1) for t in (query, key, value)]  # [T, heads, d]
         before = -1 if window is None or window >= longest else window - 1
         grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         out: Tensor = self.function(
