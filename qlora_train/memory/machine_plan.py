@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from qlora_train.memory import meter
+from qlora_train.memory.cache_key import cache_root
 from qlora_train.memory.measured_rates import rates_of
-from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.from_recipe import device_budget, plan_recipe
 from qlora_train.memory.plan.generation import GenerationPlan, WeightsChoice, plan_generation
@@ -30,7 +30,7 @@ def plan_here(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.de
         shape=find_shape(str(folder)),
         rates=rates_of(device, dtype, cache_root()),
         has_context=kind == "cuda",
-        cache=cache_root(),
+        base_folder=folder,
     )
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import psutil
 
+from qlora_train.memory.cache_key import PackingKey, cache_root, packed_folder
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.host_bytes import HostBudget
-from qlora_train.memory.plan.model_shape import ModelShape, find_shape
+from qlora_train.memory.plan.model_shape import ModelShape, find_base_folder, find_shape
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
 from qlora_train.memory.plan.time_model import Rates, stated_rates
-from qlora_train.memory.plan.workload import DeviceKind, workload_of
+from qlora_train.memory.plan.workload import DeviceKind, dtype_of, workload_of
 from qlora_train.recipe import Recipe
 
 _SHARE_OF_FREE_VRAM = 0.95  # the desktop and others move too
@@ -37,26 +38,35 @@ def plan_recipe(
     rates: Rates | None = None,
     gpu_name: str | None = None,
     has_context: bool = False,
-    cache: Path | None = None,
+    base_folder: Path | None = None,
 ) -> Plan:
     """The plan of a run on this machine.
 
     free_bytes: on the device now; memory.vram, where it is given, is the budget instead. shape: None looks
     for model.base. documents: token counts of a micro-batch; None: full bins. rates: None takes stated ones.
-    has_context: free_bytes leaves out a CUDA context that exists already. cache: the folder of packed bases,
-    whose disk must hold one. Raises `UserError` for a base that is unknown; see `Plan.require_fit` for one
-    that does not fit.
+    has_context: free_bytes leaves out a CUDA context that exists already. base_folder: of model.base; None
+    looks for it. The disk of the cache must hold the packed base unless it is there already. Raises
+    `UserError` for a base that is unknown; see `Plan.require_fit` for one that does not fit.
     """
     shape = shape or find_shape(recipe.model.base, recipe.model.revision)
+    base_folder = base_folder or find_base_folder(recipe.model.base, recipe.model.revision)
     workload = workload_of(recipe, shape, device, documents)
     return make_plan(
         workload,
         device_budget(device, free_bytes, recipe.memory.vram_bytes, has_context=has_context),
         rates or stated_rates(device, gpu_name),
-        HostBudget.of_this_machine(cache or Path.home()),
+        HostBudget.of_this_machine(cache_root(), _packed_base(recipe, device, base_folder)),
         Choices(recipe.memory.weights, recipe.memory.activations),
         GenerateSize(prompts=(min(512, recipe.data.sequence_length),)),
     )
+
+
+def _packed_base(recipe: Recipe, device: DeviceKind, base_folder: Path | None) -> Path | None:
+    """Where in the cache the packed base is, or will be; None without the base's own files."""
+    if base_folder is None:
+        return None
+    key = PackingKey(recipe.model.quantization, recipe.model.double_quant)
+    return packed_folder(cache_root(), base_folder, key, dtype_of(recipe, device))
 
 
 def device_budget(device: DeviceKind, free_bytes: int, vram_bytes: int | None, *, has_context: bool) -> int:

@@ -181,20 +181,23 @@ def _ropes(values: Mapping[str, Any], num_layers: int) -> list[bool]:
     return [(i + 1) % every != 0 for i in range(num_layers)]
 
 
+def find_base_folder(base: str, revision: str | None = None) -> Path | None:
+    """The folder of `model.base`: itself, or the snapshot that the hub's own cache holds; None if neither."""
+    folder = Path(base)
+    return folder if folder.is_dir() else _snapshot(base, revision)
+
+
 def find_shape(base: str, revision: str | None = None) -> ModelShape:
     """The shape of `model.base`: of a folder's config.json, of a hub snapshot that is already here, or of a
     known model. Raises `UserError` where none of them is."""
-    folder = Path(base)
-    if folder.is_dir():
+    folder = find_base_folder(base, revision)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder}: no config.json. model.base must be a folder with config.json and safetensors "
                 "weights (for a plan the config.json alone is enough)."
             )
         return _read(folder / "config.json")
-    cached = _cached_config(base, revision)
-    if cached is not None:
-        return _read(cached)
     known = known_shape(base)
     if known is None:
         raise UserError(
@@ -216,15 +219,15 @@ def _read(config: Path) -> ModelShape:
     return shape_from_config(values, str(config))
 
 
-def _cached_config(base: str, revision: str | None) -> Path | None:
-    """config.json of the snapshot that the hub's own cache holds of `base`, if it does."""
+def _snapshot(base: str, revision: str | None) -> Path | None:
+    """The snapshot that the hub's own cache holds of `base`, if one with a config.json is there."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     folder = hub / f"models--{base.replace('/', '--')}"
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else (revision or "")
-    config = folder / "snapshots" / commit / "config.json"
-    return config if commit and config.is_file() else None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if commit and (snapshot / "config.json").is_file() else None
 
 
 def known_shape(base: str) -> ModelShape | None:

@@ -73,7 +73,7 @@ def make_plan(
         execution=execution,
         phases=phases,
         host=host_bytes(workload, execution),
-        disk=disk_bytes(workload),
+        disk=disk_bytes(workload, has_packed_base=host_budget.has_packed_base),
         budget_bytes=budget_bytes,
         host_budget=host_budget,
         time=step_time(workload, execution, rates),

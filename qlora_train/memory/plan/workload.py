@@ -93,23 +93,27 @@ class Workload:
         )
 
 
+def dtype_of(recipe: Recipe, device: DeviceKind) -> str:
+    """The compute dtype; `auto`, unless resolved before, counts as bfloat16 on CUDA and float32 on a CPU."""
+    dtype = recipe.model.compute_dtype
+    if dtype == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return dtype
+
+
 def workload_of(
     recipe: Recipe, shape: ModelShape, device: DeviceKind, documents: Sequence[int] | None = None
 ) -> Workload:
     """The step that a recipe asks for.
 
-    compute_dtype `auto` counts as bfloat16 on CUDA and float32 on a CPU unless resolved before. documents:
-    token counts of a micro-batch's documents; None: each fills a bin, every token supervised, which is the
-    most that any data can take.
+    documents: token counts of a micro-batch's documents; None: each fills a bin, every token supervised,
+    which is the most that any data can take.
     """
     model, training = recipe.model, recipe.training
-    dtype = model.compute_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
     lengths = tuple(documents or (recipe.data.sequence_length,) * training.micro_batch_size)
     return Workload(
         shape=shape,
-        packing=PackingSizes(model.quantization, model.double_quant, ITEMSIZES[dtype]),
+        packing=PackingSizes(model.quantization, model.double_quant, ITEMSIZES[dtype_of(recipe, device)]),
         rank=recipe.lora.rank,
         targets=_targets(recipe.lora.target_modules, shape),
         dropout=recipe.lora.dropout > 0,
