@@ -1,4 +1,4 @@
-"""Where a packed base lies in the cache, and whether it is there: what `qlora-train plan` may ask without torch.
+"""Where a packed base lies in the cache, and whether it is there: what `plan` may ask without torch.
 
 The name of its folder is a fingerprint of what the bytes follow from: format version, packing, compute dtype,
 config.json, and of every weight file its name, size, time of change and header (hashing 16 GB of weights at

@@ -8,9 +8,9 @@ It is also the place that layers stream from when they do not fit into RAM.
                           plain.safetensors   norms and biases
 
 The fingerprint covers what the bytes follow from (cache_key.py). A folder appears under its final name only
-when complete and fsynced (model/atomic_folder.py). On opening every file is read through once and its XXH3-128 compared: a damaged
-cache is made again, with a line that says so. xxhash is several times faster than a disk; this guards against
-accidents, not attacks.
+when complete and fsynced (model/atomic_folder.py). On opening every file is read through once and its
+XXH3-128 compared: a damaged cache is made again, with a line that says so. xxhash is several times faster
+than a disk; this guards against accidents, not attacks.
 
 Where: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
 (`--no-cache`) the same files are made in a temporary folder that goes with the process.
