@@ -147,7 +147,7 @@ class _Replay:
     it."""
 
     def __init__(self, settings: LayerSettings, window: int | None) -> None:
-        self.ledger = Ledger(sees_kernel_scratch=settings.on_cuda)
+        self.ledger = Ledger()
         self.x = self.ledger.tensor((1, settings.num_tokens, settings.shape.hidden), settings.itemsize)
         self.gradient = self.x.like()
         self.layer = GhostLayer(self.ledger, settings, window)

@@ -4,10 +4,17 @@ statement. See ghost.py for why."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, apply
+from qlora_train.memory.plan.ghost_flash import (
+    gradients_with_scratch,
+    sdpa_scratch_bytes,
+    varlen_attention,
+)
 from qlora_train.memory.plan.ghost_ops import FLOAT32
+from qlora_train.memory.plan.target import Target
 
 INT64 = 8
 BLOCK_QUERIES, LONGEST = 64, 512
@@ -40,18 +47,55 @@ def buckets(documents: Sequence[int]) -> Mapping[int, int]:
     return dict(sorted(counts.items()))
 
 
-def by_document(
-    query: Ghost, key: Ghost, value: Ghost, documents: Sequence[int], window: int | None, *, blocked: bool
-) -> Ghost:
+@dataclass(frozen=True)
+class AttentionRule:
+    """What decides how a layer attends. documents: tokens of each. window: how far back a query sees.
+    has_softcap: scores are capped with tanh. heads_outside: q and k lie in memory head by head, as liger's
+    norms write them. reference: by document, with SDPA. target, deterministic: where
+    and how it runs."""
+
+    documents: tuple[int, ...]
+    window: int | None
+    has_softcap: bool
+    heads_outside: bool
+    reference: bool
+    target: Target
+    deterministic: bool
+
+    @property
+    def blocked(self) -> bool:
+        """Short documents go through kernels/blocked_attention.py."""
+        return not (self.target.on_cuda or self.reference or self.has_softcap)
+
+
+def packed_attention(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule) -> Ghost:
+    """q, k, v [1, heads, T, d] -> [1, T, heads * d], by the path that the target takes."""
+    grouped, size = query.shape[1] != key.shape[1], query.shape[3]
+    if not rule.reference and rule.target.varlen_serves(
+        query.itemsize, size, grouped=grouped, has_softcap=rule.has_softcap
+    ):
+        return varlen_attention(
+            query,
+            key,
+            value,
+            len(rule.documents),
+            rule.target,
+            deterministic=rule.deterministic,
+            heads_outside=rule.heads_outside,
+        )
+    return by_document(query, key, value, rule)
+
+
+def by_document(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule) -> Ghost:
     """model/attention.py: gather documents into batches, attend, gather back."""
     rows = [_rows(t) for t in (query, key, value)]
     outputs = []
-    for length, number in buckets(documents).items():
+    for length, number in buckets(rule.documents).items():
         q, k, v = (_batch(t, number, length) for t in rows)
-        attended = _causal(q, k, v, window, blocked)
+        attended = _causal(q, k, v, rule)
         outputs.append(attended.view(number * length, q.shape[1], q.shape[3]))
     together = op.concatenate(outputs, dim=0)
-    num_tokens, num_heads, head_dim = sum(documents), query.shape[1], query.shape[3]
+    num_tokens, num_heads, head_dim = sum(rule.documents), query.shape[1], query.shape[3]
     result = op.gather(together, (num_tokens, num_heads, head_dim))
     return result.view(1, num_tokens, num_heads * head_dim)
 
@@ -68,12 +112,12 @@ def _batch(t: Ghost, number: int, length: int) -> Ghost:
     return op.gather(t, (number, length, num_heads, head_dim)).view(number, num_heads, length, head_dim)
 
 
-def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None, blocked: bool) -> Ghost:
-    length = q.shape[2]
-    if blocked and length <= LONGEST and (window is None or length <= window):
+def _causal(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule) -> Ghost:
+    length, window = q.shape[2], rule.window
+    if rule.blocked and length <= LONGEST and (window is None or length <= window):
         return _blocked(q, k, v)
     if window is None or length <= window:
-        return op.scaled_dot_product_attention(q, k, v)
+        return _sdpa(q, k, v, rule, has_mask=False)
     blocks = []
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(0, start - window + 1)
@@ -82,9 +126,21 @@ def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None, blocked: bool) -> 
         mask = ledger.tensor((num_queries * num_keys,), 1 + q.itemsize)
         q_part = _tokens(q, num_queries)
         k_part, v_part = _tokens(k, num_keys), _tokens(v, num_keys)
-        blocks.append(op.scaled_dot_product_attention(q_part, k_part, v_part))
+        blocks.append(_sdpa(q_part, k_part, v_part, rule, has_mask=True))
         del mask
     return op.concatenate(blocks, dim=2)
+
+
+def _sdpa(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule, *, has_mask: bool) -> Ghost:
+    """torch's kernel; on a GPU that of flash attention, or one that knows no shared key heads."""
+    target = rule.target
+    if not target.on_cuda:
+        return op.scaled_dot_product_attention(q, k, v)
+    is_flash = not has_mask and target.flash_serves(q.itemsize, q.shape[3])
+    if not is_flash and q.shape[1] != k.shape[1]:
+        k, v = op.written_out(k, q.shape[1]), op.written_out(v, q.shape[1])
+    scratch_bytes = sdpa_scratch_bytes(q, k, target, deterministic=rule.deterministic, is_flash=is_flash)
+    return apply(*op.attention_node(q, k, v), gradients_with_scratch(scratch_bytes))
 
 
 def _tokens(t: Ghost, size: int) -> Ghost:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, Ledger, Node, apply, backward
-from qlora_train.memory.plan.ghost_attention import by_document, rotated
-from qlora_train.memory.plan.ghost_norm import fused_norm, rms_norm
+from qlora_train.memory.plan.ghost_attention import AttentionRule, packed_attention, rotated
+from qlora_train.memory.plan.ghost_norm import fused_norm, liger_norm, rms_norm
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
+from qlora_train.memory.plan.target import MAX_LIGER_COLUMNS, Target
 
 UNPACKING = "unpacking one weight"
 
@@ -27,7 +28,7 @@ class LayerSettings:
     rank: R. targets: linears with factors, by name within the layer. dropout: whether anything is dropped.
     documents: tokens of each document in a micro-batch; their sum is T. hold_unpacked, mlp_tile_tokens: of
     the execution plan. skip_tail: recomputation need not compute the last product. reference: the library's
-    own operations. on_cuda: the compute device is a GPU.
+    own operations. target, deterministic: where and how it runs.
     """
 
     shape: ModelShape
@@ -36,11 +37,12 @@ class LayerSettings:
     targets: frozenset[str]
     dropout: bool
     documents: tuple[int, ...]
+    target: Target
+    deterministic: bool
     hold_unpacked: bool = False
     mlp_tile_tokens: int | None = None
     skip_tail: bool = True
     reference: bool = False
-    on_cuda: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -55,9 +57,18 @@ class GhostLayer:
     """One layer, for one visit: weights that are held stay unpacked until `close`."""
 
     def __init__(self, ledger: Ledger, settings: LayerSettings, window: int | None) -> None:
-        self._ledger, self._settings, self._window = ledger, settings, window
+        self._ledger, self._settings = ledger, settings
         self._shapes = settings.shape.linear_shapes()
         self._held: set[str] = set()
+        self._rule = AttentionRule(
+            settings.documents,
+            window,
+            settings.shape.has_softcap,
+            self._has_liger(settings.shape.head_dim) and settings.shape.norms_transposed_heads,
+            settings.reference,
+            settings.target,
+            settings.deterministic,
+        )
         self._skips_tail = False
 
     def close(self) -> None:
@@ -92,9 +103,16 @@ class GhostLayer:
         hidden = self._whole_mlp(hidden)
         return op.add(op.add(residual, attended), hidden)
 
-    def _norm(self, x: Ghost) -> Ghost:
-        fuses = self._settings.shape.family.fuses_norms and not self._settings.reference
-        return fused_norm(x) if fuses else rms_norm(x)
+    def _norm(self, x: Ghost, *, is_transposed: bool = False) -> Ghost:
+        settings = self._settings
+        if settings.reference or not settings.shape.family.fuses_norms:
+            return rms_norm(x)
+        if self._has_liger(x.shape[-1]):
+            return liger_norm(x, is_transposed=is_transposed)
+        return fused_norm(x)
+
+    def _has_liger(self, width: int) -> bool:
+        return self._settings.target.has_liger and width <= MAX_LIGER_COLUMNS
 
     def _residual_scaled(self, x: Ghost) -> Ghost:
         return op.scale(x) if self._settings.shape.family.scales_residual else x
@@ -107,27 +125,26 @@ class GhostLayer:
             key = op.heads(op.part(qkv, shape.kv_width), shape.num_kv_heads)
             value = op.heads(op.part(qkv, shape.kv_width), shape.num_kv_heads)
         else:
-            query = op.heads(
-                self._normed_heads(self._linear("self_attn.q_proj", hidden), shape.num_heads), shape.num_heads
-            )
-            key = op.heads(
-                self._normed_heads(self._linear("self_attn.k_proj", hidden), shape.num_kv_heads),
-                shape.num_kv_heads,
-            )
+            query = self._heads("self_attn.q_proj", hidden, shape.num_heads)
+            key = self._heads("self_attn.k_proj", hidden, shape.num_kv_heads)
             value = op.heads(self._linear("self_attn.v_proj", hidden), shape.num_kv_heads)
+        kind = shape.family.qk_norm
+        if kind == "per_transposed_head":
+            query, key = self._norm(query, is_transposed=True), self._norm(key, is_transposed=True)
         query, key = rotated(query), rotated(key)
-        blocked = not (self._settings.on_cuda or self._settings.reference)
-        output = by_document(query, key, value, self._settings.documents, self._window, blocked=blocked)
-        return self._linear("self_attn.o_proj", output)
+        if kind == "per_rotated_head":
+            query, key = self._norm(query, is_transposed=True), self._norm(key, is_transposed=True)
+        return self._linear("self_attn.o_proj", packed_attention(query, key, value, self._rule))
 
-    def _normed_heads(self, x: Ghost, num_heads: int) -> Ghost:
-        kind = self._settings.shape.family.qk_norm
-        if kind == "none":
-            return x
+    def _heads(self, name: str, hidden: Ghost, num_heads: int) -> Ghost:
+        """Queries or keys [1, heads, T, d], normed where that comes before tokens and heads are exchanged."""
+        kind, x = self._settings.shape.family.qk_norm, self._linear(name, hidden)
         if kind == "whole":
-            return self._norm(x)
-        num_tokens, width = x.shape[1], x.shape[2]
-        return self._norm(x.view(num_tokens, num_heads, width // num_heads)).view(1, num_tokens, width)
+            x = self._norm(x)
+        if kind == "per_head":
+            num_tokens, width = x.shape[1], x.shape[2]
+            x = self._norm(x.view(num_tokens, num_heads, width // num_heads)).view(1, num_tokens, width)
+        return op.heads(x, num_heads)
 
     def _whole_mlp(self, x: Ghost) -> Ghost:
         return self._mlp(x) if self._settings.mlp_tile_tokens is None else self._tiled_mlp(x)
@@ -155,12 +172,7 @@ class GhostLayer:
             y, _ = self._linear_forward(down_name, gate.like())
 
         def run(gradient: Ghost, x: Ghost, gate: Ghost, up: Ghost, *low: Ghost) -> tuple[Ghost | None, None]:
-            activated, product = gate.like(), gate.like()
-            d_product = self._linear_backward(down_name, gradient, product, None, needs_dx=True)
-            assert d_product is not None
-            del product
-            d_up, d_gate = d_product.like(), d_product.like()
-            del activated, d_product
+            d_gate, d_up = self._before_down(down_name, gradient, gate, up)
             h = low[0] if low else None  # a stand-in for both: they are not computed again
             dx = self._linear_backward(gate_name, d_gate, x, h, needs_dx=needs_dx)
             dx = self._linear_backward(up_name, d_up, x, h, needs_dx=needs_dx, onto=dx)
@@ -168,6 +180,21 @@ class GhostLayer:
 
         low = tuple(h for h in (gate_h, up_h) if h is not None)
         return apply(y, (x, _trainable(self._ledger)), (x, gate, up, *low), run)
+
+    def _before_down(self, down_name: str, gradient: Ghost, gate: Ghost, up: Ghost) -> tuple[Ghost, Ghost]:
+        """(d_gate, d_up): liger's kernels put them where gate and up were."""
+        if self._settings.shape.has_silu and self._has_liger(gate.shape[-1]):
+            product = gate.like()
+            d_product = self._linear_backward(down_name, gradient, product, None, needs_dx=True)
+            del product, d_product
+            return gate, up
+        activated, product = gate.like(), gate.like()
+        d_product = self._linear_backward(down_name, gradient, product, None, needs_dx=True)
+        assert d_product is not None
+        del product
+        d_up, d_gate = d_product.like(), d_product.like()
+        del activated, d_product
+        return d_gate, d_up
 
     def _joint_mlp(self, x: Ghost) -> Ghost:
         up_states = self._linear("mlp.gate_up_proj", x)
@@ -322,7 +349,9 @@ class GhostLayer:
         if name not in self._held:
             with self._ledger.cause(UNPACKING):
                 self._ledger.scratch(
-                    self._settings.packing.scratch_bytes(self._shapes[name], on_cuda=self._settings.on_cuda)
+                    self._settings.packing.scratch_bytes(
+                        self._shapes[name], on_cuda=self._settings.target.on_cuda
+                    )
                 )
         if self._settings.hold_unpacked:
             self._held.add(name)

@@ -32,6 +32,25 @@ def fused_norm(x: Ghost) -> Ghost:
     return apply(y, (x,), (x, scale), run)
 
 
+def liger_norm(x: Ghost, *, is_transposed: bool = False) -> Ghost:
+    """kernels/rms_norm.py with liger-kernel's kernels (kernels/liger.py): one pass over x each way, nothing
+    in fp32 but a number per row. is_transposed: x is, so that its rows are copied together each time."""
+
+    def rows(x: Ghost) -> Ghost:
+        return x.like() if is_transposed else x
+
+    def run(gradient: Ghost, x: Ghost, scale: Ghost) -> tuple[Ghost]:
+        copied = rows(x)
+        dx = gradient.like()
+        del copied
+        return (dx,)
+
+    copied = rows(x.detach())
+    y, scale = x.like(), x.ledger.tensor((*x.shape[:-1], 1), FLOAT32)
+    del copied
+    return apply(y, (x,), (x, scale), run)
+
+
 def rms_norm(x: Ghost) -> Ghost:
     """weight * (x32 * rsqrt(mean(x32^2) + eps)).to(dtype), the weight frozen."""
     itemsize = x.itemsize

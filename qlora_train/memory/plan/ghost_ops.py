@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from qlora_train.memory.plan.ghost import Ghost, Ledger, apply
 
 FLOAT32 = 4
-FLASH_TILE = 128
-FLASH_SCRATCH = "flash attention's scratch"
 
 
 def add(a: Ghost, b: Ghost) -> Ghost:
@@ -142,31 +140,22 @@ def gather(x: Ghost, shape: Sequence[int]) -> Ghost:
 
 
 def scaled_dot_product_attention(q: Ghost, k: Ghost, v: Ghost) -> Ghost:
-    """[N, heads, n, d]: flash attention, which saves q, k, v, the result and a log-sum-exp per query.
+    """[N, heads, n, d]: saves q, k, v, the result and a log-sum-exp per query."""
+    return apply(*attention_node(q, k, v), lambda g, *saved: tuple(x.like() for x in saved[:3]))
 
-    Its GPU kernel (16 bits) adds up dq in fp32, a tile of 128 rows more per document, and writes dk and dv
-    for every query head before it sums those that share a key head. Told to be deterministic it has several
-    such dq; how many depends on the GPU: not counted.
-    """
+
+def attention_node(q: Ghost, k: Ghost, v: Ghost) -> tuple[Ghost, tuple[Ghost, ...], tuple[Ghost, ...]]:
+    """(result, inputs, saved) of a fused attention."""
     result = q.like()
     log_sums = q.ledger.tensor(q.shape[:3], FLOAT32)
-
-    def backward(g: Ghost, *saved: Ghost) -> tuple[Ghost, ...]:
-        gradients = tuple(x.like() for x in saved[:3])
-        if g.ledger.sees_kernel_scratch and g.itemsize < FLOAT32:
-            with g.ledger.cause(FLASH_SCRATCH):
-                g.ledger.scratch(_flash_scratch_bytes(saved[0], saved[1]))
-        return gradients
-
-    return apply(result, (q, k, v), (q, k, v, result, log_sums), backward)
+    return result, (q, k, v), (q, k, v, result, log_sums)
 
 
-def _flash_scratch_bytes(q: Ghost, k: Ghost) -> int:
-    number, num_heads, length, head_dim = q.shape
-    width = num_heads * head_dim
-    shares_heads = num_heads != k.shape[1]
-    expanded = 2 * number * k.shape[2] * width * k.itemsize if shares_heads else 0
-    return number * (length + FLASH_TILE) * width * FLOAT32 + expanded
+def written_out(x: Ghost, num_heads: int) -> Ghost:
+    """x.repeat_interleave(groups, dim=1) of [N, key heads, n, d]: its gradient is summed over the groups."""
+    shape = x.shape
+    result = x.ledger.tensor((shape[0], num_heads, *shape[2:]), x.itemsize)
+    return apply(result, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
 
 
 def scratch_of_dropout_mask(ledger: Ledger, num_tokens: int, num_features: int) -> None:

@@ -23,8 +23,9 @@ from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
 class ModelShape:
     """Sizes of a LLaMA-class decoder.
 
-    family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). The rest is
-    what the config says, or the family where it says nothing.
+    family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). has_silu:
+    the MLP's activation is SiLU. has_softcap: attention scores are capped with tanh. The rest is what the
+    config says, or the family where it says nothing.
     """
 
     model_type: str
@@ -42,6 +43,8 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    has_silu: bool = True
+    has_softcap: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -52,6 +55,11 @@ class ModelShape:
     def is_exact(self) -> bool:
         """The byte model replays this family's operations; otherwise what follows is an estimate."""
         return self.family.is_exact
+
+    @property
+    def norms_transposed_heads(self) -> bool:
+        """Queries and keys go through norms when heads are outside tokens."""
+        return self.family.fuses_norms and self.family.qk_norm in ("per_transposed_head", "per_rotated_head")
 
     @property
     def q_width(self) -> int:
@@ -97,9 +105,8 @@ class ModelShape:
         """Numbers in norms and biases, of all layers and the final norm."""
         norm = self.family.norm_weights * self.hidden
         per_layer = self.family.num_norms * norm + self.family.activation_numbers
-        per_layer += {"none": 0, "per_head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}[
-            self.family.qk_norm
-        ]
+        qk_norm = {"none": 0, "whole": self.q_width + self.kv_width}
+        per_layer += qk_norm.get(self.family.qk_norm, 2 * self.head_dim)
         per_layer += self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.output_bias * self.hidden
         num_inner = (len(self.family.mlp) - 1) * (2 if self.family.fuses_gate else 1)
         per_layer += self.mlp_bias * (num_inner * self.intermediate + self.hidden)
@@ -138,6 +145,8 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
             qkv_bias=_bias(family.qkv_bias, values),
             output_bias=_bias(family.output_bias, values),
             mlp_bias=_bias(family.mlp_bias, values),
+            has_silu=_activation(family, values) in ("silu", "swish"),
+            has_softcap=values.get("attn_logit_softcapping", family.caps_scores or None) is not None,
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
@@ -148,6 +157,11 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
 
 def _bias(rule: Bias, values: Mapping[str, Any]) -> bool:
     return rule if isinstance(rule, bool) else bool(values.get(*rule))
+
+
+def _activation(family: Family, values: Mapping[str, Any]) -> str:
+    """Some families call the key otherwise."""
+    return values.get("hidden_activation") or values.get("hidden_act") or family.activation
 
 
 def _windows(family: Family, values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:

@@ -17,6 +17,7 @@ from qlora_train.memory.plan import host_bytes
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.host_bytes import PACKED_BASE
 from qlora_train.memory.plan.plan import Plan
+from qlora_train.memory.plan.target import CPU as TARGET
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
@@ -37,7 +38,7 @@ def planned(base: Path, packing: Packing, dtype: str) -> Plan:
         model["double_quant"] = packing.double_quant
     data = {"train": "x.jsonl", "sequence_length": 64}
     recipe = Recipe.from_dict({"model": model, "data": data, "memory": {"weights": "disk"}})
-    return plan_recipe(recipe, "cpu", 8 * 2**30)
+    return plan_recipe(recipe, TARGET, 8 * 2**30)
 
 
 def pack(base: Path, packing: Packing, dtype: str) -> Path:

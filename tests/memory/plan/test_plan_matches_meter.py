@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
+from qlora_train.memory.machine_plan import target_of
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.byte_walk import evaluation_peak, step_peak
 from qlora_train.memory.plan.model_shape import ModelShape, find_shape, shape_from_config
@@ -310,7 +311,7 @@ def workload_of(case: Case, shape: ModelShape, device: str) -> Workload:
         num_micro_batches=case.num_micro_batches,
         optimizer=case.optimizer,
         reference=case.reference,
-        device="cuda" if device == "cuda" else "cpu",
+        target=target_of(torch.device(device)),
     )
 
 
