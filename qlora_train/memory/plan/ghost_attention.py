@@ -13,7 +13,7 @@ from qlora_train.memory.plan.ghost_flash import (
     sdpa_scratch_bytes,
     varlen_attention,
 )
-from qlora_train.memory.plan.ghost_ops import FLOAT32
+from qlora_train.memory.plan.ghost_ops import BOOL, FLOAT32
 from qlora_train.memory.plan.target import Target
 
 INT64 = 8
@@ -25,6 +25,14 @@ def rotated(q: Ghost) -> Ghost:
     """q * cos + rotate_half(q) * sin."""
     straight = op.scale(q)
     return op.add(straight, op.scale(_rotate_half(q)))
+
+
+def rotated_in_fp32(query: Ghost, key: Ghost) -> tuple[Ghost, Ghost]:
+    """cohere: both are cast, rotated and cast back."""
+    wide_query, wide_key = op.to(query, FLOAT32), op.to(key, FLOAT32)
+    rotated_query = rotated(wide_query)
+    rotated_key = rotated(wide_key)
+    return op.to(rotated_query, query.itemsize), op.to(rotated_key, key.itemsize)
 
 
 def _rotate_half(q: Ghost) -> Ghost:
@@ -117,30 +125,52 @@ def _causal(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule) -> Ghost:
     if rule.blocked and length <= LONGEST and (window is None or length <= window):
         return _blocked(q, k, v)
     if window is None or length <= window:
-        return _sdpa(q, k, v, rule, has_mask=False)
-    blocks = []
+        if not rule.has_softcap:
+            return _sdpa(q, k, v, rule, mask=None)
+        q.ledger.scratch(2 * length * length)
+        mask = q.ledger.tensor((length, length), BOOL)
+        return op.copied(_capped(q, k, v, mask))
+    blocks, ledger = [], q.ledger
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(0, start - window + 1)
-        num_queries, num_keys, ledger = stop - start, stop - first, q.ledger
-        ledger.scratch(num_queries * num_keys * (INT64 + 3))
-        mask = ledger.tensor((num_queries * num_keys,), 1 + q.itemsize)
+        num_queries, num_keys = stop - start, stop - first
+        distance = ledger.tensor((num_queries, num_keys), INT64)
+        ledger.scratch(3 * num_queries * num_keys)
+        mask = ledger.tensor((num_queries, num_keys), BOOL)
         q_part = _tokens(q, num_queries)
         k_part, v_part = _tokens(k, num_keys), _tokens(v, num_keys)
-        blocks.append(_sdpa(q_part, k_part, v_part, rule, has_mask=True))
-        del mask
-    return op.concatenate(blocks, dim=2)
+        if rule.has_softcap:
+            blocks.append(_capped(q_part, k_part, v_part, mask))
+        else:
+            blocks.append(_sdpa(q_part, k_part, v_part, rule, mask))
+        del distance, mask
+    together = op.concatenate(blocks, dim=2)
+    return op.copied(together) if rule.has_softcap else together
 
 
-def _sdpa(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule, *, has_mask: bool) -> Ghost:
-    """torch's kernel; on a GPU that of flash attention, or one that knows no shared key heads."""
+def _capped(q: Ghost, k: Ghost, v: Ghost, mask: Ghost) -> Ghost:
+    """softmax(c tanh(s / c)) v with all scores of a block written out, several times."""
+    num_heads, num_keys = q.shape[1], k.shape[2]
+    k, v = op.written_out(k, num_heads), op.written_out(v, num_heads)
+    if q.shape[0] > 1:
+        q = op.copied(q)
+    scores = op.scale(op.tanh(op.scale(op.scale(op.product(q, k, num_keys)))))
+    scores = op.masked_fill(op.to(scores, FLOAT32), mask.like())
+    return op.product(op.to(op.softmax(scores), q.itemsize), v, v.shape[3])
+
+
+def _sdpa(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule, mask: Ghost | None) -> Ghost:
+    """torch's kernel, which keeps the mask as numbers; on a GPU that of flash attention, or one that knows no
+    shared key heads."""
     target = rule.target
+    numbers = () if mask is None else (q.ledger.tensor(mask.shape, q.itemsize),)
     if not target.on_cuda:
-        return op.scaled_dot_product_attention(q, k, v)
-    is_flash = not has_mask and target.flash_serves(q.itemsize, q.shape[3])
+        return op.scaled_dot_product_attention(q, k, v, *numbers)
+    is_flash = mask is None and target.flash_serves(q.itemsize, q.shape[3])
     if not is_flash and q.shape[1] != k.shape[1]:
         k, v = op.written_out(k, q.shape[1]), op.written_out(v, q.shape[1])
     scratch_bytes = sdpa_scratch_bytes(q, k, target, deterministic=rule.deterministic, is_flash=is_flash)
-    return apply(*op.attention_node(q, k, v), gradients_with_scratch(scratch_bytes))
+    return apply(*op.attention_node(q, k, v, *numbers), gradients_with_scratch(scratch_bytes))
 
 
 def _tokens(t: Ghost, size: int) -> Ghost:

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, Ledger, Node, apply, backward
-from qlora_train.memory.plan.ghost_attention import AttentionRule, packed_attention, rotated
-from qlora_train.memory.plan.ghost_norm import fused_norm, liger_norm, rms_norm
+from qlora_train.memory.plan.ghost_activation import xielu
+from qlora_train.memory.plan.ghost_attention import (
+    AttentionRule,
+    packed_attention,
+    rotated,
+    rotated_in_fp32,
+)
+from qlora_train.memory.plan.ghost_norm import fused_norm, library_norm, liger_norm
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.target import MAX_LIGER_COLUMNS, Target
@@ -106,7 +112,7 @@ class GhostLayer:
     def _norm(self, x: Ghost, *, is_transposed: bool = False) -> Ghost:
         settings = self._settings
         if settings.reference or not settings.shape.family.fuses_norms:
-            return rms_norm(x)
+            return library_norm(x, settings.shape.family.norm)
         if self._has_liger(x.shape[-1]):
             return liger_norm(x, is_transposed=is_transposed)
         return fused_norm(x)
@@ -131,10 +137,23 @@ class GhostLayer:
         kind = shape.family.qk_norm
         if kind == "per_transposed_head":
             query, key = self._norm(query, is_transposed=True), self._norm(key, is_transposed=True)
-        query, key = rotated(query), rotated(key)
+        if shape.family.rotary == "in_fp32" or (
+            shape.family.rotary == "where_windowed" and self._rule.window
+        ):
+            query, key = rotated_in_fp32(query, key)
+        elif shape.family.rotary == "all":
+            query, key = rotated(query), rotated(key)
         if kind == "per_rotated_head":
             query, key = self._norm(query, is_transposed=True), self._norm(key, is_transposed=True)
         return self._linear("self_attn.o_proj", packed_attention(query, key, value, self._rule))
+
+    def _rotated(self, query: Ghost, key: Ghost) -> tuple[Ghost, Ghost]:
+        rule = self._settings.shape.family.rotary
+        if rule == "all":
+            return rotated(query), rotated(key)
+        if rule == "where_windowed" and self._rule.window is None:
+            return query, key
+        return rotated_in_fp32(query, key)
 
     def _heads(self, name: str, hidden: Ghost, num_heads: int) -> Ghost:
         """Queries or keys [1, heads, T, d], normed where that comes before tokens and heads are exchanged."""
@@ -155,7 +174,8 @@ class GhostLayer:
             return self._joint_mlp(x)
         *inner, down = (f"mlp.{name}" for name in family.mlp)
         if len(inner) == 1:
-            return self._linear(down, op.activation(self._linear(inner[0], x)))
+            activation = xielu if family.activation == "xielu" else op.activation
+            return self._linear(down, activation(self._linear(inner[0], x)))
         gate, up = inner
         if not self._settings.reference:
             return self._fused_mlp(x, gate, up, down)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from qlora_train.memory.plan.ghost import Ghost, Ledger, apply
 
-FLOAT32 = 4
+FLOAT32, BOOL = 4, 1
 
 
 def add(a: Ghost, b: Ghost) -> Ghost:
@@ -41,6 +41,48 @@ def _product_to(g: Ghost, shape: tuple[int, ...]) -> Ghost:
 def scale(x: Ghost) -> Ghost:
     """Times (or plus) a number or a frozen vector: nothing of x is saved."""
     return apply(x.like(), (x,), (), lambda g: (g.like(),))
+
+
+def subtract(a: Ghost, b: Ghost) -> Ghost:
+    """Shapes broadcast; the second gradient is negated, then summed."""
+    shape = b.shape
+
+    def backward(g: Ghost) -> tuple[Ghost, Ghost]:
+        negated = g.like()
+        return g, negated if negated.shape == shape else g.ledger.tensor(shape, g.itemsize)
+
+    return apply(a.like(), (a, b), (), backward)
+
+
+def layer_norm(x: Ghost) -> Ghost:
+    """F.layer_norm over the last dimension: saves x, a mean and a scale per row."""
+    statistics = x.ledger.tensor((*x.shape[:-1], 2), x.itemsize)
+    return apply(x.like(), (x,), (x, statistics), lambda g, *saved: (g.like(),))
+
+
+def tanh(x: Ghost) -> Ghost:
+    result = x.like()
+    return apply(result, (x,), (result,), lambda g, saved: (g.like(),))
+
+
+def softmax(x: Ghost) -> Ghost:
+    result = x.like()
+    return apply(result, (x,), (result,), lambda g, saved: (g.like(),))
+
+
+def masked_fill(x: Ghost, mask: Ghost) -> Ghost:
+    return apply(x.like(), (x,), (mask,), lambda g, saved: (g.like(),))
+
+
+def copied(x: Ghost) -> Ghost:
+    """A reshape that must copy: its gradient is a view."""
+    return apply(x.like(), (x,), (), lambda g: (g,))
+
+
+def product(a: Ghost, b: Ghost, num_columns: int) -> Ghost:
+    """a [N, heads, n, k] @ b: [N, heads, n, num_columns]; saves both."""
+    result = a.ledger.tensor((*a.shape[:3], num_columns), a.itemsize)
+    return apply(result, (a, b), (a, b), lambda g, a, b: (a.like(), b.like()))
 
 
 def plus_number(x: Ghost) -> Ghost:
@@ -139,16 +181,18 @@ def gather(x: Ghost, shape: Sequence[int]) -> Ghost:
     return apply(x.ledger.tensor(shape, x.itemsize), (x,), (), backward)
 
 
-def scaled_dot_product_attention(q: Ghost, k: Ghost, v: Ghost) -> Ghost:
-    """[N, heads, n, d]: saves q, k, v, the result and a log-sum-exp per query."""
-    return apply(*attention_node(q, k, v), lambda g, *saved: tuple(x.like() for x in saved[:3]))
+def scaled_dot_product_attention(q: Ghost, k: Ghost, v: Ghost, *mask: Ghost) -> Ghost:
+    """[N, heads, n, d]: saves q, k, v, the mask if there is one, the result and a log-sum-exp per query."""
+    return apply(*attention_node(q, k, v, *mask), lambda g, *saved: tuple(x.like() for x in saved[:3]))
 
 
-def attention_node(q: Ghost, k: Ghost, v: Ghost) -> tuple[Ghost, tuple[Ghost, ...], tuple[Ghost, ...]]:
+def attention_node(
+    q: Ghost, k: Ghost, v: Ghost, *mask: Ghost
+) -> tuple[Ghost, tuple[Ghost, ...], tuple[Ghost, ...]]:
     """(result, inputs, saved) of a fused attention."""
     result = q.like()
     log_sums = q.ledger.tensor(q.shape[:3], FLOAT32)
-    return result, (q, k, v), (q, k, v, result, log_sums)
+    return result, (q, k, v), (q, k, v, *mask, result, log_sums)
 
 
 def written_out(x: Ghost, num_heads: int) -> Ghost:
