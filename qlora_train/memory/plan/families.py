@@ -16,7 +16,7 @@ Bias = bool | tuple[str, bool]
 """Always, never, or as a key of the config says, with its default."""
 QkNorm = Literal["none", "per_head", "per_transposed_head", "per_rotated_head", "whole"]
 Norm = Literal["rms", "wide_rms", "layer", "wide_layer", "mean_free"]
-Rotary = Literal["all", "in_fp32", "where_windowed"]
+Rotary = Literal["plain", "interleaved", "half_interleaved", "in_fp32", "where_windowed"]
 Windows = Literal["none", "all", "listed", "after", "without_rope"]
 _ATTENTION_BIAS, _MLP_BIAS = ("attention_bias", False), ("mlp_bias", False)
 
@@ -31,12 +31,13 @@ class Family:
     fuses_norms: that is kernels/rms_norm.py to the bit. only_post_norms: they stand behind attention and MLP,
     not before. is_parallel: attention and MLP read the same norm. qk_norm: of queries and keys, whole or by
     head; this while tokens are outside heads, after they are inside, or after the rotary embedding. rotary:
-    in which layers, and whether in fp32; "where_windowed" is both, in those with a window.
-    scales_residual: what is added to the residual is multiplied by a number. activation_numbers: parameters
-    of the activation. is_exact: the byte model replays the family operation by operation, held to the meter.
+    "interleaved" makes its tables in every layer (half_interleaved: for half of a head); "where_windowed" is
+    "in_fp32" in layers with a window, and nothing in others. scales_residual: what is added to the residual
+    is multiplied by a number. scales_logits: so are the logits. activation_numbers: parameters of the
+    activation. is_exact: the byte model replays the family operation by operation, held to the meter.
 
     Where the config says nothing: kv_heads (None: as many as heads), head_dim (None: hidden / heads),
-    is_tied, activation, caps_scores (attention's, with tanh), window. windows: which layers have one.
+    is_tied, activation, caps_scores (with tanh; logits too), window. windows: which layers have one.
     "listed": those of `layer_types` or, without, all but every full_every-th (None: all),
     `sliding_window_pattern` of the config where reads_pattern. "after": those from `max_window_layers` on.
     "without_rope": those without rotary embedding. The last two only if the config says
@@ -53,8 +54,9 @@ class Family:
     only_post_norms: bool = False
     qk_norm: QkNorm = "none"
     is_parallel: bool = False
-    rotary: Rotary = "all"
+    rotary: Rotary = "plain"
     scales_residual: bool = False
+    scales_logits: bool = False
     fuses_qkv: bool = False
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     square_output: bool = False
@@ -93,7 +95,7 @@ _GEMMA = Family(
     norm="wide_rms",
 )
 _GEMMA2 = replace(_GEMMA, num_norms=4, kv_heads=4, window=4096, windows="listed", full_every=2)
-_GLM = Family(("attention_bias", True), mlp=_FUSED_MLP, kv_heads=2, head_dim=128)
+_GLM = Family(("attention_bias", True), rotary="half_interleaved", mlp=_FUSED_MLP, kv_heads=2, head_dim=128)
 _COHERE = Family(
     _ATTENTION_BIAS,
     _ATTENTION_BIAS,
@@ -102,6 +104,7 @@ _COHERE = Family(
     fuses_norms=False,
     is_parallel=True,
     rotary="in_fp32",
+    scales_logits=True,
     is_tied=True,
 )
 
@@ -125,7 +128,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": replace(_GEMMA2, caps_scores=True),
     "gemma3_text": replace(_GEMMA2, qk_norm="per_transposed_head", full_every=6, reads_pattern=True),
     "smollm3": replace(_LLAMA, kv_heads=4, is_tied=True, windows="without_rope"),
-    "granite": replace(_LLAMA, scales_residual=True),
+    "granite": replace(_LLAMA, scales_residual=True, scales_logits=True),
     "olmo": replace(_OLMO, norm_weights=0),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, window=4096, windows="listed", full_every=4),
@@ -174,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         mlp_bias=_MLP_BIAS,
         norm="wide_rms",
         fuses_norms=False,
+        rotary="interleaved",
         square_output=True,
         kv_heads=20,
         head_dim=128,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
+from qlora_train.memory.plan.families import Rotary
 from qlora_train.memory.plan.ghost import Ghost, apply
 from qlora_train.memory.plan.ghost_flash import (
     gradients_with_scratch,
@@ -21,18 +22,26 @@ BLOCK_QUERIES, LONGEST = 64, 512
 """Of kernels/blocked_attention.py."""
 
 
-def rotated(q: Ghost) -> Ghost:
-    """q * cos + rotate_half(q) * sin."""
-    straight = op.scale(q)
-    return op.add(straight, op.scale(_rotate_half(q)))
-
-
-def rotated_in_fp32(query: Ghost, key: Ghost) -> tuple[Ghost, Ghost]:
-    """cohere: both are cast, rotated and cast back."""
+def with_rotary(query: Ghost, key: Ghost, kind: Rotary, window: int | None) -> tuple[Ghost, Ghost]:
+    """Both rotated, as the family does it in a layer with this window."""
+    if kind == "plain":
+        return _rotated(query), _rotated(key)
+    if kind in ("interleaved", "half_interleaved"):  # cos and sin of this layer alone, kept by its graph
+        size = query.shape[3] // (1 if kind == "interleaved" else 2)
+        tables = query.ledger.tensor((2, query.shape[2], size), query.itemsize)
+        return _rotated(query, tables), _rotated(key, tables)
+    if kind == "where_windowed" and window is None:
+        return query, key
     wide_query, wide_key = op.to(query, FLOAT32), op.to(key, FLOAT32)
-    rotated_query = rotated(wide_query)
-    rotated_key = rotated(wide_key)
+    rotated_query = _rotated(wide_query)
+    rotated_key = _rotated(wide_key)
     return op.to(rotated_query, query.itemsize), op.to(rotated_key, key.itemsize)
+
+
+def _rotated(q: Ghost, *tables: Ghost) -> Ghost:
+    """q * cos + rotate_half(q) * sin."""
+    straight = op.scale(q, *tables)
+    return op.add(straight, op.scale(_rotate_half(q), *tables))
 
 
 def _rotate_half(q: Ghost) -> Ghost:

@@ -13,12 +13,7 @@ from dataclasses import dataclass
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, Ledger, Node, apply, backward
 from qlora_train.memory.plan.ghost_activation import xielu
-from qlora_train.memory.plan.ghost_attention import (
-    AttentionRule,
-    packed_attention,
-    rotated,
-    rotated_in_fp32,
-)
+from qlora_train.memory.plan.ghost_attention import AttentionRule, packed_attention, with_rotary
 from qlora_train.memory.plan.ghost_norm import fused_norm, library_norm, liger_norm
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
@@ -137,23 +132,10 @@ class GhostLayer:
         kind = shape.family.qk_norm
         if kind == "per_transposed_head":
             query, key = self._norm(query, is_transposed=True), self._norm(key, is_transposed=True)
-        if shape.family.rotary == "in_fp32" or (
-            shape.family.rotary == "where_windowed" and self._rule.window
-        ):
-            query, key = rotated_in_fp32(query, key)
-        elif shape.family.rotary == "all":
-            query, key = rotated(query), rotated(key)
+        query, key = with_rotary(query, key, shape.family.rotary, self._rule.window)
         if kind == "per_rotated_head":
             query, key = self._norm(query, is_transposed=True), self._norm(key, is_transposed=True)
         return self._linear("self_attn.o_proj", packed_attention(query, key, value, self._rule))
-
-    def _rotated(self, query: Ghost, key: Ghost) -> tuple[Ghost, Ghost]:
-        rule = self._settings.shape.family.rotary
-        if rule == "all":
-            return rotated(query), rotated(key)
-        if rule == "where_windowed" and self._rule.window is None:
-            return query, key
-        return rotated_in_fp32(query, key)
 
     def _heads(self, name: str, hidden: Ghost, num_heads: int) -> Ghost:
         """Queries or keys [1, heads, T, d], normed where that comes before tokens and heads are exchanged."""

@@ -38,9 +38,9 @@ def _product_to(g: Ghost, shape: tuple[int, ...]) -> Ghost:
     return product if product.shape == shape else g.ledger.tensor(shape, g.itemsize)
 
 
-def scale(x: Ghost) -> Ghost:
-    """Times (or plus) a number or a frozen vector: nothing of x is saved."""
-    return apply(x.like(), (x,), (), lambda g: (g.like(),))
+def scale(x: Ghost, *by: Ghost) -> Ghost:
+    """Times (or plus) a number or a frozen vector, which is saved where it is given: nothing of x is."""
+    return apply(x.like(), (x,), by, lambda g, *saved: (g.like(),))
 
 
 def subtract(a: Ghost, b: Ghost) -> Ghost:

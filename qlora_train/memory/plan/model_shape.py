@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ class ModelShape:
     """Sizes of a LLaMA-class decoder.
 
     family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). has_silu:
-    the MLP's activation is SiLU. has_softcap: attention scores are capped with tanh. The rest is what the
-    config says, or the family where it says nothing.
+    the MLP's activation is SiLU. has_softcap: attention scores are capped with tanh. num_logit_steps: what
+    is done to logits one after another: 1 for a scale, 3 for a cap. The rest is what the config says, or the
+    family where it says nothing.
     """
 
     model_type: str
@@ -45,6 +46,7 @@ class ModelShape:
     mlp_bias: bool = False
     has_silu: bool = True
     has_softcap: bool = False
+    num_logit_steps: int = 0
 
     @property
     def is_known(self) -> bool:
@@ -125,7 +127,7 @@ class ModelShape:
 def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """The shape that a config.json tells. Raises `UserError`, saying `where`, if it lacks a size."""
     model_type = str(values.get("model_type", ""))
-    family = FAMILIES.get(model_type, UNKNOWN)
+    family = _as_configured(FAMILIES.get(model_type, UNKNOWN), values)
     try:
         hidden, num_heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         num_layers = int(values["num_hidden_layers"])
@@ -147,6 +149,7 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
             mlp_bias=_bias(family.mlp_bias, values),
             has_silu=_activation(family, values) in ("silu", "swish"),
             has_softcap=values.get("attn_logit_softcapping", family.caps_scores or None) is not None,
+            num_logit_steps=_num_logit_steps(family, values),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
@@ -155,8 +158,21 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
         ) from error
 
 
+def _as_configured(family: Family, values: Mapping[str, Any]) -> Family:
+    """Rare options that are counted, but not replayed."""
+    if values.get("use_qk_norm"):  # cohere
+        return replace(family, qk_norm="per_head", is_exact=False)
+    return replace(family, is_exact=False) if values.get("clip_qkv") is not None else family  # olmo
+
+
 def _bias(rule: Bias, values: Mapping[str, Any]) -> bool:
     return rule if isinstance(rule, bool) else bool(values.get(*rule))
+
+
+def _num_logit_steps(family: Family, values: Mapping[str, Any]) -> int:
+    if values.get("final_logit_softcapping", family.caps_scores or None) is not None:
+        return 3
+    return int(family.scales_logits)
 
 
 def _activation(family: Family, values: Mapping[str, Any]) -> str:

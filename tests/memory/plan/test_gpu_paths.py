@@ -6,10 +6,9 @@ the layer, autograd, liger-kernel's Python and the meter are real.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,20 +18,17 @@ import numpy as np
 import pytest
 import torch
 from gpu_stand_ins import flash_like, idle_flash_kernels, idle_liger, put_in_norms
-from tiny_models import load_tiny, packed_row, tiny_config, write_checkpoint
+from layer_meter import RANK, measured, planned
+from tiny_models import load_tiny, tiny_config, write_checkpoint
 from torch.nn.attention.varlen import varlen_attn
 
 from qlora_train.kernels import liger as liger_module
 from qlora_train.memory.machine_plan import target_of, varlen_kind
-from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan import ghost_flash, target
-from qlora_train.memory.plan.byte_model import LayerBytes, layer_bytes
 from qlora_train.memory.plan.ghost import Ledger, backward
 from qlora_train.memory.plan.ghost_attention import AttentionRule
 from qlora_train.memory.plan.ghost_attention import packed_attention as ghost_attention
-from qlora_train.memory.plan.ghost_layer import LayerSettings
-from qlora_train.memory.plan.model_shape import ModelShape, shape_from_config
-from qlora_train.memory.plan.packed_sizes import PackingSizes
+from qlora_train.memory.plan.model_shape import shape_from_config
 from qlora_train.memory.plan.target import CPU, Target, planned_gpu, varlen_of_version
 from qlora_train.model.attention import DocumentLayout, packed_attention
 from qlora_train.model.fused import fuse_mlps
@@ -226,65 +222,6 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
 SIZES = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "max_position_embeddings": 512}
 
 
-@dataclass(frozen=True)
-class Measured:
-    forward: int
-    saved: int
-    kept_forward: int
-    kept_backward: int
-    recompute: int
-
-
-def measured(
-    folder: Path, shape: ModelShape, planned: Target, documents: list[int], *, deterministic: bool, liger: Any
-) -> Measured:
-    """The second layer, by the meter, above x (and, going back, the gradient)."""
-    decoder, _ = load_tiny(folder, Packing("none"), torch.bfloat16)
-    attend = flash_like(planned.num_multiprocessors, deterministic=deterministic)
-    decoder.varlen, decoder.blocks_attention = VarlenAttention(attend, planned.capability), False
-    put_in_norms(decoder.layers, liger)
-    fuse_mlps(decoder.layers, liger)
-    x, arguments = decoder.embed_packed(packed_row(documents))
-    gradient = torch.zeros_like(x)
-
-    def forward(leaf: torch.Tensor) -> torch.Tensor:
-        return decoder.run_layer(1, leaf, arguments[1])
-
-    def peak_of(run: Callable[[], None]) -> int:
-        gc.collect()
-        with DeviceMeter("cpu") as meter:
-            run()
-            return meter.peak_bytes
-
-    def without_graph() -> None:
-        with torch.no_grad():
-            forward(x)
-
-    def recompute() -> None:
-        with decoder.skipping_tail(1):
-            y = forward(x.detach().requires_grad_())
-        y.backward(gradient)
-
-    def kept() -> tuple[int, int, int]:
-        """(forward at the most, saved beside x's own y, backward at the most)."""
-        leaf = x.detach().requires_grad_()
-        gc.collect()
-        with DeviceMeter("cpu") as meter:
-            y = forward(leaf)
-            peak, live = meter.peak_bytes, meter.live_bytes
-            meter.reset_peak()
-            y.backward(gradient)
-            return peak, live - y.nbytes, meter.peak_bytes - live
-
-    without_graph()  # whatever is made once
-    kept_forward, saved, kept_backward = kept()
-    return Measured(peak_of(without_graph), saved, kept_forward, kept_backward, peak_of(recompute))
-
-
-def total(parts: dict[str, int]) -> int:
-    return sum(parts.values())
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A name in LAYERS -> a folder with random weights, made at its first use."""
@@ -304,21 +241,12 @@ CASES = [*product(LAYERS, ([96], [50, 7, 33, 1]), (False,)), ("llama", [96], Tru
 @pytest.mark.parametrize(("name", "documents", "deterministic"), CASES, ids=str)
 def test_a_layer_on_a_gpu(name, documents, deterministic, checkpoints, monkeypatch) -> None:
     family, changes = LAYERS[name]
-    folder = checkpoints(name)
     shape = shape_from_config(tiny_config(family, **(SIZES | changes)).to_dict())
-    settings = LayerSettings(
-        shape, PackingSizes("none", False, 2), 4, frozenset(shape.linear_shapes()), False, tuple(documents),
-        AMPERE, deterministic, skip_tail=shape.may_skip_tail,
-    )  # fmt: skip
-    found = measured(
-        folder, shape, AMPERE, documents, deterministic=deterministic, liger=idle_liger(monkeypatch)
-    )
-    plan: LayerBytes = layer_bytes(settings, shape.windows[1], True)
-    planned = Measured(
-        total(plan.forward_first),
-        total(plan.saved),
-        total(plan.kept_forward_first),
-        total(plan.kept_backward_first),
-        total(plan.recompute_first),
-    )
-    assert planned == found
+    decoder, _ = load_tiny(checkpoints(name), Packing("none"), torch.bfloat16, rank=RANK)
+    attend = flash_like(AMPERE.num_multiprocessors, deterministic=deterministic)
+    decoder.varlen, decoder.blocks_attention = VarlenAttention(attend, AMPERE.capability), False
+    liger = idle_liger(monkeypatch)
+    put_in_norms(decoder.layers, liger)
+    fuse_mlps(decoder.layers, liger)
+    expected = measured(decoder, 1, documents)
+    assert planned(shape, 1, documents, 2, AMPERE, deterministic=deterministic) == expected
