@@ -21,7 +21,7 @@ from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.memory.load import load_base
-from qlora_train.memory.machine_plan import kind_of, plan_generation_here
+from qlora_train.memory.machine_plan import plan_generation_here, target_of
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.generation import GenerationPlan, bare_workload
@@ -123,11 +123,11 @@ class ModelSource:
         return LoadedModel(decoder, self.tokenizer, self.data, _stop_ids(self.folder, self.tokenizer), plan)
 
     def _workload(self) -> Workload:
-        shape, kind = find_shape(str(self.folder)), kind_of(self.device)
+        shape, target = find_shape(str(self.folder)), target_of(self.device)
         if self.recipe is not None and self.adapter is not None:
-            return workload_of(self.recipe, shape, kind)
+            return workload_of(self.recipe, shape, target)
         sizes = PackingSizes(self.packing.format, self.packing.double_quant, self.dtype.itemsize)
-        return bare_workload(shape, sizes, kind)
+        return bare_workload(shape, sizes, target)
 
     def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
         config, pairs = load_adapter(adapter)

@@ -83,7 +83,7 @@ class DeviceMeter:
 def make_workspaces(device: torch.device) -> None:
     """Let cuBLAS take its workspaces, and wait for it: products forward and back, since it takes one for each
     thread that multiplies (the backward pass is autograd's own thread) at the thread's first product, from
-    torch's allocator. The plan counts them with the context."""
+    torch's allocator. The plan counts them with the context (plan/target.py)."""
     for dtype in (torch.float32, torch.float16):
         a = torch.ones(64, 64, dtype=dtype, device=device, requires_grad=True)
         b = torch.ones(64, dtype=dtype, device=device)

@@ -7,12 +7,10 @@ It is also the place that layers stream from when they do not fit into RAM.
                           embedding.bin       [V, D] in the compute dtype; head.bin where it is not tied
                           plain.safetensors   norms and biases
 
-The fingerprint covers what the bytes follow from: format version, packing, compute dtype, config.json, and of
-every weight file its name, size, time of change and header (hashing 16 GB of weights at each start would cost
-more than the packing saves). A folder appears under its final name only when complete and fsynced
-(model/atomic_folder.py). On opening every file is read through once and its XXH3-128 compared: a damaged
-cache is made again, with a line that says so. xxhash is several times faster than a disk; this guards against
-accidents, not attacks.
+The fingerprint covers what the bytes follow from (cache_key.py). A folder appears under its final name only
+when complete and fsynced (model/atomic_folder.py). On opening every file is read through once and its
+XXH3-128 compared: a damaged cache is made again, with a line that says so. xxhash is several times faster
+than a disk; this guards against accidents, not attacks.
 
 Where: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
 (`--no-cache`) the same files are made in a temporary folder that goes with the process.
@@ -22,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,6 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_train.errors import UserError
+from qlora_train.memory import cache_key
+from qlora_train.memory.cache_key import MANIFEST, VERSION, PackingKey
+from qlora_train.memory.cache_key import cache_root as cache_root
 from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.stores import FilePart
 from qlora_train.model.atomic_folder import atomic_folder
@@ -47,11 +47,9 @@ from qlora_train.model.quantize import Packing
 from qlora_train.model.shards import tensor_bytes
 from qlora_train.model.slab import SlabLayout
 
-VERSION = 2
 READ_BYTES = 16 * 2**20
 SPARE_DISK_BYTES = 64 * 2**20
 LAYERS, EMBEDDING, HEAD, PLAIN = "layers.bin", "embedding.bin", "head.bin", "plain.safetensors"
-MANIFEST = "manifest.json"
 
 
 class Weights(Protocol):
@@ -92,14 +90,6 @@ class PackedBase:
     def plain(self, device: torch.device) -> dict[str, Tensor]:
         """Norms and biases on the device."""
         return {name: tensor.to(device) for name, tensor in load_file(self.folder / PLAIN).items()}
-
-
-def cache_root() -> Path:
-    """The folder that holds all packed bases."""
-    named = os.environ.get("QLORA_TRAIN_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_train"
 
 
 def open_packed_base(
@@ -228,18 +218,9 @@ def _damage(folder: Path, skeleton: Skeleton) -> str | None:
 
 
 def packed_folder(root: Path, base_folder: Path, skeleton: Skeleton, packing: Packing) -> Path:
-    """Where below `root` the packed base is, or will be: its name is the fingerprint."""
-    digest = hashlib.sha256()
-    digest.update(json.dumps([VERSION, asdict(packing), str(skeleton.dtype)]).encode())
-    digest.update((base_folder / "config.json").read_bytes())
-    for path in sorted(base_folder.glob("*.safetensors")):
-        stat = path.stat()
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, stat.st_size))
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-        digest.update(hashlib.sha256(header).digest())
-    return root / f"{base_folder.name}-{packing.format}-{digest.hexdigest()[:16]}"
+    """Where below `root` the packed base is, or will be."""
+    key = PackingKey(packing.format, packing.double_quant, packing.block_size)
+    return cache_key.packed_folder(root, base_folder, key, str(skeleton.dtype).removeprefix("torch."))
 
 
 def _total_bytes(skeleton: Skeleton, layouts: tuple[SlabLayout, ...]) -> int:

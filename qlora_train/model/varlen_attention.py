@@ -86,6 +86,10 @@ class VarlenAttention:
     function: Callable[..., Any]
     capability: Capability
 
+    def can_say(self, *parameters: str) -> bool:
+        """Whether the function takes all of them."""
+        return _parameters(self.function).issuperset(parameters)
+
     def serves(self, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
         """query, key, value: [1, heads, T, d]. Decided once for each kind of layer."""
         heads, parameters = Heads.of(query, key, value), _parameters(self.function)

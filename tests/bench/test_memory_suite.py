@@ -21,6 +21,7 @@ from qlora_train.memory.plan.host_bytes import HostBudget
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
+from qlora_train.memory.plan.target import planned_gpu
 from qlora_train.memory.plan.time_model import stated_rates
 from qlora_train.memory.plan.workload import workload_of
 from qlora_train.recipe import Recipe
@@ -56,7 +57,7 @@ def planned(name: str, gib: float) -> Plan:
     recipe = Recipe.from_dict(
         {"model": {"base": "x"}, **sections, "data": {"train": "x", **sections["data"]}}
     )
-    workload = workload_of(recipe, shape_from_config(case.settings["config"]), "cuda")
+    workload = workload_of(recipe, shape_from_config(case.settings["config"]), planned_gpu("H100", (9, 0)))
     host = HostBudget(100 * GIB, 60 * GIB)
     choices = Choices(recipe.memory.weights, recipe.memory.activations)
     budget_bytes = recipe.memory.vram_bytes or int(gib * GIB)

@@ -17,6 +17,7 @@ from qlora_train.memory.load import load_base
 from qlora_train.memory.measured_rates import rates_of
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.plan import Plan
+from qlora_train.memory.plan.target import planned_gpu
 from qlora_train.memory.unpinned import host_memory_of_run
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
@@ -39,7 +40,7 @@ class Refusal:
 
 def plan_with(copy_rate: float) -> Plan:
     recipe = Recipe.from_dict({"model": {"base": "meta-llama/Llama-3.1-8B"}, "data": {"train": "x"}})
-    plan = plan_recipe(recipe, "cuda", 80 * 2**30)
+    plan = plan_recipe(recipe, planned_gpu(None, None), 80 * 2**30)
     return replace(plan, rates=replace(plan.rates, copy=copy_rate, flops=1e18))  # nothing hides a copy
 
 

@@ -6,9 +6,9 @@ steps with the weights on the device and streamed, in turns.
     budget    one training setup: the plan's bytes against the allocator's, seconds, bytes read
     streamed  two of them in one process, resident and streamed from RAM, all else equal, steps in turns
 
-A budget is enforced: the allocator may take what the budget leaves beside the CUDA context and the libraries'
-workspaces (plan.CONTEXT_BYTES), and fails beyond it as it would on a smaller card. What the context really
-takes here is measured too: another card's is another.
+A budget is enforced: the allocator, from which the libraries take their workspaces too, may take what the
+budget leaves beside the CUDA context (plan.CONTEXT_BYTES), and fails beyond it as it would on a smaller card.
+What the context really takes here is measured too: another card's is another.
 
 Data are random tokens, every row one document that fills its bin: the most that any data take.
 """

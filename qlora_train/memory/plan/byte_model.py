@@ -14,7 +14,8 @@ from functools import lru_cache
 
 from qlora_train.memory.execution import ExecutionPlan, Place
 from qlora_train.memory.plan.ghost import Bytes, Ledger, backward
-from qlora_train.memory.plan.ghost_layer import GhostLayer, LayerSettings
+from qlora_train.memory.plan.ghost_layer import GhostLayer
+from qlora_train.memory.plan.layer_settings import LayerSettings
 from qlora_train.memory.plan.workload import Workload
 
 PACKED = "packed weights"
@@ -147,7 +148,7 @@ class _Replay:
     it."""
 
     def __init__(self, settings: LayerSettings, window: int | None) -> None:
-        self.ledger = Ledger(sees_kernel_scratch=settings.on_cuda)
+        self.ledger = Ledger()
         self.x = self.ledger.tensor((1, settings.num_tokens, settings.shape.hidden), settings.itemsize)
         self.gradient = self.x.like()
         self.layer = GhostLayer(self.ledger, settings, window)

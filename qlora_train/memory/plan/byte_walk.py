@@ -254,6 +254,8 @@ def _loss_settings(workload: Workload, plan: ExecutionPlan) -> LossSettings:
         itemsize=workload.itemsize,
         loss_tokens=plan.loss_tokens,
         tile_rows=plan.head_tile_rows,
+        norm=workload.shape.family.norm,
+        num_logit_steps=workload.shape.num_logit_steps,
         rows_from_file=_rows_from_host(workload, plan.head),
     )
 

@@ -6,6 +6,7 @@ without one: a card is asked through nvidia-smi, or is only a size.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import psutil
 
+from qlora_train.memory.cache_key import PackingKey, cache_root, packed_folder
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.host_bytes import HostBudget
-from qlora_train.memory.plan.model_shape import ModelShape, find_shape
+from qlora_train.memory.plan.model_shape import ModelShape, find_base_folder, find_shape
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
+from qlora_train.memory.plan.target import CPU, Capability, DeviceKind, Target, planned_gpu
 from qlora_train.memory.plan.time_model import Rates, stated_rates
-from qlora_train.memory.plan.workload import DeviceKind, workload_of
+from qlora_train.memory.plan.workload import dtype_of, workload_of
 from qlora_train.recipe import Recipe
 
 _SHARE_OF_FREE_VRAM = 0.95  # the desktop and others move too
@@ -29,7 +32,7 @@ _SHARE_OF_FREE_RAM = 0.9
 
 def plan_recipe(
     recipe: Recipe,
-    device: DeviceKind,
+    target: Target,
     free_bytes: int,
     *,
     shape: ModelShape | None = None,
@@ -37,26 +40,35 @@ def plan_recipe(
     rates: Rates | None = None,
     gpu_name: str | None = None,
     has_context: bool = False,
-    cache: Path | None = None,
+    base_folder: Path | None = None,
 ) -> Plan:
-    """The plan of a run on this machine.
+    """The plan of a run on `target`.
 
     free_bytes: on the device now; memory.vram, where it is given, is the budget instead. shape: None looks
     for model.base. documents: token counts of a micro-batch; None: full bins. rates: None takes stated ones.
-    has_context: free_bytes leaves out a CUDA context that exists already. cache: the folder of packed bases,
-    whose disk must hold one. Raises `UserError` for a base that is unknown; see `Plan.require_fit` for one
-    that does not fit.
+    has_context: free_bytes leaves out a CUDA context that exists already. base_folder: of model.base; None
+    looks for it. The disk of the cache must hold the packed base unless it is there already. Raises
+    `UserError` for a base that is unknown; see `Plan.require_fit` for one that does not fit.
     """
     shape = shape or find_shape(recipe.model.base, recipe.model.revision)
-    workload = workload_of(recipe, shape, device, documents)
+    base_folder = base_folder or find_base_folder(recipe.model.base, recipe.model.revision)
+    workload = workload_of(recipe, shape, target, documents)
     return make_plan(
         workload,
-        device_budget(device, free_bytes, recipe.memory.vram_bytes, has_context=has_context),
-        rates or stated_rates(device, gpu_name),
-        HostBudget.of_this_machine(cache or Path.home()),
+        device_budget(target.kind, free_bytes, recipe.memory.vram_bytes, has_context=has_context),
+        rates or stated_rates(target.kind, gpu_name),
+        HostBudget.of_this_machine(cache_root(), _packed_base(recipe, target, base_folder)),
         Choices(recipe.memory.weights, recipe.memory.activations),
         GenerateSize(prompts=(min(512, recipe.data.sequence_length),)),
     )
+
+
+def _packed_base(recipe: Recipe, target: Target, base_folder: Path | None) -> Path | None:
+    """Where in the cache the packed base is, or will be; None without the base's own files."""
+    if base_folder is None:
+        return None
+    key = PackingKey(recipe.model.quantization, recipe.model.double_quant)
+    return packed_folder(cache_root(), base_folder, key, dtype_of(recipe, target))
 
 
 def device_budget(device: DeviceKind, free_bytes: int, vram_bytes: int | None, *, has_context: bool) -> int:
@@ -74,6 +86,7 @@ class Card:
 
     name: str
     free_bytes: int
+    capability: Capability
 
 
 def plan_command(recipe: Recipe) -> tuple[Plan, str]:
@@ -81,14 +94,15 @@ def plan_command(recipe: Recipe) -> tuple[Plan, str]:
     words which of them it is."""
     card = find_card()
     if card is not None:
-        plan = plan_recipe(recipe, "cuda", card.free_bytes, gpu_name=card.name)
-        return plan, card.name
+        target = planned_gpu(card.name, card.capability)
+        return plan_recipe(recipe, target, card.free_bytes, gpu_name=card.name), card.name
     if recipe.memory.vram_bytes is not None:
-        return plan_recipe(recipe, "cuda", recipe.memory.vram_bytes), "a CUDA card (none is here)"
+        target = planned_gpu(None, None)
+        return plan_recipe(recipe, target, recipe.memory.vram_bytes), "a CUDA card (none is here)"
     if recipe.model.compute_dtype == "auto":
         dtype = "bfloat16" if _multiplies_bfloat16() else "float32"
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"compute_dtype": dtype})})
-    return plan_recipe(recipe, "cpu", psutil.virtual_memory().available), "the CPU (no CUDA card is here)"
+    return plan_recipe(recipe, CPU, psutil.virtual_memory().available), "the CPU (no CUDA card is here)"
 
 
 def find_card() -> Card | None:
@@ -96,15 +110,16 @@ def find_card() -> Card | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    query = [tool, "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    query = [tool, "--query-gpu=name,memory.free,compute_cap", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
     except subprocess.TimeoutExpired:
         return None
-    name, _, free_mib = done.stdout.partition("\n")[0].rpartition(",")
-    if done.returncode != 0 or not free_mib.strip().isdecimal():
+    found = re.fullmatch(r"(.+), (\d+), (\d+)\.(\d+)", done.stdout.partition("\n")[0].strip())
+    if done.returncode != 0 or found is None:
         return None
-    return Card(name.strip(), int(free_mib) * 2**20)
+    name, free_mib, major, minor = found.groups()
+    return Card(name, int(free_mib) * 2**20, (int(major), int(minor)))
 
 
 def _multiplies_bfloat16() -> bool:

@@ -30,7 +30,8 @@ from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.placement import fewest, place_of_streamed, placed
 from qlora_train.memory.plan.plan import budget_for, gib, refusal, room_in
-from qlora_train.memory.plan.workload import DeviceKind, Workload
+from qlora_train.memory.plan.target import Target
+from qlora_train.memory.plan.workload import Workload
 
 SMALL_TILE_ROWS, SMALLEST_MLP_TILE = 1024, 64
 WeightsChoice = Literal["auto", "resident", "ram", "disk"]
@@ -77,7 +78,7 @@ class GenerationPlan:
         )
 
 
-def bare_workload(shape: ModelShape, packing: PackingSizes, device: DeviceKind) -> Workload:
+def bare_workload(shape: ModelShape, packing: PackingSizes, target: Target) -> Workload:
     """A model without factors, for `plan_generation`."""
     return Workload(
         shape=shape,
@@ -89,7 +90,7 @@ def bare_workload(shape: ModelShape, packing: PackingSizes, device: DeviceKind) 
         num_supervised=0,
         num_micro_batches=1,
         optimizer="adamw",
-        device=device,
+        target=target,
     )
 
 
@@ -130,7 +131,7 @@ class _Search:
         self._workload = replace(workload, reference=False)  # which is a way to train
         self._size, self._host, self._weights = size, host, weights
         self._budget_bytes = budget_bytes
-        self._room = room_in(budget_bytes, workload.device)
+        self._room = room_in(budget_bytes, workload)
         self._start = everything_resident(workload.shape.num_layers)
         place = place_of_streamed(workload, self._start, host)
         self._place = Place(weights) if weights in ("ram", "disk") else place
@@ -185,7 +186,7 @@ class _Search:
         size = self._size
         asked = f"{len(size.prompts)} prompt{'s' if len(size.prompts) > 1 else ''} of up to "
         asked += f"{max(size.prompts)} tokens and {size.new_tokens} new ones"
-        needed = budget_for(self.peak(plan), self._workload.device)
+        needed = budget_for(self.peak(plan), self._workload)
         if self.peak(plan) > self._room:
             yield (
                 f"the device: at least {gib(needed)} are needed for {asked}, the budget is "

@@ -15,7 +15,7 @@ engine: nodes in reverse order of their making, each releasing what it saved whe
 gradient for the same node added out of place.
 
 Not modelled: an allocator's rounding, and scratch inside one operation, which the CPU's meter does not see
-either. On CUDA the allocator gives it, so the one that is large counts there: flash attention's, going back.
+either. On CUDA the allocator gives it, so the one that is large counts there: attention's (ghost_flash.py).
 """
 
 from __future__ import annotations
@@ -32,11 +32,9 @@ Bytes = dict[str, int]
 
 
 class Ledger:
-    """Bytes alive now and at the peak, by cause. sees_kernel_scratch: what a kernel allocates for itself
-    counts."""
+    """Bytes alive now and at the peak, by cause."""
 
-    def __init__(self, *, sees_kernel_scratch: bool = False) -> None:
-        self.sees_kernel_scratch = sees_kernel_scratch
+    def __init__(self) -> None:
         self.live: Bytes = {}
         self.live_bytes = 0
         self.peak: Bytes = {}

@@ -4,20 +4,44 @@ statement. See ghost.py for why."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
+from qlora_train.memory.plan.families import Rotary
 from qlora_train.memory.plan.ghost import Ghost, apply
-from qlora_train.memory.plan.ghost_ops import FLOAT32
+from qlora_train.memory.plan.ghost_flash import (
+    gradients_with_scratch,
+    sdpa_scratch_bytes,
+    varlen_attention,
+)
+from qlora_train.memory.plan.ghost_ops import BOOL, FLOAT32
+from qlora_train.memory.plan.target import Target
 
 INT64 = 8
 BLOCK_QUERIES, LONGEST = 64, 512
 """Of kernels/blocked_attention.py."""
 
 
-def rotated(q: Ghost) -> Ghost:
+def with_rotary(query: Ghost, key: Ghost, kind: Rotary, window: int | None) -> tuple[Ghost, Ghost]:
+    """Both rotated, as the family does it in a layer with this window."""
+    if kind == "plain":
+        return _rotated(query), _rotated(key)
+    if kind in ("interleaved", "half_interleaved"):  # cos and sin of this layer alone, kept by its graph
+        size = query.shape[3] // (1 if kind == "interleaved" else 2)
+        tables = query.ledger.tensor((2, query.shape[2], size), query.itemsize)
+        return _rotated(query, tables), _rotated(key, tables)
+    if kind == "where_windowed" and window is None:
+        return query, key
+    wide_query, wide_key = op.to(query, FLOAT32), op.to(key, FLOAT32)
+    rotated_query = _rotated(wide_query)
+    rotated_key = _rotated(wide_key)
+    return op.to(rotated_query, query.itemsize), op.to(rotated_key, key.itemsize)
+
+
+def _rotated(q: Ghost, *tables: Ghost) -> Ghost:
     """q * cos + rotate_half(q) * sin."""
-    straight = op.scale(q)
-    return op.add(straight, op.scale(_rotate_half(q)))
+    straight = op.scale(q, *tables)
+    return op.add(straight, op.scale(_rotate_half(q), *tables))
 
 
 def _rotate_half(q: Ghost) -> Ghost:
@@ -40,17 +64,54 @@ def buckets(documents: Sequence[int]) -> Mapping[int, int]:
     return dict(sorted(counts.items()))
 
 
-def by_document(
-    query: Ghost, key: Ghost, value: Ghost, documents: Sequence[int], window: int | None, *, blocked: bool
-) -> Ghost:
+@dataclass(frozen=True)
+class AttentionRule:
+    """What decides how a layer attends. documents: tokens of each. window: how far back a query sees.
+    has_softcap: scores are capped with tanh. heads_outside: q and k lie in memory head by head, as liger's
+    norms write them. reference: by document, with SDPA. target, deterministic: where
+    and how it runs."""
+
+    documents: tuple[int, ...]
+    window: int | None
+    has_softcap: bool
+    heads_outside: bool
+    reference: bool
+    target: Target
+    deterministic: bool
+
+    @property
+    def blocked(self) -> bool:
+        """Short documents go through kernels/blocked_attention.py."""
+        return not (self.target.on_cuda or self.reference or self.has_softcap)
+
+
+def packed_attention(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule) -> Ghost:
+    """q, k, v [1, heads, T, d] -> [1, T, heads * d], by the path that the target takes."""
+    grouped, size = query.shape[1] != key.shape[1], query.shape[3]
+    if not rule.reference and rule.target.varlen_serves(
+        query.itemsize, size, grouped=grouped, has_softcap=rule.has_softcap
+    ):
+        return varlen_attention(
+            query,
+            key,
+            value,
+            len(rule.documents),
+            rule.target,
+            deterministic=rule.deterministic,
+            heads_outside=rule.heads_outside,
+        )
+    return by_document(query, key, value, rule)
+
+
+def by_document(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule) -> Ghost:
     """model/attention.py: documents into batches (kernels/document_batches.py), attend, and back."""
-    classes = buckets(documents)
+    classes = buckets(rule.documents)
     (_, num_heads, num_tokens, _), value_dim = query.shape, value.shape[3]
     is_view = [length * number for length, number in classes.items()] == [num_tokens]
     parts = [_taken_apart(t, classes, is_view) for t in (query, key, value)]
     outputs = []
     for q, k, v in zip(*parts, strict=True):
-        attended = _causal(q, k, v, window, blocked)
+        attended = _causal(q, k, v, rule)
         outputs.append(attended.view(q.shape[0] * q.shape[2], num_heads, value_dim))
     del parts
     result = outputs[0] if is_view else _put_together(outputs, (num_tokens, num_heads, value_dim))
@@ -98,23 +159,57 @@ def _gathered(batches: Sequence[Ghost], shape: tuple[int, ...]) -> Ghost:
     return result
 
 
-def _causal(q: Ghost, k: Ghost, v: Ghost, window: int | None, blocked: bool) -> Ghost:
-    length = q.shape[2]
-    if blocked and length <= LONGEST and (window is None or length <= window):
+def _causal(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule) -> Ghost:
+    length, window = q.shape[2], rule.window
+    if rule.blocked and length <= LONGEST and (window is None or length <= window):
         return _blocked(q, k, v)
     if window is None or length <= window:
-        return op.scaled_dot_product_attention(q, k, v)
-    blocks = []
+        if not rule.has_softcap:
+            return _sdpa(q, k, v, rule, mask=None)
+        q.ledger.scratch(2 * length * length)
+        mask = q.ledger.tensor((length, length), BOOL)
+        return op.copied(_capped(q, k, v, mask))
+    blocks, ledger = [], q.ledger
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(0, start - window + 1)
-        num_queries, num_keys, ledger = stop - start, stop - first, q.ledger
-        ledger.scratch(num_queries * num_keys * (INT64 + 3))
-        mask = ledger.tensor((num_queries * num_keys,), 1 + q.itemsize)
+        num_queries, num_keys = stop - start, stop - first
+        distance = ledger.tensor((num_queries, num_keys), INT64)
+        ledger.scratch(3 * num_queries * num_keys)
+        mask = ledger.tensor((num_queries, num_keys), BOOL)
         q_part = _tokens(q, num_queries)
         k_part, v_part = _tokens(k, num_keys), _tokens(v, num_keys)
-        blocks.append(op.scaled_dot_product_attention(q_part, k_part, v_part))
-        del mask
-    return op.concatenate(blocks, dim=2)
+        if rule.has_softcap:
+            blocks.append(_capped(q_part, k_part, v_part, mask))
+        else:
+            blocks.append(_sdpa(q_part, k_part, v_part, rule, mask))
+        del distance, mask
+    together = op.concatenate(blocks, dim=2)
+    return op.copied(together) if rule.has_softcap else together
+
+
+def _capped(q: Ghost, k: Ghost, v: Ghost, mask: Ghost) -> Ghost:
+    """softmax(c tanh(s / c)) v with all scores of a block written out, several times."""
+    num_heads, num_keys = q.shape[1], k.shape[2]
+    k, v = op.written_out(k, num_heads), op.written_out(v, num_heads)
+    if q.shape[0] > 1:
+        q = op.copied(q)
+    scores = op.scale(op.tanh(op.scale(op.scale(op.product(q, k, num_keys)))))
+    scores = op.masked_fill(op.to(scores, FLOAT32), mask.like())
+    return op.product(op.to(op.softmax(scores), q.itemsize), v, v.shape[3])
+
+
+def _sdpa(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule, mask: Ghost | None) -> Ghost:
+    """torch's kernel, which keeps the mask as numbers; on a GPU that of flash attention, or one that knows no
+    shared key heads."""
+    target = rule.target
+    numbers = () if mask is None else (q.ledger.tensor(mask.shape, q.itemsize),)
+    if not target.on_cuda:
+        return op.scaled_dot_product_attention(q, k, v, *numbers)
+    is_flash = mask is None and target.flash_serves(q.itemsize, q.shape[3])
+    if not is_flash and q.shape[1] != k.shape[1]:
+        k, v = op.written_out(k, q.shape[1]), op.written_out(v, q.shape[1])
+    scratch_bytes = sdpa_scratch_bytes(q, k, target, deterministic=rule.deterministic, is_flash=is_flash)
+    return apply(*op.attention_node(q, k, v, *numbers), gradients_with_scratch(scratch_bytes))
 
 
 def _tokens(t: Ghost, size: int) -> Ghost:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_train.memory.plan import ghost_ops as op
+from qlora_train.memory.plan.families import Norm
 from qlora_train.memory.plan.ghost import Ghost, Ledger, backward
 from qlora_train.memory.plan.ghost_attention import INT64
-from qlora_train.memory.plan.ghost_norm import rms_norm
+from qlora_train.memory.plan.ghost_norm import library_norm
 from qlora_train.memory.plan.ghost_ops import FLOAT32
 
 LOSS_BLOCK = "loss block"
@@ -20,8 +21,9 @@ LOSS_BLOCK = "loss block"
 @dataclass(frozen=True)
 class LossSettings:
     """num_tokens: T. num_supervised: S of one micro-batch. hidden, vocabulary: D, V. loss_tokens,
-    tile_rows: of the execution plan. rows_from_file: the head's label rows are read from a file into host
-    memory that the meter sees."""
+    tile_rows: of the execution plan. norm: the final one, as the library writes it. num_logit_steps: see
+    `ModelShape`. rows_from_file: the head's label rows are read from a file into host memory that the meter
+    sees."""
 
     num_tokens: int
     num_supervised: int
@@ -30,6 +32,8 @@ class LossSettings:
     itemsize: int
     loss_tokens: int
     tile_rows: int
+    norm: Norm
+    num_logit_steps: int
     rows_from_file: bool = False
 
 
@@ -56,7 +60,7 @@ def _begin(ledger: Ledger, x: Ghost, settings: LossSettings, gradients: bool) ->
     leaf = ledger.tensor((num_rows, width), itemsize)
     if gradients:
         leaf = leaf.leaf()
-    hidden = rms_norm(leaf)
+    hidden = library_norm(leaf, settings.norm)
     if settings.rows_from_file:
         ledger.scratch(2 * num_rows * width * itemsize)
     label_rows = ledger.tensor((num_rows, width), itemsize)
@@ -73,13 +77,19 @@ def _add_tile(ledger: Ledger, state: _Running, settings: LossSettings) -> None:
     num_rows, itemsize = min(settings.loss_tokens, settings.num_supervised), settings.itemsize
     num_columns = min(settings.tile_rows, settings.vocabulary)
     logits = ledger.tensor((num_rows, num_columns), itemsize)
+    if settings.num_logit_steps:  # the step before is alive while the next is taken
+        ledger.scratch(logits.num_bytes)
+    is_capped = settings.num_logit_steps == 3
+    saved = logits.like() if is_capped and state.weighted is not None else None
     small = ledger.tensor((num_rows, 2), FLOAT32)
     weights = ledger.tensor((num_rows, num_columns), FLOAT32)
     if state.weighted is not None:
         cast = op.to(weights, itemsize)
+        if settings.num_logit_steps:
+            ledger.scratch((2 if is_capped else 1) * logits.num_bytes)
         gradient = ledger.tensor((num_rows, settings.hidden), itemsize)
         del cast, gradient
-    del logits, small, weights
+    del logits, saved, small, weights
 
 
 def _finish(ledger: Ledger, state: _Running, settings: LossSettings) -> Ghost:
@@ -104,7 +114,7 @@ def reference_loss(ledger: Ledger, xs: list[Ghost], settings: LossSettings) -> l
 def _reference(x: Ghost, settings: LossSettings) -> Ghost:
     num_tokens, itemsize, ledger = settings.num_tokens, settings.itemsize, x.ledger
     leaf = x.leaf()
-    hidden = rms_norm(leaf)
+    hidden = library_norm(leaf, settings.norm)
     logits = ledger.tensor((num_tokens, settings.vocabulary), itemsize)
     scores = op.to(logits, FLOAT32)
     log_softmax = ledger.tensor(logits.shape, FLOAT32)

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 
 from qlora_train.memory.plan.ghost import Ghost, Ledger, apply
 
-FLOAT32 = 4
-FLASH_TILE = 128
-FLASH_SCRATCH = "flash attention's scratch"
+FLOAT32, BOOL = 4, 1
 
 
 def add(a: Ghost, b: Ghost) -> Ghost:
@@ -40,9 +38,51 @@ def _product_to(g: Ghost, shape: tuple[int, ...]) -> Ghost:
     return product if product.shape == shape else g.ledger.tensor(shape, g.itemsize)
 
 
-def scale(x: Ghost) -> Ghost:
-    """Times (or plus) a number or a frozen vector: nothing of x is saved."""
-    return apply(x.like(), (x,), (), lambda g: (g.like(),))
+def scale(x: Ghost, *by: Ghost) -> Ghost:
+    """Times (or plus) a number or a frozen vector, which is saved where it is given: nothing of x is."""
+    return apply(x.like(), (x,), by, lambda g, *saved: (g.like(),))
+
+
+def subtract(a: Ghost, b: Ghost) -> Ghost:
+    """Shapes broadcast; the second gradient is negated, then summed."""
+    shape = b.shape
+
+    def backward(g: Ghost) -> tuple[Ghost, Ghost]:
+        negated = g.like()
+        return g, negated if negated.shape == shape else g.ledger.tensor(shape, g.itemsize)
+
+    return apply(a.like(), (a, b), (), backward)
+
+
+def layer_norm(x: Ghost) -> Ghost:
+    """F.layer_norm over the last dimension: saves x, a mean and a scale per row."""
+    statistics = x.ledger.tensor((*x.shape[:-1], 2), x.itemsize)
+    return apply(x.like(), (x,), (x, statistics), lambda g, *saved: (g.like(),))
+
+
+def tanh(x: Ghost) -> Ghost:
+    result = x.like()
+    return apply(result, (x,), (result,), lambda g, saved: (g.like(),))
+
+
+def softmax(x: Ghost) -> Ghost:
+    result = x.like()
+    return apply(result, (x,), (result,), lambda g, saved: (g.like(),))
+
+
+def masked_fill(x: Ghost, mask: Ghost) -> Ghost:
+    return apply(x.like(), (x,), (mask,), lambda g, saved: (g.like(),))
+
+
+def copied(x: Ghost) -> Ghost:
+    """A reshape that must copy: its gradient is a view."""
+    return apply(x.like(), (x,), (), lambda g: (g,))
+
+
+def product(a: Ghost, b: Ghost, num_columns: int) -> Ghost:
+    """a [N, heads, n, k] @ b: [N, heads, n, num_columns]; saves both."""
+    result = a.ledger.tensor((*a.shape[:3], num_columns), a.itemsize)
+    return apply(result, (a, b), (a, b), lambda g, a, b: (a.like(), b.like()))
 
 
 def plus_number(x: Ghost) -> Ghost:
@@ -121,32 +161,25 @@ def heads(x: Ghost, num_heads: int) -> Ghost:
     return apply(view, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
 
 
-def scaled_dot_product_attention(q: Ghost, k: Ghost, v: Ghost) -> Ghost:
-    """[N, heads, n, d]: flash attention, which saves q, k, v, the result and a log-sum-exp per query.
+def scaled_dot_product_attention(q: Ghost, k: Ghost, v: Ghost, *mask: Ghost) -> Ghost:
+    """[N, heads, n, d]: saves q, k, v, the mask if there is one, the result and a log-sum-exp per query."""
+    return apply(*attention_node(q, k, v, *mask), lambda g, *saved: tuple(x.like() for x in saved[:3]))
 
-    Its GPU kernel (16 bits) adds up dq in fp32, a tile of 128 rows more per document, and writes dk and dv
-    for every query head before it sums those that share a key head. Told to be deterministic it has several
-    such dq; how many depends on the GPU: not counted.
-    """
+
+def attention_node(
+    q: Ghost, k: Ghost, v: Ghost, *mask: Ghost
+) -> tuple[Ghost, tuple[Ghost, ...], tuple[Ghost, ...]]:
+    """(result, inputs, saved) of a fused attention."""
     result = q.like()
     log_sums = q.ledger.tensor(q.shape[:3], FLOAT32)
-
-    def backward(g: Ghost, *saved: Ghost) -> tuple[Ghost, ...]:
-        gradients = tuple(x.like() for x in saved[:3])
-        if g.ledger.sees_kernel_scratch and g.itemsize < FLOAT32:
-            with g.ledger.cause(FLASH_SCRATCH):
-                g.ledger.scratch(_flash_scratch_bytes(saved[0], saved[1]))
-        return gradients
-
-    return apply(result, (q, k, v), (q, k, v, result, log_sums), backward)
+    return result, (q, k, v), (q, k, v, *mask, result, log_sums)
 
 
-def _flash_scratch_bytes(q: Ghost, k: Ghost) -> int:
-    number, num_heads, length, head_dim = q.shape
-    width = num_heads * head_dim
-    shares_heads = num_heads != k.shape[1]
-    expanded = 2 * number * k.shape[2] * width * k.itemsize if shares_heads else 0
-    return number * (length + FLASH_TILE) * width * FLOAT32 + expanded
+def written_out(x: Ghost, num_heads: int) -> Ghost:
+    """x.repeat_interleave(groups, dim=1) of [N, key heads, n, d]: its gradient is summed over the groups."""
+    shape = x.shape
+    result = x.ledger.tensor((shape[0], num_heads, *shape[2:]), x.itemsize)
+    return apply(result, (x,), (), lambda g: (g.ledger.tensor(shape, g.itemsize),))
 
 
 def scratch_of_dropout_mask(ledger: Ledger, num_tokens: int, num_features: int) -> None:

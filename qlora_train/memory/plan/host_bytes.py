@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from qlora_train.memory.cache_key import is_complete
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.byte_model import layer_bytes, optimizer_state_bytes
 from qlora_train.memory.plan.ghost import Bytes
@@ -35,19 +36,25 @@ _SHARE_OF_RAM = 0.9
 
 @dataclass(frozen=True)
 class HostBudget:
-    """Bytes of RAM and disk that a run may use."""
+    """Bytes of RAM and disk that a run may use. has_packed_base: an earlier start has put it on the disk, so
+    no room is needed for it."""
 
     ram_bytes: int
     disk_bytes: int
+    has_packed_base: bool = False
 
     @staticmethod
-    def of_this_machine(cache: Path) -> HostBudget:
-        """What is free now. cache: the folder of packed bases (it need not exist yet)."""
+    def of_this_machine(cache: Path, packed_base: Path | None = None) -> HostBudget:
+        """What is free now. cache: the folder of packed bases (it need not exist yet). packed_base: where in
+        it the run's own is, or will be; None: not known."""
         folder = cache
         while not folder.exists():
             folder = folder.parent
-        ram = psutil.virtual_memory().available
-        return HostBudget(int(ram * _SHARE_OF_RAM), shutil.disk_usage(folder).free)
+        return HostBudget(
+            int(psutil.virtual_memory().available * _SHARE_OF_RAM),
+            shutil.disk_usage(folder).free,
+            packed_base is not None and is_complete(packed_base),
+        )
 
 
 def host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
@@ -99,15 +106,15 @@ def merge_host_bytes(workload: Workload) -> Bytes:
     return {PROCESS: PROCESS_BYTES[workload.device], ROWS: ROWS_BYTES + largest}
 
 
-def disk_bytes(workload: Workload, keep_checkpoints: int = 2) -> Bytes:
-    """What a run writes: the packed base once, checkpoints (one more while it replaces another; the best by
-    evaluation may be kept besides), the adapter."""
+def disk_bytes(workload: Workload, *, has_packed_base: bool, keep_checkpoints: int = 2) -> Bytes:
+    """What a run writes: the packed base unless it is there, checkpoints (one more while it replaces another;
+    the best by evaluation may be kept besides), the adapter."""
     shape = workload.shape
     num_matrices = 1 if shape.is_tied else 2
     packed = shape.num_layers * workload.slab_bytes + num_matrices * workload.matrix_bytes
     state = 4 * workload.num_factor_numbers + optimizer_state_bytes(workload)
-    return {
-        PACKED_BASE: packed + shape.plain_parameters * workload.itemsize,
+    base = {} if has_packed_base else {PACKED_BASE: packed + shape.plain_parameters * workload.itemsize}
+    return base | {
         CHECKPOINTS: (keep_checkpoints + 2) * state,
         ADAPTER: 4 * workload.num_factor_numbers,
     }

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
 class ModelShape:
     """Sizes of a LLaMA-class decoder.
 
-    family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). The rest is
-    what the config says, or the family where it says nothing.
+    family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). has_silu:
+    the MLP's activation is SiLU. has_softcap: attention scores are capped with tanh. num_logit_steps: what
+    is done to logits one after another: 1 for a scale, 3 for a cap. The rest is what the config says, or the
+    family where it says nothing.
     """
 
     model_type: str
@@ -42,6 +44,9 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    has_silu: bool = True
+    has_softcap: bool = False
+    num_logit_steps: int = 0
 
     @property
     def is_known(self) -> bool:
@@ -52,6 +57,11 @@ class ModelShape:
     def is_exact(self) -> bool:
         """The byte model replays this family's operations; otherwise what follows is an estimate."""
         return self.family.is_exact
+
+    @property
+    def norms_transposed_heads(self) -> bool:
+        """Queries and keys go through norms when heads are outside tokens."""
+        return self.family.fuses_norms and self.family.qk_norm in ("per_transposed_head", "per_rotated_head")
 
     @property
     def q_width(self) -> int:
@@ -97,9 +107,8 @@ class ModelShape:
         """Numbers in norms and biases, of all layers and the final norm."""
         norm = self.family.norm_weights * self.hidden
         per_layer = self.family.num_norms * norm + self.family.activation_numbers
-        per_layer += {"none": 0, "per_head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}[
-            self.family.qk_norm
-        ]
+        qk_norm = {"none": 0, "whole": self.q_width + self.kv_width}
+        per_layer += qk_norm.get(self.family.qk_norm, 2 * self.head_dim)
         per_layer += self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.output_bias * self.hidden
         num_inner = (len(self.family.mlp) - 1) * (2 if self.family.fuses_gate else 1)
         per_layer += self.mlp_bias * (num_inner * self.intermediate + self.hidden)
@@ -118,7 +127,7 @@ class ModelShape:
 def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """The shape that a config.json tells. Raises `UserError`, saying `where`, if it lacks a size."""
     model_type = str(values.get("model_type", ""))
-    family = FAMILIES.get(model_type, UNKNOWN)
+    family = _as_configured(FAMILIES.get(model_type, UNKNOWN), values)
     try:
         hidden, num_heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         num_layers = int(values["num_hidden_layers"])
@@ -138,6 +147,9 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
             qkv_bias=_bias(family.qkv_bias, values),
             output_bias=_bias(family.output_bias, values),
             mlp_bias=_bias(family.mlp_bias, values),
+            has_silu=_activation(family, values) in ("silu", "swish"),
+            has_softcap=values.get("attn_logit_softcapping", family.caps_scores or None) is not None,
+            num_logit_steps=_num_logit_steps(family, values),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
@@ -146,8 +158,26 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
         ) from error
 
 
+def _as_configured(family: Family, values: Mapping[str, Any]) -> Family:
+    """Rare options that are counted, but not replayed."""
+    if values.get("use_qk_norm"):  # cohere
+        return replace(family, qk_norm="per_head", is_exact=False)
+    return replace(family, is_exact=False) if values.get("clip_qkv") is not None else family  # olmo
+
+
 def _bias(rule: Bias, values: Mapping[str, Any]) -> bool:
     return rule if isinstance(rule, bool) else bool(values.get(*rule))
+
+
+def _num_logit_steps(family: Family, values: Mapping[str, Any]) -> int:
+    if values.get("final_logit_softcapping", family.caps_scores or None) is not None:
+        return 3
+    return int(family.scales_logits)
+
+
+def _activation(family: Family, values: Mapping[str, Any]) -> str:
+    """Some families call the key otherwise."""
+    return values.get("hidden_activation") or values.get("hidden_act") or family.activation
 
 
 def _windows(family: Family, values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
@@ -181,20 +211,23 @@ def _ropes(values: Mapping[str, Any], num_layers: int) -> list[bool]:
     return [(i + 1) % every != 0 for i in range(num_layers)]
 
 
+def find_base_folder(base: str, revision: str | None = None) -> Path | None:
+    """The folder of `model.base`: itself, or the snapshot that the hub's own cache holds; None if neither."""
+    folder = Path(base)
+    return folder if folder.is_dir() else _snapshot(base, revision)
+
+
 def find_shape(base: str, revision: str | None = None) -> ModelShape:
     """The shape of `model.base`: of a folder's config.json, of a hub snapshot that is already here, or of a
     known model. Raises `UserError` where none of them is."""
-    folder = Path(base)
-    if folder.is_dir():
+    folder = find_base_folder(base, revision)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder}: no config.json. model.base must be a folder with config.json and safetensors "
                 "weights (for a plan the config.json alone is enough)."
             )
         return _read(folder / "config.json")
-    cached = _cached_config(base, revision)
-    if cached is not None:
-        return _read(cached)
     known = known_shape(base)
     if known is None:
         raise UserError(
@@ -216,15 +249,15 @@ def _read(config: Path) -> ModelShape:
     return shape_from_config(values, str(config))
 
 
-def _cached_config(base: str, revision: str | None) -> Path | None:
-    """config.json of the snapshot that the hub's own cache holds of `base`, if it does."""
+def _snapshot(base: str, revision: str | None) -> Path | None:
+    """The snapshot that the hub's own cache holds of `base`, if one with a config.json is there."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     folder = hub / f"models--{base.replace('/', '--')}"
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else (revision or "")
-    config = folder / "snapshots" / commit / "config.json"
-    return config if commit and config.is_file() else None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if commit and (snapshot / "config.json").is_file() else None
 
 
 def known_shape(base: str) -> ModelShape | None:

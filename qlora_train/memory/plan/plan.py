@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qlora_train.errors import UserError
@@ -21,24 +21,36 @@ from qlora_train.memory.plan.host_bytes import (
     save_host_bytes,
 )
 from qlora_train.memory.plan.time_model import Rates, StepTime
-from qlora_train.memory.plan.workload import DeviceKind, Workload
+from qlora_train.memory.plan.workload import Workload
 
 CONTEXT = "CUDA context"
 CONTEXT_BYTES = {"cuda": 450 * 2**20, "cpu": 0}
-"""What a CUDA context and the libraries' workspaces take before the first tensor."""
+"""What a CUDA context takes with the kernels that are loaded into it, outside torch's allocator."""
+WORKSPACES = "cuBLAS workspaces"
 FRAGMENTATION = {"cuda": 0.02, "cpu": 0.0}
 """Share of the budget left to the allocator's rounding."""
 PINNED = "pinned: "
 
 
-def room_in(budget_bytes: int, device: DeviceKind) -> int:
+def context_parts(workload: Workload) -> Bytes:
+    """What is on the device besides tensors, by cause."""
+    parts = {
+        CONTEXT: CONTEXT_BYTES[workload.device],
+        WORKSPACES: workload.target.workspace_bytes(deterministic=workload.deterministic),
+    }
+    return {cause: num_bytes for cause, num_bytes in parts.items() if num_bytes}
+
+
+def room_in(budget_bytes: int, workload: Workload) -> int:
     """Bytes for tensors on the device within a budget."""
-    return int((budget_bytes - CONTEXT_BYTES[device]) * (1 - FRAGMENTATION[device]))
+    context_bytes = sum(context_parts(workload).values())
+    return int((budget_bytes - context_bytes) * (1 - FRAGMENTATION[workload.device]))
 
 
-def budget_for(tensor_bytes: int, device: DeviceKind) -> int:
+def budget_for(tensor_bytes: int, workload: Workload) -> int:
     """The smallest budget with room for so many bytes of tensors."""
-    return math.ceil(tensor_bytes / (1 - FRAGMENTATION[device])) + 1 + CONTEXT_BYTES[device]
+    context_bytes = sum(context_parts(workload).values())
+    return math.ceil(tensor_bytes / (1 - FRAGMENTATION[workload.device])) + 1 + context_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,8 @@ class Plan:
 
     @property
     def context_bytes(self) -> int:
-        return CONTEXT_BYTES[self.workload.device]
+        """Context and workspaces."""
+        return sum(context_parts(self.workload).values())
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -120,8 +133,7 @@ class Plan:
     def rows(self) -> Iterator[Row]:
         """The table: per phase and place the bytes by cause."""
         for phase, parts in self.phases.items():
-            context = {CONTEXT: self.context_bytes} if self.context_bytes else {}
-            for cause, num_bytes in (context | parts).items():
+            for cause, num_bytes in (context_parts(self.workload) | parts).items():
                 yield Row(phase, self.device_place, cause, num_bytes)
         host = {
             "load": load_host_bytes(self.workload, self.execution),
@@ -154,6 +166,7 @@ class Plan:
             "activations": execution["activations"],
             "execution": execution,
             "device": self.workload.device,
+            "target": asdict(self.workload.target) | {"is_deterministic": self.workload.deterministic},
             "vram_budget_bytes": self.budget_bytes,
             "is_estimate": not self.workload.shape.is_exact,
             "rates": {

@@ -73,7 +73,7 @@ def make_plan(
         execution=execution,
         phases=phases,
         host=host_bytes(workload, execution),
-        disk=disk_bytes(workload),
+        disk=disk_bytes(workload, has_packed_base=host_budget.has_packed_base),
         budget_bytes=budget_bytes,
         host_budget=host_budget,
         time=step_time(workload, execution, rates),
@@ -133,7 +133,7 @@ class _Search:
         self._generate = generate
         self._workload, self._rates, self._choices = workload, rates, choices
         self._budget_bytes, self._host = budget_bytes, host_budget
-        self._room = room_in(budget_bytes, workload.device)
+        self._room = room_in(budget_bytes, workload)
         self._num_layers = workload.shape.num_layers
         self._peaks: dict[ExecutionPlan, int] = {}
         if choices.weights in ("ram", "disk"):
@@ -280,7 +280,7 @@ class _Search:
     def problems(self, plan: Plan) -> Iterator[str]:
         """What does not fit, by how much."""
         if self.peak(plan.execution) > self._room:
-            needed = budget_for(self.peak(plan.execution), self._workload.device)
+            needed = budget_for(self.peak(plan.execution), self._workload)
             yield (
                 f"the device: at least {gib(needed)} are needed, the budget is "
                 f"{gib(self._budget_bytes)} ({gib(needed - self._budget_bytes)} too little)"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.host_bytes import parked_bytes
-from qlora_train.memory.plan.workload import DeviceKind, Workload
+from qlora_train.memory.plan.target import ASSUMED_CARD, DeviceKind, known_card
+from qlora_train.memory.plan.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,15 @@ GPUS: dict[str, tuple[float, float, float]] = {
 """By part of the name that the driver gives: 16-bit FLOP/s, device memory and PCIe bytes/s. Rounded, about
 three quarters of what the makers state."""
 DISK_BYTES_PER_SECOND = 2e9
-_ASSUMED_GPU = "RTX 3060"
 
 
 def stated_rates(device: DeviceKind, gpu_name: str | None) -> Rates:
     """Rates from the table; those of a modest card where none is known."""
     if device == "cpu":
         return Rates(100e9, 10e9, 5e9, 1e9, "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s")
-    known = next(
-        (name for name in sorted(GPUS, key=len, reverse=True) if gpu_name and name in gpu_name), None
-    )
-    flops, memory, copy = GPUS[known or _ASSUMED_GPU]
-    source = f"stated for {known}" if known else f"assumed: a card like an {_ASSUMED_GPU}"
+    known = known_card(gpu_name)
+    flops, memory, copy = GPUS[known or ASSUMED_CARD]
+    source = f"stated for {known}" if known else f"assumed: a card like an {ASSUMED_CARD}"
     return Rates(
         flops,
         memory,

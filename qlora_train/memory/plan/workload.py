@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from qlora_train.errors import UserError
-from qlora_train.memory.plan.ghost_layer import LayerSettings
+from qlora_train.memory.plan.layer_settings import LayerSettings
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
+from qlora_train.memory.plan.target import DeviceKind, Target
 from qlora_train.recipe import Recipe
 
-DeviceKind = Literal["cuda", "cpu"]
+BFLOAT16_CAPABILITY = (8, 0)
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -27,6 +27,7 @@ class Workload:
     documents: token counts of the documents of one micro-batch; their sum is T. num_supervised: S, supervised
     tokens of one micro-batch. num_micro_batches: K. targets: linears with factors, by name within a layer.
     skips_tail: recomputation may leave the last product out. splits_learning_rate: B has its own (LoRA+).
+    target: where it runs. deterministic: torch is told to give the same bits in every run.
     """
 
     shape: ModelShape
@@ -38,10 +39,15 @@ class Workload:
     num_supervised: int
     num_micro_batches: int
     optimizer: str
+    target: Target
+    deterministic: bool = False
     splits_learning_rate: bool = False
     reference: bool = False
     skips_tail: bool = True
-    device: DeviceKind = "cuda"
+
+    @property
+    def device(self) -> DeviceKind:
+        return self.target.kind
 
     @property
     def num_tokens(self) -> int:
@@ -85,31 +91,39 @@ class Workload:
             frozenset(self.targets),
             self.dropout,
             self.documents,
+            self.target,
+            self.deterministic,
             hold_unpacked=hold_unpacked,
             mlp_tile_tokens=mlp_tile_tokens,
             skip_tail=self.skips_tail and self.shape.may_skip_tail,
             reference=self.reference,
-            on_cuda=self.device == "cuda",
         )
 
 
+def dtype_of(recipe: Recipe, target: Target) -> str:
+    """The compute dtype; `auto`, unless resolved before, counts as bfloat16 on a GPU that multiplies it, as
+    float16 on another, and as float32 on a CPU."""
+    dtype = recipe.model.compute_dtype
+    if dtype != "auto":
+        return dtype
+    if not target.on_cuda:
+        return "float32"
+    return "bfloat16" if target.capability >= BFLOAT16_CAPABILITY else "float16"
+
+
 def workload_of(
-    recipe: Recipe, shape: ModelShape, device: DeviceKind, documents: Sequence[int] | None = None
+    recipe: Recipe, shape: ModelShape, target: Target, documents: Sequence[int] | None = None
 ) -> Workload:
     """The step that a recipe asks for.
 
-    compute_dtype `auto` counts as bfloat16 on CUDA and float32 on a CPU unless resolved before. documents:
-    token counts of a micro-batch's documents; None: each fills a bin, every token supervised, which is the
-    most that any data can take.
+    documents: token counts of a micro-batch's documents; None: each fills a bin, every token supervised,
+    which is the most that any data can take.
     """
     model, training = recipe.model, recipe.training
-    dtype = model.compute_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
     lengths = tuple(documents or (recipe.data.sequence_length,) * training.micro_batch_size)
     return Workload(
         shape=shape,
-        packing=PackingSizes(model.quantization, model.double_quant, ITEMSIZES[dtype]),
+        packing=PackingSizes(model.quantization, model.double_quant, ITEMSIZES[dtype_of(recipe, target)]),
         rank=recipe.lora.rank,
         targets=_targets(recipe.lora.target_modules, shape),
         dropout=recipe.lora.dropout > 0,
@@ -117,9 +131,10 @@ def workload_of(
         num_supervised=sum(lengths) - len(lengths),
         num_micro_batches=training.gradient_accumulation_steps,
         optimizer=training.optimizer,
+        target=target,
+        deterministic=training.deterministic is True,
         splits_learning_rate=training.lora_b_lr_ratio != 1.0,
         reference=training.kernels == "reference",
-        device=device,
     )
 
 

@@ -25,7 +25,9 @@ from qlora_train.memory.plan.model_shape import KNOWN, find_shape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.placement import placed
 from qlora_train.memory.plan.plan import room_in
-from qlora_train.memory.plan.workload import DeviceKind, workload_of
+from qlora_train.memory.plan.target import CPU as TARGET_CPU
+from qlora_train.memory.plan.target import Target, planned_gpu
+from qlora_train.memory.plan.workload import workload_of
 from qlora_train.model.quantize import Packing, pack
 from qlora_train.recipe import Recipe
 
@@ -33,6 +35,7 @@ GIB = 2**30
 AMPLE = HostBudget(512 * GIB, 2048 * GIB)
 SIXTEEN_BITS = PackingSizes("none", False, 2)
 CPU = torch.device("cpu")
+GPU = planned_gpu("NVIDIA GeForce RTX 4090", (8, 9))
 
 
 def planned(
@@ -40,10 +43,10 @@ def planned(
     size: GenerateSize = GenerateSize(),  # noqa: B008
     base: str = "llama-3.1-8b",
     host: HostBudget = AMPLE,
-    device: DeviceKind = "cuda",
+    target: Target = GPU,
     **options: Any,
 ) -> GenerationPlan:
-    workload = bare_workload(KNOWN[base], SIXTEEN_BITS, device)
+    workload = bare_workload(KNOWN[base], SIXTEEN_BITS, target)
     return plan_generation(workload, size, int(gib * GIB), host, **options)
 
 
@@ -62,7 +65,7 @@ def test_a_budget_is_never_exceeded_and_as_few_layers_as_fit_stream(gib: float) 
         one_less = placed(plan.execution, Place.RAM, num_streamed - 1, is_tied=False)
         then = generate_peak(plan.workload, one_less, plan.size, in_training=False)
         bytes_then = max(sum(then.values()), sum(load_peak(plan.workload, one_less).values()))
-        assert bytes_then > room_in(int(gib * GIB), "cuda")
+        assert bytes_then > room_in(int(gib * GIB), plan.workload)
 
 
 def test_the_embedding_goes_before_the_head_and_the_head_before_layers() -> None:
@@ -145,7 +148,7 @@ def test_the_refusal_names_the_least_budget() -> None:
 
 
 def test_too_little_ram_is_said() -> None:
-    plan = planned(8, host=HostBudget(2 * GIB, 0), device="cpu", base="llama-3.1-70b")
+    plan = planned(8, host=HostBudget(2 * GIB, 0), target=TARGET_CPU, base="llama-3.1-70b")
     with pytest.raises(UserError, match=r"RAM: .* GiB are needed, 2\.00 GiB are free"):
         plan.require_fit()
 
@@ -176,7 +179,9 @@ def test_plan_matches_meter(
     model = AutoModelForCausalLM.from_config(tiny_config(family, max_position_embeddings=512, **sizes))
     model.save_pretrained(tmp_path / "base")
     shape = find_shape(str(tmp_path / "base"))
-    workload = bare_workload(shape, PackingSizes(packing.format, packing.double_quant, dtype.itemsize), "cpu")
+    workload = bare_workload(
+        shape, PackingSizes(packing.format, packing.double_quant, dtype.itemsize), TARGET_CPU
+    )
     resident = everything_resident(shape.num_layers)
     streamed = placed(resident, Place.DISK, shape.num_layers, is_tied=shape.is_tied)
     if packing.is_4bit:

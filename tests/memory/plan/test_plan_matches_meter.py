@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
+from qlora_train.memory.machine_plan import target_of
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.byte_walk import evaluation_peak, step_peak
 from qlora_train.memory.plan.model_shape import ModelShape, find_shape, shape_from_config
@@ -44,6 +45,7 @@ MAX_OVER, MAX_UNDER = 0.05, 0.02
 MAX_OFF_IN_REFERENCE = 0.10  # the library's own operations: replayed less closely
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
+WIDE = {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 4}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-4m": ("llama", {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000}),
     "llama-tied-3m": (
@@ -87,6 +89,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64},
     ),
 }
+SHAPES |= {
+    family: (family, {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000})
+    for family in ("olmo2", "olmo3", "cohere2", "granite")
+}
+SHAPES |= {
+    f"{family}-large": (family, WIDE | {"intermediate_size": intermediate, "vocab_size": 2048} | more)
+    for family, intermediate, more in (
+        ("gemma2", 4096, {"head_dim": 128, "query_pre_attn_scalar": 128, "num_hidden_layers": 4}),
+        ("apertus", 6144, {"head_dim": 128, "num_hidden_layers": 4}),
+        ("cohere", 4096, {"num_hidden_layers": 4}),
+        ("olmo", 4096, {"num_hidden_layers": 4}),
+        ("starcoder2", 6144, {"num_hidden_layers": 4}),
+    )
+}
+"""Over 100M parameters."""
 KEEP, RECOMPUTE, OFFLOAD = Activation.KEEP, Activation.RECOMPUTE, Activation.OFFLOAD
 RESIDENT, RAM, DISK = Place.RESIDENT, Place.RAM, Place.DISK
 
@@ -184,6 +201,22 @@ CASES = {
     ),
     "132m-tied": Case("llama-tied-132m", activations=(RECOMPUTE,), plan={"head_tile_rows": 8192}),
     "134m-fp4": Case("qwen2-134m", packing=Packing("fp4"), activations=(RECOMPUTE, KEEP), dropout=0.1),
+    "olmo2": Case("olmo2", activations=(RECOMPUTE, KEEP), documents=(100, 28)),
+    "olmo3": Case("olmo3", activations=(KEEP, RECOMPUTE), dtype=torch.float32),
+    "cohere2": Case("cohere2", activations=(RECOMPUTE, KEEP), dtype=torch.float32, num_micro_batches=2),
+    "granite": Case("granite", activations=(KEEP, RECOMPUTE), dtype=torch.float32),
+    **{
+        f"{family}-large": Case(
+            f"{family}-large", dtype=torch.float32, activations=(RECOMPUTE, KEEP), documents=documents
+        )
+        for family, documents in (
+            ("gemma2", (700,)),
+            ("apertus", (96, 32)),
+            ("cohere", (128,)),
+            ("olmo", (128,)),
+            ("starcoder2", (100,)),
+        )
+    },
     "106m-held": Case(
         "qwen3-106m", activations=(RECOMPUTE,), num_micro_batches=2, plan={"hold_unpacked": True}
     ),
@@ -310,7 +343,7 @@ def workload_of(case: Case, shape: ModelShape, device: str) -> Workload:
         num_micro_batches=case.num_micro_batches,
         optimizer=case.optimizer,
         reference=case.reference,
-        device="cuda" if device == "cuda" else "cpu",
+        target=target_of(torch.device(device)),
     )
 
 

@@ -15,14 +15,16 @@ from qlora_train.memory.plan.byte_walk import step_peak
 from qlora_train.memory.plan.from_recipe import Card, find_card, plan_recipe
 from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
-from qlora_train.memory.plan.plan import Choices, Plan
+from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
+from qlora_train.memory.plan.target import CPU, Target, planned_gpu
 from qlora_train.memory.plan.time_model import Rates, stated_rates, step_time
 from qlora_train.memory.plan.workload import _targets, workload_of
 from qlora_train.recipe import Recipe
 
 GIB = 2**30
 AMPLE = HostBudget(512 * GIB, 2048 * GIB)
+GPU = planned_gpu("NVIDIA GeForce RTX 4090", (8, 9))
 RATES = Rates(flops=100e12, memory=900e9, copy=20e9, disk=2e9, source="for tests")
 
 
@@ -39,12 +41,12 @@ def planned(
     base: str = "meta-llama/Llama-3.1-8B",
     host: HostBudget = AMPLE,
     rates: Rates = RATES,
-    device: str = "cuda",
+    target: Target = GPU,
     **sections: dict[str, Any],
 ) -> Plan:
     asked = recipe(base, **sections)
     shape = KNOWN[base.rpartition("/")[2].lower()]
-    workload = workload_of(asked, shape, "cuda" if device == "cuda" else "cpu")
+    workload = workload_of(asked, shape, target)
     choices = Choices(asked.memory.weights, asked.memory.activations)
     return make_plan(workload, int(gib * GIB), rates, host, choices)
 
@@ -153,14 +155,14 @@ def test_below_the_floor_it_is_refused_with_the_floor_and_what_would_fit() -> No
 
 
 def test_long_contexts_are_cut_into_mlp_tiles() -> None:
-    plan = planned(8, data={"sequence_length": 32768}, training={"gradient_accumulation_steps": 1})
+    plan = planned(6, data={"sequence_length": 32768}, training={"gradient_accumulation_steps": 1})
     assert plan.fits and plan.execution.mlp_tile_tokens is not None
 
 
 def test_on_a_cpu_what_does_not_fit_streams_from_disk() -> None:
     host = HostBudget(8 * GIB, 100 * GIB)
     plan = planned(
-        4, host=host, rates=stated_rates("cpu", None), device="cpu", model={"compute_dtype": "bfloat16"}
+        4, host=host, rates=stated_rates("cpu", None), target=CPU, model={"compute_dtype": "bfloat16"}
     )
     assert plan.fits and Place.RAM not in plan.execution.weights and Place.DISK in plan.execution.weights
     assert plan.execution.inputs is Place.RESIDENT
@@ -178,7 +180,7 @@ def test_streaming_hides_behind_arithmetic_in_large_groups() -> None:
     plan = replace(plan, num_groups=1, hold_unpacked=False)
     for tokens, hidden in ((16 * 1024, True), (128, False)):
         asked = recipe(data={"sequence_length": tokens}, training={"gradient_accumulation_steps": 1})
-        workload = workload_of(asked, KNOWN["llama-3.1-8b"], "cuda")
+        workload = workload_of(asked, KNOWN["llama-3.1-8b"], GPU)
         time = step_time(workload, plan, RATES)
         assert (time.total_seconds < 1.1 * time.compute_seconds) == hidden
         assert (time.copy_seconds > time.compute_seconds) != hidden
@@ -186,9 +188,7 @@ def test_streaming_hides_behind_arithmetic_in_large_groups() -> None:
 
 def test_flops_per_token_and_parameter() -> None:
     """4 keeping everything, 5.46 recomputing without the last product (Llama's proportions)."""
-    workload = workload_of(
-        recipe(lora={"rank": 1}, data={"sequence_length": 16}), KNOWN["llama-3.1-8b"], "cuda"
-    )
+    workload = workload_of(recipe(lora={"rank": 1}, data={"sequence_length": 16}), KNOWN["llama-3.1-8b"], GPU)
     kept = planned(80).execution
     recomputed = replace(kept, activations=(Activation.RECOMPUTE,) * 32)
     work = workload.num_tokens * workload.num_micro_batches * 32 * workload.shape.layer_parameters
@@ -199,18 +199,18 @@ def test_flops_per_token_and_parameter() -> None:
 
 def test_a_recipe_becomes_a_plan_for_a_device() -> None:
     asked = recipe("meta-llama/Llama-3.2-1B", memory={"vram": "6 GiB"})
-    plan = plan_recipe(asked, "cuda", 80 * GIB, gpu_name="NVIDIA GeForce RTX 4090")
+    plan = plan_recipe(asked, GPU, 80 * GIB, gpu_name="NVIDIA GeForce RTX 4090")
     assert plan.budget_bytes == 6 * GIB and "RTX 4090" in plan.rates.source
-    free = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), "cuda", 10 * GIB)
+    free = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), GPU, 10 * GIB)
     assert free.budget_bytes == int(9.5 * GIB)
-    with_context = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), "cuda", 10 * GIB, has_context=True)
-    assert with_context.budget_bytes == free.budget_bytes + free.context_bytes
+    with_context = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), GPU, 10 * GIB, has_context=True)
+    assert with_context.budget_bytes == free.budget_bytes + CONTEXT_BYTES["cuda"]
 
 
 @pytest.mark.parametrize(
     ("answer", "code", "expected"),
     [
-        ("NVIDIA GeForce RTX 4090, 23028", 0, Card("NVIDIA GeForce RTX 4090", 23028 * 2**20)),
+        ("NVIDIA GeForce RTX 4090, 23028, 8.9", 0, Card("NVIDIA GeForce RTX 4090", 23028 * 2**20, (8, 9))),
         ("NVIDIA-SMI has failed because it could not communicate with the driver", 9, None),
         ("No devices were found", 0, None),
         ("", 0, None),

@@ -13,6 +13,7 @@ from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.plan import duration
 from qlora_train.memory.plan.report import print_plan, residency_lines
+from qlora_train.memory.plan.target import planned_gpu
 from qlora_train.recipe import Recipe
 
 GIB = 2**30
@@ -20,7 +21,7 @@ GIB = 2**30
 
 def plan_of(base: str, gib: float, **memory: str):  # type: ignore[no-untyped-def]
     recipe = Recipe.from_dict({"model": {"base": base}, "data": {"train": "x"}, "memory": memory})
-    return plan_recipe(recipe, "cuda", int(gib * GIB))
+    return plan_recipe(recipe, planned_gpu(None, None), int(gib * GIB))
 
 
 def shown(plan, num_steps: int | None = None) -> str:  # type: ignore[no-untyped-def]
