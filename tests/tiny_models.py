@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, everything_resident
 from qlora_train.memory.load import load_base
@@ -97,6 +97,23 @@ def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
 def write_checkpoint(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """Save a tiny random model of the family as fp32 safetensors."""
     random_model(tiny_config(family, **changes), seed).save_pretrained(folder)
+    return folder
+
+
+def pack_with_head(plain: Path, folder: Path, packing: Packing) -> Path:
+    """Let transformers and bitsandbytes pack the checkpoint `plain`, its head too, into `folder`."""
+    kinds: dict[str, Any] = {"load_in_8bit": True}
+    if packing.is_4bit:
+        kinds = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": packing.format,
+            "bnb_4bit_use_double_quant": packing.double_quant,
+        }
+    asked = BitsAndBytesConfig(llm_int8_skip_modules=["nothing"], **kinds)
+    model = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=asked, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(folder)
     return folder
 
 

@@ -91,7 +91,8 @@ class RowFormat:
     def packed(self, rows: Tensor) -> PackedWeight:
         """Stored rows uint8 [n, stored_columns] as a packed weight [n, num_columns] of its own."""
         codes = rows[:, : self._code_bytes].contiguous()
-        scales = rows[:, self._code_bytes :].contiguous().view(torch.float32).view(-1)
+        scales = rows[:, self._code_bytes :].clone(memory_format=torch.contiguous_format)  # aligned as fp32
+        scales = scales.view(torch.float32).view(-1)
         shape = (len(rows), self.num_columns)
         if self.packing.is_4bit:
             return PackedWeight(self.packing, shape, {"data": codes.view(-1), "absmax": scales})

@@ -17,14 +17,16 @@ from typing import Any
 
 from qlora_train.errors import UserError
 from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
+from qlora_train.memory.plan.packed_sizes import BLOCK_SIZE, Format
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a LLaMA-class decoder.
 
-    family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). The rest is
-    what the config says, or the family where it says nothing.
+    family: what its code adds. windows: per layer, how many tokens back a query sees (None: all).
+    head_format: how the checkpoint has packed the head. The rest is what the config says, or the family
+    where it says nothing.
     """
 
     model_type: str
@@ -42,6 +44,7 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_format: Format = "none"
 
     @property
     def is_known(self) -> bool:
@@ -122,6 +125,7 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
     try:
         hidden, num_heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         num_layers = int(values["num_hidden_layers"])
+        is_tied = bool(values.get("tie_word_embeddings", family.is_tied))
         return ModelShape(
             model_type=model_type,
             family=family,
@@ -132,12 +136,13 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
             num_kv_heads=int(values.get("num_key_value_heads", family.kv_heads) or num_heads),
             head_dim=int(values.get("head_dim", family.head_dim) or hidden // num_heads),
             vocabulary=int(values["vocab_size"]),
-            is_tied=bool(values.get("tie_word_embeddings", family.is_tied)),
+            is_tied=is_tied,
             max_positions=int(values.get("max_position_embeddings", 2048)),
             windows=_windows(family, values, num_layers),
             qkv_bias=_bias(family.qkv_bias, values),
             output_bias=_bias(family.output_bias, values),
             mlp_bias=_bias(family.mlp_bias, values),
+            head_format="none" if is_tied else _head_format(values.get("quantization_config"), hidden),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
@@ -148,6 +153,20 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
 
 def _bias(rule: Bias, values: Mapping[str, Any]) -> bool:
     return rule if isinstance(rule, bool) else bool(values.get(*rule))
+
+
+def _head_format(stored: Mapping[str, Any] | None, hidden: int) -> Format:
+    """How a checkpoint with this quantization_config stores the rows of an untied head. bitsandbytes leaves
+    the head unpacked unless told what else to skip; 4-bit rows that are not whole blocks are unpacked at
+    load."""
+    skipped = (stored or {}).get("llm_int8_skip_modules")
+    if not stored or skipped is None or any("lm_head".endswith(str(name)) for name in skipped):
+        return "none"
+    if stored.get("load_in_8bit"):
+        return "int8"
+    if not stored.get("load_in_4bit") or hidden % BLOCK_SIZE:
+        return "none"
+    return "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
 
 
 def _windows(family: Family, values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
