@@ -78,7 +78,7 @@ def test_loss_gradients_and_tokens_are_the_same_wherever_it_waits(
     for plan in (RESIDENT, *map(placed, Place)):
         decoder, factors = load_tiny(folder, packing, dtype, plan=plan)
         assert isinstance(decoder.head, PackedMatrix)
-        walk = LayerWalk(decoder, factors, plan)
+        walk = LayerWalk(decoder, factors, plan, reference=False)
         loss = walk.accumulate(tokens, seed=0, step=1, num_supervised=100)
         answers = generate_tokens(decoder, [[5, 9, 7], [8]], Sampling(5), frozenset())
         results.append((loss, factors.gradient.clone(), whole_head(decoder), answers))
