@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -192,10 +193,14 @@ def library_model(
     folder: Path, decoder: FrozenDecoder, factors: FactorBuffers, dtype: torch.dtype, attention: str = NAME
 ) -> PreTrainedModel:
     """transformers' own model of the checkpoint, with the unpacked weights and the factors of `decoder` in
-    plain linears."""
+    plain linears; what bitsandbytes has packed besides, it unpacks."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention
+        folder, dtype=dtype, attn_implementation=attention, device_map="cpu"
     )
+    if hasattr(model, "hf_quantizer"):
+        model.dequantize()
+        for parameter in model.parameters():  # the library leaves the others as they are stored
+            parameter.data = parameter.data.to(dtype)
     model.eval().requires_grad_(False)
     working = factors.views(factors.working)
     for name, frozen in decoder.linears.items():
@@ -209,3 +214,27 @@ def library_model(
             linear.b = nn.Parameter(working[name][1].clone())
             linear.scaling = factors.scaling
     return model
+
+
+def autograd_gradients(
+    model: nn.Module, factors: FactorBuffers, tokens: PackedTokens, num_supervised: int
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Loss sum and factor gradients by one graph through the whole library model."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    logits = model(
+        input_ids=tokens.token_ids,
+        position_ids=tokens.position_ids,
+        documents=tokens.documents,
+        use_cache=False,
+    ).logits
+    loss_sum = F.cross_entropy(logits[0].float(), tokens.labels, ignore_index=-100, reduction="sum")
+    (loss_sum / num_supervised).backward()
+    pairs = {
+        name: (model.get_submodule(name).a.grad, model.get_submodule(name).b.grad) for name in factors.names
+    }
+    return loss_sum.detach(), pairs
+
+
+def flat(gradients: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.cat([part.flatten() for pair in gradients.values() for part in pair])
