@@ -197,7 +197,7 @@ CASES = {
         "llama-wide-head", packs_head=True, packing=Packing("int8"), weights=(DISK,), matrices=(DISK, DISK)
     ),
     "head-one-tile": Case("llama-wide-head", packs_head=True, plan={"head_tile_rows": 8192}, documents=(16,)),
-    "head-reference": Case("llama-wide-head", packs_head=True, reference=True, documents=(96,)),
+    "head-reference": Case("llama-wide-head", packs_head=True, reference=True, documents=(16,)),
     "118m-keep": Case("llama-118m", rank=16, optimizer="paged_adamw_32bit"),
     "118m-streamed": Case(
         "llama-118m", weights=(RAM,), matrices=(RAM, RAM), activations=(RECOMPUTE,), num_micro_batches=2
