@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, everything_resident
 from qlora_train.memory.load import load_base
@@ -100,6 +101,23 @@ def write_checkpoint(folder: Path, family: str = "llama", seed: int = 0, **chang
     return folder
 
 
+def pack_with_head(plain: Path, folder: Path, packing: Packing) -> Path:
+    """Let transformers and bitsandbytes pack the checkpoint `plain`, its head too, into `folder`."""
+    kinds: dict[str, Any] = {"load_in_8bit": True}
+    if packing.is_4bit:
+        kinds = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": packing.format,
+            "bnb_4bit_use_double_quant": packing.double_quant,
+        }
+    asked = BitsAndBytesConfig(llm_int8_skip_modules=["nothing"], **kinds)
+    model = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=asked, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
 def load_tiny(
     folder: Path,
     packing: Packing = NF4,
@@ -175,10 +193,14 @@ def library_model(
     folder: Path, decoder: FrozenDecoder, factors: FactorBuffers, dtype: torch.dtype, attention: str = NAME
 ) -> PreTrainedModel:
     """transformers' own model of the checkpoint, with the unpacked weights and the factors of `decoder` in
-    plain linears."""
+    plain linears; what bitsandbytes has packed besides, it unpacks."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention
+        folder, dtype=dtype, attn_implementation=attention, device_map="cpu"
     )
+    if hasattr(model, "hf_quantizer"):
+        model.dequantize()
+        for parameter in model.parameters():  # the library leaves the others as they are stored
+            parameter.data = parameter.data.to(dtype)
     model.eval().requires_grad_(False)
     working = factors.views(factors.working)
     for name, frozen in decoder.linears.items():
@@ -192,3 +214,27 @@ def library_model(
             linear.b = nn.Parameter(working[name][1].clone())
             linear.scaling = factors.scaling
     return model
+
+
+def autograd_gradients(
+    model: nn.Module, factors: FactorBuffers, tokens: PackedTokens, num_supervised: int
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Loss sum and factor gradients by one graph through the whole library model."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    logits = model(
+        input_ids=tokens.token_ids,
+        position_ids=tokens.position_ids,
+        documents=tokens.documents,
+        use_cache=False,
+    ).logits
+    loss_sum = F.cross_entropy(logits[0].float(), tokens.labels, ignore_index=-100, reduction="sum")
+    (loss_sum / num_supervised).backward()
+    pairs = {
+        name: (model.get_submodule(name).a.grad, model.get_submodule(name).b.grad) for name in factors.names
+    }
+    return loss_sum.detach(), pairs
+
+
+def flat(gradients: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.cat([part.flatten() for pair in gradients.values() for part in pair])

@@ -70,6 +70,8 @@ def make_random_base(
 class RandomWeights:
     """Stands where a `BaseCheckpoint` stands; a context manager. CPU tensors only."""
 
+    head_packing = Packing("none")
+
     def __init__(self, base_folder: Path, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
         self._generator = torch.Generator().manual_seed(0)

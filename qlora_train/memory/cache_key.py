@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 BLOCK_SIZE = 64
 

@@ -37,6 +37,7 @@ from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.packed_matrix import UNPACKED, RowFormat, as_token_matrix
 from qlora_train.model.quantize import PackedWeight, Packing
 from qlora_train.model.shards import tensor_bytes
 from qlora_train.model.token_matrix import ResidentMatrix, TokenMatrix
@@ -98,14 +99,25 @@ def _from_checkpoint(
             hashed.update(bytes(page_aligned(layout.num_bytes) - layout.num_bytes))  # as in the packed cache
             weights.packed |= by_path(layout.weights(slab), skeleton.layer_paths[i])
         plain = checkpoint.plain(device)
-        embedding = _read_matrix(checkpoint, skeleton, skeleton.embedding_name, device, tile_rows)
-        head = embedding
-        if not skeleton.is_tied:
-            head = _read_matrix(checkpoint, skeleton, skeleton.head_name, device, tile_rows)
-    decoder = skeleton.come_alive(weights, plain, embedding, head, device)
-    matrices = [embedding] if skeleton.is_tied else [embedding, head]
-    decoder.fingerprint = content_fingerprint([hashed.hexdigest(), *(_hash_of(m.weight) for m in matrices)])
+        formats = {skeleton.embedding_name: _row_format(skeleton, UNPACKED)}
+        formats.setdefault(skeleton.head_name, _row_format(skeleton, checkpoint.head_packing))
+        stored = {
+            name: _read_matrix(checkpoint, skeleton, name, row_format, device)
+            for name, row_format in formats.items()
+        }
+    matrices = {
+        name: as_token_matrix(ResidentMatrix(stored[name], tile_rows), row_format)
+        for name, row_format in formats.items()
+    }
+    decoder = skeleton.come_alive(
+        weights, plain, matrices[skeleton.embedding_name], matrices[skeleton.head_name], device
+    )
+    decoder.fingerprint = content_fingerprint([hashed.hexdigest(), *map(_hash_of, stored.values())])
     return decoder
+
+
+def _row_format(skeleton: Skeleton, packing: Packing) -> RowFormat:
+    return RowFormat(packing, skeleton.matrix_shape[1], skeleton.dtype)
 
 
 def _hash_of(matrix: Tensor) -> str:
@@ -116,14 +128,16 @@ def _hash_of(matrix: Tensor) -> str:
 
 
 def _read_matrix(
-    checkpoint: BaseCheckpoint, skeleton: Skeleton, name: str, device: torch.device, tile_rows: int
-) -> ResidentMatrix:
-    matrix = torch.empty(skeleton.matrix_shape, dtype=skeleton.dtype, device=device)
+    checkpoint: BaseCheckpoint, skeleton: Skeleton, name: str, row_format: RowFormat, device: torch.device
+) -> Tensor:
+    """Embedding or head as it is stored."""
+    shape = (skeleton.matrix_shape[0], row_format.stored_columns)
+    matrix = torch.empty(shape, dtype=row_format.stored_dtype, device=device)
     start = 0
     for rows in checkpoint.matrix_rows(name):
         matrix[start : start + len(rows)] = rows
         start += len(rows)
-    return ResidentMatrix(matrix, tile_rows)
+    return matrix
 
 
 class _Assembly:
@@ -140,6 +154,10 @@ class _Assembly:
         self._skeleton, self._base, self._plan, self._device = skeleton, base, plan, device
         self._host = host
         self._reader = ItemReader(device, host)
+        self._embedding_format = _row_format(skeleton, UNPACKED)
+        self._head_format = (
+            self._embedding_format if skeleton.is_tied else _row_format(skeleton, base.head_packing)
+        )
 
     def decoder(self, poison: bool) -> FrozenDecoder:
         """The decoder; see `load_base` for poison."""
@@ -154,7 +172,8 @@ class _Assembly:
         head_file = EMBEDDING if skeleton.is_tied else HEAD
         head_at = None if plan.head is Place.RESIDENT else self._off_device(base.matrix(head_file), plan.head)
         if head_at is not None:
-            self._reader.items |= tile_items(head_at, self._row_bytes, plan.head_tile_rows, len(plan.weights))
+            row_bytes = self._head_format.row_bytes
+            self._reader.items |= tile_items(head_at, row_bytes, plan.head_tile_rows, len(plan.weights))
         weights: ResidentWeights | StreamedWeights = ResidentWeights(base.layouts)
         ring = None
         if self._reader.items:
@@ -165,35 +184,39 @@ class _Assembly:
         embedding = head if skeleton.is_tied else self._embedding()
         return skeleton.come_alive(weights, base.plain(device), embedding, head, device)
 
-    @property
-    def _row_bytes(self) -> int:
-        return self._skeleton.matrix_shape[1] * self._skeleton.dtype.itemsize
-
     def _head(self, at: Tensor | FilePart | None, ring: Ring | None) -> TokenMatrix:
+        row_format = self._head_format
         if at is None:
-            return self._resident_matrix(EMBEDDING if self._skeleton.is_tied else HEAD)
+            return self._resident_matrix(EMBEDDING if self._skeleton.is_tied else HEAD, row_format)
         num_layers = len(self._plan.weights)
         items = sorted(item for item in self._reader.items if item >= num_layers)
-        return self._streamed_matrix(at, ring, items)
+        return self._streamed_matrix(at, row_format, ring, items)
 
     def _embedding(self) -> TokenMatrix:
         if self._plan.embedding is Place.RESIDENT:
-            return self._resident_matrix(EMBEDDING)
-        return self._streamed_matrix(
-            self._off_device(self._base.matrix(EMBEDDING), self._plan.embedding), None, []
-        )
+            return self._resident_matrix(EMBEDDING, self._embedding_format)
+        at = self._off_device(self._base.matrix(EMBEDDING), self._plan.embedding)
+        return self._streamed_matrix(at, self._embedding_format, None, [])
 
-    def _resident_matrix(self, file_name: str) -> ResidentMatrix:
-        flat = self._on_device(self._base.matrix(file_name))
-        matrix = flat.view(self._skeleton.dtype).view(self._skeleton.matrix_shape)
-        return ResidentMatrix(matrix, self._plan.head_tile_rows)
+    def _resident_matrix(self, file_name: str, row_format: RowFormat) -> TokenMatrix:
+        flat = self._on_device(self._base.matrix(file_name)).view(row_format.stored_dtype)
+        stored = flat.view(self._skeleton.matrix_shape[0], row_format.stored_columns)
+        return as_token_matrix(ResidentMatrix(stored, self._plan.head_tile_rows), row_format)
 
-    def _streamed_matrix(self, at: Tensor | FilePart, ring: Ring | None, items: list[int]) -> StreamedMatrix:
-        rows = HostRows(at, self._row_bytes)
-        skeleton, tile_rows = self._skeleton, self._plan.head_tile_rows
-        return StreamedMatrix(
-            skeleton.matrix_shape, skeleton.dtype, self._device, rows, ring, items, tile_rows, self._host
+    def _streamed_matrix(
+        self, at: Tensor | FilePart, row_format: RowFormat, ring: Ring | None, items: list[int]
+    ) -> TokenMatrix:
+        stored = StreamedMatrix(
+            (self._skeleton.matrix_shape[0], row_format.stored_columns),
+            row_format.stored_dtype,
+            self._device,
+            HostRows(at, row_format.row_bytes),
+            ring,
+            items,
+            self._plan.head_tile_rows,
+            self._host,
         )
+        return as_token_matrix(stored, row_format)
 
     def _on_device(self, part: FilePart) -> Tensor:
         target = torch.empty(part.num_bytes, dtype=torch.uint8, device=self._device)

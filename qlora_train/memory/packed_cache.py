@@ -4,7 +4,9 @@ It is also the place that layers stream from when they do not fit into RAM.
 
     <cache>/<fingerprint>/manifest.json       version, packing, dtype, every file's size and hash
                           layers.bin          the slabs one after another, each from a whole page on
-                          embedding.bin       [V, D] in the compute dtype; head.bin where it is not tied
+                          embedding.bin       [V, D] in the compute dtype
+                          head.bin            where it is not tied: the same, or packed rows where the
+                                              checkpoint has them so (model/packed_matrix.py)
                           plain.safetensors   norms and biases
 
 The fingerprint covers what the bytes follow from (cache_key.py). A folder appears under its final name only
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import psutil
 import torch
@@ -43,6 +45,7 @@ from qlora_train.memory.stores import FilePart
 from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.model.base import Skeleton
 from qlora_train.model.checkpoint import BaseCheckpoint
+from qlora_train.model.packed_matrix import RowFormat
 from qlora_train.model.quantize import Packing
 from qlora_train.model.shards import tensor_bytes
 from qlora_train.model.slab import SlabLayout
@@ -54,6 +57,9 @@ LAYERS, EMBEDDING, HEAD, PLAIN = "layers.bin", "embedding.bin", "head.bin", "pla
 
 class Weights(Protocol):
     """What a packed base is made of; see `BaseCheckpoint` (model/checkpoint.py), which is one."""
+
+    @property
+    def head_packing(self) -> Packing: ...
 
     def pack_layer(self, layer: int, layout: SlabLayout, slab: Tensor) -> None: ...
 
@@ -68,7 +74,17 @@ class PackedBase:
 
     folder: Path
     layouts: tuple[SlabLayout, ...]
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of slabs, embedding and head."""
+        entries = self._manifest()["files"]
+        return sum(entries[name]["num_bytes"] for name in (LAYERS, EMBEDDING, HEAD) if name in entries)
+
+    @property
+    def head_packing(self) -> Packing:
+        """How the head's rows are stored."""
+        return Packing(**self._manifest()["head_packing"])
 
     def slab(self, layer: int) -> FilePart:
         """Where a layer's slab lies."""
@@ -82,7 +98,7 @@ class PackedBase:
 
     def fingerprint(self) -> str:
         """Of the bytes of slabs, embedding and head, whatever files they were made from."""
-        entries = json.loads((self.folder / MANIFEST).read_text())["files"]
+        entries = self._manifest()["files"]
         return content_fingerprint(
             [entries[n]["xxh3_128"] for n in (LAYERS, EMBEDDING, HEAD) if n in entries]
         )
@@ -90,6 +106,9 @@ class PackedBase:
     def plain(self, device: torch.device) -> dict[str, Tensor]:
         """Norms and biases on the device."""
         return {name: tensor.to(device) for name, tensor in load_file(self.folder / PLAIN).items()}
+
+    def _manifest(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / MANIFEST).read_text()))
 
 
 def open_packed_base(
@@ -109,7 +128,7 @@ def open_packed_base(
     """
     layouts = tuple(skeleton.layouts(packing))
     folder = packed_folder(root, base_folder, skeleton, packing)
-    base = PackedBase(folder, layouts, _total_bytes(skeleton, layouts))
+    base = PackedBase(folder, layouts)
     if folder.exists():
         damage = _damage(folder, skeleton)
         if damage is None:
@@ -119,8 +138,9 @@ def open_packed_base(
         begins = "packing the base, once"
     with open_weights(base_folder, skeleton) as checkpoint:
         _remove_leftovers(root)
-        _check_disk(root, base.num_bytes)
-        say(f"{begins}: {base.num_bytes / 1e9:.2f} GB into {folder}")
+        num_bytes = _total_bytes(skeleton, layouts, checkpoint.head_packing)
+        _check_disk(root, num_bytes)
+        say(f"{begins}: {num_bytes / 1e9:.2f} GB into {folder}")
         with atomic_folder(folder) as partial:
             _write(partial, checkpoint, skeleton, layouts, packing, device)
     return base
@@ -154,6 +174,7 @@ def _write(
     manifest = {
         "version": VERSION,
         "packing": asdict(packing),
+        "head_packing": asdict(checkpoint.head_packing),
         "dtype": str(skeleton.dtype),
         "files": entries,
     }
@@ -206,7 +227,8 @@ def _damage(folder: Path, skeleton: Skeleton) -> str | None:
     """What is wrong with a packed base, or None."""
     needed = {LAYERS, EMBEDDING, PLAIN} | (set() if skeleton.is_tied else {HEAD})
     try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries, _ = manifest["files"], Packing(**manifest["head_packing"])
         if not entries.keys() >= needed:
             return "its manifest does not list every file"
         for name, entry in entries.items():
@@ -223,11 +245,12 @@ def packed_folder(root: Path, base_folder: Path, skeleton: Skeleton, packing: Pa
     return cache_key.packed_folder(root, base_folder, key, str(skeleton.dtype).removeprefix("torch."))
 
 
-def _total_bytes(skeleton: Skeleton, layouts: tuple[SlabLayout, ...]) -> int:
+def _total_bytes(skeleton: Skeleton, layouts: tuple[SlabLayout, ...], head_packing: Packing) -> int:
     rows, columns = skeleton.matrix_shape
-    num_matrices = 1 if skeleton.is_tied else 2
-    matrix_bytes = rows * columns * skeleton.dtype.itemsize
-    return sum(page_aligned(layout.num_bytes) for layout in layouts) + num_matrices * matrix_bytes
+    row_bytes = columns * skeleton.dtype.itemsize
+    if not skeleton.is_tied:
+        row_bytes += RowFormat(head_packing, columns, skeleton.dtype).row_bytes
+    return sum(page_aligned(layout.num_bytes) for layout in layouts) + rows * row_bytes
 
 
 def _check_disk(root: Path, num_bytes: int) -> None:

@@ -7,7 +7,8 @@ buffers (rotary frequencies, embedding scales) are real. Each nn.Linear of a dec
 the compute dtype), and plain parameters (norms, biases). checkpoint.py reads them, memory/load.py decides
 where they go.
 
-Embedding and head stay unpacked, as in QLoRA (arXiv:2305.14314) and PEFT; a tied matrix exists once.
+Embedding and head stay unpacked, as in QLoRA (arXiv:2305.14314) and PEFT, unless the checkpoint has the head
+packed (packed_matrix.py); a tied matrix exists once.
 """
 
 from __future__ import annotations

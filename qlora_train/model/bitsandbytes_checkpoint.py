@@ -35,11 +35,10 @@ def read_bitsandbytes_weight(
     The bytes are taken as they are. Raises `BaseModelError` if they are incomplete or do not fit each other.
     """
     form = _form_of(reader, name)
-    scale_name = name.removesuffix("weight") + "SCB"
     if form:
         packed = _read_4bit(reader, name, form)
-    elif scale_name in reader:
-        packed = _read_int8(reader, name, scale_name)
+    elif _scale_name(name) in reader:
+        packed = _read_int8(reader, name)
     elif not reader.info(name).dtype.is_floating_point:
         raise _damaged(
             reader,
@@ -56,6 +55,14 @@ def read_bitsandbytes_weight(
                 reader, name, f"its {key} is {found} where the weight's shape needs {dtype} {list(shape)}"
             )
     return packed.to(device)
+
+
+def bitsandbytes_packing(reader: ShardReader, name: str) -> Packing | None:
+    """How bitsandbytes has packed the weight `name`, without reading the weight; None if it has not."""
+    form = _form_of(reader, name)
+    if form:
+        return _read_state(reader, name, form)[0]
+    return Packing("int8") if _scale_name(name) in reader else None
 
 
 def bitsandbytes_shape(reader: ShardReader, name: str) -> tuple[int, int] | None:
@@ -118,7 +125,12 @@ def _read_4bit(reader: ShardReader, name: str, form: Literal["nf4", "fp4"]) -> P
     return PackedWeight(packing, shape, tensors)
 
 
-def _read_int8(reader: ShardReader, name: str, scale_name: str) -> PackedWeight:
+def _scale_name(name: str) -> str:
+    """Beside an int8 weight."""
+    return name.removesuffix("weight") + "SCB"
+
+
+def _read_int8(reader: ShardReader, name: str) -> PackedWeight:
     format_name = name + "_format"
     if format_name in reader and int(reader.read(format_name)) != 0:
         raise _damaged(
@@ -127,7 +139,7 @@ def _read_int8(reader: ShardReader, name: str, scale_name: str) -> PackedWeight:
     info = reader.info(name)
     if len(info.shape) != 2:
         raise _damaged(reader, name, f"it has the shape {list(info.shape)}")
-    tensors = {"data": reader.read(name), "row_absmax": reader.read(scale_name).reshape(-1)}
+    tensors = {"data": reader.read(name), "row_absmax": reader.read(_scale_name(name)).reshape(-1)}
     return PackedWeight(Packing("int8"), (info.shape[0], info.shape[1]), tensors)
 
 

@@ -2,8 +2,9 @@
 
 Linears of a layer are packed straight into the layer's slab. Weights that bitsandbytes has already packed are
 copied there as they are. Norms, biases, embedding and head are cast to the compute dtype, with no fp32
-upcasts. Peak: what is being filled, plus one block of rows (64 MiB) and the quantiser's scratch (64 MiB).
-transformers' own loader first materialises 16-bit weights.
+upcasts; a head that bitsandbytes has packed stays packed (packed_matrix.py). Peak: what is being filled, plus
+one block of rows (64 MiB) and the quantiser's scratch (64 MiB), or the packed head. transformers' own loader
+first materialises 16-bit weights.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from qlora_train.errors import BaseModelError
 from qlora_train.model.base import Skeleton
-from qlora_train.model.bitsandbytes_checkpoint import read_bitsandbytes_weight
-from qlora_train.model.quantize import Packing, pack
-from qlora_train.model.shards import ShardReader
+from qlora_train.model.bitsandbytes_checkpoint import bitsandbytes_packing, read_bitsandbytes_weight
+from qlora_train.model.packed_matrix import UNPACKED, RowFormat, packing_of_rows
+from qlora_train.model.quantize import PackedWeight, Packing, pack
+from qlora_train.model.shards import MAX_READ_BYTES, ShardReader
 from qlora_train.model.slab import SlabLayout
 
 
@@ -59,14 +61,41 @@ class BaseCheckpoint:
             tensors[name] = value
         return tensors
 
+    @property
+    def head_packing(self) -> Packing:
+        """How the head's rows are stored. A tied head is the embedding, which is never packed."""
+        skeleton = self._skeleton
+        if skeleton.is_tied:
+            return UNPACKED
+        found = bitsandbytes_packing(self._reader, self._find(skeleton.head_name))
+        return UNPACKED if found is None else packing_of_rows(found, skeleton.matrix_shape[1])
+
     def matrix_rows(self, name: str) -> Iterator[Tensor]:
-        """The embedding or the head in the compute dtype, consecutive rows [n, D]; each valid until the
-        next."""
+        """The embedding or the head, consecutive rows [n, D] in the compute dtype; each valid until the next.
+        A head with a `head_packing` comes as it is stored, uint8 [n, row bytes]."""
+        if name == self._skeleton.head_name and not self._skeleton.is_tied:
+            packed = read_bitsandbytes_weight(self._reader, self._find(name))
+            if packed is not None:
+                yield from self._packed_head_rows(packed)
+                return
         for _, _, rows in self._checked_rows(name, self._skeleton.matrix_shape):
             cast = rows.to(self._skeleton.dtype)
             if not torch.isfinite(cast).all():
                 raise self._not_finite(name)
             yield cast
+
+    def _packed_head_rows(self, packed: PackedWeight) -> Iterator[Tensor]:
+        name, dtype = self._skeleton.head_name, self._skeleton.dtype
+        self._check_shape(name, packed.shape, self._skeleton.matrix_shape)
+        num_rows, num_columns = packed.shape
+        row_format = RowFormat(packing_of_rows(packed.packing, num_columns), num_columns, dtype)
+        step = max(1, MAX_READ_BYTES // (num_columns * dtype.itemsize))
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            values = packed.unpack_rows(start, stop, dtype)
+            if not torch.isfinite(values).all():
+                raise self._not_finite(name)
+            yield row_format.store(packed, start, stop) if row_format.is_packed else values
 
     def _not_finite(self, name: str) -> BaseModelError:
         return BaseModelError(
@@ -76,7 +105,13 @@ class BaseCheckpoint:
 
     def _checked_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
         name = self._find(name)
-        self._check_shape(name, self._reader.info(name).shape, shape)
+        info = self._reader.info(name)
+        if not info.dtype.is_floating_point:
+            raise BaseModelError(
+                f"{self._folder}: {name} is {info.dtype}: only linear layers can be packed. Use a checkpoint "
+                "that has it in 16 or 32 bits."
+            )
+        self._check_shape(name, info.shape, shape)
         return self._reader.row_blocks(name)
 
     def _pack_into(

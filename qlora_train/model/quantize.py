@@ -150,14 +150,14 @@ class PackedWeight:
         # A matrix only if rows are whole blocks: else the library's CPU kernel takes the wrong absmax.
         as_matrix = columns % block == 0
         return bnb.QuantState(
-            absmax=self._absmax(begin // block, -(-end // block)),
+            absmax=self.block_absmax(begin // block, -(-end // block)),
             shape=torch.Size((stop - start, columns) if as_matrix else (1, limit - origin)),
             blocksize=block,
             quant_type=self.packing.format,
             dtype=dtype,
         )
 
-    def _absmax(self, first_block: int, last_block: int) -> Tensor:
+    def block_absmax(self, first_block: int, last_block: int) -> Tensor:
         """The fp32 absmax of 4-bit blocks first..last."""
         absmax = self.tensors["absmax"]
         if not self.packing.double_quant:

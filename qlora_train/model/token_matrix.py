@@ -7,6 +7,8 @@ few thousand rows at a time. So both are asked for parts only:
     gather(ids)       rows [n, D] of n token ids: input embeddings, and the head's rows of the labels
     tile(j)           rows of tile j [rows, D]: the head's product, tile by tile (model/loss.py)
 
+A head that the checkpoint has packed is one too, unpacked part by part (packed_matrix.py).
+
 Why tiles also where the matrix is resident: the loss is then the same arithmetic wherever the matrix lives,
 so moving it changes no bit.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_checkpoint
+from tiny_models import pack_with_head, write_checkpoint
 from tiny_runs import byte_tokenizer
 
 from qlora_train.cli import main
@@ -20,6 +20,8 @@ from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.streaming import StreamedWeights
+from qlora_train.model.packed_matrix import PackedMatrix
+from qlora_train.model.quantize import Packing
 
 NUM_LAYERS, NUM_NEW = 8, 6
 PROMPTS = [[5, 9, 7, 30], [8], [11] * 19]
@@ -88,6 +90,29 @@ def test_the_budget_is_kept(bare: Path, room: tuple[int, int]) -> None:
     model.decoder.close()
     planned = sum(model.plan.phases["generate"].values())
     assert meter.peak_bytes == pytest.approx(planned, rel=0.01) and planned < budget
+
+
+@pytest.mark.parametrize("packing", [Packing("fp4", double_quant=True), Packing("int8")], ids=str)
+def test_a_head_that_is_packed(bare: Path, tmp_path: Path, packing: Packing) -> None:
+    """Generated with as it is stored, and in the plan."""
+    folder = pack_with_head(bare, tmp_path / "packed", packing)
+    byte_tokenizer().save_pretrained(folder)
+    answers = []
+    for pieces_fewer in (0, 5):
+        source = find_model(folder)
+        assert source.packing == packing
+        resident = source.load(SIZE).plan
+        budget = resident.peak_bytes - pieces_fewer * resident.workload.slab_bytes
+        with DeviceMeter("cpu") as meter:
+            model = source.load(SIZE, vram_bytes=budget)
+            answers.append(tokens_of(model))
+            meter.reset_peak()
+            tokens_of(model)  # the buffer for tiles is there from the first one on
+        assert isinstance(model.decoder.head, PackedMatrix)
+        assert (len(model.decoder.head.items) > 0) == (pieces_fewer > 0)
+        assert meter.peak_bytes == pytest.approx(sum(model.plan.phases["generate"].values()), rel=0.01)
+        model.decoder.close()
+    assert answers[0] == answers[1]
 
 
 def test_a_long_prompt_passes_in_mlp_tiles(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,7 +358,7 @@ def test_two_builds_in_one_root(
 
     def interrupted(self: BaseCheckpoint, device: torch.device) -> dict[str, Tensor]:
         if not others:
-            others.append(PackedBase(root, (), 0))  # entered
+            others.append(PackedBase(root, ()))  # entered
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(atomic_folder_module.os, "getpid", lambda: 1)
                 others[0] = opened(root, original, other)

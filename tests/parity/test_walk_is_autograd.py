@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny_models import library_model, load_tiny, packed_row, resident_plan, write_checkpoint
-from torch import Tensor, nn
+from tiny_models import (
+    autograd_gradients,
+    flat,
+    library_model,
+    load_tiny,
+    packed_row,
+    resident_plan,
+    write_checkpoint,
+)
+from torch import Tensor
 
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
@@ -25,26 +32,6 @@ POLICIES = {
 }
 
 
-def autograd_gradients(
-    model: nn.Module, factors: FactorBuffers, tokens: PackedTokens, num_supervised: int
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Loss sum and factor gradients by one graph through the whole library model."""
-    for parameter in model.parameters():
-        parameter.grad = None
-    logits = model(
-        input_ids=tokens.token_ids,
-        position_ids=tokens.position_ids,
-        documents=tokens.documents,
-        use_cache=False,
-    ).logits
-    loss_sum = F.cross_entropy(logits[0].float(), tokens.labels, ignore_index=-100, reduction="sum")
-    (loss_sum / num_supervised).backward()
-    pairs = {
-        name: (model.get_submodule(name).a.grad, model.get_submodule(name).b.grad) for name in factors.names
-    }
-    return loss_sum.detach(), pairs
-
-
 def walk(
     decoder: FrozenDecoder,
     factors: FactorBuffers,
@@ -57,10 +44,6 @@ def walk(
     layer_walk = LayerWalk(decoder, factors, resident_plan(*policy), reference=reference)
     loss_sum = layer_walk.accumulate(batches, seed=0, step=1, num_supervised=num_supervised)
     return loss_sum, factors.views(factors.gradient.clone())
-
-
-def flat(gradients: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.cat([part.flatten() for pair in gradients.values() for part in pair])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

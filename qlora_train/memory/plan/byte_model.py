@@ -72,9 +72,9 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
         PACKED: num_resident * sum(size.data_bytes for size in sizes),
         CONSTANTS: num_resident * constants,
         EMBEDDING: workload.matrix_bytes if plan.embedding is Place.RESIDENT else 0,
-        HEAD: workload.matrix_bytes if plan.head is Place.RESIDENT and not shape.is_tied else 0,
+        HEAD: workload.head_bytes if plan.head is Place.RESIDENT and not shape.is_tied else 0,
         PLAIN: shape.plain_parameters * itemsize + 8 * (shape.head_dim // 2),
-        UNPACK_BUFFER: unpack_buffer_bytes(workload, plan),
+        UNPACK_BUFFER: unpack_buffer_bytes(workload, plan) + head_buffer_bytes(workload, plan),
         SLOTS: plan.num_slots * slot_bytes(workload, plan),
         MASTERS: 4 * n,
         GRADIENT: 4 * n,
@@ -92,15 +92,25 @@ def unpack_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
     return workload.packing.buffer_bytes(shapes, hold_unpacked=plan.hold_unpacked)
 
 
+def head_tile_shape(workload: Workload, plan: ExecutionPlan) -> tuple[int, int]:
+    return min(plan.head_tile_rows, workload.shape.vocabulary), workload.shape.hidden
+
+
+def head_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
+    """What tiles of a packed head are unpacked into."""
+    if not workload.head_is_packed:
+        return 0
+    return workload.packing.unpacked_bytes(head_tile_shape(workload, plan))
+
+
 def slot_bytes(workload: Workload, plan: ExecutionPlan) -> int:
     """A slot holds the largest item that streams."""
     items = [0]
     if any(place is not Place.RESIDENT for place in plan.weights):
         items.append(workload.slab_bytes)
     if plan.head is not Place.RESIDENT:
-        items.append(
-            min(plan.head_tile_rows, workload.shape.vocabulary) * workload.shape.hidden * workload.itemsize
-        )
+        num_rows, num_columns = head_tile_shape(workload, plan)
+        items.append(num_rows * workload.head_packing.row_bytes(num_columns))
     return max(items)
 
 

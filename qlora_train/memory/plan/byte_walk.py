@@ -38,10 +38,12 @@ from qlora_train.memory.plan.byte_model import (
 from qlora_train.memory.plan.ghost import Bytes, Ledger, total
 from qlora_train.memory.plan.ghost_loss import (
     GRADIENTS,
+    LOSS_BLOCK,
     ROTARY,
     LossSettings,
     embedded,
     reference_loss,
+    tile_scratch_bytes,
     tiled_loss,
 )
 from qlora_train.memory.plan.workload import Workload
@@ -256,7 +258,10 @@ def _loss_settings(workload: Workload, plan: ExecutionPlan) -> LossSettings:
         tile_rows=plan.head_tile_rows,
         norm=workload.shape.family.norm,
         num_logit_steps=workload.shape.num_logit_steps,
+        head_packing=workload.head_packing,
+        on_cuda=workload.target.on_cuda,
         rows_from_file=_rows_from_host(workload, plan.head),
+        copies_head=workload.head_is_packed or plan.head is not Place.RESIDENT,
     )
 
 
@@ -310,6 +315,9 @@ def generate_peak(
     # Logits of the token before in fp32, and of this one: tiles and all of them, or all of them and in fp32.
     logits = len(size.prompts) * shape.vocabulary
     ledger.bump({"logits": logits * (4 + max(2 * itemsize, itemsize + 4))})
+    ledger.bump(
+        {"logits": logits * (4 + itemsize), LOSS_BLOCK: tile_scratch_bytes(_loss_settings(quiet, plan))}
+    )
     return ledger.peak
 
 
@@ -321,4 +329,7 @@ def load_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
         if cause not in (MASTERS, GRADIENT, WORKING, OPTIMIZER, UNPACK_BUFFER)
     }
     streams = any(place is not Place.RESIDENT for place in plan.weights)
-    return total(parts, {LOADING: 2 * ROWS_BLOCK_BYTES + (workload.slab_bytes if streams else 0)})
+    loading = 2 * ROWS_BLOCK_BYTES + (workload.slab_bytes if streams else 0)
+    if workload.head_is_packed and workload.device == "cpu":
+        loading += workload.head_bytes  # read as a whole, on the host
+    return total(parts, {LOADING: loading})

@@ -60,7 +60,7 @@ class GenerationPlan:
         """What streams: every layer and the head once per token of all prompts."""
         layers = sum(place is not Place.RESIDENT for place in self.execution.weights)
         head = self.execution.head is not Place.RESIDENT
-        return layers * self.workload.slab_bytes + head * self.workload.matrix_bytes
+        return layers * self.workload.slab_bytes + head * self.workload.head_bytes
 
     def require_fit(self) -> None:
         """Raise `UserError`, with what is missing and what could be asked for, where nothing fits."""

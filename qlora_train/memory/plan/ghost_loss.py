@@ -14,6 +14,7 @@ from qlora_train.memory.plan.ghost import Ghost, Ledger, backward
 from qlora_train.memory.plan.ghost_attention import INT64
 from qlora_train.memory.plan.ghost_norm import library_norm
 from qlora_train.memory.plan.ghost_ops import FLOAT32
+from qlora_train.memory.plan.packed_sizes import PackingSizes
 
 LOSS_BLOCK = "loss block"
 
@@ -22,8 +23,8 @@ LOSS_BLOCK = "loss block"
 class LossSettings:
     """num_tokens: T. num_supervised: S of one micro-batch. hidden, vocabulary: D, V. loss_tokens,
     tile_rows: of the execution plan. norm: the final one, as the library writes it. num_logit_steps: see
-    `ModelShape`. rows_from_file: the head's label rows are read from a file into host memory that the meter
-    sees."""
+    `ModelShape`. head_packing: of the head's rows. rows_from_file: its label rows are read from a file into
+    host memory that the meter sees. copies_head: reference mode has to put the whole head together."""
 
     num_tokens: int
     num_supervised: int
@@ -34,7 +35,10 @@ class LossSettings:
     tile_rows: int
     norm: Norm
     num_logit_steps: int
+    head_packing: PackingSizes
+    on_cuda: bool
     rows_from_file: bool = False
+    copies_head: bool = False
 
 
 @dataclass
@@ -50,9 +54,24 @@ def tiled_loss(ledger: Ledger, xs: list[Ghost], settings: LossSettings, *, gradi
     """`TiledLoss`: takes the outputs of the last layer from the list, returns dL/dx of each."""
     with ledger.cause(LOSS_BLOCK):
         states = [_begin(ledger, xs.pop(0), settings, gradients) for _ in range(len(xs))]
+        ledger.scratch(tile_scratch_bytes(settings))
         for state in states:
             _add_tile(ledger, state, settings)
         return [_finish(ledger, states.pop(0), settings) for _ in range(len(states))] if gradients else []
+
+
+def tile_scratch_bytes(settings: LossSettings) -> int:
+    """What unpacking one tile of the head into its buffer needs besides."""
+    num_rows, width, packing = (
+        min(settings.tile_rows, settings.vocabulary),
+        settings.hidden,
+        settings.head_packing,
+    )
+    if packing.format == "none":
+        return 0
+    return num_rows * packing.row_bytes(width) + packing.scratch_bytes(
+        (num_rows, width), on_cuda=settings.on_cuda
+    )
 
 
 def _begin(ledger: Ledger, x: Ghost, settings: LossSettings, gradients: bool) -> _Running:
@@ -62,8 +81,9 @@ def _begin(ledger: Ledger, x: Ghost, settings: LossSettings, gradients: bool) ->
         leaf = leaf.leaf()
     hidden = library_norm(leaf, settings.norm)
     if settings.rows_from_file:
-        ledger.scratch(2 * num_rows * width * itemsize)
+        ledger.scratch(2 * num_rows * settings.head_packing.row_bytes(width))
     label_rows = ledger.tensor((num_rows, width), itemsize)
+    ledger.scratch(settings.head_packing.rows_scratch_bytes(num_rows, width))
     sums = ledger.tensor((num_rows, 3), FLOAT32)
     state = _Running(leaf, hidden, sums)
     if gradients:
@@ -108,7 +128,11 @@ GRADIENTS = "gradients between layers"
 def reference_loss(ledger: Ledger, xs: list[Ghost], settings: LossSettings) -> list[Ghost]:
     """`model/loss.reference_loss` of every micro-batch: all T positions' logits at once."""
     with ledger.cause(LOSS_BLOCK):
-        return [_reference(x, settings) for x in xs]
+        head = ledger.tensor((settings.vocabulary * settings.copies_head, settings.hidden), settings.itemsize)
+        ledger.scratch(tile_scratch_bytes(settings))
+        gradients = [_reference(x, settings) for x in xs]
+        del head
+        return gradients
 
 
 def _reference(x: Ghost, settings: LossSettings) -> Ghost:

@@ -59,7 +59,9 @@ class HostBudget:
 
 def host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
     """RAM while training, without what a CPU holds as the compute device."""
-    matrices = (plan.embedding is Place.RAM) + (plan.head is Place.RAM and not workload.shape.is_tied)
+    matrices = workload.matrix_bytes if plan.embedding is Place.RAM else 0
+    if plan.head is Place.RAM and not workload.shape.is_tied:
+        matrices += workload.head_bytes
     group = -(-workload.num_micro_batches // plan.num_groups)
     x_bytes = workload.num_tokens * workload.shape.hidden * workload.itemsize
     num_recomputed = plan.activations.count(Activation.RECOMPUTE)
@@ -67,7 +69,7 @@ def host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
     result = {
         PROCESS: PROCESS_BYTES[workload.device],
         SLABS: sum(place is Place.RAM for place in plan.weights) * workload.slab_bytes,
-        MATRICES: matrices * workload.matrix_bytes,
+        MATRICES: matrices,
         INPUTS: group * num_recomputed * x_bytes if plan.inputs is Place.RAM else 0,
         PARKED: group * parked_bytes(workload, plan),
         STAGING: STAGING_BYTES if from_disk and workload.device == "cuda" else 0,
@@ -89,9 +91,9 @@ def parked_bytes(workload: Workload, plan: ExecutionPlan) -> int:
 
 
 def load_host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
-    """RAM while the base is read and packed: what is to stay there, and blocks of rows."""
+    """RAM while the base is read and packed: what is to stay there, and blocks of rows, or a packed head."""
     stays = {c: n for c, n in host_bytes(workload, plan).items() if c in (PROCESS, SLABS, MATRICES)}
-    return stays | {ROWS: ROWS_BYTES}
+    return stays | {ROWS: ROWS_BYTES + (workload.head_bytes if workload.head_is_packed else 0)}
 
 
 def save_host_bytes(workload: Workload) -> Bytes:
@@ -103,6 +105,8 @@ def save_host_bytes(workload: Workload) -> Bytes:
 def merge_host_bytes(workload: Workload) -> Bytes:
     """RAM while merging: a few rows at a time, one packed weight."""
     largest = max(workload.packing.of(shape).num_bytes for shape in workload.shape.linear_shapes().values())
+    if workload.head_is_packed:
+        largest = max(largest, workload.head_bytes)
     return {PROCESS: PROCESS_BYTES[workload.device], ROWS: ROWS_BYTES + largest}
 
 
@@ -110,8 +114,8 @@ def disk_bytes(workload: Workload, *, has_packed_base: bool, keep_checkpoints: i
     """What a run writes: the packed base unless it is there, checkpoints (one more while it replaces another;
     the best by evaluation may be kept besides), the adapter."""
     shape = workload.shape
-    num_matrices = 1 if shape.is_tied else 2
-    packed = shape.num_layers * workload.slab_bytes + num_matrices * workload.matrix_bytes
+    matrices = workload.matrix_bytes + (0 if shape.is_tied else workload.head_bytes)
+    packed = shape.num_layers * workload.slab_bytes + matrices
     state = 4 * workload.num_factor_numbers + optimizer_state_bytes(workload)
     base = {} if has_packed_base else {PACKED_BASE: packed + shape.plain_parameters * workload.itemsize}
     return base | {

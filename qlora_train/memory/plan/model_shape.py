@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_train.errors import UserError
 from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
+from qlora_train.memory.plan.packed_sizes import BLOCK_SIZE, Format
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class ModelShape:
 
     family: what its code adds. windows: per layer, how many tokens back a query sees (None: all). has_silu:
     the MLP's activation is SiLU. has_softcap: attention scores are capped with tanh. num_logit_steps: what
-    is done to logits one after another: 1 for a scale, 3 for a cap. The rest is what the config says, or the
-    family where it says nothing.
+    is done to logits one after another: 1 for a scale, 3 for a cap. head_format: how the checkpoint has
+    packed the head. The rest is what the config says, or the family where it says nothing.
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class ModelShape:
     has_silu: bool = True
     has_softcap: bool = False
     num_logit_steps: int = 0
+    head_format: Format = "none"
 
     @property
     def is_known(self) -> bool:
@@ -131,6 +133,7 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
     try:
         hidden, num_heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         num_layers = int(values["num_hidden_layers"])
+        is_tied = bool(values.get("tie_word_embeddings", family.is_tied))
         return ModelShape(
             model_type=model_type,
             family=family,
@@ -141,7 +144,7 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
             num_kv_heads=int(values.get("num_key_value_heads", family.kv_heads) or num_heads),
             head_dim=int(values.get("head_dim", family.head_dim) or hidden // num_heads),
             vocabulary=int(values["vocab_size"]),
-            is_tied=bool(values.get("tie_word_embeddings", family.is_tied)),
+            is_tied=is_tied,
             max_positions=int(values.get("max_position_embeddings", 2048)),
             windows=_windows(family, values, num_layers),
             qkv_bias=_bias(family.qkv_bias, values),
@@ -150,6 +153,7 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
             has_silu=_activation(family, values) in ("silu", "swish"),
             has_softcap=values.get("attn_logit_softcapping", family.caps_scores or None) is not None,
             num_logit_steps=_num_logit_steps(family, values),
+            head_format="none" if is_tied else _head_format(values.get("quantization_config"), hidden),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
@@ -178,6 +182,20 @@ def _num_logit_steps(family: Family, values: Mapping[str, Any]) -> int:
 def _activation(family: Family, values: Mapping[str, Any]) -> str:
     """Some families call the key otherwise."""
     return values.get("hidden_activation") or values.get("hidden_act") or family.activation
+
+
+def _head_format(stored: Mapping[str, Any] | None, hidden: int) -> Format:
+    """How a checkpoint with this quantization_config stores the rows of an untied head. bitsandbytes leaves
+    the head unpacked unless told what else to skip; 4-bit rows that are not whole blocks are unpacked at
+    load."""
+    skipped = (stored or {}).get("llm_int8_skip_modules")
+    if not stored or skipped is None or any("lm_head".endswith(str(name)) for name in skipped):
+        return "none"
+    if stored.get("load_in_8bit"):
+        return "int8"
+    if not stored.get("load_in_4bit") or hidden % BLOCK_SIZE:
+        return "none"
+    return "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
 
 
 def _windows(family: Family, values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+Format = Literal["nf4", "fp4", "int8", "none"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 ALIGNMENT_BYTES = 64
@@ -43,7 +44,7 @@ class PackedSize:
 class PackingSizes:
     """How weights are packed. itemsize: bytes of a number in the compute dtype."""
 
-    format: Literal["nf4", "fp4", "int8", "none"]
+    format: Format
     double_quant: bool
     itemsize: int
 
@@ -67,6 +68,21 @@ class PackingSizes:
                 constants += [4 * -(-num_blocks // NESTED_BLOCK_SIZE), 4, 4 * 256]
         padding = sum(-size % ALIGNMENT_BYTES for size in (data, *constants))
         return PackedSize(data, sum(constants), padding)
+
+    def row_bytes(self, num_columns: int) -> int:
+        """One row of a matrix whose rows are stored with scales of their own (model/packed_matrix.py)."""
+        if self.format == "none":
+            return num_columns * self.itemsize
+        return (
+            num_columns + 4 if self.format == "int8" else num_columns // 2 + 4 * (num_columns // BLOCK_SIZE)
+        )
+
+    def rows_scratch_bytes(self, num_rows: int, num_columns: int) -> int:
+        """What unpacking so many of those rows needs besides the result: their codes and scales apart."""
+        if self.format == "none":
+            return 0
+        chunk = 4 * num_columns * min(num_rows, max(1, INT8_CHUNK // num_columns))
+        return num_rows * self.row_bytes(num_columns) + (chunk if self.format == "int8" else 0)
 
     def slab_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """The slab of a layer with these linears."""

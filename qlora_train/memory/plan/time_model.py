@@ -99,7 +99,7 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     unpack = _unpack_seconds(workload, plan, group, num_groups, rates)
     streamed = [i for i, place in enumerate(plan.weights) if place is not Place.RESIDENT]
     forward_copies = sum(_fetch_seconds(plan.weights[i], workload.slab_bytes, rates) for i in streamed)
-    head_copies = _fetch_seconds(plan.head, workload.matrix_bytes, rates)
+    head_copies = _fetch_seconds(plan.head, workload.head_bytes, rates)
     parked = group * parked_bytes(workload, plan)
     if plan.inputs is Place.RAM:
         x_bytes = workload.num_tokens * workload.shape.hidden * workload.itemsize
@@ -114,7 +114,7 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     )
     copied = num_groups * (
         2 * len(streamed) * workload.slab_bytes
-        + (plan.head is not Place.RESIDENT) * workload.matrix_bytes
+        + (plan.head is not Place.RESIDENT) * workload.head_bytes
         + 2 * parked
     )
     copies = num_groups * (2 * forward_copies + head_copies + 2 * parked / rates.copy)

@@ -80,8 +80,22 @@ class Workload:
 
     @property
     def matrix_bytes(self) -> int:
-        """Of the embedding, or the head."""
+        """Of the embedding, or a head that is not packed."""
         return self.shape.matrix_parameters * self.itemsize
+
+    @property
+    def head_is_packed(self) -> bool:
+        return self.shape.head_format != "none"
+
+    @property
+    def head_packing(self) -> PackingSizes:
+        """Of the head's rows."""
+        return PackingSizes(self.shape.head_format, False, self.itemsize)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the head as it is stored; of the one matrix where it is tied."""
+        return self.shape.vocabulary * self.head_packing.row_bytes(self.shape.hidden)
 
     def layer_settings(self, *, hold_unpacked: bool, mlp_tile_tokens: int | None) -> LayerSettings:
         return LayerSettings(

@@ -15,6 +15,7 @@ from qlora_train.memory.plan.byte_model import (
     LEAVING,
     MASTERS,
     SLOTS,
+    UNPACK_BUFFER,
     WORKING,
     fixed_bytes,
     layer_bytes,
@@ -23,6 +24,7 @@ from qlora_train.memory.plan.byte_model import (
 from qlora_train.memory.plan.byte_walk import _Step, evaluation_peak, step_peak
 from qlora_train.memory.plan.ghost import Ledger, backward
 from qlora_train.memory.plan.ghost_attention import buckets, padded_length
+from qlora_train.memory.plan.host_bytes import MATRICES, host_bytes
 from qlora_train.memory.plan.model_shape import KNOWN
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.target import CPU, Target
@@ -111,6 +113,23 @@ def test_a_slot_holds_the_largest_item() -> None:
     large_tiles = replace(plan(32, Place.RAM), head_tile_rows=10**6)
     assert fixed_bytes(workload(), large_tiles)[SLOTS] == 2 * 128256 * 4096 * 2
     assert EMBEDDING not in parts and HEAD not in parts
+
+
+@pytest.mark.parametrize(("head_format", "megabytes"), [("nf4", 295.5), ("fp4", 295.5), ("int8", 525.8)])
+def test_a_packed_head(head_format: str, megabytes: float) -> None:
+    packed = workload(shape=replace(LLAMA_8B, head_format=head_format))
+    resident, streamed = fixed_bytes(packed, plan(32)), fixed_bytes(packed, plan(32, Place.RAM))
+    assert resident[HEAD] / 1e6 == pytest.approx(megabytes, abs=0.1)
+    assert resident[EMBEDDING] == 128256 * 4096 * 2
+    buffer_bytes = fixed_bytes(workload(), plan(32))[UNPACK_BUFFER]
+    assert resident[UNPACK_BUFFER] - buffer_bytes == 8192 * 4096 * 2  # one tile
+    large_tiles = replace(plan(32, Place.RAM), head_tile_rows=10**6)
+    assert fixed_bytes(packed, large_tiles)[SLOTS] == 2 * resident[HEAD]
+    assert HEAD not in streamed
+    in_ram = [host_bytes(w, plan(32, Place.RAM))[MATRICES] for w in (workload(), packed)]
+    assert in_ram[0] - in_ram[1] == 128256 * 4096 * 2 - resident[HEAD]
+    saved = sum(step_peak(workload(), plan(32)).values()) - sum(step_peak(packed, plan(32)).values())
+    assert saved == 128256 * 4096 * 2 - resident[HEAD] - 8192 * 4096 * 2
 
 
 def test_optimizer_state() -> None:

@@ -110,3 +110,28 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
     with pytest.raises(UserError, match="num_attention_heads"):
         find_shape(str(tmp_path))
+
+
+FOUR, EIGHT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("stored", "changes", "head_format"),
+    [
+        (None, {}, "none"),
+        (FOUR, {}, "none"),
+        (FOUR | {"llm_int8_skip_modules": None}, {}, "none"),  # the default: all but the head
+        (FOUR | {"llm_int8_skip_modules": ["lm_head", "vision"]}, {}, "none"),
+        (FOUR | {"llm_int8_skip_modules": ["head"]}, {}, "none"),  # a name's end is enough
+        (FOUR | {"llm_int8_skip_modules": ["vision"]}, {}, "nf4"),
+        (FOUR | {"llm_int8_skip_modules": []}, {}, "nf4"),
+        (FOUR | {"llm_int8_skip_modules": [], "bnb_4bit_quant_type": "fp4"}, {}, "fp4"),
+        (FOUR | {"llm_int8_skip_modules": []}, {"hidden_size": 72}, "none"),
+        (EIGHT | {"llm_int8_skip_modules": []}, {"hidden_size": 72}, "int8"),
+        (EIGHT | {"llm_int8_skip_modules": []}, {"tie_word_embeddings": True}, "none"),
+        ({"quant_method": "gptq", "llm_int8_skip_modules": []}, {}, "none"),
+    ],
+)
+def test_whether_the_head_is_packed(stored: object, changes: dict[str, object], head_format: str) -> None:
+    values = tiny_config("llama").to_dict() | changes | {"quantization_config": stored}
+    assert shape_from_config(values).head_format == head_format

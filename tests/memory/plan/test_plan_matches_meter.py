@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import packed_row, tiny_config
+from tiny_models import pack_with_head, packed_row, tiny_config
 from transformers import AutoModelForCausalLM
 
 from qlora_train.infer.evaluate import loss_sum
@@ -52,6 +52,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 5000, "tie_word_embeddings": True},
     ),
+    "llama-wide-head": ("llama", {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 5001}),
     "qwen3-3m": ("qwen3", {"hidden_size": 192, "intermediate_size": 576, "vocab_size": 3000, "head_dim": 64}),
     "phi3-4m": ("phi3", {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 500}),
     "gemma-3m": ("gemma", {"hidden_size": 192, "intermediate_size": 768, "vocab_size": 700, "head_dim": 48}),
@@ -110,7 +111,8 @@ RESIDENT, RAM, DISK = Place.RESIDENT, Place.RAM, Place.DISK
 
 @dataclass(frozen=True)
 class Case:
-    """One combination. weights: of layers, in turn; matrices: embedding and head. activations: in turn."""
+    """One combination. weights: of layers, in turn; matrices: embedding and head. activations: in turn.
+    packs_head: the checkpoint is packed already, its head too."""
 
     shape: str
     packing: Packing = Packing("nf4", double_quant=True)
@@ -124,6 +126,7 @@ class Case:
     dropout: float = 0.0
     optimizer: str = "adamw_8bit"
     reference: bool = False
+    packs_head: bool = False
     plan: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def execution(self, num_layers: int) -> ExecutionPlan:
@@ -195,6 +198,23 @@ CASES = {
     ),
     "reference": Case("llama-4m", reference=True, documents=(96,), activations=(KEEP, RECOMPUTE)),
     "reference-fp32": Case("llama-tied-3m", reference=True, dtype=torch.float32, dropout=0.1),
+    "head-nf4": Case("llama-wide-head", packs_head=True, num_micro_batches=2),
+    "head-fp4-fp32": Case(
+        "llama-wide-head",
+        packs_head=True,
+        packing=Packing("fp4"),
+        dtype=torch.float32,
+        activations=(RECOMPUTE,),
+    ),
+    "head-int8": Case("llama-wide-head", packs_head=True, packing=Packing("int8"), documents=(300,)),
+    "head-nf4-in-ram": Case(
+        "llama-wide-head", packs_head=True, matrices=(RAM, RAM), activations=(RECOMPUTE,), documents=(32,)
+    ),
+    "head-int8-on-disk": Case(
+        "llama-wide-head", packs_head=True, packing=Packing("int8"), weights=(DISK,), matrices=(DISK, DISK)
+    ),
+    "head-one-tile": Case("llama-wide-head", packs_head=True, plan={"head_tile_rows": 8192}, documents=(16,)),
+    "head-reference": Case("llama-wide-head", packs_head=True, reference=True, documents=(16,)),
     "118m-keep": Case("llama-118m", rank=16, optimizer="paged_adamw_32bit"),
     "118m-streamed": Case(
         "llama-118m", weights=(RAM,), matrices=(RAM, RAM), activations=(RECOMPUTE,), num_micro_batches=2
@@ -236,11 +256,14 @@ class Peaks:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Name of a shape -> folder with a random checkpoint, made at its first use."""
+    """Name of a shape, how it is packed with its head or None -> folder with a random checkpoint, made at its
+    first use."""
     root = tmp_path_factory.mktemp("shapes")
 
     @cache
-    def folder(name: str) -> Path:
+    def folder(name: str, packing: Packing | None) -> Path:
+        if packing is not None:
+            return pack_with_head(folder(name, None), root / f"{name} {packing}", packing)
         family, sizes = SHAPES[name]
         config = tiny_config(family, **({"max_position_embeddings": 2048} | sizes))
         torch.manual_seed(0)
@@ -353,7 +376,7 @@ def test_plan_matches_meter(name: str, device_name: str, checkpoints: Any) -> No
     if device_name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     case = CASES[name]
-    folder = checkpoints(case.shape)
+    folder = checkpoints(case.shape, case.packing if case.packs_head else None)
     shape = shape_from_config(json.loads((folder / "config.json").read_text()))
     workload, plan = workload_of(case, shape, device_name), case.execution(shape.num_layers)
     measured = measured_bytes(case, folder, torch.device(device_name))

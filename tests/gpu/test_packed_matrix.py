@@ -1,0 +1,34 @@
+"""A packed head on a GPU: tiles by our kernel, labels by the library's, both with bitsandbytes' bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qlora_train.model.packed_matrix import PackedMatrix, RowFormat, packing_of_rows
+from qlora_train.model.quantize import Packing, pack
+from qlora_train.model.token_matrix import ResidentMatrix, TokenIds, tiles
+
+pytestmark = pytest.mark.gpu
+V = 1001
+CASES = [(Packing("nf4", True), 192), (Packing("fp4"), 4096), (Packing("int8"), 63), (Packing("int8"), 256)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("packing", "num_columns"), CASES, ids=str)
+@pytest.mark.parametrize("tile_rows", [1, 300, 1001, 5000])
+def test_parts_are_those_of_the_whole(
+    gpu: torch.device, packing: Packing, num_columns: int, dtype: torch.dtype, tile_rows: int
+) -> None:
+    weight = pack(
+        [torch.randn(V, num_columns, generator=torch.Generator().manual_seed(0))], (V, num_columns), packing
+    )
+    row_format = RowFormat(packing_of_rows(packing, num_columns), num_columns, dtype)
+    stored = ResidentMatrix(row_format.store(weight, 0, V).to(gpu), tile_rows)
+    matrix, expected = PackedMatrix(stored, row_format), weight.to(gpu).unpack(dtype)
+    for start, rows in tiles(matrix):
+        assert torch.equal(rows, expected[start : start + tile_rows])
+    for ids in ([1000, 3, 3, 0], list(range(V)), [7], []):
+        asked = TokenIds.of(np.array(ids, dtype=np.int64), gpu)
+        assert torch.equal(matrix.gather(asked), expected[asked.device])
