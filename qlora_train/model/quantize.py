@@ -317,8 +317,8 @@ def _pack_absmax(absmax: Tensor, tensors: dict[str, Tensor]) -> None:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """As `values.mean()` with one thread, bit for bit. On a CPU several threads share a single sum; of two sums
-    each takes whole ones, in the order of one thread. So there are two, of the same numbers."""
+    """As `values.mean()` with one thread, bit for bit. On a CPU several threads share a single sum; of two
+    sums each takes whole ones, in the order of one thread. So there are two, of the same numbers."""
     return values.mean() if values.is_cuda else values.expand(2, -1).mean(-1)[0]
 
 
