@@ -25,8 +25,9 @@ scratch per number: 0.7 to 1.5 GB for one MLP matrix of an 8B model. But blocks 
 whole blocks give the same bytes, the remainder of a row block is carried into the next, and scratch stays
 below 64 MiB.
 
-Double-quantised scales are not a function of the weight alone: nested_offset is a mean, which torch sums in
-another order with another number of threads, and its last bits can differ. So they do in the library.
+Double-quantised scales depend on the order in which nested_offset, a mean, is summed. torch splits one sum
+over its threads, so in the library their last bits change with the number of threads beyond 2M numbers. Here
+(`_mean`) they are those of one thread, always: a packed base has one fingerprint.
 """
 
 from __future__ import annotations
@@ -307,12 +308,18 @@ def _quantizer_4bit(packing: Packing, device: torch.device) -> Callable[[Tensor,
 
 def _pack_absmax(absmax: Tensor, tensors: dict[str, Tensor]) -> None:
     """Double quantisation; overwrites `absmax`."""
-    offset = absmax.mean()
+    offset = _mean(absmax)
     codes, state = bnb.quantize_blockwise(absmax.sub_(offset), blocksize=NESTED_BLOCK_SIZE)
     tensors["absmax"].copy_(codes)
     tensors["nested_absmax"].copy_(state.absmax)
     tensors["nested_offset"].copy_(offset)
     tensors["nested_code"].copy_(state.code)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """As `values.mean()` with one thread, bit for bit. On a CPU several threads share a single sum; of two
+    sums each takes whole ones, in the order of one thread. So there are two, of the same numbers."""
+    return values.mean() if values.is_cuda else values.expand(2, -1).mean(-1)[0]
 
 
 def _whole_blocks(rows: Iterable[Tensor], block: int) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -163,6 +164,36 @@ def test_a_weight_of_zeros_has_the_bytes_of_bitsandbytes() -> None:
             assert same_bytes(packed.tensors["data"], data)
             assert same_bytes(packed.tensors["absmax"], state.absmax)
             assert packed.unpack(torch.float32).abs().max() < 1e-37
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 300, 2**15, 2**15 + 1, 100_000, 229_376, 917_504])
+def test_the_mean_is_that_of_one_thread(num_blocks, threads) -> None:
+    absmax = 0.01 + 0.1 * torch.rand(num_blocks, generator=torch.Generator().manual_seed(num_blocks))
+    threads(1)
+    expected = absmax.mean()
+    for number in (1, 2, 3, 8):
+        threads(number)
+        assert same_bytes(quantize._mean(absmax), expected)
+
+
+def test_double_quantisation_has_the_bytes_of_one_thread(threads) -> None:
+    """2.6M numbers: torch would share their sum among threads."""
+    weight = random_weight((1300, 2048), torch.bfloat16)
+    threads(1)
+    _, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    for number in (1, 2, 4):
+        threads(number)
+        packed = pack([weight], (1300, 2048), Packing("nf4", True))
+        assert same_bytes(packed.tensors["nested_offset"], state.offset)
+        assert same_bytes(packed.tensors["absmax"], state.absmax)
+        assert same_bytes(packed.tensors["nested_absmax"], state.state2.absmax)
 
 
 def test_a_double_quantised_weight_takes_0_5159_byte_per_number() -> None:

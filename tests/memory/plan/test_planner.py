@@ -239,6 +239,6 @@ def test_unknown_names_of_linears_are_refused_only_where_the_family_is_known() -
     assert _targets(["c_fc"], unknown) == tuple(unknown.linear_shapes())  # counted as all of them
     assert _targets(["q_proj"], unknown) == ("self_attn.q_proj",)
     starcoder = shape_from_config(config | {"model_type": "starcoder2"}, "here")
-    assert not starcoder.is_exact and _targets(["c_fc"], starcoder) == ("mlp.c_fc",)
+    assert starcoder.is_exact and _targets(["c_fc"], starcoder) == ("mlp.c_fc",)
     with pytest.raises(UserError, match="c_fc matches no linear layer"):
         _targets(["c_fc"], shape_from_config(config | {"model_type": "llama"}, "here"))
