@@ -105,7 +105,7 @@ def test_a_long_prompt_passes_the_mlp_in_tiles_where_it_must() -> None:
 
 def test_from_disk_where_ram_is_short_and_on_a_cpu() -> None:
     assert set(planned(2, host=HostBudget(8 * GIB, 0)).execution.weights) == {Place.DISK}
-    plan = planned(2, device="cpu")
+    plan = planned(2, target=TARGET_CPU)
     assert Place.DISK in plan.execution.weights and plan.execution.embedding is Place.DISK
 
 
