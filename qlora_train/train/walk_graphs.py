@@ -1,0 +1,333 @@
+"""CUDA graphs of the walk: the forward half of a group is one graph, its backward half another.
+
+A step of a small model is thousands of short kernels, and the host takes longer to queue them than the GPU to
+run them. A graph is queued as a whole. Between the two halves stays what has no fixed shape: embedding
+(library code) and head (as many tokens as are supervised) are queued as ever.
+
+    edge[k] <- x_0[k], arguments <- the batch's         copies into tensors that stay where they are
+    forward graph      edge[k] <- layer_L-1(... layer_0(edge[k]))
+    head               loss, dL/dx_L of edge[k]
+    edge[k] <- dL/dx_L
+    backward graph     adds to the flat fp32 gradient
+
+A graph repeats kernels with the addresses they had. So whatever a half reads or writes must be at the same
+place in every step: packed weights, the buffer they are unpacked into, norms, factors, flat gradient (they
+never move); one `edge` [1, T, D] per micro-batch and copies of the layers' tensor arguments (kept here). All
+else is made inside. What is no tensor is burnt in: the shapes, which are few (`of_one_shape`), each with
+graphs of its own. Copies begin as zeros and are filled at replay only, so a copy that is forgotten shows.
+
+Bytes. What a half allocates comes from a pool that the graphs share, in the order of the walk, so the pool is
+as large as the walk's own peak. But the pool keeps its bytes: head, embedding and optimizer do not find room
+there any more, nor does an evaluation, so the loop releases the graphs before one (`release`), and they are
+captured again after it. The plan counts all that (`step_with_graphs_peak`).
+
+Trust. The first step of a shape is computed both ways: eagerly first, which also loads every kernel (a
+capture may not) and shows whether a layer waits for the device; its result counts. Then it is captured,
+replayed and compared: the same bits where torch is deterministic; else within TOLERANCE, as flash attention's
+backward adds in any order. What does not go as it should ends the use of graphs, and the walk goes on without.
+
+Why not torch.cuda.make_graphed_callables: one callable per layer would be 2 L K graphs, and its inputs' and
+outputs' copies stay for each. Why not torch.compile(mode="reduce-overhead"): it compiles the library's layers
+again and chooses the order of sums itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qlora_train.errors import TrainingFailure
+from qlora_train.kernels.dropout import TokenKeys
+from qlora_train.memory.meter import make_workspaces
+from qlora_train.memory.tighten import is_out_of_memory
+from qlora_train.model.attention import DocumentLayout
+from qlora_train.model.decoder import LayerArguments
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.train.remembered import RememberedLayer
+
+TOLERANCE = 2e-2
+"""Relative difference of two gradients, or losses, that only the order of sums explains in 16 bits."""
+MAX_SHAPES = 4
+"""Shapes with graphs; what is rarer runs eagerly."""
+
+Head = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
+"""Outputs of the last layer -> (sum of losses, dL/dx of each); may empty the list."""
+Replay = Callable[[], None]
+Shape = tuple[tuple[int, ...], int, int]
+
+
+class Halves(Protocol):
+    """The parts of `LayerWalk` that are needed here."""
+
+    def embed(self, tokens: PackedTokens) -> tuple[Tensor, list[LayerArguments]]: ...
+
+    def forward(
+        self, xs: list[Tensor], arguments: Sequence[list[LayerArguments]], keys: Sequence[TokenKeys]
+    ) -> list[RememberedLayer]: ...
+
+    def backward(
+        self,
+        remembered: list[RememberedLayer],
+        gradients: list[Tensor],
+        arguments: Sequence[list[LayerArguments]],
+        keys: Sequence[TokenKeys],
+    ) -> None: ...
+
+    def walk_group(
+        self,
+        group: Sequence[PackedTokens],
+        keys: Sequence[TokenKeys],
+        head: Head,
+        within: Callable[[], AbstractContextManager[object]],
+    ) -> Tensor: ...
+
+
+class Recorder(Protocol):
+    """Makes graphs; `CudaRecorder`, and in tests a tape."""
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        """Notes what `work` queues on the device, without doing it; returns what does it."""
+        ...
+
+    def watching(self, waits: list[str]) -> AbstractContextManager[object]:
+        """Inside, operations in which the host waits for the device are noted."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory of graphs back that nobody holds any more."""
+        ...
+
+
+class CudaRecorder:
+    """Graphs with one pool, captured on one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.stream(self._stream):
+                make_workspaces(self._device)  # cuBLAS keeps those of a stream for good: not in the pool
+        gc.collect()  # nothing of CUDA should be destroyed during a capture
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # during one, the allocator cannot take back what it keeps for others
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # thread_local: the next batches are pinned, and NCCL is watched, by threads of their own
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+    @contextmanager
+    def watching(self, waits: list[str]) -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits += [str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)]
+
+    def release(self) -> None:
+        self._pool = None  # torch refuses a pool that has lost all its graphs
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """inputs: of every micro-batch, the copies of the layers' tensor arguments."""
+
+    inputs: list[list[Tensor]]
+    forward: Replay
+    backward: Replay
+
+
+class WalkGraphs:
+    """Walks groups by graphs, or eagerly where there are none for their shape.
+
+    gradient: the flat one. must: a failure to capture, or a difference, is a `TrainingFailure`, not only
+    said.
+    """
+
+    def __init__(
+        self, recorder: Recorder, gradient: Tensor, *, must: bool, say: Callable[[str], None]
+    ) -> None:
+        self._recorder, self._gradient, self._must, self._say = recorder, gradient, must, say
+        self._edges: list[Tensor] = []
+        self._captured: dict[Shape, _Captured] = {}
+        self._proven: set[Shape] = set()
+        self.are_used = True
+
+    def walk(
+        self, walk: Halves, group: Sequence[PackedTokens], keys: Sequence[TokenKeys], head: Head
+    ) -> Tensor:
+        """As `walk.walk_group`: adds to the gradient, returns the sum of losses."""
+        shape = _shape_of(group)
+        if self.are_used and shape in self._proven:
+            ready = self._try(lambda: self._before_backward(shape, walk, group, keys, head))
+            if ready is not None:
+                return self._after_head(shape, *ready)
+        elif self.are_used and len(self._proven) < MAX_SHAPES:
+            return self._prove(shape, walk, group, keys, head)
+        return walk.walk_group(group, keys, head)  # type: ignore[call-arg]
+
+    def release(self) -> None:
+        """Give the memory back; what is walked next is captured again."""
+        self._captured.clear()
+        self._edges.clear()
+        self._recorder.release()
+
+    def give_up(self, reason: str) -> None:
+        """Walk eagerly from now on, and say why."""
+        if self.are_used:
+            self.are_used = False
+            self._captured.clear()
+            self._edges.clear()
+            self._say(f"CUDA graphs are no longer used: {reason}")
+
+    def _prove(
+        self, shape: Shape, walk: Halves, group: Sequence[PackedTokens], keys: Sequence[TokenKeys], head: Head
+    ) -> Tensor:
+        """Both ways; see the module docstring. What is compared waits on the host: the device may be full."""
+        before, waits = _on_host(self._gradient), list[str]()
+        loss = walk.walk_group(group, keys, head, lambda: self._recorder.watching(waits))
+        expected = _on_host(self._gradient)
+        size = torch.linalg.vector_norm(before.sub_(expected))
+        if waits:
+            self._fail(f"a layer waits for the device ({waits[0]})")
+        if waits or not (torch.isfinite(size) and size > 0):  # nothing to compare: another step will do
+            return loss
+        self._gradient.copy_(before.add_(expected))
+        ready = self._try(lambda: self._before_backward(shape, walk, group, keys, head))
+        if ready is not None:
+            replayed_loss = self._after_head(shape, *ready)
+            off = torch.linalg.vector_norm(_on_host(self._gradient).sub_(expected)) / size
+            loss_off = ((replayed_loss - loss).abs() / loss.abs()).cpu()
+            tolerance = 0.0 if torch.are_deterministic_algorithms_enabled() else TOLERANCE
+            if off <= tolerance and loss_off <= tolerance:  # NaN is not
+                self._proven.add(shape)
+            else:
+                self._fail(f"replayed, gradient and loss differ by {off:.1e} and {loss_off:.1e}, relative")
+        self._gradient.copy_(expected)
+        return loss
+
+    def _before_backward(
+        self, shape: Shape, walk: Halves, group: Sequence[PackedTokens], keys: Sequence[TokenKeys], head: Head
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Everything that may run out of memory; the gradient has not been touched yet. Returns what the head
+        does."""
+        if shape not in self._captured:
+            self._captured[shape] = self._capture(walk, group, keys)
+        edges = self._edges[: len(group)]
+        for edge, inputs, tokens in zip(edges, self._captured[shape].inputs, group, strict=True):
+            x, arguments = walk.embed(tokens)
+            edge.copy_(x)
+            for copy, tensor in zip(inputs, _distinct_tensors(arguments), strict=True):
+                copy.copy_(tensor)
+        self._captured[shape].forward()
+        return head(list(edges))
+
+    def _after_head(self, shape: Shape, loss_sum: Tensor, gradients: list[Tensor]) -> Tensor:
+        for edge, gradient in zip(self._edges, gradients, strict=False):
+            edge.copy_(gradient)
+        self._captured[shape].backward()
+        return loss_sum
+
+    def _capture(
+        self, walk: Halves, group: Sequence[PackedTokens], keys: Sequence[TokenKeys]
+    ) -> _Captured:
+        arguments, inputs = [], []
+        for k, tokens in enumerate(group):
+            x, given = walk.embed(tokens)
+            if k == len(self._edges):
+                self._edges.append(torch.zeros_like(x))
+            copies = {id(t): torch.zeros_like(t) for t in _distinct_tensors(given)}
+            arguments.append(_with_tensors(given, lambda t, copies=copies: copies[id(t)]))
+            inputs.append(list(copies.values()))
+        del x, given
+        edges, remembered = self._edges[: len(group)], list[RememberedLayer]()
+
+        def forward() -> None:
+            xs = [edge.clone() for edge in edges]
+            remembered.extend(walk.forward(xs, arguments, keys))
+            for edge, x in zip(edges, xs, strict=True):
+                edge.copy_(x)
+
+        def backward() -> None:
+            walk.backward(remembered, list(edges), arguments, keys)
+
+        return _Captured(inputs, self._recorder.capture(forward), self._recorder.capture(backward))
+
+    def _try(self, work: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, list[Tensor]] | None:
+        """None: it failed, and graphs are given up. The exception ends here, with the tensors it holds. One
+        that has nothing to do with graphs comes again when the group is walked eagerly."""
+        try:
+            return work()
+        except (RuntimeError, ValueError, MemoryError) as error:
+            ran_out = any(is_out_of_memory(e) for e in _with_causes(error))
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if ran_out:
+            self.give_up(f"out of memory with them ({reason})")
+            self._recorder.release()
+        else:
+            self._fail(f"the walk cannot be captured ({reason})")
+        return None
+
+    def _fail(self, reason: str) -> None:
+        if self._must:
+            raise TrainingFailure(f"training.cuda_graphs: true, but {reason}. Write auto or false.")
+        self.give_up(reason)
+
+
+def _shape_of(group: Sequence[PackedTokens]) -> Shape:
+    """(tokens of each, boundaries of documents, the longest one)."""
+    documents = group[0].documents
+    return tuple(len(tokens.ids) for tokens in group), len(documents.cu_seqlens), documents.longest
+
+
+def _with_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
+    """Nested arguments with every tensor replaced. Of the documents only what the variable-length kernel is
+    told: a layer that attends another way finds nothing there, and fails."""
+    if isinstance(value, Tensor):
+        return new(value)
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, new) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(item, new) for item in value)
+    if isinstance(value, DocumentLayout):
+        boundaries = new(value.cu_seqlens)
+        return replace(value, boundaries=(), buckets=(), inverse=boundaries, cu_seqlens=boundaries)
+    return value
+
+
+def _distinct_tensors(value: Any) -> list[Tensor]:
+    """Those that `_with_tensors` replaces, each once, in its order."""
+    found: dict[int, Tensor] = {}
+    _with_tensors(value, lambda t: found.setdefault(id(t), t))
+    return list(found.values())
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Ending a capture that went wrong raises again."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
