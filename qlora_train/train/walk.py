@@ -111,6 +111,11 @@ class LayerWalk:
         copies that are under way."""
         self._remembered.park.drain()
 
+    def release_graphs(self) -> None:
+        """Before something else needs the memory that graphs keep."""
+        if self.graphs is not None:
+            self.graphs.release()
+
     def _order(self, num_groups: int) -> list[int]:
         """What this step visits, and the layers that the next step begins with."""
         num_layers = len(self._decoder.layers)

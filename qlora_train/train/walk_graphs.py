@@ -19,7 +19,7 @@ graphs of its own. Copies begin as zeros and are filled at replay only, so a cop
 Bytes. What a half allocates comes from a pool that the graphs share, in the order of the walk, so the pool is
 as large as the walk's own peak. But the pool keeps its bytes: head, embedding and optimizer do not find room
 there any more, nor does an evaluation, so the loop releases the graphs before one (`release`), and they are
-captured again after it. The plan counts all that (`step_with_graphs_peak`).
+captured again after it. The plan counts all that (memory/plan/graph_bytes.py).
 
 Trust. The first step of a shape is computed both ways: eagerly first, which also loads every kernel (a
 capture may not) and shows whether a layer waits for the device; its result counts. Then it is captured,
@@ -33,10 +33,8 @@ again and chooses the order of sums itself.
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -45,11 +43,11 @@ from torch import Tensor
 
 from qlora_train.errors import TrainingFailure
 from qlora_train.kernels.dropout import TokenKeys
-from qlora_train.memory.meter import make_workspaces
 from qlora_train.memory.tighten import is_out_of_memory
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.decoder import LayerArguments
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.train.recorder import Recorder, Replay
 from qlora_train.train.remembered import RememberedLayer
 
 TOLERANCE = 2e-2
@@ -59,7 +57,6 @@ MAX_SHAPES = 4
 
 Head = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
 """Outputs of the last layer -> (sum of losses, dL/dx of each); may empty the list."""
-Replay = Callable[[], None]
 Shape = tuple[tuple[int, ...], int, int]
 
 
@@ -85,67 +82,8 @@ class Halves(Protocol):
         group: Sequence[PackedTokens],
         keys: Sequence[TokenKeys],
         head: Head,
-        within: Callable[[], AbstractContextManager[object]],
+        within: Callable[[], AbstractContextManager[object]] = ...,
     ) -> Tensor: ...
-
-
-class Recorder(Protocol):
-    """Makes graphs; `CudaRecorder`, and in tests a tape."""
-
-    def capture(self, work: Callable[[], None]) -> Replay:
-        """Notes what `work` queues on the device, without doing it; returns what does it."""
-        ...
-
-    def watching(self, waits: list[str]) -> AbstractContextManager[object]:
-        """Inside, operations in which the host waits for the device are noted."""
-        ...
-
-    def release(self) -> None:
-        """Give the memory of graphs back that nobody holds any more."""
-        ...
-
-
-class CudaRecorder:
-    """Graphs with one pool, captured on one stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
-        self._pool: Any = None
-
-    def capture(self, work: Callable[[], None]) -> Replay:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.stream(self._stream):
-                make_workspaces(self._device)  # cuBLAS keeps those of a stream for good: not in the pool
-        gc.collect()  # nothing of CUDA should be destroyed during a capture
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()  # during one, the allocator cannot take back what it keeps for others
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            # thread_local: the next batches are pinned, and NCCL is watched, by threads of their own
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        return graph.replay
-
-    @contextmanager
-    def watching(self, waits: list[str]) -> Iterator[None]:
-        before = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                yield
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-        waits += [str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)]
-
-    def release(self) -> None:
-        self._pool = None  # torch refuses a pool that has lost all its graphs
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -184,20 +122,19 @@ class WalkGraphs:
                 return self._after_head(shape, *ready)
         elif self.are_used and len(self._proven) < MAX_SHAPES:
             return self._prove(shape, walk, group, keys, head)
-        return walk.walk_group(group, keys, head)  # type: ignore[call-arg]
+        return walk.walk_group(group, keys, head)
 
     def release(self) -> None:
         """Give the memory back; what is walked next is captured again."""
-        self._captured.clear()
-        self._edges.clear()
-        self._recorder.release()
+        if self._captured:
+            self._drop()
+            self._recorder.release()
 
     def give_up(self, reason: str) -> None:
         """Walk eagerly from now on, and say why."""
         if self.are_used:
             self.are_used = False
-            self._captured.clear()
-            self._edges.clear()
+            self._drop()
             self._say(f"CUDA graphs are no longer used: {reason}")
 
     def _prove(
@@ -243,14 +180,12 @@ class WalkGraphs:
         return head(list(edges))
 
     def _after_head(self, shape: Shape, loss_sum: Tensor, gradients: list[Tensor]) -> Tensor:
-        for edge, gradient in zip(self._edges, gradients, strict=False):
+        for edge, gradient in zip(self._edges[: len(gradients)], gradients, strict=True):
             edge.copy_(gradient)
         self._captured[shape].backward()
         return loss_sum
 
-    def _capture(
-        self, walk: Halves, group: Sequence[PackedTokens], keys: Sequence[TokenKeys]
-    ) -> _Captured:
+    def _capture(self, walk: Halves, group: Sequence[PackedTokens], keys: Sequence[TokenKeys]) -> _Captured:
         arguments, inputs = [], []
         for k, tokens in enumerate(group):
             x, given = walk.embed(tokens)
@@ -272,6 +207,10 @@ class WalkGraphs:
             walk.backward(remembered, list(edges), arguments, keys)
 
         return _Captured(inputs, self._recorder.capture(forward), self._recorder.capture(backward))
+
+    def _drop(self) -> None:
+        self._captured.clear()
+        self._edges.clear()
 
     def _try(self, work: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, list[Tensor]] | None:
         """None: it failed, and graphs are given up. The exception ends here, with the tensors it holds. One
