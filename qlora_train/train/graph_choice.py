@@ -2,9 +2,9 @@
 base is loaded.
 
 A graph repeats kernels with the arguments they had, so a step must be the same kernels at the same places
-every time: nothing streams or waits in host memory, no mask depends on the step, and attention takes documents
-of any lengths in one call. And graphs keep the memory of the layers for themselves, so the budget must hold
-more than the step. Results do not depend on the choice.
+every time: nothing streams or waits in host memory, no mask depends on the step, and attention takes
+documents of any lengths in one call. And graphs keep the memory of the layers for themselves, so the budget
+must hold more than the step. Results do not depend on the choice.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class LayerWalk:
         """Walk by this plan from the next step on. Graphs are those of the plan before, and end."""
         assert plan.num_layers == len(self._decoder.layers)
         if self.graphs is not None:
-            self.graphs.give_up("memory ran out, and another plan is followed")
+            self.graphs.release()
+            self.graphs.give_up("another plan is followed")
         self.plan = plan
         self._decoder.weights.hold_unpacked = plan.hold_unpacked
         self._decoder.tile_mlps(plan.mlp_tile_tokens, self._factors.dropout_context)

@@ -23,8 +23,8 @@ captured again after it. The plan counts all that (memory/plan/graph_bytes.py).
 
 Trust. The first step of a shape is computed both ways: eagerly first, which also loads every kernel (a
 capture may not) and shows whether a layer waits for the device; its result counts. Then it is captured,
-replayed and compared: the same bits where torch is deterministic; else within TOLERANCE, as flash attention's
-backward adds in any order. What does not go as it should ends the use of graphs, and the walk goes on without.
+replayed and compared: the same bits where torch is deterministic; else within TOLERANCE, as the backward of
+flash attention adds in any order. What goes wrong ends the use of graphs; the walk goes on without.
 
 Why not torch.cuda.make_graphed_callables: one callable per layer would be 2 L K graphs, and its inputs' and
 outputs' copies stay for each. Why not torch.compile(mode="reduce-overhead"): it compiles the library's layers
@@ -35,7 +35,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,7 @@ from qlora_train.memory.tighten import is_out_of_memory
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.decoder import LayerArguments
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.varlen_attention import VarlenAttention
 from qlora_train.train.recorder import Recorder, Replay
 from qlora_train.train.remembered import RememberedLayer
 
@@ -87,10 +89,25 @@ class Halves(Protocol):
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """inputs: of every micro-batch, the copies of the layers' tensor arguments."""
+class _Inputs:
+    """The layers' arguments of one micro-batch: copies of the tensors, and what was burnt in."""
 
-    inputs: list[list[Tensor]]
+    copies: list[Tensor]
+    plain: list[Any]
+
+    def fill(self, arguments: list[LayerArguments]) -> None:
+        tensors, plain = _leaves(arguments)
+        if plain != self.plain:
+            raise ValueError("layers are called with other numbers in every step")
+        for copy, tensor in zip(self.copies, tensors, strict=True):
+            copy.copy_(tensor)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """inputs: of every micro-batch."""
+
+    inputs: list[_Inputs]
     forward: Replay
     backward: Replay
 
@@ -174,8 +191,7 @@ class WalkGraphs:
         for edge, inputs, tokens in zip(edges, self._captured[shape].inputs, group, strict=True):
             x, arguments = walk.embed(tokens)
             edge.copy_(x)
-            for copy, tensor in zip(inputs, _distinct_tensors(arguments), strict=True):
-                copy.copy_(tensor)
+            inputs.fill(arguments)
         self._captured[shape].forward()
         return head(list(edges))
 
@@ -191,10 +207,11 @@ class WalkGraphs:
             x, given = walk.embed(tokens)
             if k == len(self._edges):
                 self._edges.append(torch.zeros_like(x))
-            copies = {id(t): torch.zeros_like(t) for t in _distinct_tensors(given)}
-            arguments.append(_with_tensors(given, lambda t, copies=copies: copies[id(t)]))
-            inputs.append(list(copies.values()))
-        del x, given
+            tensors, plain = _leaves(given)
+            copies = {id(tensor): torch.zeros_like(tensor) for tensor in tensors}
+            arguments.append(_mapped(given, partial(_copy_or_itself, copies)))
+            inputs.append(_Inputs(list(copies.values()), plain))
+        del x, given, tensors
         edges, remembered = self._edges[: len(group)], list[RememberedLayer]()
 
         def forward() -> None:
@@ -239,26 +256,38 @@ def _shape_of(group: Sequence[PackedTokens]) -> Shape:
     return tuple(len(tokens.ids) for tokens in group), len(documents.cu_seqlens), documents.longest
 
 
-def _with_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
-    """Nested arguments with every tensor replaced. Of the documents only what the variable-length kernel is
+def _mapped(value: Any, new: Callable[[Any], Any]) -> Any:
+    """Nested arguments with every leaf replaced. Of the documents only what the variable-length kernel is
     told: a layer that attends another way finds nothing there, and fails."""
-    if isinstance(value, Tensor):
-        return new(value)
     if isinstance(value, dict):
-        return {key: _with_tensors(item, new) for key, item in value.items()}
+        return {key: _mapped(item, new) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(item, new) for item in value)
+        return type(value)(_mapped(item, new) for item in value)
     if isinstance(value, DocumentLayout):
-        boundaries = new(value.cu_seqlens)
-        return replace(value, boundaries=(), buckets=(), inverse=boundaries, cu_seqlens=boundaries)
-    return value
+        boundaries, longest = new(value.cu_seqlens), new(value.longest)
+        return DocumentLayout((), (), inverse=boundaries, cu_seqlens=boundaries, longest=longest)
+    return new(value)
 
 
-def _distinct_tensors(value: Any) -> list[Tensor]:
-    """Those that `_with_tensors` replaces, each once, in its order."""
-    found: dict[int, Tensor] = {}
-    _with_tensors(value, lambda t: found.setdefault(id(t), t))
-    return list(found.values())
+def _leaves(value: Any) -> tuple[list[Tensor], list[Any]]:
+    """The tensors in nested arguments, each once, and what is plain. ValueError for what is neither."""
+    tensors: dict[int, Tensor] = {}
+    plain: list[Any] = []
+
+    def note(leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            tensors[id(leaf)] = leaf
+        elif leaf is None or isinstance(leaf, bool | int | float | str | VarlenAttention):
+            plain.append(leaf)
+        else:
+            raise ValueError(f"layers are called with a {type(leaf).__name__}")
+
+    _mapped(value, note)
+    return list(tensors.values()), plain
+
+
+def _copy_or_itself(copies: dict[int, Tensor], leaf: Any) -> Any:
+    return copies.get(id(leaf), leaf)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
