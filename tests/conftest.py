@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from bfloat16_products import ProductsInFloat32, cpu_multiplies_bfloat16
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,6 +18,13 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         del os.environ["QLORA_TRAIN_CACHE"]
     else:
         os.environ["QLORA_TRAIN_CACHE"] = before
+
+
+@pytest.fixture(autouse=not cpu_multiplies_bfloat16())
+def products_in_float32() -> Iterator[None]:
+    """Where 16-bit products would take a hundred times as long."""
+    with ProductsInFloat32():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
