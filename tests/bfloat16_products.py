@@ -42,10 +42,10 @@ class ProductsInFloat32(TorchDispatchMode):
         if first is None or first.device.type != "cpu" or first.dtype not in SLOW:
             return func(*args, **kwargs)
         if func in IN_PLACE:
-            return first.copy_(IN_PLACE[func](*map(_wide, args), **kwargs))
+            return first.copy_(IN_PLACE[func](*map(_wide, args), **_all_wide(kwargs)))
         if func not in PRODUCTS:
             return func(*args, **kwargs)
-        result = func(*map(_wide, args), **kwargs)
+        result = func(*map(_wide, args), **_all_wide(kwargs))
         if isinstance(result, Tensor):
             return result.to(first.dtype)
         # attention: out (or dq, dk, dv) in the dtype of the inputs; log-sums are float32 in any case
@@ -56,3 +56,7 @@ class ProductsInFloat32(TorchDispatchMode):
 
 def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in SLOW else value
+
+
+def _all_wide(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: _wide(value) for name, value in kwargs.items()}
