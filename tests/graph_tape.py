@@ -121,10 +121,15 @@ def _whole(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
-def dense_attention() -> VarlenAttention:
-    """A `VarlenAttention` on any device: a dense mask, made from the boundaries by operations on tensors
-    alone."""
-    return VarlenAttention(_dense, capability=(8, 0))
+class DenseAttention(VarlenAttention):
+    """Serves all, on any device and in any dtype: a dense mask, made from the boundaries by operations on
+    tensors alone."""
+
+    def __init__(self) -> None:
+        super().__init__(_dense, capability=(8, 0))
+
+    def serves(self, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
+        return True
 
 
 def _dense(

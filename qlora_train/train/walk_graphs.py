@@ -161,12 +161,12 @@ class WalkGraphs:
         before, waits = _on_host(self._gradient), list[str]()
         loss = walk.walk_group(group, keys, head, lambda: self._recorder.watching(waits))
         expected = _on_host(self._gradient)
-        size = torch.linalg.vector_norm(before.sub_(expected))
+        size = torch.linalg.vector_norm(expected - before)
         if waits:
             self._fail(f"a layer waits for the device ({waits[0]})")
         if waits or not (torch.isfinite(size) and size > 0):  # nothing to compare: another step will do
             return loss
-        self._gradient.copy_(before.add_(expected))
+        self._gradient.copy_(before)
         ready = self._try(lambda: self._before_backward(shape, walk, group, keys, head))
         if ready is not None:
             replayed_loss = self._after_head(shape, *ready)

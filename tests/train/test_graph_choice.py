@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from graph_tape import dense_attention
+from graph_tape import DenseAttention
 from tiny_models import tiny_config
 
 from qlora_train.errors import UserError
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
+from qlora_train.memory.plan.byte_walk import step_peak
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.graph_bytes import OVERHEAD_BYTES, step_with_graphs_bytes
 from qlora_train.memory.plan.model_shape import shape_from_config
@@ -23,7 +24,7 @@ from qlora_train.train.graph_choice import GraphChoice, choose_graphs
 
 CONFIG = tiny_config("llama")
 CUDA, BF16, ROOMY = torch.device("cuda"), torch.bfloat16, "8GiB"
-TURING = VarlenAttention(dense_attention().function, (7, 5))
+TURING = VarlenAttention(DenseAttention().function, (7, 5))
 
 
 def recipe_of(asked: bool | str, vram: str = ROOMY, dropout: float = 0.0) -> Recipe:
@@ -50,7 +51,7 @@ def choice(
     config: Any = CONFIG,
     dtype: torch.dtype = BF16,
     device: torch.device = CUDA,
-    varlen: VarlenAttention | None = dense_attention(),  # noqa: B008  # frozen
+    varlen: VarlenAttention | None = DenseAttention(),  # noqa: B008  # frozen
     kernels: str = "auto",
     **execution: Any,
 ) -> GraphChoice:
@@ -124,15 +125,10 @@ def test_the_budget_must_hold_more_than_the_step() -> None:
 
 def test_bytes_beside_the_graphs() -> None:
     """Copies and gradients of a group, and the loss; never less than the step, more with larger groups."""
-    workload = plan_recipe(
-        recipe_of("auto"), "cuda", 2**34, shape=shape_from_config(CONFIG.to_dict())
-    ).workload
-    plan = plan_recipe(recipe_of("auto"), "cuda", 2**34, shape=shape_from_config(CONFIG.to_dict())).execution
-    extra = []
+    plan = plan_recipe(recipe_of("auto"), "cuda", 2**34, shape=shape_from_config(CONFIG.to_dict()))
+    workload, extra = plan.workload, []
     for num_groups in (1, 2, 4):
-        changed = replace(plan, num_groups=num_groups)
-        from qlora_train.memory.plan.byte_walk import step_peak
-
+        changed = replace(plan.execution, num_groups=num_groups)
         step = sum(step_peak(workload, changed).values())
         extra.append(step_with_graphs_bytes(workload, changed) - step - OVERHEAD_BYTES)
     x_bytes = workload.num_tokens * workload.shape.hidden * 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_tape import TapeRecorder, dense_attention
+from graph_tape import DenseAttention, TapeRecorder
 from tiny_models import NF4, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 
@@ -66,11 +66,12 @@ class Rig:
         recorder: TapeRecorder | None = None,
         *,
         must: bool = False,
+        dtype: torch.dtype = torch.float32,
         targets: str | list[str] = "all-linear",
         kind: Callable[..., LayerWalk] = LayerWalk,
     ) -> None:
-        decoder = load_base(folder, NF4, torch.bfloat16, torch.device("cpu"), plan=plan)
-        decoder.tail_name, decoder.varlen = "mlp.down_proj", dense_attention()
+        decoder = load_base(folder, NF4, dtype, torch.device("cpu"), plan=plan)
+        decoder.tail_name, decoder.varlen = "mlp.down_proj", DenseAttention()
         decoder.fuse(norms=True, mlps=True)
         self.factors = FactorBuffers(
             select_targets(decoder.linears, targets),
@@ -78,7 +79,7 @@ class Rig:
             scaling=2.0,
             dropout=0.0,
             seed=0,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             device="cpu",
         )
         generator = torch.Generator().manual_seed(1)
@@ -126,10 +127,13 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
     ],
     ids=["mixed", "two groups, held", "kept", "recomputed, tiles"],
 )
-def test_the_bits_of_the_eager_walk(folder: Path, plan: ExecutionPlan, exact: None) -> None:
-    expected = Rig(folder, plan).steps()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # working copies of their own in bfloat16
+def test_the_bits_of_the_eager_walk(
+    folder: Path, plan: ExecutionPlan, dtype: torch.dtype, exact: None
+) -> None:
+    expected = Rig(folder, plan, dtype=dtype).steps()
     recorder = TapeRecorder()
-    assert_same(Rig(folder, plan, recorder, must=True).steps(), expected)
+    assert_same(Rig(folder, plan, recorder, must=True, dtype=dtype).steps(), expected)
     num_shapes, num_groups = recorder.num_captures // 2, plan.num_groups * len(STEPS)
     assert 3 <= num_shapes <= MAX_SHAPES and recorder.num_replays >= 2 * (num_groups - 2)
 
