@@ -71,7 +71,11 @@ class CudaRecorder:
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        waits += [str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)]
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                waits.append(str(warning.message))
+            elif "Synchronization debug mode" not in str(warning.message):  # of the mode itself
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def release(self) -> None:
         self._pool = None  # torch refuses a pool that has lost all its graphs

@@ -18,8 +18,8 @@ graphs of its own. Copies begin as zeros and are filled at replay only, so a cop
 
 Bytes. What a half allocates comes from a pool that the graphs share, in the order of the walk, so the pool is
 as large as the walk's own peak. But the pool keeps its bytes: head, embedding and optimizer do not find room
-there any more, nor does an evaluation, so the loop releases the graphs before one (`release`), and they are
-captured again after it. The plan counts all that (memory/plan/graph_bytes.py).
+there any more (memory/plan/graph_bytes.py counts that), nor does an evaluation, nor an eager walk. So the
+graphs are released before one (`release`), and captured again after it.
 
 Trust. The first step of a shape is computed both ways: eagerly first, which also loads every kernel (a
 capture may not) and shows whether a layer waits for the device; its result counts. Then it is captured,
@@ -54,8 +54,8 @@ from qlora_train.train.remembered import RememberedLayer
 
 TOLERANCE = 2e-2
 """Relative difference of two gradients, or losses, that only the order of sums explains in 16 bits."""
-MAX_SHAPES = 4
-"""Shapes with graphs; what is rarer runs eagerly."""
+MAX_CAPTURED = 4
+"""Shapes with graphs at a time: the driver keeps some memory for each."""
 
 Head = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
 """Outputs of the last layer -> (sum of losses, dL/dx of each); may empty the list."""
@@ -113,10 +113,10 @@ class _Captured:
 
 
 class WalkGraphs:
-    """Walks groups by graphs, or eagerly where there are none for their shape.
+    """Walks groups by graphs; eagerly once they are given up.
 
     gradient: the flat one. must: a failure to capture, or a difference, is a `TrainingFailure`, not only
-    said.
+    said; running out of memory never is.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class WalkGraphs:
     ) -> Tensor:
         """As `walk.walk_group`: adds to the gradient, returns the sum of losses."""
         shape = _shape_of(group)
-        if self.are_used and shape in self._proven:
+        if self.are_used and shape not in self._proven:
+            return self._prove(shape, walk, group, keys, head)
+        if self.are_used:
             ready = self._try(lambda: self._before_backward(shape, walk, group, keys, head))
             if ready is not None:
                 return self._after_head(shape, *ready)
-        elif self.are_used and len(self._proven) < MAX_SHAPES:
-            return self._prove(shape, walk, group, keys, head)
         return walk.walk_group(group, keys, head)
 
     def release(self) -> None:
@@ -158,6 +158,7 @@ class WalkGraphs:
         self, shape: Shape, walk: Halves, group: Sequence[PackedTokens], keys: Sequence[TokenKeys], head: Head
     ) -> Tensor:
         """Both ways; see the module docstring. What is compared waits on the host: the device may be full."""
+        self.release()
         before, waits = _on_host(self._gradient), list[str]()
         loss = walk.walk_group(group, keys, head, lambda: self._recorder.watching(waits))
         expected = _on_host(self._gradient)
@@ -186,6 +187,8 @@ class WalkGraphs:
         """Everything that may run out of memory; the gradient has not been touched yet. Returns what the head
         does."""
         if shape not in self._captured:
+            if len(self._captured) == MAX_CAPTURED:
+                self.release()
             self._captured[shape] = self._capture(walk, group, keys)
         edges = self._edges[: len(group)]
         for edge, inputs, tokens in zip(edges, self._captured[shape].inputs, group, strict=True):

@@ -21,7 +21,7 @@ from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train import walk_graphs
 from qlora_train.train.walk import LayerWalk
-from qlora_train.train.walk_graphs import MAX_SHAPES, WalkGraphs
+from qlora_train.train.walk_graphs import MAX_CAPTURED, WalkGraphs
 
 KEEP, RECOMPUTE = Activation.KEEP, Activation.RECOMPUTE
 MIXED = (RECOMPUTE, KEEP, RECOMPUTE)
@@ -134,8 +134,7 @@ def test_the_bits_of_the_eager_walk(
     expected = Rig(folder, plan, dtype=dtype).steps()
     recorder = TapeRecorder()
     assert_same(Rig(folder, plan, recorder, must=True, dtype=dtype).steps(), expected)
-    num_shapes, num_groups = recorder.num_captures // 2, plan.num_groups * len(STEPS)
-    assert 3 <= num_shapes <= MAX_SHAPES and recorder.num_replays >= 2 * (num_groups - 2)
+    assert recorder.num_captures >= 2 * 3 and recorder.num_replays == 2 * plan.num_groups * len(STEPS)
 
 
 def test_layers_below_the_first_factors_are_part_of_it(folder: Path, exact: None) -> None:
@@ -226,7 +225,7 @@ def test_out_of_memory_in_a_capture(folder: Path, eager: list[Tensor], number: i
     assert_given_up(
         Rig(folder, PLAN, recorder, must=must), eager, "out of memory with them (capture ended badly)"
     )
-    assert recorder.num_releases == 1 and not recorder.tapes
+    assert recorder.num_releases == (number + 1) // 2 and not recorder.tapes
 
 
 def test_out_of_memory_beside_the_graphs(folder: Path, eager: list[Tensor]) -> None:
@@ -244,7 +243,7 @@ def test_out_of_memory_beside_the_graphs(folder: Path, eager: list[Tensor]) -> N
     recorder = TapeRecorder()
     rig = Rig(folder, PLAN, recorder, kind=RunsOut)
     assert_given_up(rig, eager, "out of memory with them (CUDA out of memory)")
-    assert recorder.num_captures == 4 and recorder.num_releases == 1
+    assert recorder.num_captures == 4 and not recorder.tapes
 
 
 def test_a_layer_that_waits_is_not_captured(folder: Path, eager: list[Tensor]) -> None:
@@ -304,8 +303,7 @@ def test_released_graphs_are_captured_again(folder: Path, eager: list[Tensor]) -
             rig.walk.release_graphs()
             assert not recorder.tapes
     assert_same(found, eager)
-    num_shapes = len(rig.graphs._proven)
-    assert recorder.num_releases == 2 and recorder.num_captures > 2 * num_shapes
+    assert recorder.num_replays == 2 * len(STEPS) and recorder.num_captures > 2 * len(rig.graphs._proven)
 
 
 def test_a_step_that_proves_nothing_is_not_captured(folder: Path) -> None:
@@ -321,12 +319,31 @@ def test_a_step_that_proves_nothing_is_not_captured(folder: Path) -> None:
     assert recorder.num_captures == 2
 
 
-def test_rare_shapes_stay_eager(folder: Path) -> None:
+def test_no_more_than_a_few_shapes_at_a_time(folder: Path) -> None:
     """Rows of equal documents: their lengths are shapes."""
     recorder, rigs = TapeRecorder(), [Rig(folder, PLAN)]
     rigs.append(Rig(folder, PLAN, recorder, must=True))
-    lengths = (48, 24, 16, 4, 2, 48, 2)
+    lengths = (48, 24, 16, 4, 2) * 2
     steps = [[packed_row([n] * (NUM_TOKENS // n), seed=n, unsupervised=0)] for n in lengths]
-    results = [[rig.step(i, step) for i, step in enumerate(steps)] for rig in rigs]
+    results = []
+    for rig in rigs:
+        results.append([rig.step(i, step) for i, step in enumerate(steps)])
+        assert len(recorder.tapes) <= 2 * MAX_CAPTURED
     assert_same(results[1], results[0])
-    assert recorder.num_captures == 2 * MAX_SHAPES
+    # the first time each alone, as it is walked eagerly too; then three beside the last one, and two more
+    assert recorder.num_captures == 2 * (5 + 3 + 2) and len(recorder.tapes) == 2 * 2
+
+
+def test_an_eager_walk_finds_the_memory_of_the_graphs(folder: Path, eager: list[Tensor]) -> None:
+    recorder = TapeRecorder()
+
+    class Watched(LayerWalk):
+        num_walks = 0
+
+        def walk_group(self, *args: Any) -> Tensor:
+            assert not recorder.tapes
+            Watched.num_walks += 1
+            return super().walk_group(*args)
+
+    assert_same(Rig(folder, PLAN, recorder, must=True, kind=Watched).steps(), eager)
+    assert 3 <= Watched.num_walks < len(STEPS)
