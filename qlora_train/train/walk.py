@@ -16,13 +16,15 @@ factors need no backward: nothing of them is remembered. All micro-batches of a 
 next layer is touched (layer-major), so what a layer costs to bring in and unpack is paid once per pass and
 group: G (2 L - s) fetches, s of them still there at the turns.
 
-Nothing here reads a tensor on the host: the whole walk is queued without waiting for the device.
+Nothing here reads a tensor on the host: the whole walk is queued without waiting for the device. So on a GPU
+forward and backward can also be replayed from CUDA graphs (walk_graphs.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,11 +32,12 @@ from torch import Tensor
 from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.host_memory import HostMemory
-from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.decoder import FrozenDecoder, LayerArguments
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.loss import TiledLoss, reference_loss
-from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.packed_tokens import PackedTokens, of_one_shape
 from qlora_train.train.remembered import Remembered, RememberedLayer
+from qlora_train.train.walk_graphs import Head, WalkGraphs
 
 
 class LayerWalk:
@@ -42,7 +45,8 @@ class LayerWalk:
 
     plan: what is kept, recomputed or offloaded, and in how many groups micro-batches pass; may be replaced
     between steps. reference: library operations and autograd's own sums (`training.kernels: reference`).
-    host: memory for what is parked; None: memory of its own.
+    host: memory for what is parked; None: memory of its own. graphs: what replays forward and backward
+    instead, once it is set.
     """
 
     def __init__(
@@ -63,11 +67,15 @@ class LayerWalk:
         if reference:
             decoder.varlen, decoder.blocks_attention = None, False
         self._remembered = Remembered(decoder, factors, host or HostMemory(decoder.device))
+        self.graphs: WalkGraphs | None = None
         self.follow(plan)
 
     def follow(self, plan: ExecutionPlan) -> None:
-        """Walk by this plan from the next step on."""
+        """Walk by this plan from the next step on. Graphs are those of the plan before, and end."""
         assert plan.num_layers == len(self._decoder.layers)
+        if self.graphs is not None:
+            self.graphs.release()
+            self.graphs.give_up("another plan is followed")
         self.plan = plan
         self._decoder.weights.hold_unpacked = plan.hold_unpacked
         self._decoder.tile_mlps(plan.mlp_tile_tokens, self._factors.dropout_context)
@@ -104,6 +112,11 @@ class LayerWalk:
         copies that are under way."""
         self._remembered.park.drain()
 
+    def release_graphs(self) -> None:
+        """Before something else needs the memory that graphs keep."""
+        if self.graphs is not None:
+            self.graphs.release()
+
     def _order(self, num_groups: int) -> list[int]:
         """What this step visits, and the layers that the next step begins with."""
         num_layers = len(self._decoder.layers)
@@ -114,13 +127,43 @@ class LayerWalk:
     def _walk(
         self, group: Sequence[PackedTokens], keys: Sequence[TokenKeys], num_supervised: int, loss_scale: float
     ) -> Tensor:
-        layers = range(len(self._decoder.layers))
-        embedded = [self._decoder.embed_packed(tokens) for tokens in group]
+        if self._decoder.varlen is not None:
+            group = of_one_shape(group)
+        head = partial(self._losses, group, num_supervised, loss_scale)
+        if self.graphs is not None:
+            return self.graphs.walk(self, group, keys, head)
+        return self.walk_group(group, keys, head)
+
+    def walk_group(
+        self,
+        group: Sequence[PackedTokens],
+        keys: Sequence[TokenKeys],
+        head: Head,
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Tensor:
+        """Forward, head and backward of one group; returns the sum of its losses. within: entered around
+        forward and around backward."""
+        embedded = [self.embed(tokens) for tokens in group]
         xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
         del embedded
-        remembered: list[RememberedLayer] = []
+        with within():
+            remembered = self.forward(xs, arguments, keys)
+        loss_sum, gradients = head(xs)
+        xs.clear()
+        with within():
+            self.backward(remembered, gradients, arguments, keys)
+        return loss_sum
 
-        for i in layers:
+    def embed(self, tokens: PackedTokens) -> tuple[Tensor, list[LayerArguments]]:
+        """x_0 [1, T, D] and each layer's arguments."""
+        return self._decoder.embed_packed(tokens)
+
+    def forward(
+        self, xs: list[Tensor], arguments: Sequence[list[LayerArguments]], keys: Sequence[TokenKeys]
+    ) -> list[RememberedLayer]:
+        """Takes every x_0 in the list through all layers, in its place."""
+        remembered: list[RememberedLayer] = []
+        for i in range(len(self._decoder.layers)):
             layer = self._remembered.layer(i, self.plan, in_backward=i >= self._lowest)
             with self._decoder.weights.visit(i):
                 for k, x in enumerate(xs):
@@ -129,11 +172,17 @@ class LayerWalk:
             remembered.append(layer)
         del x  # the input of the last layer
         self._remembered.park.settle()
+        return remembered
 
-        loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
-        xs.clear()
-
-        for i in reversed(layers[self._lowest :]):
+    def backward(
+        self,
+        remembered: list[RememberedLayer],
+        gradients: list[Tensor],
+        arguments: Sequence[list[LayerArguments]],
+        keys: Sequence[TokenKeys],
+    ) -> None:
+        """Takes every dL/dx in the list back to the lowest layer with factors. remembered: by `forward`."""
+        for i in reversed(range(self._lowest, len(self._decoder.layers))):
             layer = remembered.pop()
             with self._decoder.weights.visit(i):
                 for k, gradient in enumerate(gradients):
@@ -146,10 +195,9 @@ class LayerWalk:
                     if self._reference:
                         for module in self._modules[i]:
                             module.collect_autograd()
-        return loss_sum
 
     def _losses(
-        self, xs: list[Tensor], group: Sequence[PackedTokens], num_supervised: int, loss_scale: float
+        self, group: Sequence[PackedTokens], num_supervised: int, loss_scale: float, xs: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         if not self._reference:
             return self._loss(xs, group, loss_scale / num_supervised)
