@@ -92,7 +92,7 @@ def _obstacles(
             "attention goes document by document (flash attention does not serve this GPU, dtype or family)",
             "a GPU of compute capability 8.0 with bfloat16 or float16, and a family that it serves",
         )
-    needed = budget_for(step_with_graphs_bytes(plan.workload, execution), plan.workload.device)
+    needed = budget_for(step_with_graphs_bytes(plan.workload, execution), plan.workload)
     if needed > plan.budget_bytes:
         yield _Obstacle(
             f"with them a step needs {gib(needed)} and the budget is {gib(plan.budget_bytes)}",

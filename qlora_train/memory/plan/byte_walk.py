@@ -103,7 +103,7 @@ class _Step:
             if self._group > 1:
                 self._ledger.bump(layer.forward_later)
         self._ledger.add(STREAM, -self._group * self._x_bytes)
-        settings = _loss_settings(self._workload, self._plan)
+        settings = loss_settings(self._workload, self._plan)
         self._ledger.bump(_loss_bytes(settings, self._group, False, False, False))
         return self._ledger.peak
 
@@ -192,7 +192,7 @@ class _Step:
             ledger.add(REMEMBERED, group * self._x_bytes)
         ledger.bump(
             _loss_bytes(
-                _loss_settings(self._workload, self._plan),
+                loss_settings(self._workload, self._plan),
                 group,
                 output_stays,
                 True,
@@ -247,7 +247,8 @@ def _rows_from_host(workload: Workload, place: Place) -> bool:
     return workload.device == "cpu" and place is Place.DISK
 
 
-def _loss_settings(workload: Workload, plan: ExecutionPlan) -> LossSettings:
+def loss_settings(workload: Workload, plan: ExecutionPlan) -> LossSettings:
+    """What of a run decides the bytes of its loss."""
     return LossSettings(
         num_tokens=workload.num_tokens,
         num_supervised=workload.num_supervised,
@@ -316,7 +317,7 @@ def generate_peak(
     logits = len(size.prompts) * shape.vocabulary
     ledger.bump({"logits": logits * (4 + max(2 * itemsize, itemsize + 4))})
     ledger.bump(
-        {"logits": logits * (4 + itemsize), LOSS_BLOCK: tile_scratch_bytes(_loss_settings(quiet, plan))}
+        {"logits": logits * (4 + itemsize), LOSS_BLOCK: tile_scratch_bytes(loss_settings(quiet, plan))}
     )
     return ledger.peak
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.plan.byte_model import optimizer_scratch_bytes
-from qlora_train.memory.plan.byte_walk import step_peak
+from qlora_train.memory.plan.byte_walk import loss_settings, step_peak
 from qlora_train.memory.plan.ghost import Ledger
-from qlora_train.memory.plan.ghost_loss import LossSettings, embedded, tiled_loss
+from qlora_train.memory.plan.ghost_loss import embedded, tiled_loss
 from qlora_train.memory.plan.workload import Workload
 
 OVERHEAD_BYTES = 128 * 2**20
@@ -35,15 +35,6 @@ def _outside(workload: Workload, plan: ExecutionPlan) -> int:
         for _ in range(group + 1)  # the batch's own beside its copy
     ]
     copies.pop()
-    loss = LossSettings(
-        num_tokens=num_tokens,
-        num_supervised=workload.num_supervised,
-        hidden=shape.hidden,
-        vocabulary=shape.vocabulary,
-        itemsize=itemsize,
-        loss_tokens=plan.loss_tokens,
-        tile_rows=plan.head_tile_rows,
-    )
-    tiled_loss(outside, list(edges), loss, gradients=True)
+    tiled_loss(outside, list(edges), loss_settings(workload, plan), gradients=True)
     outside.scratch(optimizer_scratch_bytes(workload))
     return outside.peak_bytes
