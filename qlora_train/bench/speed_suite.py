@@ -134,7 +134,7 @@ MERGE = Case(
         Contender(MERGE_AND_UNLOAD, f"{PIECES}.merge", {"by": "peft"}, requires=("peft",)),
     ),
     reference=MERGE_AND_UNLOAD,
-    inputs={"base": LLAMA_1B, "run_rank": 16},
+    inputs={"base": LLAMA_1B, "run_rank": 16, "is_packed": True},
     target="<= 0.5x merge at <= 0.33x peak",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from qlora_train.data.prompts import answer_end_ids
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import ExportError, NotYetError, RunFolderError
 from qlora_train.export.merge import MergeReport, merge
-from qlora_train.model.hub import resolve_base
+from qlora_train.model.hub import resolve_base, resolve_dtype
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import load_recipe
 
@@ -28,9 +29,9 @@ def export(
 ) -> Path:
     """Write a finished run as merged weights and return their folder (default: `merged` inside the run).
 
-    base: "dequantized" merges into the packed weights that training saw, "original" into the checkpoint's
-    own. dtype: "float16", "bfloat16" or "float32". Needs no GPU and, up to 1.1 GB per tensor, less than 1.2
-    GB of memory.
+    base: "dequantized" merges into the packed weights that training saw (from its cache, else they are packed
+    again), "original" into the checkpoint's own. dtype: "float16", "bfloat16" or "float32". Needs no GPU and,
+    up to 1.1 GB per tensor, less than 1.2 GB of memory.
 
     generation_config.json also lists the token that the chat template ends turns with. Raises
     `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
@@ -55,6 +56,20 @@ def export(
     packing = Packing(model.quantization, model.double_quant) if base == "dequantized" else None
     target = Path(out) if out is not None else run / "merged"
     end_ids = answer_end_ids(load_tokenizer(str(folder)))
-    return merge(
-        folder, run / "adapter", target, packing=packing, dtype=DTYPES[dtype], end_ids=end_ids
-    ).folder
+    cached = None
+    if packing is not None and packing.format != "none":
+        from qlora_train.export.packed_layers import (
+            cached_layers,  # transformers, which `merge` can do without
+        )
+
+        cached = cached_layers(folder, packing, resolve_dtype(model.compute_dtype, torch.device("cpu")))
+    with cached or nullcontext():
+        return merge(
+            folder,
+            run / "adapter",
+            target,
+            packing=packing,
+            cached=cached,
+            dtype=DTYPES[dtype],
+            end_ids=end_ids,
+        ).folder

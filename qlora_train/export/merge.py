@@ -7,7 +7,8 @@ and, in `dequantized` mode, one packed weight and the quantiser's scratch. `peft
 whole 16-bit model.
 
 Which base? The factors were trained against the packed weights, errors included: on top of those they are
-exact up to the final cast (`packing` given: each weight is packed and unpacked again, as training did). On
+exact up to the final cast (`packing` given: each weight is unpacked from training's cache, or packed and
+unpacked again, as training did). On
 top of the original weights the quantisation error goes, and so does whatever the factors learned to make up
 for it. `packing: none` has no error to keep: its weights are the original ones.
 
@@ -23,7 +24,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,14 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
+class PackedWeights(Protocol):
+    """Weights that are packed already."""
+
+    def get(self, name: str) -> PackedWeight | None:
+        """By the name of a tensor; None: not among them. Valid until the next is asked for."""
+        ...
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """What was written. `num_merged`: weights that took factors; `num_dequantized`: weights packed and
@@ -68,15 +77,17 @@ def merge(
     *,
     packing: Packing | None,
     dtype: torch.dtype,
+    cached: PackedWeights | None = None,
     end_ids: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> MergeReport:
     """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
 
     packing: None starts from the original weights; else every matrix of a decoder layer is packed and
-    unpacked as in training. end_ids: tokens that end an answer, which generation_config.json is to list for
-    other tools. Raises `ExportError` (out not empty, disk too small, adapter that does not fit,
-    values `dtype` cannot hold) and `BaseModelError` (unusable base or adapter); `out` is then as it was.
+    unpacked as in training. cached: what training has packed so. end_ids: tokens that end an answer, which
+    generation_config.json is to list for other tools. Raises `ExportError` (out not empty, disk too small,
+    adapter that does not fit, values `dtype` cannot hold) and `BaseModelError` (unusable base or adapter);
+    `out` is then as it was.
     """
     base_folder, out = Path(base_folder), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -87,7 +98,7 @@ def merge(
     config, factors = load_adapter(adapter_folder)
     with ShardReader(base_folder) as reader:
         model_config = _read_config(base_folder)
-        weights = _Weights(reader, packing, factors, config.scaling)
+        weights = _Weights(reader, packing, cached, factors, config.scaling)
         if model_config.get("tie_word_embeddings") and _head_is_embedding(reader):
             weights.leave_out_head()
         shards = _plan_shards(weights.shapes, dtype, max_shard_bytes)
@@ -110,10 +121,15 @@ class _Weights:
     """The merged model's tensors: their shapes now, their rows on demand."""
 
     def __init__(
-        self, reader: ShardReader, packing: Packing | None, factors: Factors, scaling: float
+        self,
+        reader: ShardReader,
+        packing: Packing | None,
+        cached: PackedWeights | None,
+        factors: Factors,
+        scaling: float,
     ) -> None:
         self._reader = reader
-        self._packing = packing
+        self._packing, self._cached = packing, cached
         self._scaling = scaling
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._is_packed_already: set[str] = set()
@@ -163,6 +179,9 @@ class _Weights:
             packed = read_bitsandbytes_weight(self._reader, name)
             assert packed is not None
             return packed
+        cached = self._cached.get(name) if self._cached is not None else None
+        if cached is not None:
+            return cached
         assert self._packing is not None
         out_features, in_features = self.shapes[name]
         blocks = (rows for _, _, rows in self._reader.row_blocks(name, BLOCK_BYTES))

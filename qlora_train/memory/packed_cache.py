@@ -146,6 +146,14 @@ def open_packed_base(
     return base
 
 
+def find_packed_base(
+    root: Path, base_folder: Path, skeleton: Skeleton, packing: Packing
+) -> PackedBase | None:
+    """The packed base below `root`, None where it is not there or damaged."""
+    folder = packed_folder(root, base_folder, skeleton, packing)
+    return PackedBase(folder, tuple(skeleton.layouts(packing))) if _damage(folder, skeleton) is None else None
+
+
 def _write(
     folder: Path,
     checkpoint: Weights,

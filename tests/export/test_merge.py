@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import peft
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_train.errors import BaseModelError, ExportError, NotYetError, RunFolderError
 from qlora_train.export import export, merge
+from qlora_train.export.packed_layers import PackedLayers, cached_layers
+from qlora_train.memory.load import load_base
 from qlora_train.model.adapter_files import AdapterConfig, save_adapter
-from qlora_train.model.quantize import Packing
+from qlora_train.model.quantize import PackedWeight, Packing, pack
 
 TOKENS = torch.arange(24).reshape(2, 12) % 40
 LINEARS = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"} | {
@@ -288,7 +291,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from qlora_train.export import merge
-from qlora_train.model.quantize import Packing
+from qlora_train.model.quantize import PackedWeight, Packing, pack
 peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 base, adapter, out = map(Path, sys.argv[1:4])
 before_mib = peak_mib()
@@ -349,3 +352,43 @@ def test_export_of_a_run(tmp_path: Path) -> None:
         export(run, to="gguf")
     with pytest.raises(ExportError, match="float8"):
         export(run, dtype="float8")
+
+
+@pytest.mark.parametrize(
+    "packing", [Packing("nf4", True), Packing("fp4"), Packing("int8")], ids=lambda p: p.format
+)
+def test_what_training_packed_is_not_packed_again(tmp_path: Path, monkeypatch, packing: Packing) -> None:
+    """The cache's bytes are merged into, and only if they are whole."""
+    monkeypatch.setenv("QLORA_TRAIN_CACHE", str(tmp_path / "cache"))
+    base, packed_again = tmp_path / "base", []
+    model = write_base(base, shard_size="60kB")
+    write_adapter(tmp_path / "adapter", model)
+
+    def merged(name: str, cached: PackedLayers | None) -> bytes:
+        folder, dtype = tmp_path / name, torch.float16
+        merge(base, tmp_path / "adapter", folder, packing=packing, cached=cached, dtype=dtype)
+        return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+
+    def noting_pack(*arguments: Any, **options: Any) -> PackedWeight:
+        packed_again.append(options["name"])
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr("qlora_train.export.merge.pack", noting_pack)
+    assert cached_layers(base, packing, torch.float32) is None
+    expected = merged("again", None)
+    assert len(packed_again) == 2 * len(LINEARS)
+
+    load_base(base, packing, torch.float32, torch.device("cpu"), cache=tmp_path / "cache").close()
+    packed_again.clear()
+    assert cached_layers(base, packing, torch.bfloat16) is None
+    cached = cached_layers(base, packing, torch.float32)
+    assert cached is not None
+    with cached:
+        assert merged("cached", cached) == expected
+    assert not packed_again
+
+    (layers,) = (tmp_path / "cache").rglob("layers.bin")
+    damaged = bytearray(layers.read_bytes())
+    damaged[5] ^= 1
+    layers.write_bytes(damaged)
+    assert cached_layers(base, packing, torch.float32) is None

@@ -117,7 +117,9 @@ def write_run(folder: Path, base: Path, rank: int) -> None:
     }
     config = AdapterConfig(str(base), rank, 2 * rank, target_modules=shortest_names(linears, linears))
     save_adapter(folder / "adapter", config, factors)
-    recipe = Recipe.from_dict({"model": {"base": str(base)}, "data": {"train": "rows.jsonl"}})
+    recipe = Recipe.from_dict(
+        {"model": {"base": str(base), "compute_dtype": "bfloat16"}, "data": {"train": "rows.jsonl"}}
+    )
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
 
 
