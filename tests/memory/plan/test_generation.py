@@ -117,7 +117,7 @@ def test_a_place_that_the_recipe_says_is_obeyed(place: str) -> None:
 
 def test_a_trained_model_has_its_factors_but_no_optimizer_state() -> None:
     recipe = Recipe.from_dict({"model": {"base": "meta-llama/Llama-3.1-8B"}, "data": {"train": "x"}})
-    workload = workload_of(recipe, KNOWN["llama-3.1-8b"], "cuda")
+    workload = workload_of(recipe, KNOWN["llama-3.1-8b"], GPU)
     plan = plan_generation(workload, GenerateSize(), 24 * GIB, AMPLE)
     causes = plan.phases["generate"]
     assert causes["factors: working copy"] == 2 * workload.num_factor_numbers and OPTIMIZER not in causes
