@@ -373,7 +373,7 @@ def test_what_training_packed_is_not_packed_again(tmp_path: Path, monkeypatch, p
         packed_again.append(options["name"])
         return pack(*arguments, **options)
 
-    monkeypatch.setattr("qlora_train.export.merge.pack", noting_pack)
+    monkeypatch.setattr(sys.modules[merge.__module__], "pack", noting_pack)
     assert cached_layers(base, packing, torch.float32) is None
     expected = merged("again", None)
     assert len(packed_again) == 2 * len(LINEARS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.families import Rotary
@@ -144,7 +145,7 @@ def _put_together(batches: Sequence[Ghost], shape: tuple[int, ...]) -> Ghost:
     shapes = [batch.shape for batch in batches]
 
     def run(g: Ghost) -> tuple[Ghost, ...]:
-        spread = g.ledger.tensor((sum(s[0] for s in shapes), *g.shape[1:]), g.itemsize)
+        spread = g.ledger.tensor((sum(prod(s) for s in shapes),), g.itemsize)
         return tuple(Ghost(spread.storage, s, g.itemsize) for s in shapes)
 
     return apply(_gathered(batches, shape), batches, (), run)
