@@ -69,7 +69,7 @@ class Rig:
         self.gpu = gpu
         self.decoder: FrozenDecoder = load_base(folder, NF4, torch.bfloat16, gpu, plan=plan)
         self.decoder.tail_name = "mlp.down_proj"
-        self.decoder.fuse(norms=True, mlps=True)
+        self.decoder.fuse(norms=True, mlps=True, qkv=True)
         self.factors = FactorBuffers(
             self.decoder.linears,
             rank=8,

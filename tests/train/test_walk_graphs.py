@@ -72,7 +72,7 @@ class Rig:
     ) -> None:
         decoder = load_base(folder, NF4, dtype, torch.device("cpu"), plan=plan)
         decoder.tail_name, decoder.varlen = "mlp.down_proj", DenseAttention()
-        decoder.fuse(norms=True, mlps=True)
+        decoder.fuse(norms=True, mlps=True, qkv=True)
         self.factors = FactorBuffers(
             select_targets(decoder.linears, targets),
             rank=4,

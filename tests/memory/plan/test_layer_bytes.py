@@ -42,7 +42,7 @@ def test_a_layer(family: str, dtype: torch.dtype, tmp_path) -> None:
     shape = shape_from_config(tiny_config(family, **changes).to_dict())
     decoder, _ = load_tiny(folder, Packing("none"), dtype, rank=RANK)
     decoder.tail_name = shape.tail_name if shape.may_skip_tail else None
-    decoder.fuse(norms=True, mlps=True)
+    decoder.fuse(norms=True, mlps=True, qkv=True)
     indices = sorted({shape.windows.index(window) for window in shape.windows})
     for index in indices:
         for documents in ([200], [50, 7, 33, 50, 48]):
