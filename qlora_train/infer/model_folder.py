@@ -132,7 +132,7 @@ class ModelSource:
     def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
         config, pairs = load_adapter(adapter)
         factors = FactorBuffers(
-            {name: decoder.linears[name] for name in pairs},
+            {name: linear for name, linear in decoder.linears.items() if name in pairs},
             rank=config.rank,
             scaling=config.scaling,
             dropout=0.0,

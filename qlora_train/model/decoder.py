@@ -34,7 +34,7 @@ from qlora_train.kernels.liger import liger_on
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.model.shared_input import fuse_qkv
+from qlora_train.model.shared_input import SharedLinear, fuse_qkv
 from qlora_train.model.tiled_mlp import TiledMlp
 from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles, whole
 from qlora_train.model.varlen_attention import VarlenAttention, varlen_attention
@@ -168,6 +168,13 @@ class FrozenDecoder:
             fuse_mlps(self.layers, liger)
         if qkv:
             fuse_qkv(self.layers)
+
+    def forget_shared(self) -> None:
+        """After an exception out of a layer: let go of what one of its linears had computed for others."""
+        for layer in self.layers:
+            for module in layer.modules():
+                if isinstance(module, SharedLinear):
+                    module.together.forget()
 
     def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
         """Let every layer's MLP take so many tokens at a time (None: all). context: of the factors'

@@ -12,7 +12,8 @@ backward: x and h, once, T (in + n R) elements. Each weight is unpacked once on 
 never more than one is there.
 
 With dropout each module has a mask of its own, so each has another x in its branch, and where only some of
-the linears have factors there is nothing to stack: then factors are taken one by one, dx stays one buffer.
+the linears have factors, or they lie in another order, there is nothing to stack: then factors are taken one
+by one, and dx stays one buffer.
 """
 
 from __future__ import annotations
@@ -89,16 +90,19 @@ def dropped_tokens(linears: Iterable[FrozenLinear]) -> TokenKeys | None:
 
 
 def _stackable(linears: Sequence[FrozenLinear]) -> list[LoraFactors] | None:
-    """The factors of all linears, or None: some have none, or something is dropped."""
+    """The factors of all linears, or None: some have none, something is dropped, or they do not lie side by
+    side."""
     factors = [linear.factors for linear in linears if linear.factors is not None]
-    return factors if len(factors) == len(linears) and dropped_tokens(linears) is None else None
+    if len(factors) < len(linears) or dropped_tokens(linears) is not None:
+        return None
+    first = factors[0].A
+    places = [first.storage_offset() + i * first.numel() for i in range(len(factors))]
+    return factors if [module.A.storage_offset() for module in factors] == places else None
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """Parts [R, in] that lie one after another in one buffer, as [n R, in]."""
-    first, size = parts[0], parts[0].numel()
-    places = [first.storage_offset() + i * size for i in range(len(parts))]
-    assert [part.storage_offset() for part in parts] == places, "factors of one input lie side by side"
+    first = parts[0]
     return first.as_strided((len(parts) * len(first), first.shape[1]), first.stride())
 
 
@@ -115,13 +119,18 @@ class SharedInputs:
         """The output [..., out] of linear `index` for x [..., in]. Each is handed out once: another call, or
         another x, computes all again."""
         if x is not self._x or self._ys[index] is None:
+            self.forget()
             factors = [linear.factors.A for linear in self.linears if linear.factors is not None]
             self._x, self._ys = x, list(_SharedInputFunction.apply(x, self.linears, *factors))
         y, self._ys[index] = self._ys[index], None
         if all(rest is None for rest in self._ys):
-            self._x, self._ys = None, []
+            self.forget()
         assert y is not None
         return y
+
+    def forget(self) -> None:
+        """Let go of outputs that nobody took: something went wrong between two calls."""
+        self._x, self._ys = None, []
 
 
 class SharedLinear(nn.Module):
@@ -129,11 +138,11 @@ class SharedLinear(nn.Module):
 
     def __init__(self, linear: FrozenLinear, together: SharedInputs, index: int) -> None:
         super().__init__()
-        self.linear, self._together, self._index = linear, together, index
+        self.linear, self.together, self._index = linear, together, index
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self._together.take(self._index, x)
+        return self.together.take(self._index, x)
 
 
 def fuse_qkv(layers: Iterable[nn.Module]) -> None:

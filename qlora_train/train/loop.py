@@ -109,7 +109,8 @@ class TrainLoop:
                 )
             if self._state.base_fingerprint != self._prepared.decoder.fingerprint:
                 raise RunFolderError(
-                    f"{self._folder.path}: the base model's weights are not those the run began with. "
+                    f"{self._folder.path}: the base model's packed weights are not those the run began "
+                    "with: the checkpoint's files differ, or another version of qlora_train packed them. "
                     "Put them back, or start a new run."
                 )
             if self._state.data_position != self._state.step * self._rows_per_step:
@@ -213,7 +214,11 @@ class TrainLoop:
 
     def _begin_graphs(self) -> None:
         """Where they are used, if the plan they were chosen for still holds."""
-        if self._prepared.graphs.are_used and self.plan == self._prepared.execution:
+        if not self._prepared.graphs.are_used:
+            return
+        if self.plan != self._prepared.execution:
+            self._say("CUDA graphs: not used, because another plan is followed")
+        else:
             self._runner.walk.graphs = WalkGraphs(
                 CudaRecorder(self._decoder.device),
                 self._factors.gradient,

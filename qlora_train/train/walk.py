@@ -110,6 +110,7 @@ class LayerWalk:
     def break_off(self) -> None:
         """After an exception out of `accumulate`, while its traceback still holds the tensors: wait for the
         copies that are under way."""
+        self._decoder.forget_shared()
         self._remembered.park.drain()
 
     def release_graphs(self) -> None:

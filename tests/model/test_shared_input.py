@@ -151,8 +151,22 @@ def test_nothing_is_held_between_layers() -> None:
     case = Case()
     for name in QKV:
         getattr(case.fused, name)(case.x)
-    together = case.fused.q_proj._together
+    together = case.fused.q_proj.together
     assert together._x is None and together._ys == []
+
+
+def test_what_nobody_took_is_forgotten() -> None:
+    case = Case()
+    case.fused.q_proj(case.x)
+    together = case.fused.q_proj.together
+    assert together._x is case.x
+    together.forget()
+    assert together._x is None and together._ys == []
+
+
+def test_factors_in_another_order_are_taken_one_by_one() -> None:
+    """An adapter's file has them by name: k, q, v."""
+    Case(targets=tuple(sorted(QKV))).check()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -117,7 +117,7 @@ MOST_MULTIPROCESSORS = 192
 def known_card(gpu_name: str | None) -> str | None:
     """The entry of CARDS that a driver's name for a GPU stands for."""
     names = sorted(CARDS, key=len, reverse=True)
-    return next((name for name in names if gpu_name and name in gpu_name), None)
+    return next((name for name in names if re.search(rf"\b{name}\b", gpu_name or "")), None)
 
 
 def planned_gpu(gpu_name: str | None, capability: Capability | None) -> Target:

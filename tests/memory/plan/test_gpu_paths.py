@@ -87,6 +87,7 @@ def test_numbers_that_the_planner_has_of_its_own() -> None:
         ("NVIDIA GeForce RTX 4090", (8, 9), ((8, 9), 128)),
         ("NVIDIA H100 80GB HBM3", (9, 0), ((9, 0), 132)),
         ("Tesla T4", None, ((7, 5), 40)),
+        ("NVIDIA L40S", (8, 9), ((8, 9), target.MOST_MULTIPROCESSORS)),  # no L4
         ("NVIDIA Something New", (13, 0), ((13, 0), target.MOST_MULTIPROCESSORS)),
         (None, None, ((8, 6), 38)),
     ],
