@@ -46,6 +46,11 @@ LORA_PLUS: Sections = {
 }
 
 
+@pytest.fixture(autouse=True)
+def products_in_float32() -> None:
+    """Not here (see tests/conftest.py): runs in processes of their own are compared with one in this."""
+
+
 def run_straight(base: Path, train_file: Path, tmp_path: Path, sections: Sections) -> Path:
     train(Recipe.from_dict(recipe_values(base, train_file, tmp_path / "straight", **sections)))
     return tmp_path / "straight"

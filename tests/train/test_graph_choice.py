@@ -17,6 +17,7 @@ from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.graph_bytes import OVERHEAD_BYTES, step_with_graphs_bytes
 from qlora_train.memory.plan.model_shape import shape_from_config
 from qlora_train.memory.plan.plan import budget_for
+from qlora_train.memory.plan.target import planned_gpu
 from qlora_train.memory.plan.time_model import stated_rates
 from qlora_train.model.varlen_attention import VarlenAttention
 from qlora_train.recipe import Recipe
@@ -24,6 +25,7 @@ from qlora_train.train.graph_choice import GraphChoice, choose_graphs
 
 CONFIG = tiny_config("llama")
 CUDA, BF16, ROOMY = torch.device("cuda"), torch.bfloat16, "8GiB"
+GPU = planned_gpu("NVIDIA GeForce RTX 4090", (8, 9))
 TURING = VarlenAttention(DenseAttention().function, (7, 5))
 
 
@@ -59,7 +61,7 @@ def choice(
     training = recipe.training.model_copy(update={"kernels": kernels})
     recipe = recipe.model_copy(update={"training": training})
     shape = shape_from_config(CONFIG.to_dict())
-    plan = plan_recipe(recipe, "cuda", 2**34, shape=shape, rates=stated_rates("cuda", None))
+    plan = plan_recipe(recipe, GPU, 2**34, shape=shape, rates=stated_rates("cuda", None))
     done: ExecutionPlan = replace(plan.execution, **execution)
     return choose_graphs(recipe, plan, done, config, dtype, device, varlen)
 
@@ -115,8 +117,8 @@ def test_an_embedding_in_ram_is_not_in_the_way() -> None:
 def test_the_budget_must_hold_more_than_the_step() -> None:
     """To the byte."""
     shape = shape_from_config(CONFIG.to_dict())
-    plan = plan_recipe(recipe_of("auto"), "cuda", 2**34, shape=shape, rates=stated_rates("cuda", None))
-    needed = budget_for(step_with_graphs_bytes(plan.workload, plan.execution), "cuda")
+    plan = plan_recipe(recipe_of("auto"), GPU, 2**34, shape=shape, rates=stated_rates("cuda", None))
+    needed = budget_for(step_with_graphs_bytes(plan.workload, plan.execution), plan.workload)
     assert choice("auto", vram=f"{needed}B").are_used
     short = choice("auto", vram=f"{needed - 1}B")
     assert not short.are_used and short.line is not None
@@ -125,7 +127,7 @@ def test_the_budget_must_hold_more_than_the_step() -> None:
 
 def test_bytes_beside_the_graphs() -> None:
     """Copies and gradients of a group, and the loss; never less than the step, more with larger groups."""
-    plan = plan_recipe(recipe_of("auto"), "cuda", 2**34, shape=shape_from_config(CONFIG.to_dict()))
+    plan = plan_recipe(recipe_of("auto"), GPU, 2**34, shape=shape_from_config(CONFIG.to_dict()))
     workload, extra = plan.workload, []
     for num_groups in (1, 2, 4):
         changed = replace(plan.execution, num_groups=num_groups)
