@@ -115,7 +115,7 @@ def test_load_and_merge_cases_run(folder: Path) -> None:
 
 def test_gpu_cases_are_skipped_with_a_word_without_a_gpu(folder: Path) -> None:
     on_gpu = [case for case in speed_suite.CASES if case.needs_cuda]
-    assert len(on_gpu) == 5
+    assert len(on_gpu) == 6
     for case in on_gpu:
         rows = Bench(folder, folder / "records", MACHINE, print).run(case, 1)
         assert {row.word for row in rows} == {"skipped: no CUDA device"}
@@ -174,7 +174,8 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 def test_every_training_case_is_a_valid_recipe(case: Case, tmp_path: Path) -> None:
     settings = {**case.settings, "inputs": {"base": "base", "rows": "rows.jsonl"}}
     recipe = Recipe.from_dict(recipe_values({**settings, **case.contenders[0].arguments}, tmp_path / "run"))
-    assert recipe.training.max_steps == 7 and recipe.lora.rank == 16
+    assert recipe.training.max_steps == settings["num_warm_up"] + settings["num_timed"]
+    assert recipe.lora.rank == 16
     assert recipe.training.optimizer == "paged_adamw_8bit"
     num_rows = case.inputs["rows"]["num_rows"]
     if case.inputs["rows"]["kind"] == "texts":  # every row is used once
