@@ -1,7 +1,7 @@
 """The layers' packed weights from the cache: the bytes that training saw, and no need to pack again.
 
-Packing is a function of the weights up to the last bits of one mean (model/quantize.py), but it takes longer
-than everything else in a merge. Memory: one layer's slab (0.11 GB of an 8B model).
+Packing them again gives the same bytes, but is a third of a merge's time (bench/LOG.md). Memory: one layer's
+slab (0.11 GB of an 8B model).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ tighter plan and a capture that goes wrong end them; and whole runs."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flash(gpu: torch.device) -> None:
     if torch.cuda.get_device_capability(gpu) < (8, 0):
         pytest.skip("needs flash attention")
-
-
-@pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Rig:

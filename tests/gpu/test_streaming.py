@@ -7,7 +7,6 @@ Documents are shorter than a block of attention's keys, so that its backward pas
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from qlora_train.train.schedule import LossScale
 from qlora_train.train.step import StepRunner
 from qlora_train.train.walk import LayerWalk
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic")]
 KEEP, RECOMPUTE, OFFLOAD = Activation.KEEP, Activation.RECOMPUTE, Activation.OFFLOAD
 RESIDENT, RAM, DISK = Place.RESIDENT, Place.RAM, Place.DISK
 NUM_LAYERS, NUM_STEPS = 6, 3
@@ -56,14 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": NUM_LAYERS}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     return write_checkpoint(tmp_path_factory.mktemp("base"), vocab_size=5000, **sizes, **heads)
-
-
-@pytest.fixture(autouse=True)
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def plan_of(policy: str, places: str, **changes: Any) -> ExecutionPlan:
