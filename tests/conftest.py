@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -25,6 +26,11 @@ def products_in_float32() -> Iterator[None]:
     """Where 16-bit products would take a hundred times as long."""
     with ProductsInFloat32():
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and collected tests, half a million objects, stay: a `gc.collect` need not walk them."""
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,10 +18,9 @@ def torch_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put back what a run sets for its process."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @pytest.mark.parametrize("deterministic", [True, False, "auto"])

@@ -120,6 +120,7 @@ def test_what_train_sets_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setenv(target.WORKSPACE_VARIABLE, "")
     monkeypatch.delenv(target.WORKSPACE_VARIABLE)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     sections = {"model": {"base": "x"}, "data": {"train": "x"}, "training": {"deterministic": True}}
     try:
         make_accelerator(Recipe.from_dict(sections))
