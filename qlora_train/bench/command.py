@@ -63,6 +63,9 @@ def run_bench(
     targets = {case.name: case.target for case in chosen}
     wide = Console(file=console.file, width=max(console.width, TABLE_WIDTH), highlight=False)
     wide.print(build_table(rows, COLUMNS, targets))
+    dtypes = {run["compute_dtype"] for row in rows for run in row.runs if "compute_dtype" in run}
+    if dtypes:
+        say(f"computed in {', '.join(sorted(dtypes))}")
     say(f"medians of {num_runs}; (x): compared with the contender without one; figures added to {records}")
     failed = [f"{row.contender} in {row.case}" for row in rows if row.has_failed]
     if failed:

@@ -10,7 +10,7 @@ import torch
 from qlora_train.data.prompts import answer_end_ids
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import ExportError, NotYetError, RunFolderError
-from qlora_train.export.merge import MergeReport, merge
+from qlora_train.export.merge import MergeReport, merge, require_new_folder
 from qlora_train.model.hub import resolve_base, resolve_dtype
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import load_recipe
@@ -51,10 +51,11 @@ def export(
             raise RunFolderError(
                 f"{run}: {meaning}: {needed} is missing. Give the folder that training wrote."
             )
+    target = Path(out) if out is not None else run / "merged"
+    require_new_folder(target)  # before the cache is read through
     model = load_recipe(run / "recipe.yaml").model
     folder = resolve_base(model.base, model.revision)[0]
     packing = Packing(model.quantization, model.double_quant) if base == "dequantized" else None
-    target = Path(out) if out is not None else run / "merged"
     end_ids = answer_end_ids(load_tokenizer(str(folder)))
     cached = None
     if packing is not None and packing.format != "none":

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.errors import BaseModelError, ExportError
+from qlora_train.export.disk_writer import DiskWriter
 from qlora_train.model.adapter_files import Factors, load_adapter
 from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.model.bitsandbytes_checkpoint import (
@@ -90,11 +91,7 @@ def merge(
     `out` is then as it was.
     """
     base_folder, out = Path(base_folder), Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ExportError(f"{out}: exists and is not an empty folder. Remove it, or give another --out.")
-    lies_in = next(parent for parent in out.absolute().parents if parent.exists())
-    if not lies_in.is_dir():
-        raise ExportError(f"{out}: {lies_in} is a file, so no folder can be made in it. Give another --out.")
+    require_new_folder(out)
     config, factors = load_adapter(adapter_folder)
     with ShardReader(base_folder) as reader:
         model_config = _read_config(base_folder)
@@ -115,6 +112,15 @@ def merge(
     return MergeReport(
         out, len(weights.shapes), len(factors), len(weights.dequantized), len(shards), num_bytes
     )
+
+
+def require_new_folder(out: Path) -> None:
+    """Raises `ExportError` unless a folder can be made there, or an empty one is."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out}: exists and is not an empty folder. Remove it, or give another --out.")
+    lies_in = next(parent for parent in out.absolute().parents if parent.exists())
+    if not lies_in.is_dir():
+        raise ExportError(f"{out}: {lies_in} is a file, so no folder can be made in it. Give another --out.")
 
 
 class _Weights:
@@ -244,7 +250,7 @@ def _plan_shards(
 
 
 def _write_shard(path: Path, names: list[str], weights: _Weights, dtype: torch.dtype) -> None:
-    with open(path, "wb") as file:
+    with DiskWriter(path) as file:
         write_header(file, {name: (dtype, weights.shapes[name]) for name in names}, {"format": "pt"})
         for name in names:
             for values in weights.rows(name):

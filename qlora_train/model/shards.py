@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -265,8 +265,14 @@ def _truncated(path: Path, file_bytes: int, needed_bytes: int) -> BaseModelError
     )
 
 
+class Appendable(Protocol):
+    """An open file, as far as writing one from its beginning needs it."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
 def write_header(
-    file: BinaryIO, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    file: Appendable, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> None:
     """Begin a safetensors file: the header follows from dtypes and shapes alone.
 

@@ -4,6 +4,8 @@
                  all the same work the median counts, so that one disturbed step does not
     useful FLOPs 4 per token and parameter of the base's linears: 2 forward, 2 back (a frozen weight has no
                  gradient); of the head only at supervised positions. Recomputing is not useful work.
+    compute      for everybody in what `compute_dtype: auto` takes: bfloat16 where the hardware multiplies it,
+                 else float16 on a GPU and float32 on a CPU
     ceiling      a large matrix product in the compute dtype, timed in the same process right after the steps
     peak         before the ceiling is measured
 
@@ -26,8 +28,8 @@ import psutil
 import torch
 
 from qlora_train.bench.process import peaks
+from qlora_train.model.hub import dtype_name, resolve_dtype
 
-DTYPE = torch.bfloat16
 READ_BYTES = 16 * 2**20
 
 
@@ -43,6 +45,10 @@ class Step:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+DTYPE = resolve_dtype("auto", device())
+"""Of everybody's computation."""
 
 
 def now() -> float:
@@ -87,6 +93,7 @@ def training_figures(
         "useful_gflops_per_second": useful_flops / total_seconds / 1e9,
         "matmul_ceiling_gflops_per_second": ceiling / 1e9,
         "share_of_matmul_ceiling": useful_flops / total_seconds / ceiling,
+        "compute_dtype": dtype_name(DTYPE),
         "num_threads": torch.get_num_threads(),
     }
 

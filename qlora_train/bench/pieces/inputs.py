@@ -34,6 +34,7 @@ from qlora_train.memory.load import load_base
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.model.adapter_files import AdapterConfig, save_adapter, shortest_names
 from qlora_train.model.atomic_folder import atomic_folder
+from qlora_train.model.hub import dtype_name
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
 
@@ -66,7 +67,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("is_packed"):
         load_base(base, Packing("nf4", double_quant=True), DTYPE, device(), cache=cache_root())
     if arguments.get("run_rank"):
-        run = folder / "runs" / f"{base.name}-r{arguments['run_rank']}"
+        run = folder / "runs" / f"{base.name}-r{arguments['run_rank']}-{dtype_name(DTYPE)}"
         if not run.is_dir():
             with atomic_folder(run) as partial:
                 write_run(partial, base, arguments["run_rank"])
@@ -118,7 +119,7 @@ def write_run(folder: Path, base: Path, rank: int) -> None:
     config = AdapterConfig(str(base), rank, 2 * rank, target_modules=shortest_names(linears, linears))
     save_adapter(folder / "adapter", config, factors)
     recipe = Recipe.from_dict(
-        {"model": {"base": str(base), "compute_dtype": "bfloat16"}, "data": {"train": "rows.jsonl"}}
+        {"model": {"base": str(base), "compute_dtype": dtype_name(DTYPE)}, "data": {"train": "rows.jsonl"}}
     )
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
 

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_train.bench.pieces.figures import Step, age_seconds, training_figures
+from qlora_train.bench.pieces.figures import DTYPE, Step, age_seconds, training_figures
 from qlora_train.bench.process import answer
+from qlora_train.model.hub import dtype_name
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
 
@@ -44,7 +45,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
 def recipe_values(arguments: dict[str, Any], run: Path) -> dict[str, Any]:
     """The case's settings in the words of a recipe."""
     values: dict[str, dict[str, Any]] = {
-        "model": {"base": arguments["inputs"]["base"], "compute_dtype": "bfloat16"},
+        "model": {"base": arguments["inputs"]["base"], "compute_dtype": dtype_name(DTYPE)},
         "lora": {"rank": arguments["rank"], "alpha": 2 * arguments["rank"]},
         "data": {
             "train": arguments["inputs"]["rows"],

@@ -16,7 +16,7 @@ from qlora_train.bench.pieces.figures import DTYPE, device
 
 
 def load_packed(base: str) -> PreTrainedModel:
-    """NF4 with double quantisation, everything else in bfloat16, SDPA attention."""
+    """NF4 with double quantisation, everything else in `DTYPE`, SDPA attention."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

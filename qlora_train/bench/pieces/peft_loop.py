@@ -1,7 +1,7 @@
 """The peer everyone knows: peft on a base packed by bitsandbytes, a plain loop with gradient checkpointing.
 
 Two ways to write it. As peft's guide has it: `prepare_model_for_kbit_training` (fp32 norms, embedding and
-head), then `get_peft_model`. And the fastest we found (LOG.md): nothing in fp32 but the factors, bfloat16
+head), then `get_peft_model`. And the fastest we found (LOG.md): nothing in fp32 but the factors, 16-bit
 autocast around the forward pass. Gradients are clipped, the optimizer is bitsandbytes'.
 """
 
@@ -28,7 +28,8 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     else:
         model.gradient_checkpointing_enable(checkpointing)
     model = get_peft_model(model, lora_config(arguments["rank"]))
-    autocast = torch.autocast(device().type, DTYPE, enabled=not as_documented)
+    autocasts = DTYPE.itemsize == 2 and not as_documented
+    autocast = torch.autocast(device().type, DTYPE, enabled=autocasts)
     return train_plainly(model, arguments, started=started, autocast=autocast)
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from qlora_train.bench.pieces.figures import Step, age_seconds, device, now, training_figures
+from qlora_train.bench.pieces.figures import DTYPE, Step, age_seconds, device, now, training_figures
 from qlora_train.bench.pieces.peer import load_packed, lora_config
 from qlora_train.bench.process import answer
 
@@ -81,6 +81,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            bf16=DTYPE is torch.bfloat16,  # its default, but where that is not multiplied
             use_cpu=device().type == "cpu",
             **arguments.get("trl", {}),
         )

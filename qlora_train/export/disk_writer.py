@@ -1,0 +1,120 @@
+"""Writing a large file behind the arithmetic, past the system's page cache.
+
+An ordinary write is a copy that the processor makes into the kernel's pages; the disk begins later, and most
+of it is waited for at the end, in fsync. With O_DIRECT the disk reads the caller's memory itself: a thread
+that waits for it costs no core, so a block is written while the next is computed, and little is left to sync.
+
+    buffer 0   filled | written          | filled | written     ...
+    buffer 1          | filled | written          | filled      ...
+
+Measured: bench/LOG.md. Memory: two buffers.
+
+The price: memory, offset and length must be multiples of `PAGE_BYTES`. Buffers are whole pages, so only the
+end of the file is written the ordinary way, as is everything on a filesystem or system that cannot do it;
+there without a thread, which would take a core from the products.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+
+from qlora_train.memory.disk_file import PAGE_BYTES
+
+BUFFER_BYTES = 8 * 2**20
+
+
+class DiskWriter:
+    """A new file, written from the beginning to the end. A context manager; use its `write` inside.
+
+    What goes wrong on the disk is raised by the next `write`, or on leaving. Syncing is the caller's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = FileIO(path, "w")
+        self._direct = _open_direct(path)
+        self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(2)]  # begins at a page
+        self._current, self._num_filled = 0, 0
+        self._num_queued = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk-writer")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> DiskWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            if kind is None:
+                self._queue()
+                self._wait()
+        finally:
+            self._thread.shutdown()
+            self._file.close()
+            if self._direct is not None:
+                self._direct.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append. `data` may be changed afterwards: it is copied."""
+        rest = memoryview(data)
+        while rest:
+            part = rest[: BUFFER_BYTES - self._num_filled]
+            self._buffers[self._current][self._num_filled : self._num_filled + len(part)] = part
+            self._num_filled += len(part)
+            rest = rest[len(part) :]
+            if self._num_filled == BUFFER_BYTES:
+                self._queue()
+
+    def _queue(self) -> None:
+        """Hand the filled part of the buffer to the thread, go on with the other buffer."""
+        self._wait()
+        filled = self._buffers[self._current][: self._num_filled]
+        if self._direct is None:
+            self._put(filled, self._num_queued)
+        else:
+            self._pending = self._thread.submit(self._put, filled, self._num_queued)
+        self._num_queued += self._num_filled
+        self._current, self._num_filled = 1 - self._current, 0
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def _put(self, memory: memoryview, offset_bytes: int) -> None:
+        num_done = 0
+        if self._direct is not None:
+            whole_pages = memory[: len(memory) // PAGE_BYTES * PAGE_BYTES]
+            num_done = _put_directly(self._direct, whole_pages, offset_bytes)
+        while num_done < len(memory):
+            num_done += os.pwrite(self._file.fileno(), memory[num_done:], offset_bytes + num_done)
+
+
+def _put_directly(file: FileIO, memory: memoryview, offset_bytes: int) -> int:
+    """Returns how far it got: to the end, unless this descriptor cannot do it."""
+    num_done = 0
+    while num_done < len(memory) and num_done % PAGE_BYTES == 0:
+        try:
+            num_done += os.pwrite(file.fileno(), memory[num_done:], offset_bytes + num_done)
+        except OSError as error:
+            if error.errno not in (
+                errno.EINVAL,
+                errno.EOPNOTSUPP,
+            ):  # some accept the flag and refuse to write
+                raise
+            break
+    return num_done
+
+
+def _open_direct(path: Path) -> FileIO | None:
+    """The file, written past the page cache; None where the system or the filesystem cannot."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return FileIO(path, "r+", opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return None
