@@ -115,6 +115,10 @@ class PackedDataset:
         bins = [self.bins[self.bin_at(p)] for p in positions if p is not None]
         return sum(len(self.documents[i]) for each in bins for i in each)
 
+    def most_documents(self, num_bins: int) -> int:
+        """What `num_bins` bins can hold, what is left of a bin counted as one."""
+        return num_bins * (1 + max(map(len, self.bins)))
+
     def fingerprint(self) -> str:
         """A hash of every token, mask and bin: two data sets with the same one train the same way."""
         digest = hashlib.sha256(str((self.sequence_length, self.bins)).encode())

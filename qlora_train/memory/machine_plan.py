@@ -22,15 +22,18 @@ from qlora_train.model.varlen_attention import VarlenAttention, varlen_attention
 from qlora_train.recipe import Recipe
 
 
-def plan_here(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Plan:
-    """The plan of a run. recipe: with the compute dtype resolved to `dtype`. folder: the base's. See
-    `Plan.require_fit`."""
+def plan_here(
+    recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device, most_documents: int
+) -> Plan:
+    """The plan of a run. recipe: with the compute dtype resolved to `dtype`. folder: the base's.
+    most_documents: in any micro-batch. See `Plan.require_fit`."""
     target = target_of(device)
     return plan_recipe(
         recipe,
         target,
         meter.free_bytes(device),
         shape=find_shape(str(folder)),
+        most_documents=most_documents,
         rates=rates_of(device, dtype, cache_root()),
         has_context=target.on_cuda,
         base_folder=folder,

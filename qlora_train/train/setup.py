@@ -136,6 +136,7 @@ def prepare(
         accelerator,
         found,
         lambda planned: saved_execution or planned,
+        most_documents=train_data.most_documents(recipe.training.micro_batch_size),
         cache=cache_root() if use_cache else None,
         say=say,
     )
@@ -163,17 +164,18 @@ def load_model(
     found: ProbeResult,
     choose: Callable[[ExecutionPlan], ExecutionPlan],
     *,
+    most_documents: int,
     cache: Path | None,
     say: Callable[[str], None],
 ) -> LoadedModel:
     """Plan for this machine, load the base and attach the factors.
 
     recipe: resolved. found: by the probe of the base's config. choose: from what was planned to what is done.
-    cache: the folder of packed bases; None: none is kept. Raises a `UserError` for a plan that does not fit,
-    and for CUDA graphs that are asked for and cannot be.
+    most_documents: in any micro-batch. cache: the folder of packed bases; None: none is kept. Raises a
+    `UserError` for a plan that does not fit, and for CUDA graphs that are asked for and cannot be.
     """
     device = accelerator.device
-    plan = plan_here(recipe, folder, dtype, device)
+    plan = plan_here(recipe, folder, dtype, device, most_documents)
     plan.require_fit()
     execution = _agreed(choose(plan.execution))
     varlen = varlen_attention(device)

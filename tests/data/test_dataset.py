@@ -55,6 +55,12 @@ def test_a_micro_batch_by_hand() -> None:
     assert batch.cu_seqlens.dtype == np.int32
 
 
+def test_no_micro_batch_has_more_documents() -> None:
+    data = dataset("a", "b", "cD", "eF", "gHiJKlM", "n", shuffle=True)
+    numbers = [len(data.micro_batch([p, p + 1]).cu_seqlens) - 1 for p in range(4 * data.num_bins)]
+    assert max(numbers) <= data.most_documents(2) == 2 * 5
+
+
 def test_splits_of_a_micro_batch_hold_the_same() -> None:
     data = dataset(*("a" + "B" * (n % 6) for n in range(1, 40)), shuffle=True)
     positions = [3, 0, None, data.num_bins + 1]

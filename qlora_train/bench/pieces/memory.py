@@ -115,7 +115,15 @@ class Trainer:
         make_random_base(folder, packing, dtype, cache_root())
         config = read_config(folder)
         loaded = load_model(
-            recipe, folder, dtype, accelerator, probe(config), change, cache=cache_root(), say=print
+            recipe,
+            folder,
+            dtype,
+            accelerator,
+            probe(config),
+            change,
+            most_documents=recipe.training.micro_batch_size,
+            cache=cache_root(),
+            say=print,
         )
         decoder, factors, execution = loaded.decoder, loaded.factors, loaded.execution
         training, changes = recipe.training, list[str]()

@@ -37,6 +37,7 @@ def plan_recipe(
     *,
     shape: ModelShape | None = None,
     documents: Sequence[int] | None = None,
+    most_documents: int = 0,
     rates: Rates | None = None,
     gpu_name: str | None = None,
     has_context: bool = False,
@@ -45,14 +46,15 @@ def plan_recipe(
     """The plan of a run on `target`.
 
     free_bytes: on the device now; memory.vram, where it is given, is the budget instead. shape: None looks
-    for model.base. documents: token counts of a micro-batch; None: full bins. rates: None takes stated ones.
+    for model.base. documents: token counts of a micro-batch; None: full bins.
+    most_documents: in any micro-batch; 0: not known. rates: None takes stated ones.
     has_context: free_bytes leaves out a CUDA context that exists already. base_folder: of model.base; None
     looks for it. The disk of the cache must hold the packed base unless it is there already. Raises
     `UserError` for a base that is unknown; see `Plan.require_fit` for one that does not fit.
     """
     shape = shape or find_shape(recipe.model.base, recipe.model.revision)
     base_folder = base_folder or find_base_folder(recipe.model.base, recipe.model.revision)
-    workload = workload_of(recipe, shape, target, documents)
+    workload = workload_of(recipe, shape, target, documents, most_documents)
     return make_plan(
         workload,
         device_budget(target.kind, free_bytes, recipe.memory.vram_bytes, has_context=has_context),

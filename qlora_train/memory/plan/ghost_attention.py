@@ -69,8 +69,8 @@ def buckets(documents: Sequence[int]) -> Mapping[int, int]:
 class AttentionRule:
     """What decides how a layer attends. documents: tokens of each. window: how far back a query sees.
     has_softcap: scores are capped with tanh. heads_outside: q and k lie in memory head by head, as liger's
-    norms write them. reference: by document, with SDPA. target, deterministic: where
-    and how it runs."""
+    norms write them. reference: by document, with SDPA. target, deterministic: where and how it runs.
+    kernel_documents: how many a kernel of variable length may be called with."""
 
     documents: tuple[int, ...]
     window: int | None
@@ -79,6 +79,7 @@ class AttentionRule:
     reference: bool
     target: Target
     deterministic: bool
+    kernel_documents: tuple[int, ...]
 
     @property
     def blocked(self) -> bool:
@@ -96,7 +97,7 @@ def packed_attention(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule
             query,
             key,
             value,
-            len(rule.documents),
+            rule.kernel_documents,
             rule.target,
             deterministic=rule.deterministic,
             heads_outside=rule.heads_outside,

@@ -19,7 +19,7 @@ sizes dk and dv, in fp32 where results have 16 bits: all three are counted, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qlora_train.memory.plan.ghost import Ghost, apply
 from qlora_train.memory.plan.ghost_ops import FLOAT32
@@ -63,27 +63,31 @@ def varlen_attention(
     query: Ghost,
     key: Ghost,
     value: Ghost,
-    num_documents: int,
+    kernel_documents: Sequence[int],
     target: Target,
     *,
     deterministic: bool,
     heads_outside: bool,
 ) -> Ghost:
     """model/varlen_attention.py, one call for the row: [1, heads, T, d] -> [1, T, heads * d]. Nothing is
-    gathered. Saved: q, k, v, the result and a log-sum-exp per query and head. heads_outside: in q's memory,
+    gathered. Saved: q, k, v, the result and a log-sum-exp per query and head. kernel_documents: any of these
+    numbers, empty ones included; the scratch is the largest. heads_outside: in q's memory,
     and so in the result's: it is copied for the linear behind it, and once more going back."""
     rows = [_tokens_first(t) for t in (query, key, value)]
     num_tokens, num_heads, head_dim = rows[0].shape
     result = rows[0].like()
     log_sums = result.ledger.tensor((num_heads, num_tokens), FLOAT32)
-    scratch_bytes = flash_scratch_bytes(
-        num_tokens + TILE * num_documents,
-        num_dq_sums(target, deterministic, num_documents, num_heads),
-        num_heads,
-        rows[1].shape[1],
-        num_tokens,
-        head_dim,
-        result.itemsize,
+    scratch_bytes = max(
+        flash_scratch_bytes(
+            num_tokens + TILE * num_documents,
+            num_dq_sums(target, deterministic, num_documents, num_heads),
+            num_heads,
+            rows[1].shape[1],
+            num_tokens,
+            head_dim,
+            result.itemsize,
+        )
+        for num_documents in kernel_documents
     )
     if heads_outside:
         scratch_bytes += result.num_bytes

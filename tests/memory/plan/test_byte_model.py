@@ -237,13 +237,24 @@ def step_of(work: Workload, execution: ExecutionPlan) -> _Step:
     return step
 
 
+@pytest.mark.parametrize(
+    ("documents", "most_documents", "expected"),
+    [((2048,), 0, (8,)), ((2048,), 8, (8,)), ((128,) * 16, 0, (16,)), ((2048,), 33, (8, 16, 32, 64))],
+)
+def test_how_many_documents_a_kernel_is_called_with(documents, most_documents, expected) -> None:
+    known = replace(workload(), documents=documents, most_documents=most_documents)
+    assert known.kernel_documents == expected
+
+
 def test_the_planner_knows_how_finely_the_real_code_cuts() -> None:
     """It imports no torch, so it has these numbers of its own."""
     from qlora_train.kernels import blocked_attention
     from qlora_train.memory.plan import ghost_attention, packed_sizes
-    from qlora_train.model import quantize
+    from qlora_train.memory.plan.workload import LEAST_DOCUMENTS
+    from qlora_train.model import packed_tokens, quantize
 
     assert ghost_attention.BLOCK_QUERIES == blocked_attention.BLOCK_QUERIES
     assert ghost_attention.LONGEST == blocked_attention.LONGEST
     assert packed_sizes.UNPACK_CHUNK == quantize.UNPACK_ELEMENTS
     assert packed_sizes.INT8_CHUNK == quantize.CHUNK_ELEMENTS
+    assert LEAST_DOCUMENTS == packed_tokens.LEAST_DOCUMENTS
