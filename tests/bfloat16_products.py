@@ -2,56 +2,81 @@
 
 There torch multiplies one number at a time: `g @ W` of [1024, 1024] takes 2 s in bfloat16 and 15 ms in
 float32. Nobody trains so (`compute_dtype: auto` takes float32 there), but tests are about 16 bits on any
-machine. Inside this mode each such product is taken in float32 and its result rounded, which is what the
-units do: exact products, sums in float32, one rounding.
+machine. In here each such product is taken in float32 and its result rounded, which is what the units do:
+exact products, sums in float32, one rounding.
 
-The meter sees nothing of it: it is entered later, so it is asked first, and counts the operation's results.
+Kernels of torch's own operators are replaced for the CPU. A dispatch mode would do the same, but every
+operation would go through Python, not only products: tests of small models take twice as long. The meter
+sees nothing of it: it counts an operation's result.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import DispatchKeySet, Tensor
+from torch.library import Library, get_kernel
 
-aten = torch.ops.aten
 SLOW = (torch.bfloat16, torch.float16)
-PRODUCTS = {
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+NUM_ROUNDED = {
+    "mm": 1,
+    "bmm": 1,
+    "addmm": 1,
+    "baddbmm": 1,
+    # out (or dq, dk, dv) in the dtype of the inputs; log-sums are float32 in any case
+    "_scaled_dot_product_flash_attention_for_cpu": 1,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
 }
-IN_PLACE = {aten.addmm_.default: aten.addmm.default, aten.baddbmm_.default: aten.baddbmm.default}
+"""Operator -> how many of its results have the dtype of its inputs."""
+IN_PLACE = {"addmm_": "addmm", "baddbmm_": "baddbmm"}
+
+Kernel = Callable[..., Any]
 
 
 def cpu_multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class ProductsInFloat32(TorchDispatchMode):
+@contextmanager
+def products_in_float32() -> Iterator[None]:
     """See the module docstring."""
+    kernels = {name: get_kernel(f"aten::{name}", "CPU").call_boxed for name in (*NUM_ROUNDED, *IN_PLACE)}
+    wide = {name: _wide_kernel(kernels[name], number) for name, number in NUM_ROUNDED.items()}
+    wide |= {name: _in_place(kernels[name], kernels[other]) for name, other in IN_PLACE.items()}
+    library = Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*", UserWarning)  # that kernels are replaced: yes
+        for name, kernel in wide.items():
+            library.impl(name, kernel, "CPU", with_keyset=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        if first is None or first.device.type != "cpu" or first.dtype not in SLOW:
-            return func(*args, **kwargs)
-        if func in IN_PLACE:
-            return first.copy_(IN_PLACE[func](*map(_wide, args), **_all_wide(kwargs)))
-        if func not in PRODUCTS:
-            return func(*args, **kwargs)
-        result = func(*map(_wide, args), **_all_wide(kwargs))
+
+def _wide_kernel(kernel: Kernel, num_rounded: int) -> Kernel:
+    def run(keys: DispatchKeySet, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.dtype not in SLOW:
+            return kernel(keys, first, *args, **kwargs)
+        result = kernel(keys, first.float(), *map(_wide, args), **_all_wide(kwargs))
         if isinstance(result, Tensor):
             return result.to(first.dtype)
-        # attention: out (or dq, dk, dv) in the dtype of the inputs; log-sums are float32 in any case
-        is_forward = func is aten._scaled_dot_product_flash_attention_for_cpu.default
-        rounded = 1 if is_forward else 3
-        return tuple(t.to(first.dtype) if i < rounded else t for i, t in enumerate(result))
+        return tuple(t.to(first.dtype) if i < num_rounded else t for i, t in enumerate(result))
+
+    return run
+
+
+def _in_place(kernel: Kernel, functional: Kernel) -> Kernel:
+    def run(keys: DispatchKeySet, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if first.dtype not in SLOW:
+            return kernel(keys, first, *args, **kwargs)
+        return first.copy_(functional(keys, first.float(), *map(_wide, args), **_all_wide(kwargs)))
+
+    return run
 
 
 def _wide(value: Any) -> Any:

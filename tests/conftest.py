@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from bfloat16_products import ProductsInFloat32, cpu_multiplies_bfloat16
+from bfloat16_products import cpu_multiplies_bfloat16
+from bfloat16_products import products_in_float32 as multiply_in_float32
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,7 +25,7 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 @pytest.fixture(autouse=not cpu_multiplies_bfloat16())
 def products_in_float32() -> Iterator[None]:
     """Where 16-bit products would take a hundred times as long."""
-    with ProductsInFloat32():
+    with multiply_in_float32():
         yield
 
 

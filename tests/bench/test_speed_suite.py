@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +44,13 @@ TINY = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(autouse=True)
+def no_state_stays() -> Iterator[None]:
+    """The trainers of others set accelerate up for this process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny(name: str, **changes: Any) -> Case:
