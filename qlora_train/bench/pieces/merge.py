@@ -45,6 +45,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_us(run: Path, base: Path, out: Path, merge_into: str) -> float:
+    import qlora_train.export.packed_layers  # noqa: F401  # what `export` itself imports late
     from qlora_train.export import export
 
     os.sync()
