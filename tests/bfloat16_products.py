@@ -13,7 +13,7 @@ sees nothing of it: it counts an operation's result.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,22 +45,25 @@ def cpu_multiplies_bfloat16() -> bool:
 def products_in_float32() -> Iterator[None]:
     """See the module docstring."""
     kernels = {name: get_kernel(f"aten::{name}", "CPU").call_boxed for name in (*NUM_ROUNDED, *IN_PLACE)}
-    wide = {name: _wide_kernel(kernels[name], number) for name, number in NUM_ROUNDED.items()}
+    wide = {
+        name: _wide_kernel(kernels[name], number, one_dtype=not name.startswith("_scaled"))
+        for name, number in NUM_ROUNDED.items()
+    }
     wide |= {name: _in_place(kernels[name], kernels[other]) for name, other in IN_PLACE.items()}
     library = Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*", UserWarning)  # that kernels are replaced: yes
-        for name, kernel in wide.items():
-            library.impl(name, kernel, "CPU", with_keyset=True)
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*", UserWarning)  # that kernels are replaced: yes
+            for name, kernel in wide.items():
+                library.impl(name, kernel, "CPU", with_keyset=True)
         yield
     finally:
         library._destroy()
 
 
-def _wide_kernel(kernel: Kernel, num_rounded: int) -> Kernel:
+def _wide_kernel(kernel: Kernel, num_rounded: int, one_dtype: bool) -> Kernel:
     def run(keys: DispatchKeySet, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if first.dtype not in SLOW:
+        if first.dtype not in SLOW or (one_dtype and _differ(first, args)):  # torch says that they differ
             return kernel(keys, first, *args, **kwargs)
         result = kernel(keys, first.float(), *map(_wide, args), **_all_wide(kwargs))
         if isinstance(result, Tensor):
@@ -72,11 +75,15 @@ def _wide_kernel(kernel: Kernel, num_rounded: int) -> Kernel:
 
 def _in_place(kernel: Kernel, functional: Kernel) -> Kernel:
     def run(keys: DispatchKeySet, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if first.dtype not in SLOW:
+        if first.dtype not in SLOW or _differ(first, args):
             return kernel(keys, first, *args, **kwargs)
         return first.copy_(functional(keys, first.float(), *map(_wide, args), **_all_wide(kwargs)))
 
     return run
+
+
+def _differ(first: Tensor, others: Sequence[Any]) -> bool:
+    return any(isinstance(other, Tensor) and other.dtype != first.dtype for other in others)
 
 
 def _wide(value: Any) -> Any:

@@ -104,7 +104,10 @@ class PackedDataset:
         (eval).
         """
         epoch, place = divmod(position, self.num_bins)
-        return int(epoch_order(self._seed, epoch, self.num_bins)[place]) if self._shuffle else place
+        return int(self._order(epoch)[place])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self._seed, epoch, self.num_bins) if self._shuffle else np.arange(self.num_bins)
 
     def num_supervised(self, positions: Sequence[int | None]) -> int:
         """Supervised tokens of the bins at these positions, without building them."""
@@ -115,9 +118,18 @@ class PackedDataset:
         bins = [self.bins[self.bin_at(p)] for p in positions if p is not None]
         return sum(len(self.documents[i]) for each in bins for i in each)
 
-    def most_documents(self, num_bins: int) -> int:
-        """What `num_bins` bins can hold, what is left of a bin counted as one."""
-        return num_bins * (1 + max(map(len, self.bins)))
+    def most_documents(self, micro_batch_size: int, num_positions: int) -> int:
+        """In any micro-batch of the first `num_positions` positions; what is left of a bin counts as one."""
+        num_tokens = [sum(len(self.documents[i]) for i in each) for each in self.bins]
+        parts = zip(self.bins, num_tokens, strict=True)
+        counts = np.array([len(each) + (number < self.sequence_length) for each, number in parts])
+        most, begun = 0, counts[:0]
+        for epoch in range(-(-num_positions // self.num_bins)):
+            order = self._order(epoch)[: num_positions - epoch * self.num_bins]
+            begun = np.concatenate([begun, counts[order]])
+            whole, begun = np.split(begun, [len(begun) // micro_batch_size * micro_batch_size])
+            most = max(most, whole.reshape(-1, micro_batch_size).sum(axis=1).max(initial=0))
+        return max(int(most), int(begun.sum()) + micro_batch_size - len(begun))
 
     def fingerprint(self) -> str:
         """A hash of every token, mask and bin: two data sets with the same one train the same way."""

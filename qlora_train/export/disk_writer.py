@@ -9,9 +9,10 @@ that waits for it costs no core, so a block is written while the next is compute
 
 Measured: bench/LOG.md. Memory: two buffers.
 
-The price: memory, offset and length must be multiples of `PAGE_BYTES`. Buffers are whole pages, so only the
-end of the file is written the ordinary way, as is everything on a filesystem or system that cannot do it;
-there without a thread, which would take a core from the products.
+The price: what was written is not in the page cache for whoever reads it next. And memory, offset and length
+must be multiples of `PAGE_BYTES`. Buffers are whole pages, so only the end of the file is written the
+ordinary way, as is everything once the system or the filesystem says that it cannot; without a thread then,
+which would take a core from the products. (One that copies and does not say so, tmpfs, cannot be told apart.)
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class DiskWriter:
         self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(2)]  # begins at a page
         self._current, self._num_filled = 0, 0
         self._num_queued = 0
+        self._refuses_direct = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk-writer")
         self._pending: Future[None] | None = None
 
@@ -52,10 +54,11 @@ class DiskWriter:
                 self._queue()
                 self._wait()
         finally:
-            self._thread.shutdown()
-            self._file.close()
-            if self._direct is not None:
-                self._direct.close()
+            try:
+                self._thread.shutdown()
+            finally:
+                self._file.close()
+                self._close_direct()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append. `data` may be changed afterwards: it is copied."""
@@ -71,6 +74,8 @@ class DiskWriter:
     def _queue(self) -> None:
         """Hand the filled part of the buffer to the thread, go on with the other buffer."""
         self._wait()
+        if self._refuses_direct:
+            self._close_direct()
         filled = self._buffers[self._current][: self._num_filled]
         if self._direct is None:
             self._put(filled, self._num_queued)
@@ -83,11 +88,17 @@ class DiskWriter:
         if self._pending is not None:
             self._pending.result()
 
+    def _close_direct(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
+
     def _put(self, memory: memoryview, offset_bytes: int) -> None:
         num_done = 0
         if self._direct is not None:
             whole_pages = memory[: len(memory) // PAGE_BYTES * PAGE_BYTES]
             num_done = _put_directly(self._direct, whole_pages, offset_bytes)
+            self._refuses_direct = num_done < len(whole_pages)
         while num_done < len(memory):
             num_done += os.pwrite(self._file.fileno(), memory[num_done:], offset_bytes + num_done)
 
@@ -113,8 +124,6 @@ def _open_direct(path: Path) -> FileIO | None:
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
-        return FileIO(path, "r+", opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
+        return FileIO(path, "r+", opener=lambda name, flags: os.open(name, os.O_WRONLY | os.O_DIRECT))
+    except OSError:  # some filesystems allow no second writer: the first is open already
         return None

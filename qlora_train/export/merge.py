@@ -2,8 +2,8 @@
 
 One tensor at a time, a few rows at a time: rows are read, computed in fp32, cast and appended to the shard.
 A safetensors header holds only dtypes, shapes and offsets, and those follow from the base's shapes, so it
-is written first and no shard is ever held. Memory: one block of rows (4 MiB as read, twice that in fp32)
-and, in `dequantized` mode, one packed weight and the quantiser's scratch. `peft.merge_and_unload` needs the
+is written first and no shard is ever held. Memory: one block of rows (4 MiB as read, twice that in fp32),
+what waits to be written (disk_writer.py) and, in `dequantized` mode, one packed weight and the quantiser's scratch. `peft.merge_and_unload` needs the
 whole 16-bit model.
 
 Which base? The factors were trained against the packed weights, errors included: on top of those they are

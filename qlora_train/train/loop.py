@@ -29,7 +29,7 @@ from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
 from qlora_train.train.recorder import CudaRecorder
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.schedule import LossScale, learning_rate
+from qlora_train.train.schedule import LossScale, learning_rate, num_rows, rows_per_step
 from qlora_train.train.setup import Prepared
 from qlora_train.train.signals import StopSignal
 from qlora_train.train.step import StepOutcome, StepRunner
@@ -58,12 +58,10 @@ class TrainLoop:
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._factors = prepared.decoder, prepared.factors
         training = self._recipe.training
-        self._rows_per_step = (
-            training.micro_batch_size * training.gradient_accumulation_steps * self._accelerator.num_processes
-        )
-        num_rows = math.ceil((training.epochs or 1) * prepared.train_data.num_bins)
-        self.num_steps = training.max_steps or math.ceil(num_rows / self._rows_per_step)
-        self._last_row = num_rows if training.max_steps is None else None
+        num_processes = self._accelerator.num_processes
+        self._rows_per_step = rows_per_step(training, num_processes)
+        self._num_rows = num_rows(training, prepared.train_data.num_bins, num_processes)
+        self.num_steps = math.ceil(self._num_rows / self._rows_per_step)
         self._optimizer = FlatOptimizer(
             training.optimizer,
             self._factors,
@@ -256,10 +254,7 @@ class TrainLoop:
     def _positions(self, step: int) -> list[int | None]:
         """The rows of the data order that a step takes; None past the end of the last epoch."""
         first = (step - 1) * self._rows_per_step
-        last_row = self._last_row
-        return [
-            p if last_row is None or p < last_row else None for p in range(first, first + self._rows_per_step)
-        ]
+        return [p if p < self._num_rows else None for p in range(first, first + self._rows_per_step)]
 
     def _report(
         self, row: dict[str, float | int | bool], progress: TrainProgress, seconds_left: float

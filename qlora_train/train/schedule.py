@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the optimizer step, and the scale of fp16 losses.
+"""How long a run is, its learning rate as a pure function of the step, and the scale of fp16 losses.
 
 A pure function has nothing to save: a resume computes the same numbers.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from qlora_train.recipe import TrainingSection
 
 
 def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, kind: str) -> float:
@@ -26,6 +28,18 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, k
         return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
     assert kind == "constant", kind
     return peak
+
+
+def rows_per_step(training: TrainingSection, num_processes: int) -> int:
+    """Bins of one optimizer step, all ranks together."""
+    return training.micro_batch_size * training.gradient_accumulation_steps * num_processes
+
+
+def num_rows(training: TrainingSection, num_bins: int, num_processes: int) -> int:
+    """Bins of the whole run, all ranks together: full steps, or the epochs to their last bin."""
+    if training.max_steps is not None:
+        return training.max_steps * rows_per_step(training, num_processes)
+    return math.ceil((training.epochs or 1) * num_bins)
 
 
 @dataclass

@@ -35,6 +35,7 @@ from qlora_train.model.quantize import Packing
 from qlora_train.model.varlen_attention import varlen_attention
 from qlora_train.recipe import Recipe
 from qlora_train.train.graph_choice import GraphChoice, choose_graphs
+from qlora_train.train.schedule import num_rows
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ def prepare(
         accelerator,
         found,
         lambda planned: saved_execution or planned,
-        most_documents=train_data.most_documents(recipe.training.micro_batch_size),
+        most_documents=train_data.most_documents(
+            recipe.training.micro_batch_size,
+            num_rows(recipe.training, train_data.num_bins, accelerator.num_processes),
+        ),
         cache=cache_root() if use_cache else None,
         say=say,
     )

@@ -56,9 +56,13 @@ def test_a_micro_batch_by_hand() -> None:
 
 
 def test_no_micro_batch_has_more_documents() -> None:
-    data = dataset("a", "b", "cD", "eF", "gHiJKlM", "n", shuffle=True)
-    numbers = [len(data.micro_batch([p, p + 1]).cu_seqlens) - 1 for p in range(4 * data.num_bins)]
-    assert max(numbers) <= data.most_documents(2) == 2 * 5
+    """Exactly as many, dummy bins at the end included."""
+    data = dataset(*("a" * (n % 7 + 1) + "B" for n in range(60)), shuffle=True)
+    for size, num_rows in ((1, data.num_bins), (2, 3 * data.num_bins - 1), (3, 7), (5, 2), (64, 40)):
+        rows = [*range(num_rows), *[None] * size]
+        batches = [data.micro_batch(rows[i : i + size]) for i in range(0, num_rows, size)]
+        numbers = [len(batch.cu_seqlens) - 1 for batch in batches]
+        assert data.most_documents(size, num_rows) == max(numbers)
 
 
 def test_splits_of_a_micro_batch_hold_the_same() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from tiny_runs import adapter_bytes, metrics_of, recipe_values, reversal_rows, w
 from torch import Tensor
 
 from qlora_train.cli import main
+from qlora_train.data.dataset import build_dataset
+from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import UserError
 from qlora_train.memory.packed_cache import LAYERS, cache_root
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
+from qlora_train.train.schedule import num_rows
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +67,20 @@ def test_adapters_after_20_steps_have_the_same_bytes(
 
 
 def test_plan_json_says_what_was_planned_and_measured(base: Path, train_file: Path, tmp_path: Path) -> None:
-    train(recipe(base, train_file, tmp_path / "run", max_steps=3))
+    asked = recipe(base, train_file, tmp_path / "run", max_steps=3, micro_batch_size=4)
+    train(asked)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["fits"] and plan["changes"] == []
     assert plan["peak_vram_bytes"] >= plan["step_vram_bytes"] > 0 and plan["peak_ram_bytes"] > 0
     assert plan["step_seconds"] > 0 and len(plan["rows"]) > 10
     assert abs(plan["measured_step_vram_bytes"] / plan["step_vram_bytes"] - 1) < 0.15  # tiny: odds and ends
     assert [row["plan"] for row in metrics_of(tmp_path / "run")] == [0, 0, 0]
+    data, _ = build_dataset(asked.data, load_tokenizer(str(base)), seed=asked.training.seed)
+    size, num_bins = asked.training.micro_batch_size, num_rows(asked.training, data.num_bins, 1)
+    starts = range(0, num_bins, size)
+    numbers = [len(data.micro_batch(range(i, i + size)).cu_seqlens) - 1 for i in starts]
+    assert max(numbers) > 8, "else the plan knows without the data"
+    assert plan["most_documents"] == 2 ** math.ceil(math.log2(max(numbers)))
 
 
 def test_a_budget_below_the_floor_is_refused_with_the_floor(

@@ -68,6 +68,12 @@ class _Trainer(SFTTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+def _widen_factors(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """arguments: inputs, rank, optimizer, num_warm_up, num_timed, and trl: changes of SFTConfig."""
     started = now()
@@ -92,6 +98,8 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             processing_class=AutoTokenizer.from_pretrained(base),
             peft_config=lora_config(arguments["rank"]),
         )
+        if DTYPE is torch.float32:  # with a 4-bit base trl makes the factors bfloat16, whatever bf16 says
+            _widen_factors(trainer.model)
         trainer.clock = clock = _Clock()
         trainer.add_callback(clock)
         if device().type == "cuda":

@@ -43,6 +43,11 @@ def num_dq_sums(target: Target, deterministic: bool, num_documents: int, num_hea
     return -(-target.num_multiprocessors // (num_documents * num_heads)) if deterministic else 1
 
 
+def flash_gap_bytes(num_heads: int, head_dim: int) -> int:
+    """Of a document's gap in one sum of dq and in softmax_d."""
+    return TILE * num_heads * (_rounded_head(head_dim) + 1) * FLOAT32
+
+
 def flash_scratch_bytes(
     rows: int,
     num_sums: int,

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.memory.plan.ghost_flash import flash_gap_bytes
 from qlora_train.memory.plan.plan import Plan, Row, duration, gib
+from qlora_train.memory.plan.workload import Workload
 
 _SMALL_BYTES = 2**20
 
@@ -25,6 +27,8 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
     say(f"for {device_text}, budget {gib(plan.budget_bytes)}")
     if plan.workload.target.on_cuda:
         say(f"  {plan.workload.target.in_words(deterministic=plan.workload.deterministic)}")
+    if line := _documents_line(plan.workload):
+        say(f"  {line}")
     for phase, rows in groupby(sorted(plan.rows(), key=_position), key=lambda row: row.phase):
         console.print(_phase_table(phase, list(rows)))
     for line in residency_lines(plan.execution):
@@ -46,6 +50,22 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
         say("what each knob would save:" if plan.fits else "what would fit, one at a time:")
         for line in plan.advice:
             say(f"  {line}")
+
+
+def _documents_line(workload: Workload) -> str:
+    """What many documents take in attention's backward pass, where the data are not known yet."""
+    number, shape = workload.kernel_documents[-1], workload.shape
+    grouped = shape.num_heads != shape.num_kv_heads
+    serves = workload.target.varlen_serves(
+        workload.itemsize, shape.head_dim, grouped=grouped, has_softcap=shape.has_softcap
+    )
+    if workload.most_documents or workload.reference or not serves:
+        return ""
+    gap_bytes = flash_gap_bytes(shape.num_heads, shape.head_dim)
+    return (
+        f"for up to {number} documents in a micro-batch; with more, attention's scratch grows by "
+        f"{gap_bytes / 2**20:.1f} MiB for each (their number is rounded up to a power of two)"
+    )
 
 
 _PHASES = ("load", "step", "evaluation", "generate", "save", "merge")

@@ -151,9 +151,9 @@ def workload_of(
 ) -> Workload:
     """The step that a recipe asks for.
 
-    documents: token counts of a micro-batch's documents; None: each fills a bin, every token supervised,
-    which is the most that any data can take, but for flash attention's sums on a GPU: 128 rows more for every
-    document. Those follow most_documents.
+    documents: token counts of a micro-batch's documents; None: each fills a bin, every token supervised. Data
+    can take more in two ways: flash attention's sums have 128 rows more for every document, which
+    most_documents tells; and without flash attention documents are gathered and padded (model/attention.py).
     """
     model, training = recipe.model, recipe.training
     lengths = tuple(documents or (recipe.data.sequence_length,) * training.micro_batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tiny_models import packed_row
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.byte_model import (
@@ -29,6 +30,7 @@ from qlora_train.memory.plan.model_shape import KNOWN
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.target import CPU, Target
 from qlora_train.memory.plan.workload import Workload
+from qlora_train.model.packed_tokens import of_one_shape
 
 NF4 = PackingSizes("nf4", True, 2)
 RTX_3060 = Target("cuda", (8, 6), 28, "grouped heads", has_liger=False, workspace_config=None)
@@ -244,6 +246,15 @@ def step_of(work: Workload, execution: ExecutionPlan) -> _Step:
 def test_how_many_documents_a_kernel_is_called_with(documents, most_documents, expected) -> None:
     known = replace(workload(), documents=documents, most_documents=most_documents)
     assert known.kernel_documents == expected
+
+
+@pytest.mark.parametrize(
+    "rows", [[[48]], [[16] * 3, [8] * 6], [[4] * 12, [1] * 48], [[5] * 9 + [3]]], ids=str
+)
+def test_the_walk_calls_it_with_one_of_them(rows) -> None:
+    group = of_one_shape([packed_row(row) for row in rows])
+    known = replace(workload(), documents=(48,), most_documents=max(map(len, rows)))
+    assert len(group[0].documents.cu_seqlens) - 1 in known.kernel_documents
 
 
 def test_the_planner_knows_how_finely_the_real_code_cuts() -> None:

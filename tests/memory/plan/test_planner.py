@@ -154,6 +154,17 @@ def test_below_the_floor_it_is_refused_with_the_floor_and_what_would_fit() -> No
         assert change.split("=")[0] in ("training.micro_batch_size", "data.sequence_length", "lora.rank")
 
 
+def test_fewer_rows_have_fewer_documents() -> None:
+    """What is advised is judged with the documents that it leaves."""
+    asked = recipe(training={"micro_batch_size": 16, "gradient_accumulation_steps": 1})
+    workload = workload_of(asked, KNOWN["llama-3.1-8b"], GPU, most_documents=1000)
+    plan = make_plan(workload, 4 * GIB, RATES, AMPLE)
+    assert not plan.fits
+    assert "training.micro_batch_size=1 (and more accumulation)" in plan.advice
+    one = workload_of(recipe(), KNOWN["llama-3.1-8b"], GPU, most_documents=63)
+    assert make_plan(replace(one, num_micro_batches=1), 4 * GIB, RATES, AMPLE).fits
+
+
 def test_long_contexts_are_cut_into_mlp_tiles() -> None:
     plan = planned(6, data={"sequence_length": 32768}, training={"gradient_accumulation_steps": 1})
     assert plan.fits and plan.execution.mlp_tile_tokens is not None
