@@ -3,14 +3,13 @@
 One tensor at a time, a few rows at a time: rows are read, computed in fp32, cast and appended to the shard.
 A safetensors header holds only dtypes, shapes and offsets, and those follow from the base's shapes, so it
 is written first and no shard is ever held. Memory: one block of rows (4 MiB as read, twice that in fp32),
-what waits to be written (disk_writer.py) and, in `dequantized` mode, one packed weight and the quantiser's scratch. `peft.merge_and_unload` needs the
-whole 16-bit model.
+what waits to be written (disk_writer.py) and, in `dequantized` mode, one packed weight and the quantiser's
+scratch. `peft.merge_and_unload` needs the whole 16-bit model.
 
 Which base? The factors were trained against the packed weights, errors included: on top of those they are
 exact up to the final cast (`packing` given: each weight is unpacked from training's cache, or packed and
-unpacked again, as training did). On
-top of the original weights the quantisation error goes, and so does whatever the factors learned to make up
-for it. `packing: none` has no error to keep: its weights are the original ones.
+unpacked again, as training did). On top of the original weights the quantisation error goes, and so does
+whatever the factors learned to make up for it. `packing: none` has no error to keep: its weights are the original ones.
 
 Tied embeddings stay tied: nothing is written that the base does not have, nor a head that repeats them.
 """
