@@ -9,7 +9,8 @@ scratch. `peft.merge_and_unload` needs the whole 16-bit model.
 Which base? The factors were trained against the packed weights, errors included: on top of those they are
 exact up to the final cast (`packing` given: each weight is unpacked from training's cache, or packed and
 unpacked again, as training did). On top of the original weights the quantisation error goes, and so does
-whatever the factors learned to make up for it. `packing: none` has no error to keep: its weights are the original ones.
+whatever the factors learned to make up for it. `packing: none` has no error to keep: its weights are the
+original ones.
 
 Tied embeddings stay tied: nothing is written that the base does not have, nor a head that repeats them.
 """
