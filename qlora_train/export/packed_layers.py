@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_train.memory.cache_key import cache_root
 from qlora_train.memory.disk_file import DiskFile
-from qlora_train.memory.packed_cache import PackedBase, find_packed_base
+from qlora_train.memory.packed_cache import PackedBase, find_packed_layers
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.quantize import PackedWeight, Packing
 
@@ -58,5 +58,5 @@ def cached_layers(base_folder: Path, packing: Packing, dtype: torch.dtype) -> Pa
     """Those of a base that was trained on in this packing and compute dtype; None: the cache does not have
     them, or not whole."""
     skeleton = Skeleton(read_config(base_folder), dtype)
-    base = find_packed_base(cache_root(), base_folder, skeleton, packing)
+    base = find_packed_layers(cache_root(), base_folder, skeleton, packing)
     return None if base is None else PackedLayers(base, tuple(skeleton.layer_paths))
