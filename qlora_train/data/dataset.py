@@ -93,6 +93,7 @@ class PackedDataset:
         self._pad_id = pad_id
         self._seed = seed
         self._shuffle = shuffle
+        self._as_packed = np.arange(len(self.bins))
         self._num_supervised = [sum(self.documents[i].num_supervised for i in each) for each in self.bins]
 
     @property
@@ -107,7 +108,7 @@ class PackedDataset:
         return int(self._order(epoch)[place])
 
     def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self._seed, epoch, self.num_bins) if self._shuffle else np.arange(self.num_bins)
+        return epoch_order(self._seed, epoch, self.num_bins) if self._shuffle else self._as_packed
 
     def num_supervised(self, positions: Sequence[int | None]) -> int:
         """Supervised tokens of the bins at these positions, without building them."""

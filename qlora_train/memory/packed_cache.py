@@ -150,7 +150,7 @@ def find_packed_layers(
     root: Path, base_folder: Path, skeleton: Skeleton, packing: Packing
 ) -> PackedBase | None:
     """The packed base below `root` for who reads nothing but its slabs, None where they are not there or
-    damaged. Embedding and head, as many bytes again, are not read through."""
+    damaged. Its other files are not read through."""
     folder = packed_folder(root, base_folder, skeleton, packing)
     damage = _damage(folder, skeleton, lambda name: name == LAYERS)
     return PackedBase(folder, tuple(skeleton.layouts(packing))) if damage is None else None

@@ -5,7 +5,7 @@
     useful FLOPs 4 per token and parameter of the base's linears: 2 forward, 2 back (a frozen weight has no
                  gradient); of the head only at supervised positions. Recomputing is not useful work.
     compute      for everybody in what `compute_dtype: auto` takes: bfloat16 where the hardware multiplies it,
-                 else float16 on a GPU and float32 on a CPU
+                 else float16 on a GPU and float32 on a CPU (but soup-cli, which chooses for itself)
     ceiling      a large matrix product in the compute dtype, timed in the same process right after the steps
     peak         before the ceiling is measured
 
