@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_train.model.varlen_attention import VarlenAttention
+from qlora_train.kernels.varlen_attention import VarlenAttention
 
 NOT_IN_A_GRAPH = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
 

@@ -14,7 +14,7 @@ from qlora_train.memory.plan.byte_model import layer_bytes
 from qlora_train.memory.plan.layer_settings import LayerSettings
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.memory.plan.target import Target
+from qlora_train.device.description import DeviceDescription
 from qlora_train.model.decoder import FrozenDecoder
 
 RANK = 4
@@ -73,7 +73,7 @@ def planned(
     index: int,
     documents: list[int],
     itemsize: int,
-    target: Target,
+    target: DeviceDescription,
     *,
     deterministic: bool = False,
 ) -> LayerPeaks:

@@ -36,13 +36,11 @@ from inspect import signature
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from qlora_train.kernels.triton_support import triton_runs
+from qlora_train.device.description import DeviceDescription
 
-MAX_COLUMNS = 65_536  # a row is one block of a kernel
 
 
 @dataclass(frozen=True)
@@ -86,22 +84,19 @@ class Liger:
         increment_version((gate, up))  # a Triton kernel writes behind autograd's back
 
 
+def liger_for(device: DeviceDescription) -> Liger | None:
+    """liger-kernel for tensors of this device; None: plain torch."""
+    return import_liger() if device.has_liger else None
+
+
 @cache
-def liger_on(device: torch.device) -> Liger | None:
-    """liger-kernel for tensors on this device; None: plain torch. Decided once per process."""
-    return choose(device, find_spec("liger_kernel") is not None, triton_runs, import_module)
+def import_liger() -> Liger | None:
+    """liger-kernel where it is installed and can be used; warns, once, where it is installed and cannot."""
+    return None if find_spec("liger_kernel") is None else usable_liger(import_module)
 
 
-def choose(
-    device: torch.device,
-    is_installed: bool,
-    runs: Callable[[torch.device], bool],
-    load: Callable[[str], ModuleType],
-) -> Liger | None:
-    """runs: whether Triton does on a device. load: a module by name. An installed liger-kernel that cannot be
-    used is warned of."""
-    if device.type != "cuda" or not is_installed or not runs(device):
-        return None
+def usable_liger(load: Callable[[str], ModuleType]) -> Liger | None:
+    """load: a module by name. Warns with the reason where it is None."""
     try:
         liger = Liger(load("liger_kernel.ops.rms_norm"), load("liger_kernel.ops.swiglu"))
     except ImportError as error:  # made for another Triton, most likely

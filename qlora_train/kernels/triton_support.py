@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 @cache
 def triton_runs(device: torch.device) -> bool:
-    """Whether a Triton kernel can be launched on this CUDA device; warns, once, with the reason if not."""
+    """Whether a Triton kernel can be launched on this GPU; warns, once, with the reason if not."""
     return runs(_launch, torch.zeros(1, dtype=torch.int32, device=device))
 
 
@@ -37,8 +38,15 @@ def runs(launch: Callable[[Tensor], None], one: Tensor) -> bool:
     return reason is None
 
 
+def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside, Triton, which launches on the current device, launches on the tensor's. The interpreter's are on
+    the CPU, which has no index."""
+    where = tensor.device
+    return nullcontext() if where.index is None else torch.get_device_module(where).device(where)
+
+
 def _launch(one: Tensor) -> None:
     from qlora_train.kernels.triton_probe import add_one  # fails where Triton is not installed
 
-    with torch.cuda.device_of(one):
+    with launching_on(one):
         add_one[(1,)](one)

@@ -34,6 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_train.kernels.triton_support import launching_on
+
 TILE = tl.constexpr(1024)  # numbers that a program makes
 SEGMENT = tl.constexpr(32)  # the smallest block size
 NESTED_BLOCK_SIZE = tl.constexpr(256)  # scales per nested_absmax
@@ -96,7 +98,7 @@ def unpack_4bit(packed: Packed4bit, out: Tensor, start: int = 0) -> Tensor:
     unused = packed.code
     nested = packed.nested or NestedScales(unused, unused, unused)
     num_tiles = (stop - 1) // TILE.value - start // TILE.value + 1
-    with torch.cuda.device_of(out):
+    with launching_on(out):
         unpack_4bit_kernel[(num_tiles,)](
             packed.data,
             packed.absmax,

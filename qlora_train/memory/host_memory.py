@@ -3,10 +3,13 @@
 A copy between GPU and ordinary (pageable) memory goes through a staging buffer of the driver and makes the
 host wait. Pinned pages are copied by the GPU alone, at the bus's full rate, while everything else goes on.
 torch's own pinned allocator rounds up to powers of two: a slab of 113 MB would take 128, a head of 1.05 GB
-two. So pages come from the kernel (`mmap`) and are registered with CUDA as they are.
+two. So pages come from the kernel (`mmap`) and are registered with the device's runtime as they are.
 
-Where the system refuses to pin (a container's limit on locked memory, say), buffers stay pageable: slower,
-never wrong, and said once (`refused`; unpinned.py says what it costs).
+A system may refuse to pin (a container's limit on locked memory, say): one large block, or all beyond a sum.
+Buffers are then pageable: slower, never wrong, and said once (`refused`; unpinned.py says what it costs). A
+refusal is of one buffer; the next is asked for again. Weights that wait in RAM give way: they are copied
+through pinned pieces instead (stores.py), at nearly the same rate, while activations that leave and come back
+cannot be. So where such a buffer is refused, weights are unpinned, the last first, until it is not.
 
 Nothing here is made by torch's allocator, so a meter of the compute device never counts it, also where that
 device is the CPU.
@@ -14,117 +17,117 @@ device is the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import weakref
+from bisect import bisect_left, insort
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Pinning(Protocol):
-    """Makes host pages such that a device can copy from and to them by itself."""
-
-    def pin(self, buffer: Tensor) -> bool:
-        """False where the system refuses."""
-        ...
-
-    def unpin(self, address: int) -> None:
-        """Of a buffer that was pinned, while it is still there."""
-        ...
-
-
-class CudaPinning:
-    """The CUDA runtime's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def pin(self, buffer: Tensor) -> bool:
-        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-        if int(error) == 0:
-            return True
-        # The runtime keeps the error for this thread's next kernel launch to raise: let that be ours.
-        with contextlib.suppress(RuntimeError):
-            torch.empty(1, device=self._device).fill_(0)
-        return False
-
-    def unpin(self, address: int) -> None:
-        torch.cuda.cudart().cudaHostUnregister(address)
+from qlora_train.device.compute import ComputeDevice
 
 
 class HostMemory:
-    """Hands out buffers of exact size."""
+    """Hands out buffers of exact size, pinned for `device` where it is an accelerator."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        pinning: Pinning | None = None,
-        refused: Callable[[], None] = lambda: None,
-    ) -> None:
-        """device: whose copies the buffers serve. pinning: None is CUDA's for a GPU, and none elsewhere.
-        refused: called at the first refusal, after which no buffer is pinned any more."""
+    def __init__(self, device: ComputeDevice, *, refused: Callable[[], None] = lambda: None) -> None:
+        """refused: called once, when a buffer stays pageable for the first time."""
         self._device, self._refused = device, refused
-        self._pinning = CudaPinning(device) if pinning is None and device.type == "cuda" else pinning
-        self.pinned = True
-        """False once the system has refused to pin a buffer."""
-        self.num_bytes = 0
-        """Alive now."""
-        self._spare: list[Tensor] = []
+        self._was_refused = False
+        self._alive = _Alive(device)
+        self._spares: list[tuple[int, int]] = []
+        """(bytes, serial number) of buffers given back, sorted."""
+        self._spare_buffers: dict[int, Tensor] = {}
+        """By serial number, the one that has been spare the longest first."""
+        self._serial = 0
 
-    def empty(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes], page-aligned."""
+    @property
+    def num_bytes(self) -> int:
+        """Of all buffers that are alive, spare ones included."""
+        return self._alive.num_bytes
+
+    @property
+    def num_unpinned_bytes(self) -> int:
+        """Of those that were to be pinned and are not."""
+        return self._alive.num_unpinned_bytes
+
+    def empty(self, num_bytes: int, *, gives_way: bool = False) -> Tensor:
+        """uint8 [num_bytes], page-aligned. gives_way: may be unpinned later, for a buffer that may not."""
         assert num_bytes > 0
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
-        self.num_bytes += num_bytes
-        unpin = self._pinning.unpin if self._pinning is not None and self._pin(buffer) else None
-        weakref.finalize(
-            buffer.untyped_storage(), _forget, weakref.ref(self), num_bytes, buffer.data_ptr(), unpin
-        )
+        self._alive.add(buffer, gives_way=gives_way)
+        weakref.finalize(buffer.untyped_storage(), self._alive.remove, num_bytes, buffer.data_ptr())
+        if self.num_unpinned_bytes and not self._was_refused:
+            self._was_refused = True
+            self._refused()
         return buffer
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether the device copies from this buffer, or this part of one, by itself."""
+        return tensor.untyped_storage().data_ptr() in self._alive.pinned
 
     def borrow(self, num_bytes: int) -> Tensor:
         """uint8, at least num_bytes: pinning costs more than a copy, so buffers given back are used again.
 
         Sizes that follow the data differ from step to step. A spare buffer serves if it is at most a quarter
-        too large; where none does, one that has become useless makes room.
+        too large; where none does, the one that has waited longest makes room.
         """
-        fitting = [b for b in self._spare if num_bytes <= b.numel() <= num_bytes + num_bytes // 4]
-        if not fitting and self._spare:
-            if self._device.type == "cuda":
-                # A copy from it may still be under way; rare, because sizes settle.
-                torch.cuda.synchronize(self._device)
-            self._spare.pop(0)
-        if not fitting:
-            return self.empty(num_bytes)
-        best = min(fitting, key=lambda buffer: buffer.numel())
-        self._spare = [buffer for buffer in self._spare if buffer is not best]
-        return best
+        at = bisect_left(self._spares, (num_bytes, 0))
+        if at < len(self._spares) and self._spares[at][0] <= num_bytes + num_bytes // 4:
+            return self._spare_buffers.pop(self._spares.pop(at)[1])
+        if self._spares:
+            self._device.wait()  # a copy from it may still be under way; rare, because sizes settle
+            serial = next(iter(self._spare_buffers))
+            self._spares.remove((self._spare_buffers.pop(serial).numel(), serial))
+        return self.empty(num_bytes)
 
     def give_back(self, buffer: Tensor) -> None:
         """For a later `borrow`."""
-        self._spare.append(buffer)
-
-    def _pin(self, buffer: Tensor) -> bool:
-        if not self.pinned:
-            return False
-        assert self._pinning is not None
-        self.pinned = self._pinning.pin(buffer)
-        if not self.pinned:
-            self._refused()
-        return self.pinned
+        self._serial += 1
+        insort(self._spares, (buffer.numel(), self._serial))
+        self._spare_buffers[self._serial] = buffer
 
 
-def _forget(
-    owner: weakref.ref[HostMemory], num_bytes: int, address: int, unpin: Callable[[int], None] | None
-) -> None:
-    """When a buffer goes. Not a method: it would keep the owner, and with it every spare buffer, alive."""
-    memory = owner()
-    if memory is not None:
-        memory.num_bytes -= num_bytes
-    if unpin is not None:
-        unpin(address)
+class _Alive:
+    """Which buffers there are, and which of them are pinned. Holds none of them: what runs when a buffer goes
+    refers to this object, not to `HostMemory`, which would live as long as its last buffer."""
+
+    def __init__(self, device: ComputeDevice) -> None:
+        self._device = device
+        self.num_bytes = self.num_unpinned_bytes = 0
+        self.pinned: dict[int, int] = {}
+        """Address -> bytes."""
+        self._giving_way: list[int] = []
+
+    def add(self, buffer: Tensor, *, gives_way: bool) -> None:
+        address, num_bytes = buffer.data_ptr(), buffer.numel()
+        self.num_bytes += num_bytes
+        if not self._device.is_accelerator:
+            return
+        is_pinned = self._device.pin(buffer)
+        while not is_pinned and not gives_way and self._giving_way:
+            self._unpin_last()
+            is_pinned = self._device.pin(buffer)
+        if not is_pinned:
+            self.num_unpinned_bytes += num_bytes
+            return
+        self.pinned[address] = num_bytes
+        if gives_way:
+            self._giving_way.append(address)
+
+    def remove(self, num_bytes: int, address: int) -> None:
+        self.num_bytes -= num_bytes
+        if self.pinned.pop(address, None) is not None:
+            self._device.unpin(address)
+            if address in self._giving_way:
+                self._giving_way.remove(address)
+        elif self._device.is_accelerator:
+            self.num_unpinned_bytes -= num_bytes
+
+    def _unpin_last(self) -> None:
+        address = self._giving_way.pop()
+        self._device.wait()  # a copy from it may still be under way
+        self._device.unpin(address)
+        self.num_unpinned_bytes += self.pinned.pop(address)

@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from qlora_train.device.compute import ComputeDevice
 from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.execution import HEAD_TILE_ROWS, ExecutionPlan, Place, everything_resident
 from qlora_train.memory.host_memory import HostMemory
@@ -34,6 +35,7 @@ from qlora_train.memory.packed_cache import (
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
+from qlora_train.memory.uploads import Uploads
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.decoder import FrozenDecoder
@@ -48,7 +50,7 @@ def load_base(
     folder: Path,
     packing: Packing,
     dtype: torch.dtype,
-    device: torch.device,
+    device: ComputeDevice,
     *,
     plan: ExecutionPlan | None = None,
     cache: Path | None = None,
@@ -74,7 +76,7 @@ def load_base(
         cache_root().mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=f"temporary-{os.getpid()}-", dir=cache_root())
         cache = Path(temporary.name)
-    base = open_packed_base(cache, folder, skeleton, packing, device, say)
+    base = open_packed_base(cache, folder, skeleton, packing, device.torch, say)
     decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device)).decoder(poison)
     decoder.fingerprint = base.fingerprint()
     if isinstance(decoder.weights, StreamedWeights):
@@ -85,28 +87,29 @@ def load_base(
 
 
 def _from_checkpoint(
-    folder: Path, skeleton: Skeleton, packing: Packing, device: torch.device, tile_rows: int
+    folder: Path, skeleton: Skeleton, packing: Packing, device: ComputeDevice, tile_rows: int
 ) -> FrozenDecoder:
     """Everything resident, packed where it stays."""
     layouts = skeleton.layouts(packing)
-    weights = ResidentWeights(layouts)
+    unpack_kernel = device.description.unpack_kernel
+    weights = ResidentWeights(layouts, unpack_kernel)
     hashed = xxhash.xxh3_128()
     with BaseCheckpoint(folder, skeleton) as checkpoint:
         for i, layout in enumerate(layouts):
-            slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+            slab = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device.torch)
             checkpoint.pack_layer(i, layout, slab)
             hashed.update(tensor_bytes(slab.cpu()))
             hashed.update(bytes(page_aligned(layout.num_bytes) - layout.num_bytes))  # as in the packed cache
             weights.packed |= by_path(layout.weights(slab), skeleton.layer_paths[i])
-        plain = checkpoint.plain(device)
+        plain = checkpoint.plain(device.torch)
         formats = {skeleton.embedding_name: _row_format(skeleton, UNPACKED)}
         formats.setdefault(skeleton.head_name, _row_format(skeleton, checkpoint.head_packing))
         stored = {
-            name: _read_matrix(checkpoint, skeleton, name, row_format, device)
+            name: _read_matrix(checkpoint, skeleton, name, row_format, device.torch)
             for name, row_format in formats.items()
         }
     matrices = {
-        name: as_token_matrix(ResidentMatrix(stored[name], tile_rows), row_format)
+        name: as_token_matrix(ResidentMatrix(stored[name], tile_rows), row_format, unpack_kernel)
         for name, row_format in formats.items()
     }
     decoder = skeleton.come_alive(
@@ -148,12 +151,12 @@ class _Assembly:
         skeleton: Skeleton,
         base: PackedBase,
         plan: ExecutionPlan,
-        device: torch.device,
+        device: ComputeDevice,
         host: HostMemory,
     ) -> None:
         self._skeleton, self._base, self._plan, self._device = skeleton, base, plan, device
-        self._host = host
-        self._reader = ItemReader(device, host)
+        self._host, self._unpack_kernel = host, device.description.unpack_kernel
+        self._reader, self._uploads = ItemReader(device, host), Uploads(device, host)  # pinned before weights
         self._embedding_format = _row_format(skeleton, UNPACKED)
         self._head_format = (
             self._embedding_format if skeleton.is_tied else _row_format(skeleton, base.head_packing)
@@ -174,15 +177,17 @@ class _Assembly:
         if head_at is not None:
             row_bytes = self._head_format.row_bytes
             self._reader.items |= tile_items(head_at, row_bytes, plan.head_tile_rows, len(plan.weights))
-        weights: ResidentWeights | StreamedWeights = ResidentWeights(base.layouts)
+        weights: ResidentWeights | StreamedWeights = ResidentWeights(base.layouts, self._unpack_kernel)
         ring = None
         if self._reader.items:
             ring = Ring(self._reader, plan.num_slots, self._reader.largest_bytes, device, poison=poison)
-            weights = StreamedWeights(skeleton.layer_paths, base.layouts, ring, self._reader)
+            weights = StreamedWeights(
+                skeleton.layer_paths, base.layouts, ring, self._reader, self._unpack_kernel
+            )
         weights.packed |= resident
         head = self._head(head_at, ring)
         embedding = head if skeleton.is_tied else self._embedding()
-        return skeleton.come_alive(weights, base.plain(device), embedding, head, device)
+        return skeleton.come_alive(weights, base.plain(device.torch), embedding, head, device)
 
     def _head(self, at: Tensor | FilePart | None, ring: Ring | None) -> TokenMatrix:
         row_format = self._head_format
@@ -201,7 +206,9 @@ class _Assembly:
     def _resident_matrix(self, file_name: str, row_format: RowFormat) -> TokenMatrix:
         flat = self._on_device(self._base.matrix(file_name)).view(row_format.stored_dtype)
         stored = flat.view(self._skeleton.matrix_shape[0], row_format.stored_columns)
-        return as_token_matrix(ResidentMatrix(stored, self._plan.head_tile_rows), row_format)
+        return as_token_matrix(
+            ResidentMatrix(stored, self._plan.head_tile_rows), row_format, self._unpack_kernel
+        )
 
     def _streamed_matrix(
         self, at: Tensor | FilePart, row_format: RowFormat, ring: Ring | None, items: list[int]
@@ -209,23 +216,22 @@ class _Assembly:
         stored = StreamedMatrix(
             (self._skeleton.matrix_shape[0], row_format.stored_columns),
             row_format.stored_dtype,
-            self._device,
+            self._uploads,
             HostRows(at, row_format.row_bytes),
             ring,
             items,
             self._plan.head_tile_rows,
-            self._host,
         )
-        return as_token_matrix(stored, row_format)
+        return as_token_matrix(stored, row_format, self._unpack_kernel)
 
     def _on_device(self, part: FilePart) -> Tensor:
-        target = torch.empty(part.num_bytes, dtype=torch.uint8, device=self._device)
+        target = torch.empty(part.num_bytes, dtype=torch.uint8, device=self._device.torch)
         self._reader.copy(part, target)
         return target
 
     def _off_device(self, part: FilePart, place: Place) -> Tensor | FilePart:
         if place is Place.DISK:
             return part
-        buffer = self._host.empty(part.num_bytes)
+        buffer = self._host.empty(part.num_bytes, gives_way=True)
         self._reader.read_to_host(part, buffer)
         return buffer

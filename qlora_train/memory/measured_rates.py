@@ -10,6 +10,7 @@ the next time.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -19,24 +20,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.plan.time_model import Rates, stated_rates
 
 _FILE = "rates.json"
-_MATRIX = {"cuda": 8192, "cpu": 2048}
-_COPY_BYTES = {"cuda": 2**28, "cpu": 2**26}
+_COPY_BYTES = 2**26
+_LARGEST_MATRIX, _CPU_MATRIX, _ROWS_PER_MULTIPROCESSOR = 8192, 2048, 128
+_SHARE_OF_FREE = 0.25
 _REPEATS = 5
 
 
-def rates_of(device: torch.device, dtype: torch.dtype, cache: Path) -> Rates:
-    """Measured now, or by an earlier run on this machine. cache: folder that remembers."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path) -> Rates:
+    """Measured now, or by an earlier run on this machine. cache: folder that remembers. Leaves nothing on the
+    device."""
+    name = device.description.name or platform.processor() or "cpu"
     key = f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
     known = _read(cache / _FILE)
     if key not in known:
         host = HostMemory(device)
-        rates = _measure(device, dtype, host.empty(_COPY_BYTES[device.type]))
-        if not host.pinned:
+        num_bytes = min(_COPY_BYTES, int(device.free_bytes * _SHARE_OF_FREE / 2))
+        rates = _measure(device, dtype, host.empty(num_bytes))
+        device.release_cached()  # what products and copies took would stay beside other sizes
+        if host.num_unpinned_bytes:
             return rates
         known[key] = asdict(rates)
         cache.mkdir(parents=True, exist_ok=True)
@@ -51,39 +58,47 @@ def _read(file: Path) -> dict[str, dict[str, float | str]]:
         return {}
 
 
-def copy_rate(device: torch.device, host: Tensor) -> float:
+def copy_rate(device: ComputeDevice, host: Tensor) -> float:
     """Bytes per second between a buffer (uint8) in host memory and the device, the slower way."""
-    here = torch.empty_like(host, device=device)
+    here = torch.empty_like(host, device=device.torch)
     in_seconds = _seconds(device, lambda: here.copy_(host, non_blocking=True))
     out_seconds = _seconds(device, lambda: host.copy_(here, non_blocking=True))
     return host.numel() / max(in_seconds, out_seconds)
 
 
-def _measure(device: torch.device, dtype: torch.dtype, host: Tensor) -> Rates:
+def matrix_size(device: DeviceDescription, free_bytes: int, dtype: torch.dtype) -> int:
+    """Rows and columns of the products that are timed: enough for every multiprocessor to have several tiles,
+    and three matrices in a quarter of what is free, so that a card that is nearly full can be measured too."""
+    wanted = min(_LARGEST_MATRIX, _ROWS_PER_MULTIPROCESSOR * device.num_multiprocessors)
+    most = int(math.sqrt(free_bytes * _SHARE_OF_FREE / (3 * dtype.itemsize)))
+    return max(64, min(wanted if device.is_accelerator else _CPU_MATRIX, most) // 64 * 64)
+
+
+def _measure(device: ComputeDevice, dtype: torch.dtype, host: Tensor) -> Rates:
     """host: uint8, what is copied."""
-    size, num_bytes = _MATRIX[device.type], host.numel()
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    size, num_bytes = matrix_size(device.description, device.free_bytes, dtype), host.numel()
+    a, b = (torch.randn(size, size, dtype=dtype, device=device.torch) for _ in range(2))
     product_seconds = _seconds(device, lambda: a @ b.t())
+    del a, b
     copy = copy_rate(device, host)
-    here = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    here = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch)
     there = torch.empty_like(here)
     memory_seconds = _seconds(device, lambda: there.copy_(here))
     return Rates(
         flops=2 * size**3 / product_seconds,
         memory=2 * num_bytes / memory_seconds,
         copy=copy,
-        disk=stated_rates("cuda" if device.type == "cuda" else "cpu", None).disk,
+        disk=stated_rates(device.description).disk,
         source=f"measured here (products of {size} x {size} in {dtype}); disk as stated",
     )
 
 
-def _seconds(device: torch.device, run: Callable[[], object]) -> float:
+def _seconds(device: ComputeDevice, run: Callable[[], object]) -> float:
     """The fastest of a few runs after one that warms up."""
     times = []
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        device.wait()
         times.append(time.perf_counter() - started)
     return min(times[1:])

@@ -2,13 +2,13 @@
 
 Three readings, none of which knows the planner's formulas:
 
-- `DeviceMeter`, bytes of tensors on the compute device. On CUDA it asks the allocator. On the CPU there is no
+- `DeviceMeter`, bytes of tensors on the compute device. On a GPU it asks the allocator. On the CPU there is no
   such thing to ask, so a dispatch mode watches every operation: a result whose storage is none of its
   inputs' is new and counts until that storage is freed; a view counts nothing. Scratch inside one
   operation is not seen, nor memory that torch did not allocate (a mapped file, a numpy array): host
-  buffers are made that way, so that "device" means the same in both cases. Nor, on CUDA, the libraries'
+  buffers are made that way, so that "device" means the same in both cases. Nor, on a GPU, the libraries'
   workspaces, which come from the same allocator but belong to the context (`make_workspaces`).
-- `peak_bytes`, for the log: our tensors on CUDA, the whole process elsewhere.
+- `peak_bytes`, for the log: our tensors on a GPU, the whole process elsewhere.
 - `process_peak_bytes`, resident memory of this process at its highest, as the kernel counts it, Python and
   all imports included. `reset_process_peak` starts it anew where the kernel offers that.
 
@@ -24,25 +24,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_train.device.compute import ComputeDevice
+
 
 class DeviceMeter:
     """Within `with DeviceMeter(device) as meter`: bytes of the tensors made since, on `device`.
 
     live_bytes: now. peak_bytes: the most since entering or since `reset_peak`. On the CPU only operations of
-    the thread that entered are seen (autograd's backward runs there too). On CUDA the libraries' workspaces
+    the thread that entered are seen (autograd's backward runs there too). On a GPU the libraries' workspaces
     are made on entering, if they are not there yet.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = torch.device(device)
-        self._watch = None if self._device.type == "cuda" else _StorageWatch()
+    def __init__(self, device: ComputeDevice) -> None:
+        self._device = device
+        self._watch = None if device.is_accelerator else _StorageWatch()
         self._bytes_before = 0
 
     def __enter__(self) -> DeviceMeter:
@@ -50,7 +51,7 @@ class DeviceMeter:
             self._watch.__enter__()
         else:
             make_workspaces(self._device)
-            self._bytes_before = torch.cuda.memory_allocated(self._device)
+            self._bytes_before = self._device.allocated_bytes
             self.reset_peak()
         return self
 
@@ -64,32 +65,31 @@ class DeviceMeter:
     def live_bytes(self) -> int:
         if self._watch is not None:
             return self._watch.live_bytes
-        return torch.cuda.memory_allocated(self._device) - self._bytes_before
+        return self._device.allocated_bytes - self._bytes_before
 
     @property
     def peak_bytes(self) -> int:
         if self._watch is not None:
             return self._watch.peak_bytes
-        return torch.cuda.max_memory_allocated(self._device) - self._bytes_before
+        return self._device.peak_allocated_bytes - self._bytes_before
 
     def reset_peak(self) -> None:
         """Let the peak begin at what is alive now."""
         if self._watch is not None:
             self._watch.peak_bytes = self._watch.live_bytes
         else:
-            torch.cuda.reset_peak_memory_stats(self._device)
+            self._device.reset_peaks()
 
 
-def make_workspaces(device: torch.device) -> None:
+def make_workspaces(device: ComputeDevice) -> None:
     """Let cuBLAS take its workspaces, and wait for it: products forward and back, since it takes one for each
     thread that multiplies (the backward pass is autograd's own thread) at the thread's first product, from
     torch's allocator. The plan counts them with the context (plan/target.py)."""
     for dtype in (torch.float32, torch.float16):
-        a = torch.ones(64, 64, dtype=dtype, device=device, requires_grad=True)
-        b = torch.ones(64, dtype=dtype, device=device)
+        a = torch.ones(64, 64, dtype=dtype, device=device.torch, requires_grad=True)
+        b = torch.ones(64, dtype=dtype, device=device.torch)
         F.linear(a, a, b).addmm(a, a).sum().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    device.wait()
 
 
 class _StorageWatch(TorchDispatchMode):
@@ -137,9 +137,9 @@ class _StorageReference(weakref.ref):
     num_bytes: int
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: of our tensors on CUDA, of the whole process otherwise."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak_bytes()
+def peak_bytes(device: ComputeDevice) -> int:
+    """Peak memory so far: of our tensors on a GPU, of the whole process otherwise."""
+    return device.peak_allocated_bytes if device.is_accelerator else process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
@@ -162,11 +162,6 @@ def reset_process_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that tensors on `device` could still take."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _read_lines(file: Path) -> list[str]:

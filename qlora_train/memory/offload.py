@@ -4,7 +4,7 @@
     Parked.fetch()     begins to copy it back (before it is needed)
     Parked.take()      the tensor, back on the device
 
-On CUDA all copies run in order on one side stream, so a host buffer that is used again cannot be overtaken;
+On a GPU all copies run in order on one side stream, so a host buffer that is used again cannot be overtaken;
 the host waits for nothing. What leaves is copied while the next thing is computed and held that long: one
 thing at a time (`settle` ends it), let go only after the compute stream has been told to wait for its copy.
 What comes back is allocated by the compute stream, which then waits for that copy alone: the one after it is
@@ -28,16 +28,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import ComputeDevice, Event
 from qlora_train.memory.host_memory import HostMemory
 
 
 class HostPark:
     """Copies tensors out to `host` memory and back to `device`."""
 
-    def __init__(self, device: torch.device, host: HostMemory) -> None:
+    def __init__(self, device: ComputeDevice, host: HostMemory) -> None:
         self.device, self.host = device, host
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._leaving: tuple[torch.cuda.Event, list[Tensor]] | None = None
+        self.stream = device.side_stream()
+        self._leaving: tuple[Event, list[Tensor]] | None = None
 
     def park(self, tensor: Tensor) -> Parked:
         """Begin to copy `tensor` (contiguous) out."""
@@ -48,18 +49,16 @@ class HostPark:
         if self.stream is None:
             return [Parked(self, tensor) for tensor in tensors]
         self.settle()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.stream.wait_stream(self.device.current_stream())
+        with self.device.on(self.stream):
             parked = [Parked(self, tensor) for tensor in tensors]
-            copied = torch.cuda.Event()
-            copied.record()
-        self._leaving = copied, tensors
+        self._leaving = self.device.event(self.stream), tensors
         return parked
 
     def settle(self) -> None:
         """Let go what left last: work queued from now on waits until it is in host memory."""
         if self._leaving is not None:
-            torch.cuda.current_stream().wait_event(self._leaving[0])
+            self.device.current_stream().wait_event(self._leaving[0])
             self._leaving = None
 
     def drain(self) -> None:
@@ -79,7 +78,7 @@ class Parked:
         self._park, self._shape, self._dtype = park, tensor.shape, tensor.dtype
         self._buffer: Tensor | None = park.host.borrow(max(1, tensor.nbytes))
         self._back: Tensor | None = None
-        self._is_back: torch.cuda.Event | None = None
+        self._is_back: Event | None = None
         self._host_view.copy_(tensor.detach(), non_blocking=True)
 
     def fetch(self) -> None:
@@ -87,16 +86,16 @@ class Parked:
         if self._back is not None:
             return
         assert self._buffer is not None, "taken twice"
-        self._back = torch.empty(self._shape, dtype=self._dtype, device=self._park.device)
+        self._back = torch.empty(self._shape, dtype=self._dtype, device=self._park.device.torch)
         stream = self._park.stream
         if stream is None:
             self._back.copy_(self._host_view)
         else:
-            stream.wait_stream(torch.cuda.current_stream())  # until then the memory is somebody else's
-            with torch.cuda.stream(stream):
+            device = self._park.device
+            stream.wait_stream(device.current_stream())  # until then the memory is somebody else's
+            with device.on(stream):
                 self._back.copy_(self._host_view, non_blocking=True)
-                self._is_back = torch.cuda.Event()
-                self._is_back.record()
+            self._is_back = device.event(stream)
         self._park.host.give_back(self._buffer)
         self._buffer = None
 
@@ -105,7 +104,7 @@ class Parked:
         self.fetch()
         assert self._back is not None
         if self._is_back is not None:  # not for the whole stream: what is fetched next is copied meanwhile
-            torch.cuda.current_stream().wait_event(self._is_back)
+            self._park.device.current_stream().wait_event(self._is_back)
         back, self._back = self._back, None
         return back
 

@@ -8,14 +8,14 @@ While item i is in use, the items after it are being read; at the turn from forw
 are still there and are not read again. An item is a decoder layer's slab or a tile of the head. Copies only
 go in: what is in a slot is a copy of something frozen.
 
-A worker thread fills slots, one at a time, in the order the ring asks: from RAM or a file, on CUDA by copies
+A worker thread fills slots, one at a time, in the order the ring asks: from RAM or a file, on a GPU by copies
 on a side stream. What must wait for what:
 
     worker   fills a slot only after the compute stream has passed the slot's last use     (`used` event)
     user     uses a slot only after the worker is done (a future), and the compute stream only after the copy
              (`copied` event); the host never waits for the device
 
-Without CUDA there are no events; the future is all there is, and the thread is as asynchronous as there.
+Without a GPU there are no events; the future is all there is, and the thread is as asynchronous as there.
 
 `poison`: a slot is filled with 0xFF when its item is dropped and again before the next one is read, so that
 whoever uses a slot outside its time computes NaN, not something plausible. For tests.
@@ -32,11 +32,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import ComputeDevice, Event
 from qlora_train.memory.disk_file import PAGE_BYTES
 
 
 class Reader(Protocol):
-    """Copies items into slots; called on the ring's worker thread, on CUDA with the side stream current."""
+    """Copies items into slots; called on the ring's worker thread, on a GPU with the side stream current."""
 
     def read(self, item: int, slot: Tensor) -> None:
         """Fill the beginning of `slot` (uint8, on the device) with the item's bytes."""
@@ -57,23 +58,23 @@ class Ring:
     """
 
     def __init__(
-        self, reader: Reader, num_slots: int, slot_bytes: int, device: torch.device, *, poison: bool = False
+        self, reader: Reader, num_slots: int, slot_bytes: int, device: ComputeDevice, *, poison: bool = False
     ) -> None:
-        self._reader = reader
-        self._slots = [_page_aligned_slot(slot_bytes, device) for _ in range(num_slots)]
+        self._reader, self._device = reader, device
+        self._slots = [_page_aligned_slot(slot_bytes, device.torch) for _ in range(num_slots)]
         self._free = deque(range(num_slots))
         self._slot_of: dict[int, int] = {}
         self._filled: dict[int, Future[None]] = {}
         self._order: deque[int] = deque()
         self._in_use: int | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qlora_train-ring")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._used: list[torch.cuda.Event | None] = [None] * num_slots
-        self._copied: list[torch.cuda.Event | None] = [None] * num_slots
+        self._worker = ThreadPoolExecutor(1, "qlora_train-ring", device.make_current)
+        self._stream = device.side_stream()
+        self._used: list[Event | None] = [None] * num_slots
+        self._copied: list[Event | None] = [None] * num_slots
         self._poison = poison
         self.num_reads = 0
         if self._stream is not None:  # the slots' memory may still be in use by what was freed before
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+            self._stream.wait_stream(device.current_stream())
 
     def expect(self, order: Iterable[int]) -> None:
         """Announce the coming uses, in order; replaces what was announced. Reading begins at once."""
@@ -98,7 +99,7 @@ class Ring:
             raise
         copied = self._copied[slot]
         if copied is not None:
-            torch.cuda.current_stream().wait_event(copied)
+            self._device.current_stream().wait_event(copied)
         self._in_use = item
         return slot, self._slots[slot]
 
@@ -108,9 +109,7 @@ class Ring:
         self._in_use = None
         self._order.popleft()
         if self._stream is not None:
-            event = torch.cuda.Event()
-            event.record()
-            self._used[self._slot_of[item]] = event
+            self._used[self._slot_of[item]] = self._device.event()
         self._refill()
 
     def close(self) -> None:
@@ -163,9 +162,7 @@ class Ring:
         with self._on_side_stream(slot):
             self._reader.read(item, self._slots[slot])
         if self._stream is not None:
-            event = torch.cuda.Event()
-            event.record(self._stream)
-            self._copied[slot] = event
+            self._copied[slot] = self._device.event(self._stream)
 
     def _overwrite(self, slot: int) -> None:
         with self._on_side_stream(slot):
@@ -177,7 +174,7 @@ class Ring:
         if self._stream is None:
             yield
             return
-        with torch.cuda.stream(self._stream):
+        with self._device.on(self._stream):
             used = self._used[slot]
             if used is not None:
                 self._stream.wait_event(used)

@@ -1,8 +1,11 @@
 """Where streamed bytes wait: RAM or a file. Both fill a slot on the device.
 
-    RAM  -> device    one copy from (pinned) host memory
+    RAM  -> device    one copy from pinned host memory
     file -> device    reads of up to 16 MiB into two pinned staging pieces in turn, each copied on while the
                       next is read; without a GPU straight into the slot
+
+RAM that the system refused to pin goes through the pieces too: the host copies what the driver would have
+copied, but waits only for a piece, and the device is never asked to wait for the host.
 
 Files are read in large parts past the page cache (disk_file.py). A memory map would page-fault 4 KB at a
 time, and every page it touched would count as this process's memory.
@@ -10,7 +13,7 @@ time, and every page it touched would count as this process's memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import ComputeDevice, Event
 from qlora_train.memory.disk_file import DiskFile
 from qlora_train.memory.host_memory import HostMemory
 
@@ -39,11 +43,12 @@ class ItemReader:
     num_bytes_read: bytes copied into slots so far.
     """
 
-    def __init__(self, device: torch.device, host: HostMemory) -> None:
+    def __init__(self, device: ComputeDevice, host: HostMemory) -> None:
+        self._host = host
         self.items: dict[int, Tensor | FilePart] = {}
         self.num_bytes_read = 0
         self._files: dict[Path, DiskFile] = {}
-        self._staging = _Staging(host) if device.type == "cuda" else None
+        self._staging = _Staging(device, host) if device.is_accelerator else None
 
     @property
     def largest_bytes(self) -> int:
@@ -57,12 +62,19 @@ class ItemReader:
 
     def copy(self, source: Tensor | FilePart, target: Tensor) -> None:
         """Fill `target` (uint8, on the device)."""
+        if self._staging is None or (isinstance(source, Tensor) and self._host.is_pinned(source)):
+            self._copy_at_once(source, target)
+        elif isinstance(source, Tensor):
+            self._staging.copy(lambda start, piece: piece.copy_(source[start : start + len(piece)]), target)
+        else:
+            file, origin = self._file(source.path), source.offset_bytes
+            self._staging.copy(lambda start, piece: file.read(origin + start, piece), target)
+
+    def _copy_at_once(self, source: Tensor | FilePart, target: Tensor) -> None:
         if isinstance(source, Tensor):
             target.copy_(source, non_blocking=True)
-        elif self._staging is None:
-            self.read_to_host(source, target)
         else:
-            self._staging.copy(self._file(source.path), source.offset_bytes, target)
+            self.read_to_host(source, target)
 
     def read_to_host(self, part: FilePart, target: Tensor) -> None:
         """Fill `target` (uint8, on the host)."""
@@ -79,20 +91,23 @@ class ItemReader:
 
 
 class _Staging:
-    """Two pinned pieces between a file and the device; the current stream copies them on."""
+    """Two pinned pieces on the way to the device; the current stream copies them on."""
 
-    def __init__(self, host: HostMemory) -> None:
+    def __init__(self, device: ComputeDevice, host: HostMemory) -> None:
+        self._device = device
         self._pieces = [host.empty(STAGING_BYTES) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)]
+        self._copied: list[Event | None] = [None, None]
 
-    def copy(self, file: DiskFile, offset_bytes: int, target: Tensor) -> None:
+    def copy(self, fill: Callable[[int, Tensor], object], target: Tensor) -> None:
+        """fill(start, piece): write the target's bytes from `start` on into a piece of host memory."""
         for number, start in enumerate(range(0, target.numel(), STAGING_BYTES)):
             part = target[start : start + STAGING_BYTES]
-            piece, copied = self._pieces[number % 2], self._copied[number % 2]
-            copied.synchronize()  # what this piece held is on the device
-            file.read(offset_bytes + start, piece[: part.numel()])
-            part.copy_(piece[: part.numel()], non_blocking=True)
-            copied.record()
+            piece, copied = self._pieces[number % 2][: part.numel()], self._copied[number % 2]
+            if copied is not None:
+                copied.synchronize()  # what this piece held is on the device
+            fill(start, piece)
+            part.copy_(piece, non_blocking=True)
+            self._copied[number % 2] = self._device.event()
 
 
 def _size(source: Tensor | FilePart) -> int:
@@ -103,21 +118,22 @@ class HostRows:
     """The rows of an [V, D] matrix in RAM or in a file, gathered on the host."""
 
     def __init__(self, source: Tensor | FilePart, row_bytes: int) -> None:
-        self._source, self._row_bytes = source, row_bytes
+        self._source, self.row_bytes = source, row_bytes
         self._file = None if isinstance(source, Tensor) else DiskFile(source.path)
 
-    def gather(self, ids: np.ndarray) -> Tensor:
-        """uint8 [n, row bytes] on the host."""
+    def gather(self, ids: np.ndarray, rows: Tensor) -> None:
+        """Write the rows of n ids into `rows`, uint8 [n, row bytes] on the host."""
         if isinstance(self._source, Tensor):
-            return self._source.view(-1, self._row_bytes)[torch.from_numpy(ids)]
+            torch.index_select(
+                self._source.view(-1, self.row_bytes), 0, torch.from_numpy(ids), out=rows
+            )
+            return
         assert self._file is not None
-        rows = torch.empty(len(ids), self._row_bytes, dtype=torch.uint8)
         unique, where = np.unique(ids, return_inverse=True)
-        found = torch.empty(len(unique), self._row_bytes, dtype=torch.uint8)
+        found = torch.empty(len(unique), self.row_bytes, dtype=torch.uint8)
         for row, token in zip(found, unique.tolist(), strict=True):
-            self._file.read(self._source.offset_bytes + token * self._row_bytes, row)
+            self._file.read(self._source.offset_bytes + token * self.row_bytes, row)
         torch.index_select(found, 0, torch.from_numpy(where), out=rows)
-        return rows
 
 
 def tile_items(

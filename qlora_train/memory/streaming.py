@@ -19,10 +19,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qlora_train.device.description import UnpackKernel
 from qlora_train.memory.heap import HeapTrimmer
-from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import HostRows, ItemReader
+from qlora_train.memory.uploads import Uploads
 from qlora_train.model.quantize import PackedWeight
 from qlora_train.model.slab import SlabLayout
 from qlora_train.model.token_matrix import TokenIds
@@ -34,9 +35,14 @@ class StreamedWeights(PresentWeights):
     no items of `reader` are always present (`packed`)."""
 
     def __init__(
-        self, layer_paths: Sequence[str], layouts: Sequence[SlabLayout], ring: Ring, reader: ItemReader
+        self,
+        layer_paths: Sequence[str],
+        layouts: Sequence[SlabLayout],
+        ring: Ring,
+        reader: ItemReader,
+        unpack_kernel: UnpackKernel,
     ) -> None:
-        super().__init__(layouts)
+        super().__init__(layouts, unpack_kernel)
         self._paths, self._layouts = layer_paths, layouts
         self.ring, self.reader = ring, reader
         self._heap = HeapTrimmer()
@@ -85,25 +91,22 @@ class StreamedMatrix:
         self,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        device: torch.device,
+        uploads: Uploads,
         rows: HostRows,
         ring: Ring | None,
         items: Sequence[int],
         tile_rows: int,
-        host: HostMemory,
     ) -> None:
-        """ring: None for an embedding that is not the head, of which only rows are asked. host: knows whether
-        memory may be pinned."""
+        """ring: None for an embedding that is not the head, of which only rows are asked."""
         self.num_rows, self._num_columns = shape
         self.tile_rows, self.items = tile_rows, tuple(items)
-        self._dtype, self._device, self._rows, self._ring = dtype, device, rows, ring
-        self._host = host
+        self._dtype, self._uploads, self._rows, self._ring = dtype, uploads, rows, ring
 
     def gather(self, ids: TokenIds) -> Tensor:
-        rows = self._rows.gather(ids.host).view(self._dtype)
-        if self._device.type == "cuda" and self._host.pinned:
-            rows = rows.pin_memory()  # from pageable memory the host would wait
-        return rows.to(self._device, non_blocking=True)
+        staged = self._uploads.stage_rows(
+            len(ids), self._rows.row_bytes, lambda rows: self._rows.gather(ids.host, rows)
+        )
+        return self._uploads.send(staged)[0].view(self._dtype)
 
     @contextmanager
     def tile(self, index: int) -> Iterator[Tensor]:

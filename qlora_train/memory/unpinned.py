@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 
+from qlora_train.device.compute import ComputeDevice
 from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.memory.host_memory import HostMemory, Pinning
+from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.measured_rates import copy_rate
 from qlora_train.memory.plan.generation import GenerationPlan
 from qlora_train.memory.plan.plan import Plan, duration
@@ -27,12 +28,11 @@ _LEAST_LOSS = 0.05
 def host_memory_of_run(
     plan: Plan,
     execution: ExecutionPlan,
-    device: torch.device,
+    device: ComputeDevice,
     say: Callable[[str], None],
-    pinning: Pinning | None = None,
 ) -> HostMemory:
     """Host memory that tells `say` at the first refusal what it costs per step of this run. execution: what
-    the run does, which in a resume is not the plan's own. pinning: see `HostMemory`."""
+    the run does, which in a resume is not the plan's own."""
 
     def step_seconds(copy_bytes_per_second: float) -> float:
         rates = replace(plan.rates, copy=copy_bytes_per_second)
@@ -41,29 +41,24 @@ def host_memory_of_run(
     def refused() -> None:
         say(refusal_line(device, plan.rates.copy, step_seconds, "step"))
 
-    return HostMemory(device, pinning=pinning, refused=refused)
+    return HostMemory(device, refused=refused)
 
 
 def host_memory_of_generation(
-    plan: GenerationPlan, device: torch.device, say: Callable[[str], None], pinning: Pinning | None = None
+    plan: GenerationPlan, device: ComputeDevice, say: Callable[[str], None]
 ) -> HostMemory:
     """The same for generation: what a refusal costs per token of all prompts. Its plan needs no rates, so the
     one to compare with is stated."""
-    gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    stated = stated_rates(plan.workload.device, gpu_name).copy
+    stated = stated_rates(device.description).copy
 
     def token_seconds(copy_bytes_per_second: float) -> float:
         return plan.copied_bytes_per_token / copy_bytes_per_second
 
-    return HostMemory(
-        device,
-        pinning=pinning,
-        refused=lambda: say(refusal_line(device, stated, token_seconds, "token")),
-    )
+    return HostMemory(device, refused=lambda: say(refusal_line(device, stated, token_seconds, "token")))
 
 
 def refusal_line(
-    device: torch.device, planned_rate: float, seconds_at: Callable[[float], float], unit: str
+    device: ComputeDevice, planned_rate: float, seconds_at: Callable[[float], float], unit: str
 ) -> str:
     """That pinning was refused, the rate measured now against the planned one (bytes/s), and what that costs
     per `unit` of work, which takes seconds_at(rate)."""

@@ -42,12 +42,43 @@ from transformers import AttentionInterface
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.kernels.blocked_attention import LONGEST, causal_attention
 from qlora_train.kernels.document_batches import put_together, take_apart
-from qlora_train.model.varlen_attention import Heads, VarlenAttention, flash_serves
+from qlora_train.device.description import CPU, DeviceDescription
+from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_for
 
 NAME = "qlora_train_packed"
 
 # Passed by some families, without effect here: `documents` and `kv_lengths` say all there is to say.
 _INERT_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal"}
+
+
+@dataclass(frozen=True)
+class AttentionKernels:
+    """What attends to packed documents on a device. varlen: takes all documents in one call, where it serves
+    the layer; None: never. blocks_documents: short ones go through kernels/blocked_attention.py."""
+
+    device: DeviceDescription
+    varlen: VarlenAttention | None
+    blocks_documents: bool
+
+    @staticmethod
+    def on(device: DeviceDescription, dtype: torch.dtype) -> AttentionKernels:
+        """The fastest there are."""
+        blocks_documents = not device.is_accelerator and dtype != torch.float16  # whose products are slow there
+        return AttentionKernels(device, varlen_for(device), blocks_documents)
+
+    def plain(self) -> AttentionKernels:
+        """SDPA for everything: the reference."""
+        return replace(self, varlen=None, blocks_documents=False)
+
+    def sdpa_shares_heads(self, q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+        """Whether SDPA can share key heads among query heads without writing all scores."""
+        if not self.device.is_accelerator:
+            return True
+        has_one_size = q.shape[3] == v.shape[3]
+        return mask is None and has_one_size and self.device.flash_serves(q.dtype.itemsize, q.shape[3])
+
+
+PLAIN = AttentionKernels(CPU, None, blocks_documents=False)
 
 
 @dataclass(frozen=True)
@@ -126,8 +157,7 @@ def packed_attention(
     *,
     documents: DocumentLayout | None = None,
     kv_lengths: Tensor | None = None,
-    varlen: VarlenAttention | None = None,
-    blocked: bool = False,
+    attention_kernels: AttentionKernels = PLAIN,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -138,9 +168,7 @@ def packed_attention(
 
     Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d]. Decoding:
     `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them
-    real. varlen: attends to documents where it serves such a layer. blocked: short
-    documents go through kernels/blocked_attention.py. Returns ([B, T, Hq, d], None). Raises
-    `UnsupportedModelError` for arguments it does not know.
+    real. Returns ([B, T, Hq, d], None). Raises `UnsupportedModelError` for arguments it does not know.
     """
     unknown = {name for name, v in kwargs.items() if v is not None} - _INERT_ARGUMENTS
     if unknown or attention_mask is not None or dropout:
@@ -155,14 +183,15 @@ def packed_attention(
             f"{type(module).__name__} does not hand the document boundaries on to its attention function: "
             "packed documents would see each other"
         )
-    rule = _ScoreRule(scaling, sliding_window, softcap, blocked)
+    rule = _ScoreRule(scaling, sliding_window, softcap)
+    kernels, varlen = attention_kernels, attention_kernels.varlen
     if kv_lengths is not None:
-        return _decode(query, key, value, kv_lengths, rule).transpose(1, 2).contiguous(), None
+        return _decode(query, key, value, kv_lengths, rule, kernels).transpose(1, 2).contiguous(), None
     assert documents is not None
     if varlen is not None and varlen.serves(query, key, value, softcap):
         boundaries, longest = documents.cu_seqlens, documents.longest
         return varlen.attend(query, key, value, boundaries, longest, scaling, sliding_window), None
-    return _by_document(query, key, value, documents, rule), None
+    return _by_document(query, key, value, documents, rule, kernels), None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -170,38 +199,41 @@ AttentionInterface.register(NAME, packed_attention)
 
 @dataclass(frozen=True)
 class _ScoreRule:
-    """What a family does to the scores: their scale, how far back a query sees, tanh capping; and whether
-    short documents are attended to in blocks of ours."""
+    """What a family does to the scores: their scale, how far back a query sees, tanh capping."""
 
     scaling: float | None
     window: int | None
     softcap: float | None
-    blocked: bool = False
 
 
 def _by_document(
-    query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayout, rule: _ScoreRule
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: DocumentLayout,
+    rule: _ScoreRule,
+    kernels: AttentionKernels,
 ) -> Tensor:
     indices, places = documents.buckets, documents.inverse
     parts = [take_apart(t.squeeze(0).transpose(0, 1), indices, places) for t in (query, key, value)]
     outputs = []
     for q, k, v in zip(*parts, strict=True):  # [documents, length, heads, d]
-        attended = _causal(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rule)
+        attended = _causal(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rule, kernels)
         outputs.append(attended.transpose(1, 2))
     del parts
     return put_together(outputs, indices, places).unsqueeze(0)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: AttentionKernels) -> Tensor:
     """Causal attention of a right-padded batch of documents; q [N, Hq, n, d] -> [N, Hq, n, d]."""
     length = q.shape[2]
     if rule.window is None or length <= rule.window:
-        if rule.softcap is None and rule.blocked and length <= LONGEST:
+        if rule.softcap is None and kernels.blocks_documents and length <= LONGEST:
             return causal_attention(q, k, v, q.shape[3] ** -0.5 if rule.scaling is None else rule.scaling)
         if rule.softcap is None:
-            return _sdpa(q, k, v, rule, mask=None, is_causal=True)
+            return _sdpa(q, k, v, rule, kernels, mask=None, is_causal=True)
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        return _capped(q, k, v, rule, mask)
+        return _capped(q, k, v, rule, kernels, mask)
     blocks = []
     for start in range(0, length, rule.window):
         stop, first = min(start + rule.window, length), max(0, start - rule.window + 1)
@@ -210,37 +242,37 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule) -> Tensor:
         )
         mask = (distance >= 0) & (distance < rule.window)
         attend = _sdpa if rule.softcap is None else _capped
-        blocks.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], rule, mask))
+        blocks.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], rule, kernels, mask))
     return torch.cat(blocks, dim=2)
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor, rule: _ScoreRule) -> Tensor:
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor, rule: _ScoreRule, kernels: AttentionKernels
+) -> Tensor:
     distance = kv_lengths[:, None] - 1 - torch.arange(k.shape[2], device=q.device)  # [B, capacity]
     mask = distance >= 0
     if rule.window is not None:
         mask &= distance < rule.window
     attend = _sdpa if rule.softcap is None else _capped
-    return attend(q, k, v, rule, mask[:, None, None, :])
+    return attend(q, k, v, rule, kernels, mask[:, None, None, :])
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor | None, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: _ScoreRule,
+    kernels: AttentionKernels,
+    mask: Tensor | None,
+    is_causal: bool = False,
 ) -> Tensor:
     shares_heads = q.shape[1] != k.shape[1]
-    if shares_heads and not _sdpa_shares_heads(q, k, v, mask):
+    if shares_heads and not kernels.sdpa_shares_heads(q, v, mask):
         k, v = _written_out(q, k, v)
         shares_heads = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=rule.scaling, enable_gqa=shares_heads
     )
-
-
-def _sdpa_shares_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether SDPA can share key heads among query heads without writing all scores."""
-    if not q.is_cuda:
-        return True
-    capability = torch.cuda.get_device_capability(q.device)
-    return mask is None and flash_serves(capability, q.dtype, Heads.of(q, k, v))
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +281,9 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, mask: Tensor) -> Tensor:
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: AttentionKernels, mask: Tensor
+) -> Tensor:
     """softmax(c tanh(s / c)) v: no fused kernel offers it, so the scores of one block are materialised."""
     assert rule.softcap is not None
     k, v = _written_out(q, k, v)

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
 from qlora_train.model.decoder import FrozenDecoder
@@ -125,7 +126,7 @@ class Skeleton:
         plain: dict[str, Tensor],
         embedding: TokenMatrix,
         head: TokenMatrix,
-        device: torch.device,
+        device: ComputeDevice,
     ) -> FrozenDecoder:
         """The decoder with its plain parameters, buffers and matrices; the skeleton is used up."""
         for name in self.plain_shapes:
@@ -136,7 +137,7 @@ class Skeleton:
             if isinstance(module, FrozenLinear):
                 module.source = source
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
+                setattr(module, name, buffer.to(device.torch))
         return FrozenDecoder(self.model, source, embedding, head, self.dtype, device)
 
 

@@ -30,14 +30,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qlora_train.kernels.liger import liger_on
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.kernels.liger import liger_for
+from qlora_train.model.attention import AttentionKernels
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.shared_input import SharedLinear, fuse_qkv
 from qlora_train.model.tiled_mlp import TiledMlp
 from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles, whole
-from qlora_train.model.varlen_attention import VarlenAttention, varlen_attention
 from qlora_train.model.weights import LayerSource
 
 LayerArguments = dict[str, Any]
@@ -49,10 +50,10 @@ class FrozenDecoder:
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
     where those find their packed weights. embedding, head: [V, D], the same object where tied. dtype, device:
     of the computation. tail_name: name within a layer of the linear whose output goes straight into the
-    residual sum, if the probe found that it does. fingerprint: of the packed base's content. varlen: what
-    attends to packed documents where it can; None: SDPA does, always. blocks_attention: short documents are
-    attended to by kernels/blocked_attention.py instead. The given model is taken over and
-    cannot be called as a whole afterwards; its embedding and head weights are dropped.
+    residual sum, if the probe found that it does. fingerprint: of the packed base's content.
+    attention_kernels: what attends to packed documents; the fastest there is until it is replaced. The given
+    model is taken over and cannot be called as a whole afterwards; its embedding and head weights are
+    dropped.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class FrozenDecoder:
         embedding: TokenMatrix,
         head: TokenMatrix,
         dtype: torch.dtype,
-        device: torch.device,
+        device: ComputeDevice,
     ) -> None:
         model.eval().requires_grad_(
             False
@@ -76,17 +77,14 @@ class FrozenDecoder:
         self.norm: nn.Module = self._decoder.norm
         self.tail_name: str | None = None
         self.fingerprint = ""
-        self.varlen: VarlenAttention | None = varlen_attention(device)
-        self.blocks_attention = (
-            device.type == "cpu" and dtype != torch.float16
-        )  # whose products are slow there
+        self.attention_kernels = AttentionKernels.on(device.description, dtype)
         self.at_close: list[Callable[[], object]] = []
         self._tiled_mlps: list[TiledMlp] = []
         self._calls: list[LayerArguments] = []
         self._decoder.layers = nn.ModuleList([_Recorder(layer, self._calls) for layer in self.layers])
         self._decoder.norm = nn.Identity()
         self._no_rows = nn.Parameter(
-            torch.empty(0, model.config.hidden_size, dtype=dtype, device=device), requires_grad=False
+            torch.empty(0, model.config.hidden_size, dtype=dtype, device=device.torch), requires_grad=False
         )
         self._decoder.embed_tokens.weight = self._no_rows
         self._decoder.embed_tokens.padding_idx = None  # only steers the gradient of an embedding that trains
@@ -107,13 +105,12 @@ class FrozenDecoder:
         """ids [B * T], position_ids [B, T] -> x_0 [B, T, D] and each layer's keyword arguments."""
         self._calls.clear()
         self._decoder.embed_tokens.weight = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
-        row_of_token = torch.arange(len(ids), device=self.device).view(position_ids.shape)
+        row_of_token = torch.arange(len(ids), device=self.device.torch).view(position_ids.shape)
         output = self._decoder(
             input_ids=row_of_token,
             position_ids=position_ids,
             use_cache=False,
-            varlen=self.varlen,
-            blocked=self.blocks_attention,
+            attention_kernels=self.attention_kernels,
             **attention_arguments,
         )
         self._decoder.embed_tokens.weight = self._no_rows
@@ -161,7 +158,7 @@ class FrozenDecoder:
         """Put fused operations (fused.py, shared_input.py) in place of the layers' norms, MLPs and
         projections, as the probe found they may be; before MLPs are tiled."""
         assert not self._tiled_mlps
-        liger = liger_on(self.device)
+        liger = liger_for(self.device.description)
         if norms:
             fuse_norms(self.layers, liger)
         if mlps:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from qlora_train.kernels.dropout import TokenKeys
-from qlora_train.kernels.liger import MAX_COLUMNS, Liger
+from qlora_train.device.description import MAX_LIGER_COLUMNS
+from qlora_train.kernels.liger import Liger
 from qlora_train.kernels.rms_norm import rms_norm
 from qlora_train.model.linear import FrozenLinear, linear_backward, linear_forward
 from qlora_train.model.shared_input import backward_of_all, dropped_tokens, forward_of_all
@@ -62,7 +63,7 @@ class FusedMlp(nn.Module):
         self.down_proj: FrozenLinear = plain.down_proj  # type: ignore[assignment]
         self.act_fn: nn.Module = plain.act_fn  # type: ignore[assignment]
         is_silu = type(self.act_fn) in (nn.SiLU, SiLUActivation)
-        self.liger = liger if is_silu and self.gate_proj.out_features <= MAX_COLUMNS else None
+        self.liger = liger if is_silu and self.gate_proj.out_features <= MAX_LIGER_COLUMNS else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, D] -> [..., T, D]."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_train.device.description import DeviceDescription
 from qlora_train.errors import BaseModelError, UserError
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -45,20 +46,19 @@ def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype. "auto": bfloat16 where the hardware multiplies it, else float16 on CUDA, float32 on
+def resolve_dtype(name: str, device: DeviceDescription) -> torch.dtype:
+    """The compute dtype. "auto": bfloat16 where the hardware multiplies it, else float16 on a GPU, float32 on
     a CPU.
 
     Raises `UserError` for bfloat16 on a GPU that only emulates it.
     """
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if name == "bfloat16" and not has_bfloat16:
+    if name != "auto":
+        if name == "bfloat16" and device.is_accelerator and not device.has_bfloat16:
             raise UserError("model.compute_dtype: this GPU has no bfloat16 arithmetic; use float16 (or auto)")
-        return (torch.bfloat16 if has_bfloat16 else torch.float16) if name == "auto" else _DTYPES[name]
-    if name == "auto":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    return _DTYPES[name]
+        return _DTYPES[name]
+    if device.is_accelerator:
+        return torch.bfloat16 if device.has_bfloat16 else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

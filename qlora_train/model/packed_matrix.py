@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlora_train.device.description import UnpackKernel
 from qlora_train.model.quantize import PackedWeight, Packing
 from qlora_train.model.token_matrix import TokenIds, TokenMatrix
 
@@ -105,8 +106,8 @@ class PackedMatrix:
     A tile is valid while its context lasts: the next is unpacked into the same buffer.
     """
 
-    def __init__(self, stored: TokenMatrix, row_format: RowFormat) -> None:
-        self._stored, self._format = stored, row_format
+    def __init__(self, stored: TokenMatrix, row_format: RowFormat, unpack_kernel: UnpackKernel) -> None:
+        self._stored, self._format, self._unpack_kernel = stored, row_format, unpack_kernel
         self.num_rows, self.tile_rows, self.items = stored.num_rows, stored.tile_rows, stored.items
         self._buffer: Tensor | None = None
 
@@ -123,9 +124,9 @@ class PackedMatrix:
         if self._buffer is None:
             shape = (min(self.tile_rows, self.num_rows), self._format.num_columns)
             self._buffer = torch.empty(shape, dtype=self._format.dtype, device=rows.device)
-        return self._format.packed(rows).unpack_into(self._buffer[: len(rows)])
+        return self._format.packed(rows).unpack_into(self._buffer[: len(rows)], self._unpack_kernel)
 
 
-def as_token_matrix(stored: TokenMatrix, row_format: RowFormat) -> TokenMatrix:
-    """A stored matrix as one of numbers."""
-    return PackedMatrix(stored, row_format) if row_format.is_packed else stored
+def as_token_matrix(stored: TokenMatrix, row_format: RowFormat, unpack_kernel: UnpackKernel) -> TokenMatrix:
+    """A stored matrix as one of numbers. unpack_kernel: of the device."""
+    return PackedMatrix(stored, row_format, unpack_kernel) if row_format.is_packed else stored

@@ -42,9 +42,9 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
+from qlora_train.device.description import UnpackKernel
 from qlora_train.errors import BaseModelError
 from qlora_train.kernels.quantize_4bit import Quantizer4bit
-from qlora_train.kernels.triton_support import triton_runs
 
 Format = Literal["nf4", "fp4", "int8", "none"]
 NESTED_BLOCK_SIZE = 256
@@ -88,20 +88,17 @@ class PackedWeight:
         """The weight [out, in] as numbers: what training multiplies with."""
         return self.unpack_rows(0, self.shape[0], dtype)
 
-    def unpack_into(self, out: Tensor) -> Tensor:
+    def unpack_into(self, out: Tensor, kernel: UnpackKernel) -> Tensor:
         """`unpack(out.dtype)` written into `out` [out, in], contiguous; returns it.
 
-        4 bits on a GPU: one launch of our kernel where Triton runs, else the library's, which can write into
-        `out` where rows are whole blocks. Everything else a cache-sized part at a time: the library's
-        functions then only return new tensors."""
-        data = self.tensors["data"]
-        if self.packing.is_4bit and data.is_cuda:
-            if triton_runs(data.device):
-                return self._unpack_in_one_launch(out)
-            if self.shape[1] % self.packing.block_size == 0:
-                return bnb.dequantize_4bit(
-                    data.unsqueeze(1), self._state(0, self.shape[0], out.dtype), out=out
-                )
+        kernel: of the device that it is on. 4 bits on a GPU: one launch of our kernel where Triton runs, else
+        the library's, which can write into `out` where rows are whole blocks. Everything else a cache-sized
+        part at a time: the library's functions then only return new tensors."""
+        if self.packing.is_4bit and kernel == "triton":
+            return self._unpack_in_one_launch(out)
+        if self.packing.is_4bit and kernel == "library" and self.shape[1] % self.packing.block_size == 0:
+            data = self.tensors["data"].unsqueeze(1)
+            return bnb.dequantize_4bit(data, self._state(0, self.shape[0], out.dtype), out=out)
         step = max(1, UNPACK_ELEMENTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
@@ -319,7 +316,7 @@ def _pack_absmax(absmax: Tensor, tensors: dict[str, Tensor]) -> None:
 def _mean(values: Tensor) -> Tensor:
     """As `values.mean()` with one thread, bit for bit. On a CPU several threads share a single sum; of two
     sums each takes whole ones, in the order of one thread. So there are two, of the same numbers."""
-    return values.mean() if values.is_cuda else values.expand(2, -1).mean(-1)[0]
+    return values.expand(2, -1).mean(-1)[0] if values.device.type == "cpu" else values.mean()
 
 
 def _whole_blocks(rows: Iterable[Tensor], block: int) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_train.device.description import UnpackKernel
 from qlora_train.model.quantize import PackedWeight
 from qlora_train.model.slab import SlabLayout
 
@@ -52,14 +53,16 @@ class LayerSource(Protocol):
 class PresentWeights:
     """Unpacks weights that are on the device, holding them within a visit where asked to.
 
-    layouts: of all layers. `packed`: the weights present now, by module path. copies_unpacked: what is
+    layouts: of all layers. unpack_kernel: of the device. `packed`: the weights present now, by module path.
+    copies_unpacked: what is
     unpacked is a new tensor that outlives the visit, as it must where autograd saves it (reference mode).
     Otherwise it lies in one buffer that is used again and again: as large as the largest weight, or, where
     weights are held, the largest layer.
     """
 
-    def __init__(self, layouts: Sequence[SlabLayout]) -> None:
+    def __init__(self, layouts: Sequence[SlabLayout], unpack_kernel: UnpackKernel) -> None:
         self.packed: dict[str, PackedWeight] = {}
+        self._unpack_kernel = unpack_kernel
         self.hold_unpacked = False
         self.copies_unpacked = False
         sizes = [[math.prod(shape) for _, shape in layout.shapes] for layout in layouts]
@@ -82,7 +85,8 @@ class PresentWeights:
         holds = self.hold_unpacked and self._in_visit
         self._make_room(self._largest_layer if holds else self._largest_weight, packed, dtype)
         start = self._num_held_elements
-        weight = packed.unpack_into(self._buffer[start : start + math.prod(packed.shape)].view(packed.shape))
+        room = self._buffer[start : start + math.prod(packed.shape)].view(packed.shape)
+        weight = packed.unpack_into(room, self._unpack_kernel)
         if holds:
             self._held[name] = weight
             self._num_held_elements += weight.numel()

@@ -19,7 +19,7 @@ from qlora_train.errors import UserError
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.graph_bytes import step_with_graphs_bytes
 from qlora_train.memory.plan.plan import Plan, budget_for, gib
-from qlora_train.model.varlen_attention import VarlenAttention
+from qlora_train.kernels.varlen_attention import VarlenAttention
 from qlora_train.recipe import Recipe
 
 

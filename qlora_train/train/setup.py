@@ -32,7 +32,7 @@ from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
 from qlora_train.model.quantize import Packing
-from qlora_train.model.varlen_attention import varlen_attention
+from qlora_train.kernels.varlen_attention import varlen_attention
 from qlora_train.recipe import Recipe
 from qlora_train.train.graph_choice import GraphChoice, choose_graphs
 from qlora_train.train.schedule import num_rows

@@ -65,7 +65,7 @@ class LayerWalk:
             linear.use_autograd = reference
         decoder.weights.copies_unpacked = reference
         if reference:
-            decoder.varlen, decoder.blocks_attention = None, False
+            decoder.attention_kernels = decoder.attention_kernels.plain()
         self._remembered = Remembered(decoder, factors, host or HostMemory(decoder.device))
         self.graphs: WalkGraphs | None = None
         self.follow(plan)

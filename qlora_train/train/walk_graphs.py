@@ -48,7 +48,7 @@ from qlora_train.memory.tighten import is_out_of_memory
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.decoder import LayerArguments
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.model.varlen_attention import VarlenAttention
+from qlora_train.kernels.varlen_attention import VarlenAttention
 from qlora_train.train.recorder import Recorder, Replay
 from qlora_train.train.remembered import RememberedLayer
 

@@ -21,7 +21,7 @@ from qlora_train.memory.plan.host_bytes import HostBudget
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
-from qlora_train.memory.plan.target import planned_gpu
+from qlora_train.device.description import planned_gpu
 from qlora_train.memory.plan.time_model import stated_rates
 from qlora_train.memory.plan.workload import workload_of
 from qlora_train.recipe import Recipe

@@ -13,7 +13,7 @@ from qlora_train.memory.plan.ghost import Ledger, backward
 from qlora_train.memory.plan.ghost_attention import AttentionRule
 from qlora_train.memory.plan.ghost_attention import packed_attention as ghost_attention
 from qlora_train.model.attention import DocumentLayout, packed_attention
-from qlora_train.model.varlen_attention import varlen_attention
+from qlora_train.kernels.varlen_attention import varlen_attention
 
 pytestmark = pytest.mark.gpu
 ROWS = [[2048], [700, 31, 293, 1024], [16] * 64]

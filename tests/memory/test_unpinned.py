@@ -17,7 +17,7 @@ from qlora_train.memory.load import load_base
 from qlora_train.memory.measured_rates import rates_of
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.plan import Plan
-from qlora_train.memory.plan.target import planned_gpu
+from qlora_train.device.description import planned_gpu
 from qlora_train.memory.unpinned import host_memory_of_run
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe

@@ -17,9 +17,9 @@ from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.graph_bytes import OVERHEAD_BYTES, step_with_graphs_bytes
 from qlora_train.memory.plan.model_shape import shape_from_config
 from qlora_train.memory.plan.plan import budget_for
-from qlora_train.memory.plan.target import planned_gpu
+from qlora_train.device.description import planned_gpu
 from qlora_train.memory.plan.time_model import stated_rates
-from qlora_train.model.varlen_attention import VarlenAttention
+from qlora_train.kernels.varlen_attention import VarlenAttention
 from qlora_train.recipe import Recipe
 from qlora_train.train.graph_choice import GraphChoice, choose_graphs
 

@@ -126,7 +126,7 @@ class _Step:
         return index > 0 and self._policy(index - 1) in _LEAVES_GRAPH
 
     def _add_micro_batches(self) -> None:
-        if self._workload.device == "cuda":  # on the CPU they share memory with the host's arrays
+        if self._workload.on_accelerator:  # on the CPU they share memory with the host's arrays
             per_token = 9 * 8
             self._ledger.add(
                 MICRO_BATCH, self._workload.num_micro_batches * self._workload.num_tokens * per_token
@@ -172,7 +172,7 @@ class _Step:
     def _leaving(self, i: int) -> int:
         """Bytes of one micro-batch in layer i that are copied to the host while the next one is computed. On
         a CPU they are copied at once."""
-        if self._workload.device == "cpu":
+        if not self._workload.on_accelerator:
             return 0
         if self._policy(i) is Activation.OFFLOAD:
             return sum(self._layer(i).saved.values())
@@ -244,7 +244,7 @@ def _add(ledger: Ledger, parts: Bytes, times: int) -> None:
 
 def _rows_from_host(workload: Workload, place: Place) -> bool:
     """Whether gathered rows are first put together on the host, where a CPU's meter sees them."""
-    return workload.device == "cpu" and place is Place.DISK
+    return not workload.on_accelerator and place is Place.DISK
 
 
 def loss_settings(workload: Workload, plan: ExecutionPlan) -> LossSettings:
@@ -260,7 +260,7 @@ def loss_settings(workload: Workload, plan: ExecutionPlan) -> LossSettings:
         norm=workload.shape.family.norm,
         num_logit_steps=workload.shape.num_logit_steps,
         head_packing=workload.head_packing,
-        on_cuda=workload.target.on_cuda,
+        on_accelerator=workload.target.is_accelerator,
         rows_from_file=_rows_from_host(workload, plan.head),
         copies_head=workload.head_is_packed or plan.head is not Place.RESIDENT,
     )
@@ -331,6 +331,6 @@ def load_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
     }
     streams = any(place is not Place.RESIDENT for place in plan.weights)
     loading = 2 * ROWS_BLOCK_BYTES + (workload.slab_bytes if streams else 0)
-    if workload.head_is_packed and workload.device == "cpu":
+    if workload.head_is_packed and not workload.on_accelerator:
         loading += workload.head_bytes  # read as a whole, on the host
     return total(parts, {LOADING: loading})

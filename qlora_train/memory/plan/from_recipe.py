@@ -21,7 +21,7 @@ from qlora_train.memory.plan.host_bytes import HostBudget
 from qlora_train.memory.plan.model_shape import ModelShape, find_base_folder, find_shape
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
-from qlora_train.memory.plan.target import CPU, Capability, DeviceKind, Target, planned_gpu
+from qlora_train.device.description import CPU, Capability, DeviceDescription, planned_gpu
 from qlora_train.memory.plan.time_model import Rates, stated_rates
 from qlora_train.memory.plan.workload import dtype_of, workload_of
 from qlora_train.recipe import Recipe
@@ -32,14 +32,13 @@ _SHARE_OF_FREE_RAM = 0.9
 
 def plan_recipe(
     recipe: Recipe,
-    target: Target,
+    target: DeviceDescription,
     free_bytes: int,
     *,
     shape: ModelShape | None = None,
     documents: Sequence[int] | None = None,
     most_documents: int = 0,
     rates: Rates | None = None,
-    gpu_name: str | None = None,
     has_context: bool = False,
     base_folder: Path | None = None,
 ) -> Plan:
@@ -57,15 +56,15 @@ def plan_recipe(
     workload = workload_of(recipe, shape, target, documents, most_documents)
     return make_plan(
         workload,
-        device_budget(target.kind, free_bytes, recipe.memory.vram_bytes, has_context=has_context),
-        rates or stated_rates(target.kind, gpu_name),
+        device_budget(target, free_bytes, recipe.memory.vram_bytes, has_context=has_context),
+        rates or stated_rates(target),
         HostBudget.of_this_machine(cache_root(), _packed_base(recipe, target, base_folder)),
         Choices(recipe.memory.weights, recipe.memory.activations),
         GenerateSize(prompts=(min(512, recipe.data.sequence_length),)),
     )
 
 
-def _packed_base(recipe: Recipe, target: Target, base_folder: Path | None) -> Path | None:
+def _packed_base(recipe: Recipe, target: DeviceDescription, base_folder: Path | None) -> Path | None:
     """Where in the cache the packed base is, or will be; None without the base's own files."""
     if base_folder is None:
         return None
@@ -73,13 +72,15 @@ def _packed_base(recipe: Recipe, target: Target, base_folder: Path | None) -> Pa
     return packed_folder(cache_root(), base_folder, key, dtype_of(recipe, target))
 
 
-def device_budget(device: DeviceKind, free_bytes: int, vram_bytes: int | None, *, has_context: bool) -> int:
+def device_budget(
+    device: DeviceDescription, free_bytes: int, vram_bytes: int | None, *, has_context: bool
+) -> int:
     """Bytes that may be used on the device, context included: what is asked for, else most of what is free
     (which leaves a context out that exists already)."""
     if vram_bytes is not None:
         return vram_bytes
-    share = _SHARE_OF_FREE_VRAM if device == "cuda" else _SHARE_OF_FREE_RAM
-    return int(free_bytes * share) + (CONTEXT_BYTES[device] if has_context else 0)
+    share = _SHARE_OF_FREE_VRAM if device.is_accelerator else _SHARE_OF_FREE_RAM
+    return int(free_bytes * share) + (CONTEXT_BYTES if has_context else 0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def plan_command(recipe: Recipe) -> tuple[Plan, str]:
     card = find_card()
     if card is not None:
         target = planned_gpu(card.name, card.capability)
-        return plan_recipe(recipe, target, card.free_bytes, gpu_name=card.name), card.name
+        return plan_recipe(recipe, target, card.free_bytes), card.name
     if recipe.memory.vram_bytes is not None:
         target = planned_gpu(None, None)
         return plan_recipe(recipe, target, recipe.memory.vram_bytes), "a CUDA card (none is here)"

@@ -30,7 +30,7 @@ from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.placement import fewest, place_of_streamed, placed
 from qlora_train.memory.plan.plan import budget_for, gib, refusal, room_in
-from qlora_train.memory.plan.target import Target
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.plan.workload import Workload
 
 SMALL_TILE_ROWS, SMALLEST_MLP_TILE = 1024, 64
@@ -78,7 +78,7 @@ class GenerationPlan:
         )
 
 
-def bare_workload(shape: ModelShape, packing: PackingSizes, target: Target) -> Workload:
+def bare_workload(shape: ModelShape, packing: PackingSizes, target: DeviceDescription) -> Workload:
     """A model without factors, for `plan_generation`."""
     return Workload(
         shape=shape,
@@ -178,7 +178,7 @@ class _Search:
         return self.peak(plan) <= self._room and self._ram_bytes(plan) <= self._host.ram_bytes
 
     def _ram_bytes(self, plan: ExecutionPlan) -> int:
-        on_device = self.peak(plan) if self._workload.device == "cpu" else 0
+        on_device = self.peak(plan) if not self._workload.on_accelerator else 0
         return on_device + sum(host_bytes(self._workload, plan).values())
 
     def problems(self, plan: ExecutionPlan) -> Iterator[str]:

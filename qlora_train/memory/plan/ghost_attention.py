@@ -16,7 +16,7 @@ from qlora_train.memory.plan.ghost_flash import (
     varlen_attention,
 )
 from qlora_train.memory.plan.ghost_ops import BOOL, FLOAT32
-from qlora_train.memory.plan.target import Target
+from qlora_train.device.description import DeviceDescription
 
 INT64 = 8
 BLOCK_QUERIES, LONGEST = 64, 512
@@ -77,14 +77,14 @@ class AttentionRule:
     has_softcap: bool
     heads_outside: bool
     reference: bool
-    target: Target
+    target: DeviceDescription
     deterministic: bool
     kernel_documents: tuple[int, ...]
 
     @property
     def blocked(self) -> bool:
         """Short documents go through kernels/blocked_attention.py."""
-        return not (self.target.on_cuda or self.reference or self.has_softcap)
+        return not (self.target.is_accelerator or self.reference or self.has_softcap)
 
 
 def packed_attention(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule) -> Ghost:
@@ -205,7 +205,7 @@ def _sdpa(q: Ghost, k: Ghost, v: Ghost, rule: AttentionRule, mask: Ghost | None)
     shared key heads."""
     target = rule.target
     numbers = () if mask is None else (q.ledger.tensor(mask.shape, q.itemsize),)
-    if not target.on_cuda:
+    if not target.is_accelerator:
         return op.scaled_dot_product_attention(q, k, v, *numbers)
     is_flash = mask is None and target.flash_serves(q.itemsize, q.shape[3])
     if not is_flash and q.shape[1] != k.shape[1]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 from qlora_train.memory.plan.ghost import Ghost, apply
 from qlora_train.memory.plan.ghost_ops import FLOAT32
-from qlora_train.memory.plan.target import Target
+from qlora_train.device.description import DeviceDescription
 
 TILE = 128
 EFFICIENT_TILE = 64
@@ -38,7 +38,7 @@ def _rounded_head(head_dim: int) -> int:
     return _rounded(head_dim, 32 if head_dim <= 128 else 64)
 
 
-def num_dq_sums(target: Target, deterministic: bool, num_documents: int, num_heads: int) -> int:
+def num_dq_sums(target: DeviceDescription, deterministic: bool, num_documents: int, num_heads: int) -> int:
     """Side by side in flash attention's backward pass."""
     return -(-target.num_multiprocessors // (num_documents * num_heads)) if deterministic else 1
 
@@ -69,7 +69,7 @@ def varlen_attention(
     key: Ghost,
     value: Ghost,
     kernel_documents: Sequence[int],
-    target: Target,
+    target: DeviceDescription,
     *,
     deterministic: bool,
     heads_outside: bool,
@@ -108,7 +108,7 @@ def _tokens_first(t: Ghost) -> Ghost:
     return t.view(num_tokens, num_heads, head_dim)
 
 
-def sdpa_scratch_bytes(q: Ghost, k: Ghost, target: Target, *, deterministic: bool, is_flash: bool) -> int:
+def sdpa_scratch_bytes(q: Ghost, k: Ghost, target: DeviceDescription, *, deterministic: bool, is_flash: bool) -> int:
     """Of torch's SDPA going back, for padded documents [N, heads, n, d]."""
     number, num_heads, length, head_dim = q.shape
     if is_flash:

@@ -14,7 +14,7 @@ from qlora_train.memory.plan.ghost_attention import AttentionRule, packed_attent
 from qlora_train.memory.plan.ghost_linear import GhostLinears, trainable
 from qlora_train.memory.plan.ghost_norm import fused_norm, library_norm, liger_norm
 from qlora_train.memory.plan.layer_settings import LayerSettings
-from qlora_train.memory.plan.target import MAX_LIGER_COLUMNS
+from qlora_train.device.description import MAX_LIGER_COLUMNS
 
 
 class GhostLayer:

@@ -208,7 +208,7 @@ class GhostLinears:
             with self._ledger.cause(UNPACKING):
                 self._ledger.scratch(
                     self._settings.packing.scratch_bytes(
-                        self._shapes[name], on_cuda=self._settings.target.on_cuda
+                        self._shapes[name], on_accelerator=self._settings.target.is_accelerator
                     )
                 )
         if self._settings.hold_unpacked:

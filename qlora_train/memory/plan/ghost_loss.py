@@ -36,7 +36,7 @@ class LossSettings:
     norm: Norm
     num_logit_steps: int
     head_packing: PackingSizes
-    on_cuda: bool
+    on_accelerator: bool
     rows_from_file: bool = False
     copies_head: bool = False
 
@@ -70,7 +70,7 @@ def tile_scratch_bytes(settings: LossSettings) -> int:
     if packing.format == "none":
         return 0
     return num_rows * packing.row_bytes(width) + packing.scratch_bytes(
-        (num_rows, width), on_cuda=settings.on_cuda
+        (num_rows, width), on_accelerator=settings.on_accelerator
     )
 
 

@@ -28,7 +28,7 @@ PACKED_BASE = "packed base (cache)"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MERGED = "merged model"
-PROCESS_BYTES = {"cpu": 500 * 10**6, "cuda": 1500 * 10**6}
+CPU_PROCESS_BYTES, GPU_PROCESS_BYTES = 500 * 10**6, 1500 * 10**6
 STAGING_BYTES = 2 * 16 * 2**20
 ROWS_BYTES = 3 * 64 * 2**20
 _SHARE_OF_RAM = 0.9
@@ -67,14 +67,18 @@ def host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
     num_recomputed = plan.activations.count(Activation.RECOMPUTE)
     from_disk = Place.DISK in (*plan.weights, plan.head)
     result = {
-        PROCESS: PROCESS_BYTES[workload.device],
+        PROCESS: _process_bytes(workload),
         SLABS: sum(place is Place.RAM for place in plan.weights) * workload.slab_bytes,
         MATRICES: matrices,
         INPUTS: group * num_recomputed * x_bytes if plan.inputs is Place.RAM else 0,
         PARKED: group * parked_bytes(workload, plan),
-        STAGING: STAGING_BYTES if from_disk and workload.device == "cuda" else 0,
+        STAGING: STAGING_BYTES if from_disk and workload.on_accelerator else 0,
     }
     return {cause: num_bytes for cause, num_bytes in result.items() if num_bytes}
+
+
+def _process_bytes(workload: Workload) -> int:
+    return GPU_PROCESS_BYTES if workload.on_accelerator else CPU_PROCESS_BYTES
 
 
 def parked_bytes(workload: Workload, plan: ExecutionPlan) -> int:
@@ -99,7 +103,7 @@ def load_host_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
 def save_host_bytes(workload: Workload) -> Bytes:
     """RAM while a checkpoint is written: the masters and the optimizer state on their way."""
     state = 4 * workload.num_factor_numbers + optimizer_state_bytes(workload)
-    return {PROCESS: PROCESS_BYTES[workload.device], CHECKPOINTS: state}
+    return {PROCESS: _process_bytes(workload), CHECKPOINTS: state}
 
 
 def merge_host_bytes(workload: Workload) -> Bytes:
@@ -107,7 +111,7 @@ def merge_host_bytes(workload: Workload) -> Bytes:
     largest = max(workload.packing.of(shape).num_bytes for shape in workload.shape.linear_shapes().values())
     if workload.head_is_packed:
         largest = max(largest, workload.head_bytes)
-    return {PROCESS: PROCESS_BYTES[workload.device], ROWS: ROWS_BYTES + largest}
+    return {PROCESS: _process_bytes(workload), ROWS: ROWS_BYTES + largest}
 
 
 def disk_bytes(workload: Workload, *, has_packed_base: bool, keep_checkpoints: int = 2) -> Bytes:

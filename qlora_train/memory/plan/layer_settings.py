@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.memory.plan.target import Target
+from qlora_train.device.description import DeviceDescription
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LayerSettings:
     targets: frozenset[str]
     dropout: bool
     documents: tuple[int, ...]
-    target: Target
+    target: DeviceDescription
     deterministic: bool
     hold_unpacked: bool = False
     mlp_tile_tokens: int | None = None

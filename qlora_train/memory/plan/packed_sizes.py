@@ -99,13 +99,13 @@ class PackingSizes:
         sizes = [self.unpacked_bytes(shape) for shape in shapes.values()]
         return sum(sizes) if hold_unpacked else max(sizes)
 
-    def scratch_bytes(self, shape: tuple[int, int], *, on_cuda: bool) -> int:
+    def scratch_bytes(self, shape: tuple[int, int], *, on_accelerator: bool) -> int:
         """What unpacking into a buffer needs besides: a piece of the weight and its absmax in fp32; on CUDA,
         whose kernel writes into the buffer, the absmax alone."""
         num_rows, num_columns = shape
         if self.format == "none":
             return 0
-        if self.is_4bit and on_cuda and num_columns % BLOCK_SIZE == 0:
+        if self.is_4bit and on_accelerator and num_columns % BLOCK_SIZE == 0:
             return self.absmax_bytes(num_rows * num_columns)
         n = num_columns * min(num_rows, max(1, UNPACK_CHUNK // num_columns))
         if self.format == "int8":

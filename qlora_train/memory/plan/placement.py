@@ -40,7 +40,7 @@ def placed(
 def place_of_streamed(workload: Workload, start: ExecutionPlan, budget: HostBudget) -> Place:
     """RAM if all that could stream fits there beside what `start` has there, else disk. On a CPU "the device"
     is RAM."""
-    if workload.device == "cpu":
+    if not workload.on_accelerator:
         return Place.DISK
     everything = placed(start, Place.RAM, start.num_layers, is_tied=workload.shape.is_tied)
     needed = sum(host_bytes(workload, everything).values())

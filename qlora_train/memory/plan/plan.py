@@ -24,18 +24,18 @@ from qlora_train.memory.plan.time_model import Rates, StepTime
 from qlora_train.memory.plan.workload import Workload
 
 CONTEXT = "CUDA context"
-CONTEXT_BYTES = {"cuda": 450 * 2**20, "cpu": 0}
+CONTEXT_BYTES = 450 * 2**20
 """What a CUDA context takes with the kernels that are loaded into it, outside torch's allocator."""
 WORKSPACES = "cuBLAS workspaces"
-FRAGMENTATION = {"cuda": 0.02, "cpu": 0.0}
-"""Share of the budget left to the allocator's rounding."""
+FRAGMENTATION = 0.02
+"""Share of a GPU's budget left to the allocator's rounding."""
 PINNED = "pinned: "
 
 
 def context_parts(workload: Workload) -> Bytes:
     """What is on the device besides tensors, by cause."""
     parts = {
-        CONTEXT: CONTEXT_BYTES[workload.device],
+        CONTEXT: CONTEXT_BYTES if workload.on_accelerator else 0,
         WORKSPACES: workload.target.workspace_bytes(deterministic=workload.deterministic),
     }
     return {cause: num_bytes for cause, num_bytes in parts.items() if num_bytes}
@@ -44,13 +44,17 @@ def context_parts(workload: Workload) -> Bytes:
 def room_in(budget_bytes: int, workload: Workload) -> int:
     """Bytes for tensors on the device within a budget."""
     context_bytes = sum(context_parts(workload).values())
-    return int((budget_bytes - context_bytes) * (1 - FRAGMENTATION[workload.device]))
+    return int((budget_bytes - context_bytes) * (1 - _fragmentation(workload)))
 
 
 def budget_for(tensor_bytes: int, workload: Workload) -> int:
     """The smallest budget with room for so many bytes of tensors."""
     context_bytes = sum(context_parts(workload).values())
-    return math.ceil(tensor_bytes / (1 - FRAGMENTATION[workload.device])) + 1 + context_bytes
+    return math.ceil(tensor_bytes / (1 - _fragmentation(workload))) + 1 + context_bytes
+
+
+def _fragmentation(workload: Workload) -> float:
+    return FRAGMENTATION if workload.on_accelerator else 0.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Plan:
     @property
     def peak_ram_bytes(self) -> int:
         """On a CPU the device's bytes are RAM."""
-        return sum(self.host.values()) + (self.peak_vram_bytes if self.workload.device == "cpu" else 0)
+        return sum(self.host.values()) + (0 if self.workload.on_accelerator else self.peak_vram_bytes)
 
     @property
     def step_seconds(self) -> float:
@@ -128,7 +132,7 @@ class Plan:
 
     @property
     def device_place(self) -> str:
-        return "VRAM" if self.workload.device == "cuda" else "RAM (compute device)"
+        return "VRAM" if self.workload.on_accelerator else "RAM (compute device)"
 
     def rows(self) -> Iterator[Row]:
         """The table: per phase and place the bytes by cause."""
@@ -143,7 +147,7 @@ class Plan:
         }
         for phase, parts in host.items():
             for cause, num_bytes in parts.items():
-                place = "pinned RAM" if cause.startswith(PINNED) and self.workload.device == "cuda" else "RAM"
+                place = "pinned RAM" if cause.startswith(PINNED) and self.workload.on_accelerator else "RAM"
                 yield Row(phase, place, cause.removeprefix(PINNED), num_bytes)
         for cause, num_bytes in self.disk.items():
             yield Row("load" if "cache" in cause else "save", "disk", cause, num_bytes)
@@ -165,7 +169,7 @@ class Plan:
             "weights": execution["weights"],
             "activations": execution["activations"],
             "execution": execution,
-            "device": self.workload.device,
+            "device": self.workload.target.type,
             "target": asdict(self.workload.target) | {"is_deterministic": self.workload.deterministic},
             "vram_budget_bytes": self.budget_bytes,
             "most_documents": self.workload.kernel_documents[-1],

@@ -153,7 +153,7 @@ class _Search:
         in_ram = sum(host_bytes(self._workload, plan).values())
         if in_ram > self._host.ram_bytes:
             return False
-        if self._workload.device == "cpu":
+        if not self._workload.on_accelerator:
             in_ram += self.peak(plan)
         return self.peak(plan) <= self._room and in_ram <= self._host.ram_bytes
 
@@ -202,7 +202,7 @@ class _Search:
     def _lean_ways(self) -> list[_Lean]:
         """How a layer that is not kept is treated, and where its input waits."""
         ways = [_Lean(Activation.RECOMPUTE, Place.RESIDENT)]
-        if self._workload.device == "cuda":  # on a CPU, host memory is no other place
+        if self._workload.on_accelerator:  # on a CPU, host memory is no other place
             ways += [_Lean(Activation.OFFLOAD, Place.RESIDENT), _Lean(Activation.RECOMPUTE, Place.RAM)]
         if self._choices.activations == "auto":
             return ways

@@ -25,7 +25,7 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
     exact = "" if shape.is_exact else f" ({shape.model_type} is not modelled exactly: an estimate)"
     say(f"{shape.model_type}, {shape.num_parameters / 1e9:.2f}B parameters, {shape.num_layers} layers{exact}")
     say(f"for {device_text}, budget {gib(plan.budget_bytes)}")
-    if plan.workload.target.on_cuda:
+    if plan.workload.target.is_accelerator:
         say(f"  {plan.workload.target.in_words(deterministic=plan.workload.deterministic)}")
     if line := _documents_line(plan.workload):
         say(f"  {line}")

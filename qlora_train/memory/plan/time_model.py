@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.host_bytes import parked_bytes
-from qlora_train.memory.plan.target import ASSUMED_CARD, DeviceKind, known_card
+from qlora_train.device.description import ASSUMED_CARD, DeviceDescription, known_card
 from qlora_train.memory.plan.workload import Workload
 
 
@@ -52,11 +52,11 @@ three quarters of what the makers state."""
 DISK_BYTES_PER_SECOND = 2e9
 
 
-def stated_rates(device: DeviceKind, gpu_name: str | None) -> Rates:
-    """Rates from the table; those of a modest card where none is known."""
-    if device == "cpu":
+def stated_rates(device: DeviceDescription) -> Rates:
+    """Rates from the table, by the device's name; those of a modest card where none is known."""
+    if not device.is_accelerator:
         return Rates(100e9, 10e9, 5e9, 1e9, "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s")
-    known = known_card(gpu_name)
+    known = known_card(device.name)
     flops, memory, copy = GPUS[known or ASSUMED_CARD]
     source = f"stated for {known}" if known else f"assumed: a card like an {ASSUMED_CARD}"
     return Rates(

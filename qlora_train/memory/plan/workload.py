@@ -13,10 +13,9 @@ from qlora_train.errors import UserError
 from qlora_train.memory.plan.layer_settings import LayerSettings
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.memory.plan.target import DeviceKind, Target
+from qlora_train.device.description import DeviceDescription
 from qlora_train.recipe import Recipe
 
-BFLOAT16_CAPABILITY = (8, 0)
 LEAST_DOCUMENTS = 8
 """Of model/packed_tokens.of_one_shape."""
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -42,7 +41,7 @@ class Workload:
     num_supervised: int
     num_micro_batches: int
     optimizer: str
-    target: Target
+    target: DeviceDescription
     deterministic: bool = False
     splits_learning_rate: bool = False
     reference: bool = False
@@ -50,8 +49,9 @@ class Workload:
     most_documents: int = 0
 
     @property
-    def device(self) -> DeviceKind:
-        return self.target.kind
+    def on_accelerator(self) -> bool:
+        """Whether the device's memory is not the host's."""
+        return self.target.is_accelerator
 
     @property
     def num_tokens(self) -> int:
@@ -131,21 +131,21 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def dtype_of(recipe: Recipe, target: Target) -> str:
+def dtype_of(recipe: Recipe, target: DeviceDescription) -> str:
     """The compute dtype; `auto`, unless resolved before, counts as bfloat16 on a GPU that multiplies it, as
     float16 on another, and as float32 on a CPU."""
     dtype = recipe.model.compute_dtype
     if dtype != "auto":
         return dtype
-    if not target.on_cuda:
+    if not target.is_accelerator:
         return "float32"
-    return "bfloat16" if target.capability >= BFLOAT16_CAPABILITY else "float16"
+    return "bfloat16" if target.has_bfloat16 else "float16"
 
 
 def workload_of(
     recipe: Recipe,
     shape: ModelShape,
-    target: Target,
+    target: DeviceDescription,
     documents: Sequence[int] | None = None,
     most_documents: int = 0,
 ) -> Workload:

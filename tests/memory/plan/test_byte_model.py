@@ -28,12 +28,12 @@ from qlora_train.memory.plan.ghost_attention import buckets, padded_length
 from qlora_train.memory.plan.host_bytes import MATRICES, host_bytes
 from qlora_train.memory.plan.model_shape import KNOWN
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.memory.plan.target import CPU, Target
+from qlora_train.device.description import CPU, DeviceDescription
 from qlora_train.memory.plan.workload import Workload
 from qlora_train.model.packed_tokens import of_one_shape
 
 NF4 = PackingSizes("nf4", True, 2)
-RTX_3060 = Target("cuda", (8, 6), 28, "grouped heads", has_liger=False, workspace_config=None)
+RTX_3060 = DeviceDescription("cuda", (8, 6), 28, "grouped heads", has_liger=False, workspace_config=None)
 LLAMA_8B = KNOWN["llama-3.1-8b"]
 
 
@@ -215,7 +215,7 @@ OFFLOAD, RECOMPUTE, KEEP = Activation.OFFLOAD, Activation.RECOMPUTE, Activation.
 
 
 @pytest.mark.parametrize("target", [RTX_3060, CPU])
-def test_what_leaves_for_the_host_is_alive_until_the_next_is_computed(target: Target) -> None:
+def test_what_leaves_for_the_host_is_alive_until_the_next_is_computed(target: DeviceDescription) -> None:
     work = workload(num_micro_batches=3, target=target)
     policies = (RECOMPUTE, OFFLOAD, OFFLOAD, RECOMPUTE, RECOMPUTE, KEEP, OFFLOAD) + (RECOMPUTE,) * 25
     execution = replace(plan(32), activations=policies, inputs=Place.RAM)

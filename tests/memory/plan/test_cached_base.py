@@ -17,7 +17,7 @@ from qlora_train.memory.plan import host_bytes
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.host_bytes import PACKED_BASE
 from qlora_train.memory.plan.plan import Plan
-from qlora_train.memory.plan.target import CPU as TARGET
+from qlora_train.device.description import CPU as TARGET
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe

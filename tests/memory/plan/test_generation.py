@@ -25,8 +25,8 @@ from qlora_train.memory.plan.model_shape import KNOWN, find_shape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.placement import placed
 from qlora_train.memory.plan.plan import room_in
-from qlora_train.memory.plan.target import CPU as TARGET_CPU
-from qlora_train.memory.plan.target import Target, planned_gpu
+from qlora_train.device.description import CPU as TARGET_CPU
+from qlora_train.device.description import DeviceDescription, planned_gpu
 from qlora_train.memory.plan.workload import workload_of
 from qlora_train.model.quantize import Packing, pack
 from qlora_train.recipe import Recipe
@@ -43,7 +43,7 @@ def planned(
     size: GenerateSize = GenerateSize(),  # noqa: B008
     base: str = "llama-3.1-8b",
     host: HostBudget = AMPLE,
-    target: Target = GPU,
+    target: DeviceDescription = GPU,
     **options: Any,
 ) -> GenerationPlan:
     workload = bare_workload(KNOWN[base], SIXTEEN_BITS, target)

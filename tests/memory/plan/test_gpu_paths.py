@@ -29,11 +29,11 @@ from qlora_train.memory.plan.ghost import Ledger, backward
 from qlora_train.memory.plan.ghost_attention import AttentionRule
 from qlora_train.memory.plan.ghost_attention import packed_attention as ghost_attention
 from qlora_train.memory.plan.model_shape import shape_from_config
-from qlora_train.memory.plan.target import CPU, Target, planned_gpu, varlen_of_version
+from qlora_train.device.description import CPU, DeviceDescription, planned_gpu, varlen_of_version
 from qlora_train.model.attention import DocumentLayout, packed_attention
 from qlora_train.model.fused import fuse_mlps
 from qlora_train.model.quantize import Packing
-from qlora_train.model.varlen_attention import (
+from qlora_train.kernels.varlen_attention import (
     Heads,
     VarlenAttention,
     attention_kernel,
@@ -49,7 +49,7 @@ PARAMETERS = {
     "2.12.0": COMMON | {"scale", "window_size", "enable_gqa"},
     "3.0.0a0": COMMON | {"scale", "window_size", "enable_gqa"},
 }
-AMPERE = Target("cuda", (8, 6), 28, "grouped heads", has_liger=True, workspace_config=None)
+AMPERE = DeviceDescription("cuda", (8, 6), 28, "grouped heads", has_liger=True, workspace_config=None)
 
 
 @pytest.mark.parametrize("version", PARAMETERS)

@@ -17,7 +17,7 @@ from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
-from qlora_train.memory.plan.target import CPU, Target, planned_gpu
+from qlora_train.device.description import CPU, DeviceDescription, planned_gpu
 from qlora_train.memory.plan.time_model import Rates, stated_rates, step_time
 from qlora_train.memory.plan.workload import _targets, workload_of
 from qlora_train.recipe import Recipe
@@ -41,7 +41,7 @@ def planned(
     base: str = "meta-llama/Llama-3.1-8B",
     host: HostBudget = AMPLE,
     rates: Rates = RATES,
-    target: Target = GPU,
+    target: DeviceDescription = GPU,
     **sections: dict[str, Any],
 ) -> Plan:
     asked = recipe(base, **sections)

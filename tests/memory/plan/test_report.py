@@ -13,7 +13,7 @@ from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.plan import duration
 from qlora_train.memory.plan.report import print_plan, residency_lines
-from qlora_train.memory.plan.target import planned_gpu
+from qlora_train.device.description import planned_gpu
 from qlora_train.recipe import Recipe
 
 GIB = 2**30

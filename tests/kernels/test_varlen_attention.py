@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from qlora_train.model.attention import DocumentLayout, packed_attention
 from qlora_train.model.packed_tokens import of_one_shape
-from qlora_train.model.varlen_attention import (
+from qlora_train.kernels.varlen_attention import (
     Heads,
     VarlenAttention,
     _parameters,
