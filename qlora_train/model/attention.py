@@ -30,7 +30,7 @@ passes that it does not know is an error, never ignored.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class DocumentLayout:
     buckets: one index tensor [num_documents, length] per length class, right-padded with a valid position.
     inverse: [T], where each token of the row stands in the concatenation of the flattened buckets.
     cu_seqlens: int32 [num_documents + 1], the boundaries on the device. longest: tokens of the longest
-    document. These two may speak of empty documents and of longer ones than there are (`padded`).
+    document.
     """
 
     boundaries: tuple[int, ...]
@@ -102,13 +102,6 @@ class DocumentLayout:
             move(self.cu_seqlens),
             self.longest,
         )
-
-    def padded(self, num_documents: int, longest: int) -> DocumentLayout:
-        """What the variable-length kernel is told becomes: so many documents, the last ones empty, none
-        longer than `longest`. The documents stay what they are."""
-        num_empty = num_documents + 1 - len(self.cu_seqlens)
-        cu_seqlens = F.pad(self.cu_seqlens, (0, num_empty), value=self.boundaries[-1])
-        return replace(self, cu_seqlens=cu_seqlens, longest=longest)
 
 
 def _padded_length(lengths: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 Capability = tuple[int, int]
 FLASH_CAPABILITY = (8, 0)
@@ -96,15 +95,6 @@ class VarlenAttention:
         heads, parameters = Heads.of(query, key, value), _parameters(self.function)
         kernel = attention_kernel(self.capability, query.dtype, heads, softcap is not None, parameters)
         return kernel == "varlen"
-
-    def serves_model(self, config: PretrainedConfig, dtype: torch.dtype) -> bool:
-        """Whether it serves the layers that a config describes, as far as a config tells."""
-        num_heads: int = config.num_attention_heads
-        num_key: int = getattr(config, "num_key_value_heads", None) or num_heads
-        size: int = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
-        heads, parameters = Heads(num_heads, num_key, size, size), _parameters(self.function)
-        return attention_kernel(self.capability, dtype, heads, has_softcap, parameters) == "varlen"
 
     def attend(
         self,

@@ -27,14 +27,12 @@ from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_chec
 from qlora_train.train.optimizer import FlatOptimizer
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
-from qlora_train.train.recorder import CudaRecorder
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.schedule import LossScale, learning_rate, num_rows, rows_per_step
 from qlora_train.train.setup import Prepared
 from qlora_train.train.signals import StopSignal
 from qlora_train.train.step import StepOutcome, StepRunner
 from qlora_train.train.walk import LayerWalk
-from qlora_train.train.walk_graphs import WalkGraphs
 
 STEPS_METERED = 2
 
@@ -203,26 +201,11 @@ class TrainLoop:
         predicted = self._prepared.plan.step_vram_bytes
         measured = self._meter.peak_bytes + self._optimizer.managed_bytes
         self._stop_metering()
-        self._begin_graphs()
         self._plan_log.measured(measured)
         self._say(
             f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
             f"({measured / predicted - 1:+.1%})"
         )
-
-    def _begin_graphs(self) -> None:
-        """Where they are used, if the plan they were chosen for still holds."""
-        if not self._prepared.graphs.are_used:
-            return
-        if self.plan != self._prepared.execution:
-            self._say("CUDA graphs: not used, because another plan is followed")
-        else:
-            self._runner.walk.graphs = WalkGraphs(
-                CudaRecorder(self._decoder.device),
-                self._factors.gradient,
-                must=self._recipe.training.cuda_graphs is True,
-                say=lambda line: self._say(line),
-            )
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
@@ -276,7 +259,6 @@ class TrainLoop:
         """Loss on the evaluation data, logged; True if it is the best so far."""
         data = self._prepared.eval_data
         assert data is not None
-        self._runner.walk.release_graphs()
         groups = list(_groups(list(range(data.num_bins)), self._recipe.training.micro_batch_size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
         batches = (PackedTokens.from_host(data.micro_batch(g), self._decoder.device) for g in mine)

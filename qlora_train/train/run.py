@@ -85,7 +85,6 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *residency_lines(prepared.execution),
-        *(line for line in (prepared.graphs.line,) if line),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]

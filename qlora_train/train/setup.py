@@ -32,20 +32,17 @@ from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
 from qlora_train.model.quantize import Packing
-from qlora_train.model.varlen_attention import varlen_attention
 from qlora_train.recipe import Recipe
-from qlora_train.train.graph_choice import GraphChoice, choose_graphs
 from qlora_train.train.schedule import num_rows
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """The base and its factors, where the plan puts them. plan: what this machine could do. execution: what
-    is done. graphs: whether by CUDA graphs. host: for what waits in RAM."""
+    is done. host: for what waits in RAM."""
 
     plan: Plan
     execution: ExecutionPlan
-    graphs: GraphChoice
     host: HostMemory
     decoder: FrozenDecoder
     factors: FactorBuffers
@@ -55,8 +52,8 @@ class LoadedModel:
 @dataclass(frozen=True)
 class Prepared:
     """The parts of a run. recipe: resolved (absolute base, commit, compute dtype). plan: what this machine
-    could do. execution: what the run does: the plan's, or that of the checkpoint it goes on from. graphs:
-    whether by CUDA graphs. host: for what waits in RAM."""
+    could do. execution: what the run does: the plan's, or that of the checkpoint it goes on from. host:
+    for what waits in RAM."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -68,7 +65,6 @@ class Prepared:
     adapter_config: AdapterConfig
     plan: Plan
     execution: ExecutionPlan
-    graphs: GraphChoice
     host: HostMemory
 
 
@@ -155,7 +151,6 @@ def prepare(
         loaded.adapter_config,
         loaded.plan,
         loaded.execution,
-        loaded.graphs,
         loaded.host,
     )
 
@@ -176,14 +171,12 @@ def load_model(
 
     recipe: resolved. found: by the probe of the base's config. choose: from what was planned to what is done.
     most_documents: in any micro-batch. cache: the folder of packed bases; None: none is kept. Raises a
-    `UserError` for a plan that does not fit, and for CUDA graphs that are asked for and cannot be.
+    `UserError` for a plan that does not fit.
     """
     device = accelerator.device
     plan = plan_here(recipe, folder, dtype, device, most_documents)
     plan.require_fit()
     execution = _agreed(choose(plan.execution))
-    varlen = varlen_attention(device)
-    graphs = choose_graphs(recipe, plan, execution, read_config(folder), dtype, device, varlen)
     host = host_memory_of_run(plan, execution, device, say)
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
     with accelerator.main_process_first():  # one rank packs, the others read
@@ -192,7 +185,7 @@ def load_model(
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
-    return LoadedModel(plan, execution, graphs, host, decoder, factors, adapter_config)
+    return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
 
 
 def _agreed(execution: ExecutionPlan) -> ExecutionPlan:

@@ -164,7 +164,6 @@ class StepRunner:
     def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
         """Where the values first go bad: forward through the layers, then, if all is finite there,
         backward."""
-        self.walk.release_graphs()
         for tokens in micro_batches:
             x, arguments = self._decoder.embed_packed(tokens)
             for i in self._decoder.layers_in_turn():

@@ -56,7 +56,7 @@ def test_attention(gpu, lengths, window, dtype, deterministic) -> None:
         torch.use_deterministic_algorithms(False)
     rule = AttentionRule(
         tuple(lengths), window, has_softcap=False, heads_outside=False, reference=False,
-        target=target_of(gpu), deterministic=deterministic, kernel_documents=(len(lengths),),
+        target=target_of(gpu), deterministic=deterministic, most_documents=len(lengths),
     )  # fmt: skip
     ledger = Ledger()
     ghosts = [ledger.tensor(t.shape, t.itemsize).leaf() for t in leaves]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from qlora_train.model.attention import DocumentLayout, packed_attention
-from qlora_train.model.packed_tokens import of_one_shape
 from qlora_train.model.varlen_attention import (
     Heads,
     VarlenAttention,
@@ -126,39 +125,6 @@ class Recorder:
             scores = scores.masked_fill(~visible, float("-inf"))
             parts.append((torch.softmax(scores, -1) @ v).transpose(0, 1))
         return torch.cat(parts).to(query.dtype)
-
-
-def test_empty_documents_at_the_end_and_a_longer_longest_change_nothing() -> None:
-    layout = DocumentLayout.of(np.cumsum([0, *LENGTHS]), "cpu")
-    padded = layout.padded(8, 32)
-    assert padded.cu_seqlens.tolist() == [0, 5, 6, 18, 21, 38, 38, 38, 38] and padded.longest == 32
-    assert padded.boundaries == layout.boundaries
-    results = []
-    for documents in (layout, padded):
-        qkv, varlen = random_qkv(4, 2), VarlenAttention(Recorder(), AMPERE)
-        out, _ = packed_attention(nn.Identity(), *qkv, None, documents=documents, varlen=varlen)
-        out.backward(torch.ones_like(out))
-        results.append([out, *(t.grad for t in qkv)])
-    assert all(torch.equal(ours, plain) for ours, plain in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("rows", "num_documents", "longest"),
-    [
-        ([[48]], 8, 64),
-        ([[16] * 3, [8] * 6], 8, 16),
-        ([[16] * 3, [9, 33, 6]], 8, 64),
-        ([[4] * 12, [1] * 48], 64, 16),
-        ([[5] * 9 + [3]], 16, 16),
-    ],
-)
-def test_few_shapes(rows, num_documents, longest) -> None:
-    group = of_one_shape([packed_row(row) for row in rows])
-    for tokens, row in zip(group, rows, strict=True):
-        boundaries = np.cumsum([0, *row]).tolist()
-        empty = [48] * (num_documents - len(row))
-        assert tokens.documents.cu_seqlens.tolist() == boundaries + empty
-        assert tokens.documents.cu_seqlens.dtype == torch.int32 and tokens.documents.longest == longest
 
 
 def random_qkv(heads: int, kv_heads: int, size: int = 16, dtype: torch.dtype = torch.bfloat16):

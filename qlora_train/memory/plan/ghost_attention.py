@@ -70,7 +70,7 @@ class AttentionRule:
     """What decides how a layer attends. documents: tokens of each. window: how far back a query sees.
     has_softcap: scores are capped with tanh. heads_outside: q and k lie in memory head by head, as liger's
     norms write them. reference: by document, with SDPA. target, deterministic: where and how it runs.
-    kernel_documents: how many a kernel of variable length may be called with."""
+    most_documents: in any micro-batch; the fewest are those of this one."""
 
     documents: tuple[int, ...]
     window: int | None
@@ -79,7 +79,7 @@ class AttentionRule:
     reference: bool
     target: Target
     deterministic: bool
-    kernel_documents: tuple[int, ...]
+    most_documents: int
 
     @property
     def blocked(self) -> bool:
@@ -97,7 +97,8 @@ def packed_attention(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule
             query,
             key,
             value,
-            rule.kernel_documents,
+            len(rule.documents),
+            rule.most_documents,
             rule.target,
             deterministic=rule.deterministic,
             heads_outside=rule.heads_outside,

@@ -31,7 +31,7 @@ class GhostLayer:
             settings.reference,
             settings.target,
             settings.deterministic,
-            settings.kernel_documents or (len(settings.documents),),
+            settings.most_documents or len(settings.documents),
         )
 
     def close(self) -> None:
