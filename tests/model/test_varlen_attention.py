@@ -205,6 +205,6 @@ def test_a_walk_asks_it_once_per_layer_and_pass_but_not_in_reference_mode(tmp_pa
         decoder.varlen = VarlenAttention(recorder, ADA)
         walk = LayerWalk(decoder, factors, resident_plan(*["recompute"] * 3), reference=reference)
         losses.append(walk.accumulate([tokens], seed=0, step=0, num_supervised=30).item())
-        expected = {"max_q": 32, "max_k": 32, "scale": 0.25, "window_size": (7, 0), "gqa": True}
+        expected = {"max_q": 20, "max_k": 20, "scale": 0.25, "window_size": (7, 0), "gqa": True}
         assert recorder.calls == ([] if reference else [expected] * 6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
