@@ -181,7 +181,6 @@ class TrainingSection(_Section):
     max_grad_norm: Positive = 1.0
     kernels: Literal["auto", "reference"] = "auto"
     deterministic: AutoOrBool = "auto"
-    cuda_graphs: AutoOrBool = "auto"
     log_every: Count = 1
     eval_every: Count | None = None
     save_every: Count | None = None

@@ -75,8 +75,6 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         yield ("model", "revision"), "names a revision on the hub, but base is a local folder; remove it"
     if training.get("epochs") is not None and training.get("max_steps") is not None:
         yield ("training", "max_steps"), "contradicts training.epochs: write one of them"
-    if training.get("cuda_graphs") is True:
-        yield from ((("training", "cuda_graphs"), message) for message in _without_graphs(values))
     if "epochs" in training and training["epochs"] is None and training.get("max_steps") is None:
         yield ("training", "epochs"), "epochs and max_steps are both null: write one of them"
     if training.get("eval_every") is not None and data.get("eval") is None:
@@ -96,20 +94,6 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             if role not in roles:
                 guess = nearest(str(role), roles)
                 yield ("data", "columns", role), f"format {format_name} has {', '.join(roles)}" + guess
-
-
-def _without_graphs(values: Mapping[str, Any]) -> Iterator[str]:
-    """What a recipe asks for that cannot be part of a CUDA graph."""
-    lora, training, memory = _sections(values, "lora", "training", "memory")
-    if training.get("kernels") == "reference":
-        yield "true needs training.kernels: auto, and it is reference"
-    dropout = lora.get("dropout")
-    if isinstance(dropout, float | int) and dropout > 0:
-        yield f"true needs lora.dropout: 0, and it is {dropout}: its masks differ from step to step"
-    if memory.get("weights") in ("ram", "disk"):
-        yield f"true needs layers that stay on the device, and memory.weights is {memory['weights']}"
-    if memory.get("activations") == "offload":
-        yield "true needs activations that stay on the device, and memory.activations is offload"
 
 
 def _template_problems(template: str) -> Iterator[str]:

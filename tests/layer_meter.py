@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from tiny_models import packed_row
 
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.byte_model import layer_bytes
 from qlora_train.memory.plan.layer_settings import LayerSettings
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.device.description import DeviceDescription
 from qlora_train.model.decoder import FrozenDecoder
 
 RANK = 4

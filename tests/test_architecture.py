@@ -16,20 +16,21 @@ FLOORS = {
     "recipe_yaml": 1,
     "recipe_checks": 1,
     "recipe": 1,
-    "kernels": 1,
-    "data": 2,
-    "model": 2,
-    "memory": 3,
-    "infer": 3,
-    "train": 4,
-    "export": 5,
-    "report": 5,
-    "bench": 6,
-    "cli": 7,
-    "__init__": 8,
-    "__main__": 8,
+    "device": 1,
+    "kernels": 2,
+    "data": 3,
+    "model": 3,
+    "memory": 4,
+    "infer": 4,
+    "train": 5,
+    "export": 6,
+    "report": 6,
+    "bench": 7,
+    "cli": 8,
+    "__init__": 9,
+    "__main__": 9,
 }
-STRANGERS = ({"data", "model"}, {"recipe", "kernels"})
+STRANGERS = ({"data", "model"}, {"recipe", "device"})
 """Pairs on one floor that do not know each other at all."""
 LIGHT = ("errors", "recipe", "recipe_yaml", "recipe_checks", "cli", "__init__", "__main__")
 LIGHT_MAY_IMPORT = {"pydantic", "ruamel"}

@@ -87,7 +87,6 @@ def test_defaults_are_those_of_the_contract() -> None:
             "max_grad_norm": 1.0,
             "kernels": "auto",
             "deterministic": "auto",
-            "cuda_graphs": "auto",
             "log_every": 1,
             "eval_every": None,
             "save_every": None,
@@ -110,8 +109,6 @@ def test_defaults_are_those_of_the_contract() -> None:
         with_keys(data__eval=[{"path": "a", "split": "test"}], lora__target_modules=["q_proj", "v_proj"]),
         with_keys(model__double_quant=False, training__deterministic=True, training__epochs=0.25),
         with_keys(memory__weights="resident", training__report_to=["tensorboard", "wandb"]),
-        with_keys(training__cuda_graphs=True, lora__dropout=0.0, memory__weights="resident"),
-        with_keys(training__cuda_graphs=False, lora__dropout=0.1, memory__weights="ram"),
     ],
 )
 def test_the_resolved_copy_loads_again_to_an_equal_recipe(values: dict[str, Any], tmp_path: Path) -> None:
@@ -205,7 +202,6 @@ trainig: {}
         ("training__warmup_ratio", 1.5, "must be 1 or less, got 1.5"),
         ("training__warmup_ratio", -0.1, "must be 0 or more, got -0.1"),
         ("training__deterministic", 1, "must be auto, true or false, got 1"),
-        ("training__cuda_graphs", "yes", "must be auto, true or false, got 'yes'"),
         ("training__save_every", 0, "must be 1 or more, got 0"),
         ("training__report_to", "wandb", "must be a list, got 'wandb'"),
         ("memory__vram", 8, "must be auto or a size with its unit, such as 8GiB or 7.5GB, got 8"),
@@ -253,24 +249,6 @@ def test_keys_of_later_parts_are_refused(key: str, value: Any, part: str) -> Non
         (
             {"model__quantization": "none", "model__double_quant": False},
             "model.double_quant: only for nf4 and fp4, and quantization is none; remove it or write null",
-        ),
-        (
-            {"training__cuda_graphs": True, "training__kernels": "reference"},
-            "training.cuda_graphs: true needs training.kernels: auto, and it is reference",
-        ),
-        (
-            {"training__cuda_graphs": True, "lora__dropout": 0.05},
-            "training.cuda_graphs: true needs lora.dropout: 0, and it is 0.05: its masks differ from step to "
-            "step",
-        ),
-        (
-            {"training__cuda_graphs": True, "memory__weights": "disk"},
-            "training.cuda_graphs: true needs layers that stay on the device, and memory.weights is disk",
-        ),
-        (
-            {"training__cuda_graphs": True, "memory__activations": "offload"},
-            "training.cuda_graphs: true needs activations that stay on the device, and memory.activations is "
-            "offload",
         ),
         (
             {"model__base": "/models/llama", "model__revision": "main"},

@@ -170,20 +170,6 @@ STREAMED = Case(
     inputs={"base": LLAMA_8B, "rows": _texts(7)},
     needs_cuda=True,
 )
-GRAPHS, ONE_BY_ONE = f"{OURS}, CUDA graphs", f"{OURS}, kernels queued one by one"
-CUDA_GRAPHS = Case(
-    name="gpu-1.1b-graphs",
-    about="1.1B LLaMA, all resident, one row of 512 tokens a step: what the host takes to queue kernels",
-    contenders=(
-        _ours(GRAPHS, training={"cuda_graphs": True}),
-        _ours(ONE_BY_ONE, training={"cuda_graphs": False}),
-    ),
-    reference=ONE_BY_ONE,
-    # metered, metered, captured and compared, replayed
-    settings={**STEPS, "num_warm_up": 4, "sequence_length": ROW_TOKENS, "micro_batch_size": 1},
-    inputs={"base": LLAMA_1B, "rows": _texts(9)},
-    needs_cuda=True,
-)
 UNPACK = Case(
     name="gpu-unpack",
     about="unpacking a 4096 x 14336 weight from NF4 to bfloat16",
@@ -206,6 +192,5 @@ CASES: tuple[Case, ...] = (
     _gpu_8b("recompute", "as few layers recomputed as fit into 16 GiB", {"vram": "16GiB"}),
     _gpu_8b("full-recompute", "every layer recomputed", {"activations": "recompute"}),
     STREAMED,
-    CUDA_GRAPHS,
     UNPACK,
 )

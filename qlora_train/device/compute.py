@@ -40,7 +40,12 @@ class ComputeDevice:
     @cached_property
     def torch(self) -> torch.device:
         """Where tensors go."""
-        return torch.device(self.description.type, self.description.index)
+        index = self.description.index
+        return (
+            torch.device(self.description.type)
+            if index is None
+            else torch.device(self.description.type, index)
+        )
 
     @property
     def is_accelerator(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from qlora_train.data.prompts import answer_end_ids
 from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.device.description import CPU
 from qlora_train.errors import ExportError, NotYetError, RunFolderError
 from qlora_train.export.merge import MergeReport, merge, require_new_folder
 from qlora_train.model.hub import resolve_base, resolve_dtype
@@ -63,7 +64,7 @@ def export(
             cached_layers,  # transformers, which `merge` can do without
         )
 
-        cached = cached_layers(folder, packing, resolve_dtype(model.compute_dtype, torch.device("cpu")))
+        cached = cached_layers(folder, packing, resolve_dtype(model.compute_dtype, CPU))
     with cached or nullcontext():
         return merge(
             folder,

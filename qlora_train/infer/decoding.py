@@ -51,7 +51,7 @@ def generate_tokens(
     lengths = [len(prompt) for prompt in prompts]
     boundaries = np.cumsum([0, *lengths])
     cache = KeyValueCache(
-        tuple(int(b) for b in boundaries), max(lengths) + sampling.max_new_tokens, decoder.device
+        tuple(int(b) for b in boundaries), max(lengths) + sampling.max_new_tokens, decoder.device.torch
     )
     logits = _prefill(decoder, prompts, boundaries, cache)
     for num_done in range(1, sampling.max_new_tokens + 1):
@@ -73,7 +73,7 @@ def _prefill(
     decoder: FrozenDecoder, prompts: Sequence[Sequence[int]], boundaries: np.ndarray, cache: KeyValueCache
 ) -> Tensor:
     """Logits [B, V] after each prompt's last token."""
-    device = decoder.device
+    device = decoder.device.torch
     ids = TokenIds.of(np.concatenate([np.asarray(prompt) for prompt in prompts]), device)
     position_ids = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
     documents = DocumentLayout.of(boundaries, device)
@@ -86,7 +86,7 @@ def _prefill(
 
 def _decode(decoder: FrozenDecoder, tokens: Sequence[int], cache: KeyValueCache) -> Tensor:
     """Logits [B, V] after one more token per sequence."""
-    ids = TokenIds.of(np.asarray(tokens), decoder.device)
+    ids = TokenIds.of(np.asarray(tokens), decoder.device.torch)
     x, arguments = decoder.embed(ids, cache.lengths[:, None], kv_lengths=cache.lengths + 1)
     for i in decoder.layers_in_turn():
         x = decoder.run_layer(i, x, arguments[i] | {"past_key_values": cache})

@@ -28,7 +28,7 @@ def loss_sum(
     """Sum of the supervised losses over the micro-batches, fp32 scalar on the device, factors included, no
     dropout. group_size: micro-batches that pass the layers together. loss_tokens: see `TiledLoss`."""
     loss = TiledLoss(decoder, loss_tokens)
-    total = torch.zeros((), dtype=torch.float32, device=decoder.device)
+    total = torch.zeros((), dtype=torch.float32, device=decoder.device.torch)
     for group in _grouped(micro_batches, group_size):
         embedded = [decoder.embed_packed(tokens) for tokens in group]
         xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]

@@ -18,10 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.prompts import answer_end_ids, encode_prompt, encode_raw
 from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.settings import apply_settings
 from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
+from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.load import load_base
-from qlora_train.memory.machine_plan import plan_generation_here, target_of
+from qlora_train.memory.machine_plan import plan_generation_here
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.generation import GenerationPlan, bare_workload
@@ -67,7 +70,7 @@ class ModelSource:
     probed: ProbeResult
     packing: Packing
     dtype: torch.dtype
-    device: torch.device
+    device: ComputeDevice
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe | None = None
     adapter: Path | None = None
@@ -123,7 +126,7 @@ class ModelSource:
         return LoadedModel(decoder, self.tokenizer, self.data, _stop_ids(self.folder, self.tokenizer), plan)
 
     def _workload(self) -> Workload:
-        shape, target = find_shape(str(self.folder)), target_of(self.device)
+        shape, target = find_shape(str(self.folder)), self.device.description
         if self.recipe is not None and self.adapter is not None:
             return workload_of(self.recipe, shape, target)
         sizes = PackingSizes(self.packing.format, self.packing.double_quant, self.dtype.itemsize)
@@ -138,24 +141,25 @@ class ModelSource:
             dropout=0.0,
             seed=0,
             dtype=self.dtype,
-            device=self.device,
+            device=self.device.torch,
         )
         factors.load(pairs)
 
 
 def find_model(target: Path | str) -> ModelSource:
     """What `target` names. Raises a `UserError` when it is neither a run with an adapter nor a model."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    apply_settings()
+    device = find_device()
     run = Path(target)
     if (run / "recipe.yaml").is_file() and not (run / "config.json").is_file():
         return find_run(run, load_recipe(run / "recipe.yaml"), device)
     folder, _ = resolve_base(str(target), None)
     probed = probe(read_config(folder))
-    dtype = resolve_dtype("auto", device)
+    dtype = resolve_dtype("auto", device.description)
     return ModelSource(folder, probed, _stored_packing(folder), dtype, device, load_tokenizer(str(folder)))
 
 
-def find_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> ModelSource:
+def find_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: bool = True) -> ModelSource:
     """The base of a run's recipe, packed as it was trained on, with the run's adapter or (before training)
     without."""
     if with_adapter and not (run / "adapter").is_dir():
@@ -163,7 +167,7 @@ def find_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: b
             f"{run}: has no adapter yet; train it to the end (qlora-train train ... --resume)"
         )
     folder, _ = resolve_base(recipe.model.base, recipe.model.revision)
-    dtype = resolve_dtype(recipe.model.compute_dtype, device)
+    dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
     probed = probe(read_config(folder))
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)})
     return ModelSource(
@@ -183,7 +187,7 @@ def load_model(target: Path | str, size: GenerateSize = GenerateSize()) -> Loade
     return find_model(target).load(size)
 
 
-def load_run(run: Path, recipe: Recipe, device: torch.device, *, with_adapter: bool = True) -> LoadedModel:
+def load_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: bool = True) -> LoadedModel:
     """`find_run`, loaded for a prompt of usual size."""
     return find_run(run, recipe, device, with_adapter=with_adapter).load(GenerateSize())
 

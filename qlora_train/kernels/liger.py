@@ -42,7 +42,6 @@ from torch.autograd.graph import increment_version
 from qlora_train.device.description import DeviceDescription
 
 
-
 @dataclass(frozen=True)
 class Liger:
     """The modules liger_kernel.ops.rms_norm and liger_kernel.ops.swiglu, with our conventions around them."""

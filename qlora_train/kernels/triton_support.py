@@ -39,8 +39,8 @@ def runs(launch: Callable[[Tensor], None], one: Tensor) -> bool:
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Inside, Triton, which launches on the current device, launches on the tensor's. The interpreter's are on
-    the CPU, which has no index."""
+    """Inside, Triton, which launches on the current device, launches on the tensor's. The interpreter's
+    tensors are on the CPU, which has no index."""
     where = tensor.device
     return nullcontext() if where.index is None else torch.get_device_module(where).device(where)
 

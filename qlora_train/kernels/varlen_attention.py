@@ -101,7 +101,7 @@ def try_varlen(where: torch.device, capability: Capability) -> Varlen:
 
 def what_works(function: Function, where: torch.device, capability: Capability) -> Varlen:
     """function: called like `varlen_attn`. Says with a warning what it does not do right."""
-    if not _NEEDED <= _parameters(function):
+    if not _parameters(function) >= _NEEDED:
         return "none"
     reason = _is_wrong(function, where, capability, num_key_heads=2)
     if reason is not None:
@@ -127,7 +127,8 @@ def _is_wrong(
     query, key, value = numbers.view(3, *shape).to(where, torch.float16)
     inputs = [t.clone().requires_grad_() for t in (query, key[:, :num_key_heads], value[:, :num_key_heads])]
     try:
-        out = attention.attend(*inputs, boundaries, max(_TRIED_LENGTHS), 0.1, _TRIED_WINDOW)
+        query, key, value = inputs
+        out = attention.attend(query, key, value, boundaries, max(_TRIED_LENGTHS), 0.1, _TRIED_WINDOW)
         found = [out, *torch.autograd.grad(out, inputs, torch.cos(out.detach()))]
     except Exception as error:  # what a version or a card lacks has no type of its own, and all of it is said
         return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -50,4 +50,3 @@ def plan_generation_here(
         device.description, device.free_bytes, vram_bytes, has_context=device.is_accelerator
     )
     return plan_generation(workload, size, budget_bytes, HostBudget.of_this_machine(cache_root()), weights)
-

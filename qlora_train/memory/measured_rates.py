@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def copy_rate(device: ComputeDevice, host: Tensor) -> float:
 
 def matrix_size(device: DeviceDescription, free_bytes: int, dtype: torch.dtype) -> int:
     """Rows and columns of the products that are timed: enough for every multiprocessor to have several tiles,
-    and three matrices in a quarter of what is free, so that a card that is nearly full can be measured too."""
+    and three matrices in a quarter of what is free, so that a card that is nearly full can be measured."""
     wanted = min(_LARGEST_MATRIX, _ROWS_PER_MULTIPROCESSOR * device.num_multiprocessors)
     most = int(math.sqrt(free_bytes * _SHARE_OF_FREE / (3 * dtype.itemsize)))
     return max(64, min(wanted if device.is_accelerator else _CPU_MATRIX, most) // 64 * 64)
@@ -78,7 +79,7 @@ def _measure(device: ComputeDevice, dtype: torch.dtype, host: Tensor) -> Rates:
     """host: uint8, what is copied."""
     size, num_bytes = matrix_size(device.description, device.free_bytes, dtype), host.numel()
     a, b = (torch.randn(size, size, dtype=dtype, device=device.torch) for _ in range(2))
-    product_seconds = _seconds(device, lambda: a @ b.t())
+    product_seconds = _seconds(device, partial(torch.matmul, a, b.t()))
     del a, b
     copy = copy_rate(device, host)
     here = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch)

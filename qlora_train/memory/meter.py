@@ -2,8 +2,8 @@
 
 Three readings, none of which knows the planner's formulas:
 
-- `DeviceMeter`, bytes of tensors on the compute device. On a GPU it asks the allocator. On the CPU there is no
-  such thing to ask, so a dispatch mode watches every operation: a result whose storage is none of its
+- `DeviceMeter`, bytes of tensors on the compute device. On a GPU it asks the allocator. On the CPU there is
+  no such thing to ask, so a dispatch mode watches every operation: a result whose storage is none of its
   inputs' is new and counts until that storage is freed; a view counts nothing. Scratch inside one
   operation is not seen, nor memory that torch did not allocate (a mapped file, a numpy array): host
   buffers are made that way, so that "device" means the same in both cases. Nor, on a GPU, the libraries'

@@ -124,9 +124,7 @@ class HostRows:
     def gather(self, ids: np.ndarray, rows: Tensor) -> None:
         """Write the rows of n ids into `rows`, uint8 [n, row bytes] on the host."""
         if isinstance(self._source, Tensor):
-            torch.index_select(
-                self._source.view(-1, self.row_bytes), 0, torch.from_numpy(ids), out=rows
-            )
+            torch.index_select(self._source.view(-1, self.row_bytes), 0, torch.from_numpy(ids), out=rows)
             return
         assert self._file is not None
         unique, where = np.unique(ids, return_inverse=True)

@@ -39,10 +39,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from qlora_train.device.description import CPU, DeviceDescription
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.kernels.blocked_attention import LONGEST, causal_attention
 from qlora_train.kernels.document_batches import put_together, take_apart
-from qlora_train.device.description import CPU, DeviceDescription
 from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_for
 
 NAME = "qlora_train_packed"
@@ -63,7 +63,9 @@ class AttentionKernels:
     @staticmethod
     def on(device: DeviceDescription, dtype: torch.dtype) -> AttentionKernels:
         """The fastest there are."""
-        blocks_documents = not device.is_accelerator and dtype != torch.float16  # whose products are slow there
+        blocks_documents = (
+            not device.is_accelerator and dtype != torch.float16
+        )  # whose products are slow there
         return AttentionKernels(device, varlen_for(device), blocks_documents)
 
     def plain(self) -> AttentionKernels:
@@ -89,7 +91,7 @@ class DocumentLayout:
     buckets: one index tensor [num_documents, length] per length class, right-padded with a valid position.
     inverse: [T], where each token of the row stands in the concatenation of the flattened buckets.
     cu_seqlens: int32 [num_documents + 1], the boundaries on the device. longest: tokens of the longest
-    document. These two may speak of empty documents and of longer ones than there are (`padded`).
+    document.
     """
 
     boundaries: tuple[int, ...]
@@ -133,13 +135,6 @@ class DocumentLayout:
             move(self.cu_seqlens),
             self.longest,
         )
-
-    def padded(self, num_documents: int, longest: int) -> DocumentLayout:
-        """What the variable-length kernel is told becomes: so many documents, the last ones empty, none
-        longer than `longest`. The documents stay what they are."""
-        num_empty = num_documents + 1 - len(self.cu_seqlens)
-        cu_seqlens = F.pad(self.cu_seqlens, (0, num_empty), value=self.boundaries[-1])
-        return replace(self, cu_seqlens=cu_seqlens, longest=longest)
 
 
 def _padded_length(lengths: np.ndarray) -> np.ndarray:
@@ -242,7 +237,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: Attentio
         )
         mask = (distance >= 0) & (distance < rule.window)
         attend = _sdpa if rule.softcap is None else _capped
-        blocks.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], rule, kernels, mask))
+        blocks.append(
+            attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], rule, kernels, mask)
+        )
     return torch.cat(blocks, dim=2)
 
 

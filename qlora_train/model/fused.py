@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.device.description import MAX_LIGER_COLUMNS
+from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.kernels.liger import Liger
 from qlora_train.kernels.rms_norm import rms_norm
 from qlora_train.model.linear import FrozenLinear, linear_backward, linear_forward

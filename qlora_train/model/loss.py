@@ -89,7 +89,7 @@ class TiledLoss:
             for state in states:
                 for block in _blocks(len(state.leaf), self._block_tokens):
                     self._add_tile(state, block, start, rows)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
         for state in states:
             loss_sum += F.softplus(state.others_above_label()).sum()
         if gradient_scale is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -86,25 +86,3 @@ class PackedTokens:
     def token_ids(self) -> Tensor:
         """int64 [1, T] on the device."""
         return self.ids.device[None]
-
-
-LEAST_DOCUMENTS, LEAST_LONGEST = 8, 16
-
-
-def of_one_shape(group: Sequence[PackedTokens]) -> list[PackedTokens]:
-    """The same micro-batches for a kernel of variable length: they have equally many documents, empty ones at
-    the end, and equally long ones, both rounded up to a power of two.
-
-    So few different shapes occur, and a graph of one serves many steps. The rounding follows from the group
-    alone: backward sums dq in an order that depends on the number of documents, and a resume must have it
-    too.
-    """
-    layouts = [tokens.documents for tokens in group]
-    num_documents = _power_of_two(max(len(layout.cu_seqlens) - 1 for layout in layouts), LEAST_DOCUMENTS)
-    longest = _power_of_two(max(layout.longest for layout in layouts), LEAST_LONGEST)
-    return [replace(tokens, documents=tokens.documents.padded(num_documents, longest)) for tokens in group]
-
-
-def _power_of_two(number: int, least: int) -> int:
-    """The next one from `number` on, `least` or more."""
-    return max(least, 1 << (number - 1).bit_length())

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.base import Skeleton, tie_head
 from qlora_train.model.decoder import FrozenDecoder
@@ -229,14 +230,14 @@ def _walked_copy(reference: PreTrainedModel) -> _Walked:
     skeleton = Skeleton(reference.config, torch.float32)
     parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
     packing = Packing("none")
-    source = ResidentWeights(skeleton.layouts(packing))
+    source = ResidentWeights(skeleton.layouts(packing), THE_CPU.description.unpack_kernel)
     for i, path in enumerate(skeleton.layer_paths):
         for name, shape in skeleton.linear_shapes(i).items():
             weight = parameters[f"{path}.{name}.weight"]
             source.packed[f"{path}.{name}"] = pack([weight], shape, packing, dtype=torch.float32)
     embedding = ResidentMatrix(parameters[skeleton.embedding_name], TILE_ROWS)
     head = embedding if skeleton.is_tied else ResidentMatrix(parameters[skeleton.head_name], TILE_ROWS)
-    decoder = skeleton.come_alive(source, parameters, embedding, head, torch.device("cpu"))
+    decoder = skeleton.come_alive(source, parameters, embedding, head, THE_CPU)
     options: dict[str, Any] = {"rank": 4, "scaling": 0.5, "dropout": 0.0, "seed": 0}
     factors = FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
     factors.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))

@@ -1,23 +1,32 @@
 """The next step's batches, made while this step computes.
 
-    worker thread   rows -> flat micro-batches -> document layouts, pinned where the device is a GPU
+    worker thread   rows -> flat micro-batches -> document layouts, in pinned memory where the device is a GPU
     main thread     takes them at their step and queues the copies: from pinned pages nobody waits for them
 
 One step ahead and no further: what is held beside the current step's batches is one step's, some 70 bytes
 per token. A step's batches follow from its number alone (loop.py), so who makes them, and when, changes no
-bit. They are pinned by torch's own allocator, which uses a block again only when the copies from it are over;
-what it rounds up is small here (host_memory.py is for what is not).
+bit. The host memory is memory/uploads.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.memory.uploads import Staged, Uploads
 from qlora_train.model.packed_tokens import HostMicroBatch, PackedTokens
+
+
+@dataclass(frozen=True)
+class _StagedBatch:
+    """A micro-batch whose tensors are in host memory, and those tensors as they will be sent."""
+
+    on_host: PackedTokens
+    staged: Staged
 
 
 class BatchesAhead:
@@ -27,20 +36,18 @@ class BatchesAhead:
         self,
         make: Callable[[int], Sequence[HostMicroBatch]],
         steps: range,
-        device: torch.device,
-        *,
-        pin: Callable[[Tensor], Tensor] | None = None,
+        device: ComputeDevice,
+        uploads: Uploads,
     ) -> None:
         """make: the micro-batches of a step, called on the worker thread. steps: those that will be taken, in
-        order; no other is made. pin: None is torch's for a GPU, and none elsewhere; a RuntimeError of it
-        means that the system refuses, and nothing is pinned any more."""
-        self._make, self._steps, self._device = make, steps, device
-        self._pin = Tensor.pin_memory if pin is None and device.type == "cuda" else pin
-        self._worker = ThreadPoolExecutor(1, "qlora_train-batches", self._begin)
-        self._ahead: Future[list[PackedTokens]] | None = None
+        order; no other is made."""
+        self._make, self._steps, self._uploads = make, steps, uploads
+        self._worker = ThreadPoolExecutor(1, "qlora_train-batches", device.make_current)
+        self._ahead: Future[list[_StagedBatch]] | None = None
 
     def __enter__(self) -> BatchesAhead:
-        self._prepare(self._steps.start)
+        if self._steps:
+            self._prepare(self._steps.start)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -51,23 +58,26 @@ class BatchesAhead:
         assert self._ahead is not None and step == self._steps.start, "steps are taken in order"
         batches = self._ahead.result()
         self._steps = self._steps[1:]
+        sent = [self._sent(batch) for batch in batches]
         self._prepare(step + 1)
-        return [batch.moved(lambda t: t.to(self._device, non_blocking=True)) for batch in batches]
+        return sent
+
+    def all(self) -> Iterator[PackedTokens]:
+        """The micro-batches of every step in turn."""
+        while self._steps:
+            yield from self.take(self._steps.start)
 
     def _prepare(self, step: int) -> None:
         self._ahead = self._worker.submit(self._on_host, step) if step in self._steps else None
 
-    def _begin(self) -> None:
-        if self._device.type == "cuda":  # a new thread is on the first GPU, and would pin for that one
-            torch.cuda.set_device(self._device)
+    def _on_host(self, step: int) -> list[_StagedBatch]:
+        return [self._staged(PackedTokens.from_host(batch, "cpu")) for batch in self._make(step)]
 
-    def _on_host(self, step: int) -> list[PackedTokens]:
-        return [PackedTokens.from_host(batch, "cpu").moved(self._pinned) for batch in self._make(step)]
+    def _staged(self, batch: PackedTokens) -> _StagedBatch:
+        tensors: list[Tensor] = []
+        batch.moved(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return _StagedBatch(batch, self._uploads.stage(tensors))
 
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        if self._pin is not None:
-            try:
-                return self._pin(tensor)
-            except RuntimeError:
-                self._pin = None
-        return tensor
+    def _sent(self, batch: _StagedBatch) -> PackedTokens:
+        on_device = iter(self._uploads.send(batch.staged))
+        return batch.on_host.moved(lambda _: next(on_device))

@@ -20,21 +20,19 @@ from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.plan import largest_causes
+from qlora_train.memory.uploads import Uploads
 from qlora_train.model.adapter_files import save_adapter
-from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train.batches import BatchesAhead
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from qlora_train.train.optimizer import FlatOptimizer
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
-from qlora_train.train.recorder import CudaRecorder
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.schedule import LossScale, learning_rate, num_rows, rows_per_step
 from qlora_train.train.setup import Prepared
 from qlora_train.train.signals import StopSignal
 from qlora_train.train.step import StepOutcome, StepRunner
 from qlora_train.train.walk import LayerWalk
-from qlora_train.train.walk_graphs import WalkGraphs
 
 STEPS_METERED = 2
 
@@ -57,6 +55,7 @@ class TrainLoop:
         self._say: Callable[[str], None] = print
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._factors = prepared.decoder, prepared.factors
+        self._uploads = Uploads(self._decoder.device, prepared.host)
         training = self._recipe.training
         num_processes = self._accelerator.num_processes
         self._rows_per_step = rows_per_step(training, num_processes)
@@ -65,6 +64,7 @@ class TrainLoop:
         self._optimizer = FlatOptimizer(
             training.optimizer,
             self._factors,
+            self._decoder.device,
             lora_b_lr_ratio=training.lora_b_lr_ratio,
             weight_decay=training.weight_decay,
         )
@@ -141,7 +141,7 @@ class TrainLoop:
         with (
             StopSignal() as stop,
             TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
-            BatchesAhead(self._micro_batches, steps, self._decoder.device) as self._batches,
+            BatchesAhead(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
         ):
             self._say = progress.say
             if first == 0 and self._prepared.eval_data is not None:
@@ -203,26 +203,11 @@ class TrainLoop:
         predicted = self._prepared.plan.step_vram_bytes
         measured = self._meter.peak_bytes + self._optimizer.managed_bytes
         self._stop_metering()
-        self._begin_graphs()
         self._plan_log.measured(measured)
         self._say(
             f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
             f"({measured / predicted - 1:+.1%})"
         )
-
-    def _begin_graphs(self) -> None:
-        """Where they are used, if the plan they were chosen for still holds."""
-        if not self._prepared.graphs.are_used:
-            return
-        if self.plan != self._prepared.execution:
-            self._say("CUDA graphs: not used, because another plan is followed")
-        else:
-            self._runner.walk.graphs = WalkGraphs(
-                CudaRecorder(self._decoder.device),
-                self._factors.gradient,
-                must=self._recipe.training.cuda_graphs is True,
-                say=lambda line: self._say(line),
-            )
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
@@ -276,14 +261,16 @@ class TrainLoop:
         """Loss on the evaluation data, logged; True if it is the best so far."""
         data = self._prepared.eval_data
         assert data is not None
-        self._runner.walk.release_graphs()
         groups = list(_groups(list(range(data.num_bins)), self._recipe.training.micro_batch_size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
-        batches = (PackedTokens.from_host(data.micro_batch(g), self._decoder.device) for g in mine)
         group_size = math.ceil(self._recipe.training.gradient_accumulation_steps / self.plan.num_groups)
-        total = self._accelerator.reduce(
-            loss_sum(self._decoder, batches, group_size=group_size, loss_tokens=self.plan.loss_tokens)
-        )
+        with BatchesAhead(
+            lambda i: [data.micro_batch(mine[i])], range(len(mine)), self._decoder.device, self._uploads
+        ) as ahead:
+            total = loss_sum(
+                self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.plan.loss_tokens
+            )
+        total = self._accelerator.reduce(total)
         eval_loss = float(total) / data.num_supervised(range(data.num_bins))
         if self._accelerator.is_main_process:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
@@ -314,7 +301,7 @@ class TrainLoop:
         """All ranks stop together, at the same step."""
         if self._accelerator.num_processes == 1:
             return signal_number
-        highest = torch.tensor(signal_number, device=self._decoder.device)
+        highest = torch.tensor(signal_number, device=self._decoder.device.torch)
         torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
         return int(highest)
 

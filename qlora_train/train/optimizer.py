@@ -22,6 +22,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import RunFolderError
 from qlora_train.model.factors import FactorBuffers
 
@@ -43,13 +44,19 @@ class FlatOptimizer:
     """
 
     def __init__(
-        self, name: str, factors: FactorBuffers, *, lora_b_lr_ratio: float, weight_decay: float
+        self,
+        name: str,
+        factors: FactorBuffers,
+        device: ComputeDevice,
+        *,
+        lora_b_lr_ratio: float,
+        weight_decay: float,
     ) -> None:
         self._factors = factors
-        on_cuda = factors.masters.device.type == "cuda"
         num_elements = factors.masters.numel()
         cuts = [0, num_elements] if lora_b_lr_ratio == 1.0 else [0, factors.num_a, num_elements]
-        slice_elements = num_elements if on_cuda or name == "adamw" else CPU_SLICE_ELEMENTS
+        whole = device.is_accelerator or name == "adamw"
+        slice_elements = num_elements if whole else CPU_SLICE_ELEMENTS
         self._parameters: list[nn.Parameter] = []
         groups = []
         for start, stop, ratio in zip(cuts, cuts[1:], (1.0, lora_b_lr_ratio), strict=False):
@@ -64,7 +71,7 @@ class FlatOptimizer:
         if name == "adamw":
             self._optimizer = torch.optim.AdamW(groups, **options)
         else:
-            classes = _BITSANDBYTES if on_cuda else _BITSANDBYTES | _NOT_PAGED
+            classes = _BITSANDBYTES if device.is_accelerator else _BITSANDBYTES | _NOT_PAGED
             self._optimizer = classes[name](groups, **options)
 
     def step(self, learning_rate: float) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.report import residency_lines
 from qlora_train.recipe import Recipe
@@ -38,17 +39,19 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
     `Interrupted` after SIGINT or SIGTERM, with the state saved."""
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
-    recipe, base, dtype = resolve(recipe, accelerator.device)
+    device = find_device(accelerator.device)
+    recipe, base, dtype = resolve(recipe, device)
     folder.check(recipe, resume=resume)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     plan_log = PlanLog(folder.plan_file, writes=accelerator.is_main_process)
     with ExitStack() as metering:
-        meter = metering.enter_context(DeviceMeter(accelerator.device))
+        meter = metering.enter_context(DeviceMeter(device))
         prepared = prepare(
             recipe,
             base,
             dtype,
             accelerator,
+            device,
             saved_execution=plan_log.read() if resume else None,
             use_cache=use_cache,
             say=lambda line: console.print(line, markup=False, soft_wrap=True),
@@ -79,13 +82,12 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
     lines = [
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
-        f"{recipe.model.compute_dtype} on {decoder.device}",
+        f"{recipe.model.compute_dtype} on {decoder.device.torch}",
         f"LoRA rank {factors.rank} on {len(factors.names)} linears: {factors.masters.numel():,} "
         "trainable parameters",
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *residency_lines(prepared.execution),
-        *(line for line in (prepared.graphs.line,) if line),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]

@@ -4,7 +4,6 @@ here."""
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.prompts import format_of
 from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.settings import apply_settings, make_deterministic
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.host_memory import HostMemory
@@ -32,20 +33,17 @@ from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
 from qlora_train.model.quantize import Packing
-from qlora_train.kernels.varlen_attention import varlen_attention
 from qlora_train.recipe import Recipe
-from qlora_train.train.graph_choice import GraphChoice, choose_graphs
 from qlora_train.train.schedule import num_rows
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """The base and its factors, where the plan puts them. plan: what this machine could do. execution: what
-    is done. graphs: whether by CUDA graphs. host: for what waits in RAM."""
+    is done. host: for what waits in RAM."""
 
     plan: Plan
     execution: ExecutionPlan
-    graphs: GraphChoice
     host: HostMemory
     decoder: FrozenDecoder
     factors: FactorBuffers
@@ -55,8 +53,8 @@ class LoadedModel:
 @dataclass(frozen=True)
 class Prepared:
     """The parts of a run. recipe: resolved (absolute base, commit, compute dtype). plan: what this machine
-    could do. execution: what the run does: the plan's, or that of the checkpoint it goes on from. graphs:
-    whether by CUDA graphs. host: for what waits in RAM."""
+    could do. execution: what the run does: the plan's, or that of the checkpoint it goes on from. host:
+    for what waits in RAM."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -68,7 +66,6 @@ class Prepared:
     adapter_config: AdapterConfig
     plan: Plan
     execution: ExecutionPlan
-    graphs: GraphChoice
     host: HostMemory
 
 
@@ -82,11 +79,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "from the list"
         )
     if recipe.training.deterministic is True:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-        # Else every torch.empty is filled first. Nothing here reads memory that it has not written: tests
-        # poison the ring's slots to see it.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        make_deterministic()
+    apply_settings()
     return Accelerator(
         mixed_precision="no",
         log_with=list(recipe.training.report_to) or None,
@@ -94,10 +88,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
-def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, Path, torch.dtype]:
+def resolve(recipe: Recipe, device: ComputeDevice) -> tuple[Recipe, Path, torch.dtype]:
     """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype."""
     folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
-    dtype = resolve_dtype(recipe.model.compute_dtype, device)
+    dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
     data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
     return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
@@ -108,6 +102,7 @@ def prepare(
     folder: Path,
     dtype: torch.dtype,
     accelerator: Accelerator,
+    device: ComputeDevice,
     *,
     saved_execution: ExecutionPlan | None = None,
     use_cache: bool = True,
@@ -135,6 +130,7 @@ def prepare(
         folder,
         dtype,
         accelerator,
+        device,
         found,
         lambda planned: saved_execution or planned,
         most_documents=train_data.most_documents(
@@ -155,7 +151,6 @@ def prepare(
         loaded.adapter_config,
         loaded.plan,
         loaded.execution,
-        loaded.graphs,
         loaded.host,
     )
 
@@ -165,6 +160,7 @@ def load_model(
     folder: Path,
     dtype: torch.dtype,
     accelerator: Accelerator,
+    device: ComputeDevice,
     found: ProbeResult,
     choose: Callable[[ExecutionPlan], ExecutionPlan],
     *,
@@ -176,14 +172,11 @@ def load_model(
 
     recipe: resolved. found: by the probe of the base's config. choose: from what was planned to what is done.
     most_documents: in any micro-batch. cache: the folder of packed bases; None: none is kept. Raises a
-    `UserError` for a plan that does not fit, and for CUDA graphs that are asked for and cannot be.
+    `UserError` for a plan that does not fit.
     """
-    device = accelerator.device
     plan = plan_here(recipe, folder, dtype, device, most_documents)
     plan.require_fit()
     execution = _agreed(choose(plan.execution))
-    varlen = varlen_attention(device)
-    graphs = choose_graphs(recipe, plan, execution, read_config(folder), dtype, device, varlen)
     host = host_memory_of_run(plan, execution, device, say)
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
     with accelerator.main_process_first():  # one rank packs, the others read
@@ -192,7 +185,7 @@ def load_model(
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
-    return LoadedModel(plan, execution, graphs, host, decoder, factors, adapter_config)
+    return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
 
 
 def _agreed(execution: ExecutionPlan) -> ExecutionPlan:
@@ -221,7 +214,7 @@ def attach_factors(
         dropout=lora.dropout,
         seed=recipe.training.seed,
         dtype=dtype,
-        device=decoder.device,
+        device=decoder.device.torch,
     )
     if lora.init_from is not None:
         saved, pairs = load_adapter(Path(lora.init_from))

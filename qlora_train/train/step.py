@@ -144,8 +144,7 @@ class StepRunner:
 
     def _free_memory(self) -> None:
         gc.collect()
-        if self._factors.gradient.is_cuda:
-            torch.cuda.empty_cache()
+        self._decoder.device.release_cached()
 
     def _skip(self, loss: float, norm: float, micro_batches: Sequence[PackedTokens]) -> StepOutcome:
         if self.scale.absorbs_overflow():
@@ -164,7 +163,6 @@ class StepRunner:
     def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
         """Where the values first go bad: forward through the layers, then, if all is finite there,
         backward."""
-        self.walk.release_graphs()
         for tokens in micro_batches:
             x, arguments = self._decoder.embed_packed(tokens)
             for i in self._decoder.layers_in_turn():

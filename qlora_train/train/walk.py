@@ -16,15 +16,13 @@ factors need no backward: nothing of them is remembered. All micro-batches of a 
 next layer is touched (layer-major), so what a layer costs to bring in and unpack is paid once per pass and
 group: G (2 L - s) fetches, s of them still there at the turns.
 
-Nothing here reads a tensor on the host: the whole walk is queued without waiting for the device. So on a GPU
-forward and backward can also be replayed from CUDA graphs (walk_graphs.py).
+Nothing here reads a tensor on the host: the whole walk is queued without waiting for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,9 +33,8 @@ from qlora_train.memory.host_memory import HostMemory
 from qlora_train.model.decoder import FrozenDecoder, LayerArguments
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.loss import TiledLoss, reference_loss
-from qlora_train.model.packed_tokens import PackedTokens, of_one_shape
+from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train.remembered import Remembered, RememberedLayer
-from qlora_train.train.walk_graphs import Head, WalkGraphs
 
 
 class LayerWalk:
@@ -45,8 +42,7 @@ class LayerWalk:
 
     plan: what is kept, recomputed or offloaded, and in how many groups micro-batches pass; may be replaced
     between steps. reference: library operations and autograd's own sums (`training.kernels: reference`).
-    host: memory for what is parked; None: memory of its own. graphs: what replays forward and backward
-    instead, once it is set.
+    host: memory for what is parked; None: memory of its own.
     """
 
     def __init__(
@@ -67,15 +63,11 @@ class LayerWalk:
         if reference:
             decoder.attention_kernels = decoder.attention_kernels.plain()
         self._remembered = Remembered(decoder, factors, host or HostMemory(decoder.device))
-        self.graphs: WalkGraphs | None = None
         self.follow(plan)
 
     def follow(self, plan: ExecutionPlan) -> None:
-        """Walk by this plan from the next step on. Graphs are those of the plan before, and end."""
+        """Walk by this plan from the next step on."""
         assert plan.num_layers == len(self._decoder.layers)
-        if self.graphs is not None:
-            self.graphs.release()
-            self.graphs.give_up("another plan is followed")
         self.plan = plan
         self._decoder.weights.hold_unpacked = plan.hold_unpacked
         self._decoder.tile_mlps(plan.mlp_tile_tokens, self._factors.dropout_context)
@@ -101,7 +93,7 @@ class LayerWalk:
                 module.A.grad = module.B.grad = None  # of a step that was broken off
         groups = list(_groups(micro_batches, self.plan.num_groups))
         self._decoder.weights.expect(self._order(len(groups)))
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
         for group in groups:
             keys = [TokenKeys(seed, step, tokens.rows, tokens.offsets) for tokens in group]
             loss_sum += self._walk(group, keys, num_supervised, loss_scale)
@@ -113,11 +105,6 @@ class LayerWalk:
         self._decoder.forget_shared()
         self._remembered.park.drain()
 
-    def release_graphs(self) -> None:
-        """Before something else needs the memory that graphs keep."""
-        if self.graphs is not None:
-            self.graphs.release()
-
     def _order(self, num_groups: int) -> list[int]:
         """What this step visits, and the layers that the next step begins with."""
         num_layers = len(self._decoder.layers)
@@ -128,38 +115,17 @@ class LayerWalk:
     def _walk(
         self, group: Sequence[PackedTokens], keys: Sequence[TokenKeys], num_supervised: int, loss_scale: float
     ) -> Tensor:
-        if self._decoder.varlen is not None:
-            group = of_one_shape(group)
-        head = partial(self._losses, group, num_supervised, loss_scale)
-        if self.graphs is not None:
-            return self.graphs.walk(self, group, keys, head)
-        return self.walk_group(group, keys, head)
-
-    def walk_group(
-        self,
-        group: Sequence[PackedTokens],
-        keys: Sequence[TokenKeys],
-        head: Head,
-        within: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> Tensor:
-        """Forward, head and backward of one group; returns the sum of its losses. within: entered around
-        forward and around backward."""
-        embedded = [self.embed(tokens) for tokens in group]
+        """Forward, head and backward of one group; returns the sum of its losses."""
+        embedded = [self._decoder.embed_packed(tokens) for tokens in group]
         xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
         del embedded
-        with within():
-            remembered = self.forward(xs, arguments, keys)
-        loss_sum, gradients = head(xs)
+        remembered = self._forward(xs, arguments, keys)
+        loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
         xs.clear()
-        with within():
-            self.backward(remembered, gradients, arguments, keys)
+        self._backward(remembered, gradients, arguments, keys)
         return loss_sum
 
-    def embed(self, tokens: PackedTokens) -> tuple[Tensor, list[LayerArguments]]:
-        """x_0 [1, T, D] and each layer's arguments."""
-        return self._decoder.embed_packed(tokens)
-
-    def forward(
+    def _forward(
         self, xs: list[Tensor], arguments: Sequence[list[LayerArguments]], keys: Sequence[TokenKeys]
     ) -> list[RememberedLayer]:
         """Takes every x_0 in the list through all layers, in its place."""
@@ -175,14 +141,14 @@ class LayerWalk:
         self._remembered.park.settle()
         return remembered
 
-    def backward(
+    def _backward(
         self,
         remembered: list[RememberedLayer],
         gradients: list[Tensor],
         arguments: Sequence[list[LayerArguments]],
         keys: Sequence[TokenKeys],
     ) -> None:
-        """Takes every dL/dx in the list back to the lowest layer with factors. remembered: by `forward`."""
+        """Takes every dL/dx in the list back to the lowest layer with factors. remembered: by `_forward`."""
         for i in reversed(range(self._lowest, len(self._decoder.layers))):
             layer = remembered.pop()
             with self._decoder.weights.visit(i):
@@ -198,11 +164,12 @@ class LayerWalk:
                             module.collect_autograd()
 
     def _losses(
-        self, group: Sequence[PackedTokens], num_supervised: int, loss_scale: float, xs: list[Tensor]
+        self, xs: list[Tensor], group: Sequence[PackedTokens], num_supervised: int, loss_scale: float
     ) -> tuple[Tensor, list[Tensor]]:
+        """(sum of losses, dL/dx of each) from the outputs of the last layer; may empty the list."""
         if not self._reference:
             return self._loss(xs, group, loss_scale / num_supervised)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
         gradients = []
         head = self._decoder.whole_head()
         for x, tokens in zip(xs, group, strict=True):

@@ -15,13 +15,13 @@ from qlora_train.bench.gpu_suite import Part, Suite, failures
 from qlora_train.bench.memory_suite import CASES, COLUMNS, NUM_RUNS, config_of, memory_case, remarks
 from qlora_train.bench.pieces import memory
 from qlora_train.bench.table import Row, build_table
+from qlora_train.device.description import planned_gpu
 from qlora_train.errors import UserError
 from qlora_train.memory.execution import Place
 from qlora_train.memory.plan.host_bytes import HostBudget
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
-from qlora_train.device.description import planned_gpu
 from qlora_train.memory.plan.time_model import stated_rates
 from qlora_train.memory.plan.workload import workload_of
 from qlora_train.recipe import Recipe

@@ -124,7 +124,7 @@ def test_load_and_merge_cases_run(folder: Path) -> None:
 
 def test_gpu_cases_are_skipped_with_a_word_without_a_gpu(folder: Path) -> None:
     on_gpu = [case for case in speed_suite.CASES if case.needs_cuda]
-    assert len(on_gpu) == 6
+    assert len(on_gpu) == 5
     for case in on_gpu:
         rows = Bench(folder, folder / "records", MACHINE, print).run(case, 1)
         assert {row.word for row in rows} == {"skipped: no CUDA device"}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_train.model.attention import DocumentLayout, packed_attention
 from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_attention
+from qlora_train.model.attention import DocumentLayout, packed_attention
 
 pytestmark = pytest.mark.gpu
 ROWS = [[1], [7, 1, 130, 3, 64, 1], [1, 1, 1], [257, 1023, 5, 300]]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_train.kernels.varlen_attention import varlen_attention
 from qlora_train.memory.machine_plan import target_of
 from qlora_train.memory.plan.ghost import Ledger, backward
 from qlora_train.memory.plan.ghost_attention import AttentionRule
 from qlora_train.memory.plan.ghost_attention import packed_attention as ghost_attention
 from qlora_train.model.attention import DocumentLayout, packed_attention
-from qlora_train.kernels.varlen_attention import varlen_attention
 
 pytestmark = pytest.mark.gpu
 ROWS = [[2048], [700, 31, 293, 1024], [16] * 64]
@@ -56,7 +56,7 @@ def test_attention(gpu, lengths, window, dtype, deterministic) -> None:
         torch.use_deterministic_algorithms(False)
     rule = AttentionRule(
         tuple(lengths), window, has_softcap=False, heads_outside=False, reference=False,
-        target=target_of(gpu), deterministic=deterministic, kernel_documents=(len(lengths),),
+        target=target_of(gpu), deterministic=deterministic, most_documents=len(lengths),
     )  # fmt: skip
     ledger = Ledger()
     ghosts = [ledger.tensor(t.shape, t.itemsize).leaf() for t in leaves]

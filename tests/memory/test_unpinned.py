@@ -11,13 +11,13 @@ import torch
 from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.description import planned_gpu
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.load import load_base
 from qlora_train.memory.measured_rates import rates_of
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.plan import Plan
-from qlora_train.device.description import planned_gpu
 from qlora_train.memory.unpinned import host_memory_of_run
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe

@@ -28,6 +28,7 @@ import psutil
 import torch
 
 from qlora_train.bench.process import peaks
+from qlora_train.kernels.on_device import find_device
 from qlora_train.model.hub import dtype_name, resolve_dtype
 
 READ_BYTES = 16 * 2**20
@@ -43,18 +44,14 @@ class Step:
     loss: float
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-DTYPE = resolve_dtype("auto", device())
+DEVICE = find_device()
+DTYPE = resolve_dtype("auto", DEVICE.description)
 """Of everybody's computation."""
 
 
 def now() -> float:
     """A clock to time with, in seconds, after everything queued on the device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    DEVICE.wait()
     return time.perf_counter()
 
 
@@ -128,7 +125,7 @@ def matmul_flops_per_second() -> float:
     from qlora_train.memory.measured_rates import rates_of
 
     with tempfile.TemporaryDirectory() as empty:
-        return rates_of(device(), DTYPE, Path(empty)).flops
+        return rates_of(DEVICE, DTYPE, Path(empty)).flops
 
 
 def warm_page_cache(folder: Path) -> None:

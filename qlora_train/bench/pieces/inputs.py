@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_train.bench.pieces.figures import DTYPE, device
+from qlora_train.bench.pieces.figures import DEVICE, DTYPE
 from qlora_train.bench.process import answer
 from qlora_train.memory.load import load_base
 from qlora_train.memory.packed_cache import cache_root
@@ -65,7 +65,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         partial_file.replace(file)
         paths["rows"] = str(file)
     if arguments.get("is_packed"):
-        load_base(base, Packing("nf4", double_quant=True), DTYPE, device(), cache=cache_root())
+        load_base(base, Packing("nf4", double_quant=True), DTYPE, DEVICE, cache=cache_root())
     if arguments.get("run_rank"):
         run = folder / "runs" / f"{base.name}-r{arguments['run_rank']}-{dtype_name(DTYPE)}"
         if not run.is_dir():

@@ -29,6 +29,8 @@ from accelerate import Accelerator
 
 from qlora_train.bench.process import answer
 from qlora_train.bench.random_base import make_random_base, write_config
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.execution import ExecutionPlan, Place
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.measured_rates import rates_of
@@ -80,8 +82,8 @@ def _recipe(arguments: dict[str, Any]) -> Recipe:
 
 def _make_base(recipe: Recipe) -> dict[str, Any]:
     """Its bytes on disk, and the seconds that it took."""
-    accelerator = make_accelerator(recipe)
-    recipe, folder, dtype = resolve(recipe, accelerator.device)
+    device = find_device(make_accelerator(recipe).device)
+    recipe, folder, dtype = resolve(recipe, device)
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
     started, said = time.perf_counter(), list[str]()
     made = make_random_base(folder, packing, dtype, cache_root(), said.append)
@@ -109,7 +111,7 @@ class Trainer:
     @staticmethod
     def of(recipe: Recipe, accelerator: Accelerator, change: Change = lambda execution: execution) -> Trainer:
         """As `train` does it, but for data and tokenizer. change: of what the plan says."""
-        device = accelerator.device
+        device = find_device(accelerator.device)
         recipe, folder, dtype = resolve(recipe, device)
         packing = Packing(recipe.model.quantization, recipe.model.double_quant)
         make_random_base(folder, packing, dtype, cache_root())
@@ -119,6 +121,7 @@ class Trainer:
             folder,
             dtype,
             accelerator,
+            device,
             probe(config),
             change,
             most_documents=recipe.training.micro_batch_size,
@@ -130,6 +133,7 @@ class Trainer:
         optimizer = FlatOptimizer(
             training.optimizer,
             factors,
+            device,
             lora_b_lr_ratio=training.lora_b_lr_ratio,
             weight_decay=training.weight_decay,
         )
@@ -147,7 +151,7 @@ class Trainer:
             seed=training.seed,
             on_tighter_plan=lambda step, plan, reason: changes.append(f"step {step}: {reason}"),
         )
-        batches = random_batches(recipe, config.vocab_size, device)
+        batches = random_batches(recipe, config.vocab_size, device.torch)
         return Trainer(
             loaded.plan, execution, decoder, factors, optimizer, runner, loaded.host, batches, changes
         )
@@ -167,10 +171,10 @@ class Trainer:
         """One optimizer step; its seconds, until the device has done all of it."""
         self.num_steps += 1
         num_supervised = sum(len(tokens.supervised) for tokens in self.batches)
-        _wait(self.decoder.device)
+        self.decoder.device.wait()
         started = time.perf_counter()
         outcome = self.runner.run(self.num_steps, self.batches, num_supervised, LEARNING_RATE)
-        _wait(self.decoder.device)
+        self.decoder.device.wait()
         assert outcome.applied, f"step {self.num_steps}: loss {outcome.loss}, norm {outcome.grad_norm}"
         self.loss = outcome.loss
         return time.perf_counter() - started
@@ -201,10 +205,10 @@ def random_batches(recipe: Recipe, vocabulary: int, device: torch.device) -> lis
 
 def _budget(recipe: Recipe, num_steps: int) -> dict[str, Any]:
     accelerator = make_accelerator(recipe)
-    device = accelerator.device
+    device = find_device(accelerator.device)
     opened = open_device(device, recipe.memory.vram_bytes)
     rates_of(
-        device, resolve_dtype(recipe.model.compute_dtype, device), cache_root()
+        device, resolve_dtype(recipe.model.compute_dtype, device.description), cache_root()
     )  # its own peak is another
     with DeviceMeter(device) as meter:
         started = time.perf_counter()
@@ -242,7 +246,7 @@ def _budget(recipe: Recipe, num_steps: int) -> dict[str, Any]:
         "tokens_per_second": trainer.num_tokens / statistics.median(seconds),
         "read_bytes_per_step": read_bytes,
         "planned_copied_bytes_per_step": plan.time.copied_bytes,
-        "pinned": trainer.host.pinned,
+        "pinned": not trainer.host.num_unpinned_bytes,
         "loss": trainer.loss,
         "is_deterministic": torch.are_deterministic_algorithms_enabled(),
         "masters_hash": _hash_of_masters(trainer),
@@ -254,7 +258,7 @@ def _budget(recipe: Recipe, num_steps: int) -> dict[str, Any]:
 def _streamed(recipe: Recipe, num_steps: int) -> dict[str, Any]:
     """The recipe's own plan, everything resident, beside the same plan with everything in RAM."""
     accelerator = make_accelerator(recipe)
-    open_device(accelerator.device, None)
+    open_device(find_device(accelerator.device), None)
     resident = Trainer.of(recipe, accelerator, lambda execution: replace(execution, num_groups=1))
     assert not resident.execution.streams, "the resident side is to be resident"
     streamed = Trainer.of(recipe, accelerator, lambda _: _all_in_ram(resident.execution))
@@ -282,7 +286,7 @@ def _streamed(recipe: Recipe, num_steps: int) -> dict[str, Any]:
         "read_bytes_per_step": read_bytes,
         "read_gb_per_second": read_bytes / medians["streamed"] / 1e9,
         "tokens_per_group": resident.num_tokens,
-        "pinned": streamed.host.pinned,
+        "pinned": not streamed.host.num_unpinned_bytes,
         "same_loss": same_loss,
         "gradient_difference": difference,
         "changes": resident.changes + streamed.changes,
@@ -302,43 +306,37 @@ def _difference(one: Trainer, other: Trainer) -> float:
     return float((a - b).abs().amax() / a.abs().amax())
 
 
-def open_device(device: torch.device, budget_bytes: int | None) -> dict[str, int]:
+def open_device(device: ComputeDevice, budget_bytes: int | None) -> dict[str, int]:
     """Make the context and the workspaces, and hold the allocator to the budget. Empty without CUDA."""
-    if device.type != "cuda":
+    if not device.is_accelerator:
         return {}
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    opened = {"device_total_bytes": total_bytes, "context_bytes": total_bytes - free_bytes}
+    total_bytes = device.total_bytes
+    opened = {"device_total_bytes": total_bytes, "context_bytes": total_bytes - device.free_bytes}
     if budget_bytes is not None:
-        opened["limit_bytes"] = budget_bytes - CONTEXT_BYTES["cuda"]
-        torch.cuda.set_per_process_memory_fraction(opened["limit_bytes"] / total_bytes, device)
+        opened["limit_bytes"] = budget_bytes - CONTEXT_BYTES
+        device.limit_allocator(opened["limit_bytes"])
     make_workspaces(device)
-    return opened | {"workspace_bytes": torch.cuda.memory_allocated(device)}
+    return opened | {"workspace_bytes": device.allocated_bytes}
 
 
-def _after(device: torch.device) -> dict[str, int]:
+def _after(device: ComputeDevice) -> dict[str, int]:
     """What is on the device besides the allocator's memory: the context with all its kernels loaded (and
     whatever other processes hold); and how often the allocator met its limit."""
-    if device.type != "cuda":
+    if not device.is_accelerator:
         return {}
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    stats = torch.cuda.memory_stats(device)
+    stats = device.memory_stats()
     return {
-        "context_bytes_after": total_bytes - free_bytes - torch.cuda.memory_reserved(device),
+        "context_bytes_after": device.total_bytes - device.free_bytes - device.reserved_bytes,
         "num_alloc_retries": stats["num_alloc_retries"],
         "num_ooms": stats["num_ooms"],
     }
 
 
-def _requested_peak(device: torch.device) -> dict[str, int]:
+def _requested_peak(device: ComputeDevice) -> dict[str, int]:
     """What was asked of the allocator, before it rounds; workspaces included."""
-    if device.type != "cuda":
+    if not device.is_accelerator:
         return {}
-    return {"requested_peak_bytes": torch.cuda.memory_stats(device)["requested_bytes.all.peak"]}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return {"requested_peak_bytes": device.memory_stats()["requested_bytes.all.peak"]}
 
 
 def _hash_of_masters(trainer: Trainer) -> str:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_train.bench.pieces.figures import DTYPE, device
+from qlora_train.bench.pieces.figures import DEVICE, DTYPE
 
 
 def load_packed(base: str) -> PreTrainedModel:
@@ -28,7 +28,7 @@ def load_packed(base: str) -> PreTrainedModel:
         quantization_config=quantization,
         dtype=DTYPE,
         attn_implementation="sdpa",
-        device_map={"": device()},
+        device_map={"": DEVICE.torch},
     )
     model.config.use_cache = False
     return model

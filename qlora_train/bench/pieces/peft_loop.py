@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
 
-from qlora_train.bench.pieces.figures import DTYPE, device, now
+from qlora_train.bench.pieces.figures import DEVICE, DTYPE, now
 from qlora_train.bench.pieces.loop import train_plainly
 from qlora_train.bench.pieces.peer import load_packed, lora_config
 from qlora_train.bench.process import answer
@@ -29,7 +29,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         model.gradient_checkpointing_enable(checkpointing)
     model = get_peft_model(model, lora_config(arguments["rank"]))
     autocasts = DTYPE.itemsize == 2 and not as_documented
-    autocast = torch.autocast(device().type, DTYPE, enabled=autocasts)
+    autocast = torch.autocast(DEVICE.torch.type, DTYPE, enabled=autocasts)
     return train_plainly(model, arguments, started=started, autocast=autocast)
 
 

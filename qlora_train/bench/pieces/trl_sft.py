@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from qlora_train.bench.pieces.figures import DTYPE, Step, age_seconds, device, now, training_figures
+from qlora_train.bench.pieces.figures import DEVICE, DTYPE, Step, age_seconds, now, training_figures
 from qlora_train.bench.pieces.peer import load_packed, lora_config
 from qlora_train.bench.process import answer
 
@@ -88,7 +88,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             save_strategy="no",
             report_to="none",
             bf16=DTYPE is torch.bfloat16,  # its default, but where that is not multiplied
-            use_cpu=device().type == "cpu",
+            use_cpu=not DEVICE.is_accelerator,
             **arguments.get("trl", {}),
         )
         trainer = _Trainer(
@@ -102,8 +102,8 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             _widen_factors(trainer.model)
         trainer.clock = clock = _Clock()
         trainer.add_callback(clock)
-        if device().type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if DEVICE.is_accelerator:
+            DEVICE.reset_peaks()
         trainer.train()
     return training_figures(
         clock.steps,

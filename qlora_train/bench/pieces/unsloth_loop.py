@@ -15,7 +15,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """arguments: as for `train_plainly`, and rank."""
     from unsloth import FastLanguageModel  # patches transformers: before anything imports that
 
-    from qlora_train.bench.pieces.figures import DTYPE, device, now
+    from qlora_train.bench.pieces.figures import DEVICE, DTYPE, now
     from qlora_train.bench.pieces.loop import train_plainly
 
     started = now()
@@ -34,7 +34,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         target_modules=TARGETS,
         use_gradient_checkpointing="unsloth",
     )
-    autocast = torch.autocast(device().type, DTYPE)
+    autocast = torch.autocast(DEVICE.torch.type, DTYPE)
     return train_plainly(model, arguments, started=started, autocast=autocast)
 
 

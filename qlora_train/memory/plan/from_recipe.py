@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 
+from qlora_train.device.description import CPU, Capability, DeviceDescription, planned_gpu
 from qlora_train.memory.cache_key import PackingKey, cache_root, packed_folder
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.host_bytes import HostBudget
 from qlora_train.memory.plan.model_shape import ModelShape, find_base_folder, find_shape
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
-from qlora_train.device.description import CPU, Capability, DeviceDescription, planned_gpu
 from qlora_train.memory.plan.time_model import Rates, stated_rates
 from qlora_train.memory.plan.workload import dtype_of, workload_of
 from qlora_train.recipe import Recipe

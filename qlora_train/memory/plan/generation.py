@@ -22,6 +22,7 @@ from functools import partial
 from itertools import product
 from typing import Literal
 
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.execution import HEAD_TILE_ROWS, ExecutionPlan, Place, everything_resident
 from qlora_train.memory.plan.byte_walk import GenerateSize, generate_peak, load_peak
 from qlora_train.memory.plan.ghost import Bytes
@@ -30,7 +31,6 @@ from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.placement import fewest, place_of_streamed, placed
 from qlora_train.memory.plan.plan import budget_for, gib, refusal, room_in
-from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.plan.workload import Workload
 
 SMALL_TILE_ROWS, SMALLEST_MLP_TILE = 1024, 64

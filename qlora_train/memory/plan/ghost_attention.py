@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.families import Rotary
 from qlora_train.memory.plan.ghost import Ghost, apply
@@ -16,7 +17,6 @@ from qlora_train.memory.plan.ghost_flash import (
     varlen_attention,
 )
 from qlora_train.memory.plan.ghost_ops import BOOL, FLOAT32
-from qlora_train.device.description import DeviceDescription
 
 INT64 = 8
 BLOCK_QUERIES, LONGEST = 64, 512
@@ -70,7 +70,7 @@ class AttentionRule:
     """What decides how a layer attends. documents: tokens of each. window: how far back a query sees.
     has_softcap: scores are capped with tanh. heads_outside: q and k lie in memory head by head, as liger's
     norms write them. reference: by document, with SDPA. target, deterministic: where and how it runs.
-    kernel_documents: how many a kernel of variable length may be called with."""
+    most_documents: in any micro-batch; the fewest are those of this one."""
 
     documents: tuple[int, ...]
     window: int | None
@@ -79,7 +79,7 @@ class AttentionRule:
     reference: bool
     target: DeviceDescription
     deterministic: bool
-    kernel_documents: tuple[int, ...]
+    most_documents: int
 
     @property
     def blocked(self) -> bool:
@@ -97,7 +97,8 @@ def packed_attention(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule
             query,
             key,
             value,
-            rule.kernel_documents,
+            len(rule.documents),
+            rule.most_documents,
             rule.target,
             deterministic=rule.deterministic,
             heads_outside=rule.heads_outside,

@@ -19,11 +19,11 @@ sizes dk and dv, in fp32 where results have 16 bits: all three are counted, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.plan.ghost import Ghost, apply
 from qlora_train.memory.plan.ghost_ops import FLOAT32
-from qlora_train.device.description import DeviceDescription
 
 TILE = 128
 EFFICIENT_TILE = 64
@@ -68,16 +68,17 @@ def varlen_attention(
     query: Ghost,
     key: Ghost,
     value: Ghost,
-    kernel_documents: Sequence[int],
+    fewest_documents: int,
+    most_documents: int,
     target: DeviceDescription,
     *,
     deterministic: bool,
     heads_outside: bool,
 ) -> Ghost:
     """model/varlen_attention.py, one call for the row: [1, heads, T, d] -> [1, T, heads * d]. Nothing is
-    gathered. Saved: q, k, v, the result and a log-sum-exp per query and head. kernel_documents: any of these
-    numbers, empty ones included; the scratch is the largest. heads_outside: in q's memory,
-    and so in the result's: it is copied for the linear behind it, and once more going back."""
+    gathered. Saved: q, k, v, the result and a log-sum-exp per query and head. fewest_documents,
+    most_documents: in a row; the scratch is the largest that any number between takes. heads_outside: in q's
+    memory, and so in the result's: it is copied for the linear behind it, and once more going back."""
     rows = [_tokens_first(t) for t in (query, key, value)]
     num_tokens, num_heads, head_dim = rows[0].shape
     result = rows[0].like()
@@ -92,7 +93,7 @@ def varlen_attention(
             head_dim,
             result.itemsize,
         )
-        for num_documents in kernel_documents
+        for num_documents in _costliest(fewest_documents, most_documents, target, num_heads)
     )
     if heads_outside:
         scratch_bytes += result.num_bytes
@@ -102,13 +103,22 @@ def varlen_attention(
     return out.view(1, num_tokens, num_heads * head_dim)
 
 
+def _costliest(fewest: int, most: int, target: DeviceDescription, num_heads: int) -> Iterable[int]:
+    """Numbers of documents of which one takes the most scratch: the fewer, the more sums of dq side by side;
+    from where one is enough, more documents only add gaps."""
+    enough = -(-target.num_multiprocessors // num_heads)
+    return (*range(fewest, min(most, enough)), most)
+
+
 def _tokens_first(t: Ghost) -> Ghost:
     """t.squeeze(0).transpose(0, 1)."""
     _, num_heads, num_tokens, head_dim = t.shape
     return t.view(num_tokens, num_heads, head_dim)
 
 
-def sdpa_scratch_bytes(q: Ghost, k: Ghost, target: DeviceDescription, *, deterministic: bool, is_flash: bool) -> int:
+def sdpa_scratch_bytes(
+    q: Ghost, k: Ghost, target: DeviceDescription, *, deterministic: bool, is_flash: bool
+) -> int:
     """Of torch's SDPA going back, for padded documents [N, heads, n, d]."""
     number, num_heads, length, head_dim = q.shape
     if is_flash:

@@ -7,6 +7,7 @@ function keeps its tensor alive to the end of the function. See ghost.py for why
 
 from __future__ import annotations
 
+from qlora_train.device.description import MAX_LIGER_COLUMNS
 from qlora_train.memory.plan import ghost_ops as op
 from qlora_train.memory.plan.ghost import Ghost, Ledger, apply, backward
 from qlora_train.memory.plan.ghost_activation import xielu
@@ -14,7 +15,6 @@ from qlora_train.memory.plan.ghost_attention import AttentionRule, packed_attent
 from qlora_train.memory.plan.ghost_linear import GhostLinears, trainable
 from qlora_train.memory.plan.ghost_norm import fused_norm, library_norm, liger_norm
 from qlora_train.memory.plan.layer_settings import LayerSettings
-from qlora_train.device.description import MAX_LIGER_COLUMNS
 
 
 class GhostLayer:
@@ -31,7 +31,7 @@ class GhostLayer:
             settings.reference,
             settings.target,
             settings.deterministic,
-            settings.kernel_documents or (len(settings.documents),),
+            settings.most_documents or len(settings.documents),
         )
 
     def close(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.device.description import DeviceDescription
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class LayerSettings:
     """rank: R. targets: linears with factors, by name within the layer. dropout: whether anything is dropped.
     documents: tokens of each document in a micro-batch; their sum is T. hold_unpacked, mlp_tile_tokens: of
     the execution plan. skip_tail: recomputation need not compute the last product. reference: the library's
-    own operations. kernel_documents: how many a kernel of variable length may be called with; (): as many as
-    there are. target, deterministic: where and how it runs.
+    own operations. most_documents: in any micro-batch; None: as many as in this one. target, deterministic:
+    where and how it runs.
     """
 
     shape: ModelShape
@@ -30,7 +30,7 @@ class LayerSettings:
     mlp_tile_tokens: int | None = None
     skip_tail: bool = True
     reference: bool = False
-    kernel_documents: tuple[int, ...] = ()
+    most_documents: int | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -172,7 +172,7 @@ class Plan:
             "device": self.workload.target.type,
             "target": asdict(self.workload.target) | {"is_deterministic": self.workload.deterministic},
             "vram_budget_bytes": self.budget_bytes,
-            "most_documents": self.workload.kernel_documents[-1],
+            "most_documents": self.workload.most_documents,
             "is_estimate": not self.workload.shape.is_exact,
             "rates": {
                 "flops_per_second": self.rates.flops,

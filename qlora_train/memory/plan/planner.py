@@ -315,26 +315,26 @@ class _Search:
             if free.can_fit():
                 yield "memory.weights=auto memory.activations=auto"
         half = max(16, workload.documents[0] // 2)
-        of_one_row = -(-workload.most_documents // len(workload.documents))
+        of_one_row = -(-workload.known_most_documents // len(workload.documents))
         changes = {
             "training.micro_batch_size=1 (and more accumulation)": replace(
                 workload,
                 documents=workload.documents[:1],
                 num_supervised=workload.documents[0],
-                most_documents=of_one_row,
+                known_most_documents=of_one_row,
             ),
             f"data.sequence_length={half}": replace(
                 workload,
                 documents=(half,) * len(workload.documents),
                 num_supervised=half,
-                most_documents=-(-workload.most_documents // 2),
+                known_most_documents=-(-workload.known_most_documents // 2),
             ),
             "lora.rank=8": replace(workload, rank=min(8, workload.rank)),
             "training.micro_batch_size=1 data.sequence_length=512 lora.rank=8": replace(
                 workload,
                 documents=(min(512, half),),
                 num_supervised=min(512, half),
-                most_documents=of_one_row,
+                known_most_documents=of_one_row,
                 rank=min(8, workload.rank),
             ),
             "model.quantization=nf4": replace(

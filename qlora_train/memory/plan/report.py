@@ -54,17 +54,17 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
 
 def _documents_line(workload: Workload) -> str:
     """What many documents take in attention's backward pass, where the data are not known yet."""
-    number, shape = workload.kernel_documents[-1], workload.shape
+    number, shape = workload.most_documents, workload.shape
     grouped = shape.num_heads != shape.num_kv_heads
     serves = workload.target.varlen_serves(
         workload.itemsize, shape.head_dim, grouped=grouped, has_softcap=shape.has_softcap
     )
-    if workload.most_documents or workload.reference or not serves:
+    if workload.known_most_documents or workload.reference or not serves:
         return ""
     gap_bytes = flash_gap_bytes(shape.num_heads, shape.head_dim)
     return (
         f"for up to {number} documents in a micro-batch; with more, attention's scratch grows by "
-        f"{gap_bytes / 2**20:.1f} MiB for each (their number is rounded up to a power of two)"
+        f"{gap_bytes / 2**20:.1f} MiB for each"
     )
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qlora_train.device.description import ASSUMED_CARD, DeviceDescription, known_card
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.host_bytes import parked_bytes
-from qlora_train.device.description import ASSUMED_CARD, DeviceDescription, known_card
 from qlora_train.memory.plan.workload import Workload
 
 

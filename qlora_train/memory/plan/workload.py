@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_train.device.description import DeviceDescription
 from qlora_train.errors import UserError
 from qlora_train.memory.plan.layer_settings import LayerSettings
 from qlora_train.memory.plan.model_shape import ModelShape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.device.description import DeviceDescription
 from qlora_train.recipe import Recipe
 
-LEAST_DOCUMENTS = 8
-"""Of model/packed_tokens.of_one_shape."""
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -25,11 +23,11 @@ ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class Workload:
     """One optimizer step of a run.
 
-    documents: token counts of the documents of one micro-batch; their sum is T. most_documents: in any
-    micro-batch, where the data are known. num_supervised: S, supervised
-    tokens of one micro-batch. num_micro_batches: K. targets: linears with factors, by name within a layer.
-    skips_tail: recomputation may leave the last product out. splits_learning_rate: B has its own (LoRA+).
-    target: where it runs. deterministic: torch is told to give the same bits in every run.
+    documents: token counts of the documents of one micro-batch; their sum is T. known_most_documents: in any
+    micro-batch of the data; 0: not known. num_supervised: S, supervised tokens of one micro-batch.
+    num_micro_batches: K. targets: linears with factors, by name within a layer. skips_tail: recomputation may
+    leave the last product out. splits_learning_rate: B has its own (LoRA+). target: where it runs.
+    deterministic: torch is told to give the same bits in every run.
     """
 
     shape: ModelShape
@@ -46,7 +44,7 @@ class Workload:
     splits_learning_rate: bool = False
     reference: bool = False
     skips_tail: bool = True
-    most_documents: int = 0
+    known_most_documents: int = 0
 
     @property
     def on_accelerator(self) -> bool:
@@ -102,11 +100,9 @@ class Workload:
         return self.shape.vocabulary * self.head_packing.row_bytes(self.shape.hidden)
 
     @property
-    def kernel_documents(self) -> tuple[int, ...]:
-        """Numbers of documents a kernel of variable length may be called with; see `of_one_shape`."""
-        least = _power_of_two(max(len(self.documents), LEAST_DOCUMENTS))
-        most = _power_of_two(max(self.most_documents, least))
-        return tuple(least << i for i in range((most // least).bit_length()))
+    def most_documents(self) -> int:
+        """In any micro-batch, as far as is known."""
+        return max(self.known_most_documents, len(self.documents))
 
     def layer_settings(self, *, hold_unpacked: bool, mlp_tile_tokens: int | None) -> LayerSettings:
         return LayerSettings(
@@ -122,13 +118,8 @@ class Workload:
             mlp_tile_tokens=mlp_tile_tokens,
             skip_tail=self.skips_tail and self.shape.may_skip_tail,
             reference=self.reference,
-            kernel_documents=self.kernel_documents,
+            most_documents=self.most_documents,
         )
-
-
-def _power_of_two(number: int) -> int:
-    """The next one from `number` on."""
-    return 1 << (number - 1).bit_length()
 
 
 def dtype_of(recipe: Recipe, target: DeviceDescription) -> str:
@@ -171,7 +162,7 @@ def workload_of(
         deterministic=training.deterministic is True,
         splits_learning_rate=training.lora_b_lr_ratio != 1.0,
         reference=training.kernels == "reference",
-        most_documents=most_documents,
+        known_most_documents=most_documents,
     )
 
 

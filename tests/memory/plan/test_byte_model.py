@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tiny_models import packed_row
 
+from qlora_train.device.description import CPU, DeviceDescription
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.byte_model import (
     EMBEDDING,
@@ -28,9 +28,7 @@ from qlora_train.memory.plan.ghost_attention import buckets, padded_length
 from qlora_train.memory.plan.host_bytes import MATRICES, host_bytes
 from qlora_train.memory.plan.model_shape import KNOWN
 from qlora_train.memory.plan.packed_sizes import PackingSizes
-from qlora_train.device.description import CPU, DeviceDescription
 from qlora_train.memory.plan.workload import Workload
-from qlora_train.model.packed_tokens import of_one_shape
 
 NF4 = PackingSizes("nf4", True, 2)
 RTX_3060 = DeviceDescription("cuda", (8, 6), 28, "grouped heads", has_liger=False, workspace_config=None)
@@ -240,32 +238,21 @@ def step_of(work: Workload, execution: ExecutionPlan) -> _Step:
 
 
 @pytest.mark.parametrize(
-    ("documents", "most_documents", "expected"),
-    [((2048,), 0, (8,)), ((2048,), 8, (8,)), ((128,) * 16, 0, (16,)), ((2048,), 33, (8, 16, 32, 64))],
+    ("documents", "known", "expected"), [((2048,), 0, 1), ((2048,), 33, 33), ((512,) * 4, 3, 4)]
 )
-def test_how_many_documents_a_kernel_is_called_with(documents, most_documents, expected) -> None:
-    known = replace(workload(), documents=documents, most_documents=most_documents)
-    assert known.kernel_documents == expected
-
-
-@pytest.mark.parametrize(
-    "rows", [[[48]], [[16] * 3, [8] * 6], [[4] * 12, [1] * 48], [[5] * 9 + [3]]], ids=str
-)
-def test_the_walk_calls_it_with_one_of_them(rows) -> None:
-    group = of_one_shape([packed_row(row) for row in rows])
-    known = replace(workload(), documents=(48,), most_documents=max(map(len, rows)))
-    assert len(group[0].documents.cu_seqlens) - 1 in known.kernel_documents
+def test_how_many_documents_a_micro_batch_has(documents, known, expected) -> None:
+    asked = replace(workload(), documents=documents, known_most_documents=known)
+    settings = asked.layer_settings(hold_unpacked=False, mlp_tile_tokens=None)
+    assert asked.most_documents == settings.most_documents == expected
 
 
 def test_the_planner_knows_how_finely_the_real_code_cuts() -> None:
     """It imports no torch, so it has these numbers of its own."""
     from qlora_train.kernels import blocked_attention
     from qlora_train.memory.plan import ghost_attention, packed_sizes
-    from qlora_train.memory.plan.workload import LEAST_DOCUMENTS
-    from qlora_train.model import packed_tokens, quantize
+    from qlora_train.model import quantize
 
     assert ghost_attention.BLOCK_QUERIES == blocked_attention.BLOCK_QUERIES
     assert ghost_attention.LONGEST == blocked_attention.LONGEST
     assert packed_sizes.UNPACK_CHUNK == quantize.UNPACK_ELEMENTS
     assert packed_sizes.INT8_CHUNK == quantize.CHUNK_ELEMENTS
-    assert LEAST_DOCUMENTS == packed_tokens.LEAST_DOCUMENTS

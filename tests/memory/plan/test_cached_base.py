@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import write_checkpoint
 
+from qlora_train.device.description import CPU as TARGET
 from qlora_train.memory.cache_key import MANIFEST, PackingKey, cache_root
 from qlora_train.memory.cache_key import packed_folder as folder_by_key
 from qlora_train.memory.packed_cache import LAYERS, open_packed_base, packed_folder
@@ -17,7 +18,6 @@ from qlora_train.memory.plan import host_bytes
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.host_bytes import PACKED_BASE
 from qlora_train.memory.plan.plan import Plan
-from qlora_train.device.description import CPU as TARGET
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe

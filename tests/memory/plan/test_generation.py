@@ -12,6 +12,8 @@ import torch
 from tiny_models import NF4, tiny_config
 from transformers import AutoModelForCausalLM
 
+from qlora_train.device.description import CPU as TARGET_CPU
+from qlora_train.device.description import DeviceDescription, planned_gpu
 from qlora_train.errors import UserError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.memory.execution import Place, everything_resident
@@ -25,8 +27,6 @@ from qlora_train.memory.plan.model_shape import KNOWN, find_shape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.placement import placed
 from qlora_train.memory.plan.plan import room_in
-from qlora_train.device.description import CPU as TARGET_CPU
-from qlora_train.device.description import DeviceDescription, planned_gpu
 from qlora_train.memory.plan.workload import workload_of
 from qlora_train.model.quantize import Packing, pack
 from qlora_train.recipe import Recipe

@@ -10,9 +10,9 @@ import torch
 from layer_meter import RANK, measured, planned
 from tiny_models import load_tiny, tiny_config, write_checkpoint
 
+from qlora_train.device.description import CPU
 from qlora_train.memory.plan.families import FAMILIES
 from qlora_train.memory.plan.model_shape import shape_from_config
-from qlora_train.device.description import CPU
 from qlora_train.model.quantize import Packing
 
 SIZES = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "max_position_embeddings": 512}

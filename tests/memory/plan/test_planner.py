@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qlora_train.device.description import CPU, DeviceDescription, planned_gpu
 from qlora_train.errors import UserError
 from qlora_train.memory.execution import Activation, Place
 from qlora_train.memory.plan.byte_walk import step_peak
@@ -17,7 +18,6 @@ from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
-from qlora_train.device.description import CPU, DeviceDescription, planned_gpu
 from qlora_train.memory.plan.time_model import Rates, stated_rates, step_time
 from qlora_train.memory.plan.workload import _targets, workload_of
 from qlora_train.recipe import Recipe

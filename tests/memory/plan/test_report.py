@@ -9,11 +9,11 @@ from collections import defaultdict
 import pytest
 from rich.console import Console
 
+from qlora_train.device.description import planned_gpu
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.plan.from_recipe import plan_recipe
 from qlora_train.memory.plan.plan import duration
 from qlora_train.memory.plan.report import print_plan, residency_lines
-from qlora_train.device.description import planned_gpu
 from qlora_train.recipe import Recipe
 
 GIB = 2**30
@@ -54,8 +54,8 @@ def test_json_is_complete_and_adds_up() -> None:
 def test_documents_that_are_not_known_are_said() -> None:
     recipe = Recipe.from_dict({"model": {"base": "meta-llama/Llama-3.1-8B"}, "data": {"train": "x"}})
     known = plan_recipe(recipe, planned_gpu(None, None), 24 * GIB, most_documents=100)
-    assert known.to_dict()["most_documents"] == 128 and "grows by" not in shown(known)
-    line = "for up to 8 documents in a micro-batch; with more, attention's scratch grows by 2.0 MiB for each"
+    assert known.to_dict()["most_documents"] == 100 and "grows by" not in shown(known)
+    line = "for up to 4 documents in a micro-batch; with more, attention's scratch grows by 2.0 MiB for each"
     assert line in shown(plan_of("meta-llama/Llama-3.1-8B", 24))
     assert known.step_vram_bytes >= plan_of("meta-llama/Llama-3.1-8B", 24).step_vram_bytes
 
