@@ -115,6 +115,12 @@ class ComputeDevice:
 
     # Memory, in bytes.
 
+    @cached_property
+    def uuid(self) -> str:
+        """Of the card, as its driver writes it; empty where torch does not know one."""
+        properties = self._module.get_device_properties(self.torch)
+        return str(getattr(properties, "uuid", "")).removeprefix("GPU-")
+
     @property
     def allocated_bytes(self) -> int:
         """Of tensors, now; workspaces of the libraries included."""
@@ -160,10 +166,13 @@ class ComputeDevice:
         if self.is_accelerator:
             self._module.empty_cache()
 
-    def limit_allocator(self, num_bytes: int) -> None:
-        """Let torch's allocator fail beyond so many bytes, as it would on a smaller device."""
-        fraction = min(1.0, num_bytes / self.total_bytes)
-        self._module.set_per_process_memory_fraction(fraction, self.torch)
+    def limit_allocator(self, num_bytes: int | None) -> None:
+        """Let torch's allocator fail beyond so many bytes, as it would on a smaller device; None: beyond the
+        device. Nothing on the CPU."""
+        if self.is_accelerator:
+            total_bytes = self.total_bytes
+            fraction = 1.0 if num_bytes is None else min(1.0, max(0, num_bytes) / total_bytes)
+            self._module.set_per_process_memory_fraction(fraction, self.torch)
 
 
 THE_CPU = ComputeDevice(CPU)

@@ -11,6 +11,8 @@ is not here, so then:
     varlen attention     what the installed version of torch offers
     Triton, liger-kernel whether they are installed here
     cublas_workspace     CUBLAS_WORKSPACE_CONFIG of this environment
+    expandable segments  what train would ask of torch's allocator on this system
+    context              a stated size, by capability
 
 which `plan` shows, so that nobody has to guess what it assumed. Imports no torch.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -37,6 +40,12 @@ WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACE = ":4096:8"
 """What `train` sets where nothing else is set (device/settings.py)."""
 NUM_WORKSPACES = 2
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+STATED_CONTEXT_MIB = {7: 350, 8: 450, 9: 550, 10: 600, 12: 550}
+"""By the first number of the capability: what a context with the kernels of a run is taken to hold, outside
+torch's allocator, where it is not measured (device/context.py). It grows with the number of threads that a
+card runs at once, for each of which a stack is set aside; so these are for the largest cards."""
+MOST_CONTEXT_MIB = 600
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,9 @@ class DeviceDescription:
     has_bfloat16: whether it multiplies bfloat16 itself. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says,
     None where it is not set. index: which of its type, always known for a GPU that is here. name:
     as the driver says it. memory_bytes: all of the device's memory, 0 where it is not known.
+    measured_context_bytes: what this process holds beside tensors; None where the device is not here.
+    has_expandable_segments: torch's allocator maps more memory behind what it has, instead of taking segments
+    of fixed size. has_concurrent_managed_access: host and device may touch managed memory at the same time.
     """
 
     type: str
@@ -61,6 +73,9 @@ class DeviceDescription:
     index: int | None = None
     name: str = ""
     memory_bytes: int = 0
+    measured_context_bytes: int | None = None
+    has_expandable_segments: bool = True
+    has_concurrent_managed_access: bool = True
 
     @property
     def is_accelerator(self) -> bool:
@@ -97,6 +112,19 @@ class DeviceDescription:
         if not pieces:
             pieces = [(4096, 8)] if self.capability >= (9, 0) else [(4096, 2), (16, 8)]
         return NUM_WORKSPACES * 1024 * sum(size * number for size, number in pieces)
+
+    @property
+    def stated_context_bytes(self) -> int:
+        """Of a device of this capability."""
+        return STATED_CONTEXT_MIB.get(self.capability[0], MOST_CONTEXT_MIB) * 2**20
+
+    @property
+    def context_bytes(self) -> int:
+        """Of this process on the device beside tensors: measured where it is here, else stated."""
+        if not self.is_accelerator:
+            return 0
+        measured = self.measured_context_bytes
+        return self.stated_context_bytes if measured is None else measured
 
     def in_words(self, *, deterministic: bool) -> str:
         """What a plan for it takes as given."""
@@ -159,12 +187,27 @@ def planned_gpu(gpu_name: str | None, capability: Capability | None) -> DeviceDe
         has_triton=has_triton,
         has_bfloat16=(capability or stated_capability) >= BFLOAT16_CAPABILITY,
         name=gpu_name or "",
+        has_expandable_segments=segments_may_expand(),
     )
 
 
 def cublas_workspace() -> str | None:
     """What this environment says."""
     return os.environ.get(WORKSPACE_VARIABLE) or None
+
+
+def allocator_setting() -> str | None:
+    """What this environment says of torch's allocator; the newer of the two names goes first."""
+    return next((value for name in ALLOCATOR_VARIABLES if (value := os.environ.get(name))), None)
+
+
+def segments_may_expand() -> bool:
+    """Whether torch's allocator will be told to (device/settings.py), as far as the system decides it: on
+    Linux, unless the environment configures the allocator otherwise."""
+    setting = allocator_setting()
+    return sys.platform == "linux" and (
+        setting is None or "expandable_segments:true" in setting.lower().replace(" ", "")
+    )
 
 
 def varlen_of_version(version: str) -> Varlen:

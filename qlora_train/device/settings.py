@@ -4,8 +4,8 @@
   for every new shape, and shapes change with every micro-batch, and takes scratch that no plan counts.
 - Products of 16-bit numbers are summed in fp32. torch allows cuBLAS to add the parts of a split product in 16
   bits, by default; factor gradients, sums over all tokens of a micro-batch, would lose bits there.
-- Memory of the allocator may grow in place (`expandable_segments`, Linux): tensors whose sizes follow the
-  data otherwise leave holes that nothing fits into.
+- Memory of the allocator may grow in place (`expandable_segments`; NVIDIA under Linux): tensors whose sizes
+  follow the data otherwise leave holes that nothing fits into. What the user has said of the allocator stays.
 - Deterministic algorithms, where the recipe asks for them.
 
 All but the last hold for a GPU only and change nothing on a CPU.
@@ -14,21 +14,26 @@ All but the last hold for a GPU only and change nothing on a CPU.
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 
-from qlora_train.device.description import DETERMINISTIC_WORKSPACE, WORKSPACE_VARIABLE
-
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+from qlora_train.device import driver
+from qlora_train.device.context import in_use_before
+from qlora_train.device.description import (
+    DETERMINISTIC_WORKSPACE,
+    WORKSPACE_VARIABLE,
+    allocator_setting,
+    segments_may_expand,
+)
 
 
 def apply_settings() -> None:
-    """Before the first tensor is on the device; what the user has said of the allocator stays."""
+    """Before the first tensor is on the device. Notes first what others hold on it (device/context.py)."""
+    in_use_before()
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if segments_may_expand():
+    if allocator_setting() is None and segments_expand():
         _set_allocator("expandable_segments:True")
 
 
@@ -38,10 +43,11 @@ def _set_allocator(settings: str) -> None:
     (newer or torch.cuda.memory._set_allocator_settings)(settings)
 
 
-def segments_may_expand() -> bool:
-    """Whether torch's allocator is told to map more memory behind what it has, instead of taking whole
-    segments: on Linux, unless the environment configures the allocator."""
-    return sys.platform == "linux" and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES)
+def segments_expand() -> bool:
+    """Whether torch's allocator maps more memory behind what it has, once the settings are applied: where
+    every card can. A virtual GPU that cannot would fail at the first tensor."""
+    able = [bool(driver.attribute(i, driver.VIRTUAL_MEMORY_MANAGEMENT)) for i in range(driver.num_cards())]
+    return segments_may_expand() and bool(able) and all(able)
 
 
 def make_deterministic() -> None:

@@ -24,7 +24,7 @@ from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.load import load_base
-from qlora_train.memory.machine_plan import plan_generation_here
+from qlora_train.memory.machine_plan import enforce_budget, plan_generation_here
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.generation import GenerationPlan, bare_workload
@@ -96,14 +96,16 @@ class ModelSource:
         streaming what does not fit. say: told a line each about what takes time or streams. Raises
         `UserError` where nothing fits."""
         memory = MemorySection() if self.recipe is None else self.recipe.memory
+        budget_bytes = memory.vram_bytes if vram_bytes is None else vram_bytes
         plan = plan_generation_here(
             self._workload(),
             size,
             self.device,
-            vram_bytes=memory.vram_bytes if vram_bytes is None else vram_bytes,
+            vram_bytes=budget_bytes,
             weights=memory.weights,
         )
         plan.require_fit()
+        enforce_budget(self.device, plan.workload, budget_bytes)
         if not plan.execution.is_resident:
             say(plan.line())
         decoder = load_base(
@@ -123,6 +125,7 @@ class ModelSource:
         if self.adapter is not None:
             self._attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
+        self.device.release_cached()  # what loading took would stay beside other sizes
         return LoadedModel(decoder, self.tokenizer, self.data, _stop_ids(self.folder, self.tokenizer), plan)
 
     def _workload(self) -> Workload:

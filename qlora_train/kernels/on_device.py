@@ -2,17 +2,22 @@
 
 Triton is launched, liger-kernel imported, flash attention over documents tried on a few tokens against plain
 torch: there is no list of what may be missing, so what counts is whether it works. What does not is said with
-a warning, and slower operations with the same results take its place.
+a warning, and slower operations with the same results take its place. All of them have run when the bytes of
+the context are measured.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
+from qlora_train.device import driver
 from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.device.context import context_bytes
 from qlora_train.device.description import DeviceDescription, cublas_workspace
+from qlora_train.device.settings import segments_expand
 from qlora_train.kernels.liger import import_liger
 from qlora_train.kernels.triton_support import triton_runs
 from qlora_train.kernels.varlen_attention import try_varlen
@@ -35,18 +40,30 @@ def _described(where: torch.device) -> ComputeDevice:
     properties = module.get_device_properties(where)
     capability = (getattr(properties, "major", 0), getattr(properties, "minor", 0))
     has_triton = triton_runs(where)
-    return ComputeDevice(
-        DeviceDescription(
-            type=where.type,
-            capability=capability,
-            num_multiprocessors=getattr(properties, "multi_processor_count", 0),
-            varlen=try_varlen(where, capability),
-            has_liger=has_triton and import_liger() is not None,
-            cublas_workspace=cublas_workspace(),
-            has_triton=has_triton,
-            has_bfloat16=module.is_bf16_supported(including_emulation=False),
-            index=where.index,
-            name=module.get_device_name(where),
-            memory_bytes=properties.total_memory,
-        )
+    description = DeviceDescription(
+        type=where.type,
+        capability=capability,
+        num_multiprocessors=getattr(properties, "multi_processor_count", 0),
+        varlen=try_varlen(where, capability),
+        has_liger=has_triton and import_liger() is not None,
+        cublas_workspace=cublas_workspace(),
+        has_triton=has_triton,
+        has_bfloat16=module.is_bf16_supported(including_emulation=False),
+        index=where.index,
+        name=module.get_device_name(where),
+        memory_bytes=properties.total_memory,
+        has_expandable_segments=_is_nvidia(where) and segments_expand(),
+        has_concurrent_managed_access=managed_access_is_concurrent(where),
     )
+    context = context_bytes(ComputeDevice(description))
+    return ComputeDevice(replace(description, measured_context_bytes=context))
+
+
+def managed_access_is_concurrent(where: torch.device) -> bool:
+    """Whether host and device may touch managed memory at the same time; only NVIDIA's driver says so."""
+    return _is_nvidia(where) and bool(driver.attribute(where.index, driver.CONCURRENT_MANAGED_ACCESS))
+
+
+def _is_nvidia(where: torch.device) -> bool:
+    """ROCm's devices are called "cuda" too."""
+    return where.type == "cuda" and torch.version.hip is None

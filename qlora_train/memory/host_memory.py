@@ -9,7 +9,9 @@ A system may refuse to pin (a container's limit on locked memory, say): one larg
 Buffers are then pageable: slower, never wrong, and said once (`refused`; unpinned.py says what it costs). A
 refusal is of one buffer; the next is asked for again. Weights that wait in RAM give way: they are copied
 through pinned pieces instead (stores.py), at nearly the same rate, while activations that leave and come back
-cannot be. So where such a buffer is refused, weights are unpinned, the last first, until it is not.
+cannot be. So where such a buffer is refused, weights are unpinned, the last first, until it is not. Threads
+that copy weights ask and queue the copy in one breath (`copy_if_pinned`): pages must not be unregistered
+between the two, nor while the copy is under way.
 
 Nothing here is made by torch's allocator, so a meter of the compute device never counts it, also where that
 device is the CPU.
@@ -21,6 +23,7 @@ import mmap
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -29,7 +32,8 @@ from qlora_train.device.compute import ComputeDevice
 
 
 class HostMemory:
-    """Hands out buffers of exact size, pinned for `device` where it is an accelerator."""
+    """Hands out buffers of exact size, pinned for `device` where it is an accelerator. Any thread may ask for
+    one; borrowing and giving back is for one thread."""
 
     def __init__(self, device: ComputeDevice, *, refused: Callable[[], None] = lambda: None) -> None:
         """refused: called once, when a buffer stays pageable for the first time."""
@@ -68,6 +72,15 @@ class HostMemory:
         """Whether the device copies from this buffer, or this part of one, by itself."""
         return tensor.untyped_storage().data_ptr() in self._alive.pinned
 
+    def copy_if_pinned(self, source: Tensor, target: Tensor) -> bool:
+        """Queue a copy from (a part of) a buffer to the device on the current stream, if the device can do it
+        by itself."""
+        with self._alive.lock:
+            is_pinned = self.is_pinned(source)
+            if is_pinned:
+                target.copy_(source, non_blocking=True)
+        return is_pinned
+
     def borrow(self, num_bytes: int) -> Tensor:
         """uint8, at least num_bytes: pinning costs more than a copy, so buffers given back are used again.
 
@@ -96,6 +109,8 @@ class _Alive:
 
     def __init__(self, device: ComputeDevice) -> None:
         self._device = device
+        self.lock = RLock()
+        """A buffer may go, and `remove` be called, wherever Python collects garbage, also inside."""
         self.num_bytes = self.num_unpinned_bytes = 0
         self.pinned: dict[int, int] = {}
         """Address -> bytes."""
@@ -103,31 +118,39 @@ class _Alive:
 
     def add(self, buffer: Tensor, *, gives_way: bool) -> None:
         address, num_bytes = buffer.data_ptr(), buffer.numel()
-        self.num_bytes += num_bytes
-        if not self._device.is_accelerator:
-            return
-        is_pinned = self._device.pin(buffer)
-        while not is_pinned and not gives_way and self._giving_way:
-            self._unpin_last()
-            is_pinned = self._device.pin(buffer)
-        if not is_pinned:
-            self.num_unpinned_bytes += num_bytes
-            return
-        self.pinned[address] = num_bytes
-        if gives_way:
-            self._giving_way.append(address)
+        is_pinned = self._device.is_accelerator and self._pin(buffer, gives_way=gives_way)
+        with self.lock:
+            self.num_bytes += num_bytes
+            if is_pinned:
+                self.pinned[address] = num_bytes
+                if gives_way:
+                    self._giving_way.append(address)
+            elif self._device.is_accelerator:
+                self.num_unpinned_bytes += num_bytes
 
     def remove(self, num_bytes: int, address: int) -> None:
-        self.num_bytes -= num_bytes
-        if self.pinned.pop(address, None) is not None:
-            self._device.unpin(address)
-            if address in self._giving_way:
-                self._giving_way.remove(address)
-        elif self._device.is_accelerator:
-            self.num_unpinned_bytes -= num_bytes
+        with self.lock:
+            self.num_bytes -= num_bytes
+            if self.pinned.pop(address, None) is not None:
+                self._device.unpin(address)
+                if address in self._giving_way:
+                    self._giving_way.remove(address)
+            elif self._device.is_accelerator:
+                self.num_unpinned_bytes -= num_bytes
 
-    def _unpin_last(self) -> None:
-        address = self._giving_way.pop()
-        self._device.wait()  # a copy from it may still be under way
-        self._device.unpin(address)
-        self.num_unpinned_bytes += self.pinned.pop(address)
+    def _pin(self, buffer: Tensor, *, gives_way: bool) -> bool:
+        """Ask, and ask again as long as there are weights that give way."""
+        while not self._device.pin(buffer):
+            if gives_way or not self._unpin_last():
+                return False
+        return True
+
+    def _unpin_last(self) -> bool:
+        with self.lock:
+            if not self._giving_way:
+                return False
+            self._device.wait()  # a copy from it may still be under way
+            address = self._giving_way.pop()
+            self._device.unpin(address)
+            self.num_unpinned_bytes += self.pinned.pop(address)
+            return True

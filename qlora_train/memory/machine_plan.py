@@ -1,4 +1,11 @@
-"""Plans on the machine that is about to follow them: its free memory, its measured rates."""
+"""Plans on the machine that is about to follow them: its free memory, its measured rates; and the budget they
+were made for, enforced.
+
+A driver that moves device memory into system memory instead of refusing it (Windows, WSL) turns a step that
+is too large into one that is ten times slower, with nothing said. So torch's allocator is held to the budget
+of the plan: beyond it memory runs out, and the step is tried again with less (tighten.py). The context is not
+the allocator's, nor is managed memory, so both are taken off before.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +29,9 @@ from qlora_train.recipe import Recipe
 def plan_here(
     recipe: Recipe, folder: Path, dtype: torch.dtype, device: ComputeDevice, most_documents: int
 ) -> Plan:
-    """The plan of a run. recipe: with the compute dtype resolved to `dtype`. folder: the base's.
+    """The plan of a run, with no limit set. recipe: with the compute dtype resolved to `dtype`. folder: the base's.
     most_documents: in any micro-batch. See `Plan.require_fit`."""
+    device.limit_allocator(None)  # an earlier run's in this process
     return plan_recipe(
         recipe,
         device.description,
@@ -44,9 +52,22 @@ def plan_generation_here(
     vram_bytes: int | None,
     weights: WeightsChoice,
 ) -> GenerationPlan:
-    """The plan of generation. workload: the model, its packing and factors. vram_bytes: the budget; None:
+    """The plan of generation, with no limit set. workload: the model, its packing and factors. vram_bytes: the budget; None:
     what is free. weights: `memory.weights`. See `GenerationPlan.require_fit`."""
+    device.limit_allocator(None)
     budget_bytes = device_budget(
         device.description, device.free_bytes, vram_bytes, has_context=device.is_accelerator
     )
     return plan_generation(workload, size, budget_bytes, HostBudget.of_this_machine(cache_root()), weights)
+
+
+def enforce_budget(
+    device: ComputeDevice, workload: Workload, vram_bytes: int | None, *, managed_bytes: int = 0
+) -> None:
+    """Hold torch's allocator to the budget: what vram_bytes leaves beside the context and managed memory;
+    None: all that is free now, more than the plan was made for, since some of it was left to others."""
+    device.release_cached()
+    if vram_bytes is None:
+        device.limit_allocator(device.free_bytes + device.reserved_bytes if device.is_accelerator else None)
+    else:
+        device.limit_allocator(vram_bytes - workload.target.context_bytes - managed_bytes)

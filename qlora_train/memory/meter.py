@@ -7,7 +7,7 @@ Three readings, none of which knows the planner's formulas:
   inputs' is new and counts until that storage is freed; a view counts nothing. Scratch inside one
   operation is not seen, nor memory that torch did not allocate (a mapped file, a numpy array): host
   buffers are made that way, so that "device" means the same in both cases. Nor, on a GPU, the libraries'
-  workspaces, which come from the same allocator but belong to the context (`make_workspaces`).
+  workspaces, which come from the same allocator but belong to the context (device/context.py).
 - `peak_bytes`, for the log: our tensors on a GPU, the whole process elsewhere.
 - `process_peak_bytes`, resident memory of this process at its highest, as the kernel counts it, Python and
   all imports included. `reset_process_peak` starts it anew where the kernel offers that.
@@ -25,12 +25,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.context import make_workspaces
 
 
 class DeviceMeter:
@@ -79,17 +79,6 @@ class DeviceMeter:
             self._watch.peak_bytes = self._watch.live_bytes
         else:
             self._device.reset_peaks()
-
-
-def make_workspaces(device: ComputeDevice) -> None:
-    """Let cuBLAS take its workspaces, and wait for it: products forward and back, since it takes one for each
-    thread that multiplies (the backward pass is autograd's own thread) at the thread's first product, from
-    torch's allocator. The plan counts them with the context (plan/target.py)."""
-    for dtype in (torch.float32, torch.float16):
-        a = torch.ones(64, 64, dtype=dtype, device=device.torch, requires_grad=True)
-        b = torch.ones(64, dtype=dtype, device=device.torch)
-        F.linear(a, a, b).addmm(a, a).sum().backward()
-    device.wait()
 
 
 class _StorageWatch(TorchDispatchMode):

@@ -62,19 +62,16 @@ class ItemReader:
 
     def copy(self, source: Tensor | FilePart, target: Tensor) -> None:
         """Fill `target` (uint8, on the device)."""
-        if self._staging is None or (isinstance(source, Tensor) and self._host.is_pinned(source)):
-            self._copy_at_once(source, target)
-        elif isinstance(source, Tensor):
-            self._staging.copy(lambda start, piece: piece.copy_(source[start : start + len(piece)]), target)
-        else:
+        if isinstance(source, FilePart):
             file, origin = self._file(source.path), source.offset_bytes
-            self._staging.copy(lambda start, piece: file.read(origin + start, piece), target)
-
-    def _copy_at_once(self, source: Tensor | FilePart, target: Tensor) -> None:
-        if isinstance(source, Tensor):
-            target.copy_(source, non_blocking=True)
-        else:
-            self.read_to_host(source, target)
+            if self._staging is None:
+                file.read(origin, target)
+            else:
+                self._staging.copy(lambda start, piece: file.read(origin + start, piece), target)
+        elif self._staging is None:
+            target.copy_(source)
+        elif not self._host.copy_if_pinned(source, target):
+            self._staging.copy(lambda start, piece: piece.copy_(source[start : start + len(piece)]), target)
 
     def read_to_host(self, part: FilePart, target: Tensor) -> None:
         """Fill `target` (uint8, on the host)."""

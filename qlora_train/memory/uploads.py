@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ LEAST_BYTES = 4096
 
 @dataclass(frozen=True)
 class Staged:
-    """Tensors in host memory, about to be sent. buffer: None where they stay as they are."""
+    """Tensors in host memory, to be sent once. buffer: None where they stay as they are."""
 
     tensors: tuple[Tensor, ...]
     buffer: Tensor | None
@@ -33,10 +34,12 @@ class Staged:
 
 
 class Uploads:
-    """One thread stages, one sends. host: for the buffers."""
+    """Any threads stage and send, what each of them has staged being its own until it is sent: training's
+    batches are made ahead while those of an evaluation are. host: for the buffers."""
 
     def __init__(self, device: ComputeDevice, host: HostMemory) -> None:
         self._device, self._host = device, host
+        self._lock = Lock()
         self._buffers: list[Tensor] = []
         self._under_way: dict[int, Event] = {}
         """Address of a buffer -> when its copy is done."""
@@ -69,26 +72,29 @@ class Uploads:
         """The tensors on the device, their copy queued on the current stream."""
         if staged.buffer is None:
             return list(staged.tensors)
-        there = torch.empty(staged.num_bytes, dtype=torch.uint8, device=self._device.torch)
-        there.copy_(staged.buffer[: staged.num_bytes], non_blocking=True)
         address = staged.buffer.data_ptr()
-        self._under_way[address] = self._device.event()
-        self._staged.discard(address)
+        try:
+            there = torch.empty(staged.num_bytes, dtype=torch.uint8, device=self._device.torch)
+            there.copy_(staged.buffer[: staged.num_bytes], non_blocking=True)
+            self._under_way[address] = self._device.event()
+        finally:  # where there is no memory, the buffer serves again
+            self._staged.discard(address)
         return _parts_of(there, staged.tensors)
 
     def _free_buffer(self, num_bytes: int) -> Tensor:
         """One whose copy is done, at most four times too large; else a new one in place of a free one."""
-        free = [b for b in self._buffers if self._is_free(b)]
-        fitting = [b for b in free if num_bytes <= b.numel() <= 4 * num_bytes]
-        if fitting:
-            buffer = min(fitting, key=Tensor.numel)
-        else:
-            if free:
-                self._forget(free[0])
-            buffer = self._host.empty(num_bytes)
-            self._buffers.append(buffer)
-        self._staged.add(buffer.data_ptr())
-        return buffer
+        with self._lock:
+            free = [b for b in self._buffers if self._is_free(b)]
+            fitting = [b for b in free if num_bytes <= b.numel() <= 4 * num_bytes]
+            if fitting:
+                buffer = min(fitting, key=Tensor.numel)
+            else:
+                if free:
+                    self._forget(free[0])
+                buffer = self._host.empty(num_bytes)
+                self._buffers.append(buffer)
+            self._staged.add(buffer.data_ptr())
+            return buffer
 
     def _is_free(self, buffer: Tensor) -> bool:
         address = buffer.data_ptr()

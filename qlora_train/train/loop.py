@@ -20,11 +20,13 @@ from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.plan import largest_causes
+from qlora_train.memory.plan.time_model import step_time
 from qlora_train.memory.uploads import Uploads
 from qlora_train.model.adapter_files import save_adapter
 from qlora_train.train.batches import BatchesAhead
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
 from qlora_train.train.run_folder import RunFolder
@@ -85,6 +87,7 @@ class TrainLoop:
             seed=training.seed,
             on_tighter_plan=self._tighten,
         )
+        self._pace = Pace(self._decoder.device.description, prepared.host, STEPS_METERED)
         self._state = TrainState(
             data_fingerprint=prepared.train_data.fingerprint(),
             base_fingerprint=prepared.decoder.fingerprint,
@@ -203,11 +206,22 @@ class TrainLoop:
         predicted = self._prepared.plan.step_vram_bytes
         measured = self._meter.peak_bytes + self._optimizer.managed_bytes
         self._stop_metering()
-        self._plan_log.measured(measured)
+        device = self._decoder.device
+        reserved = device.peak_reserved_bytes if device.is_accelerator else None
+        self._plan_log.measured(measured, reserved)
         self._say(
             f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
             f"({measured / predicted - 1:+.1%})"
+            + ("" if reserved is None else f"; reserved by the allocator {reserved / 2**30:.2f} GiB")
         )
+
+    def _watch_pace(self, seconds: float) -> None:
+        """Whether steps take far longer than planned."""
+        plan = self._prepared.plan
+        planned_seconds = step_time(plan.workload, self.plan, plan.rates).total_seconds
+        line = self._pace.slow_line(seconds, planned_seconds)
+        if line is not None:
+            self._say(line)
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
@@ -224,6 +238,7 @@ class TrainLoop:
         outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
         self._state.step, self._state.data_position = step, step * self._rows_per_step
         seconds = time.monotonic() - started
+        self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
         return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
             "peak_bytes": meter.peak_bytes(self._decoder.device),

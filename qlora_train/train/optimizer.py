@@ -2,8 +2,13 @@
 
 `adamw` is torch's; the others are bitsandbytes': 32-bit or block-wise 8-bit state (Dettmers et al. 2022,
 arXiv:2110.02861), paged (in CUDA managed memory, moved to the host by the driver when the GPU runs full) or
-not. State per factor element: 8 bytes in 32 bits, 2 + 8/256 in 8 bits. Paging is a CUDA feature: elsewhere a
-paged optimizer is its plain twin.
+not. State per factor element: 8 bytes in 32 bits, 2 + 8/256 in 8 bits.
+
+Paging takes a driver that lets host and device touch managed memory at the same time. Elsewhere (Windows, WSL,
+some virtual GPUs) all of it moves to the device whenever a kernel starts, so nothing is paged, and a host that
+touches it while anything runs (a copy of the next layer's weights, say) ends the process: waiting before a
+checkpoint is written would not do, because those copies run on. So there, and on a CPU, a paged optimizer is
+its plain twin: the same numbers, the same checkpoints.
 
 Without a GPU the library unpacks 8-bit state of a whole tensor to fp32 to update it, 20 bytes per element
 beside the 12 that stay: 0.8 GB for an 8B model's factors at rank 16. So there the flat buffers are updated a
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.description import DeviceDescription
 from qlora_train.errors import RunFolderError
 from qlora_train.model.factors import FactorBuffers
 
@@ -34,6 +40,21 @@ _BITSANDBYTES = {
 _NOT_PAGED = {"paged_adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_32bit": bnb.optim.AdamW32bit}
 CPU_SLICE_ELEMENTS = 2**20  # whole blocks of 256
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
+
+
+def can_page(device: DeviceDescription) -> bool:
+    """Whether optimizer state may wait in managed memory there."""
+    return device.is_accelerator and device.has_concurrent_managed_access
+
+
+def paging_lines(name: str, device: DeviceDescription) -> list[str]:
+    """What is said of a paged optimizer that is not paged. name: of the recipe."""
+    if name not in _NOT_PAGED or can_page(device) or not device.is_accelerator:
+        return []
+    return [
+        f"training.optimizer: the state of {name} stays on the device, unpaged: this driver offers no "
+        "concurrent access to managed memory (none does under Windows and WSL, and on some virtual GPUs)"
+    ]
 
 
 class FlatOptimizer:
@@ -71,7 +92,7 @@ class FlatOptimizer:
         if name == "adamw":
             self._optimizer = torch.optim.AdamW(groups, **options)
         else:
-            classes = _BITSANDBYTES if device.is_accelerator else _BITSANDBYTES | _NOT_PAGED
+            classes = _BITSANDBYTES if can_page(device.description) else _BITSANDBYTES | _NOT_PAGED
             self._optimizer = classes[name](groups, **options)
 
     def step(self, learning_rate: float) -> None:

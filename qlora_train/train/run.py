@@ -14,6 +14,7 @@ from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.report import residency_lines
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
+from qlora_train.train.optimizer import paging_lines
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
@@ -44,7 +45,8 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
     folder.check(recipe, resume=resume)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     plan_log = PlanLog(folder.plan_file, writes=accelerator.is_main_process)
-    with ExitStack() as metering:
+    with ExitStack() as limits, ExitStack() as metering:
+        limits.callback(device.limit_allocator, None)  # a notebook goes on
         meter = metering.enter_context(DeviceMeter(device))
         prepared = prepare(
             recipe,
@@ -88,6 +90,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *residency_lines(prepared.execution),
+        *paging_lines(recipe.training.optimizer, decoder.device.description),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]

@@ -22,8 +22,9 @@ from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.load import load_base
-from qlora_train.memory.machine_plan import plan_here
+from qlora_train.memory.machine_plan import enforce_budget, plan_here
 from qlora_train.memory.packed_cache import cache_root
+from qlora_train.memory.plan.byte_model import managed_bytes
 from qlora_train.memory.plan.plan import Plan
 from qlora_train.memory.unpinned import host_memory_of_run
 from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
@@ -176,6 +177,9 @@ def load_model(
     """
     plan = plan_here(recipe, folder, dtype, device, most_documents)
     plan.require_fit()
+    enforce_budget(
+        device, plan.workload, recipe.memory.vram_bytes, managed_bytes=managed_bytes(plan.workload)
+    )
     execution = _agreed(choose(plan.execution))
     host = host_memory_of_run(plan, execution, device, say)
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
@@ -185,6 +189,7 @@ def load_model(
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
+    device.release_cached()  # what loading and packing took would stay beside other sizes
     return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
 
 

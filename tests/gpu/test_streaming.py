@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
-from qlora_train.memory.meter import make_workspaces
+from qlora_train.device.context import make_workspaces
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens

@@ -127,6 +127,12 @@ def optimizer_state_bytes(workload: Workload) -> int:
     )
 
 
+def managed_bytes(workload: Workload) -> int:
+    """Of that, what paged optimizers keep in managed memory, which is not torch's allocator's."""
+    pages = workload.on_accelerator and workload.target.has_concurrent_managed_access
+    return optimizer_state_bytes(workload) if pages and workload.optimizer.startswith("paged_") else 0
+
+
 def optimizer_scratch_bytes(workload: Workload) -> int:
     """torch's AdamW makes a denominator of its own, from a square root; bitsandbytes' updates in place."""
     return 8 * max(_learning_rate_groups(workload)) if workload.optimizer == "adamw" else 0

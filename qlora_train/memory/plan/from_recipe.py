@@ -7,8 +7,6 @@ without one: a card is asked through nvidia-smi, or is only a size.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,12 @@ from pathlib import Path
 import psutil
 
 from qlora_train.device.description import CPU, Capability, DeviceDescription, planned_gpu
+from qlora_train.device.driver import ask_nvidia_smi
 from qlora_train.memory.cache_key import PackingKey, cache_root, packed_folder
 from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.memory.plan.host_bytes import HostBudget
 from qlora_train.memory.plan.model_shape import ModelShape, find_base_folder, find_shape
-from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
+from qlora_train.memory.plan.plan import Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
 from qlora_train.memory.plan.time_model import Rates, stated_rates
 from qlora_train.memory.plan.workload import dtype_of, workload_of
@@ -80,7 +79,7 @@ def device_budget(
     if vram_bytes is not None:
         return vram_bytes
     share = _SHARE_OF_FREE_VRAM if device.is_accelerator else _SHARE_OF_FREE_RAM
-    return int(free_bytes * share) + (CONTEXT_BYTES if has_context else 0)
+    return int(free_bytes * share) + (device.context_bytes if has_context else 0)
 
 
 @dataclass(frozen=True)
@@ -110,19 +109,11 @@ def plan_command(recipe: Recipe) -> tuple[Plan, str]:
 
 def find_card() -> Card | None:
     """The first GPU, if the driver's tool is here and finds one."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=name,memory.free,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    found = re.fullmatch(r"(.+), (\d+), (\d+)\.(\d+)", done.stdout.partition("\n")[0].strip())
-    if done.returncode != 0 or found is None:
-        return None
-    name, free_mib, major, minor = found.groups()
-    return Card(name, int(free_mib) * 2**20, (int(major), int(minor)))
+    for name, free_mib, capability in ask_nvidia_smi("name", "memory.free", "compute_cap")[:1]:
+        found = re.fullmatch(r"(\d+) (\d+)\.(\d+)", f"{free_mib} {capability}")
+        if found is not None:
+            return Card(name, int(found[1]) * 2**20, (int(found[2]), int(found[3])))
+    return None
 
 
 def _multiplies_bfloat16() -> bool:

@@ -24,8 +24,6 @@ from qlora_train.memory.plan.time_model import Rates, StepTime
 from qlora_train.memory.plan.workload import Workload
 
 CONTEXT = "CUDA context"
-CONTEXT_BYTES = 450 * 2**20
-"""What a CUDA context takes with the kernels that are loaded into it, outside torch's allocator."""
 WORKSPACES = "cuBLAS workspaces"
 FRAGMENTATION = 0.02
 """Share of a GPU's budget left to the allocator's rounding."""
@@ -35,7 +33,7 @@ PINNED = "pinned: "
 def context_parts(workload: Workload) -> Bytes:
     """What is on the device besides tensors, by cause."""
     parts = {
-        CONTEXT: CONTEXT_BYTES if workload.on_accelerator else 0,
+        CONTEXT: workload.target.context_bytes,
         WORKSPACES: workload.target.workspace_bytes(deterministic=workload.deterministic),
     }
     return {cause: num_bytes for cause, num_bytes in parts.items() if num_bytes}

@@ -137,7 +137,7 @@ def test_workspaces_of_this_gpu() -> None:
     import sys
 
     program = (
-        "import torch; from qlora_train.memory.meter import make_workspaces\n"
+        "import torch; from qlora_train.device.context import make_workspaces\n"
         "device = torch.device('cuda', 0); make_workspaces(device)\n"
         "print(torch.cuda.memory_allocated(device))"
     )

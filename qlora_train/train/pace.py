@@ -1,0 +1,59 @@
+"""Whether steps take far longer than the plan says, and what that is likely to come from. Said once.
+
+The plan's seconds follow from rates that were measured on this machine (memory/plan/time_model.py), so a
+factor of three is not their error. Short steps are left out: what the host takes to queue a kernel, some
+microseconds each, is not in the plan.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from statistics import median
+
+from qlora_train.device.description import DeviceDescription
+from qlora_train.memory.host_memory import HostMemory
+from qlora_train.memory.plan.plan import duration, gib
+
+STEPS_LOOKED_AT = 5
+SLOW_FACTOR = 3.0
+LEAST_SECONDS_LOST = 2.0
+
+
+class Pace:
+    def __init__(self, device: DeviceDescription, host: HostMemory, num_steps_left_out: int) -> None:
+        """host: of the run, which knows what could not be pinned. num_steps_left_out: the first ones, which
+        load kernels and are metered."""
+        self._device, self._host, self._num_left_out = device, host, num_steps_left_out
+        self._seconds: list[float] = []
+
+    def slow_line(self, seconds: float, planned_seconds: float) -> str | None:
+        """Takes the seconds of a step. After a few of them, once, a line if their median is far above what was
+        planned; else None."""
+        if self._num_left_out > 0:
+            self._num_left_out -= 1
+            return None
+        if len(self._seconds) == STEPS_LOOKED_AT:
+            return None
+        self._seconds.append(seconds)
+        typical = median(self._seconds)
+        is_slow = typical > max(SLOW_FACTOR * planned_seconds, planned_seconds + LEAST_SECONDS_LOST)
+        if len(self._seconds) < STEPS_LOOKED_AT or not is_slow:
+            return None
+        return (
+            f"a step takes {duration(typical)}, {typical / planned_seconds:.1f} times what was planned "
+            f"({duration(planned_seconds)}). Likely: {'; '.join(self._causes())}"
+        )
+
+    def _causes(self) -> list[str]:
+        if not self._device.is_accelerator:
+            return ["other processes on this CPU", "memory that the system swaps out"]
+        causes = []
+        if self._host.num_unpinned_bytes:
+            causes.append(f"copies from {gib(self._host.num_unpinned_bytes)} of RAM that could not be pinned")
+        if sys.platform == "win32" or "microsoft" in platform.release().lower():
+            causes.append(
+                "the driver moves device memory into system memory (Windows, WSL; switch its sysmem fallback "
+                "off, or lower memory.vram)"
+            )
+        return [*causes, "another process on the device", "a device that is hot and has lowered its clocks"]
