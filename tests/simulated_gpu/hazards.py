@@ -15,6 +15,7 @@ Host threads share one clock, which can hide a wait that is missing between two 
 from __future__ import annotations
 
 import ctypes
+import weakref
 import zlib
 from typing import NamedTuple
 
@@ -49,9 +50,12 @@ class _Access:
 
 
 class _Source(NamedTuple):
-    """Pinned memory that a queued copy reads, with the checksum that it had when that was queued."""
+    """Pinned memory that a queued copy reads, with the checksum that it had when that was queued. It is not
+    kept alive: that it goes too early is what `unpin` sees."""
 
-    tensor: torch.Tensor
+    storage: weakref.ref[torch.UntypedStorage]
+    address: int
+    num_bytes: int
     checksum: int
     stream: int
     time: int
@@ -130,7 +134,15 @@ class Hazards:
     def watch_source(self, tensor: torch.Tensor, stream: int, clock: Clock) -> None:
         """A copy from pinned memory was queued: until the host has waited, its bytes must stay."""
         self._sources.append(
-            _Source(tensor, _checksum(tensor), stream, clock.get(stream, 0), places.caller())
+            _Source(
+                weakref.ref(tensor.untyped_storage()),
+                tensor.data_ptr(),
+                tensor.nbytes,
+                _checksum(tensor.data_ptr(), tensor.nbytes),
+                stream,
+                clock.get(stream, 0),
+                places.caller(),
+            )
         )
 
     def check_sources(self, overwritten: torch.Tensor | None = None) -> None:
@@ -138,9 +150,11 @@ class Hazards:
         let go."""
         kept = []
         for source in self._sources:
-            if overwritten is not None and not _overlap(overwritten, source.tensor):
+            if source.storage() is None:
+                continue
+            if overwritten is not None and not _overlap(overwritten, source):
                 kept.append(source)
-            elif _checksum(source.tensor) != source.checksum:
+            elif _checksum(source.address, source.num_bytes) != source.checksum:
                 self.report(
                     f"pinned memory was written by the host while the copy from it (stream {source.stream}, "
                     f"{places.words(source.place)}) was not waited for"
@@ -159,9 +173,10 @@ def _verb(access: _Access) -> str:
     return "write" if access.writes else "read"
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+def _checksum(address: int, num_bytes: int) -> int:
+    return zlib.crc32((ctypes.c_char * num_bytes).from_address(address))
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+def _overlap(tensor: torch.Tensor, source: _Source) -> bool:
+    low, high = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    return low < source.address + source.num_bytes and source.address < high

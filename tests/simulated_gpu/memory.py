@@ -146,13 +146,30 @@ class Device:
 
 
 def _free(simulation: Simulation, device: Device, block: Block, address: int, owner: Stream) -> None:
-    """When a storage goes. What is still queued reads what is nobody's, and writes where nobody reads."""
+    """When a storage goes. Whoever is next overwrites it, in the owner's order: what is queued on other streams
+    then reads what is nobody's, and writes where nobody reads."""
     with simulation.lock:
         device.allocator.free(block)
         simulation.hazards.free(address, owner.stream_id, owner.clock)
         memory = simulation.host_memory.pop(address, None)
-        if memory is not None and any(stream.is_behind for stream in simulation.streams):
+        if memory is None or not any(stream.is_behind for stream in simulation.streams):
+            return
+        if owner.is_behind:
+            owner.add(_Overwrite(memory))
+        else:
             memory.fill_(POISON)
+
+
+class _Overwrite:
+    """Queued: memory that nobody owns any more gets other contents."""
+
+    __slots__ = ("_memory",)
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+
+    def __call__(self) -> None:
+        self._memory.fill_(POISON)
 
 
 def device_tensor(value: object) -> TypeGuard[Tensor]:
