@@ -20,8 +20,8 @@ VIRTUAL_MEMORY_MANAGEMENT = 102
 """CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: memory can be mapped behind what there is, which
 expandable segments do; some virtual GPUs cannot."""
 CONCURRENT_MANAGED_ACCESS = 89
-"""CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS: host and device may touch managed memory at the same time, and
-it moves page by page. Not so under Windows and WSL, and on some virtual GPUs."""
+"""CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS: host and device may touch managed memory at the same time,
+and it moves page by page. Not so under Windows and WSL, and on some virtual GPUs."""
 _SMI_SECONDS = 5
 
 

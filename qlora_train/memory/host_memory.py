@@ -35,7 +35,9 @@ class HostMemory:
     """Hands out buffers of exact size, pinned for `device` where it is an accelerator. Any thread may ask for
     one; borrowing and giving back is for one thread."""
 
-    def __init__(self, device: ComputeDevice, *, refused: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, device: ComputeDevice, *, refused: Callable[[HostMemory], None] = lambda host: None
+    ) -> None:
         """refused: called once, when a buffer stays pageable for the first time."""
         self._device, self._refused = device, refused
         self._was_refused = False
@@ -65,7 +67,7 @@ class HostMemory:
         weakref.finalize(buffer.untyped_storage(), self._alive.remove, num_bytes, buffer.data_ptr())
         if self.num_unpinned_bytes and not self._was_refused:
             self._was_refused = True
-            self._refused()
+            self._refused(self)
         return buffer
 
     def is_pinned(self, tensor: Tensor) -> bool:

@@ -29,8 +29,8 @@ from qlora_train.recipe import Recipe
 def plan_here(
     recipe: Recipe, folder: Path, dtype: torch.dtype, device: ComputeDevice, most_documents: int
 ) -> Plan:
-    """The plan of a run, with no limit set. recipe: with the compute dtype resolved to `dtype`. folder: the base's.
-    most_documents: in any micro-batch. See `Plan.require_fit`."""
+    """The plan of a run, with no limit set. recipe: with the compute dtype resolved to `dtype`. folder: the
+    base's. most_documents: in any micro-batch. See `Plan.require_fit`."""
     device.limit_allocator(None)  # an earlier run's in this process
     return plan_recipe(
         recipe,
@@ -52,8 +52,8 @@ def plan_generation_here(
     vram_bytes: int | None,
     weights: WeightsChoice,
 ) -> GenerationPlan:
-    """The plan of generation, with no limit set. workload: the model, its packing and factors. vram_bytes: the budget; None:
-    what is free. weights: `memory.weights`. See `GenerationPlan.require_fit`."""
+    """The plan of generation, with no limit set. workload: the model, its packing and factors. vram_bytes:
+    the budget; None: what is free. weights: `memory.weights`. See `GenerationPlan.require_fit`."""
     device.limit_allocator(None)
     budget_bytes = device_budget(
         device.description, device.free_bytes, vram_bytes, has_context=device.is_accelerator
@@ -64,10 +64,16 @@ def plan_generation_here(
 def enforce_budget(
     device: ComputeDevice, workload: Workload, vram_bytes: int | None, *, managed_bytes: int = 0
 ) -> None:
-    """Hold torch's allocator to the budget: what vram_bytes leaves beside the context and managed memory;
-    None: all that is free now, more than the plan was made for, since some of it was left to others."""
+    """Hold torch's allocator to the budget, before the base is loaded: to what vram_bytes leaves beside the
+    context and managed memory. None: to all that is free now, more than the plan was made for, since some of
+    it was left to others. What this process had on the device before (a notebook's tensors) comes on top."""
+    if not device.is_accelerator:
+        return
     device.release_cached()
     if vram_bytes is None:
-        device.limit_allocator(device.free_bytes + device.reserved_bytes if device.is_accelerator else None)
-    else:
-        device.limit_allocator(vram_bytes - workload.target.context_bytes - managed_bytes)
+        device.limit_allocator(device.reserved_bytes + device.free_bytes)
+        return
+    workspace_bytes = workload.target.workspace_bytes(deterministic=workload.deterministic)
+    there_before = max(0, device.reserved_bytes - workspace_bytes)
+    room = vram_bytes - workload.target.context_bytes - managed_bytes
+    device.limit_allocator(there_before + room)

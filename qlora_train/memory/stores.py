@@ -5,7 +5,8 @@
                       next is read; without a GPU straight into the slot
 
 RAM that the system refused to pin goes through the pieces too: the host copies what the driver would have
-copied, but waits only for a piece, and the device is never asked to wait for the host.
+copied, but waits only for a piece, and the device is never asked to wait for the host. Where not even they
+are pinned, the driver copies.
 
 Files are read in large parts past the page cache (disk_file.py). A memory map would page-fault 4 KB at a
 time, and every page it touched would count as this process's memory.
@@ -70,7 +71,11 @@ class ItemReader:
                 self._staging.copy(lambda start, piece: file.read(origin + start, piece), target)
         elif self._staging is None:
             target.copy_(source)
-        elif not self._host.copy_if_pinned(source, target):
+        elif self._host.copy_if_pinned(source, target):
+            return
+        elif not self._staging.is_pinned:
+            target.copy_(source, non_blocking=True)
+        else:
             self._staging.copy(lambda start, piece: piece.copy_(source[start : start + len(piece)]), target)
 
     def read_to_host(self, part: FilePart, target: Tensor) -> None:
@@ -94,6 +99,7 @@ class _Staging:
         self._device = device
         self._pieces = [host.empty(STAGING_BYTES) for _ in range(2)]
         self._copied: list[Event | None] = [None, None]
+        self.is_pinned = all(host.is_pinned(piece) for piece in self._pieces)
 
     def copy(self, fill: Callable[[int, Tensor], object], target: Tensor) -> None:
         """fill(start, piece): write the target's bytes from `start` on into a piece of host memory."""

@@ -1,8 +1,9 @@
 """What it costs where the system refuses to pin host memory: measured, and said once.
 
-Training goes on (host_memory.py). Copies from pageable pages pass through a buffer of the driver: a half to a
-sixth of the bus's rate. The plan was made with the rate of pinned pages; the same time model with the rate
-that is measured now says what the difference is.
+Training goes on (host_memory.py). Weights are copied through pinned pieces (stores.py), or, where nothing can
+be pinned, by the driver through a buffer of its own: a half to a sixth of the bus's rate. The plan was made
+with the rate of pinned pages; the same time model with the rate that is measured now says what the difference
+is, if all copies were to run at it. At the first refusal nobody knows how many will be, so that is the most.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.measured_rates import copy_rate
+from qlora_train.memory.measured_rates import fastest_seconds
 from qlora_train.memory.plan.generation import GenerationPlan
 from qlora_train.memory.plan.plan import Plan, duration
 from qlora_train.memory.plan.time_model import stated_rates, step_time
+from qlora_train.memory.stores import ItemReader
 
 _TIMED_BYTES = 16 * 2**20  # little: the device may be nearly full
 _LEAST_LOSS = 0.05
@@ -38,8 +40,8 @@ def host_memory_of_run(
         rates = replace(plan.rates, copy=copy_bytes_per_second)
         return step_time(plan.workload, execution, rates).total_seconds
 
-    def refused() -> None:
-        say(refusal_line(device, plan.rates.copy, step_seconds, "step"))
+    def refused(host: HostMemory) -> None:
+        say(refusal_line(device, host, plan.rates.copy, step_seconds, "step"))
 
     return HostMemory(device, refused=refused)
 
@@ -54,15 +56,22 @@ def host_memory_of_generation(
     def token_seconds(copy_bytes_per_second: float) -> float:
         return plan.copied_bytes_per_token / copy_bytes_per_second
 
-    return HostMemory(device, refused=lambda: say(refusal_line(device, stated, token_seconds, "token")))
+    def refused(host: HostMemory) -> None:
+        say(refusal_line(device, host, stated, token_seconds, "token"))
+
+    return HostMemory(device, refused=refused)
 
 
 def refusal_line(
-    device: ComputeDevice, planned_rate: float, seconds_at: Callable[[float], float], unit: str
+    device: ComputeDevice,
+    host: HostMemory,
+    planned_rate: float,
+    seconds_at: Callable[[float], float],
+    unit: str,
 ) -> str:
     """That pinning was refused, the rate measured now against the planned one (bytes/s), and what that costs
     per `unit` of work, which takes seconds_at(rate)."""
-    rate = copy_rate(device, torch.zeros(_TIMED_BYTES, dtype=torch.uint8))
+    rate = _rate_of_unpinned(device, host)
     told = (
         f"the system refused to pin memory (ulimit -l: {_locked_limit()}); "
         f"copies run at {rate / 1e9:.1f} GB/s"
@@ -70,7 +79,15 @@ def refusal_line(
     if rate > (1 - _LEAST_LOSS) * planned_rate:
         return f"{told}, with which the plan has reckoned"
     more_seconds = seconds_at(rate) - seconds_at(planned_rate)
-    return f"{told} instead of {planned_rate / 1e9:.1f} GB/s: about {duration(more_seconds)} more per {unit}"
+    return f"{told} instead of {planned_rate / 1e9:.1f} GB/s: up to {duration(more_seconds)} more per {unit}"
+
+
+def _rate_of_unpinned(device: ComputeDevice, host: HostMemory) -> float:
+    """Bytes per second of weights that wait in pageable RAM."""
+    weights = torch.zeros(_TIMED_BYTES, dtype=torch.uint8)
+    there = torch.empty_like(weights, device=device.torch)
+    reader = ItemReader(device, host)
+    return _TIMED_BYTES / fastest_seconds(device, lambda: reader.copy(weights, there))
 
 
 def _locked_limit() -> str:

@@ -28,8 +28,8 @@ class Pace:
         self._seconds: list[float] = []
 
     def slow_line(self, seconds: float, planned_seconds: float) -> str | None:
-        """Takes the seconds of a step. After a few of them, once, a line if their median is far above what was
-        planned; else None."""
+        """Takes the seconds of a step. After a few of them, once, a line if their median is far above what
+        was planned; else None."""
         if self._num_left_out > 0:
             self._num_left_out -= 1
             return None

@@ -51,8 +51,8 @@ class PlanLog:
         self._write()
 
     def measured(self, step_bytes: int, reserved_bytes: int | None) -> None:
-        """Peaks of the first steps on the device: of tensors, and of what the allocator held of it, workspaces
-        and holes included; None on the CPU."""
+        """Peaks of the first steps on the device: of tensors, and of what the allocator held of it,
+        workspaces and holes included; None on the CPU."""
         self._content["measured_step_vram_bytes"] = step_bytes
         self._content["measured_step_reserved_bytes"] = reserved_bytes
         self._write()

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from tiny_models import NF4, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.context import make_workspaces
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
-from qlora_train.device.context import make_workspaces
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens

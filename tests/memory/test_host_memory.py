@@ -5,23 +5,24 @@ from __future__ import annotations
 import gc
 import mmap
 import random
+import threading
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from simulated_gpu.fixture import SimulatedGpu
 from torch import Tensor
 
-from qlora_train.memory.host_memory import CudaPinning, HostMemory
+from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.meter import DeviceMeter
 
 MIB = 2**20
-CPU = torch.device("cpu")
 
 
 def host_memory() -> HostMemory:
-    return HostMemory(CPU)
+    return HostMemory(THE_CPU)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 7, mmap.PAGESIZE, mmap.PAGESIZE + 1, 3 * MIB + 5])
@@ -134,7 +135,7 @@ def test_steps_of_like_sizes_use_the_same_buffers(spread: float) -> None:
 
 def test_the_meter_of_the_device_does_not_see_it() -> None:
     host = host_memory()
-    with DeviceMeter("cpu") as meter:
+    with DeviceMeter(THE_CPU) as meter:
         buffer = host.borrow(MIB)
         view = buffer[: MIB // 2].view(torch.float32).view(-1, 64)
         host.give_back(buffer)
@@ -142,28 +143,6 @@ def test_the_meter_of_the_device_does_not_see_it() -> None:
         other.copy_(buffer)
         assert meter.peak_bytes == 0 and host.num_bytes == 2 * MIB
     assert view is not None
-
-
-class FakePinning:
-    """Stands for the CUDA runtime: pins until it refuses."""
-
-    def __init__(self, refuse_after: int) -> None:
-        self.refuse_after = refuse_after
-        self.pinned: dict[int, int] = {}
-        self.num_asked = 0
-        self.unmapped_too_early: list[int] = []
-
-    def pin(self, buffer: Tensor) -> bool:
-        self.num_asked += 1
-        if self.num_asked > self.refuse_after:
-            return False
-        self.pinned[buffer.data_ptr()] = buffer.numel()
-        return True
-
-    def unpin(self, address: int) -> None:
-        del self.pinned[address]
-        if not is_mapped(address):
-            self.unmapped_too_early.append(address)
 
 
 def is_mapped(address: int) -> bool:
@@ -175,73 +154,144 @@ def is_mapped(address: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_a_buffer_is_pinned_and_released_while_it_is_still_there() -> None:
-    cuda = FakePinning(refuse_after=100)
-    host = HostMemory(CPU, pinning=cuda)
+def test_a_buffer_is_pinned_and_released_while_it_is_still_there(
+    simulated_gpu: SimulatedGpu, sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unmapped_too_early: list[int] = []
+    unpin = ComputeDevice.unpin
+
+    def watched(device: ComputeDevice, address: int) -> None:
+        if not is_mapped(address):
+            unmapped_too_early.append(address)
+        unpin(device, address)
+
+    monkeypatch.setattr(ComputeDevice, "unpin", watched)
+    host = HostMemory(sim)
     a, b = host.empty(5 * MIB + 1), host.borrow(MIB)
-    assert cuda.pinned == {a.data_ptr(): 5 * MIB + 1, b.data_ptr(): MIB}
+    assert simulated_gpu.pinned_bytes == 6 * MIB + 1  # the exact size
+    assert host.is_pinned(a) and host.is_pinned(b[10:20]) and not host.is_pinned(torch.zeros(10))
     saved = (a[: 4 * MIB].view(torch.float32).requires_grad_() ** 2).sum()
     del a
-    assert len(cuda.pinned) == 2
+    assert simulated_gpu.pinned_bytes == 6 * MIB + 1
     del saved
-    assert list(cuda.pinned.values()) == [MIB]
+    assert simulated_gpu.pinned_bytes == MIB
     host.give_back(b)
     del b
-    assert host.borrow(2 * MIB).data_ptr() in cuda.pinned  # the useless spare has gone
-    assert cuda.pinned == {} and cuda.unmapped_too_early == []
-    assert host.pinned and host.num_bytes == 0
+    assert host.is_pinned(host.borrow(2 * MIB))  # the useless spare has gone
+    assert simulated_gpu.pinned_bytes == 0 == host.num_bytes and unmapped_too_early == []
 
 
-def test_where_the_system_refuses_buffers_stay_pageable_and_it_is_said_once() -> None:
-    cuda, said = FakePinning(refuse_after=1), []
-    host = HostMemory(CPU, pinning=cuda, refused=lambda: said.append(host.pinned))
+def test_a_refusal_is_of_one_buffer_and_said_once(simulated_gpu: SimulatedGpu, sim: ComputeDevice) -> None:
+    said: list[int] = []
+    host = HostMemory(sim, refused=lambda host: said.append(host.num_unpinned_bytes))
     first = host.empty(MIB)
-    assert host.pinned and said == []
-    second, third = host.empty(MIB), host.empty(MIB)
-    assert not host.pinned and cuda.num_asked == 2  # asked once more, then no longer
-    assert said == [False]
-    second.fill_(1), third.fill_(2)
-    assert list(cuda.pinned) == [first.data_ptr()] and host.num_bytes == 3 * MIB
-    del first, second, third
-    assert cuda.pinned == {} and host.num_bytes == 0
+    assert said == []
+    simulated_gpu.refuse_pinning(blocks={1, 3})
+    second, third, fourth = host.empty(5), host.empty(6), host.empty(7)
+    assert said == [5] and host.num_unpinned_bytes == 12
+    assert [host.is_pinned(buffer) for buffer in (first, second, third, fourth)] == [True, False, True, False]
+    second.fill_(1), fourth.fill_(2)  # as usable as others
+    torch.zeros(2, device=sim.torch).add_(1)  # a refusal leaves no error behind for the next kernel
+    del second, fourth
+    assert host.num_unpinned_bytes == 0 and simulated_gpu.pinned_bytes == MIB + 6
 
 
-class Runtime:
-    """The two functions of torch.cuda.cudart() that pinning calls."""
+def test_weights_give_way_the_last_first_to_what_cannot_be_copied_in_pieces(
+    simulated_gpu: SimulatedGpu, sim: ComputeDevice
+) -> None:
+    said: list[bool] = []
+    host = HostMemory(sim, refused=lambda host: said.append(True))
+    simulated_gpu.refuse_pinning(beyond_bytes=10 * MIB)
+    weights = [host.empty(4 * MIB, gives_way=True) for _ in range(3)]
+    assert [host.is_pinned(w) for w in weights] == [True, True, False] and said == [True]
+    small = host.empty(MIB)
+    assert host.is_pinned(small) and host.is_pinned(weights[1])  # there was room for it
+    staging = host.empty(3 * MIB)
+    assert host.is_pinned(staging)
+    assert [host.is_pinned(w) for w in weights] == [True, False, False]
+    assert host.num_unpinned_bytes == 8 * MIB and said == [True]
+    del staging, small
+    assert host.is_pinned(host.borrow(6 * MIB)) and host.is_pinned(weights[0])
+    hopeless = host.empty(11 * MIB)
+    assert not host.is_pinned(hopeless) and not any(map(host.is_pinned, weights))
+    del weights, hopeless
+    assert host.num_unpinned_bytes == 0 == simulated_gpu.pinned_bytes
 
-    def __init__(self, error: int) -> None:
-        self.error, self.calls = error, list[tuple[str, int]]()
 
-    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
-        assert flags == 0
-        self.calls.append(("register", num_bytes))
-        return self.error
+def test_pages_are_not_unpinned_under_a_copy(simulated_gpu: SimulatedGpu, sim: ComputeDevice) -> None:
+    """The copy is queued on a side stream, where it is late; who unpins waits for it."""
+    host, stream = HostMemory(sim), sim.side_stream()
+    simulated_gpu.refuse_pinning(beyond_bytes=MIB)
+    weights = host.empty(MIB, gives_way=True)
+    weights.fill_(7)
+    slot = torch.zeros(MIB, dtype=torch.uint8, device=sim.torch)
+    stream.wait_stream(sim.current_stream())
+    with sim.on(stream):
+        assert host.copy_if_pinned(weights[:1000], slot[:1000])
+    parked = host.empty(100)
+    assert host.is_pinned(parked) and not host.is_pinned(weights)
+    weights.fill_(9)  # too late to reach the slot
+    with sim.on(stream):
+        assert not host.copy_if_pinned(weights, slot)
+    sim.current_stream().wait_stream(stream)
+    assert slot[:1000].cpu().unique().tolist() == [7]
 
-    def cudaHostUnregister(self, address: int) -> int:
-        self.calls.append(("unregister", address))
-        return 0
+
+def test_nothing_is_unpinned_between_the_question_and_the_copy(
+    simulated_gpu: SimulatedGpu, sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, made = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    class Hesitating(HostMemory):
+        def is_pinned(self, tensor: Tensor) -> bool:
+            answer = super().is_pinned(tensor)
+            asked.set()
+            made.wait(0.3)  # time for another thread to unpin, if it can
+            order.append("copy")
+            return answer
+
+    unpin = ComputeDevice.unpin
+    monkeypatch.setattr(
+        ComputeDevice, "unpin", lambda device, address: (order.append("unpin"), unpin(device, address))
+    )
+    host = Hesitating(sim)
+    simulated_gpu.refuse_pinning(beyond_bytes=4096)
+    weights, slot = host.empty(4096, gives_way=True), torch.zeros(4096, dtype=torch.uint8, device=sim.torch)
+    parked: list[Tensor] = []
+
+    def park() -> None:
+        asked.wait(30)
+        parked.append(host.empty(100))
+        made.set()
+
+    other = threading.Thread(target=park)
+    other.start()
+    assert host.copy_if_pinned(weights, slot)
+    other.join()
+    assert order == ["copy", "unpin"] and simulated_gpu.pinned_bytes == 100
 
 
-@pytest.mark.parametrize("error", [0, 2])
-def test_cuda_is_asked_for_the_exact_size(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refusal is followed by a launch on the device that takes the runtime's error away."""
-    runtime = Runtime(error)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    host = HostMemory(CPU, pinning=CudaPinning(CPU))
-    with DeviceMeter(CPU) as meter:
-        buffer = host.empty(5 * MIB + 1)
-    address = buffer.data_ptr()
-    assert host.pinned == (error == 0) and (meter.peak_bytes > 0) == (error != 0)
+def test_a_spare_that_makes_room_is_not_freed_under_a_copy(
+    simulated_gpu: SimulatedGpu, sim: ComputeDevice
+) -> None:
+    host, stream = HostMemory(sim), sim.side_stream()
+    buffer, there = host.borrow(1000), torch.zeros(1000, dtype=torch.uint8, device=sim.torch)
+    buffer.fill_(3)
+    stream.wait_stream(sim.current_stream())
+    with sim.on(stream):
+        there.copy_(buffer, non_blocking=True)
+    host.give_back(buffer)
     del buffer
-    released = [("unregister", address)] if error == 0 else []
-    assert runtime.calls == [("register", 5 * MIB + 1), *released]
+    assert len(host.borrow(5000)) == 5000 == simulated_gpu.pinned_bytes
+    sim.current_stream().wait_stream(stream)
+    assert there.cpu().unique().tolist() == [3]
 
 
-def test_without_a_gpu_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace())
+def test_without_a_gpu_nothing_is_pinned(simulated_gpu: SimulatedGpu) -> None:
     host = host_memory()
     buffer = host.empty(10)
-    assert host.pinned and len(buffer) == 10
+    assert not host.is_pinned(buffer) and host.num_unpinned_bytes == 0 == simulated_gpu.pinned_bytes
 
 
 def test_spare_buffers_go_with_their_host_memory() -> None:

@@ -6,9 +6,8 @@ steps with the weights on the device and streamed, in turns.
     budget    one training setup: the plan's bytes against the allocator's, seconds, bytes read
     streamed  two of them in one process, resident and streamed from RAM, all else equal, steps in turns
 
-A budget is enforced: the allocator, from which the libraries take their workspaces too, may take what the
-budget leaves beside the CUDA context (plan.CONTEXT_BYTES), and fails beyond it as it would on a smaller card.
-What the context really takes here is measured too: another card's is another.
+A budget is enforced, as in every run (memory/machine_plan.py): the allocator fails beyond it as it would on a
+smaller card. What the context really takes here is recorded too: another card's is another.
 
 Data are random tokens, every row one document that fills its bin: the most that any data take.
 """
@@ -30,13 +29,14 @@ from accelerate import Accelerator
 from qlora_train.bench.process import answer
 from qlora_train.bench.random_base import make_random_base, write_config
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.context import make_workspaces
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.execution import ExecutionPlan, Place
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.measured_rates import rates_of
-from qlora_train.memory.meter import DeviceMeter, make_workspaces
+from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.packed_cache import cache_root
-from qlora_train.memory.plan.plan import CONTEXT_BYTES, Plan
+from qlora_train.memory.plan.plan import Plan
 from qlora_train.memory.plan.report import residency_lines
 from qlora_train.memory.streaming import StreamedWeights
 from qlora_train.model.base import read_config
@@ -206,7 +206,7 @@ def random_batches(recipe: Recipe, vocabulary: int, device: torch.device) -> lis
 def _budget(recipe: Recipe, num_steps: int) -> dict[str, Any]:
     accelerator = make_accelerator(recipe)
     device = find_device(accelerator.device)
-    opened = open_device(device, recipe.memory.vram_bytes)
+    opened = open_device(device)
     rates_of(
         device, resolve_dtype(recipe.model.compute_dtype, device.description), cache_root()
     )  # its own peak is another
@@ -258,7 +258,7 @@ def _budget(recipe: Recipe, num_steps: int) -> dict[str, Any]:
 def _streamed(recipe: Recipe, num_steps: int) -> dict[str, Any]:
     """The recipe's own plan, everything resident, beside the same plan with everything in RAM."""
     accelerator = make_accelerator(recipe)
-    open_device(find_device(accelerator.device), None)
+    open_device(find_device(accelerator.device))
     resident = Trainer.of(recipe, accelerator, lambda execution: replace(execution, num_groups=1))
     assert not resident.execution.streams, "the resident side is to be resident"
     streamed = Trainer.of(recipe, accelerator, lambda _: _all_in_ram(resident.execution))
@@ -306,15 +306,18 @@ def _difference(one: Trainer, other: Trainer) -> float:
     return float((a - b).abs().amax() / a.abs().amax())
 
 
-def open_device(device: ComputeDevice, budget_bytes: int | None) -> dict[str, int]:
-    """Make the context and the workspaces, and hold the allocator to the budget. Empty without CUDA."""
+def open_device(device: ComputeDevice) -> dict[str, int]:
+    """Make the workspaces; what is held beside the allocator's memory, by all processes, and by this one as
+    it was measured. Empty without CUDA."""
     if not device.is_accelerator:
         return {}
     total_bytes = device.total_bytes
-    opened = {"device_total_bytes": total_bytes, "context_bytes": total_bytes - device.free_bytes}
-    if budget_bytes is not None:
-        opened["limit_bytes"] = budget_bytes - CONTEXT_BYTES
-        device.limit_allocator(opened["limit_bytes"])
+    context_bytes = total_bytes - device.free_bytes - device.reserved_bytes
+    opened = {
+        "device_total_bytes": total_bytes,
+        "context_bytes": context_bytes,
+        "measured_context_bytes": device.description.context_bytes,
+    }
     make_workspaces(device)
     return opened | {"workspace_bytes": device.allocated_bytes}
 

@@ -16,7 +16,7 @@ from qlora_train.memory.plan.byte_walk import step_peak
 from qlora_train.memory.plan.from_recipe import Card, find_card, plan_recipe
 from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
-from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
+from qlora_train.memory.plan.plan import Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
 from qlora_train.memory.plan.time_model import Rates, stated_rates, step_time
 from qlora_train.memory.plan.workload import _targets, workload_of
@@ -215,7 +215,7 @@ def test_a_recipe_becomes_a_plan_for_a_device() -> None:
     free = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), GPU, 10 * GIB)
     assert free.budget_bytes == int(9.5 * GIB)
     with_context = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), GPU, 10 * GIB, has_context=True)
-    assert with_context.budget_bytes == free.budget_bytes + CONTEXT_BYTES["cuda"]
+    assert with_context.budget_bytes == free.budget_bytes + GPU.context_bytes
 
 
 @pytest.mark.parametrize(
