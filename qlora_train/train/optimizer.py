@@ -5,10 +5,10 @@ arXiv:2110.02861), paged (in CUDA managed memory, moved to the host by the drive
 not. State per factor element: 8 bytes in 32 bits, 2 + 8/256 in 8 bits.
 
 Paging takes a driver that lets host and device touch managed memory at the same time. Elsewhere (Windows,
-WSL, some virtual GPUs) all of it moves to the device whenever a kernel starts, so nothing is paged, and a host
-that touches it while anything runs (a copy of the next layer's weights, say) ends the process: waiting before
-a checkpoint is written would not do, because those copies run on. So there, and on a CPU, a paged optimizer
-is its plain twin: the same numbers, the same checkpoints.
+WSL, some virtual GPUs) all of it moves to the device whenever a kernel starts, so nothing is paged, and a
+host that touches it while anything runs (a copy of the next layer's weights, say) ends the process: waiting
+before a checkpoint is written would not do, because those copies run on. So there, and on a CPU, a paged
+optimizer is its plain twin: the same numbers, the same checkpoints.
 
 Without a GPU the library unpacks 8-bit state of a whole tensor to fp32 to update it, 20 bytes per element
 beside the 12 that stay: 0.8 GB for an 8B model's factors at rank 16. So there the flat buffers are updated a

@@ -1,8 +1,9 @@
-"""What the host makes for every micro-batch, on its way to a simulated GPU: buffers serve again when their copy is
-done, never before."""
+"""What the host makes for every micro-batch, on its way to a simulated GPU: buffers serve again when their copy
+is done, never before."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
@@ -49,10 +50,8 @@ def test_the_host_may_write_over_what_was_staged(sim: ComputeDevice) -> None:
     assert uploads.send(staged)[0].tolist() == list(range(10))
 
 
-def test_a_buffer_serves_again_when_its_copy_is_done(
-    simulated_gpu: SimulatedGpu, sim: ComputeDevice
-) -> None:
-    """Copies on a side stream are late: more than one buffer, no more than copies under way, and not before."""
+def test_a_buffer_serves_again_when_its_copy_is_done(simulated_gpu: SimulatedGpu, sim: ComputeDevice) -> None:
+    """Copies on a side stream are late: more than one buffer, and no more than copies are under way."""
     host = HostMemory(sim)
     uploads, stream = Uploads(sim, host), sim.side_stream()
     sent: list[Tensor] = []
@@ -79,7 +78,7 @@ def test_what_is_staged_waits_for_its_sending(sim: ComputeDevice) -> None:
 
 
 def test_threads_do_not_get_each_others_buffers(sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two that look for a free buffer at the same time, while each hesitates before it takes the one it saw."""
+    """Two that look for a free buffer at the same time; each hesitates before it takes the one it saw."""
     host = HostMemory(sim)
     uploads = Uploads(sim, host)
     both = threading.Barrier(2, timeout=0.2)
@@ -90,10 +89,8 @@ def test_threads_do_not_get_each_others_buffers(sim: ComputeDevice, monkeypatch:
 
     def hesitating(self: Uploads, buffer: Tensor) -> bool:
         answer = is_free(self, buffer)
-        try:
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other has to wait for its turn
             both.wait()
-        except threading.BrokenBarrierError:  # the other has to wait for its turn
-            pass
         return answer
 
     monkeypatch.setattr(Uploads, "_is_free", hesitating)
@@ -115,9 +112,7 @@ def test_threads_do_not_get_each_others_buffers(sim: ComputeDevice, monkeypatch:
     ("first", "then", "serves"),
     [(8192, 8192, True), (8192, 8000, True), (8192, 2048, True), (8192, 8448, False), (40_960, 8192, False)],
 )
-def test_a_buffer_of_another_size_makes_room(
-    sim: ComputeDevice, first: int, then: int, serves: bool
-) -> None:
+def test_a_buffer_of_another_size_makes_room(sim: ComputeDevice, first: int, then: int, serves: bool) -> None:
     host = HostMemory(sim)
     uploads = Uploads(sim, host)
     uploads.send(uploads.stage([torch.zeros(first, dtype=torch.uint8)]))

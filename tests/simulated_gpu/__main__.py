@@ -1,9 +1,10 @@
-"""A program in a process of its own, on the simulated GPU: `python -m simulated_gpu [options] MODULE ARGUMENTS`.
+"""A program in a process of its own, on the simulated GPU: `python -m simulated_gpu [options] MODULE
+ARGUMENTS`.
 
     python -m simulated_gpu --report seen.json qlora_train train recipe.yaml
 
-runs what `python -m qlora_train train recipe.yaml` runs. It also serves `torch.distributed.run -m`, a device per
-rank. Ends with the program's own code, or with 3 if that was 0 and hazards were found.
+runs what `python -m qlora_train train recipe.yaml` runs. It also serves `torch.distributed.run -m`, a device
+per rank. Ends with the program's own code, or with 3 if that was 0 and hazards were found.
 """
 
 from __future__ import annotations

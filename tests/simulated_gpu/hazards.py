@@ -87,12 +87,23 @@ class Hazards:
         return all(self.host.get(stream, 0) >= time for stream, time in self.launched.items())
 
     def touch(
-        self, stream: int, clock: Clock, name: str, reads: list[Span], writes: list[Span], place: Place
+        self,
+        stream: int,
+        clock: Clock,
+        name: str,
+        reads: list[Span],
+        writes: list[Span],
+        place: Place,
+        waited_for: bool = False,
     ) -> None:
-        """One operator on a stream. clock: the stream's, which moves on."""
+        """One operator on a stream. clock: the stream's, which moves on. waited_for: by the host, at once, so
+        that all that comes later is after it."""
         join(clock, self.host)  # launched by the host: after all that it has waited for
         time = clock[stream] = clock.get(stream, 0) + 1
-        self.launched[stream] = time
+        if waited_for:
+            time = 0
+        else:
+            self.launched[stream] = time
         for span in [span for span in reads if span not in writes]:
             self._enter(span, _Access(span.low, span.high, stream, time, False, name, place), clock)
         for span in writes:

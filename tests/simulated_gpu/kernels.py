@@ -4,6 +4,10 @@ CUDA's rules for copies (aten/native/cuda/Copy.cu): one between device and pinne
 alone if it is `non_blocking`, of one dtype and of dense memory. From pageable memory the driver first copies
 into a pinned buffer of its own, so the source is read before the call returns; to pageable memory the host
 waits. If it is not `non_blocking`, the host waits for the stream in any case.
+
+One point is stricter than CUDA: such a wait of a copy to the device puts that copy in order with what comes
+later, but not the work before it. A program that is right only because a copy somewhere was from pageable
+memory would break as soon as somebody pins that.
 """
 
 from __future__ import annotations
@@ -208,12 +212,11 @@ def _copy_to_device(source: Tensor, target: Tensor, non_blocking: bool) -> None:
     stream = simulation.current_stream(target.device.index)
     base = _pinned_base(source, target, source)
     reads = [] if base is None else [span_of(source, base)]
-    stream.enter("copy to the device", reads, [_storage_span(target)])
+    stream.enter("copy to the device", reads, [_storage_span(target)], waited_for=not non_blocking)
     if not non_blocking:
         what = "pageable memory" if base is None else "pinned memory, blocking"
         simulation.host_reads.note_copy(what)
         _run(stream, _Copy(source.detach(), alias(target)), target, late=False)
-        stream.join_host()
         return
     if base is None:
         simulation.host_reads.note_copy("pageable memory, non_blocking")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from simulated_gpu import places, private_names
+from simulated_gpu import private_names
 from simulated_gpu.allocator import Block, CachingAllocator
 from simulated_gpu.hazards import Span
 from simulated_gpu.simulation import DEVICE_TYPE, Simulation, running
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 POISON = 0xFF
 _EXTENSION_DEVICE = 12
-_WHOLE = 1 << 62
 _AS_STRIDED = private_names.operator("aten::as_strided")
 _SET = private_names.operator("aten::set_.source_Storage_storage_offset")
 
@@ -139,15 +138,14 @@ class Device:
             # The allocating stream may write at once. Others must wait for what it did with the memory
             # before.
             stream = simulation.current_stream(self.index)
-            spans = [Span(address, 0, _WHOLE)]
-            simulation.hazards.touch(stream.stream_id, stream.clock, "allocation", [], spans, places.caller())
+            stream.enter("allocation", [], [Span(address, address, address + memory.numel())])
         weakref.finalize(storage, _free, simulation, self, block, address, stream).atexit = False
         return storage
 
 
 def _free(simulation: Simulation, device: Device, block: Block, address: int, owner: Stream) -> None:
-    """When a storage goes. Whoever is next overwrites it, in the owner's order: what is queued on other streams
-    then reads what is nobody's, and writes where nobody reads."""
+    """When a storage goes. Whoever is next overwrites it, in the owner's order: what is queued on other
+    streams then reads what is nobody's, and writes where nobody reads."""
     with simulation.lock:
         device.allocator.free(block)
         simulation.hazards.free(address, owner.stream_id, owner.clock)

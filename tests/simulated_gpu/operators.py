@@ -261,7 +261,6 @@ def _note_waits(call: Call, declaration: Declaration, args: Sequence[Any]) -> No
         _let_host_wait(call)
     if declaration.name in _TAKES_HOST_INDICES and any(tensor.dim() > 0 for tensor in call.hosts):
         reads.note_copy("indices on the host")
-        _let_host_wait(call)
 
 
 def _is_mask(index: object) -> bool:

@@ -110,11 +110,11 @@ class Stream:
                 self.num_done += 1
                 work()
 
-    def enter(self, name: str, reads: list[Span], writes: list[Span]) -> None:
+    def enter(self, name: str, reads: list[Span], writes: list[Span], *, waited_for: bool = False) -> None:
         """An operator's accesses, at this point of the stream."""
-        simulation = self._simulation
+        simulation, place = self._simulation, places.caller()
         with simulation.lock:
-            simulation.hazards.touch(self.stream_id, self.clock, name, reads, writes, places.caller())
+            simulation.hazards.touch(self.stream_id, self.clock, name, reads, writes, place, waited_for)
 
     def join_host(self) -> None:
         """The host has waited for all that was queued here."""
