@@ -15,6 +15,8 @@ from simulated_gpu.registration import register as register_simulated_gpu
 if TYPE_CHECKING:
     from simulated_gpu.fixture import SimulatedGpu
 
+    from qlora_train.device.compute import ComputeDevice
+
 register_simulated_gpu()  # before any test's first backward pass, and off until one takes the fixture
 
 
@@ -43,6 +45,27 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
 
     with simulated_gpu_of_test() as gpu:
         yield gpu
+
+
+@pytest.fixture
+def sim(simulated_gpu: SimulatedGpu) -> ComputeDevice:
+    """The program's own description of that device, without a look at which kernels run on it."""
+    from qlora_train.device.compute import ComputeDevice
+    from qlora_train.device.description import DeviceDescription
+
+    return ComputeDevice(
+        DeviceDescription(
+            type="sim",
+            capability=simulated_gpu.settings.capability,
+            num_multiprocessors=simulated_gpu.settings.num_multiprocessors,
+            varlen="none",
+            has_liger=False,
+            cublas_workspace=None,
+            has_bfloat16=True,
+            index=0,
+            name=simulated_gpu.settings.name,
+        )
+    )
 
 
 def pytest_collection_finish() -> None:

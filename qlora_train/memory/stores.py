@@ -64,10 +64,10 @@ class ItemReader:
     def copy(self, source: Tensor | FilePart, target: Tensor) -> None:
         """Fill `target` (uint8, on the device)."""
         if isinstance(source, FilePart):
-            file, origin = self._file(source.path), source.offset_bytes
             if self._staging is None:
-                file.read(origin, target)
+                self.read_to_host(source, target)
             else:
+                file, origin = self._file(source.path), source.offset_bytes
                 self._staging.copy(lambda start, piece: file.read(origin + start, piece), target)
         elif self._staging is None:
             target.copy_(source)

@@ -1,5 +1,5 @@
-"""What the host makes for every micro-batch, on its way to a simulated GPU: buffers serve again when their copy
-is done, never before."""
+"""What the host makes for every micro-batch, on its way to a simulated GPU: buffers serve again when their
+copy is done, never before."""
 
 from __future__ import annotations
 
