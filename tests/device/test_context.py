@@ -1,0 +1,109 @@
+"""What the context takes: two readings of the driver, with what others hold in both; else what is stated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from simulated_gpu.fixture import SimulatedGpu
+
+from qlora_train.device import context, driver
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.context import context_bytes, in_use_before, make_workspaces
+from qlora_train.kernels import on_device
+
+MIB, GIB = 2**20, 2**30
+STATED = 450 * MIB
+
+
+@dataclass
+class Card:
+    """A card of 8 GiB as driver and runtime see it. Bytes: ours counts once work has run on the device."""
+
+    others: int = 300 * MIB
+    ours: int = 412 * MIB
+    has_context: bool = False
+    says_in_use: bool = True
+    calls_before_context: int = 0
+
+    def in_use(self, reserved: int) -> int:
+        return self.others + (self.ours if self.has_context else 0) + reserved
+
+
+@pytest.fixture
+def card(sim: ComputeDevice, simulated_gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    in_use_before.cache_clear()
+    monkeypatch.setattr(ComputeDevice, "uuid", "aa-1")
+    monkeypatch.setattr(driver, "has_context", lambda: card.has_context)
+
+    def memory_in_use() -> dict[str, int]:
+        return {"aa-1": card.in_use(sim.reserved_bytes), "bb-2": 7 * GIB} if card.says_in_use else {}
+
+    def work(device: ComputeDevice) -> None:
+        card.has_context = True
+        make_workspaces(device)
+
+    monkeypatch.setattr(driver, "memory_in_use", memory_in_use)
+    monkeypatch.setattr(context, "make_workspaces", work)
+    total = simulated_gpu.device and sim.total_bytes
+    monkeypatch.setattr(
+        ComputeDevice, "free_bytes", property(lambda device: total - card.in_use(device.reserved_bytes))
+    )
+    yield card
+    in_use_before.cache_clear()
+
+
+def test_measured_while_others_hold_memory(card: Card, sim: ComputeDevice) -> None:
+    in_use_before()
+    held = torch.zeros(3 * MIB, device=sim.torch)  # a tensor is not the context's
+    assert context_bytes(sim) == card.ours
+    assert len(held) == 3 * MIB
+
+
+@pytest.mark.parametrize(
+    ("others", "ours", "expected"),
+    [(0, 412 * MIB, 412 * MIB), (0, 900 * MIB, STATED), (2 * GIB, 412 * MIB, STATED)],
+)
+def test_a_context_from_before_is_bounded_by_what_is_in_use(
+    card: Card, sim: ComputeDevice, others: int, ours: int, expected: int
+) -> None:
+    """A notebook: stated, or less where all that is in use is less."""
+    card.has_context, card.others, card.ours = True, others, ours
+    in_use_before()
+    assert context_bytes(sim) == expected
+
+
+def test_a_driver_that_does_not_say(card: Card, sim: ComputeDevice) -> None:
+    card.says_in_use = False
+    in_use_before()
+    assert context_bytes(sim) == STATED
+
+
+def test_somebody_else_goes_in_between(card: Card, sim: ComputeDevice) -> None:
+    card.others = 2 * GIB
+    in_use_before()
+    card.others = 0
+    assert context_bytes(sim) == min(card.ours, STATED)
+
+
+def test_asked_too_late_and_asked_again(card: Card, sim: ComputeDevice) -> None:
+    """Only the first answer is from before the context: a second run of the process keeps it."""
+    first = dict(in_use_before())
+    context_bytes(sim)
+    card.others += GIB
+    assert in_use_before() == first
+
+
+def test_the_description_carries_it(
+    card: Card, sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_use_before()
+    monkeypatch.setattr(on_device, "triton_runs", lambda where: False)
+    monkeypatch.setattr(on_device, "try_varlen", lambda where, capability: "none")
+    on_device._described.cache_clear()
+    found = on_device.find_device(torch.device("sim")).description
+    on_device._described.cache_clear()
+    assert found.measured_context_bytes == found.context_bytes == card.ours != STATED
+    assert sim.description.measured_context_bytes is None and sim.description.context_bytes == STATED
