@@ -96,9 +96,7 @@ def test_asked_too_late_and_asked_again(card: Card, sim: ComputeDevice) -> None:
     assert in_use_before() == first
 
 
-def test_the_description_carries_it(
-    card: Card, sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_description_carries_it(card: Card, sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     in_use_before()
     monkeypatch.setattr(on_device, "triton_runs", lambda where: False)
     monkeypatch.setattr(on_device, "try_varlen", lambda where, capability: "none")

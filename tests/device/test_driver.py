@@ -1,4 +1,4 @@
-"""What is asked of NVIDIA's driver, with a stand-in for its library and its tool: answers, and their absence."""
+"""What is asked of NVIDIA's driver, with stand-ins for its library and its tool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUCCESS, INVALID_DEVICE, NOT_INITIALIZED = 0, 101, 3
 
 
 class Library:
-    """libcuda's functions, by its header: results through pointers, CUresult returned, nothing before cuInit."""
+    """libcuda's functions, by its header: results through pointers, a CUresult, nothing before cuInit."""
 
     def __init__(self, cards: list[dict[int, int]], *, active: frozenset[int] = frozenset()) -> None:
         """cards: each one's attributes. active: cards on which this process has a context."""
@@ -126,7 +126,10 @@ def put_tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
         ("linux", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False),
         (
             "linux",
-            {"PYTORCH_ALLOC_CONF": "expandable_segments:False", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            {
+                "PYTORCH_ALLOC_CONF": "expandable_segments:False",
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            },
             False,
         ),
     ],

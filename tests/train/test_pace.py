@@ -40,8 +40,8 @@ def test_in_words() -> None:
     pace = Pace(THE_CPU.description, HostMemory(THE_CPU), LEFT_OUT)
     ((_, line),) = lines(pace, [12.0] * 20, 3.0)
     assert line == (
-        "a step takes 12 s, 4.0 times what was planned (3 s). Likely: other processes on this CPU; memory that "
-        "the system swaps out"
+        "a step takes 12 s, 4.0 times what was planned (3 s). Likely: other processes on this CPU; memory "
+        "that the system swaps out"
     )
 
 
