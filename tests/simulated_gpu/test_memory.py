@@ -101,7 +101,7 @@ def test_memory_ends(simulated_gpu: SimulatedGpu) -> None:
 
 def test_memory_ends_inside_an_operator(simulated_gpu: SimulatedGpu) -> None:
     simulated_gpu.set_total_memory(50 * MIB)
-    x = torch.ones(30 * MIB, dtype=torch.uint8, device="sim")
+    x = torch.ones(30 * MIB // 8, dtype=torch.float64, device="sim")
     with pytest.raises(torch.OutOfMemoryError):
         x + x
     with pytest.raises(torch.OutOfMemoryError):
