@@ -194,7 +194,7 @@ def call_on_cpu(op: Any, *args: Any, run: Callable[..., Any] | None = None, **kw
     keywords = {name: call.unwrap(value, name in writes) for name, value in kwargs.items()}
     device = _device_of(call, kwargs.get("device"))
     stream = simulation.current_stream(device.index)
-    simulation.raise_error_of_runtime()
+    simulation.launch(device)
     _check_devices(call, declaration, device.index)
     _note_waits(call, declaration, args, kwargs)
     stream.enter(declaration.name, call.reads, call.writes)

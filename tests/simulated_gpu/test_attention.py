@@ -15,7 +15,9 @@ from simulated_gpu import device_module as sim
 from simulated_gpu.attention import cuda_would_fuse
 from simulated_gpu.fixture import SimulatedGpu
 
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def heads(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -93,7 +95,7 @@ def test_flash_of_variable_length_is_sdpa_per_document(
     key, value = (heads(total, key_heads, 16, dtype=dtype, seed=seed) for seed in (2, 3))
     q, k, v = (t.to("sim").requires_grad_() for t in (query, key, value))
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device="sim")
-    grouped = GROUPED if key_heads != 4 else {}
+    grouped: dict[str, Any] = GROUPED if key_heads != 4 else {}
     size = (-1 if window is None else window - 1, 0)
     arguments = (cu_seqlens, cu_seqlens, max(lengths), max(lengths))
     simulated_gpu.host_reads.clear()
@@ -119,11 +121,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, starts: list[int], window: int | 
         if window is not None and window < b - a:
             distance = torch.arange(b - a)[:, None] - torch.arange(b - a)[None]
             mask = (distance >= 0) & (distance < window)
-        own = [t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-        grouped = q.shape[1] != k.shape[1]
-        causal = mask is None
+        query, key, value = (t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        grouped, causal = q.shape[1] != k.shape[1], mask is None
         out = F.scaled_dot_product_attention(
-            *own, attn_mask=mask, is_causal=causal, scale=0.3, enable_gqa=grouped
+            query, key, value, attn_mask=mask, is_causal=causal, scale=0.3, enable_gqa=grouped
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
