@@ -118,7 +118,6 @@ def item(tensor: Tensor) -> bool | int | float | complex:
     stream = simulation.current_stream(tensor.device.index)
     stream.enter("item", [span_of(tensor, tensor.untyped_storage().data_ptr())], [])
     stream.join_host()
-    simulation.managed.close_if_pending()
     return alias(tensor).item()
 
 
@@ -133,7 +132,7 @@ def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Ten
         _copy_to_host(source, target, non_blocking)
     else:
         _copy_to_device(source, target, non_blocking)
-    running().managed.close_if_pending()
+    running().managed.follow_device()
     return target
 
 

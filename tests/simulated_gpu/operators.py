@@ -201,13 +201,13 @@ def call_on_cpu(op: Any, *args: Any, run: Callable[..., Any] | None = None, **kw
     run = run or _overload_for_numbers(op, declaration, args)
     if _can_wait(call, declaration, stream):
         _queue(call, stream, run, arguments, keywords)
-        simulation.managed.close_if_pending()
+        simulation.managed.follow_device()
         return _written(declaration, args, kwargs)
     stream.catch_up()
     with simulation.managed.used_by_device():
         result = run(*arguments, **keywords)
     _grow_outputs(call, device)
-    simulation.managed.close_if_pending()
+    simulation.managed.follow_device()
     if declaration.is_pure_write:
         return _written(declaration, args, kwargs)
     if not call.sims and not _makes_on_device(kwargs):

@@ -133,11 +133,34 @@ def test_managed_memory_is_open_where_access_is_concurrent(simulated_gpu: Simula
     assert state.sum().item() == 0
 
 
-def test_a_value_read_back_is_a_wait(simulated_gpu: SimulatedGpu) -> None:
+@pytest.mark.parametrize(
+    "wait",
+    (
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: sim.synchronize(),
+        lambda x: sim.current_stream().synchronize(),
+        lambda x: sim.current_stream().record_event().synchronize(),
+    ),
+)
+def test_waits_open_managed_memory(simulated_gpu: SimulatedGpu, wait: Callable[[Tensor], object]) -> None:
     simulated_gpu.settings.concurrent_managed_access = False
     state, x = paged_state(), torch.ones(1000, device="sim")
-    assert x.sum().item() == 1000
+    x.add_(1)
+    wait(x)
     assert state.sum().item() == 0
+
+
+def test_a_stream_that_was_not_waited_for_keeps_it_closed(simulated_gpu: SimulatedGpu) -> None:
+    simulated_gpu.settings.concurrent_managed_access = False
+    state, x, side = paged_state(), torch.ones(1000, device="sim"), sim.Stream()
+    side.wait_stream(sim.current_stream())
+    with sim.stream(side):
+        x.add_(1)
+    sim.default_stream().synchronize()
+    state.sum()
+    assert len(simulated_gpu.take_hazards()) == 1
+    side.synchronize()
 
 
 def test_other_devices_tensors_are_still_refused(simulated_gpu: SimulatedGpu) -> None:

@@ -12,7 +12,7 @@ import bitsandbytes.optim.optimizer
 import pytest
 import torch
 
-from simulated_gpu import install, private_names
+from simulated_gpu import install, private_names, registration
 from simulated_gpu.fixture import ACCELERATE_DEVICE, SimulatedGpu, simulated_gpu_of_test
 
 
@@ -87,6 +87,11 @@ def test_a_torch_that_lacks_a_private_name_is_named() -> None:
     everything = {"operator_names": private_names.NAMES["operator_names"]}
     with pytest.raises(ImportError, match="aten::gone"):
         private_names.find(everything, ("aten::gone", "aten::view"))
+
+
+def test_other_tests_run_on_such_a_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simulated_gpu.hooks", None)
+    registration.register.__wrapped__()
 
 
 def test_private_names_of_torch_are_in_one_place() -> None:
