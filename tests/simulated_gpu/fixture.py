@@ -20,6 +20,7 @@ from simulated_gpu.memory import Device
 from simulated_gpu.pinning import PinnedRanges, Refusals
 from simulated_gpu.registration import obstacle
 from simulated_gpu.simulation import DEVICE_TYPE, Settings, Simulation, is_on, set_current
+from simulated_gpu.storages import storages_of_device
 from simulated_gpu.streams import Stream
 
 ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
@@ -172,6 +173,7 @@ def _libraries() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(bitsandbytes_on_device())
+            stack.enter_context(storages_of_device())
             if "RANK" in os.environ:
                 stack.enter_context(ranks_on_device())
             yield

@@ -194,20 +194,20 @@ def call_on_cpu(op: Any, *args: Any, run: Callable[..., Any] | None = None, **kw
     keywords = {name: call.unwrap(value, name in writes) for name, value in kwargs.items()}
     device = _device_of(call, kwargs.get("device"))
     stream = simulation.current_stream(device.index)
-    simulation.raise_error_of_runtime()
+    simulation.launch(device)
     _check_devices(call, declaration, device.index)
-    _note_waits(call, declaration, args)
+    _note_waits(call, declaration, args, kwargs)
     stream.enter(declaration.name, call.reads, call.writes)
     run = run or _overload_for_numbers(op, declaration, args)
     if _can_wait(call, declaration, stream):
         _queue(call, stream, run, arguments, keywords)
-        simulation.managed.close_if_pending()
+        simulation.managed.follow_device()
         return _written(declaration, args, kwargs)
     stream.catch_up()
     with simulation.managed.used_by_device():
         result = run(*arguments, **keywords)
     _grow_outputs(call, device)
-    simulation.managed.close_if_pending()
+    simulation.managed.follow_device()
     if declaration.is_pure_write:
         return _written(declaration, args, kwargs)
     if not call.sims and not _makes_on_device(kwargs):
@@ -250,10 +250,10 @@ def _check_devices(call: Call, declaration: Declaration, index: int) -> None:
             raise RuntimeError(f'"{declaration.name}" not implemented on a GPU for {dtype}')
 
 
-def _note_waits(call: Call, declaration: Declaration, args: Sequence[Any]) -> None:
-    """The operators for which the host waits."""
+def _note_waits(call: Call, declaration: Declaration, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """The operators for which the host waits. One that is told the size of its result need not."""
     reads = running().host_reads
-    if declaration.name in _SHAPE_IS_DATA:
+    if declaration.name in _SHAPE_IS_DATA and kwargs.get("output_size") is None:
         reads.note_value(declaration.name.removeprefix("aten::"))
         _let_host_wait(call)
     if "index_put" in declaration.name and any(map(_is_mask, args[1])):  # `index` makes a nonzero of its own

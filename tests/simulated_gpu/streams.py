@@ -38,7 +38,7 @@ class _Work:
 
 
 class Stream:
-    """As torch.cuda.Stream. device: whose stream; None, or no index: the current device's.
+    """As torch.cuda.Stream. device: whose stream; None, no index or a negative one: the current device's.
 
     priority is taken and means nothing here. Raises the TypeError of an unknown argument: the handles of
     foreign streams, which CUDA takes, do not exist.
@@ -47,8 +47,8 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
         if kwargs:
             raise TypeError(f"a simulated stream takes no {', '.join(kwargs)}")
-        index = running().thread.device if device is None else index_of(device, optional=True)
-        device_at(index)
+        index = index_of(device, optional=True)
+        index = running().thread.device if index < 0 else device_at(index).index
         self._set_up(running(), index, priority)
 
     @classmethod
@@ -122,6 +122,7 @@ class Stream:
             self.catch_up()
             join(self._simulation.hazards.host, self.clock)
             self._simulation.hazards.check_sources()
+            self._simulation.managed.follow_device()
 
     def wait_event(self, event: Event) -> None:
         event.wait(self)
@@ -249,6 +250,7 @@ class Event:
         with simulation.lock:
             join(simulation.hazards.host, self._clock)
             simulation.hazards.check_sources()
+            simulation.managed.follow_device()
 
 
 class _CatchUp:
