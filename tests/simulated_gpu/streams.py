@@ -67,6 +67,8 @@ class Stream:
         self.clock: Clock = {}
         self.num_queued = self.num_done = 0
         self._queue: deque[_Work] = deque()
+        self._writes_to_host: dict[int, int] = {}
+        """Where pinned memory begins -> the last piece of work queued here that writes it."""
         self._outer: list[tuple[int, Stream]] = []
 
     @property
@@ -98,6 +100,15 @@ class Stream:
             memory = [self._simulation.host_memory.get(base) for base in bases]
             self._queue.append(_Work(run, memory))
             self.num_queued += 1
+
+    def will_write_host(self, base: int) -> None:
+        """The piece queued last writes the pinned memory that begins at `base`."""
+        self._writes_to_host[base] = self.num_queued
+
+    def finish_writes_to_host(self, base: int) -> None:
+        """Does what is queued up to the last piece that writes the pinned memory at `base`: what is queued
+        here from now on will read that."""
+        self.catch_up(self._writes_to_host.pop(base, 0))
 
     def catch_up(self, until: int | None = None) -> None:
         """Does what is queued: all of it, or the first `until` pieces ever queued here."""
