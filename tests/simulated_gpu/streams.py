@@ -49,17 +49,18 @@ class Stream:
             raise TypeError(f"a simulated stream takes no {', '.join(kwargs)}")
         index = index_of(device, optional=True)
         index = running().thread.device if index < 0 else device_at(index).index
-        self._set_up(running(), index, priority)
+        self._set_up(running(), index, priority, is_default=False)
 
     @classmethod
     def make_default(cls, simulation: Simulation, index: int) -> Stream:
         """The default stream of a device that is being made."""
         stream = cls.__new__(cls)
-        stream._set_up(simulation, index, priority=0)
+        stream._set_up(simulation, index, priority=0, is_default=True)
         return stream
 
-    def _set_up(self, simulation: Simulation, index: int, priority: int) -> None:
+    def _set_up(self, simulation: Simulation, index: int, priority: int, *, is_default: bool) -> None:
         self._simulation, self.device_index, self.priority = simulation, index, priority
+        self.is_default = is_default
         self.device = torch.device(DEVICE_TYPE, index)
         with simulation.lock:
             self.stream_id = len(simulation.streams)
@@ -69,7 +70,6 @@ class Stream:
         self._queue: deque[_Work] = deque()
         self._writes_to_host: dict[int, int] = {}
         """Where pinned memory begins -> the last piece of work queued here that writes it."""
-        self._outer: list[tuple[int, Stream]] = []
 
     @property
     def cuda_stream(self) -> int:
@@ -79,10 +79,6 @@ class Stream:
     @property
     def _as_parameter_(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(self.cuda_stream)
-
-    @property
-    def is_default(self) -> bool:
-        return self._simulation.devices[self.device_index].default_stream is self
 
     @property
     def is_late(self) -> bool:
@@ -160,14 +156,15 @@ class Stream:
 
     def __enter__(self) -> Stream:
         thread = self._simulation.thread
-        self._outer.append((thread.device, self._simulation.current_stream(self.device_index)))
+        thread.outer.append((thread.device, self._simulation.current_stream(self.device_index)))
         make_current(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        device, stream = self._outer.pop()
+        thread = self._simulation.thread
+        device, stream = thread.outer.pop()
         make_current(stream)
-        self._simulation.thread.device = device
+        thread.device = device
 
     def __repr__(self) -> str:
         return f"<torch.{DEVICE_TYPE}.Stream device={self.device} number={self.stream_id}>"

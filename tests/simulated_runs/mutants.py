@@ -15,6 +15,7 @@ import pytest
 
 from qlora_train.memory import offload, ring, stores, uploads
 from qlora_train.memory.host_memory import HostMemory
+from qlora_train.train.walk import LayerWalk
 
 
 @dataclass(frozen=True)
@@ -127,5 +128,12 @@ MUTANTS = [
         "borrow",
         "self._device.wait()",
         "buffers of other sizes",
+    ),
+    Mutant(
+        "a walk that ran out of memory is freed while it is copied",
+        LayerWalk,
+        "break_off",
+        "self._remembered.park.drain()",
+        "out of memory while activations leave",
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,20 @@ from typing import Any
 import pytest
 import torch
 from simulated_gpu.fixture import SimulatedGpu
+from tiny_models import NF4, packed_row, write_checkpoint
 from tiny_runs import adapter_bytes, recipe_values, reversal_rows, write_base, write_rows
 from torch import Tensor
 
 from qlora_train.kernels.on_device import find_device
+from qlora_train.memory.execution import Activation, everything_resident
 from qlora_train.memory.host_memory import HostMemory
+from qlora_train.memory.load import load_base
 from qlora_train.memory.offload import HostPark
 from qlora_train.memory.ring import Ring
+from qlora_train.model.factors import FactorBuffers
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
+from qlora_train.train.walk import LayerWalk
 from simulated_runs.mutants import MUTANTS, Mutant
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton does not run")
@@ -93,10 +99,44 @@ def buffers_of_other_sizes() -> None:
     park.drain()
 
 
+def out_of_memory_while_activations_leave() -> None:
+    """In the third layer's forward pass, the second's activations are on their way."""
+    folder = write_checkpoint(Path(tempfile.mkdtemp()), num_hidden_layers=3)
+    device = find_device()
+    plan = everything_resident(3, activation=Activation.OFFLOAD)
+    decoder = load_base(folder, NF4, torch.float32, device, plan=plan)
+    factors = FactorBuffers(
+        decoder.linears,
+        rank=4,
+        scaling=1.0,
+        dropout=0.0,
+        seed=0,
+        dtype=torch.float32,
+        device=device.torch,
+    )
+    walk = LayerWalk(decoder, factors, plan, reference=False)
+    tokens = packed_row([20, 12]).moved(lambda tensor: tensor.to(device.torch))
+    layers, run_layer = [], decoder.run_layer
+
+    def fails_in_the_third(index: int, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        layers.append(index)
+        if layers == [0, 1, 2]:
+            raise torch.OutOfMemoryError
+        return run_layer(index, x, arguments)
+
+    decoder.run_layer = fails_in_the_third  # type: ignore[method-assign]
+    try:
+        walk.accumulate([tokens], seed=0, step=1, num_supervised=20)
+    except torch.OutOfMemoryError:
+        walk.break_off()
+    assert layers == [0, 1, 2]
+
+
 SCENES: dict[str, Callable[[], None]] = {
     "a new ring": a_new_ring,
     "a ring that is closed": a_ring_that_is_closed,
     "buffers of other sizes": buffers_of_other_sizes,
+    "out of memory while activations leave": out_of_memory_while_activations_leave,
 }
 
 
@@ -122,6 +162,7 @@ def test_a_wait_that_is_missing_is_found(
         mutant.apply(monkeypatch)
         SCENES[mutant.needs]()
         gc.collect()
+        simulated_gpu.finish()
         assert simulated_gpu.take_hazards()
         return
     if not unharmed:
