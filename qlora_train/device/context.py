@@ -31,8 +31,14 @@ def in_use_before() -> dict[str, int]:
     return {} if driver.has_context() else driver.memory_in_use()
 
 
+_measured: dict[str, int] = {}
+"""By UUID. A process has one context on a card; what others hold there is another thing at its next command."""
+
+
 def context_bytes(device: ComputeDevice) -> int:
     """Of this process on an accelerator; see the module docstring."""
+    if device.uuid in _measured:
+        return _measured[device.uuid]
     make_workspaces(device)
     device.release_cached()
     bound = max(0, device.total_bytes - device.free_bytes - device.reserved_bytes)
@@ -41,6 +47,7 @@ def context_bytes(device: ComputeDevice) -> int:
     if before is not None and after is not None:
         measured = after - before - device.reserved_bytes
         if 0 < measured <= bound:  # else somebody else's memory went or came meanwhile
+            _measured[device.uuid] = measured
             return measured
     return min(device.description.stated_context_bytes, bound)
 
