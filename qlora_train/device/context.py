@@ -32,7 +32,7 @@ def in_use_before() -> dict[str, int]:
 
 
 _measured: dict[str, int] = {}
-"""By UUID. A process has one context on a card; what others hold there is another thing at its next command."""
+"""By UUID. A process has one context on a card; at its next command others may hold more or less there."""
 
 
 def context_bytes(device: ComputeDevice) -> int:

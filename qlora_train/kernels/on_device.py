@@ -3,19 +3,15 @@ down from then on.
 
 Triton is launched, liger-kernel imported, flash attention over documents tried on a few tokens against plain
 torch: there is no list of what may be missing, so what counts is whether it works. What does not is said with
-a warning, and slower operations with the same results take its place. All of them have run when the bytes of
-the context are measured.
+a warning, and slower operations with the same results take its place.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 
 from qlora_train.device import driver
 from qlora_train.device.compute import THE_CPU, ComputeDevice
-from qlora_train.device.context import context_bytes
 from qlora_train.device.description import DeviceDescription, cublas_workspace
 from qlora_train.device.settings import segments_expand
 from qlora_train.kernels.liger import import_liger
@@ -39,23 +35,23 @@ def _described(where: torch.device) -> ComputeDevice:
     properties = module.get_device_properties(where)
     capability = (getattr(properties, "major", 0), getattr(properties, "minor", 0))
     has_triton = triton_runs(where)
-    description = DeviceDescription(
-        type=where.type,
-        capability=capability,
-        num_multiprocessors=getattr(properties, "multi_processor_count", 0),
-        varlen=try_varlen(where, capability),
-        has_liger=has_triton and import_liger() is not None,
-        cublas_workspace=cublas_workspace(),
-        has_triton=has_triton,
-        has_bfloat16=module.is_bf16_supported(including_emulation=False),
-        index=where.index,
-        name=module.get_device_name(where),
-        memory_bytes=properties.total_memory,
-        has_expandable_segments=_is_nvidia(where) and segments_expand(),
-        has_concurrent_managed_access=managed_access_is_concurrent(where),
+    return ComputeDevice(
+        DeviceDescription(
+            type=where.type,
+            capability=capability,
+            num_multiprocessors=getattr(properties, "multi_processor_count", 0),
+            varlen=try_varlen(where, capability),
+            has_liger=has_triton and import_liger() is not None,
+            cublas_workspace=cublas_workspace(),
+            has_triton=has_triton,
+            has_bfloat16=module.is_bf16_supported(including_emulation=False),
+            index=where.index,
+            name=module.get_device_name(where),
+            memory_bytes=properties.total_memory,
+            has_expandable_segments=_is_nvidia(where) and segments_expand(),
+            has_concurrent_managed_access=managed_access_is_concurrent(where),
+        )
     )
-    context = context_bytes(ComputeDevice(description))
-    return ComputeDevice(replace(description, measured_context_bytes=context))
 
 
 def managed_access_is_concurrent(where: torch.device) -> bool:

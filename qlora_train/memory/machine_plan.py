@@ -9,11 +9,14 @@ the allocator's, nor is managed memory, so both are taken off before.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.context import context_bytes
+from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.cache_key import cache_root
 from qlora_train.memory.measured_rates import rates_of
 from qlora_train.memory.plan.byte_walk import GenerateSize
@@ -32,13 +35,14 @@ def plan_here(
     """The plan of a run, with no limit set. recipe: with the compute dtype resolved to `dtype`. folder: the
     base's. most_documents: in any micro-batch. See `Plan.require_fit`."""
     device.limit_allocator(None)  # an earlier run's in this process
+    rates, target = rates_of(device, dtype, cache_root()), _with_context(device)
     return plan_recipe(
         recipe,
-        device.description,
+        target,
         device.free_bytes,
         shape=find_shape(str(folder)),
         most_documents=most_documents,
-        rates=rates_of(device, dtype, cache_root()),
+        rates=rates,
         has_context=device.is_accelerator,
         base_folder=folder,
     )
@@ -55,10 +59,24 @@ def plan_generation_here(
     """The plan of generation, with no limit set. workload: the model, its packing and factors. vram_bytes:
     the budget; None: what is free. weights: `memory.weights`. See `GenerationPlan.require_fit`."""
     device.limit_allocator(None)
-    budget_bytes = device_budget(
-        device.description, device.free_bytes, vram_bytes, has_context=device.is_accelerator
+    target = _with_context(device)
+    budget_bytes = device_budget(target, device.free_bytes, vram_bytes, has_context=device.is_accelerator)
+    return plan_generation(
+        replace(workload, target=target),
+        size,
+        budget_bytes,
+        HostBudget.of_this_machine(cache_root()),
+        weights,
     )
-    return plan_generation(workload, size, budget_bytes, HostBudget.of_this_machine(cache_root()), weights)
+
+
+def _with_context(device: ComputeDevice) -> DeviceDescription:
+    """The device's description, its context measured: kernels have run, so that what is free from now on is
+    free of them too."""
+    description = device.description
+    if not device.is_accelerator or description.measured_context_bytes is not None:
+        return description
+    return replace(description, measured_context_bytes=context_bytes(device))
 
 
 def enforce_budget(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from simulated_gpu.fixture import SimulatedGpu
 
 from qlora_train.device import context, driver
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.context import context_bytes, in_use_before, make_workspaces
-from qlora_train.kernels import on_device
+from qlora_train.memory.machine_plan import plan_generation_here
+from qlora_train.memory.plan.byte_walk import GenerateSize
+from qlora_train.memory.plan.generation import bare_workload
+from qlora_train.memory.plan.model_shape import find_shape
+from qlora_train.memory.plan.packed_sizes import PackingSizes
 
 MIB, GIB = 2**20, 2**30
 STATED = 450 * MIB
@@ -25,14 +29,13 @@ class Card:
     ours: int = 412 * MIB
     has_context: bool = False
     says_in_use: bool = True
-    calls_before_context: int = 0
 
     def in_use(self, reserved: int) -> int:
         return self.others + (self.ours if self.has_context else 0) + reserved
 
 
 @pytest.fixture
-def card(sim: ComputeDevice, simulated_gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> Card:
+def card(sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     card = Card()
     in_use_before.cache_clear()
     monkeypatch.setattr(context, "_measured", {})
@@ -48,7 +51,7 @@ def card(sim: ComputeDevice, simulated_gpu: SimulatedGpu, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(driver, "memory_in_use", memory_in_use)
     monkeypatch.setattr(context, "make_workspaces", work)
-    total = simulated_gpu.device and sim.total_bytes
+    total = sim.total_bytes
     monkeypatch.setattr(
         ComputeDevice, "free_bytes", property(lambda device: total - card.in_use(device.reserved_bytes))
     )
@@ -97,10 +100,11 @@ def test_asked_too_late_and_asked_again(card: Card, sim: ComputeDevice) -> None:
     assert in_use_before() == first and context_bytes(sim) == card.ours
 
 
-def test_the_description_carries_it(card: Card, sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_take_what_is_measured(card: Card, sim: ComputeDevice) -> None:
     in_use_before()
-    monkeypatch.setattr(on_device, "triton_runs", lambda where: False)
-    monkeypatch.setattr(on_device, "try_varlen", lambda where, capability: "none")
-    found = on_device.find_device(torch.device("sim")).description
-    assert found.measured_context_bytes == found.context_bytes == card.ours != STATED
-    assert sim.description.measured_context_bytes is None and sim.description.context_bytes == STATED
+    shape = find_shape("meta-llama/Llama-3.2-1B", None)
+    workload = bare_workload(shape, PackingSizes("nf4", True, 2), sim.description)
+    plan = plan_generation_here(workload, GenerateSize(), sim, vram_bytes=4 * GIB, weights="auto")
+    assert plan.workload.target.context_bytes == card.ours != STATED == sim.description.context_bytes
+    free = plan_generation_here(workload, GenerateSize(), sim, vram_bytes=None, weights="auto")
+    assert free.budget_bytes == int(sim.free_bytes * 0.95) + card.ours

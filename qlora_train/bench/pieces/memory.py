@@ -230,6 +230,7 @@ def _budget(recipe: Recipe, num_steps: int) -> dict[str, Any]:
         **_after(device),
         **requested,
         "budget_bytes": plan.budget_bytes,
+        "planned_context_bytes": plan.workload.target.context_bytes,
         "planned_peak_bytes": plan.peak_vram_bytes,
         "planned_step_bytes": plan.step_vram_bytes,
         "device_peak_bytes": peak_bytes,
@@ -307,17 +308,12 @@ def _difference(one: Trainer, other: Trainer) -> float:
 
 
 def open_device(device: ComputeDevice) -> dict[str, int]:
-    """Make the workspaces; what is held beside the allocator's memory, by all processes, and by this one as
-    it was measured. Empty without CUDA."""
+    """Make the workspaces; what all processes hold beside the allocator's memory. Empty without CUDA."""
     if not device.is_accelerator:
         return {}
     total_bytes = device.total_bytes
     context_bytes = total_bytes - device.free_bytes - device.reserved_bytes
-    opened = {
-        "device_total_bytes": total_bytes,
-        "context_bytes": context_bytes,
-        "measured_context_bytes": device.description.context_bytes,
-    }
+    opened = {"device_total_bytes": total_bytes, "context_bytes": context_bytes}
     make_workspaces(device)
     return opened | {"workspace_bytes": device.allocated_bytes}
 
