@@ -63,7 +63,7 @@ def make_plan(
 ) -> Plan:
     """The best plan that fits, or, with `fits` False, the smallest one and what would help.
 
-    budget_bytes: for the device, context included. host_budget: RAM and disk that may be used.
+    budget_bytes: for the device of each rank, context included. host_budget: RAM and disk that may be used.
     """
     search = _Search(workload, budget_bytes, rates, host_budget, choices, generate)
     execution = search.best()
@@ -75,7 +75,7 @@ def make_plan(
         workload=workload,
         execution=execution,
         phases=phases,
-        host=host_bytes(workload, execution),
+        host=host_bytes(workload, execution, host_budget.machine),
         disk=disk_bytes(workload, has_packed_base=host_budget.has_packed_base),
         budget_bytes=budget_bytes,
         host_budget=host_budget,
@@ -147,11 +147,11 @@ class _Search:
         return self._peaks[plan]
 
     def fits(self, plan: ExecutionPlan) -> bool:
-        in_ram = sum(host_bytes(self._workload, plan).values())
+        in_ram = sum(host_bytes(self._workload, plan, self._host.machine).values())
         if in_ram > self._host.ram_bytes:
             return False
         if not self._workload.on_accelerator:
-            in_ram += self.peak(plan)
+            in_ram += self._host.machine.num_ranks * self.peak(plan)
         return self.peak(plan) <= self._room and in_ram <= self._host.ram_bytes
 
     def best(self) -> ExecutionPlan | None:
