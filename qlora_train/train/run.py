@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.machine_plan import device_of_all
 from qlora_train.memory.meter import DeviceMeter
@@ -40,6 +41,7 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
     use_cache: keep the packed base for later starts. Raises a `UserError` for bad input and for a plan that
     does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
     `Interrupted` after SIGINT or SIGTERM, with the state saved."""
+    require_unix("train")
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
     ranks = find_ranks(accelerator.device)

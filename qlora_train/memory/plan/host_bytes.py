@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from qlora_train.errors import UserError
 from qlora_train.memory.cache_key import is_complete
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.plan.byte_model import layer_bytes, optimizer_state_bytes
@@ -64,9 +65,9 @@ class HostBudget:
     ) -> HostBudget:
         """What is free now. cache: the folder of packed bases (it need not exist yet). packed_base: where in
         it the run's own is, or will be; None: not known."""
-        folder = cache
-        while not folder.exists():
-            folder = folder.parent
+        folder = next((f for f in (cache, *cache.absolute().parents) if f.exists()), None)
+        if folder is None:
+            raise UserError(f"{cache}: there is no such drive for the cache; set QLORA_TRAIN_CACHE")
         return HostBudget(
             int(psutil.virtual_memory().available * _SHARE_OF_RAM),
             shutil.disk_usage(folder).free,

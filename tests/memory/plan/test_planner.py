@@ -15,7 +15,15 @@ from qlora_train.errors import UserError
 from qlora_train.memory.execution import Activation, Place
 from qlora_train.memory.plan.byte_walk import step_peak
 from qlora_train.memory.plan.from_recipe import Card, find_card, plan_recipe
-from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
+from qlora_train.memory.plan.host_bytes import (
+    MATRICES,
+    PROCESS,
+    ROWS_BYTES,
+    SLABS,
+    HostBudget,
+    Machine,
+    host_bytes,
+)
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
@@ -168,6 +176,33 @@ def test_what_ram_does_not_hold_streams_from_disk() -> None:
     assert plan.fits and Place.RAM not in plan.execution.weights and Place.DISK in plan.execution.weights
     refused = planned(8, "meta-llama/Llama-3.1-70B", HostBudget(16 * GIB, 10 * GIB))
     assert not refused.fits and any(problem.startswith("disk:") for problem in refused.problems)
+
+
+def test_ranks_of_a_machine_divide_its_ram_and_have_the_base_once() -> None:
+    """70B, which takes 35 GiB: once for two ranks, or twice."""
+    base = "meta-llama/Llama-3.1-70B"
+    alone = planned(8, base)
+    for copies in (1, 2):
+        together = planned(8, base, replace(AMPLE, machine=Machine(2, copies)))
+        assert together.execution == alone.execution
+        assert together.host[SLABS] == copies * alone.host[SLABS]
+        assert together.host[MATRICES] == copies * alone.host[MATRICES]
+        for cause in together.host.keys() - {SLABS, MATRICES}:
+            assert together.host[cause] == 2 * alone.host[cause]
+        assert together.peak_ram_bytes == sum(together.host.values())
+        load = sum(row.num_bytes for row in together.rows() if row.phase == "load" and "RAM" in row.place)
+        assert 0 < load - sum(together.host[c] for c in (SLABS, MATRICES, PROCESS)) == ROWS_BYTES
+    one_copy = planned(8, base, HostBudget(60 * GIB, 2048 * GIB, machine=Machine(2, 1)))
+    two_copies = planned(8, base, HostBudget(60 * GIB, 2048 * GIB, machine=Machine(2, 2)))
+    assert one_copy.execution.head is Place.RAM and two_copies.execution.head is Place.DISK
+
+
+def test_ranks_that_compute_on_a_cpu_divide_its_ram() -> None:
+    for num_ranks, fits in ((1, True), (4, False)):
+        host = HostBudget(3 * GIB, 100 * GIB, machine=Machine(num_ranks, num_ranks))
+        plan = planned(2, "meta-llama/Llama-3.2-1B", host, target=CPU, model={"compute_dtype": "bfloat16"})
+        assert plan.fits is fits
+        assert plan.peak_ram_bytes == sum(plan.host.values()) + num_ranks * plan.peak_vram_bytes
 
 
 @pytest.mark.parametrize("place", ["ram", "disk"])
