@@ -15,7 +15,7 @@ accelerator on torch's free dispatch key PrivateUse1, in Python alone, as strict
 * What makes the host wait for the device is counted, with file and line (host_reads.py).
 * Pinning by `cudart().cudaHostRegister` can be refused (pinning.py). bitsandbytes' operators and managed
   memory (libraries.py, managed_memory.py), flash attention of variable length (flash.py) and collectives
-  (collectives.py) work on it.
+  (collectives.py) work on it, and the storages that torch makes without the dispatcher (storages.py).
 
 Tests take the fixture `simulated_gpu` (fixture.py); whole commands in processes of their own run under
 `python -m simulated_gpu`. Everything is off otherwise: `torch.sim.is_available()` is False, and CPU tests in

@@ -1,4 +1,14 @@
-"""Switches the simulated GPU on for one test: `simulated_gpu`, and the handle that it gives."""
+"""Switches the simulated GPU on for one test: `simulated_gpu`, and the handle that it gives.
+
+def test_a_step_reads_one_number(simulated_gpu: SimulatedGpu) -> None:
+    simulated_gpu.settings.capability = (7, 5)      # how the GPU is
+    simulated_gpu.refuse_pinning(blocks={2})        # what goes wrong on it
+    simulated_gpu.fail_allocation(400)
+    train_on(simulated_gpu.device)
+    assert simulated_gpu.host_reads.values.total() == 1
+    assert simulated_gpu.peak_bytes() < PLANNED     # what was seen
+                                                    # and no hazards, or the test fails
+"""
 
 from __future__ import annotations
 

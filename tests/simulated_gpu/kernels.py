@@ -213,6 +213,7 @@ def _copy_to_host(source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if simulation.settings.poison and simulation.settings.lazy:
             _bytes_of(target).fill_(POISON)  # until it is waited for
         _run(stream, copy, source, late=simulation.settings.lazy)
+        stream.will_write_host(base)
         return
     simulation.host_reads.note_value("copy to the host")
     _run(stream, copy, source, late=False)
@@ -235,6 +236,7 @@ def _copy_to_device(source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if stream.is_late:
             source = source.detach().clone()
     else:
+        stream.finish_writes_to_host(base)
         with simulation.lock:
             simulation.hazards.watch_source(source, stream.stream_id, stream.clock)
     _run(stream, _Copy(source.detach(), alias(target)), target, late=stream.is_late)

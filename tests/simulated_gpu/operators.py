@@ -195,7 +195,7 @@ def call_on_cpu(op: Any, *args: Any, run: Callable[..., Any] | None = None, **kw
     device = _device_of(call, kwargs.get("device"))
     stream = simulation.current_stream(device.index)
     simulation.launch(device)
-    _check_devices(call, declaration, device.index)
+    _check_devices(call, declaration, device.index, args)
     _note_waits(call, declaration, args, kwargs)
     stream.enter(declaration.name, call.reads, call.writes)
     run = run or _overload_for_numbers(op, declaration, args)
@@ -227,24 +227,23 @@ def _makes_on_device(kwargs: dict[str, Any]) -> bool:
     return device is not None and device.type == DEVICE_TYPE
 
 
-def _check_devices(call: Call, declaration: Declaration, index: int) -> None:
+def _check_devices(call: Call, declaration: Declaration, index: int, args: Sequence[Any]) -> None:
     """Raises CUDA's RuntimeError for tensors on several devices, and for products of integers."""
-    here = f"{DEVICE_TYPE}:{index}"
-    for tensor in call.sims:
-        if tensor.device.index != index:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{here} and {tensor.device}! (in {declaration.name})"
-            )
-    for tensor in call.hosts if call.sims else ():
+    if not call.sims:
+        return
+    elsewhere = [tensor for tensor in call.sims if tensor.device.index != index]
+    indices = args[1] if declaration.name in _TAKES_HOST_INDICES and device_tensor(args[0]) else ()
+    for tensor in call.hosts:
         is_number = tensor.dim() == 0 and declaration.takes_host_scalars
-        is_index = declaration.name in _TAKES_HOST_INDICES
+        is_index = any(tensor is each for each in indices)
         if not (is_number or is_index or running().managed.holds(tensor.data_ptr())):
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{here} and {tensor.device}! (in {declaration.name})"
-            )
-    if declaration.name in _PRODUCTS and call.sims:
+            elsewhere.append(tensor)
+    if elsewhere:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{DEVICE_TYPE}:{index} and {elsewhere[0].device}! (in {declaration.name})"
+        )
+    if declaration.name in _PRODUCTS:
         dtype = call.sims[0].dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             raise RuntimeError(f'"{declaration.name}" not implemented on a GPU for {dtype}')

@@ -52,6 +52,8 @@ class ThreadState(threading.local):
         self.device = 0
         self.streams: dict[int, Stream] = {}
         self.error: str | None = None
+        self.outer: list[tuple[int, Stream]] = []
+        """For each `with stream:` that the thread is in, the device and stream before."""
 
 
 @dataclass

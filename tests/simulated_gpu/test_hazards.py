@@ -248,3 +248,15 @@ def test_hazards_that_nobody_took_fail_the_test() -> None:
         assert gpu.hazards
         sim.synchronize()
     assert not torch.accelerator.is_available()
+
+
+def test_out_and_back_in_through_one_pinned_buffer_is_in_order(simulated_gpu: SimulatedGpu) -> None:
+    """On one stream a copy out is over before the copy back begins, although nobody has waited yet."""
+    out, back = torch.full((64,), 3.0, device="sim:0"), torch.zeros(64, device="sim:0")
+    side, buffer = sim.Stream(), pinned(size=64)
+    side.wait_stream(sim.current_stream())
+    with sim.stream(side):
+        buffer.copy_(out, non_blocking=True)
+        back.copy_(buffer, non_blocking=True)
+    sim.current_stream().wait_stream(side)
+    assert back.tolist() == [3.0] * 64

@@ -64,6 +64,7 @@ def test_product_with_4bit_weights(simulated_gpu: SimulatedGpu) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize(
     "make", (bnb.optim.AdamW, bnb.optim.AdamW8bit, bnb.optim.PagedAdamW32bit, bnb.optim.PagedAdamW8bit)
 )

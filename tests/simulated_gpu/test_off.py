@@ -71,6 +71,15 @@ def test_cpu_work_does_not_come_by() -> None:
     assert not [file for file in calls if "simulated_gpu" in file and "test_off" not in file]
 
 
+def test_a_backward_pass_before_is_no_obstacle() -> None:
+    x = torch.ones(2, requires_grad=True)
+    x.sum().backward()
+    with simulated_gpu_of_test():
+        y = torch.ones(2, device="sim", requires_grad=True)
+        y.sum().backward()
+        assert y.grad is not None and y.grad.tolist() == [1, 1]
+
+
 def test_seeds_still_seed_the_cpu() -> None:
     torch.manual_seed(0)
     first = torch.rand(2)

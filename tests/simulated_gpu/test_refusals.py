@@ -172,6 +172,8 @@ def test_tensors_of_two_devices_are_refused(
         lambda x, i: x.gather(0, i),
         lambda x, i: torch.nn.functional.embedding(i, x.reshape(4, 1)),
         lambda x, i: x.scatter_add(0, i, x),
+        lambda x, i: x.cpu()[i.to("sim")],
+        lambda x, i: x.index_put_((i.to("sim"),), torch.ones(2)),
     ),
 )
 def test_indices_on_the_host_are_refused(

@@ -1,4 +1,4 @@
-"""Whole commands on a simulated GPU (tests/simulated_gpu), through the front door: `train`, resume, `generate`.
+"""Whole training runs on a simulated GPU (tests/simulated_gpu), through the front door.
 
 Each run is the CPU's, bit for bit, when the CPU is told to take the kernels that a GPU takes: so whatever is
 copied, parked, streamed or recomputed on the way changes nothing. The simulator fails a test for accesses
@@ -18,14 +18,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from simulated_gpu.fixture import SimulatedGpu
-from tiny_runs import adapter_bytes, losses_of, metrics_of, recipe_values, reversal_rows, write_base, write_rows
+from tiny_runs import (
+    adapter_bytes,
+    losses_of,
+    metrics_of,
+    recipe_values,
+    reversal_rows,
+    write_base,
+    write_rows,
+)
 
-from qlora_train.cli import main
 from qlora_train.device.compute import THE_CPU, ComputeDevice
-from qlora_train.infer.decoding import Sampling
-from qlora_train.infer.model_folder import find_model
 from qlora_train.kernels.on_device import find_device
-from qlora_train.memory.plan.byte_walk import GenerateSize
 from qlora_train.recipe import Recipe
 from qlora_train.train import run as run_module
 from qlora_train.train import train
@@ -115,7 +119,12 @@ def host_reads_while_training(gpu: SimulatedGpu) -> dict[str, int]:
     for (_, place), number in gpu.host_reads.values.items():
         file = place.rpartition(":")[0].removeprefix("qlora_train/")
         found[file] = found.get(file, 0) + number
-    at_start_and_end = {"model/adapter_files.py", "model/fused.py", "model/quantize.py", "train/checkpoint.py"}
+    at_start_and_end = {
+        "model/adapter_files.py",
+        "model/fused.py",
+        "model/quantize.py",
+        "train/checkpoint.py",
+    }
     at_start_and_end |= {"memory/packed_cache.py", "kernels/varlen_attention.py"}
     return {file: number for file, number in found.items() if file not in at_start_and_end}
 
