@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,16 @@ LAUNCH_VARIABLES = (*NUMBERS_OF_PROCESSES, "LOCAL_RANK", "RANK", "MASTER_ADDR", 
 
 
 @pytest.fixture(autouse=True)
-def no_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_launch() -> Iterator[None]:
+    """Whatever accelerate writes into the environment goes again."""
+    before = dict(os.environ)
     for name in LAUNCH_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        os.environ.pop(name, None)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_a_process_of_its_own_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
