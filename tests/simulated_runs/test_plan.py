@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from simulated_gpu.fixture import SimulatedGpu
-from tiny_runs import adapter_bytes, recipe_values, write_base, write_rows
+from tiny_runs import recipe_values, write_base, write_rows
 
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.kernels.on_device import find_device
