@@ -45,12 +45,12 @@ class DeviceDescription:
     """One compute device.
 
     type: torch's word for it ("cpu", "cuda", "xpu"). capability: CUDA's number for what a GPU can do, (0, 0)
-    elsewhere. num_multiprocessors: of a GPU. varlen:
-    torch's attention over documents of any length. has_triton, has_liger: whether their kernels run there.
-    has_bfloat16: whether it multiplies bfloat16 itself. blocks_documents: whether short documents are
-    attended to by products of our own (kernels/blocked_attention.py) instead of SDPA. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says,
-    None where it is not set. index: which of its type, always known for a GPU that is here. name:
-    as the driver says it. memory_bytes: all of the device's memory, 0 where it is not known.
+    elsewhere. num_multiprocessors: of a GPU. varlen: torch's attention over documents of any length.
+    has_triton, has_liger: whether their kernels run there. has_bfloat16: whether it multiplies bfloat16
+    itself. blocks_documents: whether short documents are attended to by products of our own
+    (kernels/blocked_attention.py) instead of SDPA. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says, None
+    where it is not set. index: which of its type, always known for a GPU that is here. name: as the driver
+    says it. memory_bytes: all of the device's memory, 0 where it is not known.
     """
 
     type: str
