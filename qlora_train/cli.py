@@ -26,11 +26,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from qlora_train import __version__
+from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, RecipeError, UserError
 from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
 from qlora_train.recipe_checks import parse_size
 from qlora_train.recipe_yaml import nearest
 
+NEED_UNIX = {"train", "generate", "export", "bench"}
 NOT_YET = {
     "chat": ("D", "talk to a run or a model"),
     "eval": ("D", "score a run on held-out data"),
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(leftovers)}")
     _quiet_libraries()
     try:
+        if args.command in NEED_UNIX:
+            require_unix(args.command)  # before anything is imported that may not be there
         with _sigterm_raises():
             args.run(args)
             sys.stdout.flush()

@@ -22,10 +22,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, get_args
 
 Capability = tuple[int, int]
 Varlen = Literal["none", "equal heads", "grouped heads"]
@@ -79,6 +80,12 @@ class DeviceDescription:
     measured_context_bytes: int | None = None
     has_expandable_segments: bool = True
     has_concurrent_managed_access: bool = True
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> DeviceDescription:
+        """What `dataclasses.asdict` and JSON made of one."""
+        major, minor = values["capability"]
+        return DeviceDescription(**{**values, "capability": (major, minor)})
 
     @property
     def is_accelerator(self) -> bool:
@@ -168,6 +175,24 @@ CARDS: dict[str, tuple[Capability, int]] = {
 """By part of the name that the driver gives: capability, and multiprocessors of the largest variant."""
 ASSUMED_CARD = "RTX 3060"
 MOST_MULTIPROCESSORS = 192
+
+
+def least_capable(devices: Sequence[DeviceDescription]) -> DeviceDescription:
+    """What all of them can do, several of one type: kernels that each has, the smallest memory, the most
+    multiprocessors, as they take scratch. Name and workspaces are the first one's."""
+    kernels: tuple[Varlen, ...] = get_args(Varlen)
+    return replace(
+        devices[0],
+        capability=min(device.capability for device in devices),
+        num_multiprocessors=max(device.num_multiprocessors for device in devices),
+        varlen=min((device.varlen for device in devices), key=kernels.index),
+        has_liger=all(device.has_liger for device in devices),
+        has_triton=all(device.has_triton for device in devices),
+        has_bfloat16=all(device.has_bfloat16 for device in devices),
+        memory_bytes=min(device.memory_bytes for device in devices),
+        has_expandable_segments=all(device.has_expandable_segments for device in devices),
+        has_concurrent_managed_access=all(device.has_concurrent_managed_access for device in devices),
+    )
 
 
 def known_card(gpu_name: str | None) -> str | None:

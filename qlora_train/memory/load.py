@@ -6,10 +6,14 @@
 Where nothing streams and no cache is wanted, layers are packed straight into their resident slabs and nothing
 touches the disk. Either way the 16-bit model is never held: peak = what stays, plus one slab, one block of
 rows and the quantiser's scratch.
+
+Of several ranks one of each machine packs, and what waits in RAM is there once per machine, in pages that all
+of its ranks map (ranks.py).
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 import weakref
@@ -30,8 +34,10 @@ from qlora_train.memory.packed_cache import (
     PackedBase,
     cache_root,
     content_fingerprint,
+    made_packed_base,
     open_packed_base,
 )
+from qlora_train.memory.ranks import ALONE, Ranks
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
@@ -55,6 +61,7 @@ def load_base(
     plan: ExecutionPlan | None = None,
     cache: Path | None = None,
     host: HostMemory | None = None,
+    ranks: Ranks = ALONE,
     say: Callable[[str], None] = lambda line: None,
     poison: bool = False,
 ) -> FrozenDecoder:
@@ -63,9 +70,9 @@ def load_base(
     folder: with config.json and safetensors. packing: of the decoder layers' linears. dtype: of everything
     else and of the computation. cache: the folder that keeps packed bases (packed_cache.py); None keeps
     nothing, and what streams from disk does so from a temporary file. host: for what waits in
-    RAM; None: its own, silent where pinning is refused. say: told, a line each, what takes time. poison: see
-    ring.py. Raises `BaseModelError` for missing, surplus, misshapen or differently packed tensors,
-    `UserError` for a disk that is too small.
+    RAM; None: its own, silent where pinning is refused. ranks: all of them load the same base by the same
+    plan. say: told, a line each, what takes time. poison: see ring.py. Raises `BaseModelError` for missing,
+    surplus, misshapen or differently packed tensors, `UserError` for a disk that is too small.
     """
     skeleton = Skeleton(read_config(folder), dtype)
     plan = plan or everything_resident(len(skeleton.layer_paths))
@@ -73,11 +80,14 @@ def load_base(
         return _from_checkpoint(folder, skeleton, packing, device, plan.head_tile_rows)
     temporary = None
     if cache is None:
-        cache_root().mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f"temporary-{os.getpid()}-", dir=cache_root())
-        cache = Path(temporary.name)
-    base = open_packed_base(cache, folder, skeleton, packing, device.torch, say)
-    decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device)).decoder(poison)
+        if ranks.leads:
+            cache_root().mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(prefix=f"temporary-{os.getpid()}-", dir=cache_root())
+        cache = Path(ranks.of_leader(temporary and temporary.name))
+    with ranks.leaders_first():
+        base = None if ranks.leads else made_packed_base(cache, folder, skeleton, packing)
+        base = base or open_packed_base(cache, folder, skeleton, packing, device.torch, say)
+    decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device), ranks).decoder(poison)
     decoder.fingerprint = base.fingerprint()
     if isinstance(decoder.weights, StreamedWeights):
         decoder.at_close.append(decoder.weights.close)
@@ -153,8 +163,10 @@ class _Assembly:
         plan: ExecutionPlan,
         device: ComputeDevice,
         host: HostMemory,
+        ranks: Ranks,
     ) -> None:
         self._skeleton, self._base, self._plan, self._device = skeleton, base, plan, device
+        self._ranks = ranks
         self._host, self._unpack_kernel = host, device.description.unpack_kernel
         self._reader, self._uploads = ItemReader(device, host), Uploads(device, host)  # pinned before weights
         self._embedding_format = _row_format(skeleton, UNPACKED)
@@ -233,6 +245,14 @@ class _Assembly:
     def _off_device(self, part: FilePart, place: Place) -> Tensor | FilePart:
         if place is Place.DISK:
             return part
+        if self._ranks.shares_memory:
+            return self._host.adopt(self._shared(part), gives_way=True)
         buffer = self._host.empty(part.num_bytes, gives_way=True)
         self._reader.read_to_host(part, buffer)
         return buffer
+
+    def _shared(self, part: FilePart) -> mmap.mmap:
+        def fill(pages: mmap.mmap) -> None:
+            self._reader.read_to_host(part, torch.frombuffer(pages, dtype=torch.uint8))
+
+        return self._ranks.shared_pages(part.num_bytes, fill)

@@ -1,5 +1,9 @@
-"""Plans on the machine that is about to follow them: its free memory, its measured rates; and the budget they
-were made for, enforced.
+"""Plans on the machines that are about to follow them: their free memory, their measured rates; and the
+budget that was planned for, enforced.
+
+All ranks of a run follow one plan, for they walk the same layers in the same groups and sum their gradients.
+So each says what it has, and all plan for the least of everything: the smallest device, the largest context,
+the machine with the least RAM for the most ranks, the slowest copies.
 
 A driver that moves device memory into system memory instead of refusing it (Windows, WSL) turns a step that
 is too large into one that is ten times slower, with nothing said. So torch's allocator is held to the budget
@@ -9,43 +13,101 @@ the allocator's, nor is managed memory, so both are taken off before.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.context import context_bytes
-from qlora_train.device.description import DeviceDescription
+from qlora_train.device.description import DeviceDescription, least_capable
+from qlora_train.errors import UserError
 from qlora_train.memory.cache_key import cache_root
 from qlora_train.memory.measured_rates import rates_of
 from qlora_train.memory.plan.byte_walk import GenerateSize
-from qlora_train.memory.plan.from_recipe import device_budget, plan_recipe
+from qlora_train.memory.plan.from_recipe import device_budget, free_host_memory, plan_recipe
 from qlora_train.memory.plan.generation import GenerationPlan, WeightsChoice, plan_generation
-from qlora_train.memory.plan.host_bytes import HostBudget
+from qlora_train.memory.plan.host_bytes import HostBudget, Machine
 from qlora_train.memory.plan.model_shape import find_shape
 from qlora_train.memory.plan.plan import Plan
+from qlora_train.memory.plan.time_model import Rates
 from qlora_train.memory.plan.workload import Workload
+from qlora_train.memory.ranks import ALONE, Ranks
 from qlora_train.recipe import Recipe
 
 
+def device_of_all(device: ComputeDevice, ranks: Ranks) -> DeviceDescription:
+    """What the devices of all ranks can do: this rank's own where they are alike. Raises `UserError` where
+    some are GPUs and others are not."""
+    told = [DeviceDescription.from_dict(values) for values in ranks.gather(asdict(device.description))]
+    kinds = sorted({description.type for description in told})
+    if len(kinds) > 1:
+        raise UserError(
+            f"the processes of this run compute on devices of different kinds ({', '.join(kinds)}): start no "
+            "more of them on a machine than it has GPUs"
+        )
+    return replace(least_capable(told), index=device.description.index)
+
+
 def plan_here(
-    recipe: Recipe, folder: Path, dtype: torch.dtype, device: ComputeDevice, most_documents: int
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
+    device: ComputeDevice,
+    most_documents: int,
+    ranks: Ranks = ALONE,
+    target: DeviceDescription | None = None,
 ) -> Plan:
-    """The plan of a run, with no limit set. recipe: with the compute dtype resolved to `dtype`. folder: the
-    base's. most_documents: in any micro-batch. See `Plan.require_fit`."""
+    """The plan of a run, the same on all its ranks, with no limit set. recipe: with the compute dtype
+    resolved to `dtype`. folder: the base's. most_documents: in any micro-batch. target: `device_of_all`;
+    None: this one. See `Plan.require_fit`."""
+    target = target or device.description
+    num_ranks = len(ranks.here)
+    machine = Machine(num_ranks, 1 if ranks.shares_memory else num_ranks)
+    host = free_host_memory(recipe, target, folder, machine)
     device.limit_allocator(None)  # an earlier run's in this process
-    rates, target = rates_of(device, dtype, cache_root()), _with_context(device)
+    context = _context_bytes(device)
+    free_bytes = device.free_bytes if device.is_accelerator else device.free_bytes // num_ranks
+    ranks.wait()  # measured while the others measure: they copy at the same time in training too
+    rates = rates_of(device, dtype, cache_root(), num_ranks)
+    told = ranks.gather(
+        {"free_bytes": free_bytes, "context": context, "host": asdict(host), "rates": asdict(rates)}
+    )
     return plan_recipe(
         recipe,
-        target,
-        device.free_bytes,
+        replace(
+            target, measured_context_bytes=None if context is None else max(of["context"] for of in told)
+        ),
+        min(of["free_bytes"] for of in told),
         shape=find_shape(str(folder)),
         most_documents=most_documents,
-        rates=rates,
+        rates=_slowest([of["rates"] for of in told]),
         has_context=device.is_accelerator,
         base_folder=folder,
+        host_budget=_smallest([of["host"] for of in told]),
     )
+
+
+def _smallest(budgets: list[dict[str, Any]]) -> HostBudget:
+    """As if the least of each were all on one machine."""
+    machines = [budget["machine"] for budget in budgets]
+    return HostBudget(
+        ram_bytes=min(budget["ram_bytes"] for budget in budgets),
+        disk_bytes=min(budget["disk_bytes"] for budget in budgets),
+        has_packed_base=all(budget["has_packed_base"] for budget in budgets),
+        machine=Machine(
+            max(machine["num_ranks"] for machine in machines),
+            max(machine["num_copies"] for machine in machines),
+        ),
+    )
+
+
+def _slowest(rates: list[dict[str, Any]]) -> Rates:
+    """Each rate of the rank where it is the lowest."""
+    least = {name: min(of[name] for of in rates) for name in ("flops", "memory", "copy", "disk")}
+    several = f", the slowest of {len(rates)} ranks" if len(rates) > 1 else ""
+    return Rates(**least, source=rates[0]["source"] + several)
 
 
 def plan_generation_here(
@@ -59,7 +121,7 @@ def plan_generation_here(
     """The plan of generation, with no limit set. workload: the model, its packing and factors. vram_bytes:
     the budget; None: what is free. weights: `memory.weights`. See `GenerationPlan.require_fit`."""
     device.limit_allocator(None)
-    target = _with_context(device)
+    target = replace(device.description, measured_context_bytes=_context_bytes(device))
     budget_bytes = device_budget(target, device.free_bytes, vram_bytes, has_context=device.is_accelerator)
     return plan_generation(
         replace(workload, target=target),
@@ -70,13 +132,11 @@ def plan_generation_here(
     )
 
 
-def _with_context(device: ComputeDevice) -> DeviceDescription:
-    """The device's description, its context measured: kernels have run, so that what is free from now on is
-    free of them too."""
-    description = device.description
-    if not device.is_accelerator or description.measured_context_bytes is not None:
-        return description
-    return replace(description, measured_context_bytes=context_bytes(device))
+def _context_bytes(device: ComputeDevice) -> int | None:
+    """Of this process on the device, measured unless its description says it: kernels have run then, so that
+    what is free from now on is free of them too. None on a CPU."""
+    told = device.description.measured_context_bytes
+    return context_bytes(device) if told is None and device.is_accelerator else told
 
 
 def enforce_budget(

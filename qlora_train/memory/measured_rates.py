@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -35,11 +36,13 @@ _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above on
 _REPEATS = 5
 
 
-def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path) -> Rates:
-    """Measured now, or by an earlier run on this machine. cache: folder that remembers. Leaves nothing on the
-    device."""
+def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
+    """Measured now, or by an earlier run on this machine. cache: folder that remembers. num_ranks: that
+    measure at the same time. Leaves nothing on the device."""
     name = device.description.name or platform.processor() or "cpu"
     key = f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
+    if num_ranks > 1:
+        key += f", {num_ranks} at a time"
     known = _read(cache / _FILE)
     if key not in known:
         free_bytes = device.free_bytes
@@ -54,7 +57,9 @@ def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path) -> Rates:
             return rates
         known[key] = asdict(rates)
         cache.mkdir(parents=True, exist_ok=True)
-        (cache / _FILE).write_text(json.dumps(known, indent=1) + "\n")
+        partial = cache / f"{_FILE}.partial-{os.getpid()}"  # others may be reading
+        partial.write_text(json.dumps(known, indent=1) + "\n")
+        partial.replace(cache / _FILE)
     return Rates(**known[key])  # type: ignore[arg-type]  # what asdict wrote
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from qlora_train.errors import UserError
 from qlora_train.memory import cache_key
-from qlora_train.memory.cache_key import MANIFEST, VERSION, PackingKey
+from qlora_train.memory.cache_key import MANIFEST, VERSION, PackingKey, is_complete
 from qlora_train.memory.cache_key import cache_root as cache_root
 from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.stores import FilePart
@@ -144,6 +144,15 @@ def open_packed_base(
         with atomic_folder(folder) as partial:
             _write(partial, checkpoint, skeleton, layouts, packing, device)
     return base
+
+
+def made_packed_base(
+    root: Path, base_folder: Path, skeleton: Skeleton, packing: Packing
+) -> PackedBase | None:
+    """The packed base below `root` that another process has just opened: nothing is read through again. None
+    where it is not there."""
+    folder = packed_folder(root, base_folder, skeleton, packing)
+    return PackedBase(folder, tuple(skeleton.layouts(packing))) if is_complete(folder) else None
 
 
 def find_packed_layers(

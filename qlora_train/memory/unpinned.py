@@ -8,7 +8,6 @@ is, if all copies were to run at it. At the first refusal nobody knows how many 
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -91,5 +90,7 @@ def _rate_of_unpinned(device: ComputeDevice, host: HostMemory) -> float:
 
 
 def _locked_limit() -> str:
+    import resource  # not on Windows
+
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit // 1024} KiB"

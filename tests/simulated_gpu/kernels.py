@@ -7,7 +7,8 @@ waits. If it is not `non_blocking`, the host waits for the stream in any case.
 
 One point is stricter than CUDA: such a wait of a copy to the device puts that copy in order with what comes
 later, but not the work before it. A program that is right only because a copy somewhere was from pageable
-memory would break as soon as somebody pins that.
+memory would break as soon as somebody pins that. Values that a program reads (`item`, a copy to the host) are
+waits like `synchronize`.
 """
 
 from __future__ import annotations

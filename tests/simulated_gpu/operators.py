@@ -250,25 +250,20 @@ def _check_devices(call: Call, declaration: Declaration, index: int, args: Seque
 
 
 def _note_waits(call: Call, declaration: Declaration, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """The operators for which the host waits. One that is told the size of its result need not."""
+    """The operators for which the host waits. One that is told the size of its result need not. As with
+    copies (kernels.py), nothing else is in order by that: a program that needs it does not ask for a
+    `nonzero`."""
     reads = running().host_reads
     if declaration.name in _SHAPE_IS_DATA and kwargs.get("output_size") is None:
         reads.note_value(declaration.name.removeprefix("aten::"))
-        _let_host_wait(call)
     if "index_put" in declaration.name and any(map(_is_mask, args[1])):  # `index` makes a nonzero of its own
         reads.note_value("index_put with a mask")
-        _let_host_wait(call)
     if declaration.name in _TAKES_HOST_INDICES and any(tensor.dim() > 0 for tensor in call.hosts):
         reads.note_copy("indices on the host")
 
 
 def _is_mask(index: object) -> bool:
     return device_tensor(index) and index.dtype in (torch.bool, torch.uint8)
-
-
-def _let_host_wait(call: Call) -> None:
-    simulation = running()
-    simulation.current_stream(call.sims[0].device.index).join_host()
 
 
 def _overload_for_numbers(op: Any, declaration: Declaration, args: Sequence[Any]) -> Callable[..., Any]:
