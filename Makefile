@@ -1,6 +1,6 @@
 # make demo: install and run the quickstart    make test: install and run every test
 # make mutants: takes each wait for a copy out of the product in turn; the simulated GPU must find it
-# make gpu-suite: on a GPU, all tests and cases that need one, in stages; see qlora_train/bench/gpu_suite.py
+# make gpu-suite: everything that needs a GPU, in stages; see qlora_train/bench/gpu_suite/command.py
 # make offline-wheels: what a GPU machine without a network may lack, into build/wheels, to be taken there
 # Another interpreter: make PYTHON=python3.12 demo
 PYTHON ?= python3
@@ -12,9 +12,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # gpu-suite takes the wheels, where they are, beside what PYTHON has; else it makes .venv like the others.
 WHEELS := build/wheels
 SITE := build/gpu-site
-RECORD := build/gpu-suite
-SUITE := -m qlora_train.bench.gpu_suite --record $(RECORD) $(if $(ONLY),--only $(ONLY)) \
-  $(if $(AGAIN),--again) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER))
+OUT := build/gpu-suite
+SUITE := -m qlora_train.bench.gpu_suite --out $(OUT) $(if $(ONLY),--only $(ONLY)) \
+  $(if $(AGAIN),--again) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER)) $(if $(DRY),--dry)
 
 .PHONY: demo test mutants lint clean gpu-suite offline-wheels
 

@@ -6,7 +6,7 @@ Such a machine is taken to have torch, triton, transformers, accelerate, peft, p
 Ours come in the versions of constraints.txt, peers in the newest ones that accept each other. Nothing is
 resolved: the list names every package, so what the machine has stays as it is. Two wheels are made smaller:
 bitsandbytes keeps the library for one CUDA version and the CPU's (43 MB to 4), unsloth loses its web
-application (29 to 2). All are 17 MB.
+application (29 to 2). All are 18 MB.
 
 Beside the wheels lies COMMIT, for a copy of the sources that has no git.
 """

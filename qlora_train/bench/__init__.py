@@ -6,6 +6,7 @@
     machine.py  on what it was measured       record.py  where figures are kept
     table.py    medians, and ratios against one contender
     pieces/     what those processes do: ours, the peers, loading, merging, making the inputs
+    gpu_suite/  everything that needs a GPU, in stages
 
 No wall-clock is asserted anywhere in the tests: speed is measured here, and LOG.md keeps what was found.
 """

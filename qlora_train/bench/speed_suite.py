@@ -158,6 +158,7 @@ def _gpu_8b(name: str, about: str, memory: dict[str, Any]) -> Case:
     )
 
 
+GPU_8B = _gpu_8b("keep", "nothing recomputed", {"activations": "keep"})
 STREAMED = Case(
     name="gpu-8b-streamed-512",
     about="Llama-3.1-8B shape, one row of 512 tokens a step in 3.3 GB of VRAM, streamed from RAM",
@@ -188,7 +189,7 @@ CASES: tuple[Case, ...] = (
     CHAT_ROWS,
     LOAD,
     MERGE,
-    _gpu_8b("keep", "nothing recomputed", {"activations": "keep"}),
+    GPU_8B,
     _gpu_8b("recompute", "as few layers recomputed as fit into 16 GiB", {"vram": "16GiB"}),
     _gpu_8b("full-recompute", "every layer recomputed", {"activations": "recompute"}),
     STREAMED,

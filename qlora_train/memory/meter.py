@@ -9,17 +9,14 @@ Three readings, none of which knows the planner's formulas:
   buffers are made that way, so that "device" means the same in both cases. Nor, on a GPU, the libraries'
   workspaces, which come from the same allocator but belong to the context (device/context.py).
 - `peak_bytes`, for the log: our tensors on a GPU, the whole process elsewhere.
-- `process_peak_bytes`, resident memory of this process at its highest, as the kernel counts it, Python and
-  all imports included. `reset_process_peak` starts it anew where the kernel offers that.
+- `process_peak_bytes` (process_peak.py), resident memory of this process at its highest.
 
 Why not `tracemalloc` or a profiler: the first does not see tensors, the second records every event of a run.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.context import make_workspaces
+from qlora_train.memory.process_peak import process_peak_bytes as process_peak_bytes
+from qlora_train.memory.process_peak import reset_process_peak as reset_process_peak
 
 
 class DeviceMeter:
@@ -128,31 +127,3 @@ class _StorageReference(weakref.ref):
 def peak_bytes(device: ComputeDevice) -> int:
     """Peak memory so far: of our tensors on a GPU, of the whole process otherwise."""
     return device.peak_allocated_bytes if device.is_accelerator else process_peak_bytes()
-
-
-def process_peak_bytes() -> int:
-    """Peak resident size of this process so far, or since `reset_process_peak`, as the kernel reports it.
-
-    Linux: VmHWM. `ru_maxrss` is taken only where there is none: a child's starts at what its parent held
-    before the child's program was loaded.
-    """
-    for line in _read_lines(Path("/proc/self/status")):
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_process_peak() -> bool:
-    """Let `process_peak_bytes` begin at the present size; False where the kernel cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _read_lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.is_file() else []

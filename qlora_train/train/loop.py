@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -49,11 +49,13 @@ class TrainLoop:
         plan_log: PlanLog,
         meter: DeviceMeter,
         stop_metering: Callable[[], None],
+        on_step: Callable[[Mapping[str, float | int | bool]], None] = lambda row: None,
     ) -> None:
         """plan_log: of this run. meter: counts since before the base was loaded; when the first steps have
-        been compared with the plan, metering is stopped, as it costs time."""
+        been compared with the plan, metering is stopped, as it costs time. on_step: told of each step."""
         self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
         self._meter, self._stop_metering = meter, stop_metering
+        self._on_step = on_step
         self._say: Callable[[str], None] = print
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._factors = prepared.decoder, prepared.factors
@@ -156,6 +158,7 @@ class TrainLoop:
                 self._report(
                     row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step)
                 )
+                self._on_step(row)
                 last, is_best = step == self.num_steps, False
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)

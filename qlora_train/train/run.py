@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,17 @@ class TrainResult:
     eval_loss: float | None
 
 
-def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> TrainResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    use_cache: bool = True,
+    on_step: Callable[[Mapping[str, float | int | bool]], None] = lambda row: None,
+) -> TrainResult:
     """Train as the recipe says; with `resume`, go on from the newest checkpoint of its output folder.
 
-    use_cache: keep the packed base for later starts. Raises a `UserError` for bad input and for a plan that
+    use_cache: keep the packed base for later starts. on_step: told what metrics.jsonl has of a step, between
+    that step and the next, on every rank. Raises a `UserError` for bad input and for a plan that
     does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
     `Interrupted` after SIGINT or SIGTERM, with the state saved."""
     require_unix("train")
@@ -67,7 +75,7 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
             use_cache=use_cache,
             say=lambda line: console.print(line, markup=False, soft_wrap=True),
         )
-        loop = TrainLoop(prepared, folder, plan_log, meter, metering.close)
+        loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume() if resume else 0
         _introduce(console, prepared, loop, first, resume=resume)
         ranks.wait()  # no rank may still be checking the folder

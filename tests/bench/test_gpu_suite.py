@@ -1,7 +1,8 @@
-"""The suite of stages: what is taken, what is skipped, what comes again; and a test file as a stage."""
+"""The command around the GPU suite's stages: what is taken, what comes again, what is kept and said."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,160 +11,208 @@ from typing import Any
 
 import pytest
 
-from qlora_train.bench import gpu_suite, record
-from qlora_train.bench.case import Case, Contender
-from qlora_train.bench.gpu_suite import Part, Suite, cases_of_tests, failures, hash_of_sources, stages_of
+from qlora_train.bench.gpu_suite import command
+from qlora_train.bench.gpu_suite.command import Suite, chosen
+from qlora_train.bench.gpu_suite.report import newest, report_of
+from qlora_train.bench.gpu_suite.stages import Stage
 from qlora_train.bench.process import run_piece
-from qlora_train.bench.table import Column
 
 MakePiece = Callable[[str, str], str]
-LIGHT = """
-import json, sys
-from pathlib import Path
-def measure(arguments):
-{body}
-Path(sys.argv[2]).write_text(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))
-"""
 MACHINE: dict[str, Any] = {
-    "gpu": {"name": "some"},
+    "gpu": {"name": "some", "driver": "580"},
     "versions": {"torch": "2"},
-    "sources": "aa",
-    "commit": "c",
+    "commit": "c1",
 }
-COLUMNS = (Column("x_seconds", "x", "{:.0f}".format),)
 COUNT = """
-file = Path(arguments['log'])
-old = file.read_text() if file.is_file() else ''
-file.write_text(old + arguments['name'] + ' ')
-return {'x_seconds': len(old.split())}
+from pathlib import Path
+with Path(arguments['log']).open('a') as log:
+    log.write(arguments['name'] + ' ')
+runs = {arguments['name']: {'tokens_per_second': 400.0}}
+return {'runs': runs, 'remarks': ['said'], 'problems': arguments.get('problems', [])}
 """.strip()
 
 
-def case_of(module: str, log: Path, *names: str, **changes: Any) -> Case:
-    contenders = tuple(Contender(name, module, {"name": name, "log": str(log)}) for name in names)
-    return Case("named", "about", contenders, names[0], suite="stages", needs_cuda=True, **changes)
+class Suites:
+    """Makes suites over one folder, and stages whose pieces write their names to one log."""
 
+    def __init__(self, folder: Path, make_piece: MakePiece) -> None:
+        self.folder, self.said = folder, list[str]()
+        self._module = make_piece("counted", COUNT)
+        self.log = folder / "log"
 
-def suite_in(folder: Path, machine: dict[str, Any] = MACHINE, seconds_left: float = 1e9) -> Suite:
-    said: list[str] = []
-    return Suite(folder, lambda part: folder / part, machine, said.append, lambda: seconds_left)
+    def stage(self, name: str, **changes: Any) -> Stage:
+        arguments = {"name": name, "log": str(self.log), **changes.pop("arguments", {})}
+        return replace(Stage(name, self._module, arguments, 60.0, least_seconds=1.0), **changes)
 
+    def suite(self, seconds_left: float = 1e9, **machine: Any) -> Suite:
+        return Suite(
+            self.folder / "out",
+            self.folder / "work",
+            MACHINE | machine,
+            self.said.append,
+            lambda: seconds_left,
+        )
 
-@pytest.fixture
-def make_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePiece:
-    """As in conftest.py, but importing no torch: these tests start dozens."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    def make(name: str, body: str) -> str:
-        indented = "\n".join(f"    {line}" for line in body.split("\n"))
-        (tmp_path / f"{name}.py").write_text(LIGHT.format(body=indented))
-        return name
-
-    return make
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "log"
+    def outcomes(self) -> list[tuple[str, str]]:
+        return [(r["stage"], r["outcome"]) for r in self.suite().records()]
 
 
 @pytest.fixture
-def part(make_piece: MakePiece, log: Path) -> Part:
-    case = case_of(make_piece("counted", COUNT), log, "a", "b")
-    return Part("memory", (case,), COLUMNS, lambda case: 2)
+def suites(tmp_path: Path, make_piece: MakePiece) -> Suites:
+    return Suites(tmp_path, make_piece)
 
 
-def test_stages_take_turns(part: Part) -> None:
-    stages = [(stage.contender, stage.number) for stage in stages_of(part)]
-    assert stages == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
-    assert all(stage.case.timeout_seconds <= gpu_suite.STAGE_SECONDS for stage in stages_of(part))
+def test_every_stage_leaves_a_line_however_it_ends(suites: Suites, make_piece: MakePiece) -> None:
+    broken = make_piece("broken", "print('about to')\nraise RuntimeError('no such kernel')")
+    stages = [
+        suites.stage("good"),
+        suites.stage("wrong", arguments={"problems": ["bits differ"]}),
+        suites.stage("broken", module=broken),
+        suites.stage("absent", requires=("json", "no_such_package"), commands=("no-such-program",)),
+    ]
+    suites.suite().run(stages)
+    assert suites.outcomes() == [
+        ("good", "passed"), ("wrong", "failed"), ("broken", "failed"), ("absent", "skipped"),
+    ]  # fmt: skip
+    good, _, third, absent = suites.suite().records()
+    assert good["machine"] == MACHINE and good["seconds"] > 0 and good["date"].endswith("+00:00")
+    assert good["figures"]["runs"]["good"]["tokens_per_second"] == 400
+    assert "about to" in third["error"] and third["error"].endswith("RuntimeError: no such kernel")
+    assert absent["error"] == "not installed: no_such_package, no-such-program"
+    assert "  bits differ" in suites.said
 
 
-def test_what_is_recorded_is_not_taken_again(part: Part, log: Path, tmp_path: Path) -> None:
-    assert suite_in(tmp_path).run(part) == 0
-    assert log.read_text() == "a b b a "
-    assert suite_in(tmp_path).run(part) == 0
-    assert log.read_text() == "a b b a "
-    found = record.read(tmp_path, "stages")
-    assert [(r["contender"], r["run"]) for r in found] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
-    assert all(r["machine"] == MACHINE for r in found)
-    suite_in(tmp_path).run(part, again=True)
-    assert log.read_text() == "a b b a a b b a "
+def test_what_has_passed_is_not_taken_again_whatever_has_changed(suites: Suites) -> None:
+    stages = [suites.stage("good"), suites.stage("wrong", arguments={"problems": ["bits differ"]})]
+    suites.suite().run(stages)
+    suites.suite(commit="c2", versions={"torch": "3"}).run(stages)
+    assert suites.log.read_text() == "good wrong wrong "
+    suites.suite().run(stages, again=True)
+    assert suites.log.read_text() == "good wrong wrong good wrong "
 
 
-def test_it_goes_on_where_it_stopped(part: Part, log: Path, tmp_path: Path) -> None:
-    suite_in(tmp_path).run(replace(part, num_runs=lambda case: 1))
-    assert log.read_text() == "a b "
-    suite_in(tmp_path).run(part)
-    assert log.read_text() == "a b b a "
+def test_what_does_not_fit_into_the_time_left_is_not_begun(suites: Suites) -> None:
+    stages = [suites.stage("long", least_seconds=100.0), suites.stage("short")]
+    suites.suite(seconds_left=60).run(stages)
+    assert suites.log.read_text() == "short "
+    assert "long: not begun with 55 s left" in suites.said
+
+
+def test_a_stage_has_its_own_limit_and_that_of_the_call(suites: Suites, make_piece: MakePiece) -> None:
+    slow = make_piece("slow", "import time\ntime.sleep(60)")
+    stages = [
+        suites.stage("too long", module=slow, timeout_seconds=1.5),
+        suites.stage("cut", module=slow, timeout_seconds=50.0),
+    ]
+    suites.suite(seconds_left=command.SECONDS_TO_FINISH + 2).run(stages)
+    assert suites.outcomes() == [("too long", "failed"), ("cut", "cut short")]
+    error = suites.suite().records()[0]["error"]
+    assert error.startswith("not finished after 1.5 s") and "slow.py" in error  # where it was
+
+
+def test_stages_are_told_where_to_work_and_leave_nothing_elsewhere(
+    suites: Suites, make_piece: MakePiece
+) -> None:
+    body = "import os\nfigures = {k: os.environ[k] for k in ('QLORA_TRAIN_CACHE', 'TMPDIR')} | arguments\n"
+    module = make_piece("told", body + "return {'runs': {'x': figures}, 'remarks': [], 'problems': []}")
+    suites.suite().run([suites.stage("told", module=module, knows_simulated=True)])
+    told = suites.suite().records()[0]["figures"]["runs"]["x"]
+    work = str(suites.folder / "work")
+    assert told["QLORA_TRAIN_CACHE"].startswith(work) and told["TMPDIR"].startswith(work)
+    assert told["work"] == work and told["out"] == str(suites.folder / "out")
+    assert told["launcher"] == list(command.PLAINLY)
+
+
+def test_names_are_chosen_by_their_beginning() -> None:
+    stages = [
+        Stage(name, "m", {}, 1.0) for name in ("smoke", "tests/gpu/test_a.py", "memory-8b", "memory-70b")
+    ]
+    assert chosen(stages, []) == tuple(stages)
+    assert [stage.name for stage in chosen(stages, ["memory", "tests"])] == [
+        "tests/gpu/test_a.py", "memory-8b", "memory-70b",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="memry: no such stage; there are smoke, "):
+        chosen(stages, ["memry"])
+
+
+def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) -> None:
+    def record(
+        stage: str, word: str, figures: Any = None, error: str | None = None, commit: str = "c1"
+    ) -> Any:
+        machine = MACHINE | {"commit": commit}
+        return {"stage": stage, "outcome": word, "figures": figures, "error": error, "machine": machine}
+
+    def figures(name: str, speed: float, **more: Any) -> dict[str, Any]:
+        runs = {name: {"tokens_per_second": speed, **more}}
+        return {"runs": runs, "remarks": [f"{name} says"], "problems": []}
+
+    profile = {"step_milliseconds": 12.5, "busy_share": 0.9, "kinds": {"matrix products": 0.5},
+               "kernels": [["gemm_x", 3, 6.25, 0.5]]}  # fmt: skip
+    stages = [
+        suites.stage("speed", case="8b"),
+        suites.stage("other"),
+        suites.stage("peer", case="8b", is_reference=True),
+        suites.stage("left"),
+    ]
+    records = [
+        record("speed", "failed", error="of earlier"),
+        record("speed", "passed", figures("ours", 800.0, profile=profile), commit="c0"),
+        record("peer", "passed", figures("theirs", 400.0)),
+        record("other", "failed", error="exit code 1\nRuntimeError: no kernel"),
+    ]
+    assert newest(records, "speed") == records[1] and newest(records, "left") is None
+    text, is_good = report_of(stages, records, MACHINE)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    assert lines[0] == "some, driver 580, torch 2, commit c1" and not is_good
+    ours = next(line for line in lines if "ours" in line)
+    assert "800 (2.00x)" in ours and ours.endswith("passed at c0")
+    assert lines.index(ours) + 1 == lines.index(next(line for line in lines if "theirs" in line))
+    assert "other: FAILED: exit code 1" in lines and "RuntimeError: no kernel" in lines
+    assert "speed: ours says" in lines and "of earlier" not in text
+    assert "  a step of 12.5 ms, busy 90.0%: matrix products 50.0%" in lines
+    assert any(line.endswith("3 x  gemm_x") for line in lines)
+    assert lines[-1] == "2 passed, 1 failed, 1 not begun"
+    assert report_of(stages[:1], records, MACHINE)[1]
+
+
+@pytest.mark.parametrize(("problems", "code"), [([], 0), (["bits differ"], 1)])
+def test_the_command_writes_one_folder_and_removes_what_it_worked_with(
+    suites: Suites, monkeypatch: pytest.MonkeyPatch, problems: list[str], code: int
+) -> None:
+    stages = (suites.stage("good", arguments={"problems": problems}), suites.stage("else"))
+    monkeypatch.setattr(command, "describe_machine", lambda: MACHINE | {"commit": None})
+    monkeypatch.setattr(command, "stages_of", lambda size, tests: stages)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    out, work = suites.folder / "here", suites.folder / "there"
+    arguments = ["--out", str(out), "--work", str(work), "--commit", "abc", "--only", "good"]
+    assert command.main(arguments) == code
+    assert suites.log.read_text() == "good "
+    assert sorted(file.name for file in out.iterdir()) == ["gpu-suite.jsonl", "report.txt"]
+    assert json.loads((out / "gpu-suite.jsonl").read_text())["machine"]["commit"] == "abc"
+    assert "commit abc" in (out / "report.txt").read_text() and list(work.iterdir()) == []
+    assert command.main([*arguments[:-1], "gud"]) == 2
+
+
+def test_without_a_gpu_there_is_nothing_to_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "describe_machine", lambda: MACHINE | {"gpu": None})
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    assert command.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "change", [{"sources": "bb"}, {"gpu": {"name": "other"}}, {"versions": {"torch": "3"}}]
+    ("free_gb", "ram_gb", "in_memory"), [(60, 130, True), (30, 130, False), (60, 90, False)]
 )
-def test_other_sources_or_another_machine_begin_anew(
-    part: Part, log: Path, tmp_path: Path, change: dict[str, Any]
+def test_inputs_lie_in_shared_memory_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gb: int, ram_gb: int, in_memory: bool
 ) -> None:
-    suite_in(tmp_path).run(part)
-    other = suite_in(tmp_path, MACHINE | change)
-    assert [row.word for row in other.rows(part)] == ["not run", "not run"]
-    other.run(part)
-    assert log.read_text() == "a b b a a b b a "
-
-
-def test_another_commit_of_the_same_sources_does_not(part: Part, log: Path, tmp_path: Path) -> None:
-    suite_in(tmp_path).run(part)
-    suite_in(tmp_path, MACHINE | {"commit": "d"}).run(part)
-    assert log.read_text() == "a b b a "
-
-
-def test_nothing_is_begun_when_the_time_of_the_call_is_over(part: Part, log: Path, tmp_path: Path) -> None:
-    assert suite_in(tmp_path, seconds_left=59).run(part) == 4
-    assert not log.exists() and record.read(tmp_path, "stages") == []
-
-
-def test_a_stage_cut_short_by_the_call_comes_again(
-    make_piece: MakePiece, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_suite, "LEAST_SECONDS", 0.1)
-    slow = make_piece("slow", "import time\ntime.sleep(60)\nreturn {}")
-    cut = Part("memory", (case_of(slow, log, "a"),), COLUMNS)
-    assert suite_in(tmp_path, seconds_left=1.0).run(cut) == 1
-    assert record.read(tmp_path, "stages") == []
-
-
-def test_a_stage_that_takes_too_long_or_fails_is_a_failure_and_stays_one(
-    make_piece: MakePiece, log: Path, tmp_path: Path
-) -> None:
-    slow = make_piece("slow", "import time\ntime.sleep(60)\nreturn {}")
-    bad = make_piece("bad", "raise RuntimeError('broken')")
-    too_long = replace(case_of(slow, log, "a", timeout_seconds=1.0), name="too long")
-    broken = replace(case_of(bad, log, "a"), name="broken")
-    part = Part("memory", (too_long, broken), COLUMNS)
-    suite = suite_in(tmp_path)
-    assert suite.run(part) == 0 and suite.run(part) == 0
-    assert len(record.read(tmp_path, "stages")) == 2
-    assert [line.partition(" (")[0] for line in failures(suite.rows(part))] == [
-        "too long, a: failed: not finished after 1 s",
-        "broken, a: failed: RuntimeError: broken",
-    ]
-
-
-def test_rows_show_what_is_recorded_of_each_contender(part: Part, tmp_path: Path) -> None:
-    suite = suite_in(tmp_path)
-    suite.run(part)
-    rows = suite.rows(part)
-    assert [[run["x_seconds"] for run in row.runs] for row in rows] == [[0, 3], [1, 2]]
-    assert [row.is_reference for row in rows] == [True, False] and failures(rows) == []
-
-
-def test_who_cannot_run_is_skipped_with_a_word_and_is_no_failure(tmp_path: Path) -> None:
-    absent = Contender("peer", "nowhere", requires=("no_such_package",))
-    part = Part("speed", (Case("named", "about", (absent,), "peer", suite="stages"),), COLUMNS)
-    suite = suite_in(tmp_path)
-    assert suite.run(part) == 0
-    (row,) = suite.rows(part)
-    assert row.word == "skipped: no_such_package not installed" and failures([row]) == []
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_gb * 10**9))
+    ram = SimpleNamespace(available=ram_gb * 10**9)
+    monkeypatch.setattr(command.psutil, "virtual_memory", lambda: ram)
+    expected = tmp_path if in_memory else command.REPOSITORY / "build"
+    assert command.folder_of_work(tmp_path).parent == expected
 
 
 TESTS = """
@@ -190,80 +239,15 @@ def test_elsewhere():
 """
 
 
-def test_a_file_of_tests_is_a_stage(tmp_path: Path) -> None:
-    folder = tmp_path / "tests" / "deep"
-    folder.mkdir(parents=True)
-    (folder / "test_it.py").write_text(TESTS)
-    (folder / "test_other.py").write_text("def test_cpu():\n    pass\n")
+def test_the_tests_of_a_file_are_a_stage(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
-    (case,) = cases_of_tests(repository=tmp_path)
-    assert case.name == "tests/deep/test_it.py"
-    contender = case.contenders[0]
-    outcome = run_piece(contender.module, contender.arguments, timeout_seconds=120)
+    arguments = {"file": str(tmp_path / "test_it.py"), "marks": "gpu"}
+    outcome = run_piece("qlora_train.bench.gpu_suite.test_file", arguments, timeout_seconds=120)
     figures = outcome.figures
     assert figures is not None, outcome.error
-    assert [figures[f"num_{what}"] for what in ("passed", "failed", "skipped")] == [1, 2, 1]
-    assert figures["printed"] == ["x is 1", "x is 2", "x is 3"]
-    assert [name.rpartition("::")[2] for name in figures["failures"]] == ["test_some[3]", "test_set_up"]
-    assert "OSError: no disk" in list(figures["failures"].values())[1]
-    row = suite_in(tmp_path).rows(Part("tests", (case,), COLUMNS))[0]
-    assert failures([replace(row, runs=(figures,), word="")]) == [f"{case.name}, pytest: 2 tests failed"]
-
-
-def test_the_comparison_of_plan_and_meter_is_among_the_tests() -> None:
-    names = [case.name for case in cases_of_tests()]
-    assert "tests/memory/plan/test_plan_matches_meter.py" in names
-
-
-def test_the_hash_is_of_package_and_tests(tmp_path: Path) -> None:
-    for folder in ("qlora_train", "tests", "recipes"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.py").write_text("1")
-    before = hash_of_sources(tmp_path)
-    (tmp_path / "recipes" / "a.py").write_text("2")
-    assert hash_of_sources(tmp_path) == before
-    (tmp_path / "tests" / "a.py").write_text("2")
-    assert hash_of_sources(tmp_path) != before
-
-
-@pytest.mark.parametrize(
-    ("free_gb", "ram_gb", "in_memory"), [(60, 130, True), (30, 130, False), (60, 90, False)]
-)
-def test_bases_lie_in_shared_memory_where_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gb: int, ram_gb: int, in_memory: bool
-) -> None:
-    monkeypatch.setattr(gpu_suite.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_gb * 10**9))
-    ram = SimpleNamespace(available=ram_gb * 10**9)
-    monkeypatch.setattr(gpu_suite.psutil, "virtual_memory", lambda: ram)
-    shared = tmp_path / "shm"
-    shared.mkdir()
-    folder = gpu_suite.folder_of_bases(tmp_path / "records", shared)
-    assert folder.parent == (shared if in_memory else tmp_path / "records")
-    (shared / gpu_suite.BASES).mkdir()  # of an earlier call, which has taken the room
-    assert gpu_suite.folder_of_bases(tmp_path / "records", shared).parent == shared
-
-
-def test_the_command_takes_what_is_chosen_prints_tables_and_says_what_is_left(
-    part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gpu = {"name": "some", "driver": "580"}
-    monkeypatch.setattr(gpu_suite, "this_machine", lambda commit: MACHINE | {"gpu": gpu, "commit": commit})
-    monkeypatch.setattr(gpu_suite, "parts", lambda: (part,))
-    command = ["--record", str(tmp_path / "r"), "--bases", str(tmp_path / "b"), "--commit", "abc", "--only"]
-    bases = tmp_path / "b" / gpu_suite.BASES
-    bases.mkdir(parents=True)
-    assert gpu_suite.main([*command, "memory", "--stop-after", "5"]) == gpu_suite.LEFT_OVER
-    assert "4 stages are left, run it again" in capsys.readouterr().out and bases.is_dir()
-    assert gpu_suite.main([*command, "named"]) == 0
-    out = capsys.readouterr().out
-    assert "some, driver 580, torch 2, abc" in out and "named" in out
-    assert (tmp_path / "b").is_dir() and not bases.exists()
-    assert gpu_suite.main([*command, "nothing"]) == 0
-
-
-def test_without_a_gpu_there_is_nothing_to_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu_suite, "this_machine", lambda commit: MACHINE | {"gpu": None})
-    assert gpu_suite.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().out
+    run = figures["runs"]["pytest"]
+    assert [run[f"num_{what}"] for what in ("passed", "failed", "skipped")] == [1, 2, 1]
+    assert figures["printed_by_tests"] == ["x is 1", "x is 2", "x is 3"]
+    names = [problem.splitlines()[0].rpartition("::")[2] for problem in figures["problems"]]
+    assert names == ["test_some[3]", "test_set_up"] and "OSError: no disk" in figures["problems"][1]

@@ -1,5 +1,5 @@
-"""The speed cases as small as they go: every piece runs (one case in processes of its own, the others here),
-and contenders get the same work."""
+"""The speed cases as small as they go: every piece runs, in this process (in ones of their own:
+test_gpu_stages.py), and contenders get the same work."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def measure(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_training_case_gives_everybody_the_same_work(folder: Path) -> None:
     case = tiny("cpu-200m-recompute", sequence_length=32)
-    rows = Bench(folder, folder / "records", MACHINE, print).run(case, 1)
-    assert [row.word for row in rows] == ["", "", ""]
-    ours, peft, fast = (row.runs[0] for row in rows)
+    ours, peft, fast = measure(case, folder).values()
     in_layers, in_head = linear_parameters_of_tiny()
     for figures in (ours, peft, fast):
         assert figures["num_timed_steps"] == 2
@@ -88,7 +86,6 @@ def test_a_training_case_gives_everybody_the_same_work(folder: Path) -> None:
         assert figures["num_timed_supervised_tokens"] == 2 * 2 * 31
         assert figures["first_loss"] == pytest.approx(ours["first_loss"], rel=0.02)
         assert 0 < figures["load_seconds"] < figures["first_step_seconds"]
-        assert figures["first_step_seconds"] < figures["whole_process_seconds"]
         assert figures["process_peak_bytes"] > 2**28
         assert 0 < figures["share_of_matmul_ceiling"] < 1
         flops = 4 * (in_layers * 128 + in_head * 124)

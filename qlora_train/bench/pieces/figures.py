@@ -28,6 +28,7 @@ import psutil
 import torch
 
 from qlora_train.bench.process import peaks
+from qlora_train.device.compute import ComputeDevice
 from qlora_train.kernels.on_device import find_device
 from qlora_train.model.hub import dtype_name, resolve_dtype
 
@@ -44,14 +45,19 @@ class Step:
     loss: float
 
 
-DEVICE = find_device()
-DTYPE = resolve_dtype("auto", DEVICE.description)
-"""Of everybody's computation."""
+def compute_device() -> ComputeDevice:
+    """Everybody's."""
+    return find_device()
+
+
+def compute_dtype() -> torch.dtype:
+    """Of everybody's computation."""
+    return resolve_dtype("auto", compute_device().description)
 
 
 def now() -> float:
     """A clock to time with, in seconds, after everything queued on the device is done."""
-    DEVICE.wait()
+    compute_device().wait()
     return time.perf_counter()
 
 
@@ -90,7 +96,7 @@ def training_figures(
         "useful_gflops_per_second": useful_flops / total_seconds / 1e9,
         "matmul_ceiling_gflops_per_second": ceiling / 1e9,
         "share_of_matmul_ceiling": useful_flops / total_seconds / ceiling,
-        "compute_dtype": dtype_name(DTYPE),
+        "compute_dtype": dtype_name(compute_dtype()),
         "num_threads": torch.get_num_threads(),
     }
 
@@ -125,7 +131,7 @@ def matmul_flops_per_second() -> float:
     from qlora_train.memory.measured_rates import rates_of
 
     with tempfile.TemporaryDirectory() as empty:
-        return rates_of(DEVICE, DTYPE, Path(empty)).flops
+        return rates_of(compute_device(), compute_dtype(), Path(empty)).flops
 
 
 def warm_page_cache(folder: Path) -> None:

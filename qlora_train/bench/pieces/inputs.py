@@ -13,6 +13,7 @@ import math
 import random
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_train.bench.pieces.figures import DEVICE, DTYPE
+from qlora_train.bench.pieces.figures import compute_device, compute_dtype
 from qlora_train.bench.process import answer
 from qlora_train.memory.load import load_base
 from qlora_train.memory.packed_cache import cache_root
@@ -41,12 +42,14 @@ from qlora_train.recipe import Recipe
 SPECIAL = ("<pad>", "<eos>")
 WEIGHT_SPREAD = 0.02
 MIN_WORDS = 8
+NUM_NORMAL = 2**24 - 3
+"""Odd, so that rows of a matrix do not repeat."""
 
 
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """arguments: folder; base: a name and a config (`write_base`); rows, if any: a file name, a kind and its
-    sizes (`_rows`); run_rank, if any: of a finished run's adapter; is_packed: whether the packed cache is to
-    hold the base. Returns where they are; bases and runs that are there are left as they are."""
+    sizes (`rows_of`); run_rank, if any: of a finished run's adapter; is_packed: whether the packed cache is
+    to hold the base. Returns where they are; bases and runs that are there are left as they are."""
     folder = Path(arguments["folder"])
     config = arguments["base"]["config"]
     digest = zlib.crc32(json.dumps(config, sort_keys=True).encode())
@@ -61,13 +64,15 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         file = folder / "rows" / f"{rows.pop('name')}-{vocabulary_size}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         partial_file = file.with_suffix(".partial")
-        partial_file.write_text("".join(json.dumps(row) + "\n" for row in _rows(rows, vocabulary_size)))
+        partial_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(rows, vocabulary_size)))
         partial_file.replace(file)
         paths["rows"] = str(file)
     if arguments.get("is_packed"):
-        load_base(base, Packing("nf4", double_quant=True), DTYPE, DEVICE, cache=cache_root())
+        load_base(
+            base, Packing("nf4", double_quant=True), compute_dtype(), compute_device(), cache=cache_root()
+        )
     if arguments.get("run_rank"):
-        run = folder / "runs" / f"{base.name}-r{arguments['run_rank']}-{dtype_name(DTYPE)}"
+        run = folder / "runs" / f"{base.name}-r{arguments['run_rank']}-{dtype_name(compute_dtype())}"
         if not run.is_dir():
             with atomic_folder(run) as partial:
                 write_run(partial, base, arguments["run_rank"])
@@ -119,7 +124,10 @@ def write_run(folder: Path, base: Path, rank: int) -> None:
     config = AdapterConfig(str(base), rank, 2 * rank, target_modules=shortest_names(linears, linears))
     save_adapter(folder / "adapter", config, factors)
     recipe = Recipe.from_dict(
-        {"model": {"base": str(base), "compute_dtype": dtype_name(DTYPE)}, "data": {"train": "rows.jsonl"}}
+        {
+            "model": {"base": str(base), "compute_dtype": dtype_name(compute_dtype())},
+            "data": {"train": "rows.jsonl"},
+        }
     )
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
 
@@ -129,13 +137,23 @@ def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
+@cache
+def _normal_numbers() -> Tensor:
+    """bfloat16 [NUM_NORMAL]. Drawing 8 billion numbers would take minutes; what is measured does not see that
+    weights are made of the same ones, each beginning at another."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(NUM_NORMAL, generator=generator) * WEIGHT_SPREAD).to(torch.bfloat16)
+
+
 def _weight(name: str, like: Tensor) -> Tensor:
     if like.dim() == 1:
         return torch.ones(like.shape, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     weight = torch.empty(like.shape, dtype=torch.bfloat16)
-    for rows in weight.split(4096):
-        rows.copy_(torch.randn(rows.shape, generator=generator) * WEIGHT_SPREAD)
+    numbers, flat = _normal_numbers(), weight.view(-1)
+    first = numbers[zlib.crc32(name.encode()) % NUM_NORMAL :]
+    flat[: len(first)] = first[: len(flat)]
+    for part in flat[len(first) :].split(NUM_NORMAL):
+        part.copy_(numbers[: len(part)])
     return weight
 
 
@@ -148,7 +166,7 @@ def word_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def _rows(sizes: dict[str, Any], vocabulary_size: int) -> Iterator[dict[str, str]]:
+def rows_of(sizes: dict[str, Any], vocabulary_size: int) -> Iterator[dict[str, str]]:
     """kind "texts": rows of num_tokens tokens each, the end included. kind "prompts": prompt and completion
     of log-normal length (mean_tokens, sigma) up to max_tokens, half of it prompt."""
     draw = random.Random(0)

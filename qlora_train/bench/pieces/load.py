@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_train.bench.pieces.figures import DEVICE, DTYPE, now, warm_page_cache
+from qlora_train.bench.pieces.figures import compute_device, compute_dtype, now, warm_page_cache
 from qlora_train.bench.process import answer, peaks
 
 
@@ -31,7 +31,9 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
 
         started = now()
         cache = cache_root() if arguments["by"] == "ours-cached" else None
-        model = load_base(base, Packing("nf4", double_quant=True), DTYPE, DEVICE, cache=cache)
+        model = load_base(
+            base, Packing("nf4", double_quant=True), compute_dtype(), compute_device(), cache=cache
+        )
     seconds = now() - started
     assert model is not None
     return {"load_seconds": seconds, **peaks()}

@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from qlora_train.bench.pieces.figures import DEVICE, Step, age_seconds, now, training_figures
+from qlora_train.bench.pieces.figures import Step, age_seconds, compute_device, now, training_figures
 from qlora_train.bench.pieces.peer import read_texts
 
 OPTIMIZERS = {
@@ -41,16 +41,16 @@ def train_plainly(
     optimizer = OPTIMIZERS[arguments["optimizer"]](factors, lr=LEARNING_RATE, weight_decay=0.0)
     model.train()
     load_seconds = now() - started
-    if DEVICE.is_accelerator:
-        DEVICE.reset_peaks()
+    if compute_device().is_accelerator:
+        compute_device().reset_peaks()
     accumulation, num_rows = arguments["accumulation"], arguments["rows_per_micro_batch"]
     num_step_rows = accumulation * num_rows
     steps: list[Step] = []
     first_step_seconds = 0.0
     for _ in range(arguments["num_warm_up"] + arguments["num_timed"]):
-        step_started, loss_sum = now(), torch.zeros((), device=DEVICE.torch)
+        step_started, loss_sum = now(), torch.zeros((), device=compute_device().torch)
         for _ in range(accumulation):
-            batch = torch.stack(list(islice(rows, num_rows))).to(DEVICE.torch)
+            batch = torch.stack(list(islice(rows, num_rows))).to(compute_device().torch)
             with autocast:
                 loss = model(input_ids=batch, labels=batch).loss / accumulation
             loss.backward()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_train.bench.pieces.figures import DTYPE, Step, age_seconds, training_figures
+from qlora_train.bench.pieces.figures import Step, age_seconds, compute_dtype, training_figures
 from qlora_train.bench.process import answer
 from qlora_train.model.hub import dtype_name
 from qlora_train.recipe import Recipe
@@ -29,23 +29,35 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         recipe = Recipe.from_dict(recipe_values(arguments, run))
         age_before, started = age_seconds(), time.time()
         train(recipe, use_cache=arguments.get("use_cache", False))
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = [_step(row) for row in rows]
-        load_seconds = (run / "recipe.yaml").stat().st_mtime - started
-        figures = training_figures(
-            steps,
-            Path(arguments["inputs"]["base"]),
-            num_warm_up=arguments["num_warm_up"],
-            load_seconds=load_seconds,
-            first_step_seconds=age_before + load_seconds + steps[0].seconds,
+        base, num_steps = Path(arguments["inputs"]["base"]), recipe.training.max_steps
+        assert num_steps is not None
+        figures = training_figures_of(
+            run, base, num_steps, arguments["num_warm_up"], started, age_before=age_before
         )
-        return figures | _plan_figures(run / "plan.json", figures["step_seconds"])
+        return figures | plan_figures(run / "plan.json", figures["step_seconds"])
+
+
+def training_figures_of(
+    run: Path, base: Path, num_steps: int, num_warm_up: int, started: float, *, age_before: float = 0.0
+) -> dict[str, Any]:
+    """What a run's files say of its first `num_steps`. started: when `train` was called (`time.time`).
+    age_before: of the process then, in seconds."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [step_of(row) for row in rows[:num_steps]]
+    load_seconds = (run / "recipe.yaml").stat().st_mtime - started
+    return training_figures(
+        steps,
+        base,
+        num_warm_up=num_warm_up,
+        load_seconds=load_seconds,
+        first_step_seconds=age_before + load_seconds + steps[0].seconds,
+    )
 
 
 def recipe_values(arguments: dict[str, Any], run: Path) -> dict[str, Any]:
     """The case's settings in the words of a recipe."""
     values: dict[str, dict[str, Any]] = {
-        "model": {"base": arguments["inputs"]["base"], "compute_dtype": dtype_name(DTYPE)},
+        "model": {"base": arguments["inputs"]["base"], "compute_dtype": dtype_name(compute_dtype())},
         "lora": {"rank": arguments["rank"], "alpha": 2 * arguments["rank"]},
         "data": {
             "train": arguments["inputs"]["rows"],
@@ -66,14 +78,14 @@ def recipe_values(arguments: dict[str, Any], run: Path) -> dict[str, Any]:
     return values
 
 
-def _step(row: dict[str, Any]) -> Step:
+def step_of(row: dict[str, Any]) -> Step:
     seconds = row["num_tokens"] / row["tokens_per_second"]
     return Step(seconds, row["num_tokens"], row["num_supervised_tokens"], row["loss"])
 
 
-def _plan_figures(file: Path, step_seconds: float) -> dict[str, Any]:
-    """What the run planned, and, where anything streamed, how fast it was copied: on average over the step
-    and as a share of what a copy reaches alone."""
+def plan_figures(file: Path, step_seconds: float) -> dict[str, Any]:
+    """What the run planned and what became of it, and, where anything streamed, how fast it was copied: on
+    average over the step and as a share of what a copy reaches alone."""
     plan = json.loads(file.read_text())
     figures: dict[str, Any] = {
         "planned_step_device_bytes": plan["step_vram_bytes"],
@@ -81,6 +93,7 @@ def _plan_figures(file: Path, step_seconds: float) -> dict[str, Any]:
         "planned_step_seconds": plan["step_seconds"],
         "weights": _counts(plan["weights"]),
         "activations": _counts(plan["activations"]),
+        "changes": [change["reason"] for change in plan["changes"]],
     }
     if plan["copied_bytes_per_step"]:
         copied = plan["copied_bytes_per_step"] / step_seconds

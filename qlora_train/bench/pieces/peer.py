@@ -12,23 +12,23 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_train.bench.pieces.figures import DEVICE, DTYPE
+from qlora_train.bench.pieces.figures import compute_device, compute_dtype
 
 
 def load_packed(base: str) -> PreTrainedModel:
-    """NF4 with double quantisation, everything else in `DTYPE`, SDPA attention."""
+    """NF4 with double quantisation, everything else in `compute_dtype()`, SDPA attention."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPE,
+        bnb_4bit_compute_dtype=compute_dtype(),
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base,
         quantization_config=quantization,
-        dtype=DTYPE,
+        dtype=compute_dtype(),
         attn_implementation="sdpa",
-        device_map={"": DEVICE.torch},
+        device_map={"": compute_device().torch},
     )
     model.config.use_cache = False
     return model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
 
-from qlora_train.bench.pieces.figures import DEVICE, DTYPE, now
+from qlora_train.bench.pieces.figures import compute_device, compute_dtype, now
 from qlora_train.bench.pieces.loop import train_plainly
 from qlora_train.bench.pieces.peer import load_packed, lora_config
 from qlora_train.bench.process import answer
@@ -28,8 +28,8 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     else:
         model.gradient_checkpointing_enable(checkpointing)
     model = get_peft_model(model, lora_config(arguments["rank"]))
-    autocasts = DTYPE.itemsize == 2 and not as_documented
-    autocast = torch.autocast(DEVICE.torch.type, DTYPE, enabled=autocasts)
+    autocasts = compute_dtype().itemsize == 2 and not as_documented
+    autocast = torch.autocast(compute_device().torch.type, compute_dtype(), enabled=autocasts)
     return train_plainly(model, arguments, started=started, autocast=autocast)
 
 

@@ -16,7 +16,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from qlora_train.bench.pieces.figures import DEVICE, DTYPE, Step, age_seconds, now, training_figures
+from qlora_train.bench.pieces.figures import (
+    Step,
+    age_seconds,
+    compute_device,
+    compute_dtype,
+    now,
+    training_figures,
+)
 from qlora_train.bench.pieces.peer import load_packed, lora_config
 from qlora_train.bench.process import answer
 
@@ -87,8 +94,8 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            bf16=DTYPE is torch.bfloat16,  # its default, but where that is not multiplied
-            use_cpu=not DEVICE.is_accelerator,
+            bf16=compute_dtype() is torch.bfloat16,  # its default, but where that is not multiplied
+            use_cpu=not compute_device().is_accelerator,
             **arguments.get("trl", {}),
         )
         trainer = _Trainer(
@@ -98,12 +105,13 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             processing_class=AutoTokenizer.from_pretrained(base),
             peft_config=lora_config(arguments["rank"]),
         )
-        if DTYPE is torch.float32:  # with a 4-bit base trl makes the factors bfloat16, whatever bf16 says
+        # With a 4-bit base trl makes the factors bfloat16, whatever bf16 says.
+        if compute_dtype() is torch.float32:
             _widen_factors(trainer.model)
         trainer.clock = clock = _Clock()
         trainer.add_callback(clock)
-        if DEVICE.is_accelerator:
-            DEVICE.reset_peaks()
+        if compute_device().is_accelerator:
+            compute_device().reset_peaks()
         trainer.train()
     return training_figures(
         clock.steps,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from bitsandbytes import functional as bnb
 
-from qlora_train.bench.pieces.figures import DEVICE, DTYPE, now
+from qlora_train.bench.pieces.figures import compute_device, compute_dtype, now
 from qlora_train.bench.process import answer
 from qlora_train.memory.measured_rates import rates_of
 
@@ -25,7 +25,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """arguments: num_rows, num_columns; by: "ours" or "bitsandbytes"."""
     torch.manual_seed(0)
     shape = (arguments["num_rows"], arguments["num_columns"])
-    weight = torch.randn(shape, device=DEVICE.torch, dtype=DTYPE)
+    weight = torch.randn(shape, device=compute_device().torch, dtype=compute_dtype())
     data, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
     expected = bnb.dequantize_4bit(data, state)
     out = torch.empty_like(weight)
@@ -40,7 +40,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         unpack()
     seconds = (now() - started) / NUM_TIMED
     with tempfile.TemporaryDirectory() as empty:
-        ceiling = rates_of(DEVICE, DTYPE, Path(empty)).memory
+        ceiling = rates_of(compute_device(), compute_dtype(), Path(empty)).memory
     scale_bytes = state.absmax.numel() + 4 * state.state2.absmax.numel()
     moved = data.numel() + scale_bytes + out.numel() * out.element_size()
     return {

@@ -15,14 +15,14 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """arguments: as for `train_plainly`, and rank."""
     from unsloth import FastLanguageModel  # patches transformers: before anything imports that
 
-    from qlora_train.bench.pieces.figures import DEVICE, DTYPE, now
+    from qlora_train.bench.pieces.figures import compute_device, compute_dtype, now
     from qlora_train.bench.pieces.loop import train_plainly
 
     started = now()
     model, _ = FastLanguageModel.from_pretrained(
         model_name=arguments["inputs"]["base"],
         max_seq_length=arguments["row_tokens"],
-        dtype=DTYPE,
+        dtype=compute_dtype(),
         load_in_4bit=True,
     )
     model = FastLanguageModel.get_peft_model(
@@ -34,7 +34,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         target_modules=TARGETS,
         use_gradient_checkpointing="unsloth",
     )
-    autocast = torch.autocast(DEVICE.torch.type, DTYPE)
+    autocast = torch.autocast(compute_device().torch.type, compute_dtype())
     return train_plainly(model, arguments, started=started, autocast=autocast)
 
 
