@@ -245,3 +245,41 @@ def test_a_card_before_flash_and_bfloat16(
     target = json.loads((tmp_path / "run" / "plan.json").read_text())["target"]
     assert target["capability"] == [7, 5] and target["varlen"] == "none" and not target["has_bfloat16"]
     assert_same_run(tmp_path / "run", cpu_run((7, 5), model={"compute_dtype": "float16"}))
+
+
+MIXES: dict[str, dict[str, Any]] = {
+    "some of everything": {
+        "weights": ["resident", "ram", "disk", "resident"],
+        "activations": ["recompute", "offload", "keep", "offload"],
+        "embedding": "ram",
+        "head": "disk",
+        "inputs": "ram",
+        "num_slots": 2,
+    },
+    "in groups": {
+        "weights": ["ram", "ram", "resident", "disk"],
+        "activations": ["offload", "recompute", "offload", "recompute"],
+        "inputs": "ram",
+        "num_groups": 2,
+        "num_slots": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_any_mixture_of_places_and_policies(
+    base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu, name: str
+) -> None:
+    """A resume follows the plan of its run, here one that no planner would make for so small a model."""
+    run = tmp_path / "run"
+    asked = recipe(base, train_file, run, training={"save_every": 1, "keep_checkpoints": 9})
+    train(asked)
+    plan = json.loads((run / "plan.json").read_text())
+    plan["execution"] |= MIXES[name]
+    (run / "plan.json").write_text(json.dumps(plan))
+    for left in (*(run / "checkpoints").glob("step-*"), run / "adapter"):
+        shutil.rmtree(left)
+    train(asked, resume=True)
+    assert json.loads((run / "plan.json").read_text())["execution"] == plan["execution"]
+    assert adapter_bytes(run) == adapter_bytes(cpu_run())
+    assert losses_of(run) == losses_of(cpu_run())
