@@ -82,10 +82,10 @@ def _rows(stage: Stage, found: Record | None, machine: Mapping[str, Any]) -> Ite
     case = stage.case or stage.name
     if not runs:
         yield Row(case, stage.name, word=word)
+    is_compared = stage.is_reference or (not stage.case and len(runs) > 1 and stage.name != "smoke")
     for number, (name, figures) in enumerate(runs.items()):
-        shown = word if number == 0 else ""
-        is_first = number == 0 and (stage.is_reference or not stage.case)
-        yield Row(case, name, (figures,), shown, is_reference=is_first and len(runs) + bool(stage.case) > 1)
+        first = number == 0
+        yield Row(case, name, (figures,), word if first else "", is_reference=first and is_compared)
 
 
 def _details(stage: Stage, found: Record | None) -> Iterator[str]:
