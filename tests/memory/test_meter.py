@@ -71,7 +71,7 @@ def test_views_and_in_place_results_count_nothing_and_hold_their_storage(name: s
 @pytest.mark.parametrize("name", DEVICES)
 def test_what_autograd_saves_counts_until_backward(name: str) -> None:
     device = device_of(name)
-    x = torch.ones(4 * KIB, device=device, requires_grad=True)  # 16 KiB
+    x = torch.ones(4 * KIB, device=device.torch, requires_grad=True)  # 16 KiB
     with DeviceMeter(device) as meter:
         y = (x.exp() * 2).sum()
         assert meter.live_bytes >= 16 * KIB  # exp saves its result
