@@ -17,7 +17,7 @@ A recipe is read in four steps, and every problem of every step is reported at o
 Relative paths of what is read (`model.base`, `lora.init_from`, `data.train`, `data.eval`) are looked for
 beside the recipe file, then in the current folder, then among the bundled recipes (`quickstart/base`); what
 is found becomes absolute, what is not is kept, as it may be a hub id. `training.output_dir` is relative to
-the folder the command runs in.
+the folder the command runs in. `~` is the home folder in all of them.
 
 This module imports no torch: `qlora-train --help` answers at once.
 """
@@ -85,6 +85,20 @@ def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     return sources
 
 
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path can")
+    return text
+
+
+def _expanded(text: str) -> str:
+    """A path as a shell would take it: `~/x` is a folder in the user's home."""
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:  # ~nosuchuser
+        raise ValueError(f"no home folder is known for {show(text)}; write the whole path") from error
+
+
 def _share_or_sources(value: Any) -> str:
     return "<share>" if isinstance(value, int | float) else "<sources>"
 
@@ -94,6 +108,7 @@ class _Section(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(_without_nul), AfterValidator(_expanded)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -105,7 +120,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 class ModelSection(_Section):
     """The frozen base and how it is packed. `double_quant` is False wherever it does not apply."""
 
-    base: Text
+    base: PathText
     revision: Text | None = None
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     double_quant: bool = True
@@ -122,13 +137,13 @@ class LoraSection(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
     use_rslora: bool = False
-    init_from: Text | None = None
+    init_from: PathText | None = None
 
 
 class DataSource(_Section):
     """A file, a folder or a hub id; `split` names a split of the latter two."""
 
-    path: Text
+    path: PathText
     split: Text | None = None
     weight: Annotated[Positive | None, _not_yet("D")] = None
 
@@ -166,7 +181,7 @@ class DataSection(_Section):
 class TrainingSection(_Section):
     """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps."""
 
-    output_dir: Text = "runs/my-run"
+    output_dir: PathText = "runs/my-run"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     epochs: Positive | None = 1.0
     max_steps: Count | None = None

@@ -63,7 +63,7 @@ class Draft:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark is not None else ""
             raise RecipeError([f"{file}{line}: not valid YAML: {error.problem or error.context}"]) from error
-        except (OSError, UnicodeDecodeError, YAMLError) as error:
+        except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as error:
             raise RecipeError([f"{file}: cannot be read: {error}"]) from error
         if node is not None and not isinstance(node, MappingNode):
             raise RecipeError([f"{file}: must be a mapping of sections such as `model:` and `data:`"])
@@ -100,7 +100,7 @@ class Draft:
         try:
             node = _compose(value_text)
             value = None if node is None else self._build(node, path, lambda _: place)
-        except YAMLError as error:
+        except (YAMLError, RecursionError) as error:
             reason = getattr(error, "problem", None) or error
             self.problems.append((path, f"the value is not valid YAML: {reason}"))
             return
@@ -209,9 +209,12 @@ def _anchored(value: Any, folders: Sequence[Path]) -> Any:
         return [_anchored(item, folders) for item in value]
     if isinstance(value, dict):
         return {key: _anchored(item, folders) if key == "path" else item for key, item in value.items()}
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
+        return value  # the type check says what is wrong with it
+    try:
+        wanted = Path(value).expanduser()
+    except RuntimeError:  # ~nosuchuser
         return value
-    wanted = Path(value).expanduser()
     found = next((folder / wanted for folder in folders if os.path.exists(folder / wanted)), None)
     return value if found is None else os.path.abspath(found)
 

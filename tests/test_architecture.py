@@ -13,6 +13,8 @@ PACKAGE = REPOSITORY / "qlora_train"
 MAX_LINES = 400
 FLOORS = {
     "errors": 0,
+    "boundary": 1,
+    "interrupts": 1,
     "recipe_yaml": 1,
     "recipe_checks": 1,
     "recipe": 1,
@@ -32,7 +34,17 @@ FLOORS = {
 }
 STRANGERS = ({"data", "model"}, {"recipe", "device"})
 """Pairs on one floor that do not know each other at all."""
-LIGHT = ("errors", "recipe", "recipe_yaml", "recipe_checks", "cli", "__init__", "__main__")
+LIGHT = (
+    "errors",
+    "boundary",
+    "interrupts",
+    "recipe",
+    "recipe_yaml",
+    "recipe_checks",
+    "cli",
+    "__init__",
+    "__main__",
+)
 LIGHT_MAY_IMPORT = {"pydantic", "ruamel"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -10,8 +10,7 @@ rows and the quantiser's scratch.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -30,15 +29,18 @@ from qlora_train.memory.packed_cache import (
     PackedBase,
     cache_root,
     content_fingerprint,
+    make_root,
     open_packed_base,
 )
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
 from qlora_train.memory.uploads import Uploads
+from qlora_train.model.atomic_folder import locked_partial
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.folder_lock import FolderLock, lock_folder, remove_leftovers
 from qlora_train.model.packed_matrix import UNPACKED, RowFormat, as_token_matrix
 from qlora_train.model.quantize import PackedWeight, Packing
 from qlora_train.model.shards import tensor_bytes
@@ -71,19 +73,28 @@ def load_base(
     plan = plan or everything_resident(len(skeleton.layer_paths))
     if cache is None and plan.is_resident:
         return _from_checkpoint(folder, skeleton, packing, device, plan.head_tile_rows)
-    temporary = None
+    scratch = None
     if cache is None:
-        cache_root().mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f"temporary-{os.getpid()}-", dir=cache_root())
-        cache = Path(temporary.name)
+        make_root(cache_root())
+        remove_leftovers(cache_root())
+        scratch = locked_partial(cache_root() / "temporary")
+        cache = scratch.folder
     base = open_packed_base(cache, folder, skeleton, packing, device.torch, say)
+    in_use = lock_folder(base.folder, shared=True)  # `cache clear` leaves it alone
     decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device)).decoder(poison)
     decoder.fingerprint = base.fingerprint()
     if isinstance(decoder.weights, StreamedWeights):
         decoder.at_close.append(decoder.weights.close)
-    if temporary is not None:
-        decoder.at_close.append(weakref.finalize(decoder, temporary.cleanup))
+    if scratch is not None:
+        decoder.at_close.append(weakref.finalize(decoder, _remove, scratch))
+    elif in_use is not None:
+        decoder.at_close.append(weakref.finalize(decoder, in_use.close))
     return decoder
+
+
+def _remove(scratch: FolderLock) -> None:
+    with scratch:
+        shutil.rmtree(scratch.folder, ignore_errors=True)
 
 
 def _from_checkpoint(

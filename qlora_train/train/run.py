@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from accelerate import Accelerator
 from rich.console import Console
 
 from qlora_train.kernels.on_device import find_device
@@ -39,11 +40,26 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
     `Interrupted` after SIGINT or SIGTERM, with the state saved."""
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
+    console = Console(quiet=not accelerator.is_main_process, highlight=False)
+    claim = folder.claimed(partial(_say, console)) if accelerator.is_main_process else nullcontext()
+    with claim:
+        return _train(recipe, folder, accelerator, console, resume=resume, use_cache=use_cache)
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    console: Console,
+    *,
+    resume: bool,
+    use_cache: bool,
+) -> TrainResult:
+    """`train` in a folder that is ours."""
     device = find_device(accelerator.device)
     recipe, base, dtype = resolve(recipe, device)
     folder.check(recipe, resume=resume)
-    console = Console(quiet=not accelerator.is_main_process, highlight=False)
-    plan_log = PlanLog(folder.plan_file, writes=accelerator.is_main_process)
+    plan_log = PlanLog(folder.plan_file, folder.checkpoints, writes=accelerator.is_main_process)
     with ExitStack() as metering:
         meter = metering.enter_context(DeviceMeter(device))
         prepared = prepare(
@@ -54,10 +70,10 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
             device,
             saved_execution=plan_log.read() if resume else None,
             use_cache=use_cache,
-            say=lambda line: console.print(line, markup=False, soft_wrap=True),
+            say=partial(_say, console),
         )
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close)
-        first = loop.resume() if resume else 0
+        first = loop.resume(partial(_say, console)) if resume else 0
         _introduce(console, prepared, loop, first, resume=resume)
         accelerator.wait_for_everyone()  # no rank may still be checking the folder
         if accelerator.is_main_process:
@@ -70,15 +86,19 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
             prepared.decoder.close()
             accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
-    console.print(f"done: adapter in {folder.adapter}", markup=False, soft_wrap=True)
+    _say(console, f"done: adapter in {folder.adapter}")
     return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> None:
     """What is about to happen, in a few lines."""
     recipe, decoder, factors = prepared.recipe, prepared.decoder, prepared.factors
     if resume and not first:
-        console.print(f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
+        _say(console, f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
     lines = [
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
@@ -92,7 +112,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        _say(console, line)
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:
@@ -105,7 +125,7 @@ def _flat(recipe: Recipe) -> dict[str, str]:
 
 
 def _last_losses(folder: RunFolder) -> tuple[float | None, float | None]:
-    rows = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    rows = folder.metrics()
     losses = [row["loss"] for row in rows if "loss" in row]
     eval_losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     return (losses or [None])[-1], (eval_losses or [None])[-1]
