@@ -168,8 +168,6 @@ def cublas_workspace() -> str | None:
 
 
 def varlen_of_version(version: str) -> Varlen:
-    """What a torch version's `varlen_attn` can do: scale and window from 2.11 on, grouped heads from 2.12."""
+    """What a torch version's `varlen_attn` can do: scale, window and grouped heads from 2.11 on."""
     major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) >= (2, 12):
-        return "grouped heads"
-    return "equal heads" if (major, minor) == (2, 11) else "none"
+    return "grouped heads" if (major, minor) >= (2, 11) else "none"

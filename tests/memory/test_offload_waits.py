@@ -9,10 +9,9 @@ import pytest
 import torch
 from cuda_stand_ins import Streams
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.offload import HostPark, OffloadedGraph
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from cuda_stand_ins import Streams
 from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import OutOfMemory
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.tighten import is_out_of_memory, tighter
@@ -42,7 +43,7 @@ def runner(
     folder: Path, plan: ExecutionPlan, told: list[tuple[int, str]], reference: bool = False
 ) -> tuple[StepRunner, FrozenDecoder]:
     decoder, factors = load_tiny(folder, plan=plan, dropout=0.1)
-    optimizer = FlatOptimizer("adamw", factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+    optimizer = FlatOptimizer("adamw", factors, THE_CPU, lora_b_lr_ratio=1.0, weight_decay=0.0)
     return StepRunner(
         LayerWalk(decoder, factors, plan, reference=reference),
         decoder,
@@ -203,7 +204,7 @@ def test_a_plan_with_nothing_kept_alive_frees_the_failed_walk(
     from qlora_train.memory.meter import DeviceMeter
 
     plan = resident_plan(KEEP, KEEP, KEEP)
-    with DeviceMeter("cpu") as meter:
+    with DeviceMeter(THE_CPU) as meter:
         tried, _ = runner(folder, plan, [])
         tried.run(1, BATCHES, NUM_SUPERVISED, 1e-3)
         usual = meter.peak_bytes
