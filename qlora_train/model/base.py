@@ -34,7 +34,6 @@ from qlora_train.model.slab import SlabLayout
 from qlora_train.model.token_matrix import TokenMatrix
 from qlora_train.model.weights import LayerSource
 
-
 CONFIG_REMEDY = "Download the model's config.json again."
 _MOST = {
     "num_hidden_layers": 10**3,

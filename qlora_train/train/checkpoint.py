@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -58,8 +58,7 @@ class TrainState:
     base_fingerprint: str = ""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """What is saved: the host's state, masters (float32), and the optimizer's state by name, on the CPU."""
 
     state: TrainState
@@ -77,12 +76,12 @@ class Expected:
     optimizer: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, num_kept: int) -> None:
+def save_checkpoint(
+    folder: Path, state: TrainState, masters: Tensor, optimizer_state: dict[str, Tensor], num_kept: int
+) -> None:
     """Write folder/step-N, then remove all older than the newest `num_kept`, but not the best by
     evaluation."""
-    state = checkpoint.state
-    named = {_MASTERS: checkpoint.masters}
-    named |= {_OPTIMIZER + key: value for key, value in checkpoint.optimizer_state.items()}
+    named = {_MASTERS: masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
     with atomic_folder(folder / f"step-{state.step}") as partial:
         with HashingFile(partial / _TENSORS) as file:
             write_tensors(file, {key: value.cpu().contiguous() for key, value in named.items()}, {})

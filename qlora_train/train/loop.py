@@ -24,7 +24,6 @@ from qlora_train.memory.uploads import Uploads
 from qlora_train.model.adapter_files import save_adapter
 from qlora_train.train.batches import BatchesAhead
 from qlora_train.train.checkpoint import (
-    Checkpoint,
     Expected,
     TrainState,
     is_finite,
@@ -304,7 +303,9 @@ class TrainLoop:
         state.num_skipped, state.skipped_in_a_row = runner.num_skipped, runner.num_skipped_in_a_row
         save_checkpoint(
             self._folder.checkpoints,
-            Checkpoint(state, self._factors.masters, self._optimizer.state()),
+            state,
+            self._factors.masters,
+            self._optimizer.state(),
             self._recipe.training.keep_checkpoints,
         )
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.errors import RunFolderError
 from qlora_train.model.factors import FactorBuffers
 
 _BITSANDBYTES = {
@@ -105,10 +106,14 @@ class FlatOptimizer:
         return {key: (value.dtype, tuple(value.shape)) for key, value in self.state().items()}
 
     def load_state(self, saved: dict[str, Tensor]) -> None:
-        """Put back what `state` returned; it has this optimizer's `layout`, or is empty."""
+        """Put back what `state` returned, empty or not. Raises `RunFolderError` if it is another
+        optimizer's."""
         if not saved:
             return
-        assert {key: (value.dtype, tuple(value.shape)) for key, value in saved.items()} == self.layout()
+        if {key: (value.dtype, tuple(value.shape)) for key, value in saved.items()} != self.layout():
+            raise RunFolderError(
+                "the checkpoint holds the state of another optimizer than training.optimizer"
+            )
         for i, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
             for key, value in list(state.items()):

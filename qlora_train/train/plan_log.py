@@ -35,8 +35,8 @@ class PlanLog:
             self._content = unseal(self._file)
         except (OSError, ValueError) as error:
             raise RunFolderError(
-                f"{self._file}: does not read ({first_line(error)}), and without it a resume could not repeat "
-                "the order of sums. Start a new run."
+                f"{self._file}: does not read ({first_line(error)}), and without it a resume could not "
+                "repeat the order of sums. Start a new run."
             ) from error
         return ExecutionPlan.from_dict(self._content["execution"])
 
