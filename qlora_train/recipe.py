@@ -112,7 +112,9 @@ PathText = Annotated[Text, AfterValidator(_without_nul), AfterValidator(_expande
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+LARGEST_FACTOR = 1e6
+"""Of what an update is multiplied with: beyond it the optimizers' float32 arithmetic overflows."""
+PositiveBounded = Annotated[float, Field(gt=0, le=LARGEST_FACTOR)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -187,12 +189,12 @@ class TrainingSection(_Section):
     max_steps: Count | None = None
     micro_batch_size: Count = 4
     gradient_accumulation_steps: Count = 4
-    learning_rate: Positive = 2.0e-4
-    lora_b_lr_ratio: Positive = 1.0
+    learning_rate: PositiveBounded = 2.0e-4
+    lora_b_lr_ratio: PositiveBounded = 1.0
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
-    weight_decay: NonNegative = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FACTOR)] = 0.0
     max_grad_norm: Positive = 1.0
     kernels: Literal["auto", "reference"] = "auto"
     deterministic: AutoOrBool = "auto"

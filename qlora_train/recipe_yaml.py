@@ -165,7 +165,8 @@ class Draft:
 
     def _scalar(self, node: Node, path: KeyPath) -> Any:
         try:
-            return _CONSTRUCTOR.construct_object(node)
+            value = _CONSTRUCTOR.construct_object(node)
+            return _whole_characters(value) if isinstance(value, str) else value
         except (YAMLError, ValueError) as error:  # an unknown !tag, or 2024-13-01 as a date
             self.problems.append((path, f"is no plain value: {getattr(error, 'problem', None) or error}"))
             return None
@@ -194,6 +195,15 @@ def show(value: Any) -> str:
         return "a list" if value else "an empty list"
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _whole_characters(text: str) -> str:
+    """JSON writes a character beyond 16 bits as two escapes, which YAML reads one by one. Raises ValueError
+    for a half one alone."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{ascii(text)} holds half a character, which UTF-8 cannot write") from error
 
 
 def _compose(text: str) -> Node | None:

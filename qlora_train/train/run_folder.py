@@ -92,8 +92,9 @@ class RunFolder:
             )
         lies_in = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
         if not lies_in.is_dir():
+            kind = "a file" if lies_in.exists() else "a link to nowhere"
             raise RunFolderError(
-                f"{self.path}: {lies_in} is no folder, so none can be made in it. Choose another "
+                f"{self.path}: {lies_in} is {kind}, so no folder can be made in it. Choose another "
                 "training.output_dir."
             )
         if not os.access(lies_in, os.W_OK | os.X_OK):
