@@ -24,6 +24,7 @@ This module imports no torch: `qlora-train --help` answers at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -85,9 +86,17 @@ def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     return sources
 
 
-def _without_nul(text: str) -> str:
+def _nameable(text: str) -> str:
+    """What the system can take as a name of a file."""
     if "\0" in text:
         raise ValueError("holds a NUL character, which no path can")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds {ascii(error.object[error.start])}, which this locale ({error.encoding}) has no bytes "
+            "for; start with the environment variable PYTHONUTF8=1"
+        ) from error
     return text
 
 
@@ -108,7 +117,7 @@ class _Section(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(_without_nul), AfterValidator(_expanded)]
+PathText = Annotated[Text, AfterValidator(_nameable), AfterValidator(_expanded)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -219,13 +219,13 @@ def _anchored(value: Any, folders: Sequence[Path]) -> Any:
         return [_anchored(item, folders) for item in value]
     if isinstance(value, dict):
         return {key: _anchored(item, folders) if key == "path" else item for key, item in value.items()}
-    if not isinstance(value, str) or not value or "\0" in value:
-        return value  # the type check says what is wrong with it
+    if not isinstance(value, str) or not value:
+        return value
     try:
         wanted = Path(value).expanduser()
-    except RuntimeError:  # ~nosuchuser
+        found = next((folder / wanted for folder in folders if os.path.exists(folder / wanted)), None)
+    except (RuntimeError, ValueError):  # ~nosuchuser, NUL, no bytes in this locale: the type check says so
         return value
-    found = next((folder / wanted for folder in folders if os.path.exists(folder / wanted)), None)
     return value if found is None else os.path.abspath(found)
 
 

@@ -50,7 +50,7 @@ class RunFolder:
         Raises `RunFolderError` where another process has it, or where no folder can be."""
         self._refuse_impossible()
         made = [
-            folder for folder in (*reversed(self.path.absolute().parents), self.path) if not folder.exists()
+            path for path in (*reversed(self.path.absolute().parents), self.path) if not os.path.lexists(path)
         ]
         try:
             lock = None
@@ -85,7 +85,7 @@ class RunFolder:
     def _refuse_impossible(self) -> None:
         """Raise `RunFolderError` where there cannot be a folder of a run."""
         path = self.path.absolute()
-        if path == Path(path.anchor):
+        if os.path.exists(path) and path.samefile(path.anchor):
             raise RunFolderError(
                 f"{self.path}: is the root of all files, not a folder for a run. Choose another "
                 "training.output_dir."

@@ -27,6 +27,14 @@ with atomic_folder(Path(sys.argv[1])) as partial:
     print(partial.name, flush=True)
     time.sleep(600)
 """
+HOLDER = """
+import sys, time
+from pathlib import Path
+from qlora_train.model.folder_lock import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+print(lock is not None, flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -152,11 +160,7 @@ def test_a_partial_folder_that_was_taken_for_a_leftover_is_made_anew(
 
 
 def test_the_lock_ends_with_the_process(folder: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from qlora_train.model.folder_lock import lock_folder; "
-    )
-    code += "lock = lock_folder(Path(sys.argv[1])); print(lock is not None, flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code, str(folder)]
+    command = [sys.executable, "-c", HOLDER, str(folder)]
     process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "True\n"
     assert lock_folder(folder) is None
