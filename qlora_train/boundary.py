@@ -51,7 +51,7 @@ def parsing(file: Path | str, refusal: type[UserError], remedy: str) -> Iterator
     except BaseException as error:
         if _is_ours(error) or (isinstance(error, OSError) and is_disk_failure(error)):
             raise
-        raise refusal(f"{file}: cannot be read ({first_line(error)}). {remedy}") from error
+        raise refusal(f"{file}: cannot be read ({reason_of(error)}). {remedy}") from error
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -70,10 +70,10 @@ def _raised_in(error: BaseException) -> str:
     return str(trace.tb_frame.f_globals.get("__name__", ""))
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, short enough to stand in a message."""
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line that is short enough to stand in a message."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = (text.strip() or type(error).__name__).splitlines()[0]
+    line = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError | ZeroDivisionError | RecursionError | AttributeError):
         line = f"{type(error).__name__}: {line}"  # a bare key says nothing
     return line if len(line) <= _MAX_REASON_LETTERS else line[:_MAX_REASON_LETTERS] + " ..."
@@ -99,7 +99,7 @@ def os_error(error: OSError) -> QloraTrainError:
     """The message for an error of the system that nobody nearer to it could explain."""
     where = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFailure(f"no space left on the disk: {where}{first_line(error)}")
+        return DiskFailure(f"no space left on the disk: {where}{reason_of(error)}")
     if is_disk_failure(error):
-        return DiskFailure(f"{where}{first_line(error)}")
-    return UserError(f"{where}{first_line(error)}")
+        return DiskFailure(f"{where}{reason_of(error)}")
+    return UserError(f"{where}{reason_of(error)}")

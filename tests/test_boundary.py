@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.boundary import first_line, os_error, parsing, read_json
+from qlora_train.boundary import os_error, parsing, read_json, reason_of
 from qlora_train.errors import BaseModelError, DataError, Interrupted, QloraTrainError, UserError
 
 PanicException = type("PanicException", (BaseException,), {})
@@ -78,11 +78,11 @@ def test_signals_memory_disks_and_our_own_messages_pass(error: BaseException) ->
 
 
 def test_a_reason_is_short_and_says_something() -> None:
-    assert first_line(ValueError("one\ntwo")) == "one"
-    assert first_line(ValueError("")) == "ValueError"
-    assert first_line(KeyError("k")) == "KeyError: 'k'"
-    assert len(first_line(ValueError("x" * 10**6))) < 400
-    assert first_line(PermissionError(errno.EACCES, "Permission denied", "secret")) == "Permission denied"
+    assert reason_of(ValueError("one:\n   two")) == "one: two"
+    assert reason_of(ValueError("")) == "ValueError"
+    assert reason_of(KeyError("k")) == "KeyError: 'k'"
+    assert len(reason_of(ValueError("x" * 10**6))) < 400
+    assert reason_of(PermissionError(errno.EACCES, "Permission denied", "secret")) == "Permission denied"
 
 
 @pytest.mark.parametrize(

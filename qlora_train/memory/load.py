@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from qlora_train.model.atomic_folder import locked_partial
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.folder_lock import FolderLock, lock_folder, remove_leftovers
+from qlora_train.model.folder_lock import lock_folder, remove_leftovers
 from qlora_train.model.packed_matrix import UNPACKED, RowFormat, as_token_matrix
 from qlora_train.model.quantize import PackedWeight, Packing
 from qlora_train.model.shards import tensor_bytes
@@ -73,28 +74,22 @@ def load_base(
     plan = plan or everything_resident(len(skeleton.layer_paths))
     if cache is None and plan.is_resident:
         return _from_checkpoint(folder, skeleton, packing, device, plan.head_tile_rows)
-    scratch = None
-    if cache is None:
-        make_root(cache_root())
-        remove_leftovers(cache_root())
-        scratch = locked_partial(cache_root() / "temporary")
-        cache = scratch.folder
-    base = open_packed_base(cache, folder, skeleton, packing, device.torch, say)
-    in_use = lock_folder(base.folder, shared=True)  # `cache clear` leaves it alone
-    decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device)).decoder(poison)
-    decoder.fingerprint = base.fingerprint()
-    if isinstance(decoder.weights, StreamedWeights):
-        decoder.at_close.append(decoder.weights.close)
-    if scratch is not None:
-        decoder.at_close.append(weakref.finalize(decoder, _remove, scratch))
-    elif in_use is not None:
-        decoder.at_close.append(weakref.finalize(decoder, in_use.close))
+    with ExitStack() as held:
+        if cache is None:
+            make_root(cache_root())
+            remove_leftovers(cache_root())
+            scratch = held.enter_context(locked_partial(cache_root() / "temporary"))
+            held.callback(shutil.rmtree, scratch.folder, ignore_errors=True)
+            cache = scratch.folder
+        base = open_packed_base(cache, folder, skeleton, packing, device.torch, say)
+        if (in_use := lock_folder(base.folder, shared=True)) is not None:
+            held.enter_context(in_use)  # `cache clear` leaves it alone
+        decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device)).decoder(poison)
+        decoder.fingerprint = base.fingerprint()
+        if isinstance(decoder.weights, StreamedWeights):
+            decoder.at_close.append(decoder.weights.close)
+        decoder.at_close.append(weakref.finalize(decoder, held.pop_all().close))
     return decoder
-
-
-def _remove(scratch: FolderLock) -> None:
-    with scratch:
-        shutil.rmtree(scratch.folder, ignore_errors=True)
 
 
 def _from_checkpoint(

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qlora_train.boundary import first_line
+from qlora_train.boundary import reason_of
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.base import Skeleton, tie_head
@@ -75,8 +75,7 @@ def probe(config: PretrainedConfig) -> ProbeResult:
         raise
     except Exception as error:  # what a family's code throws at an odd config has no type of its own
         raise UnsupportedModelError(
-            f"{config.model_type} is not supported: its layers cannot be walked one by one "
-            f"({first_line(error)})"
+            f"{config.model_type} is not supported: its layers cannot be walked one by one ({reason_of(error)})"
         ) from error
     wrong = {what: d for what, d in differences.items() if not d <= TOLERANCE}  # `not <=` catches NaN too
     if wrong:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_train.boundary import first_line, parsing
+from qlora_train.boundary import parsing, reason_of
 from qlora_train.errors import RunFolderError
 from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.model.hashed_file import HashingFile, entry_of
@@ -130,7 +130,7 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
         if values.keys() != {field.name for field in fields(TrainState)}:
             raise ValueError("another version of qlora_train wrote it")
     except (OSError, ValueError, KeyError) as error:
-        raise RunFolderError(f"{path}: this checkpoint does not read ({first_line(error)}).") from error
+        raise RunFolderError(f"{path}: this checkpoint does not read ({reason_of(error)}).") from error
     with parsing(path / _TENSORS, RunFolderError, "It is whole: this is a mistake in qlora_train."):
         tensors = load_file(path / _TENSORS)
     optimizer_state = {key.removeprefix(_OPTIMIZER): t for key, t in tensors.items() if key != _MASTERS}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_train.boundary import first_line
+from qlora_train.boundary import reason_of
 from qlora_train.errors import RunFolderError
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.model.sealed_json import seal, unseal
@@ -35,7 +35,7 @@ class PlanLog:
             self._content = unseal(self._file)
         except (OSError, ValueError) as error:
             raise RunFolderError(
-                f"{self._file}: does not read ({first_line(error)}), and without it a resume could not "
+                f"{self._file}: does not read ({reason_of(error)}), and without it a resume could not "
                 "repeat the order of sums. Start a new run."
             ) from error
         return ExecutionPlan.from_dict(self._content["execution"])

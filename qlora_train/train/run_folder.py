@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_train.boundary import first_line, is_disk_failure
+from qlora_train.boundary import is_disk_failure, reason_of
 from qlora_train.errors import RunFolderError
 from qlora_train.model.folder_lock import lock_folder, remove_leftovers
 from qlora_train.recipe import Recipe, load_recipe
@@ -49,9 +49,8 @@ class RunFolder:
 
         Raises `RunFolderError` where another process has it, or where no folder can be."""
         self._refuse_impossible()
-        made = [
-            path for path in (*reversed(self.path.absolute().parents), self.path) if not os.path.lexists(path)
-        ]
+        nested = (*reversed(self.path.absolute().parents), self.path)
+        made = [path for path in nested if not os.path.lexists(path)]
         try:
             lock = None
             while lock is None:
@@ -66,7 +65,7 @@ class RunFolder:
             if is_disk_failure(error) and error.errno != errno.EROFS:
                 raise
             raise RunFolderError(
-                f"{self.path}: no folder can be written here ({first_line(error)}). Choose another "
+                f"{self.path}: no folder can be written here ({reason_of(error)}). Choose another "
                 "training.output_dir."
             ) from error
         with lock:

@@ -21,7 +21,6 @@ from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.load import load_base
 from qlora_train.memory.packed_cache import EMBEDDING, HEAD, LAYERS, MANIFEST, PLAIN, PackedBase
 from qlora_train.memory.stores import FilePart
-from qlora_train.model import atomic_folder as atomic_folder_module
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.quantize import Packing, pack
@@ -360,7 +359,7 @@ def test_two_builds_in_one_root(
         if not others:
             others.append(PackedBase(root, ()))  # entered
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(atomic_folder_module.os, "getpid", lambda: 1)
+                patch.setattr("os.getpid", lambda: 1)  # as in another container
                 others[0] = opened(root, original, other)
         return plain(self, device)
 
