@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_train.boundary import is_disk_failure
+from qlora_train.boundary import is_disk_failure, reason_of
 from qlora_train.errors import UserError
 from qlora_train.memory import cache_key
 from qlora_train.memory.cache_key import MANIFEST, VERSION, PackingKey
@@ -165,7 +165,7 @@ def make_root(root: Path) -> None:
     except OSError as error:
         if is_disk_failure(error) and error.errno != errno.EROFS:
             raise
-        reason = reason(error)
+        reason = reason_of(error)
     raise UserError(
         f"{root}: packed bases are kept here, but {reason}. Set QLORA_TRAIN_CACHE to a folder of your own."
     )

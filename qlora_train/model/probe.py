@@ -75,7 +75,8 @@ def probe(config: PretrainedConfig) -> ProbeResult:
         raise
     except Exception as error:  # what a family's code throws at an odd config has no type of its own
         raise UnsupportedModelError(
-            f"{config.model_type} is not supported: its layers cannot be walked one by one ({reason_of(error)})"
+            f"{config.model_type} is not supported: its layers cannot be walked one by one "
+            f"({reason_of(error)})"
         ) from error
     wrong = {what: d for what, d in differences.items() if not d <= TOLERANCE}  # `not <=` catches NaN too
     if wrong:
