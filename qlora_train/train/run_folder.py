@@ -77,8 +77,8 @@ class RunFolder:
             try:
                 yield
             finally:
-                for folder in reversed(made):
-                    with contextlib.suppress(OSError):  # it is in use
+                with contextlib.suppress(OSError):  # the first that is in use, and so are those around it
+                    for folder in reversed(made):
                         folder.rmdir()
 
     def _refuse_impossible(self) -> None:

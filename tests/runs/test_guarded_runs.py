@@ -307,8 +307,6 @@ def test_leftovers_of_a_killed_run_are_gone_after_a_resume(finished: Path, tmp_p
         "adapter.old-0d",
     ):
         (run_dir / name).mkdir()
-    started = time.monotonic()
     assert main(["train", str(run_dir), "--resume"]) == 0
-    assert time.monotonic() > started
     assert not [path for path in run_dir.rglob("*") if ".partial" in path.name or ".old" in path.name]
     assert adapter_bytes(run_dir) == adapter_bytes(finished)

@@ -197,6 +197,13 @@ def test_a_claim_leaves_no_folder_that_nothing_was_written_into(tmp_path: Path) 
     assert os.listdir(tmp_path / "deep") == ["down"]
 
 
+def test_a_path_that_goes_up_again_stays_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / ".." / "b")
+    with folder.claimed():
+        (folder.path / "recipe.yaml").write_text("x")
+    assert folder.recipe_file.exists()
+
+
 def test_where_there_are_no_locks_it_is_said(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(9, "as NFS says for a folder")
