@@ -27,12 +27,14 @@ from typing import Any
 
 from qlora_train import __version__
 from qlora_train.boundary import os_error
+from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, RecipeError, UserError
 from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
 from qlora_train.recipe_checks import parse_size
 from qlora_train.recipe_yaml import nearest
 
+NEED_UNIX = {"train", "generate", "export", "cache", "bench"}
 NOT_YET = {
     "chat": ("D", "talk to a run or a model"),
     "eval": ("D", "score a run on held-out data"),
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     _print_what_the_terminal_can()
     try:
+        if args.command in NEED_UNIX:
+            require_unix(args.command)  # before anything is imported that may not be there
         with RaisesInterrupted():
             args.run(args)
             sys.stdout.flush()

@@ -19,17 +19,18 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, get_args
 
 Capability = tuple[int, int]
 Varlen = Literal["none", "equal heads", "grouped heads"]
 UnpackKernel = Literal["triton", "library", "parts"]
 """What torch's `varlen_attn` can do beside a scale and a window, if it has those at all."""
 
-FLASH_CAPABILITY = (8, 0)
+NO_CAPABILITY, FLASH_CAPABILITY = (0, 0), (8, 0)
 BFLOAT16_CAPABILITY = (8, 0)
 MAX_LIGER_COLUMNS = 65_536
 """A row is one block of its kernels."""
@@ -43,11 +44,13 @@ NUM_WORKSPACES = 2
 class DeviceDescription:
     """One compute device.
 
-    type: torch's word for it ("cpu", "cuda", "xpu"). capability, num_multiprocessors: of a GPU. varlen:
-    torch's attention over documents of any length. has_triton, has_liger: whether their kernels run there.
-    has_bfloat16: whether it multiplies bfloat16 itself. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says,
-    None where it is not set. index: which of its type, always known for a GPU that is here. name:
-    as the driver says it. memory_bytes: all of the device's memory, 0 where it is not known.
+    type: torch's word for it ("cpu", "cuda", "xpu"). capability: CUDA's number for what a GPU can do, (0, 0)
+    elsewhere. num_multiprocessors: of a GPU. varlen: torch's attention over documents of any length.
+    has_triton, has_liger: whether their kernels run there. has_bfloat16: whether it multiplies bfloat16
+    itself. blocks_documents: whether short documents are attended to by products of our own
+    (kernels/blocked_attention.py) instead of SDPA. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says, None
+    where it is not set. index: which of its type, always known for a GPU that is here. name: as the driver
+    says it. memory_bytes: all of the device's memory, 0 where it is not known.
     """
 
     type: str
@@ -58,9 +61,16 @@ class DeviceDescription:
     cublas_workspace: str | None
     has_triton: bool = False
     has_bfloat16: bool = False
+    blocks_documents: bool = False
     index: int | None = None
     name: str = ""
     memory_bytes: int = 0
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> DeviceDescription:
+        """What `dataclasses.asdict` and JSON made of one."""
+        major, minor = values["capability"]
+        return DeviceDescription(**{**values, "capability": (major, minor)})
 
     @property
     def is_accelerator(self) -> bool:
@@ -79,7 +89,7 @@ class DeviceDescription:
         are of one size, without a cap on scores. 193 to 224 lacks a backward on capabilities 8.6, 8.9 and
         12.0: too little shared memory."""
         has_size = head_dim % 8 == 0 and (head_dim <= 192 or 224 < head_dim <= 256)
-        return self.is_accelerator and self.capability >= FLASH_CAPABILITY and itemsize == 2 and has_size
+        return self.capability >= FLASH_CAPABILITY and itemsize == 2 and has_size
 
     def varlen_serves(self, itemsize: int, head_dim: int, *, grouped: bool, has_softcap: bool) -> bool:
         """Whether one call attends to all documents. grouped: query heads share key heads."""
@@ -113,7 +123,9 @@ class DeviceDescription:
         return ", ".join(parts)
 
 
-CPU = DeviceDescription("cpu", (0, 0), 0, "none", has_liger=False, cublas_workspace=None)
+CPU = DeviceDescription(
+    "cpu", NO_CAPABILITY, 0, "none", has_liger=False, cublas_workspace=None, blocks_documents=True
+)
 
 CARDS: dict[str, tuple[Capability, int]] = {
     "RTX 5090": ((12, 0), 170),
@@ -135,6 +147,22 @@ CARDS: dict[str, tuple[Capability, int]] = {
 """By part of the name that the driver gives: capability, and multiprocessors of the largest variant."""
 ASSUMED_CARD = "RTX 3060"
 MOST_MULTIPROCESSORS = 192
+
+
+def least_capable(devices: Sequence[DeviceDescription]) -> DeviceDescription:
+    """What all of them can do, several of one type: kernels that each has, the smallest memory, the most
+    multiprocessors, as they take scratch. Name and workspaces are the first one's."""
+    kernels: tuple[Varlen, ...] = get_args(Varlen)
+    return replace(
+        devices[0],
+        capability=min(device.capability for device in devices),
+        num_multiprocessors=max(device.num_multiprocessors for device in devices),
+        varlen=min((device.varlen for device in devices), key=kernels.index),
+        has_liger=all(device.has_liger for device in devices),
+        has_triton=all(device.has_triton for device in devices),
+        has_bfloat16=all(device.has_bfloat16 for device in devices),
+        memory_bytes=min(device.memory_bytes for device in devices),
+    )
 
 
 def known_card(gpu_name: str | None) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from qlora_train.data.prompts import answer_end_ids
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.description import CPU
+from qlora_train.device.system import require_unix
 from qlora_train.errors import ExportError, NotYetError, RunFolderError
 from qlora_train.export.merge import MergeReport, merge, require_new_folder
 from qlora_train.model.hub import resolve_base, resolve_dtype
@@ -37,6 +38,7 @@ def export(
     generation_config.json also lists the token that the chat template ends turns with. Raises
     `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
     """
+    require_unix("export")
     run = Path(run)
     if to in ("adapter", "gguf") or base == "auto":
         raise NotYetError(

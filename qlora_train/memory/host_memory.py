@@ -56,9 +56,14 @@ class HostMemory:
         """uint8 [num_bytes], page-aligned. gives_way: may be unpinned later, for a buffer that may not."""
         assert num_bytes > 0
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return self.adopt(pages, gives_way=gives_way)
+
+    def adopt(self, pages: mmap.mmap, *, gives_way: bool = False) -> Tensor:
+        """The same over pages that are mapped already, those that ranks share (ranks.py). They stay mapped as
+        long as the buffer or a view of it lives."""
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         self._alive.add(buffer, gives_way=gives_way)
-        weakref.finalize(buffer.untyped_storage(), self._alive.remove, num_bytes, buffer.data_ptr())
+        weakref.finalize(buffer.untyped_storage(), self._alive.remove, buffer.numel(), buffer.data_ptr())
         if self.num_unpinned_bytes and not self._was_refused:
             self._was_refused = True
             self._refused()

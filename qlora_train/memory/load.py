@@ -6,10 +6,14 @@
 Where nothing streams and no cache is wanted, layers are packed straight into their resident slabs and nothing
 touches the disk. Either way the 16-bit model is never held: peak = what stays, plus one slab, one block of
 rows and the quantiser's scratch.
+
+Of several ranks one of each machine packs, and what waits in RAM is there once per machine, in pages that all
+of its ranks map (ranks.py).
 """
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import weakref
 from collections.abc import Callable
@@ -30,9 +34,11 @@ from qlora_train.memory.packed_cache import (
     PackedBase,
     cache_root,
     content_fingerprint,
+    made_packed_base,
     make_root,
     open_packed_base,
 )
+from qlora_train.memory.ranks import ALONE, Ranks
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
@@ -58,6 +64,7 @@ def load_base(
     plan: ExecutionPlan | None = None,
     cache: Path | None = None,
     host: HostMemory | None = None,
+    ranks: Ranks = ALONE,
     say: Callable[[str], None] = lambda line: None,
     poison: bool = False,
 ) -> FrozenDecoder:
@@ -66,9 +73,9 @@ def load_base(
     folder: with config.json and safetensors. packing: of the decoder layers' linears. dtype: of everything
     else and of the computation. cache: the folder that keeps packed bases (packed_cache.py); None keeps
     nothing, and what streams from disk does so from a temporary file. host: for what waits in
-    RAM; None: its own, silent where pinning is refused. say: told, a line each, what takes time. poison: see
-    ring.py. Raises `BaseModelError` for missing, surplus, misshapen or differently packed tensors,
-    `UserError` for a disk that is too small.
+    RAM; None: its own, silent where pinning is refused. ranks: all of them load the same base by the same
+    plan. say: told, a line each, what takes time. poison: see ring.py. Raises `BaseModelError` for missing,
+    surplus, misshapen or differently packed tensors, `UserError` for a disk that is too small.
     """
     skeleton = Skeleton(read_config(folder), dtype)
     plan = plan or everything_resident(len(skeleton.layer_paths))
@@ -76,15 +83,19 @@ def load_base(
         return _from_checkpoint(folder, skeleton, packing, device, plan.head_tile_rows)
     with ExitStack() as held:
         if cache is None:
-            make_root(cache_root())
-            remove_leftovers(cache_root())
-            scratch = held.enter_context(locked_partial(cache_root() / "temporary"))
-            held.callback(shutil.rmtree, scratch.folder, ignore_errors=True)
-            cache = scratch.folder
-        base = open_packed_base(cache, folder, skeleton, packing, device.torch, say)
+            scratch = None
+            if ranks.leads:
+                make_root(cache_root())
+                remove_leftovers(cache_root())
+                scratch = held.enter_context(locked_partial(cache_root() / "temporary"))
+                held.callback(shutil.rmtree, scratch.folder, ignore_errors=True)
+            cache = Path(ranks.of_leader(scratch and str(scratch.folder)))
+        with ranks.leaders_first():
+            base = None if ranks.leads else made_packed_base(cache, folder, skeleton, packing)
+            base = base or open_packed_base(cache, folder, skeleton, packing, device.torch, say)
         if (in_use := lock_folder(base.folder, shared=True)) is not None:
             held.enter_context(in_use)  # `cache clear` leaves it alone
-        decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device)).decoder(poison)
+        decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device), ranks).decoder(poison)
         decoder.fingerprint = base.fingerprint()
         if isinstance(decoder.weights, StreamedWeights):
             decoder.at_close.append(decoder.weights.close)
@@ -159,8 +170,10 @@ class _Assembly:
         plan: ExecutionPlan,
         device: ComputeDevice,
         host: HostMemory,
+        ranks: Ranks,
     ) -> None:
         self._skeleton, self._base, self._plan, self._device = skeleton, base, plan, device
+        self._ranks = ranks
         self._host, self._unpack_kernel = host, device.description.unpack_kernel
         self._reader, self._uploads = ItemReader(device, host), Uploads(device, host)  # pinned before weights
         self._embedding_format = _row_format(skeleton, UNPACKED)
@@ -193,6 +206,7 @@ class _Assembly:
         weights.packed |= resident
         head = self._head(head_at, ring)
         embedding = head if skeleton.is_tied else self._embedding()
+        self._reader.finish()
         return skeleton.come_alive(weights, base.plain(device.torch), embedding, head, device)
 
     def _head(self, at: Tensor | FilePart | None, ring: Ring | None) -> TokenMatrix:
@@ -238,6 +252,14 @@ class _Assembly:
     def _off_device(self, part: FilePart, place: Place) -> Tensor | FilePart:
         if place is Place.DISK:
             return part
+        if self._ranks.shares_memory:
+            return self._host.adopt(self._shared(part), gives_way=True)
         buffer = self._host.empty(part.num_bytes, gives_way=True)
         self._reader.read_to_host(part, buffer)
         return buffer
+
+    def _shared(self, part: FilePart) -> mmap.mmap:
+        def fill(pages: mmap.mmap) -> None:
+            self._reader.read_to_host(part, torch.frombuffer(pages, dtype=torch.uint8))
+
+        return self._ranks.shared_pages(part.num_bytes, fill)

@@ -35,11 +35,13 @@ _SHARE_OF_FREE = 0.25
 _REPEATS = 5
 
 
-def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path) -> Rates:
-    """Measured now, or by an earlier run on this machine. cache: folder that remembers. Leaves nothing on the
-    device."""
+def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
+    """Measured now, or by an earlier run on this machine. cache: folder that remembers. num_ranks: that
+    measure at the same time. Leaves nothing on the device."""
     name = device.description.name or platform.processor() or "cpu"
     key = f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
+    if num_ranks > 1:
+        key += f", {num_ranks} at a time"
     known = _read(cache / _FILE)
     found = _rates_in(known.get(key))
     if found is not None:

@@ -17,7 +17,6 @@ Why not `tracemalloc` or a profiler: the first does not see tensors, the second 
 
 from __future__ import annotations
 
-import resource
 import sys
 import weakref
 from pathlib import Path
@@ -151,6 +150,8 @@ def process_peak_bytes() -> int:
     for line in _read_lines(Path("/proc/self/status")):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

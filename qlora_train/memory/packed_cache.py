@@ -38,7 +38,7 @@ from torch import Tensor
 from qlora_train.boundary import is_disk_failure, reason_of
 from qlora_train.errors import UserError
 from qlora_train.memory import cache_key
-from qlora_train.memory.cache_key import MANIFEST, VERSION, PackingKey
+from qlora_train.memory.cache_key import MANIFEST, VERSION, PackingKey, is_complete
 from qlora_train.memory.cache_key import cache_root as cache_root
 from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.stores import FilePart
@@ -169,6 +169,15 @@ def make_root(root: Path) -> None:
     raise UserError(
         f"{root}: packed bases are kept here, but {reason}. Set QLORA_TRAIN_CACHE to a folder of your own."
     )
+
+
+def made_packed_base(
+    root: Path, base_folder: Path, skeleton: Skeleton, packing: Packing
+) -> PackedBase | None:
+    """The packed base below `root` that another process has just opened: nothing is read through again. None
+    where it is not there."""
+    folder = packed_folder(root, base_folder, skeleton, packing)
+    return PackedBase(folder, tuple(skeleton.layouts(packing))) if is_complete(folder) else None
 
 
 def find_packed_layers(

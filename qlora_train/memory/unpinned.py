@@ -7,7 +7,6 @@ that is measured now says what the difference is.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -74,5 +73,7 @@ def refusal_line(
 
 
 def _locked_limit() -> str:
+    import resource  # not on Windows
+
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit // 1024} KiB"

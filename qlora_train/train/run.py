@@ -10,13 +10,17 @@ from pathlib import Path
 from accelerate import Accelerator
 from rich.console import Console
 
+from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
+from qlora_train.memory.machine_plan import device_of_all
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.report import residency_lines
+from qlora_train.memory.ranks import find_ranks
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.run_folder import RunFolder
+from qlora_train.train.schedule import rows_per_step
 from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
 
 
@@ -38,6 +42,7 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
     use_cache: keep the packed base for later starts. Raises a `UserError` for bad input and for a plan that
     does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
     `Interrupted` after SIGINT or SIGTERM, with the state saved."""
+    require_unix("train")
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
@@ -56,8 +61,10 @@ def _train(
     use_cache: bool,
 ) -> TrainResult:
     """`train` in a folder that is ours."""
+    ranks = find_ranks(accelerator.device)
     device = find_device(accelerator.device)
-    recipe, base, dtype = resolve(recipe, device)
+    target = device_of_all(device, ranks)
+    recipe, base, dtype = resolve(recipe, target)
     folder.check(recipe, resume=resume)
     plan_log = PlanLog(folder.plan_file, folder.checkpoints, writes=accelerator.is_main_process)
     with ExitStack() as metering:
@@ -68,6 +75,8 @@ def _train(
             dtype,
             accelerator,
             device,
+            ranks=ranks,
+            target=target,
             saved_execution=plan_log.read() if resume else None,
             use_cache=use_cache,
             say=partial(_say, console),
@@ -75,7 +84,7 @@ def _train(
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close)
         first = loop.resume(partial(_say, console)) if resume else 0
         _introduce(console, prepared, loop, first, resume=resume)
-        accelerator.wait_for_everyone()  # no rank may still be checking the folder
+        ranks.wait()  # no rank may still be checking the folder
         if accelerator.is_main_process:
             folder.begin(recipe)
         plan_log.begin(prepared.plan.to_dict(loop.num_steps), prepared.execution)
@@ -109,10 +118,21 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *residency_lines(prepared.execution),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
-        f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
+        f"{loop.num_steps} optimizer steps of {_rows_of_a_step(prepared)}"
+        + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
         _say(console, line)
+
+
+def _rows_of_a_step(prepared: Prepared) -> str:
+    """How many a step takes, and how many processes share them."""
+    training, number = prepared.recipe.training, prepared.accelerator.num_processes
+    factors = [
+        f"{number} process" + ("es" if number > 1 else ""),
+        f"{training.gradient_accumulation_steps} x {training.micro_batch_size} in each",
+    ]
+    return f"{rows_per_step(training, number)} rows ({', '.join(factors)})"
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:

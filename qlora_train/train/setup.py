@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.prompts import format_of
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.description import DeviceDescription
 from qlora_train.device.settings import apply_settings, make_deterministic
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory.execution import ExecutionPlan
@@ -25,6 +25,7 @@ from qlora_train.memory.load import load_base
 from qlora_train.memory.machine_plan import plan_here
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.plan import Plan
+from qlora_train.memory.ranks import ALONE, Ranks
 from qlora_train.memory.unpinned import host_memory_of_run
 from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
 from qlora_train.model.base import read_config
@@ -34,6 +35,7 @@ from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
+from qlora_train.train.launch import join_launch
 from qlora_train.train.schedule import num_rows
 
 
@@ -70,8 +72,7 @@ class Prepared:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, processes and trackers. It never prepares a model, autocasts or scales: the walk does its
-    own."""
+    """Tell torch what the run wants of it and join the launch's processes."""
     absent = [name for name in recipe.training.report_to if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(
@@ -81,17 +82,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.training.deterministic is True:
         make_deterministic()
     apply_settings()
-    return Accelerator(
-        mixed_precision="no",
-        log_with=list(recipe.training.report_to) or None,
-        project_dir=recipe.training.output_dir,
-    )
+    return join_launch(list(recipe.training.report_to), Path(recipe.training.output_dir))
 
 
-def resolve(recipe: Recipe, device: ComputeDevice) -> tuple[Recipe, Path, torch.dtype]:
-    """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype."""
+def resolve(recipe: Recipe, device: DeviceDescription) -> tuple[Recipe, Path, torch.dtype]:
+    """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype.
+    device: of all ranks."""
     folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
-    dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
+    dtype = resolve_dtype(recipe.model.compute_dtype, device)
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
     data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
     return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
@@ -104,15 +102,18 @@ def prepare(
     accelerator: Accelerator,
     device: ComputeDevice,
     *,
+    ranks: Ranks = ALONE,
+    target: DeviceDescription | None = None,
     saved_execution: ExecutionPlan | None = None,
     use_cache: bool = True,
     say: Callable[[str], None] = print,
 ) -> Prepared:
     """Read data, plan, load the base.
 
-    recipe: resolved. saved_execution: of the checkpoint that is gone on from; it is followed, so that sums
-    keep their order. use_cache: keep the packed base for later starts. say: told a line each about what takes
-    time. Raises a `UserError` for whatever does not fit together, a plan that does not fit included.
+    recipe: resolved. target: what the devices of all ranks can do; None: this one's. saved_execution: of the
+    checkpoint that is gone on from; it is followed, so that sums keep their order. use_cache: keep the packed
+    base for later starts. say: told a line each about what takes time. Raises a `UserError` for whatever does
+    not fit together, a plan that does not fit included.
     """
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
@@ -129,7 +130,6 @@ def prepare(
         recipe,
         folder,
         dtype,
-        accelerator,
         device,
         found,
         lambda planned: saved_execution or planned,
@@ -137,6 +137,8 @@ def prepare(
             recipe.training.micro_batch_size,
             num_rows(recipe.training, train_data.num_bins, accelerator.num_processes),
         ),
+        ranks=ranks,
+        target=target,
         cache=cache_root() if use_cache else None,
         say=say,
     )
@@ -159,38 +161,35 @@ def load_model(
     recipe: Recipe,
     folder: Path,
     dtype: torch.dtype,
-    accelerator: Accelerator,
     device: ComputeDevice,
     found: ProbeResult,
     choose: Callable[[ExecutionPlan], ExecutionPlan],
     *,
     most_documents: int,
+    ranks: Ranks = ALONE,
+    target: DeviceDescription | None = None,
     cache: Path | None,
     say: Callable[[str], None],
 ) -> LoadedModel:
     """Plan for this machine, load the base and attach the factors.
 
-    recipe: resolved. found: by the probe of the base's config. choose: from what was planned to what is done.
-    most_documents: in any micro-batch. cache: the folder of packed bases; None: none is kept. Raises a
-    `UserError` for a plan that does not fit.
+    recipe: resolved. found: by the probe of the base's config. choose: from what was planned to what is done;
+    the first rank's choice holds for all. most_documents: in any micro-batch. target: see `prepare`. cache:
+    the folder of packed bases; None: none is kept. Raises a `UserError` for a plan that does not fit.
     """
-    plan = plan_here(recipe, folder, dtype, device, most_documents)
+    plan = plan_here(recipe, folder, dtype, device, most_documents, ranks, target)
     plan.require_fit()
-    execution = _agreed(choose(plan.execution))
+    execution = ExecutionPlan.from_dict(ranks.gather(choose(plan.execution).to_dict())[0])
     host = host_memory_of_run(plan, execution, device, say)
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
-    with accelerator.main_process_first():  # one rank packs, the others read
-        decoder = load_base(folder, packing, dtype, device, plan=execution, cache=cache, host=host, say=say)
+    decoder = load_base(
+        folder, packing, dtype, device, plan=execution, cache=cache, host=host, ranks=ranks, say=say
+    )
     decoder.tail_name = found.tail_name
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     factors, adapter_config = attach_factors(recipe, decoder, dtype)
     return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
-
-
-def _agreed(execution: ExecutionPlan) -> ExecutionPlan:
-    """The first rank's plan, on all ranks: they must walk the same number of groups."""
-    return ExecutionPlan.from_dict(broadcast_object_list([execution.to_dict()])[0])
 
 
 def attach_factors(

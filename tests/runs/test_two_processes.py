@@ -31,6 +31,8 @@ SECTIONS = {
 
 def run_in_a_child(command: list[str]) -> None:
     environment = child_environment(GLOO_SOCKET_IFNAME="lo")
+    if not torch.accelerator.is_available():
+        del environment["ACCELERATE_USE_CPU"]  # torchrun's processes find each other without it
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 

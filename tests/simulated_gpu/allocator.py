@@ -78,6 +78,8 @@ class CachingAllocator:
     total_bytes: int = 8 * GIB
     limit_bytes: int | None = None
     """What this process can reserve at most, if less than the device has: the rest is in use by others."""
+    context_bytes: int = 0
+    """Of the driver's context, which is nobody's tensor."""
     fraction: float = 1.0
     """Of the total, as `set_per_process_memory_fraction` says."""
     fail_after: int | None = None
@@ -106,7 +108,7 @@ class CachingAllocator:
     def free_bytes(self) -> int:
         """What the driver would still give."""
         limit = self.total_bytes if self.limit_bytes is None else min(self.limit_bytes, self.total_bytes)
-        return max(0, limit - self.reserved_bytes)
+        return max(0, limit - self.context_bytes - self.reserved_bytes)
 
     def allocate(self, num_bytes: int, stream: int) -> Block:
         """Raises torch.OutOfMemoryError, after the cache was emptied in vain."""

@@ -53,10 +53,10 @@ def attention(
 ) -> Tensor:
     """aten::scaled_dot_product_attention"""
     fused = query.dim() == 4 and cuda_would_fuse(running().settings.capability, query, key, value, attn_mask)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        open_ = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = open_.masked_fill_(~attn_mask, float("-inf"))
     if fused and _cpu_can_fuse(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            closed = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = closed.masked_fill_(~attn_mask, float("-inf"))
         return private_names.cpu_flash(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]

@@ -194,7 +194,6 @@ def synchronize(device: Any = None) -> None:
     for each in list(simulation.streams):
         if each.device_index == index:
             each.join_host()
-    simulation.managed.close_if_pending()
 
 
 def _device(device: Any) -> Device:

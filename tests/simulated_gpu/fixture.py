@@ -1,4 +1,14 @@
-"""Switches the simulated GPU on for one test: `simulated_gpu`, and the handle that it gives."""
+"""Switches the simulated GPU on for one test: `simulated_gpu`, and the handle that it gives.
+
+def test_a_step_reads_one_number(simulated_gpu: SimulatedGpu) -> None:
+    simulated_gpu.settings.capability = (7, 5)      # how the GPU is
+    simulated_gpu.refuse_pinning(blocks={2})        # what goes wrong on it
+    simulated_gpu.fail_allocation(400)
+    train_on(simulated_gpu.device)
+    assert simulated_gpu.host_reads.values.total() == 1
+    assert simulated_gpu.peak_bytes() < PLANNED     # what was seen
+                                                    # and no hazards, or the test fails
+"""
 
 from __future__ import annotations
 
@@ -20,6 +30,7 @@ from simulated_gpu.memory import Device
 from simulated_gpu.pinning import PinnedRanges, Refusals
 from simulated_gpu.registration import obstacle
 from simulated_gpu.simulation import DEVICE_TYPE, Settings, Simulation, is_on, set_current
+from simulated_gpu.storages import storages_of_device
 from simulated_gpu.streams import Stream
 
 ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
@@ -172,6 +183,7 @@ def _libraries() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(bitsandbytes_on_device())
+            stack.enter_context(storages_of_device())
             if "RANK" in os.environ:
                 stack.enter_context(ranks_on_device())
             yield

@@ -20,6 +20,8 @@ _KERNELS = {
     "_copy_from_and_resize": kernels.copy_from_and_resize,
     "_local_scalar_dense": kernels.item,
     "resize_": kernels.resize,
+    "set_": kernels.set_nothing,
+    "set_.source_Storage": kernels.set_storage,
     "scaled_dot_product_attention": attention.attention,
     "_flash_attention_forward": flash.flash_forward,
     "_flash_attention_backward": flash.flash_backward,

@@ -7,7 +7,8 @@ waits. If it is not `non_blocking`, the host waits for the stream in any case.
 
 One point is stricter than CUDA: such a wait of a copy to the device puts that copy in order with what comes
 later, but not the work before it. A program that is right only because a copy somewhere was from pageable
-memory would break as soon as somebody pins that.
+memory would break as soon as somebody pins that. Values that a program reads (`item`, a copy to the host) are
+waits like `synchronize`.
 """
 
 from __future__ import annotations
@@ -97,15 +98,27 @@ def resize(
     return result
 
 
+def set_storage(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """aten::set_.source_Storage: all of a storage, in one dimension."""
+    size = (storage.nbytes() // tensor.itemsize,)
+    return private_names.call_cpu_kernel(_SET, tensor, storage, 0, size, (1,))
+
+
+def set_nothing(tensor: Tensor) -> Tensor:
+    """aten::set_: lets go of the storage."""
+    return set_storage(
+        tensor, device_at(tensor.device.index).empty((0,), (1,), torch.uint8).untyped_storage()
+    )
+
+
 def item(tensor: Tensor) -> bool | int | float | complex:
     """aten::_local_scalar_dense: `.item()`, `float()`, `bool()`, each number of a `.tolist()` of none."""
     simulation = running()
-    simulation.raise_error_of_runtime()
+    simulation.launch(device_at(tensor.device.index))
     simulation.host_reads.note_value("item")
     stream = simulation.current_stream(tensor.device.index)
     stream.enter("item", [span_of(tensor, tensor.untyped_storage().data_ptr())], [])
     stream.join_host()
-    simulation.managed.close_if_pending()
     return alias(tensor).item()
 
 
@@ -120,7 +133,7 @@ def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Ten
         _copy_to_host(source, target, non_blocking)
     else:
         _copy_to_device(source, target, non_blocking)
-    running().managed.close_if_pending()
+    running().managed.follow_device()
     return target
 
 
@@ -161,7 +174,7 @@ def _copy_between_devices(source: Tensor, target: Tensor) -> None:
     stream = simulation.current_stream(source.device.index)
     copy = _Copy(alias(source), alias(target))
     if source.device == target.device:
-        simulation.raise_error_of_runtime()
+        simulation.launch(device_at(source.device.index))
         stream.enter("copy_", [_storage_span(source)], [_storage_span(target)])
         _run(stream, copy, source, target, late=stream.is_late)
         return
@@ -201,6 +214,7 @@ def _copy_to_host(source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if simulation.settings.poison and simulation.settings.lazy:
             _bytes_of(target).fill_(POISON)  # until it is waited for
         _run(stream, copy, source, late=simulation.settings.lazy)
+        stream.will_write_host(base)
         return
     simulation.host_reads.note_value("copy to the host")
     _run(stream, copy, source, late=False)
@@ -223,6 +237,7 @@ def _copy_to_device(source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if stream.is_late:
             source = source.detach().clone()
     else:
+        stream.finish_writes_to_host(base)
         with simulation.lock:
             simulation.hazards.watch_source(source, stream.stream_id, stream.clock)
     _run(stream, _Copy(source.detach(), alias(target)), target, late=stream.is_late)

@@ -112,10 +112,14 @@ def bitsandbytes_on_device() -> Iterator[None]:
     _register()
     native: Any = functional.lib
     sync: Any = optimizer.sync_gpu
+    tables = dict(functional.name2qmap)
+    functional.name2qmap.clear()  # code tables: the library keeps them on the device that first asked
     _set(functional, "lib", _NativeLibrary(native))
     _set(optimizer, "sync_gpu", _Wait(sync))
     try:
         yield
     finally:
+        functional.name2qmap.clear()
+        functional.name2qmap.update(tables)
         _set(functional, "lib", native)
         _set(optimizer, "sync_gpu", sync)

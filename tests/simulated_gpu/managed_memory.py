@@ -13,13 +13,15 @@ import ctypes
 import ctypes.util
 import mmap
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from simulated_gpu import places
-from simulated_gpu.simulation import is_on, running
+from simulated_gpu.simulation import running
 
+_NOTHING = 0
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _SA_SIGINFO = 4
 _ADDRESS_IN_SIGINFO = 16
@@ -55,6 +57,7 @@ class ManagedMemory:
 
     def allocate(self, num_bytes: int) -> int:
         """Address of fresh pages."""
+        self.open()
         pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _ALL_PAGES.append(pages)
         address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
@@ -64,23 +67,27 @@ class ManagedMemory:
     def holds(self, address: int) -> bool:
         return any(start <= address < start + size for start, size in self._blocks)
 
-    def close_if_pending(self) -> None:
-        """After every launch: where the host may not touch managed memory meanwhile, it cannot."""
+    def follow_device(self) -> None:
+        """After every launch and every wait: where the host may not touch managed memory while the device
+        works, it cannot."""
+        if not self._blocks:
+            return
         simulation = running()
-        if self._blocks and not simulation.settings.concurrent_managed_access:
-            if simulation.hazards.device_is_idle:
-                self.open()
-            else:
-                self._close()
+        if simulation.settings.concurrent_managed_access or simulation.hazards.device_is_idle:
+            self.open()
+        else:
+            self._close()
 
     @contextmanager
     def used_by_device(self) -> Iterator[None]:
         """While a kernel runs, which may touch them."""
         was_closed = self._is_closed
         self.open()
-        yield
-        if was_closed:
-            self._close()
+        try:
+            yield
+        finally:
+            if was_closed:
+                self._close()
 
     def open(self) -> None:
         """The host may touch them: the device is idle."""
@@ -104,9 +111,11 @@ class ManagedMemory:
             if self._outer is None:
                 self._listen()
             self._is_closed = True
-            self._protect(mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0)
+            self._protect(_NOTHING)
 
     def _listen(self) -> None:
+        if sys.platform != "linux":
+            raise NotImplementedError("managed memory is guarded on Linux alone")
         action, self._outer = _SigAction(), _SigAction()
         action.handler = ctypes.cast(self._handler, ctypes.c_void_p)
         action.flags = _SA_SIGINFO
@@ -133,9 +142,3 @@ def _on_fault(number: int, information: int, context: int) -> None:
         "the host touched managed memory while the device was working, which ends the program where there is "
         f"no concurrent managed access ({places.words(places.caller())})"
     )
-
-
-def host_waited() -> None:
-    """After anything that lets the host wait."""
-    if is_on():
-        running().managed.close_if_pending()

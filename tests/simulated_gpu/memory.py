@@ -72,6 +72,8 @@ def num_elements_spanned(size: Sequence[int], stride: Sequence[int]) -> int:
 def span_of(tensor: Tensor, base: int) -> Span:
     """Bytes from a tensor's first to its last, of the storage at `base`."""
     low = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return Span(base, low, low + tensor.nbytes)
     return Span(base, low, low + num_elements_spanned(tensor.size(), tensor.stride()) * tensor.itemsize)
 
 

@@ -194,20 +194,20 @@ def call_on_cpu(op: Any, *args: Any, run: Callable[..., Any] | None = None, **kw
     keywords = {name: call.unwrap(value, name in writes) for name, value in kwargs.items()}
     device = _device_of(call, kwargs.get("device"))
     stream = simulation.current_stream(device.index)
-    simulation.raise_error_of_runtime()
-    _check_devices(call, declaration, device.index)
-    _note_waits(call, declaration, args)
+    simulation.launch(device)
+    _check_devices(call, declaration, device.index, args)
+    _note_waits(call, declaration, args, kwargs)
     stream.enter(declaration.name, call.reads, call.writes)
     run = run or _overload_for_numbers(op, declaration, args)
     if _can_wait(call, declaration, stream):
         _queue(call, stream, run, arguments, keywords)
-        simulation.managed.close_if_pending()
+        simulation.managed.follow_device()
         return _written(declaration, args, kwargs)
     stream.catch_up()
     with simulation.managed.used_by_device():
         result = run(*arguments, **keywords)
     _grow_outputs(call, device)
-    simulation.managed.close_if_pending()
+    simulation.managed.follow_device()
     if declaration.is_pure_write:
         return _written(declaration, args, kwargs)
     if not call.sims and not _makes_on_device(kwargs):
@@ -227,49 +227,43 @@ def _makes_on_device(kwargs: dict[str, Any]) -> bool:
     return device is not None and device.type == DEVICE_TYPE
 
 
-def _check_devices(call: Call, declaration: Declaration, index: int) -> None:
+def _check_devices(call: Call, declaration: Declaration, index: int, args: Sequence[Any]) -> None:
     """Raises CUDA's RuntimeError for tensors on several devices, and for products of integers."""
-    here = f"{DEVICE_TYPE}:{index}"
-    for tensor in call.sims:
-        if tensor.device.index != index:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{here} and {tensor.device}! (in {declaration.name})"
-            )
-    for tensor in call.hosts if call.sims else ():
+    if not call.sims:
+        return
+    elsewhere = [tensor for tensor in call.sims if tensor.device.index != index]
+    indices = args[1] if declaration.name in _TAKES_HOST_INDICES and device_tensor(args[0]) else ()
+    for tensor in call.hosts:
         is_number = tensor.dim() == 0 and declaration.takes_host_scalars
-        is_index = declaration.name in _TAKES_HOST_INDICES
+        is_index = any(tensor is each for each in indices)
         if not (is_number or is_index or running().managed.holds(tensor.data_ptr())):
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{here} and {tensor.device}! (in {declaration.name})"
-            )
-    if declaration.name in _PRODUCTS and call.sims:
+            elsewhere.append(tensor)
+    if elsewhere:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{DEVICE_TYPE}:{index} and {elsewhere[0].device}! (in {declaration.name})"
+        )
+    if declaration.name in _PRODUCTS:
         dtype = call.sims[0].dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             raise RuntimeError(f'"{declaration.name}" not implemented on a GPU for {dtype}')
 
 
-def _note_waits(call: Call, declaration: Declaration, args: Sequence[Any]) -> None:
-    """The operators for which the host waits."""
+def _note_waits(call: Call, declaration: Declaration, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """The operators for which the host waits. One that is told the size of its result need not. As with
+    copies (kernels.py), nothing else is in order by that: a program that needs it does not ask for a
+    `nonzero`."""
     reads = running().host_reads
-    if declaration.name in _SHAPE_IS_DATA:
+    if declaration.name in _SHAPE_IS_DATA and kwargs.get("output_size") is None:
         reads.note_value(declaration.name.removeprefix("aten::"))
-        _let_host_wait(call)
     if "index_put" in declaration.name and any(map(_is_mask, args[1])):  # `index` makes a nonzero of its own
         reads.note_value("index_put with a mask")
-        _let_host_wait(call)
     if declaration.name in _TAKES_HOST_INDICES and any(tensor.dim() > 0 for tensor in call.hosts):
         reads.note_copy("indices on the host")
 
 
 def _is_mask(index: object) -> bool:
     return device_tensor(index) and index.dtype in (torch.bool, torch.uint8)
-
-
-def _let_host_wait(call: Call) -> None:
-    simulation = running()
-    simulation.current_stream(call.sims[0].device.index).join_host()
 
 
 def _overload_for_numbers(op: Any, declaration: Declaration, args: Sequence[Any]) -> Callable[..., Any]:

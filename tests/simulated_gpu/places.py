@@ -17,7 +17,8 @@ Place = tuple[str, int] | None
 @cache
 def _is_machinery(file: str) -> bool:
     """torch's own code and the simulator's; its tests are a program like others."""
-    inside = file.startswith(_HERE) and not Path(file).name.startswith("test_")
+    is_program = Path(file).name.startswith("test_") or file.endswith("_program.py")
+    inside = file.startswith(_HERE) and not is_program
     return inside or file.startswith(_TORCH) or "importlib" in file
 
 

@@ -16,6 +16,7 @@ NAMES = {
     "set_up_backend": "torch.utils.backend_registration._setup_privateuseone_for_python_backend",
     "Hooks": "torch._C._acc.PrivateUse1Hooks",
     "storage_at": "torch._C._construct_storage_from_data_pointer",
+    "make_storage": "torch.UntypedStorage.__new__",
     "DispatchKey": "torch._C.DispatchKey",
     "has_kernel": "torch._C._dispatch_has_kernel_for_dispatch_key",
     "operator_names": "torch._C._dispatch_get_all_op_names",
@@ -43,6 +44,8 @@ OPERATORS = (
     "aten::view",
     "aten::_reshape_alias",
     "aten::unfold",
+    "aten::set_",
+    "aten::set_.source_Storage",
     "aten::set_.source_Storage_storage_offset",
     "aten::scaled_dot_product_attention",
 )
@@ -79,6 +82,7 @@ _found = find(NAMES, OPERATORS)
 set_up_backend = _found["set_up_backend"]
 Hooks: Any = _found["Hooks"]
 storage_at = _found["storage_at"]
+make_storage = _found["make_storage"]
 DispatchKey = _found["DispatchKey"]
 has_kernel = _found["has_kernel"]
 operator_names = _found["operator_names"]

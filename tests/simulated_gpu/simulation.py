@@ -38,6 +38,8 @@ class Settings:
     """Fresh memory is filled with 0xFF: NaN in every float type, -1 in integers."""
     lazy: bool = True
     """Work on side streams is done when something waits for it, not before."""
+    context_bytes: int = 0
+    """What the driver's context takes of each device, from the first kernel on."""
     concurrent_managed_access: bool = True
     """Whether the host may touch managed memory while the device works. Not so under Windows and WSL."""
 
@@ -50,6 +52,8 @@ class ThreadState(threading.local):
         self.device = 0
         self.streams: dict[int, Stream] = {}
         self.error: str | None = None
+        self.outer: list[tuple[int, Stream]] = []
+        """For each `with stream:` that the thread is in, the device and stream before."""
 
 
 @dataclass
@@ -75,8 +79,9 @@ class Simulation:
         """Of a device, for the calling thread."""
         return self.thread.streams.get(index) or self.devices[index].default_stream
 
-    def raise_error_of_runtime(self) -> None:
+    def launch(self, device: Device) -> None:
         """A kernel is launched: an error that the runtime still keeps for this thread is raised by it."""
+        device.allocator.context_bytes = self.settings.context_bytes
         if self.thread.error is not None:
             text, self.thread.error = self.thread.error, None
             raise torch.AcceleratorError(f"SIM error: {text}")

@@ -38,7 +38,7 @@ class _Work:
 
 
 class Stream:
-    """As torch.cuda.Stream. device: whose stream; None, or no index: the current device's.
+    """As torch.cuda.Stream. device: whose stream; None, no index or a negative one: the current device's.
 
     priority is taken and means nothing here. Raises the TypeError of an unknown argument: the handles of
     foreign streams, which CUDA takes, do not exist.
@@ -47,19 +47,20 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
         if kwargs:
             raise TypeError(f"a simulated stream takes no {', '.join(kwargs)}")
-        index = running().thread.device if device is None else index_of(device, optional=True)
-        device_at(index)
-        self._set_up(running(), index, priority)
+        index = index_of(device, optional=True)
+        index = running().thread.device if index < 0 else device_at(index).index
+        self._set_up(running(), index, priority, is_default=False)
 
     @classmethod
     def make_default(cls, simulation: Simulation, index: int) -> Stream:
         """The default stream of a device that is being made."""
         stream = cls.__new__(cls)
-        stream._set_up(simulation, index, priority=0)
+        stream._set_up(simulation, index, priority=0, is_default=True)
         return stream
 
-    def _set_up(self, simulation: Simulation, index: int, priority: int) -> None:
+    def _set_up(self, simulation: Simulation, index: int, priority: int, *, is_default: bool) -> None:
         self._simulation, self.device_index, self.priority = simulation, index, priority
+        self.is_default = is_default
         self.device = torch.device(DEVICE_TYPE, index)
         with simulation.lock:
             self.stream_id = len(simulation.streams)
@@ -67,7 +68,8 @@ class Stream:
         self.clock: Clock = {}
         self.num_queued = self.num_done = 0
         self._queue: deque[_Work] = deque()
-        self._outer: list[tuple[int, Stream]] = []
+        self._writes_to_host: dict[int, int] = {}
+        """Where pinned memory begins -> the last piece of work queued here that writes it."""
 
     @property
     def cuda_stream(self) -> int:
@@ -77,10 +79,6 @@ class Stream:
     @property
     def _as_parameter_(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(self.cuda_stream)
-
-    @property
-    def is_default(self) -> bool:
-        return self._simulation.devices[self.device_index].default_stream is self
 
     @property
     def is_late(self) -> bool:
@@ -98,6 +96,15 @@ class Stream:
             memory = [self._simulation.host_memory.get(base) for base in bases]
             self._queue.append(_Work(run, memory))
             self.num_queued += 1
+
+    def will_write_host(self, base: int) -> None:
+        """The piece queued last writes the pinned memory that begins at `base`."""
+        self._writes_to_host[base] = self.num_queued
+
+    def finish_writes_to_host(self, base: int) -> None:
+        """Does what is queued up to the last piece that writes the pinned memory at `base`: what is queued
+        here from now on will read that."""
+        self.catch_up(self._writes_to_host.pop(base, 0))
 
     def catch_up(self, until: int | None = None) -> None:
         """Does what is queued: all of it, or the first `until` pieces ever queued here."""
@@ -122,6 +129,7 @@ class Stream:
             self.catch_up()
             join(self._simulation.hazards.host, self.clock)
             self._simulation.hazards.check_sources()
+            self._simulation.managed.follow_device()
 
     def wait_event(self, event: Event) -> None:
         event.wait(self)
@@ -148,14 +156,15 @@ class Stream:
 
     def __enter__(self) -> Stream:
         thread = self._simulation.thread
-        self._outer.append((thread.device, self._simulation.current_stream(self.device_index)))
+        thread.outer.append((thread.device, self._simulation.current_stream(self.device_index)))
         make_current(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        device, stream = self._outer.pop()
+        thread = self._simulation.thread
+        device, stream = thread.outer.pop()
         make_current(stream)
-        self._simulation.thread.device = device
+        thread.device = device
 
     def __repr__(self) -> str:
         return f"<torch.{DEVICE_TYPE}.Stream device={self.device} number={self.stream_id}>"
@@ -249,6 +258,7 @@ class Event:
         with simulation.lock:
             join(simulation.hazards.host, self._clock)
             simulation.hazards.check_sources()
+            simulation.managed.follow_device()
 
 
 class _CatchUp:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -140,6 +141,38 @@ def test_new_memory_used_by_a_stream_that_has_not_waited(simulated_gpu: Simulate
     sim.synchronize()
 
 
+@pytest.mark.parametrize(
+    ("wait", "orders"),
+    (
+        (lambda x: torch.zeros(2).to("sim"), False),
+        (lambda x: x.nonzero(), False),
+        (lambda x: x.sum().item(), True),
+        (lambda x: x.cpu(), True),
+        (lambda x: sim.synchronize(), True),
+    ),
+)
+def test_waits_by_accident_order_nothing(
+    simulated_gpu: SimulatedGpu, wait: Callable[[Tensor], object], orders: bool
+) -> None:
+    """CUDA's host waits in all of these, and a program should not build on the first two."""
+    x, side = torch.ones(2, device="sim"), sim.Stream()
+    x.add_(1)
+    wait(x)
+    with sim.stream(side):
+        x.mul_(2)
+    assert bool(simulated_gpu.take_hazards()) != orders
+    sim.synchronize()
+    assert x.tolist() == [4, 4]
+
+
+def test_what_a_blocking_copy_brought_is_there(simulated_gpu: SimulatedGpu) -> None:
+    x, side = torch.ones(2).to("sim"), sim.Stream()
+    with sim.stream(side):
+        total = x.sum()
+    side.synchronize()
+    assert total.item() == 2
+
+
 def test_pinned_source_overwritten_while_it_is_copied(simulated_gpu: SimulatedGpu) -> None:
     host, side = pinned(1, 2), sim.Stream()
     x = torch.zeros(2, device="sim")
@@ -248,3 +281,15 @@ def test_hazards_that_nobody_took_fail_the_test() -> None:
         assert gpu.hazards
         sim.synchronize()
     assert not torch.accelerator.is_available()
+
+
+def test_out_and_back_in_through_one_pinned_buffer_is_in_order(simulated_gpu: SimulatedGpu) -> None:
+    """On one stream a copy out is over before the copy back begins, although nobody has waited yet."""
+    out, back = torch.full((64,), 3.0, device="sim:0"), torch.zeros(64, device="sim:0")
+    side, buffer = sim.Stream(), pinned(size=64)
+    side.wait_stream(sim.current_stream())
+    with sim.stream(side):
+        buffer.copy_(out, non_blocking=True)
+        back.copy_(buffer, non_blocking=True)
+    sim.current_stream().wait_stream(side)
+    assert back.tolist() == [3.0] * 64

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simulated_gpu import device_module as sim
-from simulated_gpu.allocator import GIB, KIB, MIB, CachingAllocator
+from simulated_gpu.allocator import GIB, KIB, MIB, Block, CachingAllocator
 from simulated_gpu.fixture import SimulatedGpu
 
 
@@ -87,6 +87,15 @@ def test_what_is_reserved_is_not_free(simulated_gpu: SimulatedGpu) -> None:
     assert sim.get_device_properties().total_memory == GIB
 
 
+def test_the_context_takes_memory_from_the_first_kernel_on(simulated_gpu: SimulatedGpu) -> None:
+    simulated_gpu.settings.context_bytes = 300 * MIB
+    before, total = sim.mem_get_info()
+    x = torch.empty(2, device="sim")
+    assert before - sim.mem_get_info()[0] == 2 * MIB
+    x.fill_(1)
+    assert total - sim.mem_get_info()[0] == sim.memory_reserved() + 300 * MIB
+
+
 def test_memory_ends(simulated_gpu: SimulatedGpu) -> None:
     simulated_gpu.set_total_memory(64 * MIB)
     x = allocate(40 * MIB)
@@ -101,7 +110,7 @@ def test_memory_ends(simulated_gpu: SimulatedGpu) -> None:
 
 def test_memory_ends_inside_an_operator(simulated_gpu: SimulatedGpu) -> None:
     simulated_gpu.set_total_memory(50 * MIB)
-    x = torch.ones(30 * MIB, dtype=torch.uint8, device="sim")
+    x = torch.ones(30 * MIB // 8, dtype=torch.float64, device="sim")
     with pytest.raises(torch.OutOfMemoryError):
         x + x
     with pytest.raises(torch.OutOfMemoryError):
@@ -186,7 +195,7 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
 def test_random_requests_keep_the_books_in_order() -> None:
     generator = torch.Generator().manual_seed(0)
     allocator = CachingAllocator(0)
-    live = []
+    live: list[Block] = []
     for _ in range(600):
         if live and torch.rand((), generator=generator) < 0.45:
             allocator.free(live.pop(int(torch.randint(len(live), (), generator=generator))))
@@ -211,7 +220,7 @@ def test_storages_are_real(simulated_gpu: SimulatedGpu) -> None:
     assert slab.view(torch.float32).tolist() == [0] * 4 + [1] * 4 + [0] * 8
     assert slab[16:32].view(torch.float32).view(2, 2).equal(part)
     assert part.untyped_storage().data_ptr() == slab.data_ptr()
-    alias = torch.empty(0, dtype=torch.uint8, device="sim").set_(slab)
+    alias = torch.empty(0, dtype=torch.uint8, device="sim").set_(slab)  # type: ignore[call-overload]
     assert alias.data_ptr() == slab.data_ptr() and alias.shape == slab.shape
     parameter = torch.nn.Parameter(part)
     assert type(parameter.data) is torch.Tensor and parameter.data.data_ptr() == part.data_ptr()

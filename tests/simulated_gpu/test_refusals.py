@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,7 @@ OTHERS = (
 def test_off_there_is_no_device() -> None:
     assert not torch.accelerator.is_available()
     assert torch.accelerator.current_accelerator(check_available=True) is None
-    assert not torch.sim.is_available() and torch.sim.device_count() == 0
+    assert not sim.is_available() and sim.device_count() == 0
     with pytest.raises(RuntimeError, match="no simulated GPU is switched on|'sim' backend"):
         torch.zeros(2, device="sim")
     with pytest.raises(RuntimeError, match="no simulated GPU is switched on"):
@@ -126,6 +128,31 @@ def test_the_current_device_is_the_threads_own(simulated_gpu: SimulatedGpu) -> N
     assert sim.current_device() == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "optional"),
+    (
+        ("set_device", False),
+        ("set_per_process_memory_fraction", False),
+        ("get_per_process_memory_fraction", False),
+        ("current_stream", True),
+        ("default_stream", True),
+        ("device", True),
+        ("mem_get_info", True),
+        ("get_device_properties", True),
+        ("reset_peak_memory_stats", True),
+        ("memory_stats_as_nested_dict", True),
+    ),
+)
+def test_the_flags_are_those_of_this_torch(name: str, optional: bool) -> None:
+    """What the two tests above take from the source of torch.cuda."""
+    [call] = [
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(getattr(torch.cuda, name)))))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_get_device_index"
+    ]
+    assert any(keyword.arg == "optional" for keyword in call.keywords) == optional
+
+
 @pytest.mark.parametrize("operate", OTHERS)
 @pytest.mark.parametrize("other", ("cpu", "sim:1"))
 def test_tensors_of_two_devices_are_refused(
@@ -145,6 +172,8 @@ def test_tensors_of_two_devices_are_refused(
         lambda x, i: x.gather(0, i),
         lambda x, i: torch.nn.functional.embedding(i, x.reshape(4, 1)),
         lambda x, i: x.scatter_add(0, i, x),
+        lambda x, i: x.cpu()[i.to("sim")],
+        lambda x, i: x.index_put_((i.to("sim"),), torch.ones(2)),
     ),
 )
 def test_indices_on_the_host_are_refused(

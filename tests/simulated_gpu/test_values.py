@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -124,7 +126,7 @@ def test_autograd_functions_and_hooks(simulated_gpu: SimulatedGpu) -> None:
             return x * 2
 
         @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
             assert gradient.device.type == "sim"
             return gradient * 2
 
@@ -153,9 +155,7 @@ def test_random_numbers_are_the_cpus(simulated_gpu: SimulatedGpu) -> None:
     assert torch.equal(first, torch.rand(2, device="sim"))
 
 
-def test_saving_and_loading(simulated_gpu: SimulatedGpu, tmp_path: object) -> None:
-    import io
-
+def test_saving_and_loading(simulated_gpu: SimulatedGpu) -> None:
     from safetensors.torch import load, save
 
     x = source().to("sim")
@@ -164,6 +164,33 @@ def test_saving_and_loading(simulated_gpu: SimulatedGpu, tmp_path: object) -> No
     torch.save({"x": x.cpu()}, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=True)["x"], x.cpu())
+
+
+def test_copies_of_storages(simulated_gpu: SimulatedGpu) -> None:
+    """Which torch makes without asking the dispatcher."""
+    x = source().to("sim")
+    again = copy.deepcopy(x)
+    assert torch.equal(again.cpu(), x.cpu()) and again.data_ptr() != x.data_ptr()
+    layer = copy.deepcopy(nn.Linear(8, 8).to("sim"))
+    assert layer.weight.device == x.device
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True).cpu(), x.cpu())
+    before = simulated_gpu.live_bytes()
+    storage = torch.UntypedStorage(1000, device="sim")
+    assert storage.device == x.device and simulated_gpu.live_bytes() == before + 1024
+    x.set_()  # type: ignore[call-overload]
+    assert x.numel() == 0
+
+
+def test_recomputing_draws_the_same(simulated_gpu: SimulatedGpu) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.ones(50, device="sim", requires_grad=True)
+    y = checkpoint(F.dropout, x, use_reentrant=False)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad.cpu(), y.detach().cpu())
 
 
 def test_forward_on_a_second_device(simulated_gpu: SimulatedGpu) -> None:

@@ -83,7 +83,7 @@ def _recipe(arguments: dict[str, Any]) -> Recipe:
 def _make_base(recipe: Recipe) -> dict[str, Any]:
     """Its bytes on disk, and the seconds that it took."""
     device = find_device(make_accelerator(recipe).device)
-    recipe, folder, dtype = resolve(recipe, device)
+    recipe, folder, dtype = resolve(recipe, device.description)
     packing = Packing(recipe.model.quantization, recipe.model.double_quant)
     started, said = time.perf_counter(), list[str]()
     made = make_random_base(folder, packing, dtype, cache_root(), said.append)
@@ -112,7 +112,7 @@ class Trainer:
     def of(recipe: Recipe, accelerator: Accelerator, change: Change = lambda execution: execution) -> Trainer:
         """As `train` does it, but for data and tokenizer. change: of what the plan says."""
         device = find_device(accelerator.device)
-        recipe, folder, dtype = resolve(recipe, device)
+        recipe, folder, dtype = resolve(recipe, device.description)
         packing = Packing(recipe.model.quantization, recipe.model.double_quant)
         make_random_base(folder, packing, dtype, cache_root())
         config = read_config(folder)
@@ -120,7 +120,6 @@ class Trainer:
             recipe,
             folder,
             dtype,
-            accelerator,
             device,
             probe(config),
             change,

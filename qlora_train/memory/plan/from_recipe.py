@@ -18,7 +18,7 @@ import psutil
 from qlora_train.device.description import CPU, Capability, DeviceDescription, planned_gpu
 from qlora_train.memory.cache_key import PackingKey, cache_root, packed_folder
 from qlora_train.memory.plan.byte_walk import GenerateSize
-from qlora_train.memory.plan.host_bytes import HostBudget
+from qlora_train.memory.plan.host_bytes import ONE_RANK, HostBudget, Machine
 from qlora_train.memory.plan.model_shape import ModelShape, find_base_folder, find_shape
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
@@ -41,6 +41,7 @@ def plan_recipe(
     rates: Rates | None = None,
     has_context: bool = False,
     base_folder: Path | None = None,
+    host_budget: HostBudget | None = None,
 ) -> Plan:
     """The plan of a run on `target`.
 
@@ -48,8 +49,9 @@ def plan_recipe(
     for model.base. documents: token counts of a micro-batch; None: full bins.
     most_documents: in any micro-batch; 0: not known. rates: None takes stated ones.
     has_context: free_bytes leaves out a CUDA context that exists already. base_folder: of model.base; None
-    looks for it. The disk of the cache must hold the packed base unless it is there already. Raises
-    `UserError` for a base that is unknown; see `Plan.require_fit` for one that does not fit.
+    looks for it. host_budget: None: what is free here, for one rank. The disk of the cache must hold the
+    packed base unless it is there already. Raises `UserError` for a base that is unknown; see
+    `Plan.require_fit` for one that does not fit.
     """
     shape = shape or find_shape(recipe.model.base, recipe.model.revision)
     base_folder = base_folder or find_base_folder(recipe.model.base, recipe.model.revision)
@@ -58,10 +60,17 @@ def plan_recipe(
         workload,
         device_budget(target, free_bytes, recipe.memory.vram_bytes, has_context=has_context),
         rates or stated_rates(target),
-        HostBudget.of_this_machine(cache_root(), _packed_base(recipe, target, base_folder)),
+        host_budget or free_host_memory(recipe, target, base_folder),
         Choices(recipe.memory.weights, recipe.memory.activations),
         GenerateSize(prompts=(min(512, recipe.data.sequence_length),)),
     )
+
+
+def free_host_memory(
+    recipe: Recipe, target: DeviceDescription, base_folder: Path | None, machine: Machine = ONE_RANK
+) -> HostBudget:
+    """RAM and disk that are free on this machine for a run."""
+    return HostBudget.of_this_machine(cache_root(), _packed_base(recipe, target, base_folder), machine)
 
 
 def _packed_base(recipe: Recipe, target: DeviceDescription, base_folder: Path | None) -> Path | None:

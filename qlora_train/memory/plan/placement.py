@@ -43,7 +43,7 @@ def place_of_streamed(workload: Workload, start: ExecutionPlan, budget: HostBudg
     if not workload.on_accelerator:
         return Place.DISK
     everything = placed(start, Place.RAM, start.num_layers, is_tied=workload.shape.is_tied)
-    needed = sum(host_bytes(workload, everything).values())
+    needed = sum(host_bytes(workload, everything, budget.machine).values())
     return Place.RAM if needed <= budget.ram_bytes else Place.DISK
 
 

@@ -15,6 +15,7 @@ from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.plan.ghost import Bytes
 from qlora_train.memory.plan.host_bytes import (
     HostBudget,
+    Machine,
     load_host_bytes,
     merge_host_bytes,
     merged_disk_bytes,
@@ -80,7 +81,8 @@ class Plan:
     """What will happen, and what it takes.
 
     phases: bytes on the device by cause, at the most, of every phase that uses it. host, disk: bytes by cause
-    in RAM while training and on disk. budget_bytes: for the device, context included. problems: which budgets
+    in RAM while training and on disk, of all ranks of a machine. budget_bytes: for the device of each rank,
+    context included. problems: which budgets
     do not hold, and by how much. advice: what each knob would save; where there are problems, changes of the
     recipe that would fit.
     """
@@ -118,8 +120,14 @@ class Plan:
 
     @property
     def peak_ram_bytes(self) -> int:
-        """On a CPU the device's bytes are RAM."""
-        return sum(self.host.values()) + (0 if self.workload.on_accelerator else self.peak_vram_bytes)
+        """Of a machine, all its ranks together. On a CPU the devices' bytes are RAM."""
+        on_devices = 0 if self.workload.on_accelerator else self.machine.num_ranks * self.peak_vram_bytes
+        return sum(self.host.values()) + on_devices
+
+    @property
+    def machine(self) -> Machine:
+        """How many ranks share the RAM."""
+        return self.host_budget.machine
 
     @property
     def step_seconds(self) -> float:
@@ -140,9 +148,9 @@ class Plan:
             for cause, num_bytes in (context_parts(self.workload) | parts).items():
                 yield Row(phase, self.device_place, cause, num_bytes)
         host = {
-            "load": load_host_bytes(self.workload, self.execution),
+            "load": load_host_bytes(self.workload, self.execution, self.machine),
             "step": self.host,
-            "save": save_host_bytes(self.workload),
+            "save": save_host_bytes(self.workload, self.machine),
             "merge": merge_host_bytes(self.workload),
         }
         for phase, parts in host.items():
@@ -162,6 +170,8 @@ class Plan:
             "peak_vram_bytes": self.peak_vram_bytes,
             "step_vram_bytes": self.step_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
+            "ranks_per_machine": self.machine.num_ranks,
+            "copies_in_ram": self.machine.num_copies,
             "disk_bytes": sum(self.disk.values()),
             "step_seconds": self.step_seconds,
             "seconds_per_million_tokens": self.seconds_per_million_tokens,

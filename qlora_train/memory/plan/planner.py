@@ -5,21 +5,23 @@ In this order, each step only if the one before does not fit into the budget:
 1. everything resident, nothing recomputed;
 2. recompute (or offload, where its copies cost less time) as few layers as fit, the first ones: the last
    layers' graphs are born last and freed first;
-3. move the embedding, then the head, then as few layers as fit to RAM, or to disk where RAM does not hold
-   them. The resident ones are spread evenly between the streamed ones, so that copies find arithmetic to
-   hide behind;
-4. remembered inputs in RAM, smaller loss blocks and head tiles, MLP tiles;
-5. refuse, with the least that would fit and which change of the recipe would.
+3. the same with the embedding in RAM. Only the rows of a batch's tokens are copied, so its room (1.05 GB in
+   Llama 3 8B) is the cheapest to have: it keeps several layers that would be recomputed;
+4. recompute (or offload) every layer, and move the embedding, then the head, then as few layers as fit to
+   RAM, or to disk where RAM does not hold them. The resident ones are spread evenly between the streamed
+   ones, so that copies find arithmetic to hide behind;
+5. remembered inputs in RAM, smaller loss blocks and head tiles, MLP tiles;
+6. refuse, with the least that would fit and which change of the recipe would.
 
 Every step is tried for several numbers of groups (micro-batches that pass the layers together cost memory and
-save transfers and unpacking); of what fits the fastest by the time model is taken, the earlier one where they
-are equally fast. Explicit `memory.*` keys narrow the choice. Bytes come from byte_walk.py, seconds from
+save transfers and unpacking); of what fits the fastest by the time model is taken. Of those that are as fast,
+as far as the model can tell, it is the one with the fewest copies, which may find a bus that others use; then
+the earliest. Explicit `memory.*` keys narrow the choice. Bytes come from byte_walk.py, seconds from
 time_model.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -43,10 +45,11 @@ from qlora_train.memory.plan.ghost import Bytes
 from qlora_train.memory.plan.host_bytes import HostBudget, disk_bytes, host_bytes
 from qlora_train.memory.plan.placement import fewest, place_of_streamed, placed
 from qlora_train.memory.plan.plan import Choices, Plan, budget_for, gib, room_in
-from qlora_train.memory.plan.time_model import Rates, step_time
+from qlora_train.memory.plan.time_model import Rates, StepTime, step_time
 from qlora_train.memory.plan.workload import Workload
 
-LEAST_GAIN = 0.01
+TELLABLE = 0.01
+"""Plans whose seconds differ by less are equally fast: the time model cannot tell them apart."""
 SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS, SMALLEST_MLP_TILE = 64, 1024, 256
 
 
@@ -60,7 +63,7 @@ def make_plan(
 ) -> Plan:
     """The best plan that fits, or, with `fits` False, the smallest one and what would help.
 
-    budget_bytes: for the device, context included. host_budget: RAM and disk that may be used.
+    budget_bytes: for the device of each rank, context included. host_budget: RAM and disk that may be used.
     """
     search = _Search(workload, budget_bytes, rates, host_budget, choices, generate)
     execution = search.best()
@@ -72,7 +75,7 @@ def make_plan(
         workload=workload,
         execution=execution,
         phases=phases,
-        host=host_bytes(workload, execution),
+        host=host_bytes(workload, execution, host_budget.machine),
         disk=disk_bytes(workload, has_packed_base=host_budget.has_packed_base),
         budget_bytes=budget_bytes,
         host_budget=host_budget,
@@ -106,12 +109,6 @@ class _Lean:
     def text(self) -> str:
         where = ", inputs in RAM" if self.inputs is Place.RAM else ""
         return f"memory.activations={self.policy}{where}"
-
-
-def _is_lean(plan: ExecutionPlan) -> bool:
-    """Whether anything is not resident or not kept."""
-    places = (*plan.weights, plan.embedding, plan.head)
-    return set(plan.activations) != {Activation.KEEP} or set(places) != {Place.RESIDENT}
 
 
 def _not_kept(plan: ExecutionPlan, number: int, lean: _Lean) -> ExecutionPlan:
@@ -150,31 +147,37 @@ class _Search:
         return self._peaks[plan]
 
     def fits(self, plan: ExecutionPlan) -> bool:
-        in_ram = sum(host_bytes(self._workload, plan).values())
+        in_ram = sum(host_bytes(self._workload, plan, self._host.machine).values())
         if in_ram > self._host.ram_bytes:
             return False
         if not self._workload.on_accelerator:
-            in_ram += self.peak(plan)
+            in_ram += self._host.machine.num_ranks * self.peak(plan)
         return self.peak(plan) <= self._room and in_ram <= self._host.ram_bytes
 
     def best(self) -> ExecutionPlan | None:
-        """The fastest of what fits. What comes later in the order of preference has to be faster by more than
-        the time model can tell."""
-        best, best_seconds = None, math.inf
+        """The fastest of what fits; of equally fast ones that with the fewest copies, then the first."""
         if not self.can_fit():
             return None
+        found = {plan: self._time(plan) for plan in self._fitting()}
+        least_seconds = min(time.total_seconds for time in found.values())
+        as_fast = [p for p, time in found.items() if time.total_seconds * (1 - TELLABLE) <= least_seconds]
+        return min(as_fast, key=lambda plan: found[plan].copied_bytes)
+
+    def _fitting(self) -> Iterator[ExecutionPlan]:
+        """In the order of preference, the first plan that fits of every way to step. A later stage does all
+        that an earlier one does and more, so it is for where that does not fit. Moving the embedding is not:
+        it makes room for layers to be kept."""
         for num_groups, holds, lean in product(self._group_counts(), (False, True), self._lean_ways()):
             start = self._start(num_groups, holds=holds)
-            for stage in (self._policies, self._placements, self._last_resorts):
-                plan = next((plan for plan in stage(start, lean) if self.fits(plan)), None)
-                if plan is None:
-                    continue
-                seconds = self._seconds(plan)
-                if seconds < (1 - LEAST_GAIN) * best_seconds:
-                    best, best_seconds = plan, seconds
-                if not _is_lean(plan):
+            for stages in (
+                (self._policies, self._embedding_away),
+                (self._placements,),
+                (self._last_resorts,),
+            ):
+                found = [next(filter(self.fits, stage(start, lean)), None) for stage in stages]
+                yield from filter(None, found)
+                if any(found):
                     break
-        return best
 
     def can_fit(self) -> bool:
         """Whether anything does."""
@@ -192,8 +195,8 @@ class _Search:
             yield smallest
             yield replace(smallest, mlp_tile_tokens=None)
 
-    def _seconds(self, plan: ExecutionPlan) -> float:
-        return step_time(self._workload, plan, self._rates).total_seconds
+    def _time(self, plan: ExecutionPlan) -> StepTime:
+        return step_time(self._workload, plan, self._rates)
 
     def _group_counts(self) -> list[int]:
         k = self._workload.num_micro_batches
@@ -225,13 +228,19 @@ class _Search:
         if self._choices.activations == "auto":
             yield from self._fewest(lambda n: _not_kept(start, n, lean))
 
+    def _embedding_away(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
+        """The embedding in RAM, whether or not RAM would hold more; as few layers as fit not kept."""
+        if self._choices.weights != "auto" or self._workload.shape.is_tied:  # tied, it is the head as well
+            return
+        place = Place.RAM if self._workload.on_accelerator else self._host_place
+        yield from self._policies(replace(start, embedding=place), lean)
+
     def _placements(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
         """Nothing kept; embedding, head, and as few layers as fit off the device."""
         if self._choices.weights != "auto":
             return
         start = _not_kept(start, self._num_layers, lean)
-        for with_head in (False, True):
-            yield self._placed(start, 0, with_embedding=True, with_head=with_head)
+        yield self._placed(start, 0, with_embedding=True, with_head=False)
         yield from self._fewest_streamed(start)
 
     def _last_resorts(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
@@ -301,11 +310,11 @@ class _Search:
                 plan, loss_tokens=SMALLEST_LOSS_TOKENS, head_tile_rows=SMALLEST_TILE_ROWS
             ),
         }
-        before, seconds = self.peak(plan), self._seconds(plan)
+        before, seconds = self.peak(plan), self._time(plan).total_seconds
         for name, other in knobs.items():
             saved = before - self.peak(other)
             if saved > 2**20:
-                yield f"{name}: saves {gib(saved)}, {self._seconds(other) / seconds - 1:+.0%} time"
+                yield f"{name}: saves {gib(saved)}, {self._time(other).total_seconds / seconds - 1:+.0%} time"
 
     def remedies(self) -> Iterator[str]:
         """Changes of the recipe that would fit."""

@@ -3,7 +3,8 @@
 Per token and parameter of the linears 2 FLOPs forward and 2 back (the base is frozen, so there is one product
 where training it would have two), 2 more where a layer is recomputed, less the last product where that may be
 skipped; attention and factors on top. Copies run beside the arithmetic, so a pass over the layers takes the
-larger of the two, not their sum. An estimate for choosing and telling; nothing depends on its being exact.
+larger of the two, not their sum; only the rows of an embedding that is not on the device are waited for. An
+estimate for choosing and telling; nothing depends on its being exact.
 """
 
 from __future__ import annotations
@@ -101,23 +102,25 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     forward_copies = sum(_fetch_seconds(plan.weights[i], workload.slab_bytes, rates) for i in streamed)
     head_copies = _fetch_seconds(plan.head, workload.head_bytes, rates)
     parked = group * parked_bytes(workload, plan)
+    x_bytes = workload.num_tokens * workload.shape.hidden * workload.itemsize
+    row_bytes = workload.num_micro_batches * x_bytes if plan.embedding is not Place.RESIDENT else 0
     if plan.inputs is Place.RAM:
-        x_bytes = workload.num_tokens * workload.shape.hidden * workload.itemsize
         parked += group * plan.activations.count(Activation.RECOMPUTE) * x_bytes
     compute = (forward + back + head) / rates.flops + unpack
     forward_seconds = forward / rates.flops / num_groups + unpack / num_groups / 3
     back_seconds = back / rates.flops / num_groups + unpack * 2 / num_groups / 3
-    total = num_groups * (
+    row_seconds = _fetch_seconds(plan.embedding, row_bytes, rates)
+    total = row_seconds + num_groups * (
         max(forward_seconds, forward_copies + parked / rates.copy)
         + max(head / rates.flops / num_groups, head_copies)
         + max(back_seconds, forward_copies + parked / rates.copy)
     )
-    copied = num_groups * (
+    copied = row_bytes + num_groups * (
         2 * len(streamed) * workload.slab_bytes
         + (plan.head is not Place.RESIDENT) * workload.head_bytes
         + 2 * parked
     )
-    copies = num_groups * (2 * forward_copies + head_copies + 2 * parked / rates.copy)
+    copies = row_seconds + num_groups * (2 * forward_copies + head_copies + 2 * parked / rates.copy)
     return StepTime(compute, copies, total, forward + back + head, copied)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from qlora_train.errors import UserError
 from qlora_train.memory.execution import Activation, Place
 from qlora_train.memory.plan.byte_walk import step_peak
 from qlora_train.memory.plan.from_recipe import Card, find_card, plan_recipe
-from qlora_train.memory.plan.host_bytes import HostBudget, host_bytes
+from qlora_train.memory.plan.host_bytes import (
+    MATRICES,
+    PROCESS,
+    ROWS_BYTES,
+    SLABS,
+    HostBudget,
+    Machine,
+    host_bytes,
+)
 from qlora_train.memory.plan.model_shape import KNOWN, shape_from_config
 from qlora_train.memory.plan.plan import CONTEXT_BYTES, Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
@@ -73,7 +82,7 @@ def test_less_memory_never_makes_it_faster() -> None:
 
 
 def test_recomputation_comes_before_streaming() -> None:
-    plan = planned(12, rates=replace(RATES, flops=200e12, copy=5e9))
+    plan = planned(12, rates=replace(RATES, flops=200e12, copy=1e9))
     assert set(plan.execution.weights) == {Place.RESIDENT}
     assert Activation.RECOMPUTE in plan.execution.activations
 
@@ -92,6 +101,58 @@ def test_the_first_layers_are_not_kept_and_no_more_than_needed() -> None:
 def test_offloading_is_taken_where_copies_are_cheap() -> None:
     fast_bus = replace(RATES, flops=10e12, copy=60e9)
     assert Activation.OFFLOAD in planned(12, rates=fast_bus).execution.activations
+
+
+def test_the_embedding_leaves_where_its_room_keeps_layers() -> None:
+    """Against every plan with the embedding resident that fits, and against any with another number kept."""
+    plan = planned(8, data={"sequence_length": 1024})
+    chosen = plan.execution
+    assert (chosen.embedding, chosen.head) == (Place.RAM, Place.RESIDENT)
+    assert set(chosen.weights) == {Place.RESIDENT}
+    num_kept = chosen.activations.count(Activation.KEEP)
+    assert 0 < num_kept < chosen.num_layers
+
+    def seconds_with(place: Place, groups: int, holds: bool, policy: Activation, kept: int) -> float | None:
+        policies = (policy,) * (32 - kept) + (Activation.KEEP,) * kept
+        other = replace(chosen, embedding=place, num_groups=groups, hold_unpacked=holds, activations=policies)
+        peak = sum(step_peak(plan.workload, other).values()) * 1.02 + plan.context_bytes
+        return step_time(plan.workload, other, RATES).total_seconds if peak <= 8 * GIB else None
+
+    ways = product((1, 2, 4), (False, True), (Activation.RECOMPUTE, Activation.OFFLOAD), range(33))
+    with_resident = [seconds_with(Place.RESIDENT, *way) for way in ways]
+    fastest = min(seconds for seconds in with_resident if seconds is not None)
+    assert plan.step_seconds < 0.97 * fastest
+    way = chosen.num_groups, chosen.hold_unpacked, chosen.activations[0]
+    assert seconds_with(Place.RAM, *way, num_kept + 1) is None
+
+
+def test_rows_of_an_embedding_in_ram_are_copied_once_per_token() -> None:
+    plan = planned(80)
+    away = replace(plan.execution, embedding=Place.RAM)
+    time = step_time(plan.workload, away, RATES)
+    assert time.copied_bytes == plan.workload.tokens_per_step * 4096 * 2
+    assert time.total_seconds == pytest.approx(plan.step_seconds + time.copied_bytes / RATES.copy)
+
+
+def test_of_equally_fast_plans_the_one_with_fewer_copies_is_taken() -> None:
+    """Offloading two layers or ten takes the same time where copies hide behind arithmetic."""
+    plan = planned(20, rates=replace(RATES, copy=200e9))
+    offloaded = [policy is Activation.OFFLOAD for policy in plan.execution.activations]
+    assert any(offloaded) and plan.execution.embedding is Place.RAM
+    with_embedding = replace(plan.execution, embedding=Place.RESIDENT, activations=(Activation.OFFLOAD,) * 32)
+    for number in range(33):
+        policies = (Activation.OFFLOAD,) * number + (Activation.KEEP,) * (32 - number)
+        other = replace(with_embedding, activations=policies)
+        if sum(step_peak(plan.workload, other).values()) * 1.02 + plan.context_bytes <= 20 * GIB:
+            time = step_time(plan.workload, other, replace(RATES, copy=200e9))
+            assert time.total_seconds == pytest.approx(plan.step_seconds, rel=0.01)
+            assert time.copied_bytes > plan.time.copied_bytes
+
+
+def test_a_tied_embedding_stays_with_the_head() -> None:
+    for gib in (3, 4, 5):
+        plan = planned(gib, "meta-llama/Llama-3.2-3B")
+        assert plan.execution.embedding is plan.execution.head
 
 
 def test_as_few_layers_as_fit_stream_and_residents_are_spread() -> None:
@@ -115,6 +176,34 @@ def test_what_ram_does_not_hold_streams_from_disk() -> None:
     assert plan.fits and Place.RAM not in plan.execution.weights and Place.DISK in plan.execution.weights
     refused = planned(8, "meta-llama/Llama-3.1-70B", HostBudget(16 * GIB, 10 * GIB))
     assert not refused.fits and any(problem.startswith("disk:") for problem in refused.problems)
+
+
+def test_ranks_of_a_machine_divide_its_ram_and_have_the_base_once() -> None:
+    """70B, which takes 35 GiB: once for two ranks, or twice."""
+    base = "meta-llama/Llama-3.1-70B"
+    alone = planned(8, base)
+    for copies in (1, 2):
+        together = planned(8, base, replace(AMPLE, machine=Machine(2, copies)))
+        assert together.execution == alone.execution
+        assert together.host[SLABS] == copies * alone.host[SLABS]
+        assert together.host[MATRICES] == copies * alone.host[MATRICES]
+        for cause in together.host.keys() - {SLABS, MATRICES}:
+            assert together.host[cause] == 2 * alone.host[cause]
+        assert together.peak_ram_bytes == sum(together.host.values())
+        in_ram = [row for row in together.rows() if row.place in ("RAM", "pinned RAM")]
+        load = sum(row.num_bytes for row in in_ram if row.phase == "load")
+        assert load - sum(together.host[c] for c in (SLABS, MATRICES, PROCESS)) == ROWS_BYTES
+    one_copy = planned(8, base, HostBudget(60 * GIB, 2048 * GIB, machine=Machine(2, 1)))
+    two_copies = planned(8, base, HostBudget(60 * GIB, 2048 * GIB, machine=Machine(2, 2)))
+    assert one_copy.execution.head is Place.RAM and two_copies.execution.head is Place.DISK
+
+
+def test_ranks_that_compute_on_a_cpu_divide_its_ram() -> None:
+    for num_ranks, fits in ((1, True), (4, False)):
+        host = HostBudget(3 * GIB, 100 * GIB, machine=Machine(num_ranks, num_ranks))
+        plan = planned(2, "meta-llama/Llama-3.2-1B", host, target=CPU, model={"compute_dtype": "bfloat16"})
+        assert plan.fits is fits
+        assert plan.peak_ram_bytes == sum(plan.host.values()) + num_ranks * plan.peak_vram_bytes
 
 
 @pytest.mark.parametrize("place", ["ram", "disk"])

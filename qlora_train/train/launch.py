@@ -1,0 +1,71 @@
+"""Joining the processes of a launch, and refusing a launch that is not what it looks like.
+
+torchrun, `accelerate launch` and mpirun say in the environment how many processes they start. Where this
+process does not find itself among that many, each would train by itself, into the same folder, or the batch
+would be smaller than was asked for, and nothing would say so. Known ways to get there: `accelerate launch
+--cpu --num_processes 2` starts one process and says nothing of the other; mpirun on GPUs starts processes
+that accelerate does not join. (torchrun on a machine without an accelerator was one: accelerate joins its
+processes only where it is told that the CPU is meant, so it is told.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from qlora_train.errors import QloraTrainError, UserError
+
+NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun, Open MPI, MPICH and Intel MPI, and MVAPICH say it; the first that is set counts."""
+_HOW = "start them with: torchrun --nproc-per-node N -m qlora_train train RECIPE"
+
+
+def join_launch(trackers: list[str], project_dir: Path) -> Accelerator:
+    """Device, processes and trackers. It never prepares a model, autocasts or scales: the walk does its own.
+    Raises `UserError` where the launch asked for other processes than there are, `QloraTrainError` where they
+    cannot be joined."""
+    _refuse_lone_launch(os.environ)
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            log_with=trackers or None,
+            project_dir=str(project_dir),
+        )
+    except (RuntimeError, ValueError) as error:
+        if _asked_for(os.environ) is None:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise QloraTrainError(f"the processes of this launch cannot be joined: {reason}") from error
+    _refuse_other_number(os.environ, accelerator.num_processes)
+    return accelerator
+
+
+def _asked_for(environment: Mapping[str, str]) -> str | None:
+    """The variable that says how many processes were started."""
+    return next((name for name in NUMBERS_OF_PROCESSES if environment.get(name)), None)
+
+
+def _refuse_other_number(environment: Mapping[str, str], num_processes: int) -> None:
+    name = _asked_for(environment)
+    if name is not None and environment[name] != str(num_processes):
+        raise UserError(
+            f"{name}={environment[name]}, but the number of processes that train together is "
+            f"{num_processes}: each would be a run of its own in the same folder. To train together, {_HOW}; "
+            f"for runs of their own, unset {name} and give each its own training.output_dir"
+        )
+
+
+def _refuse_lone_launch(environment: Mapping[str, str]) -> None:
+    """`accelerate launch` gives an address to meet at where it was asked for several processes, also where it
+    then starts one alone."""
+    is_accelerates = "ACCELERATE_DYNAMO_BACKEND" in environment and "MASTER_ADDR" in environment
+    if is_accelerates and _asked_for(environment) is None:
+        raise UserError(
+            "accelerate launch was asked for several processes and started this one alone, as it does with "
+            f"--cpu or without --multi_gpu: the batch would be smaller than meant. To train together, {_HOW}"
+        )
