@@ -1,8 +1,10 @@
-"""The commands: `qlora-train train | plan | preview | generate | export | recipes | bench`, others to come.
+"""The commands: `qlora-train train | plan | preview | generate | export | recipes | cache | bench`; others
+are to come.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes`
 answer without torch) and calls one function of a lower floor. Whatever the user can mend, and every failure
-of a run, arrives here as a `QloraTrainError` and leaves as one message on stderr and its exit code:
+of a run, arrives here as a `QloraTrainError` or an `OSError` and leaves as one message on stderr and its exit
+code:
 
     0 success    1 a failure (out of memory, disk full, non-finite)    2 a user's mistake    128 + n signal n
 
@@ -12,27 +14,27 @@ A traceback is left for what nobody foresaw.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
+import io
 import json
 import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from qlora_train import __version__
+from qlora_train.boundary import os_error
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, RecipeError, UserError
+from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
 from qlora_train.recipe_checks import parse_size
 from qlora_train.recipe_yaml import nearest
 
-NEED_UNIX = {"train", "generate", "export", "bench"}
+NEED_UNIX = {"train", "generate", "export", "cache", "bench"}
 NOT_YET = {
     "chat": ("D", "talk to a run or a model"),
     "eval": ("D", "score a run on held-out data"),
@@ -54,18 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if leftovers:
         args.parser.error(f"unrecognized arguments: {' '.join(leftovers)}")
     _quiet_libraries()
+    _print_what_the_terminal_can()
     try:
         if args.command in NEED_UNIX:
             require_unix(args.command)  # before anything is imported that may not be there
-        with _sigterm_raises():
+        with RaisesInterrupted():
             args.run(args)
             sys.stdout.flush()
-    except QloraTrainError as error:
+    except (QloraTrainError, Interrupted) as error:
         return _fail(error)
     except KeyboardInterrupt:
         return _fail(Interrupted(signal.SIGINT))
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except MemoryError:
         return _fail(QloraTrainError("out of memory"))
@@ -77,10 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         first_line = (str(error).strip() or "an allocation failed").splitlines()[0]
         return _fail(QloraTrainError(f"out of memory: {first_line}"))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _fail(QloraTrainError(f"no space left on the disk: {error}"))
+        return _fail(os_error(error))
     return 0
+
+
+def _print_what_the_terminal_can() -> None:
+    """A character that the terminal's encoding lacks is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    """Nobody reads stdout, or its disk is full: what is still to be written would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:
@@ -147,6 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("."))
     copy.set_defaults(run=_copy_recipe)
+
+    cache = command("cache", "list the packed bases that are kept on disk, or make room", run=_list_cache)
+    cache_actions = cache.add_subparsers(metavar="list | clear")
+    cache_list = cache_actions.add_parser("list", help="name, size and base of each")
+    cache_list.set_defaults(run=_list_cache)
+    clear = cache_actions.add_parser("clear", help="remove packed bases that no run is using")
+    clear.add_argument("names", metavar="NAME", nargs="*", help="as `cache list` shows them (default: all)")
+    clear.set_defaults(run=_clear_cache)
 
     bench = command("bench", "measure speed and memory beside other trainers", run=_bench)
     bench.add_argument("names", metavar="NAME", nargs="*", help="cases (default: all)")
@@ -298,6 +319,26 @@ def _copy_recipe(args: argparse.Namespace) -> None:
     print(target)
 
 
+def _list_cache(args: argparse.Namespace) -> None:
+    from qlora_train.memory.cache_command import list_cache
+    from qlora_train.memory.cache_key import cache_root
+
+    entries = list_cache(cache_root())
+    for entry in entries:
+        print(entry.line())
+    print(f"{sum(entry.num_bytes for entry in entries) / 1e9:8.2f} GB  in {cache_root()}")
+
+
+def _clear_cache(args: argparse.Namespace) -> None:
+    from qlora_train.memory.cache_command import clear_cache
+    from qlora_train.memory.cache_key import cache_root
+
+    removed, kept = clear_cache(cache_root(), args.names)
+    for entry in kept:
+        print(f"{entry.folder.name}: in use, kept")
+    print(f"removed {len(removed)}: {sum(entry.num_bytes for entry in removed) / 1e9:.2f} GB")
+
+
 def _bundled(name: str) -> Path:
     recipes = bundled_recipes()
     if name not in recipes:
@@ -322,23 +363,14 @@ def _not_yet_error(what: str, part: str) -> NotYetError:
     return NotYetError(f"{what}: not yet: part {part} ({PARTS[part]}) brings this")
 
 
-def _fail(error: QloraTrainError) -> int:
-    sys.stdout.flush()
-    text = str(error)
+def _fail(error: QloraTrainError | Interrupted) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+    text = "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in str(error)
+    )
     several = isinstance(error, RecipeError) and len(error.problems) > 1
     print("qlora-train:", f"several problems\n{text}" if several else text, file=sys.stderr)
     return error.exit_code
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into `Interrupted`, so that clean-up code runs (training has its own handler)."""
-
-    def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
-        raise Interrupted(signal_number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

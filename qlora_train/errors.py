@@ -1,7 +1,8 @@
 """The exception tree. Every message says what is wrong, where, and what to change.
 
 A `UserError` is something the person running the command can mend (exit code 2). Any other
-`QloraTrainError` is a failure of the run itself (exit code 1). Our own mistakes are `assert`s.
+`QloraTrainError` is a failure of the run itself (exit code 1). `Interrupted`, after a signal, stands apart.
+Our own mistakes are `assert`s.
 """
 
 from __future__ import annotations
@@ -61,8 +62,16 @@ class OutOfMemory(QloraTrainError):
     """Memory ran out and no tighter plan is left; the message says what held which bytes."""
 
 
-class Interrupted(QloraTrainError):
-    """Stopped by a signal, with the state saved; the exit code is the shell's, 128 + signal number."""
+class DiskFailure(QloraTrainError):
+    """A disk or the system gave way: full, read-only, unreadable, too many open files."""
+
+
+class Interrupted(BaseException):
+    """Stopped by a signal, with the state saved where there was one; the exit code is the shell's, 128 +
+    signal number.
+
+    Like KeyboardInterrupt it is no `Exception`: libraries catch those where they try things out, and a
+    process that was told to stop would go on."""
 
     def __init__(self, signal_number: int, message: str = "") -> None:
         self.signal_number = signal_number

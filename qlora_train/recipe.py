@@ -17,13 +17,14 @@ A recipe is read in four steps, and every problem of every step is reported at o
 Relative paths of what is read (`model.base`, `lora.init_from`, `data.train`, `data.eval`) are looked for
 beside the recipe file, then in the current folder, then among the bundled recipes (`quickstart/base`); what
 is found becomes absolute, what is not is kept, as it may be a hub id. `training.output_dir` is relative to
-the folder the command runs in.
+the folder the command runs in. `~` is the home folder in all of them.
 
 This module imports no torch: `qlora-train --help` answers at once.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -85,6 +86,28 @@ def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     return sources
 
 
+def _nameable(text: str) -> str:
+    """What the system can take as a name of a file."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path can")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds {ascii(error.object[error.start])}, which this locale ({error.encoding}) has no bytes "
+            "for; start with the environment variable PYTHONUTF8=1"
+        ) from error
+    return text
+
+
+def _expanded(text: str) -> str:
+    """A path as a shell would take it: `~/x` is a folder in the user's home."""
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:  # ~nosuchuser
+        raise ValueError(f"no home folder is known for {show(text)}; write the whole path") from error
+
+
 def _share_or_sources(value: Any) -> str:
     return "<share>" if isinstance(value, int | float) else "<sources>"
 
@@ -94,10 +117,13 @@ class _Section(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(_nameable), AfterValidator(_expanded)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+LARGEST_FACTOR = 1e6
+"""Of what an update is multiplied with: beyond it the optimizers' float32 arithmetic overflows."""
+PositiveBounded = Annotated[float, Field(gt=0, le=LARGEST_FACTOR)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -105,7 +131,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 class ModelSection(_Section):
     """The frozen base and how it is packed. `double_quant` is False wherever it does not apply."""
 
-    base: Text
+    base: PathText
     revision: Text | None = None
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     double_quant: bool = True
@@ -122,13 +148,13 @@ class LoraSection(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
     use_rslora: bool = False
-    init_from: Text | None = None
+    init_from: PathText | None = None
 
 
 class DataSource(_Section):
     """A file, a folder or a hub id; `split` names a split of the latter two."""
 
-    path: Text
+    path: PathText
     split: Text | None = None
     weight: Annotated[Positive | None, _not_yet("D")] = None
 
@@ -166,18 +192,18 @@ class DataSection(_Section):
 class TrainingSection(_Section):
     """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps."""
 
-    output_dir: Text = "runs/my-run"
+    output_dir: PathText = "runs/my-run"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     epochs: Positive | None = 1.0
     max_steps: Count | None = None
     micro_batch_size: Count = 4
     gradient_accumulation_steps: Count = 4
-    learning_rate: Positive = 2.0e-4
-    lora_b_lr_ratio: Positive = 1.0
+    learning_rate: PositiveBounded = 2.0e-4
+    lora_b_lr_ratio: PositiveBounded = 1.0
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
-    weight_decay: NonNegative = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FACTOR)] = 0.0
     max_grad_norm: Positive = 1.0
     kernels: Literal["auto", "reference"] = "auto"
     deterministic: AutoOrBool = "auto"

@@ -63,7 +63,7 @@ class Draft:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark is not None else ""
             raise RecipeError([f"{file}{line}: not valid YAML: {error.problem or error.context}"]) from error
-        except (OSError, UnicodeDecodeError, YAMLError) as error:
+        except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as error:
             raise RecipeError([f"{file}: cannot be read: {error}"]) from error
         if node is not None and not isinstance(node, MappingNode):
             raise RecipeError([f"{file}: must be a mapping of sections such as `model:` and `data:`"])
@@ -100,7 +100,7 @@ class Draft:
         try:
             node = _compose(value_text)
             value = None if node is None else self._build(node, path, lambda _: place)
-        except YAMLError as error:
+        except (YAMLError, RecursionError) as error:
             reason = getattr(error, "problem", None) or error
             self.problems.append((path, f"the value is not valid YAML: {reason}"))
             return
@@ -165,7 +165,8 @@ class Draft:
 
     def _scalar(self, node: Node, path: KeyPath) -> Any:
         try:
-            return _CONSTRUCTOR.construct_object(node)
+            value = _CONSTRUCTOR.construct_object(node)
+            return _whole_characters(value) if isinstance(value, str) else value
         except (YAMLError, ValueError) as error:  # an unknown !tag, or 2024-13-01 as a date
             self.problems.append((path, f"is no plain value: {getattr(error, 'problem', None) or error}"))
             return None
@@ -196,6 +197,15 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _whole_characters(text: str) -> str:
+    """JSON writes a character beyond 16 bits as two escapes, which YAML reads one by one. Raises ValueError
+    for a half one alone."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{ascii(text)} holds half a character, which UTF-8 cannot write") from error
+
+
 def _compose(text: str) -> Node | None:
     return YAML(typ="safe", pure=True).compose(text)
 
@@ -211,8 +221,11 @@ def _anchored(value: Any, folders: Sequence[Path]) -> Any:
         return {key: _anchored(item, folders) if key == "path" else item for key, item in value.items()}
     if not isinstance(value, str) or not value:
         return value
-    wanted = Path(value).expanduser()
-    found = next((folder / wanted for folder in folders if os.path.exists(folder / wanted)), None)
+    try:
+        wanted = Path(value).expanduser()
+        found = next((folder / wanted for folder in folders if os.path.exists(folder / wanted)), None)
+    except (RuntimeError, ValueError):  # ~nosuchuser, NUL, no bytes in this locale: the type check says so
+        return value
     return value if found is None else os.path.abspath(found)
 
 

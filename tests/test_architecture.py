@@ -13,6 +13,8 @@ PACKAGE = REPOSITORY / "qlora_train"
 MAX_LINES = 400
 FLOORS = {
     "errors": 0,
+    "boundary": 1,
+    "interrupts": 1,
     "recipe_yaml": 1,
     "recipe_checks": 1,
     "recipe": 1,
@@ -32,7 +34,17 @@ FLOORS = {
 }
 STRANGERS = ({"data", "model"}, {"recipe", "device"})
 """Pairs on one floor that do not know each other at all."""
-LIGHT = ("errors", "recipe", "recipe_yaml", "recipe_checks", "cli", "__init__", "__main__")
+LIGHT = (
+    "errors",
+    "boundary",
+    "interrupts",
+    "recipe",
+    "recipe_yaml",
+    "recipe_checks",
+    "cli",
+    "__init__",
+    "__main__",
+)
 LIGHT_MAY_IMPORT = {"pydantic", "ruamel"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -115,6 +127,36 @@ def test_files_are_short(file: Path) -> None:
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
 def test_every_module_says_what_it_is(file: Path) -> None:
     assert ast.get_docstring(parse(file)), f"{name_of(file)} has no docstring"
+
+
+TEXT_METHODS = {"open", "read_text", "write_text", "reconfigure"}
+
+
+def calls_without_encoding(tree: ast.AST) -> list[int]:
+    """Lines that read or write text in whatever encoding the locale has."""
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        is_binary = name == "open" and any("b" in text and set(text) <= set("rwab+x") for text in texts)
+        in_os = name == "open" and ast.unparse(node.func) == "os.open"
+        says = any(k.arg in ("encoding", "errors", "buffering") for k in node.keywords) or "utf-8" in texts
+        if name in TEXT_METHODS and not (is_binary or in_os or says):
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("file", [f for f in MODULES if unit_of(f) != "bench"], ids=name_of)
+def test_text_is_utf_8_whatever_the_locale(file: Path) -> None:
+    assert not calls_without_encoding(parse(file))
+
+
+def test_the_reader_of_encodings_sees_them() -> None:
+    wrong = "p.open('a')\np.read_text()\np.write_text(t)\nopen(p)\n"
+    right = "p.open('rb')\np.read_text('utf-8')\np.write_text(t, encoding='utf-8')\nos.open(p, 0)\n"
+    assert calls_without_encoding(ast.parse(wrong + right)) == [1, 2, 3, 4]
 
 
 def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:

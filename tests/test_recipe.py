@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +341,52 @@ def test_a_bundled_recipe_loads_by_its_name_and_a_folder_by_its_recipe(tmp_path:
     assert load_recipe("gsm8k") == load_recipe(REPOSITORY / "recipes" / "gsm8k.yaml")
     (tmp_path / "recipe.yaml").write_text("model: {base: b}\ndata: {train: t}\n", encoding="utf-8")
     assert load_recipe(tmp_path) == load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_paths_are_as_a_shell_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {
+        "model": {"base": "~/base"},
+        "data": {"train": "~/rows.jsonl"},
+        "training": {"output_dir": "~/run"},
+    }
+    recipe = Recipe.from_dict(values)
+    found = (recipe.model.base, recipe.data.train[0].path, recipe.training.output_dir)
+    assert found == tuple(str(tmp_path / name) for name in ("base", "rows.jsonl", "run"))
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "a\0b", "a\udcffb"])
+@pytest.mark.parametrize("key", ["model.base", "data.train", "lora.init_from", "training.output_dir"])
+def test_paths_that_no_system_takes(key: str, path: str) -> None:
+    section, name = key.split(".")
+    values: dict[str, dict[str, str]] = {"model": {"base": "x"}, "data": {"train": "y"}}
+    values.setdefault(section, {})[name] = path
+    with pytest.raises(RecipeError, match=key):
+        Recipe.from_dict(values)
+
+
+def test_json_writes_wide_characters_as_two_escapes(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    values = {"model": {"base": "x"}, "data": {"train": "y"}, "training": {"output_dir": "ü日本/🦙"}}
+    file.write_text(json.dumps(values), encoding="ascii")
+    assert load_recipe(file).training.output_dir == "ü日本/🦙"
+    file.write_text('{"model": {"base": "\\udcff"}}', encoding="ascii")
+    with pytest.raises(RecipeError, match="half a character"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**4, "model: " + "[" * 10**4 + "]" * 10**4, "{a: " * 10**4])
+def test_yaml_that_never_ends_its_nesting(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "lora_b_lr_ratio"])
+def test_factors_of_an_update_stay_in_float32(key: str) -> None:
+    values = {"model": {"base": "x"}, "data": {"train": "y"}, "training": {key: 1e6}}
+    Recipe.from_dict(values)
+    values["training"][key] = 1.1e6  # type: ignore[assignment]
+    with pytest.raises(RecipeError, match=rf"training\.{key}: must be 1e\+06 or less"):
+        Recipe.from_dict(values)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_train.boundary import parsing
 from qlora_train.errors import BaseModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+_REMEDY = "Download the tokenizer files of the base again."
+_TRIAL = "Try it: 1 + 1 = 2.\n\tÄ 日本 🦙"
+"""Text that every tokenizer can do: what is damaged in one shows when it is used, not when it is read."""
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -34,15 +38,18 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         )
     elif base.count("/") > 1 or base.startswith((".", "~", "/")):
         raise BaseModelError(f"model.base: there is no folder {base}.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from error
+    with parsing(f"the tokenizer of {base}", BaseModelError, _REMEDY):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            base, revision=revision, trust_remote_code=False
+        )
     if not tokenizer.is_fast:
         raise BaseModelError(
             f"The tokenizer of {base} has no fast version (tokenizer.json), which the supervised mask "
             "needs. Convert it with transformers' convert_slow_tokenizer and save it beside the base."
         )
+    with parsing(f"the tokenizer of {base}", BaseModelError, _REMEDY):
+        ids = tokenizer(_TRIAL, return_offsets_mapping=True)["input_ids"]
+        tokenizer.decode(ids)
     return tokenizer
 
 
@@ -50,7 +57,3 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of all control tokens, named (EOS, ...) or only marked as special."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export.disk_writer import DiskWriter
 from qlora_train.model.adapter_files import Factors, load_adapter
@@ -287,14 +288,7 @@ def _check_disk(out: Path, num_bytes: int) -> None:
 
 
 def _read_config(base_folder: Path) -> dict[str, Any]:
-    path = base_folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path}: cannot be read ({error}).") from error
-    if not isinstance(config, dict):
-        raise BaseModelError(f"{path}: must be a JSON object.")
-    return config
+    return read_json(base_folder / "config.json", BaseModelError, "Download it again.")
 
 
 def _merged_config(config: dict[str, Any], dtype: torch.dtype) -> str:
@@ -321,18 +315,29 @@ def _copy_companions(base_folder: Path, folder: Path) -> None:
     of weights."""
     for path in sorted(base_folder.iterdir()):
         is_ours = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in COPIED_SUFFIXES and not is_ours:
+        if path.suffix in COPIED_SUFFIXES and not is_ours and _belongs_to(base_folder, path):
             shutil.copyfile(path, folder / path.name)
     templates = base_folder / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+    for path in sorted(templates.glob("*.jinja")):
+        if _belongs_to(base_folder, path):
+            (folder / templates.name).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / templates.name / path.name)
+
+
+def _belongs_to(base_folder: Path, path: Path) -> bool:
+    """Whether a file lies in the base's folder, or in its part of a hub cache, where the folder is a snapshot
+    of links: a link to anywhere else must not be published with the model."""
+    home = base_folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    return path.is_file() and path.resolve().is_relative_to(home)
 
 
 def _list_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
     """Add to what generation_config.json (without one: config.json) says ends an answer."""
     file = folder / "generation_config.json"
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
-    model_config = json.loads((folder / "config.json").read_bytes())
+    config = read_json(file, BaseModelError, "Download it again, or remove it.") if file.exists() else {}
+    model_config = _read_config(folder)
     listed = config.get("eos_token_id", model_config.get("eos_token_id"))
     listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if new := [token for token in dict.fromkeys(end_ids) if token not in listed]:

@@ -7,7 +7,6 @@ as the plan says.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qlora_train.boundary import read_json
 from qlora_train.data.prompts import answer_end_ids, encode_prompt, encode_raw
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.settings import apply_settings
-from qlora_train.errors import RunFolderError
+from qlora_train.errors import BaseModelError, RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.load import load_base
@@ -33,7 +33,7 @@ from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.workload import Workload, workload_of
 from qlora_train.memory.unpinned import host_memory_of_generation
 from qlora_train.model.adapter_files import load_adapter
-from qlora_train.model.base import read_config
+from qlora_train.model.base import CONFIG_REMEDY, read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
@@ -197,7 +197,8 @@ def load_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: 
 
 def _stored_packing(folder: Path) -> Packing:
     """How a checkpoint stores its linears: unpacked, or as bitsandbytes packed them."""
-    stored = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    config = read_json(folder / "config.json", BaseModelError, CONFIG_REMEDY)
+    stored = config.get("quantization_config") or {}
     if stored.get("load_in_8bit"):
         return Packing("int8")
     if stored.get("load_in_4bit"):
@@ -211,6 +212,10 @@ def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     ids: set[int | None] = set(answer_end_ids(tokenizer))
     file = folder / "generation_config.json"
     if file.is_file():
-        listed = json.loads(file.read_text()).get("eos_token_id")
-        ids |= set(listed) if isinstance(listed, list) else {listed}
-    return frozenset(int(token) for token in ids if token is not None)
+        remedy = "Download it again, or remove it."
+        listed = read_json(file, BaseModelError, remedy).get("eos_token_id")
+        found = listed if isinstance(listed, list) else [listed]
+        if not all(token is None or type(token) is int for token in found):
+            raise BaseModelError(f"{file}: eos_token_id is no token id and no list of them. {remedy}")
+        ids |= set(found)
+    return frozenset(token for token in ids if token is not None)

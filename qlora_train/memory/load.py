@@ -14,10 +14,10 @@ of its ranks map (ranks.py).
 from __future__ import annotations
 
 import mmap
-import os
-import tempfile
+import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from qlora_train.memory.packed_cache import (
     cache_root,
     content_fingerprint,
     made_packed_base,
+    make_root,
     open_packed_base,
 )
 from qlora_train.memory.ranks import ALONE, Ranks
@@ -42,9 +43,11 @@ from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
 from qlora_train.memory.uploads import Uploads
+from qlora_train.model.atomic_folder import locked_partial
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.folder_lock import lock_folder, remove_leftovers
 from qlora_train.model.packed_matrix import UNPACKED, RowFormat, as_token_matrix
 from qlora_train.model.quantize import PackedWeight, Packing
 from qlora_train.model.shards import tensor_bytes
@@ -78,21 +81,25 @@ def load_base(
     plan = plan or everything_resident(len(skeleton.layer_paths))
     if cache is None and plan.is_resident:
         return _from_checkpoint(folder, skeleton, packing, device, plan.head_tile_rows)
-    temporary = None
-    if cache is None:
-        if ranks.leads:
-            cache_root().mkdir(parents=True, exist_ok=True)
-            temporary = tempfile.TemporaryDirectory(prefix=f"temporary-{os.getpid()}-", dir=cache_root())
-        cache = Path(ranks.of_leader(temporary and temporary.name))
-    with ranks.leaders_first():
-        base = None if ranks.leads else made_packed_base(cache, folder, skeleton, packing)
-        base = base or open_packed_base(cache, folder, skeleton, packing, device.torch, say)
-    decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device), ranks).decoder(poison)
-    decoder.fingerprint = base.fingerprint()
-    if isinstance(decoder.weights, StreamedWeights):
-        decoder.at_close.append(decoder.weights.close)
-    if temporary is not None:
-        decoder.at_close.append(weakref.finalize(decoder, temporary.cleanup))
+    with ExitStack() as held:
+        if cache is None:
+            scratch = None
+            if ranks.leads:
+                make_root(cache_root())
+                remove_leftovers(cache_root())
+                scratch = held.enter_context(locked_partial(cache_root() / "temporary"))
+                held.callback(shutil.rmtree, scratch.folder, ignore_errors=True)
+            cache = Path(ranks.of_leader(scratch and str(scratch.folder)))
+        with ranks.leaders_first():
+            base = None if ranks.leads else made_packed_base(cache, folder, skeleton, packing)
+            base = base or open_packed_base(cache, folder, skeleton, packing, device.torch, say)
+        if (in_use := lock_folder(base.folder, shared=True)) is not None:
+            held.enter_context(in_use)  # `cache clear` leaves it alone
+        decoder = _Assembly(skeleton, base, plan, device, host or HostMemory(device), ranks).decoder(poison)
+        decoder.fingerprint = base.fingerprint()
+        if isinstance(decoder.weights, StreamedWeights):
+            decoder.at_close.append(decoder.weights.close)
+        decoder.at_close.append(weakref.finalize(decoder, held.pop_all().close))
     return decoder
 
 

@@ -10,15 +10,16 @@ stated rates stand.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,30 +45,45 @@ def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: 
     if num_ranks > 1:
         key += f", {num_ranks} at a time"
     known = _read(cache / _FILE)
-    if key not in known:
-        free_bytes = device.free_bytes
-        if free_bytes < _LEAST_FREE_BYTES:
-            return stated_rates(device.description)
-        host = HostMemory(device)
-        size = matrix_size(device.description, free_bytes, dtype)
-        buffer = host.empty(min(_COPY_BYTES, int(free_bytes * _SHARE_OF_FREE / 2)))
-        rates = _measure(device, dtype, size, buffer)
-        device.release_cached()  # what products and copies took would stay beside other sizes
-        if host.num_unpinned_bytes or size < _wanted_size(device.description):
-            return rates
-        known[key] = asdict(rates)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cache / f"{_FILE}.partial-{os.getpid()}"  # others may be reading
-        partial.write_text(json.dumps(known, indent=1) + "\n")
-        partial.replace(cache / _FILE)
-    return Rates(**known[key])  # type: ignore[arg-type]  # what asdict wrote
+    found = _rates_in(known.get(key))
+    if found is not None:
+        return found
+    free_bytes = device.free_bytes
+    if free_bytes < _LEAST_FREE_BYTES:
+        return stated_rates(device.description)
+    host = HostMemory(device)
+    size = matrix_size(device.description, free_bytes, dtype)
+    buffer = host.empty(min(_COPY_BYTES, int(free_bytes * _SHARE_OF_FREE / 2)))
+    rates = _measure(device, dtype, size, buffer)
+    device.release_cached()  # what products and copies took would stay beside other sizes
+    if not host.num_unpinned_bytes and size == _wanted_size(device.description):
+        _write(cache / _FILE, known | {key: asdict(rates)})
+    return rates
 
 
-def _read(file: Path) -> dict[str, dict[str, float | str]]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):  # not there, or damaged: measured again
+        known = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):  # not there, or damaged: measured again
         return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _rates_in(values: Any) -> Rates | None:
+    """What `asdict` of rates gave, if it is that."""
+    names = {field.name for field in fields(Rates)}
+    if not isinstance(values, dict) or values.keys() != names or not isinstance(values["source"], str):
+        return None
+    numbers = [values[name] for name in names - {"source"}]
+    return Rates(**values) if all(type(n) in (int, float) and 0 < n < math.inf for n in numbers) else None
+
+
+def _write(file: Path, known: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a disk that may not be written: the next start measures again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = file.with_name(f"{_FILE}.partial-{os.getpid()}")  # others may be reading
+        partial_file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        partial_file.replace(file)
 
 
 def copy_rate(device: ComputeDevice, host: Tensor) -> float:

@@ -10,9 +10,9 @@ It is also the place that layers stream from when they do not fit into RAM.
                           plain.safetensors   norms and biases
 
 The fingerprint covers what the bytes follow from (cache_key.py). A folder appears under its final name only
-when complete and fsynced (model/atomic_folder.py). On opening every file is read through once and its
-XXH3-128 compared: a damaged cache is made again, with a line that says so. xxhash is several times faster
-than a disk; this guards against accidents, not attacks.
+when complete and fsynced (model/atomic_folder.py). On opening every file is read through once and its hash
+compared: a damaged cache is made again, with a line that says so. Two processes that need the same base at
+once both make it; the first to finish keeps its place, as the bytes are the same.
 
 Where: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
 (`--no-cache`) the same files are made in a temporary folder that goes with the process.
@@ -20,22 +20,22 @@ Where: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
-import json
-import re
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-import psutil
 import torch
-import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_train.boundary import is_disk_failure, reason_of
 from qlora_train.errors import UserError
 from qlora_train.memory import cache_key
 from qlora_train.memory.cache_key import MANIFEST, VERSION, PackingKey, is_complete
@@ -45,12 +45,14 @@ from qlora_train.memory.stores import FilePart
 from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.model.base import Skeleton
 from qlora_train.model.checkpoint import BaseCheckpoint
+from qlora_train.model.folder_lock import remove_leftovers
+from qlora_train.model.hashed_file import FileEntry, HashingFile, entry_of
 from qlora_train.model.packed_matrix import RowFormat
 from qlora_train.model.quantize import Packing
-from qlora_train.model.shards import tensor_bytes
+from qlora_train.model.sealed_json import seal, unseal
+from qlora_train.model.shards import tensor_bytes, write_tensors
 from qlora_train.model.slab import SlabLayout
 
-READ_BYTES = 16 * 2**20
 SPARE_DISK_BYTES = 64 * 2**20
 LAYERS, EMBEDDING, HEAD, PLAIN = "layers.bin", "embedding.bin", "head.bin", "plain.safetensors"
 
@@ -108,7 +110,7 @@ class PackedBase:
         return {name: tensor.to(device) for name, tensor in load_file(self.folder / PLAIN).items()}
 
     def _manifest(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / MANIFEST).read_text()))
+        return unseal(self.folder / MANIFEST)
 
 
 def open_packed_base(
@@ -123,8 +125,8 @@ def open_packed_base(
     """The packed base below `root`, made if it is not there or damaged. device: packs.
 
     say: told what takes time or went wrong, a line each. open_weights: what a base that is not there is made
-    of. Raises `BaseModelError` for a base that cannot be packed and `UserError` where the disk is too small;
-    nothing half-made is left.
+    of. Raises `BaseModelError` for a base that cannot be packed and `UserError` where the disk is too small
+    or not to be written; nothing half-made is left.
     """
     layouts = tuple(skeleton.layouts(packing))
     folder = packed_folder(root, base_folder, skeleton, packing)
@@ -137,13 +139,36 @@ def open_packed_base(
     else:
         begins = "packing the base, once"
     with open_weights(base_folder, skeleton) as checkpoint:
-        _remove_leftovers(root)
         num_bytes = _total_bytes(skeleton, layouts, checkpoint.head_packing)
+        make_root(root)
+        remove_leftovers(root)
         _check_disk(root, num_bytes)
         say(f"{begins}: {num_bytes / 1e9:.2f} GB into {folder}")
-        with atomic_folder(folder) as partial:
-            _write(partial, checkpoint, skeleton, layouts, packing, device)
+        with contextlib.suppress(_MadeByAnother), atomic_folder(folder) as partial:
+            _write(partial, checkpoint, skeleton, layouts, packing, device, base_folder)
+            if folder.exists() and _damage(folder, skeleton) is None:
+                raise _MadeByAnother
     return base
+
+
+class _MadeByAnother(Exception):
+    """Another process has made the same packed base meanwhile: ours is given up."""
+
+
+def make_root(root: Path) -> None:
+    """Make the folder that holds packed bases. Raises `UserError` where it cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK | os.X_OK):
+            return
+        reason = "it may not be written to"
+    except OSError as error:
+        if is_disk_failure(error) and error.errno != errno.EROFS:
+            raise
+        reason = reason_of(error)
+    raise UserError(
+        f"{root}: packed bases are kept here, but {reason}. Set QLORA_TRAIN_CACHE to a folder of your own."
+    )
 
 
 def made_packed_base(
@@ -172,32 +197,35 @@ def _write(
     layouts: tuple[SlabLayout, ...],
     packing: Packing,
     device: torch.device,
+    base_folder: Path,
 ) -> None:
-    files = {LAYERS: _HashingFile(folder / LAYERS)}
-    largest = max(page_aligned(layout.num_bytes) for layout in layouts)
-    slab = torch.empty(largest, dtype=torch.uint8, device=device)
-    for i, layout in enumerate(layouts):
-        part = slab[: page_aligned(layout.num_bytes)].zero_()  # the gaps too: the same bytes every time
-        checkpoint.pack_layer(i, layout, part[: layout.num_bytes])
-        files[LAYERS].write(part.cpu())
+    entries: dict[str, FileEntry] = {}
+    with _writing(folder / LAYERS, entries) as file:
+        largest = max(page_aligned(layout.num_bytes) for layout in layouts)
+        slab = torch.empty(largest, dtype=torch.uint8, device=device)
+        for i, layout in enumerate(layouts):
+            part = slab[: page_aligned(layout.num_bytes)].zero_()  # the gaps too: the same bytes every time
+            checkpoint.pack_layer(i, layout, part[: layout.num_bytes])
+            file.write(tensor_bytes(part.cpu()))
     matrices = {EMBEDDING: skeleton.embedding_name}
     if not skeleton.is_tied:
         matrices[HEAD] = skeleton.head_name
     for file_name, name in matrices.items():
-        files[file_name] = _HashingFile(folder / file_name)
-        for rows in checkpoint.matrix_rows(name):
-            files[file_name].write(rows.reshape(-1).view(torch.uint8))
-    save_file(checkpoint.plain(torch.device("cpu")), folder / PLAIN)
-    entries = {name: file.close() for name, file in files.items()}
-    entries[PLAIN] = _hash_of(folder / PLAIN)
+        with _writing(folder / file_name, entries) as file:
+            for rows in checkpoint.matrix_rows(name):
+                file.write(tensor_bytes(rows))
+    with _writing(folder / PLAIN, entries) as file:
+        plain = checkpoint.plain(torch.device("cpu"))
+        write_tensors(file, {name: plain[name] for name in sorted(plain)}, {})
     manifest = {
         "version": VERSION,
         "packing": asdict(packing),
         "head_packing": asdict(checkpoint.head_packing),
         "dtype": str(skeleton.dtype),
+        "base": str(base_folder.absolute()),
         "files": entries,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(seal(manifest), encoding="utf-8")
 
 
 def content_fingerprint(hashes: list[str]) -> str:
@@ -205,41 +233,12 @@ def content_fingerprint(hashes: list[str]) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
-class _HashingFile:
-    """A file written from tensors, hashed on the way."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("wb")
-        self._hash = xxhash.xxh3_128()
-        self._num_bytes = 0
-
-    def write(self, part: Tensor) -> None:
-        memory = tensor_bytes(part)
-        self._file.write(memory)
-        self._hash.update(memory)
-        self._num_bytes += len(memory)
-
-    def close(self) -> dict[str, int | str]:
-        self._file.close()
-        return {"num_bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
-
-
-def _hash_of(path: Path) -> dict[str, int | str]:
-    hashed, num_bytes = xxhash.xxh3_128(), 0
-    buffer = bytearray(READ_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while num_read := file.readinto(buffer):
-            hashed.update(memoryview(buffer)[:num_read])
-            num_bytes += num_read
-    return {"num_bytes": num_bytes, "xxh3_128": hashed.hexdigest()}
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Half-made folders of processes that were killed."""
-    for path in root.glob("*"):
-        made_by = re.search(r"(?:\.partial-|^temporary-)(\d+)", path.name)
-        if made_by and not psutil.pid_exists(int(made_by[1])):
-            shutil.rmtree(path, ignore_errors=True)
+@contextlib.contextmanager
+def _writing(path: Path, entries: dict[str, FileEntry]) -> Iterator[HashingFile]:
+    """A new file whose size and hash stand in `entries` afterwards."""
+    with HashingFile(path) as file:
+        yield file
+    entries[path.name] = file.entry
 
 
 def _damage(
@@ -248,12 +247,14 @@ def _damage(
     """What is wrong with a packed base, or None. is_checked: the files that are read through."""
     needed = {LAYERS, EMBEDDING, PLAIN} | (set() if skeleton.is_tied else {HEAD})
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = unseal(folder / MANIFEST)
         entries, _ = manifest["files"], Packing(**manifest["head_packing"])
-        if not entries.keys() >= needed:
-            return "its manifest does not list every file"
+        if entries.keys() != needed:
+            return "its manifest does not list these files"
         for name, entry in entries.items():
-            if is_checked(name) and _hash_of(folder / name) != entry:
+            if not (folder / name).is_file():
+                return f"{name} is not there"
+            if is_checked(name) and entry_of(folder / name) != entry:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -275,7 +276,6 @@ def _total_bytes(skeleton: Skeleton, layouts: tuple[SlabLayout, ...], head_packi
 
 
 def _check_disk(root: Path, num_bytes: int) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(root).free
     if free_bytes < num_bytes + SPARE_DISK_BYTES:
         raise UserError(

@@ -27,11 +27,11 @@ def process_peak_bytes() -> int:
 def reset_process_peak() -> bool:
     """Let `process_peak_bytes` begin at the present size; False where the kernel cannot."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return False
     return True
 
 
 def _read_lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.is_file() else []
+    return file.read_text(encoding="ascii", errors="replace").splitlines() if file.is_file() else []

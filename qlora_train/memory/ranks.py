@@ -135,7 +135,7 @@ def find_ranks(device: torch.device) -> Ranks:
 def _machine() -> str:
     """The same for all processes of a machine, in containers too, whose names differ."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.is_file() else platform.node()
+    return boot.read_text(encoding="ascii").strip() if boot.is_file() else platform.node()
 
 
 def _try_sharing(ranks: Ranks) -> bool:

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
 from qlora_train.model.atomic_folder import atomic_folder
-from qlora_train.model.shards import ShardReader, tensor_bytes, write_header
+from qlora_train.model.shards import ShardReader, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -96,15 +97,12 @@ def save_adapter(folder: Path, config: AdapterConfig, factors: Mapping[str, tupl
             tensors[PREFIX + path + suffix] = (
                 factor.detach().to(device="cpu", dtype=torch.float32).contiguous()
             )
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with atomic_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(
             json.dumps(_to_peft(config), indent=2, sort_keys=True) + "\n", "utf-8"
         )
         with open(partial / WEIGHTS_FILE, "wb") as file:
-            write_header(file, layout, {"format": "pt"})
-            for tensor in tensors.values():
-                file.write(tensor_bytes(tensor))
+            write_tensors(file, tensors, {"format": "pt"})
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
@@ -173,13 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
-    try:
-        raw = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BaseModelError(f"{path}: not readable as JSON ({error}).") from error
-    if not isinstance(raw, dict):
-        raise BaseModelError(f"{path}: must be a JSON object.")
-    return raw
+    return read_json(path, BaseModelError, "Copy the adapter again.")
 
 
 def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
@@ -214,6 +206,13 @@ def _read_factors(folder: Path, rank: int) -> Factors:
                 raise BaseModelError(
                     f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
                     f" with the config's r = {rank} they must be [{rank}, in] and [out, {rank}]."
+                )
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise BaseModelError(f"{folder}: the factors of {path} are {a.dtype}, no real numbers.")
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise BaseModelError(
+                    f"{folder}: the factors of {path} hold values that are not finite. Copy the "
+                    "adapter again, or train it anew."
                 )
             factors[path] = (a.float(), b.float())
     if not factors:

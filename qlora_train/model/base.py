@@ -13,14 +13,17 @@ packed (packed_matrix.py); a tied matrix exists once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qlora_train.boundary import parsing, read_json
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
@@ -31,31 +34,57 @@ from qlora_train.model.slab import SlabLayout
 from qlora_train.model.token_matrix import TokenMatrix
 from qlora_train.model.weights import LayerSource
 
+CONFIG_REMEDY = "Download the model's config.json again."
+_MOST = {
+    "num_hidden_layers": 10**3,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**4,
+    "num_key_value_heads": 10**4,
+    "head_dim": 10**4,
+    "vocab_size": 10**8,
+    "max_position_embeddings": 10**9,
+}
+"""Sizes in a config.json beyond any model's."""
+
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The base's config. Raises `BaseModelError` if there is none or transformers does not know the
     family."""
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise BaseModelError(
             f"{folder}: no config.json. model.base must be a folder with config.json and safetensors weights."
         )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise BaseModelError(f"{folder / 'config.json'}: transformers cannot read it ({error})") from error
+    _check_sizes(file, read_json(file, BaseModelError, CONFIG_REMEDY))
+    with parsing(file, BaseModelError, CONFIG_REMEDY):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    return config
+
+
+def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has, before anything is built of them: a model of 10^6 layers takes minutes
+    and all memory even without weights."""
+    for name, most in _MOST.items():
+        size = values.get(name)
+        if size is not None and not (type(size) is int and 1 <= size <= most):
+            raise BaseModelError(
+                f"{file}: {name} is {str(size)[:40]}, not a whole number from 1 to {most}. {CONFIG_REMEDY}"
+            )
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM of this config with packed attention, parameters on the meta device, buffers real."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                deepcopy(config), dtype=dtype, attn_implementation=attention.NAME
-            )
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"{config.model_type}: transformers has no causal language model for it ({error})"
-        ) from error
+    known_as = f"{config.model_type} as config.json has it"
+    with (
+        parsing(known_as, UnsupportedModelError, "transformers has no causal language model for it."),
+        init_empty_weights(include_buffers=False),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=dtype, attn_implementation=attention.NAME
+        )
     decoder = model.get_decoder()
     if not all(hasattr(decoder, part) for part in ("layers", "embed_tokens", "norm")):
         raise UnsupportedModelError(

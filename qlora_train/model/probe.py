@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qlora_train.boundary import reason_of
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.base import Skeleton, tie_head
@@ -70,9 +71,12 @@ def probe(config: PretrainedConfig) -> ProbeResult:
         differences, result = _try_out(tiny_config(config))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{config.model_type} is not supported: {error}") from error
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except AssertionError:  # our own mistake
+        raise
+    except Exception as error:  # what a family's code throws at an odd config has no type of its own
         raise UnsupportedModelError(
-            f"{config.model_type} is not supported: its layers cannot be walked one by one ({error})"
+            f"{config.model_type} is not supported: its layers cannot be walked one by one "
+            f"({reason_of(error)})"
         ) from error
     wrong = {what: d for what, d in differences.items() if not d <= TOLERANCE}  # `not <=` catches NaN too
     if wrong:

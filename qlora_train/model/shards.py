@@ -187,7 +187,7 @@ def read_header(path: Path) -> dict[str, _Place]:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         places = [_read_entry(path, name, entry, 8 + header_bytes) for name, entry in entries.items()]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         if isinstance(error, BaseModelError):
             raise
         raise BaseModelError(
@@ -223,7 +223,7 @@ def _read_index(folder: Path) -> dict[str, _Place]:
     try:
         weight_map: dict[str, str] = dict(json.loads(path.read_bytes())["weight_map"])
         shards = sorted(set(weight_map.values()))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BaseModelError(
             f"{path}: not a readable index with a weight_map ({error!r}). Download it again."
         ) from error
@@ -289,6 +289,15 @@ def write_header(
     raw += b" " * (-len(raw) % 8)  # tensors start aligned
     file.write(struct.pack("<Q", len(raw)))
     file.write(raw)
+
+
+def write_tensors(file: Appendable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A whole safetensors file of contiguous CPU tensors, in this order."""
+    write_header(
+        file, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata
+    )
+    for tensor in tensors.values():
+        file.write(tensor_bytes(tensor))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

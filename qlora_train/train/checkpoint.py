@@ -1,29 +1,40 @@
 """Checkpoints: all that the next optimizer step depends on, written so that a crash leaves no half one.
 
     checkpoints/step-N/state.safetensors   masters, optimizer state
-    checkpoints/step-N/state.json          step, data position, loss scale, counters
+    checkpoints/step-N/state.json          step, data position, loss scale, counters, hashes of both files
 
 The random state needs no file: masks and data order are pure functions of the seed, the step and the
 position. Written under a temporary name, every file and the folder fsynced, then renamed: a name of the form
 step-N is complete. No pickle.
+
+Disks and hands damage files all the same, and most damage still loads: a flipped bit, a tensor of one number
+that broadcasts. So nothing is put back that is not byte for byte what was written, and that would fit no run
+of this recipe; `newest_valid` goes back to the newest checkpoint that is whole.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_train.boundary import parsing, reason_of
 from qlora_train.errors import RunFolderError
 from qlora_train.model.atomic_folder import atomic_folder
+from qlora_train.model.hashed_file import HashingFile, entry_of
+from qlora_train.model.sealed_json import seal, unseal
+from qlora_train.model.shards import write_tensors
 
-_OPTIMIZER = "optimizer."
+_STATE, _TENSORS = "state.json", "state.safetensors"
+_MASTERS, _OPTIMIZER = "masters", "optimizer."
 
 
 @dataclass
@@ -47,55 +58,140 @@ class TrainState:
     base_fingerprint: str = ""
 
 
+class Checkpoint(NamedTuple):
+    """What is saved: the host's state, masters (float32), and the optimizer's state by name, on the CPU."""
+
+    state: TrainState
+    masters: Tensor
+    optimizer_state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every checkpoint of a run has. num_steps: of the schedule. num_masters: numbers in the masters.
+    optimizer: dtype and shape of the state by name; all of it, or none before the first applied step."""
+
+    num_steps: int
+    num_masters: int
+    optimizer: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
 def save_checkpoint(
     folder: Path, state: TrainState, masters: Tensor, optimizer_state: dict[str, Tensor], num_kept: int
 ) -> None:
-    """Write folder/step-N, then remove all but the newest `num_kept` checkpoints and the best by
+    """Write folder/step-N, then remove all older than the newest `num_kept`, but not the best by
     evaluation."""
-    target = folder / f"step-{state.step}"
-    tensors = {"masters": masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
-    tensors = _each_its_own_memory({key: value.cpu().contiguous() for key, value in tensors.items()})
-    for leftover in folder.glob("step-*.partial-*"):  # of a run that was killed while it wrote
-        shutil.rmtree(leftover)
-    with atomic_folder(target) as partial:
-        save_file(tensors, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-    for step in list_checkpoints(folder)[:-num_kept]:
+    named = {_MASTERS: masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
+    with atomic_folder(folder / f"step-{state.step}") as partial:
+        with HashingFile(partial / _TENSORS) as file:
+            write_tensors(file, {key: value.cpu().contiguous() for key, value in named.items()}, {})
+        (partial / _STATE).write_text(seal(asdict(state) | {_TENSORS: file.entry}), encoding="utf-8")
+    older = [step for step in list_checkpoints(folder) if step <= state.step]
+    for step in older[:-num_kept]:
         if step != state.best_step:
             shutil.rmtree(folder / f"step-{step}")
 
 
-def _each_its_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what shares memory with a tensor before it, which the format refuses: bitsandbytes gives the
-    1 KiB code tables of 8-bit state to all parameters at once."""
-    seen: set[int] = set()
-    own = {}
-    for key, value in tensors.items():
-        address = value.untyped_storage().data_ptr()
-        own[key] = value.clone() if address in seen else value
-        seen.add(address)
-    return own
-
-
 def list_checkpoints(folder: Path) -> list[int]:
-    """The steps that have a complete checkpoint, ascending."""
-    names = [re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")]
+    """The steps that have a checkpoint, ascending."""
+    names = [re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in folder.glob("step-*") if path.is_dir()]
     return sorted(int(name[1]) for name in names if name)
 
 
-def load_checkpoint(folder: Path, step: int) -> tuple[TrainState, Tensor, dict[str, Tensor]]:
-    """(state, masters, optimizer state) of folder/step-N, on the CPU.
+def newest_valid(folder: Path, expected: Expected, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole and fits the run; None where there is none at all.
 
-    Raises `RunFolderError` when it does not read.
-    """
+    say: told of those that were passed over. Raises `RunFolderError` where there are some and none is
+    valid."""
+    refused: list[str] = []
+    for step in reversed(list_checkpoints(folder)):
+        try:
+            checkpoint = load_checkpoint(folder, step)
+            _check(folder / f"step-{step}", checkpoint, step, expected)
+        except RunFolderError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            say(f"{reason} Going on from step-{step} instead.")
+        return checkpoint
+    if refused:
+        listed = "\n".join(refused)
+        raise RunFolderError(f"{listed}\nNo checkpoint is left to resume from: start a new run.")
+    return None
+
+
+def load_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint in folder/step-N, if it is what was written. Raises `RunFolderError` otherwise."""
     path = folder / f"step-{step}"
     try:
-        state = TrainState(**json.loads((path / "state.json").read_text()))
-        tensors = load_file(path / "state.safetensors")
-        masters = tensors.pop("masters")
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise RunFolderError(
-            f"{path}: this checkpoint does not read ({error}). Remove the folder to resume from the "
-            "one before."
-        ) from error
-    return state, masters, {key.removeprefix(_OPTIMIZER): value for key, value in tensors.items()}
+        values = unseal(path / _STATE)
+        if entry_of(path / _TENSORS) != values.pop(_TENSORS):
+            raise ValueError(f"{_TENSORS} is not what was written: its hash differs")
+        if values.keys() != {field.name for field in fields(TrainState)}:
+            raise ValueError("another version of qlora_train wrote it")
+    except (OSError, ValueError, KeyError) as error:
+        raise RunFolderError(f"{path}: this checkpoint does not read ({reason_of(error)}).") from error
+    with parsing(path / _TENSORS, RunFolderError, "It is whole: this is a mistake in qlora_train."):
+        tensors = load_file(path / _TENSORS)
+    optimizer_state = {key.removeprefix(_OPTIMIZER): t for key, t in tensors.items() if key != _MASTERS}
+    return Checkpoint(TrainState(**values), tensors[_MASTERS], optimizer_state)
+
+
+def _check(path: Path, checkpoint: Checkpoint, step: int, expected: Expected) -> None:
+    """Raise `RunFolderError` unless it can be one of this run's."""
+    wrong = [
+        *_wrong_numbers(asdict(checkpoint.state), step, expected.num_steps),
+        *_wrong_tensors(checkpoint, expected),
+    ]
+    if wrong:
+        raise RunFolderError(f"{path}: this checkpoint is not one of this run ({'; '.join(wrong[:3])}).")
+
+
+def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[str]:
+    """What cannot be after `step` of `num_steps` steps."""
+    wrong = [] if 1 <= step <= num_steps else [f"step {step} of {num_steps}"]
+    most = {
+        "step": num_steps,
+        "num_skipped": step,
+        "num_overflows": step,
+        "skipped_in_a_row": step,
+        "best_step": step,
+    }
+    for name in ("step", "data_position", "loss_scale_good_steps", *list(most)[1:]):
+        value = values[name]
+        optional = name == "best_step" and value is None
+        if not optional and not (type(value) is int and 0 <= value <= most.get(name, value)):
+            wrong.append(f"{name} is {value!r}")
+    if values["step"] != step:
+        wrong.append(f"it is in the folder of step {step} and says step {values['step']!r}")
+    scale, best = values["loss_scale"], values["best_eval_loss"]
+    if not (isinstance(scale, float) and 1 <= scale < math.inf and math.frexp(scale)[0] == 0.5):
+        wrong.append(f"loss_scale is {scale!r}, no power of two")
+    if not (best is None or isinstance(best, float)):
+        wrong.append(f"best_eval_loss is {best!r}")
+    return wrong
+
+
+def _wrong_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
+    found = {_MASTERS: checkpoint.masters} | checkpoint.optimizer_state
+    wanted = dict(expected.optimizer) if checkpoint.optimizer_state else {}
+    wanted[_MASTERS] = (torch.float32, (expected.num_masters,))
+    state = checkpoint.state
+    if not checkpoint.optimizer_state and state.num_skipped + state.num_overflows < state.step:
+        return ["it holds no optimizer state"]
+    if found.keys() != wanted.keys():
+        odd = ", ".join(sorted(found.keys() ^ wanted.keys()))
+        return [f"it holds the state of another optimizer than training.optimizer: {odd}"]
+    wrong = []
+    for name, tensor in found.items():
+        dtype, shape = wanted[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+        elif not is_finite(tensor):
+            wrong.append(f"{name} holds values that are not finite")
+    return wrong
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number in it is."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from qlora_train.data.dataset import MicroBatch
-from qlora_train.errors import Interrupted, OutOfMemory, RunFolderError
+from qlora_train.errors import Interrupted, OutOfMemory, RunFolderError, TrainingFailure
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
@@ -24,7 +24,13 @@ from qlora_train.memory.plan.time_model import step_time
 from qlora_train.memory.uploads import Uploads
 from qlora_train.model.adapter_files import save_adapter
 from qlora_train.train.batches import BatchesAhead
-from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from qlora_train.train.checkpoint import (
+    Expected,
+    TrainState,
+    is_finite,
+    newest_valid,
+    save_checkpoint,
+)
 from qlora_train.train.optimizer import FlatOptimizer
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
@@ -100,41 +106,46 @@ class TrainLoop:
         """How steps run now."""
         return self._runner.walk.plan
 
-    def resume(self) -> int:
-        """Put the newest checkpoint back, if there is one; returns its step."""
-        steps = list_checkpoints(self._folder.checkpoints)
-        if steps:
-            self._state, masters, optimizer_state = load_checkpoint(self._folder.checkpoints, steps[-1])
-            if self._state.data_fingerprint != self._prepared.train_data.fingerprint():
-                raise RunFolderError(
-                    f"{self._folder.path}: the training data are not those the run began with "
-                    "(their tokens differ). Put data, tokenizer and chat template back, or start a new run."
-                )
-            if self._state.base_fingerprint != self._prepared.decoder.fingerprint:
-                raise RunFolderError(
-                    f"{self._folder.path}: the base model's packed weights are not those the run began "
-                    "with: the checkpoint's files differ, or another version of qlora_train packed them. "
-                    "Put them back, or start a new run."
-                )
-            if self._state.data_position != self._state.step * self._rows_per_step:
-                raise RunFolderError(
-                    f"{self._folder.path}: the run took "
-                    f"{self._state.data_position // self._state.step} rows a step, "
-                    f"here a step is {self._rows_per_step} rows. Resume it with as many processes "
-                    "as it began with."
-                )
-            self._factors.masters.copy_(masters)
+    def resume(self, say: Callable[[str], None] = print) -> int:
+        """Put the newest valid checkpoint back, if there is one; returns its step. say: told of damaged
+        ones."""
+        expected = Expected(self.num_steps, self._factors.masters.numel(), self._optimizer.layout())
+        found = newest_valid(self._folder.checkpoints, expected, say)
+        if found is not None:
+            self._require_same_inputs(found.state)
+            self._state = found.state
+            self._factors.masters.copy_(found.masters)
             self._factors.refresh_working()
-            self._optimizer.load_state(optimizer_state)
+            self._optimizer.load_state(found.optimizer_state)
             state, runner = self._state, self._runner
             runner.scale.value, runner.scale.good_steps = state.loss_scale, state.loss_scale_good_steps
             runner.scale.num_overflows = state.num_overflows
             runner.num_skipped, runner.num_skipped_in_a_row = state.num_skipped, state.skipped_in_a_row
         if self._accelerator.is_main_process:
             self._folder.cut_metrics(
-                self._state.step if steps else -1
+                -1 if found is None else self._state.step
             )  # -1: the first evaluation comes again
         return self._state.step
+
+    def _require_same_inputs(self, state: TrainState) -> None:
+        """Raise `RunFolderError` where data, base or the number of processes are not those of the run."""
+        if state.data_fingerprint != self._prepared.train_data.fingerprint():
+            raise RunFolderError(
+                f"{self._folder.path}: the training data are not those the run began with "
+                "(their tokens differ). Put data, tokenizer and chat template back, or start a new run."
+            )
+        if state.base_fingerprint != self._prepared.decoder.fingerprint:
+            raise RunFolderError(
+                f"{self._folder.path}: the base model's packed weights are not those the run began "
+                "with: the checkpoint's files differ, or another version of qlora_train packed them. "
+                "Put them back, or start a new run."
+            )
+        if state.data_position != state.step * self._rows_per_step:
+            raise RunFolderError(
+                f"{self._folder.path}: the run took {state.data_position // state.step} rows a step, "
+                f"here a step is {self._rows_per_step} rows. Resume it with as many processes "
+                "as it began with."
+            )
 
     def run(self) -> None:
         """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state
@@ -301,6 +312,7 @@ class TrainLoop:
         return True
 
     def _save(self) -> None:
+        self._require_finite()
         if not self._accelerator.is_main_process:
             return
         state, runner = self._state, self._runner
@@ -313,6 +325,17 @@ class TrainLoop:
             self._factors.masters,
             self._optimizer.state(),
             self._recipe.training.keep_checkpoints,
+        )
+
+    def _require_finite(self) -> None:
+        """Raise `TrainingFailure` rather than write factors that are none. A gradient that is not finite is
+        found in its step; an update that is too large is not, and the last step has no next one to find
+        it."""
+        if all(map(is_finite, (self._factors.masters, *self._optimizer.state().values()))):
+            return
+        raise TrainingFailure(
+            f"the trained factors are not finite after step {self._state.step}: an update was too large. "
+            "Lower training.learning_rate or training.weight_decay. Nothing of this step is saved."
         )
 
     def _agreed(self, signal_number: int) -> int:

@@ -119,23 +119,29 @@ class FlatOptimizer:
         )
         return sum(value.nbytes for value in states if getattr(value, "is_paged", False))
 
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of what `state` will return from the first step on. Allocates it."""
+        for parameter in self._parameters:
+            if not self._optimizer.state[parameter]:
+                self._allocate(parameter)
+        return {key: (value.dtype, tuple(value.shape)) for key, value in self.state().items()}
+
     def load_state(self, saved: dict[str, Tensor]) -> None:
-        """Put back what `state` returned. Raises `RunFolderError` if it is another optimizer's."""
+        """Put back what `state` returned, empty or not. Raises `RunFolderError` if it is another
+        optimizer's."""
         if not saved:
             return
+        if {key: (value.dtype, tuple(value.shape)) for key, value in saved.items()} != self.layout():
+            raise RunFolderError(
+                "the checkpoint holds the state of another optimizer than training.optimizer"
+            )
         for i, parameter in enumerate(self._parameters):
-            mine = {k.split(".", 1)[1]: v for k, v in saved.items() if k.startswith(f"{i}.")}
-            self._allocate(parameter)
             state = self._optimizer.state[parameter]
-            if state.keys() != mine.keys():
-                raise RunFolderError(
-                    "the checkpoint holds the state of another optimizer than training.optimizer"
-                )
-            for key, value in mine.items():
-                if isinstance(state[key], Tensor):
-                    state[key].copy_(value)
+            for key, value in list(state.items()):
+                if isinstance(value, Tensor):
+                    value.copy_(saved[f"{i}.{key}"])
                 else:
-                    state[key] = int(value)
+                    state[key] = int(saved[f"{i}.{key}"])
 
     def _allocate(self, parameter: nn.Parameter) -> None:
         optimizer: Any = self._optimizer

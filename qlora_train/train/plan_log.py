@@ -2,40 +2,43 @@
 
 A run begins with one execution plan; running out of memory may change it (memory/tighten.py). A change can
 alter the order of sums, so a resume must make it at the same step: it is written here, before the step is
-tried again, and rows of metrics.jsonl say by number which plan they ran by (0: the first).
+tried again, and rows of metrics.jsonl say by number which plan they ran by (0: the first). The file is sealed
+(model/sealed_json.py), as a resume does what it says.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from qlora_train.boundary import reason_of
 from qlora_train.errors import RunFolderError
 from qlora_train.memory.execution import ExecutionPlan
+from qlora_train.model.sealed_json import seal, unseal
+from qlora_train.train.checkpoint import list_checkpoints
 
 
 class PlanLog:
-    """writes: False on ranks that only read."""
+    """checkpoints: the folder of the run's. writes: False on ranks that only read."""
 
-    def __init__(self, file: Path, *, writes: bool = True) -> None:
-        self._file, self._writes = file, writes
+    def __init__(self, file: Path, checkpoints: Path, *, writes: bool = True) -> None:
+        self._file, self._checkpoints, self._writes = file, checkpoints, writes
         self._content: dict[str, Any] = {}
 
     def read(self) -> ExecutionPlan | None:
-        """The plan that an earlier part of this run began with, if there was one.
+        """The plan that an earlier part of this run began with, if it came so far.
 
-        Raises `RunFolderError` where plan.json does not read."""
-        if not self._file.is_file():
+        Raises `RunFolderError` where plan.json does not read, or is gone from a run that has checkpoints."""
+        if not self._file.is_file() and not list_checkpoints(self._checkpoints):
             return None
         try:
-            self._content = json.loads(self._file.read_text())
-            return ExecutionPlan.from_dict(self._content["execution"])
-        except (ValueError, KeyError, TypeError) as error:
+            self._content = unseal(self._file)
+        except (OSError, ValueError) as error:
             raise RunFolderError(
-                f"{self._file}: does not read ({error}), and without it a resume could not repeat the order "
-                "of sums. Start a new run."
+                f"{self._file}: does not read ({reason_of(error)}), and without it a resume could not "
+                "repeat the order of sums. Start a new run."
             ) from error
+        return ExecutionPlan.from_dict(self._content["execution"])
 
     def begin(self, plan: dict[str, Any], execution: ExecutionPlan) -> None:
         """plan: `Plan.to_dict`. What an earlier part of the run wrote stays as it is."""
@@ -68,5 +71,5 @@ class PlanLog:
     def _write(self) -> None:
         if self._writes:
             partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self._content, indent=1) + "\n")
+            partial.write_text(seal(self._content), encoding="utf-8")
             partial.replace(self._file)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from accelerate import Accelerator
 from rich.console import Console
 
 from qlora_train.device.system import require_unix
@@ -23,6 +24,8 @@ from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.schedule import rows_per_step
 from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
+
+OnStep = Callable[[Mapping[str, float | int | bool]], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def train(
     *,
     resume: bool = False,
     use_cache: bool = True,
-    on_step: Callable[[Mapping[str, float | int | bool]], None] = lambda row: None,
+    on_step: OnStep = lambda row: None,
 ) -> TrainResult:
     """Train as the recipe says; with `resume`, go on from the newest checkpoint of its output folder.
 
@@ -53,13 +56,29 @@ def train(
     require_unix("train")
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
+    console = Console(quiet=not accelerator.is_main_process, highlight=False)
+    claim = folder.claimed(partial(_say, console)) if accelerator.is_main_process else nullcontext()
+    with claim:
+        return _train(recipe, folder, accelerator, console, on_step, resume=resume, use_cache=use_cache)
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    console: Console,
+    on_step: OnStep,
+    *,
+    resume: bool,
+    use_cache: bool,
+) -> TrainResult:
+    """`train` in a folder that is ours."""
     ranks = find_ranks(accelerator.device)
     device = find_device(accelerator.device)
     target = device_of_all(device, ranks)
     recipe, base, dtype = resolve(recipe, target)
     folder.check(recipe, resume=resume)
-    console = Console(quiet=not accelerator.is_main_process, highlight=False)
-    plan_log = PlanLog(folder.plan_file, writes=accelerator.is_main_process)
+    plan_log = PlanLog(folder.plan_file, folder.checkpoints, writes=accelerator.is_main_process)
     with ExitStack() as limits, ExitStack() as metering:
         limits.callback(device.limit_allocator, None)  # a notebook goes on
         meter = metering.enter_context(DeviceMeter(device))
@@ -73,10 +92,10 @@ def train(
             target=target,
             saved_execution=plan_log.read() if resume else None,
             use_cache=use_cache,
-            say=lambda line: console.print(line, markup=False, soft_wrap=True),
+            say=partial(_say, console),
         )
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
-        first = loop.resume() if resume else 0
+        first = loop.resume(partial(_say, console)) if resume else 0
         _introduce(console, prepared, loop, first, resume=resume)
         ranks.wait()  # no rank may still be checking the folder
         if accelerator.is_main_process:
@@ -89,15 +108,19 @@ def train(
             prepared.decoder.close()
             accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
-    console.print(f"done: adapter in {folder.adapter}", markup=False, soft_wrap=True)
+    _say(console, f"done: adapter in {folder.adapter}")
     return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> None:
     """What is about to happen, in a few lines."""
     recipe, decoder, factors = prepared.recipe, prepared.decoder, prepared.factors
     if resume and not first:
-        console.print(f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
+        _say(console, f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
     lines = [
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
@@ -113,7 +136,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        _say(console, line)
 
 
 def _rows_of_a_step(prepared: Prepared) -> str:
@@ -136,7 +159,7 @@ def _flat(recipe: Recipe) -> dict[str, str]:
 
 
 def _last_losses(folder: RunFolder) -> tuple[float | None, float | None]:
-    rows = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    rows = folder.metrics()
     losses = [row["loss"] for row in rows if "loss" in row]
     eval_losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     return (losses or [None])[-1], (eval_losses or [None])[-1]

@@ -6,18 +6,25 @@
     checkpoints/     train/checkpoint.py
     adapter/         PEFT format, written at the end
 
-A run never writes into another run's folder. A resume continues only the recipe it began with, apart from
-keys that do not touch what is computed; rows of metrics.jsonl that are newer than the checkpoint are cut off
-and computed again."""
+A run never writes into another run's folder, nor two processes into one: the folder is locked from the check
+on. A resume continues only the recipe it began with, apart from keys that do not touch what is computed; rows
+of metrics.jsonl that are newer than the checkpoint are cut off and computed again."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_train.boundary import is_disk_failure, reason_of
 from qlora_train.errors import RunFolderError
+from qlora_train.model.folder_lock import lock_folder, remove_leftovers
 from qlora_train.recipe import Recipe, load_recipe
 
 MAY_CHANGE = {"log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir"}
@@ -35,21 +42,76 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
 
+    @contextmanager
+    def claimed(self, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+        """Keep the folder for this process alone while the block runs. It is made for that; where nothing was
+        written into it, it is removed again. say: told where the filesystem has no locks.
+
+        Raises `RunFolderError` where another process has it, or where no folder can be."""
+        self._refuse_impossible()
+        nested = (*reversed(self.path.absolute().parents), self.path)
+        made = [path for path in nested if not os.path.lexists(path)]
+        try:
+            lock = None
+            while lock is None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(self.path)
+                if lock is None and self.path.is_dir():
+                    raise RunFolderError(
+                        f"{self.path}: another run is at work in this folder. Wait until it has ended, or "
+                        "choose another training.output_dir."
+                    )
+        except OSError as error:
+            if is_disk_failure(error) and error.errno != errno.EROFS:
+                raise
+            raise RunFolderError(
+                f"{self.path}: no folder can be written here ({reason_of(error)}). Choose another "
+                "training.output_dir."
+            ) from error
+        with lock:
+            if not lock.is_certain:
+                say(
+                    f"{self.path}: this filesystem has no locks, so nothing keeps a second run out of this "
+                    "folder"
+                )
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # the first that is in use, and so are those around it
+                    for folder in reversed(made):
+                        folder.rmdir()
+
+    def _refuse_impossible(self) -> None:
+        """Raise `RunFolderError` where there cannot be a folder of a run."""
+        path = self.path.absolute()
+        if os.path.exists(path) and path.samefile(path.anchor):
+            raise RunFolderError(
+                f"{self.path}: is the root of all files, not a folder for a run. Choose another "
+                "training.output_dir."
+            )
+        lies_in = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        if not lies_in.is_dir():
+            kind = "a file" if lies_in.exists() else "a link to nowhere"
+            raise RunFolderError(
+                f"{self.path}: {lies_in} is {kind}, so no folder can be made in it. Choose another "
+                "training.output_dir."
+            )
+        if not os.access(lies_in, os.W_OK | os.X_OK):
+            raise RunFolderError(
+                f"{self.path}: {lies_in} may not be written to. Choose another training.output_dir."
+            )
+
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """Raise `RunFolderError` unless the folder is free, or holds a run of this (resolved) recipe that is
         to be resumed."""
-        lies_in = next(parent for parent in self.path.absolute().parents if parent.exists())
-        if not lies_in.is_dir():
-            raise RunFolderError(
-                f"{self.path}: {lies_in} is a file, so no folder can be made in it. Choose another "
-                "training.output_dir."
-            )
+        self._refuse_impossible()
         if not self.path.exists() or (self.path.is_dir() and set(self.path.iterdir()) <= {self._begun}):
             return
         if not self.recipe_file.is_file():
             raise RunFolderError(
                 f"{self.path}: is not empty and is not a run. Choose another training.output_dir."
             )
+        self._refuse_odd_entries()
         if not resume:
             raise RunFolderError(
                 f"{self.path}: holds a run already. Continue it with --resume, or choose another "
@@ -62,30 +124,50 @@ class RunFolder:
                 f"{', '.join(changed)}. Set them back, or start a new run in another training.output_dir."
             )
 
+    def _refuse_odd_entries(self) -> None:
+        """Raise `RunFolderError` where a file stands in a folder's place or the other way round: training
+        would find out at its first save."""
+        for path in (self.plan_file, self.metrics_file, self.checkpoints, self.adapter):
+            is_right = path.is_dir() if path in (self.checkpoints, self.adapter) else path.is_file()
+            if os.path.lexists(path) and not is_right:
+                kind = "folder" if path in (self.checkpoints, self.adapter) else "file"
+                raise RunFolderError(f"{path}: must be a {kind} of the run and is none. Remove it.")
+
     def begin(self, recipe: Recipe) -> None:
-        """Create the folder and save the resolved recipe."""
+        """Create the folder and save the resolved recipe. What killed processes left half-written is
+        removed."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
         _replace(self.recipe_file, recipe.to_yaml())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one object to metrics.jsonl. A number that is not finite becomes null, as JSON has none."""
         finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
-    def cut_metrics(self, last_step: int) -> None:
-        """Drop the rows of steps after `last_step`, and a last line that a crash cut in half."""
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; lines that a crash or a disk damaged are left out."""
         if not self.metrics_file.is_file():
-            return
-        kept = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if row["step"] <= last_step:
-                kept.append(line)
-        _replace(self.metrics_file, "".join(line + "\n" for line in kept))
+            return []
+        rows = (_row_of(line) for line in self.metrics_file.read_bytes().splitlines())
+        return [row for row in rows if row is not None]
+
+    def cut_metrics(self, last_step: int) -> None:
+        """Drop the rows of steps after `last_step`, and lines that do not read."""
+        if self.metrics_file.is_file():
+            kept = [row for row in self.metrics() if row["step"] <= last_step]
+            _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of metrics.jsonl, if one is there."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _is_not_finite(value: Any) -> bool:
@@ -99,7 +181,7 @@ def _partial(file: Path) -> Path:
 def _replace(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one."""
     partial = _partial(file)
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 

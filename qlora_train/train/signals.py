@@ -6,18 +6,20 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from qlora_train.interrupts import SIGNALS, lost_signal
 
 
 class StopSignal:
-    """A context manager; `received` is the number of the first signal, or 0."""
+    """A context manager; `received` is the number of the first signal, or 0: one that went missing during
+    start-up counts."""
 
     def __init__(self) -> None:
         self.received = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in _SIGNALS:
+        self.received = lost_signal()
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

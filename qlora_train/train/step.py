@@ -155,7 +155,8 @@ class StepRunner:
             raise TrainingFailure(
                 f"non-finite gradients in {MAX_SKIPPED_IN_A_ROW} steps in a row: "
                 f"{self._first_bad_layer(micro_batches)}. "
-                "Lower training.learning_rate, or use model.compute_dtype bfloat16 or float32."
+                "Lower training.learning_rate or training.weight_decay, or use model.compute_dtype bfloat16 "
+                "or float32."
             )
         return StepOutcome(loss, norm, applied=False, overflowed=False)
 
@@ -163,6 +164,8 @@ class StepRunner:
     def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
         """Where the values first go bad: forward through the layers, then, if all is finite there,
         backward."""
+        if not torch.isfinite(self._factors.masters).all():
+            return "the trained factors themselves are not finite: an update was too large"
         for tokens in micro_batches:
             x, arguments = self._decoder.embed_packed(tokens)
             for i in self._decoder.layers_in_turn():

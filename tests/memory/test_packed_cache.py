@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import NF4, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory import packed_cache
 from qlora_train.memory.disk_file import page_aligned
 from qlora_train.memory.load import load_base
 from qlora_train.memory.packed_cache import EMBEDDING, HEAD, LAYERS, MANIFEST, PLAIN, PackedBase
 from qlora_train.memory.stores import FilePart
-from qlora_train.model import atomic_folder as atomic_folder_module
 from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.checkpoint import BaseCheckpoint
 from qlora_train.model.quantize import Packing, pack
@@ -360,7 +360,7 @@ def test_two_builds_in_one_root(
         if not others:
             others.append(PackedBase(root, ()))  # entered
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(atomic_folder_module.os, "getpid", lambda: 1)
+                patch.setattr("os.getpid", lambda: 1)  # as in another container
                 others[0] = opened(root, original, other)
         return plain(self, device)
 
@@ -385,7 +385,7 @@ def test_the_fingerprint_says_what_the_packed_base_holds(base: Path, root: Path,
     """Straight from the checkpoint or through the cache; of the bytes, not of the files they came from."""
 
     def fingerprint(cache: Path | None, packing: Packing = NF4, dtype: torch.dtype = torch.float32) -> str:
-        return load_base(base, packing, dtype, CPU, cache=cache).fingerprint
+        return load_base(base, packing, dtype, THE_CPU, cache=cache).fingerprint
 
     first = fingerprint(root)
     others = [fingerprint(None, packing) for packing in PACKINGS[1:]]

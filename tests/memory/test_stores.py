@@ -345,7 +345,7 @@ def test_without_a_cache_nothing_stays_behind(
     assert not root.exists()  # what does not stream touches no disk
     decoder = load_base(original, NF4, torch.float32, CPU, plan=STREAMED)
     (folder,) = root.iterdir()
-    assert folder.name.startswith("temporary-")
+    assert folder.name.startswith("temporary.partial-")
     for layer in decoder.layers_in_turn():
         assert decoder.weights.packed.keys() >= {f"model.layers.{layer}.mlp.up_proj"}
     assert open_files_below(root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from qlora_train.errors import RunFolderError
 from qlora_train.model import atomic_folder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.linear import FrozenLinear
-from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from qlora_train.train.checkpoint import (
+    Expected,
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+    newest_valid,
+    save_checkpoint,
+)
 from qlora_train.train.optimizer import FlatOptimizer
 
 
@@ -146,14 +154,118 @@ def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "not what it says"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "not what it says", "a bit", "a folder", "empty"])
 def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     save(tmp_path, 5)
     file = tmp_path / "step-5" / name
-    if damage == "missing":
-        file.unlink()
-    else:
-        data = file.read_bytes()
-        file.write_bytes(data[:-20] if damage == "truncated" else b"[1]" + data)
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    elif damage != "missing":
+        bit = bytes([data[-9] ^ 1])
+        damaged = {
+            "truncated": data[:-20],
+            "not what it says": b"[1]" + data,
+            "a bit": data[:-9] + bit + data[-8:],
+            "empty": b"",
+        }
+        file.write_bytes(damaged[damage])
     with pytest.raises(RunFolderError, match=r"step-5: this checkpoint does not read"):
         load_checkpoint(tmp_path, 5)
+
+
+OPTIMIZER = {"0.step": torch.tensor(4), "0.state1": torch.arange(100, dtype=torch.uint8)}
+EXPECTED = Expected(10, 100, {key: (value.dtype, tuple(value.shape)) for key, value in OPTIMIZER.items()})
+
+
+def save_whole(folder: Path, step: int, **changes: Any) -> None:
+    """A checkpoint that is what was written, whatever it says."""
+    values: dict[str, Any] = {"step": step, "data_position": 4 * step} | changes
+    tensors = {"masters": values.pop("masters", masters(step)), "state": values.pop("state", OPTIMIZER)}
+    place = values.pop("place", step)
+    save_checkpoint(folder, TrainState(**values), tensors["masters"], tensors["state"], 9)
+    if place != step:
+        (folder / f"step-{step}").rename(folder / f"step-{place}")
+
+
+def newest(folder: Path) -> tuple[int | None, list[str]]:
+    said: list[str] = []
+    found = newest_valid(folder, EXPECTED, said.append)
+    return (None if found is None else found.state.step), said
+
+
+def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
+    assert newest(tmp_path) == (None, []) and newest(tmp_path / "absent") == (None, [])
+    for step in (2, 4, 10):
+        save_whole(tmp_path, step)
+    assert newest(tmp_path) == (10, [])
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "beyond the schedule": {"step": 11},
+    "another step's folder": {"place": 7},
+    "step 0": {"step": 0, "place": 6},
+    "a negative position": {"data_position": -4},
+    "a position that is no whole number": {"data_position": 2.5},
+    "a scale that is text": {"loss_scale": "1"},
+    "a scale that is no power of two": {"loss_scale": 3.0},
+    "a scale of zero": {"loss_scale": 0.0},
+    "a best step to come": {"best_step": 9, "best_eval_loss": 1.0},
+    "a best loss that is text": {"best_eval_loss": "x"},
+    "more skipped than done": {"num_skipped": 7},
+    "a count that is missing": {"num_skipped": None},
+    "masters that broadcast": {"masters": torch.ones(1)},
+    "masters too short": {"masters": torch.ones(99)},
+    "masters in 16 bits": {"masters": torch.ones(100, dtype=torch.float16)},
+    "masters NaN": {"masters": torch.full((100,), float("nan"))},
+    "masters infinite": {"masters": torch.full((100,), float("inf"))},
+    "no optimizer state": {"state": {}},
+    "an optimizer tensor missing": {"state": {"0.step": OPTIMIZER["0.step"]}},
+    "an optimizer tensor too many": {"state": OPTIMIZER | {"1.step": torch.tensor(1)}},
+    "an optimizer tensor of another shape": {
+        "state": OPTIMIZER | {"0.state1": torch.zeros(1, dtype=torch.uint8)}
+    },
+    "an optimizer tensor of another dtype": {"state": OPTIMIZER | {"0.state1": torch.zeros(100)}},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG.keys())
+def test_one_that_fits_no_such_run_is_passed_over_and_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    save_whole(tmp_path, 4)
+    save_whole(tmp_path, **{"step": 6} | changes)
+    step, said = newest(tmp_path)
+    assert step == 4 and len(said) == 1
+    assert "is not one of this run" in said[0] and said[0].endswith("Going on from step-4 instead.")
+
+
+def test_before_the_first_applied_step_there_is_no_optimizer_state(tmp_path: Path) -> None:
+    save_whole(tmp_path, 3, state={}, num_skipped=1, num_overflows=2)
+    assert newest(tmp_path) == (3, [])
+
+
+def test_every_damaged_one_is_named(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save_whole(tmp_path, step)
+    for step in (4, 6):
+        (tmp_path / f"step-{step}" / "state.json").unlink()
+    step, said = newest(tmp_path)
+    assert step == 2 and ["step-6" in said[0], "step-4" in said[1]] == [True, True]
+    (tmp_path / "step-2" / "state.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"(?s)step-6.*step-4.*step-2.*No checkpoint is left"):
+        newest(tmp_path)
+
+
+def test_a_damaged_newer_one_does_not_push_out_what_is_saved(tmp_path: Path) -> None:
+    for step in (2, 8):
+        save(tmp_path, step)
+    save(tmp_path, 3, num_kept=1)
+    assert list_checkpoints(tmp_path) == [3, 8]
+
+
+def test_only_folders_of_a_plain_number_are_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (tmp_path / "step-9").write_text("a file")
+    for name in ("step-007", "step-x", "step-6.partial-ab", "astep-6"):
+        (tmp_path / name).mkdir()
+    assert list_checkpoints(tmp_path) == [5]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import child_environment
 
 from qlora_train.errors import RunFolderError
+from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.recipe import Recipe
 from qlora_train.train.run_folder import RunFolder
 
@@ -139,3 +145,123 @@ def test_a_crash_while_the_recipe_is_written_keeps_the_one_before(
         patch.setattr(Path, "replace", crash)
         folder.begin(make_recipe(tmp_path, log_every=7))
     assert folder.recipe_file.read_text() == before
+
+
+def test_a_claimed_folder_is_nobody_elses(folder: RunFolder) -> None:
+    with folder.claimed():
+        with (
+            pytest.raises(RunFolderError, match=r"another run is at work.*training\.output_dir"),
+            folder.claimed(),
+        ):
+            pytest.fail("two runs in one folder")
+        assert folder.path.is_dir()
+    with folder.claimed():
+        pass
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from qlora_train.train.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).claimed():
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_claim_ends_with_its_process(folder: RunFolder) -> None:
+    command = [sys.executable, "-c", HOLDER, str(folder.path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=child_environment(), text=True, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "claimed\n"
+        with pytest.raises(RunFolderError, match="another run is at work"), folder.claimed():
+            pytest.fail("two runs in one folder")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with folder.claimed():
+        pass
+
+
+def test_a_claim_leaves_no_folder_that_nothing_was_written_into(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "deep" / "down" / "run")
+    with pytest.raises(ValueError, match="bad data"), folder.claimed():
+        assert folder.path.is_dir()
+        raise ValueError("bad data")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "deep").mkdir()
+    with folder.claimed():
+        (folder.path / "recipe.yaml").write_text("x")
+    assert folder.recipe_file.exists()
+    with pytest.raises(ValueError, match="bad data"), RunFolder(tmp_path / "deep" / "other").claimed():
+        raise ValueError("bad data")
+    assert os.listdir(tmp_path / "deep") == ["down"]
+
+
+def test_a_path_that_goes_up_again_stays_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / ".." / "b")
+    with folder.claimed():
+        (folder.path / "recipe.yaml").write_text("x")
+    assert folder.recipe_file.exists()
+
+
+def test_where_there_are_no_locks_it_is_said(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(9, "as NFS says for a folder")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    said: list[str] = []
+    with folder.claimed(said.append):
+        pass
+    assert len(said) == 1 and "no locks" in said[0] and str(folder.path) in said[0]
+
+
+@pytest.mark.parametrize("path", ["/", "/..", "//"])
+def test_the_root_of_all_files_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(RunFolderError, match="is the root of all files"):
+        RunFolder(Path(path)).check(make_recipe(tmp_path), resume=False)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "link/run", "loop", "/proc/x", "/dev/null/x"])
+def test_where_no_folder_can_be_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RunFolderError, match=r"training\.output_dir"), RunFolder(tmp_path / name).claimed():
+        pytest.fail("claimed")
+    assert sorted(os.listdir(tmp_path)) == ["link", "loop"]
+
+
+def test_leftovers_are_removed_when_a_run_begins(tmp_path: Path, folder: RunFolder) -> None:
+    for name in ("checkpoints/step-2.partial-0a", "adapter.old-0b", "merged.partial-0c"):
+        (folder.path / name).mkdir(parents=True)
+    with atomic_folder(folder.path / "merged") as live:  # an export that goes on
+        folder.begin(make_recipe(tmp_path))
+        assert {path.name for path in folder.path.iterdir()} == {"recipe.yaml", "checkpoints", live.name}
+        assert os.listdir(folder.checkpoints) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "plan.json", "metrics.jsonl"])
+def test_an_odd_entry_is_found_before_training(tmp_path: Path, folder: RunFolder, name: str) -> None:
+    recipe = make_recipe(tmp_path)
+    folder.begin(recipe)
+    path = folder.path / name
+    if "." in name:
+        path.mkdir()
+    else:
+        path.write_text("x")
+    with pytest.raises(RunFolderError, match=name):
+        folder.check(recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    "line", [b"null", b"[1]", b"{}", b'{"step": "x"}', b"\xff\xfe", b"\0\0", b'{"a":' * 10**5], ids=repr
+)
+def test_damaged_lines_of_the_metrics_are_left_out(folder: RunFolder, line: bytes) -> None:
+    folder.path.mkdir()
+    folder.append_metrics({"step": 1, "loss": 0.1})
+    with folder.metrics_file.open("ab") as file:
+        file.write(line + b"\n")
+    folder.append_metrics({"step": 2, "loss": 1e-300})
+    rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 1e-300}]
+    assert folder.metrics() == rows
+    folder.cut_metrics(2)
+    assert [json.loads(line) for line in folder.metrics_file.read_text().splitlines()] == rows

@@ -128,4 +128,4 @@ def find_card() -> Card | None:
 def _multiplies_bfloat16() -> bool:
     """As `model/hub.resolve_dtype` decides it, without torch."""
     info = Path("/proc/cpuinfo")
-    return info.is_file() and "avx512_bf16" in info.read_text()
+    return info.is_file() and "avx512_bf16" in info.read_text(encoding="ascii", errors="replace")

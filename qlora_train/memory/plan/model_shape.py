@@ -7,7 +7,6 @@ one; the start-up probe of `train`, not this table, decides whether a family can
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_train.boundary import read_json
 from qlora_train.errors import UserError
 from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
 from qlora_train.memory.plan.packed_sizes import BLOCK_SIZE, Format
@@ -256,14 +256,7 @@ def find_shape(base: str, revision: str | None = None) -> ModelShape:
 
 
 def _read(config: Path) -> ModelShape:
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{config}: is not JSON ({error}). Download the model's config.json again."
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"{config}: is not the config.json of a model.")
+    values = read_json(config, UserError, "Download the model's config.json again.")
     return shape_from_config(values, str(config))
 
 
@@ -273,7 +266,7 @@ def _snapshot(base: str, revision: str | None) -> Path | None:
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     folder = hub / f"models--{base.replace('/', '--')}"
     reference = folder / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else (revision or "")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else (revision or "")
     snapshot = folder / "snapshots" / commit
     return snapshot if commit and (snapshot / "config.json").is_file() else None
 
