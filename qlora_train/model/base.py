@@ -154,7 +154,12 @@ def swap_linears(model: PreTrainedModel) -> str:
         linear.bias = module.bias
         parent, _, attribute = name.rpartition(".")
         setattr(layers.get_submodule(parent), attribute, linear)
-    surplus = [name for name, p in layers.named_parameters() if p.dim() > 1]
+    surplus = [
+        f"{name}.{attribute}"
+        for name, module in layers.named_modules()
+        for attribute, p in module.named_parameters(recurse=False)
+        if p.dim() > 1 and not type(module).__name__.endswith("Norm")  # Cohere's has a row per head
+    ]
     if surplus:
         raise UnsupportedModelError(
             f"{model.config.model_type}: its layers hold weights that are not linear layers "

@@ -29,6 +29,7 @@ from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.model.linear import (
     FrozenLinear,
     LoraFactors,
+    as_own,
     linear_backward,
     linear_forward,
     through_b,
@@ -167,7 +168,7 @@ class _SharedInputFunction(torch.autograd.Function):
         ctx.linears, ctx.tokens = linears, dropped_tokens(linears)
         if hs:
             ctx.save_for_backward(x, *hs)
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(as_own(y, x) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
