@@ -118,7 +118,7 @@ class LoraSection(_Section):
     """The trained factors: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
 
     rank: Count = 16
-    alpha: Count = 32
+    alpha: Annotated[int | float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
     use_rslora: bool = False

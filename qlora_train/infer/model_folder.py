@@ -32,7 +32,8 @@ from qlora_train.memory.plan.model_shape import find_shape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.workload import Workload, workload_of
 from qlora_train.memory.unpinned import host_memory_of_generation
-from qlora_train.model.adapter_files import load_adapter
+from qlora_train.model.adapter_config import HEAD
+from qlora_train.model.adapter_files import load_fitting
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
@@ -133,11 +134,14 @@ class ModelSource:
         return bare_workload(shape, sizes, target)
 
     def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
-        config, pairs = load_adapter(adapter)
+        config, pairs = load_fitting(adapter, [*decoder.linears, HEAD])
+        if HEAD in pairs:
+            decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
+        targets = {name: linear for name, linear in decoder.linears.items() if name in pairs}
         factors = FactorBuffers(
-            {name: linear for name, linear in decoder.linears.items() if name in pairs},
-            rank=config.rank,
-            scaling=config.scaling,
+            targets,
+            rank={name: config.rank_of(name) for name in targets},
+            scaling={name: config.scaling_of(name) for name in targets},
             dropout=0.0,
             seed=0,
             dtype=self.dtype,

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
+from qlora_train.model.base_folder import read_plain_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import FrozenLinear
 from qlora_train.model.quantize import Packing
@@ -35,10 +36,7 @@ from qlora_train.model.weights import LayerSource
 def read_config(folder: Path) -> PretrainedConfig:
     """The base's config. Raises `BaseModelError` if there is none or transformers does not know the
     family."""
-    if not (folder / "config.json").is_file():
-        raise BaseModelError(
-            f"{folder}: no config.json. model.base must be a folder with config.json and safetensors weights."
-        )
+    read_plain_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
@@ -69,6 +67,13 @@ def tie_head(model: PreTrainedModel) -> None:
     """Let the head be the embedding matrix where the config says so: one parameter, read and counted once."""
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
+def linear_names(config: PretrainedConfig) -> list[str]:
+    """Module paths of the linears of all decoder layers."""
+    model = empty_model(config, torch.float32)
+    swap_linears(model)
+    return [module.name for module in model.modules() if isinstance(module, FrozenLinear)]
 
 
 class Skeleton:

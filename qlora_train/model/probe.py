@@ -42,6 +42,7 @@ from qlora_train.model.weights import ResidentWeights
 TOLERANCE = 2e-4  # relative, fp32, against the largest value
 DOCUMENT_LENGTHS = (13, 9)
 VOCABULARY_SIZE = 64
+FACTOR_SCALING = 0.5
 TILE_ROWS, BLOCK_TOKENS = 24, 8  # several of both, the last ones ragged
 WINDOW = 5  # shorter than the documents, so that a sliding window is at work
 
@@ -145,7 +146,7 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
     fused_qkv[0].fuse(norms=False, mlps=False, qkv=True)
     pairs = factors.views(factors.masters)
     for name, (a, b) in pairs.items():
-        reference.get_parameter(f"{name}.weight").data += factors.scaling * b @ a
+        reference.get_parameter(f"{name}.weight").data += FACTOR_SCALING * b @ a
 
     tokens = torch.randint(0, VOCABULARY_SIZE, (sum(DOCUMENT_LENGTHS),), generator=generator)
     packed = _packed(tokens)
@@ -164,8 +165,8 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
         weight_gradient = reference.get_parameter(f"{name}.weight").grad
         assert weight_gradient is not None
         a, b = pairs[name]
-        result[f"{name} A gradient"] = _relative(gradient_a, factors.scaling * b.t() @ weight_gradient)
-        result[f"{name} B gradient"] = _relative(gradient_b, factors.scaling * weight_gradient @ a.t())
+        result[f"{name} A gradient"] = _relative(gradient_a, FACTOR_SCALING * b.t() @ weight_gradient)
+        result[f"{name} B gradient"] = _relative(gradient_b, FACTOR_SCALING * weight_gradient @ a.t())
     return result, ProbeResult(
         tail_name=_find_tail(decoder, factors, packed),
         fuses_norms=_same_layers((decoder, factors), fused_norms, packed),
@@ -238,7 +239,7 @@ def _walked_copy(reference: PreTrainedModel) -> _Walked:
     embedding = ResidentMatrix(parameters[skeleton.embedding_name], TILE_ROWS)
     head = embedding if skeleton.is_tied else ResidentMatrix(parameters[skeleton.head_name], TILE_ROWS)
     decoder = skeleton.come_alive(source, parameters, embedding, head, THE_CPU)
-    options: dict[str, Any] = {"rank": 4, "scaling": 0.5, "dropout": 0.0, "seed": 0}
+    options: dict[str, Any] = {"rank": 4, "scaling": FACTOR_SCALING, "dropout": 0.0, "seed": 0}
     factors = FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
     factors.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     return decoder, factors

@@ -241,7 +241,9 @@ def _read_index(folder: Path) -> dict[str, _Place]:
             )
         present = read_header(folder / shard)
         # What the index puts elsewhere is another file's; what it leaves out is here all the same.
-        places.update({name: place for name, place in present.items() if weight_map.get(name, shard) == shard})
+        places.update(
+            {name: place for name, place in present.items() if weight_map.get(name, shard) == shard}
+        )
     return places
 
 

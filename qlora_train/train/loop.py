@@ -173,8 +173,8 @@ class TrainLoop:
         if self._accelerator.is_main_process:
             save_adapter(
                 self._folder.adapter,
-                self._prepared.adapter_config,
-                self._factors.views(self._factors.masters),
+                self._prepared.adapter.config,
+                self._factors.views(self._factors.masters) | self._prepared.adapter.kept,
             )
         self._accelerator.wait_for_everyone()  # all that rank 0 writes is there for all
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.report import residency_lines
+from qlora_train.model.factors import FactorBuffers
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog
@@ -83,8 +84,12 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device.torch}",
-        f"LoRA rank {factors.rank} on {len(factors.names)} linears: {factors.masters.numel():,} "
+        f"LoRA rank {_ranks(factors)} on {len(factors.names)} linears: {factors.masters.numel():,} "
         "trainable parameters",
+        *(
+            f"the factors on {', '.join(prepared.adapter.kept)} are applied and kept as they are, not trained"
+            for _ in prepared.adapter.kept
+        ),
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *residency_lines(prepared.execution),
@@ -93,6 +98,11 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _ranks(factors: FactorBuffers) -> str:
+    ranks = [len(a) for a, _ in factors.views(factors.masters).values()]
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +26,11 @@ from qlora_train.memory.machine_plan import plan_here
 from qlora_train.memory.packed_cache import cache_root
 from qlora_train.memory.plan.plan import Plan
 from qlora_train.memory.unpinned import host_memory_of_run
-from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
-from qlora_train.model.base import read_config
+from qlora_train.model.adapter_config import HEAD, AdapterConfig, name_targets
+from qlora_train.model.adapter_files import Factors, head_copy, load_fitting
+from qlora_train.model.base import linear_names, read_config
+from qlora_train.model.base_folder import check_base
+from qlora_train.model.continued_adapter import as_continued
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
@@ -47,7 +50,16 @@ class LoadedModel:
     host: HostMemory
     decoder: FrozenDecoder
     factors: FactorBuffers
-    adapter_config: AdapterConfig
+    adapter: TrainedAdapter
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """What is written beside the trained factors. kept: factors that are applied, but not trained (a
+    head's)."""
+
+    config: AdapterConfig
+    kept: Factors
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Prepared:
     eval_data: PackedDataset | None
     decoder: FrozenDecoder
     factors: FactorBuffers
-    adapter_config: AdapterConfig
+    adapter: TrainedAdapter
     plan: Plan
     execution: ExecutionPlan
     host: HostMemory
@@ -89,12 +101,17 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def resolve(recipe: Recipe, device: ComputeDevice) -> tuple[Recipe, Path, torch.dtype]:
-    """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype."""
+    """The recipe with what "auto", hub names and `lora.init_from` stand for here, the base's folder and the
+    compute dtype."""
     folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
+    check_base(folder, recipe.model.quantization)
     dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
     data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
-    return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
+    lora = recipe.lora
+    if lora.init_from is not None:
+        lora = as_continued(lora, linear_names(read_config(folder)))
+    return recipe.model_copy(update={"model": model, "lora": lora, "data": data}), folder, dtype
 
 
 def prepare(
@@ -148,7 +165,7 @@ def prepare(
         eval_data,
         loaded.decoder,
         loaded.factors,
-        loaded.adapter_config,
+        loaded.adapter,
         loaded.plan,
         loaded.execution,
         loaded.host,
@@ -184,8 +201,8 @@ def load_model(
     decoder.tail_name = found.tail_name
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
-    factors, adapter_config = attach_factors(recipe, decoder, dtype)
-    return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
+    factors, adapter = attach_factors(recipe, decoder, dtype)
+    return LoadedModel(plan, execution, host, decoder, factors, adapter)
 
 
 def _agreed(execution: ExecutionPlan) -> ExecutionPlan:
@@ -195,35 +212,29 @@ def _agreed(execution: ExecutionPlan) -> ExecutionPlan:
 
 def attach_factors(
     recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype
-) -> tuple[FactorBuffers, AdapterConfig]:
-    """LoRA factors as the recipe says, continued from `lora.init_from` where it is given."""
+) -> tuple[FactorBuffers, TrainedAdapter]:
+    """LoRA factors as the recipe (resolved) says, continued from `lora.init_from` where it is given."""
     lora = recipe.lora
     targets = select_targets(decoder.linears, lora.target_modules)
-    config = AdapterConfig(
-        base_model=recipe.model.base,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=shortest_names(targets, decoder.linears),
-        use_rslora=lora.use_rslora,
-    )
+    config = AdapterConfig(recipe.model.base, lora.rank, lora.alpha, lora.dropout, use_rslora=lora.use_rslora)
+    start: Factors = {}
+    if lora.init_from is not None:
+        saved, start = load_fitting(Path(lora.init_from), [*decoder.linears, HEAD])
+        config = replace(config, rank_pattern=saved.rank_pattern, alpha_pattern=saved.alpha_pattern)
+    kept = {HEAD: start.pop(HEAD)} if HEAD in start else {}
+    names, layers = name_targets([*targets, *kept], [*decoder.linears, HEAD])
+    config = replace(config, target_modules=names, layers=layers)
     factors = FactorBuffers(
         targets,
-        rank=lora.rank,
-        scaling=config.scaling,
+        rank={name: config.rank_of(name) for name in targets},
+        scaling={name: config.scaling_of(name) for name in targets},
         dropout=lora.dropout,
         seed=recipe.training.seed,
         dtype=dtype,
         device=decoder.device.torch,
     )
     if lora.init_from is not None:
-        saved, pairs = load_adapter(Path(lora.init_from))
-        if saved.scaling != config.scaling:
-            raise BaseModelError(
-                f"lora.init_from: {lora.init_from} scales its factors by {saved.scaling}, this "
-                f"recipe by {config.scaling}; "
-                f"set lora.rank {saved.rank}, lora.alpha {saved.alpha} and lora.use_rslora "
-                f"{str(saved.use_rslora).lower()}"
-            )
-        factors.load(pairs)
-    return factors, config
+        factors.load(start)
+    if lora.init_from is not None and kept:
+        decoder.adapt_head(kept[HEAD], config.scaling_of(HEAD), head_copy(Path(lora.init_from)))
+    return factors, TrainedAdapter(config, kept)

@@ -22,7 +22,8 @@ from qlora_train.errors import BaseModelError, ExportError, NotYetError, RunFold
 from qlora_train.export import export, merge
 from qlora_train.export.packed_layers import PackedLayers, cached_layers
 from qlora_train.memory.load import load_base
-from qlora_train.model.adapter_files import AdapterConfig, save_adapter
+from qlora_train.model.adapter_config import AdapterConfig
+from qlora_train.model.adapter_files import save_adapter
 from qlora_train.model.quantize import PackedWeight, Packing, pack
 
 TOKENS = torch.arange(24).reshape(2, 12) % 40
