@@ -31,6 +31,7 @@ from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
 from qlora_train.recipe_checks import parse_size
 from qlora_train.recipe_yaml import nearest
 
+CHECKPOINT_HELP = "of a run (default: the finished adapter, else the last checkpoint)"
 NOT_YET = {
     "chat": ("D", "talk to a run or a model"),
     "eval": ("D", "score a run on held-out data"),
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", "answer prompts with a run or a merged model", run=_generate)
     generate.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
     generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    generate.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
     generate.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
     generate.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--top-p", type=_share, default=1.0, help="above 0, at most 1 (default)")
@@ -130,8 +132,33 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", "write a run as a model that other tools load", run=_export)
     export.add_argument("run_dir", metavar="RUN", type=Path)
     export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged")
-    export.add_argument("--base", choices=("original", "dequantized", "auto"), default="dequantized")
-    export.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    export.add_argument(
+        "--base",
+        choices=("original", "dequantized"),
+        help="the weights to merge onto (default: original, where they are there)",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default="auto",
+        help="auto (default): float16 where the model's values stay well inside its range",
+    )
+    export.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
+    export.add_argument(
+        "--receipt",
+        type=_count_or_none,
+        default=2000,
+        metavar="N|none",
+        help="held-out supervised tokens that the written model is compared on (default: 2000)",
+    )
+    export.add_argument(
+        "--for",
+        dest="loaders",
+        action="append",
+        default=[],
+        choices=("transformers", "bnb-4bit"),
+        help="load what was written with this, too, for the receipt; may be given several times",
+    )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: inside the run folder")
 
     recipes = command("recipes", "list, show or copy the bundled recipes", run=_list_recipes)
@@ -176,6 +203,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _count_or_none(text: str) -> int | None:
+    return None if text == "none" else _count(text)
 
 
 def _not_negative(text: str) -> float:
@@ -249,6 +280,7 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
         raw=args.raw,
+        checkpoint=args.checkpoint,
         vram_bytes=args.vram,
     )
 
@@ -256,11 +288,20 @@ def _generate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     if args.to != "merged":
         raise _not_yet_error(f"export --to {args.to}", "D")
-    if args.base == "auto":
-        raise _not_yet_error("export --base auto", "D")
     from qlora_train.export import export
 
-    print(export(args.run_dir, to=args.to, base=args.base, dtype=args.dtype, out=args.out))
+    folder = export(
+        args.run_dir,
+        to=args.to,
+        base=args.base,
+        dtype=args.dtype,
+        out=args.out,
+        checkpoint=args.checkpoint,
+        receipt=args.receipt,
+        loaders=args.loaders,
+        say=print,
+    )
+    print(folder)
 
 
 def _list_recipes(args: argparse.Namespace) -> None:

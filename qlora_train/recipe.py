@@ -24,6 +24,7 @@ This module imports no torch: `qlora-train --help` answers at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -77,6 +78,20 @@ def _auto_or_bool(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):  # a Literal would take 1 for True
         raise ValueError(f"must be auto, true or false, got {show(value)}")
     return value
+
+
+def _auto_or_count(value: Any) -> Any:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and value != "auto" and not is_count:
+        raise ValueError(f"must be auto, null or a whole number of 1 or more, got {show(value)}")
+    return value
+
+
+def _as_output_dir(value: str) -> str:
+    expanded = os.path.expanduser(value)
+    if os.path.abspath(expanded) == os.path.abspath(os.sep):
+        raise ValueError("is the root of the file system; name a folder for the run")
+    return expanded
 
 
 def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -164,9 +179,10 @@ class DataSection(_Section):
 
 
 class TrainingSection(_Section):
-    """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps."""
+    """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps
+    (`save_every: auto`: about every 10 minutes; null: at the end and when stopped)."""
 
-    output_dir: Text = "runs/my-run"
+    output_dir: Annotated[Text, AfterValidator(_as_output_dir)] = "runs/my-run"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     epochs: Positive | None = 1.0
     max_steps: Count | None = None
@@ -183,7 +199,7 @@ class TrainingSection(_Section):
     deterministic: AutoOrBool = "auto"
     log_every: Count = 1
     eval_every: Count | None = None
-    save_every: Count | None = None
+    save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(_auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
     early_stopping: Annotated[Count | None, _not_yet("E")] = None
     samples: Annotated[Texts, _not_yet("D")] = ()
@@ -248,11 +264,14 @@ class Recipe(_Section):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, in a folder's `recipe.yaml`, or bundled under this name.
 
-    `overrides` are `section.key=value`. Raises `RecipeError` with every problem, each with its line.
+    A run's own recipe means that run, wherever its folder lies now. `overrides` are `section.key=value`.
+    Raises `RecipeError` with every problem, each with its line.
     """
     file = find_recipe(path)
     found_in = (Path.cwd(), bundled_recipes_dir())
     draft = Draft.of_file(file, folders=(file.resolve().parent, *found_in))
+    if is_run_folder(file.parent):
+        draft.put(("training", "output_dir"), str(file.parent))
     draft.override(overrides, folders=found_in)
     return _finish(draft)
 
@@ -281,6 +300,11 @@ def find_recipe(path: str | Path) -> Path:
     raise RecipeError(
         [f"{path}: no such recipe file; bundled recipes are {', '.join(bundled) or 'none'}" + guess]
     )
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has begun there (train/run_folder.py); a recipe with data beside it is none."""
+    return any((folder / name).exists() for name in ("plan.json", "metrics.jsonl", "checkpoints"))
 
 
 def _finish(draft: Draft) -> Recipe:

@@ -126,6 +126,13 @@ class ShardReader:
         self._fill(buffer, place.path, place.offset_bytes)
         return buffer.view(place.info.dtype).reshape(place.info.shape)
 
+    def read_bytes(self, name: str, start: int, num_bytes: int) -> bytes:
+        """Some of a tensor's bytes, fewer where it ends."""
+        place = self._place(name)
+        buffer = torch.empty(max(0, min(num_bytes, place.info.num_bytes - start)), dtype=torch.uint8)
+        self._fill(buffer, place.path, place.offset_bytes + start)
+        return bytes(tensor_bytes(buffer))
+
     def row_blocks(
         self, name: str, max_bytes: int = MAX_READ_BYTES, multiple_of_rows: int = 1
     ) -> Iterator[tuple[int, int, Tensor]]:

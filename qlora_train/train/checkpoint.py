@@ -2,6 +2,7 @@
 
     checkpoints/step-N/state.safetensors   masters, optimizer state
     checkpoints/step-N/state.json          step, data position, loss scale, counters
+    checkpoints/step-N/adapter/            the masters once more, as the adapter that other tools load
 
 The random state needs no file: masks and data order are pure functions of the seed, the step and the
 position. Written under a temporary name, every file and the folder fsynced, then renamed: a name of the form
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,10 +50,15 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, masters: Tensor, optimizer_state: dict[str, Tensor], num_kept: int
+    folder: Path,
+    state: TrainState,
+    masters: Tensor,
+    optimizer_state: dict[str, Tensor],
+    num_kept: int,
+    write_adapter: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write folder/step-N, then remove all but the newest `num_kept` checkpoints and the best by
-    evaluation."""
+    evaluation. write_adapter: writes the same factors for other tools into a folder."""
     target = folder / f"step-{state.step}"
     tensors = {"masters": masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
     tensors = _each_its_own_memory({key: value.cpu().contiguous() for key, value in tensors.items()})
@@ -60,6 +67,7 @@ def save_checkpoint(
     with atomic_folder(target) as partial:
         save_file(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+        write_adapter(partial / "adapter")
     for step in list_checkpoints(folder)[:-num_kept]:
         if step != state.best_step:
             shutil.rmtree(folder / f"step-{step}")

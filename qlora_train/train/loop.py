@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,8 @@ from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.plan import largest_causes
 from qlora_train.memory.uploads import Uploads
 from qlora_train.model.adapter_files import save_adapter
+from qlora_train.model.trained_on import FILE_NAME
+from qlora_train.recipe import Recipe
 from qlora_train.train.batches import BatchesAhead
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from qlora_train.train.optimizer import FlatOptimizer
@@ -35,6 +38,7 @@ from qlora_train.train.step import StepOutcome, StepRunner
 from qlora_train.train.walk import LayerWalk
 
 STEPS_METERED = 2
+SAVE_SECONDS = 600.0  # between checkpoints with `save_every: auto`
 
 
 class TrainLoop:
@@ -53,6 +57,8 @@ class TrainLoop:
         self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
         self._meter, self._stop_metering = meter, stop_metering
         self._say: Callable[[str], None] = print
+        self._saved_at = self._step_began = time.monotonic()
+        self._step_seconds: float | None = None
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._factors = prepared.decoder, prepared.factors
         self._uploads = Uploads(self._decoder.device, prepared.host)
@@ -118,6 +124,11 @@ class TrainLoop:
                     f"here a step is {self._rows_per_step} rows. Resume it with as many processes "
                     "as it began with."
                 )
+            if self._state.step > self.num_steps:
+                raise RunFolderError(
+                    f"{self._folder.path}: has trained {self._state.step} steps already, the recipe asks for "
+                    f"{self.num_steps}. A run can be made longer, not shorter than it is."
+                )
             self._factors.masters.copy_(masters)
             self._factors.refresh_working()
             self._optimizer.load_state(optimizer_state)
@@ -131,6 +142,28 @@ class TrainLoop:
             )  # -1: the first evaluation comes again
         return self._state.step
 
+    def lengthened_line(self, begun: Recipe) -> str | None:
+        """What another number of steps than the run began with does to the learning rate; None: the same.
+        begun: the recipe of the run so far."""
+        training = self._recipe.training
+        num_bins, num_processes = self._prepared.train_data.num_bins, self._accelerator.num_processes
+        rows_before = num_rows(begun.training, num_bins, num_processes)
+        before = math.ceil(rows_before / self._rows_per_step)
+        next_step = self._state.step + 1
+        if before == self.num_steps or next_step > self.num_steps:
+            return None
+        rate = learning_rate(
+            next_step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
+        )
+        line = (
+            f"{self.num_steps} steps instead of {before}: the {training.lr_schedule} schedule now spans "
+            f"all {self.num_steps} and goes on at step {next_step} with a learning rate of {rate:.3g}"
+        )
+        gap = before * self._rows_per_step - rows_before
+        if gap and next_step > before:
+            line += f"; step {before} was not full, so {gap} rows of the epoch that begins now are left out"
+        return line
+
     def run(self) -> None:
         """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state
         saved."""
@@ -139,7 +172,7 @@ class TrainLoop:
         started = time.monotonic()
         steps = range(first + 1, self.num_steps + 1)
         with (
-            StopSignal() as stop,
+            StopSignal(self._stopping_line) as stop,
             TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
             BatchesAhead(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
         ):
@@ -157,25 +190,18 @@ class TrainLoop:
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)
                 signal_number = self._agreed(stop.received)
-                if (
-                    last
-                    or signal_number
-                    or _due(step, training.save_every)
-                    or (is_best and training.save_every)
-                ):
+                if last or signal_number or self._save_is_due(step, is_best):
                     self._save()
                 if signal_number and not last:
+                    if self._accelerator.is_main_process:
+                        self._write_adapter(self._folder.adapter)
                     raise Interrupted(
                         signal_number,
                         f"stopped after step {step} of {self.num_steps}; the state is saved, go on "
                         "with --resume",
                     )
         if self._accelerator.is_main_process:
-            save_adapter(
-                self._folder.adapter,
-                self._prepared.adapter.config,
-                self._factors.views(self._factors.masters) | self._prepared.adapter.kept,
-            )
+            self._write_adapter(self._folder.adapter)
         self._accelerator.wait_for_everyone()  # all that rank 0 writes is there for all
 
     def _one_step_or_save(self, step: int) -> dict[str, float | int | bool]:
@@ -211,7 +237,7 @@ class TrainLoop:
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
-        started = time.monotonic()
+        started = self._step_began = time.monotonic()
         _, plan = self._plan_log.in_force(step)
         if plan != self.plan:
             self._runner.walk.follow(plan)
@@ -223,7 +249,7 @@ class TrainLoop:
         )
         outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
         self._state.step, self._state.data_position = step, step * self._rows_per_step
-        seconds = time.monotonic() - started
+        seconds = self._step_seconds = time.monotonic() - started
         num_tokens = data.num_tokens(positions)
         return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
             "peak_bytes": meter.peak_bytes(self._decoder.device),
@@ -283,6 +309,7 @@ class TrainLoop:
         return True
 
     def _save(self) -> None:
+        self._saved_at = time.monotonic()
         if not self._accelerator.is_main_process:
             return
         state, runner = self._state, self._runner
@@ -295,6 +322,31 @@ class TrainLoop:
             self._factors.masters,
             self._optimizer.state(),
             self._recipe.training.keep_checkpoints,
+            self._write_adapter,
+        )
+
+    def _write_adapter(self, folder: Path) -> None:
+        trained, step = self._prepared.adapter, self._state.step
+        factors = self._factors.views(self._factors.masters) | trained.kept
+        said = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
+        save_adapter(folder, trained.config, factors, said)
+
+    def _save_is_due(self, step: int, is_best: bool) -> bool:
+        """Rank 0 alone saves, so ranks need not agree on the time."""
+        every = self._recipe.training.save_every
+        if every is None or is_best:
+            return is_best and every is not None
+        return time.monotonic() - self._saved_at >= SAVE_SECONDS if every == "auto" else step % every == 0
+
+    def _stopping_line(self) -> str:
+        """Said by a signal's handler, in the middle of a step."""
+        usual = self._step_seconds
+        left = (
+            "" if usual is None else f", about {max(0.0, self._step_began + usual - time.monotonic()):.0f} s"
+        )
+        step = self._state.step + 1
+        return (
+            f"stopping: step {step} is being finished{left}, then the state is saved; again to stop at once"
         )
 
     def _agreed(self, signal_number: int) -> int:

@@ -37,7 +37,7 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
 
     use_cache: keep the packed base for later starts. Raises a `UserError` for bad input and for a plan that
     does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
-    `Interrupted` after SIGINT or SIGTERM, with the state saved."""
+    `Interrupted` after SIGINT, SIGTERM or SIGHUP, with the state saved."""
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
     device = find_device(accelerator.device)
@@ -60,6 +60,9 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close)
         first = loop.resume() if resume else 0
         _introduce(console, prepared, loop, first, resume=resume)
+        begun = folder.begun_recipe() if first else None
+        if begun is not None and (line := loop.lengthened_line(begun)):
+            console.print(line, markup=False, soft_wrap=True)
         accelerator.wait_for_everyone()  # no rank may still be checking the folder
         if accelerator.is_main_process:
             folder.begin(recipe)

@@ -33,9 +33,10 @@ from qlora_train.model.base_folder import check_base
 from qlora_train.model.continued_adapter import as_continued
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers, select_targets
-from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
+from qlora_train.model.hub import dtype_name, resolve_dtype
 from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
 from qlora_train.model.quantize import Packing
+from qlora_train.model.trained_on import TrainedOn, find_base, read_trained_on
 from qlora_train.recipe import Recipe
 from qlora_train.train.schedule import num_rows
 
@@ -76,6 +77,7 @@ class Prepared:
     decoder: FrozenDecoder
     factors: FactorBuffers
     adapter: TrainedAdapter
+    trained_on: TrainedOn
     plan: Plan
     execution: ExecutionPlan
     host: HostMemory
@@ -103,14 +105,20 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def resolve(recipe: Recipe, device: ComputeDevice) -> tuple[Recipe, Path, torch.dtype]:
     """The recipe with what "auto", hub names and `lora.init_from` stand for here, the base's folder and the
     compute dtype."""
-    folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
+    folder, commit = find_base(recipe.model, Path(recipe.training.output_dir))
     check_base(folder, recipe.model.quantization)
     dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
-    model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
+    base = recipe.model.base if commit is not None else str(folder)
+    model = recipe.model.model_copy(
+        update={"base": base, "compute_dtype": dtype_name(dtype), "revision": commit}
+    )
     data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
     lora = recipe.lora
     if lora.init_from is not None:
         lora = as_continued(lora, linear_names(read_config(folder)))
+        trained_on = read_trained_on(Path(recipe.lora.init_from or ""))
+        if trained_on is not None:
+            trained_on.check_base(folder, Path(recipe.lora.init_from or ""))
     return recipe.model_copy(update={"model": model, "lora": lora, "data": data}), folder, dtype
 
 
@@ -166,6 +174,7 @@ def prepare(
         loaded.decoder,
         loaded.factors,
         loaded.adapter,
+        TrainedOn.of(recipe.model, folder, Path(recipe.training.output_dir), tokenizer),
         loaded.plan,
         loaded.execution,
         loaded.host,
