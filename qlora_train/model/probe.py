@@ -288,22 +288,3 @@ def _run_alone(reference: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tens
 
 def _relative(value: Tensor, expected: Tensor) -> float:
     return float((value.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
-
-
-def refuse_length_dependent_rope(config: PretrainedConfig, sequence_length: int) -> None:
-    """Refuse rotary tables that change with the longest document in a row, where sequence_length would make
-    them change.
-
-    "longrope" (long-context Phi-3) and "dynamic" choose the table of a whole row by its largest position:
-    past the original maximum a short document would be rotated otherwise packed than alone.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if rope_type in ("longrope", "dynamic") and sequence_length > original:
-        raise UnsupportedModelError(
-            f"{config.model_type} with rope type {rope_type}: beyond {original} tokens the rotary "
-            "table depends on the longest "
-            "document of a row, so packed documents would not equal the documents alone. Set "
-            f"data.sequence_length to {original} or less."
-        )

@@ -13,8 +13,10 @@ from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.report import residency_lines
 from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
+from qlora_train.train.overflow import require_range
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
@@ -59,7 +61,10 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
         )
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close)
         first = loop.resume() if resume else 0
+        near = require_range(prepared.decoder, _first_micro_batch(prepared))
         _introduce(console, prepared, loop, first, resume=resume)
+        if near is not None:
+            console.print(near, markup=False, soft_wrap=True)
         begun = folder.begun_recipe() if first else None
         if begun is not None and (line := loop.lengthened_line(begun)):
             console.print(line, markup=False, soft_wrap=True)
@@ -95,12 +100,19 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         ),
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
+        *(line for line in (prepared.plan.positions_line,) if line),
         *residency_lines(prepared.execution),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
         f"{loop.num_steps} optimizer steps" + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _first_micro_batch(prepared: Prepared) -> PackedTokens:
+    """The same on every rank."""
+    batch = prepared.train_data.micro_batch(range(prepared.recipe.training.micro_batch_size))
+    return PackedTokens.from_host(batch, prepared.decoder.device.torch)
 
 
 def _ranks(factors: FactorBuffers) -> str:

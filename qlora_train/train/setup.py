@@ -34,8 +34,9 @@ from qlora_train.model.continued_adapter import as_continued
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers, select_targets
 from qlora_train.model.hub import dtype_name, resolve_dtype
-from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
+from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.quantize import Packing
+from qlora_train.model.rope_lengths import refuse_length_dependent_rope
 from qlora_train.model.trained_on import TrainedOn, find_base, read_trained_on
 from qlora_train.recipe import Recipe
 from qlora_train.train.schedule import num_rows
@@ -144,12 +145,9 @@ def prepare(
     found = probe(config)
     tokenizer = load_tokenizer(str(folder), None)
     train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
-    if len(tokenizer) > config.vocab_size:
-        raise BaseModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
-            f"{config.vocab_size} rows; "
-            "check that tokenizer and weights belong together"
-        )
+    for data in (train_data, eval_data):
+        if data is not None and len(tokenizer) > config.vocab_size:
+            _refuse_surplus_ids(data, folder, config.vocab_size)
     loaded = load_model(
         recipe,
         folder,
@@ -179,6 +177,18 @@ def prepare(
         loaded.execution,
         loaded.host,
     )
+
+
+def _refuse_surplus_ids(data: PackedDataset, folder: Path, num_rows: int) -> None:
+    """A tokenizer may know more tokens than the embedding has rows, as long as no row of data says one."""
+    for document, origin in zip(data.documents, data.origins, strict=True):
+        largest = int(document.token_ids.max())
+        if largest >= num_rows:
+            raise BaseModelError(
+                f"{origin}: holds the token {largest}, and the embedding of {folder} has {num_rows} rows "
+                f"(0 to {num_rows - 1}). Leave such tokens out of the data, or check that tokenizer and "
+                "weights belong together."
+            )
 
 
 def load_model(

@@ -11,7 +11,8 @@ from qlora_train.errors import UnsupportedModelError
 from qlora_train.model import probe as probe_module
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import LoraFactors
-from qlora_train.model.probe import WINDOW, probe, refuse_length_dependent_rope, tiny_config
+from qlora_train.model.probe import WINDOW, probe, tiny_config
+from qlora_train.model.rope_lengths import refuse_length_dependent_rope
 
 
 def test_the_tiny_config_keeps_what_decides() -> None:

@@ -24,7 +24,7 @@ from qlora_train.errors import UnsupportedModelError
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.model.probe import probe, refuse_length_dependent_rope
+from qlora_train.model.probe import probe
 from qlora_train.model.quantize import Packing
 from qlora_train.train.walk import LayerWalk
 
