@@ -1,4 +1,5 @@
 # make demo: install and run the quickstart    make test: install and run every test
+# make mutants: takes each wait for a copy out of the product in turn; the simulated GPU must find it
 # make gpu-suite: on a GPU, all tests and cases that need one, in stages; see qlora_train/bench/gpu_suite.py
 # make offline-wheels: what a GPU machine without a network may lack, into build/wheels, to be taken there
 # Another interpreter: make PYTHON=python3.12 demo
@@ -15,13 +16,16 @@ RECORD := build/gpu-suite
 SUITE := -m qlora_train.bench.gpu_suite --record $(RECORD) $(if $(ONLY),--only $(ONLY)) \
   $(if $(AGAIN),--again) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER))
 
-.PHONY: demo test lint clean gpu-suite offline-wheels
+.PHONY: demo test mutants lint clean gpu-suite offline-wheels
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/demo.py
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NUM_WORKERS)
+
+mutants: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/simulated_runs/test_mutants.py -v
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

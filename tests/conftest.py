@@ -5,10 +5,17 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from bfloat16_products import cpu_multiplies_bfloat16
 from bfloat16_products import products_in_float32 as multiply_in_float32
+from simulated_gpu.registration import register as register_simulated_gpu
+
+if TYPE_CHECKING:
+    from simulated_gpu.fixture import SimulatedGpu
+
+register_simulated_gpu()  # before any test's first backward pass, and off until one takes the fixture
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +34,15 @@ def products_in_float32() -> Iterator[None]:
     """Where 16-bit products would take a hundred times as long."""
     with multiply_in_float32():
         yield
+
+
+@pytest.fixture
+def simulated_gpu() -> Iterator[SimulatedGpu]:
+    """A simulated GPU, `torch.device("sim", 0)`, for one test: tests/simulated_gpu."""
+    from simulated_gpu.fixture import simulated_gpu_of_test
+
+    with simulated_gpu_of_test() as gpu:
+        yield gpu
 
 
 def pytest_collection_finish() -> None:

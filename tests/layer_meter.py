@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from tiny_models import packed_row
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.device.description import DeviceDescription
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.byte_model import layer_bytes
@@ -42,7 +43,7 @@ def measured(decoder: FrozenDecoder, index: int, documents: list[int]) -> LayerP
 
     def peak_of(run: Callable[[], None]) -> int:
         gc.collect()
-        with DeviceMeter("cpu") as meter:
+        with DeviceMeter(THE_CPU) as meter:
             run()
             return meter.peak_bytes
 
@@ -57,7 +58,7 @@ def measured(decoder: FrozenDecoder, index: int, documents: list[int]) -> LayerP
 
     without_graph()  # whatever is made once
     gc.collect()
-    with DeviceMeter("cpu") as meter:
+    with DeviceMeter(THE_CPU) as meter:
         y = forward(x.detach().requires_grad_())
         kept_forward, live = meter.peak_bytes, meter.live_bytes
         meter.reset_peak()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.memory.execution import Activation, ExecutionPlan, everything_resident
 from qlora_train.memory.load import load_base
 from qlora_train.model.attention import NAME
@@ -129,7 +130,7 @@ def load_tiny(
     plan: ExecutionPlan | None = None,
 ) -> tuple[FrozenDecoder, FactorBuffers]:
     """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears."""
-    decoder = load_base(folder, packing, dtype, torch.device("cpu"), plan=plan, poison=True)
+    decoder = load_base(folder, packing, dtype, THE_CPU, plan=plan, poison=True)
     decoder.tail_name = _tail_name(str(folder))
     factors = FactorBuffers(
         decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu"

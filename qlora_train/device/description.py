@@ -29,7 +29,7 @@ Varlen = Literal["none", "equal heads", "grouped heads"]
 UnpackKernel = Literal["triton", "library", "parts"]
 """What torch's `varlen_attn` can do beside a scale and a window, if it has those at all."""
 
-FLASH_CAPABILITY = (8, 0)
+NO_CAPABILITY, FLASH_CAPABILITY = (0, 0), (8, 0)
 BFLOAT16_CAPABILITY = (8, 0)
 MAX_LIGER_COLUMNS = 65_536
 """A row is one block of its kernels."""
@@ -43,9 +43,11 @@ NUM_WORKSPACES = 2
 class DeviceDescription:
     """One compute device.
 
-    type: torch's word for it ("cpu", "cuda", "xpu"). capability, num_multiprocessors: of a GPU. varlen:
+    type: torch's word for it ("cpu", "cuda", "xpu"). capability: CUDA's number for what a GPU can do, (0, 0)
+    elsewhere. num_multiprocessors: of a GPU. varlen:
     torch's attention over documents of any length. has_triton, has_liger: whether their kernels run there.
-    has_bfloat16: whether it multiplies bfloat16 itself. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says,
+    has_bfloat16: whether it multiplies bfloat16 itself. blocks_documents: whether short documents are
+    attended to by products of our own (kernels/blocked_attention.py) instead of SDPA. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says,
     None where it is not set. index: which of its type, always known for a GPU that is here. name:
     as the driver says it. memory_bytes: all of the device's memory, 0 where it is not known.
     """
@@ -58,6 +60,7 @@ class DeviceDescription:
     cublas_workspace: str | None
     has_triton: bool = False
     has_bfloat16: bool = False
+    blocks_documents: bool = False
     index: int | None = None
     name: str = ""
     memory_bytes: int = 0
@@ -79,7 +82,7 @@ class DeviceDescription:
         are of one size, without a cap on scores. 193 to 224 lacks a backward on capabilities 8.6, 8.9 and
         12.0: too little shared memory."""
         has_size = head_dim % 8 == 0 and (head_dim <= 192 or 224 < head_dim <= 256)
-        return self.is_accelerator and self.capability >= FLASH_CAPABILITY and itemsize == 2 and has_size
+        return self.capability >= FLASH_CAPABILITY and itemsize == 2 and has_size
 
     def varlen_serves(self, itemsize: int, head_dim: int, *, grouped: bool, has_softcap: bool) -> bool:
         """Whether one call attends to all documents. grouped: query heads share key heads."""
@@ -113,7 +116,9 @@ class DeviceDescription:
         return ", ".join(parts)
 
 
-CPU = DeviceDescription("cpu", (0, 0), 0, "none", has_liger=False, cublas_workspace=None)
+CPU = DeviceDescription(
+    "cpu", NO_CAPABILITY, 0, "none", has_liger=False, cublas_workspace=None, blocks_documents=True
+)
 
 CARDS: dict[str, tuple[Capability, int]] = {
     "RTX 5090": ((12, 0), 170),
@@ -168,8 +173,6 @@ def cublas_workspace() -> str | None:
 
 
 def varlen_of_version(version: str) -> Varlen:
-    """What a torch version's `varlen_attn` can do: scale and window from 2.11 on, grouped heads from 2.12."""
+    """What a torch version's `varlen_attn` can do: scale, window and grouped heads from 2.11 on."""
     major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) >= (2, 12):
-        return "grouped heads"
-    return "equal heads" if (major, minor) == (2, 11) else "none"
+    return "grouped heads" if (major, minor) >= (2, 11) else "none"

@@ -1,4 +1,5 @@
-"""Which device is here, and which of the kernels run on it: asked once, and handed down from then on.
+"""Which device is here, and which of the kernels run on it: asked once at the start of a command, and handed
+down from then on.
 
 Triton is launched, liger-kernel imported, flash attention over documents tried on a few tokens against plain
 torch: there is no list of what may be missing, so what counts is whether it works. What does not is said with
@@ -6,8 +7,6 @@ a warning, and slower operations with the same results take its place.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 
@@ -29,7 +28,6 @@ def find_device(where: torch.device | None = None) -> ComputeDevice:
     return _described(torch.device(where.type, index))
 
 
-@cache
 def _described(where: torch.device) -> ComputeDevice:
     module = torch.get_device_module(where)
     properties = module.get_device_properties(where)

@@ -187,6 +187,7 @@ class _Assembly:
         weights.packed |= resident
         head = self._head(head_at, ring)
         embedding = head if skeleton.is_tied else self._embedding()
+        self._reader.finish()
         return skeleton.come_alive(weights, base.plain(device.torch), embedding, head, device)
 
     def _head(self, at: Tensor | FilePart | None, ring: Ring | None) -> TokenMatrix:

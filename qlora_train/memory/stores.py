@@ -85,7 +85,13 @@ class ItemReader:
             self._files[path] = DiskFile(path)
         return self._files[path]
 
+    def finish(self) -> None:
+        """Let the host wait for every copy so far: what they are made from may go then."""
+        if self._staging is not None:
+            self._staging.finish()
+
     def close(self) -> None:
+        self.finish()
         for file in self._files.values():
             file.close()
 
@@ -108,6 +114,11 @@ class _Staging:
             fill(start, piece)
             part.copy_(piece, non_blocking=True)
             self._copied[number % 2] = self._device.event()
+
+    def finish(self) -> None:
+        for copied in self._copied:
+            if copied is not None:
+                copied.synchronize()
 
 
 def _size(source: Tensor | FilePart) -> int:

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qlora_train.device.description import CPU, DeviceDescription
+from qlora_train.device.description import CPU, NO_CAPABILITY, DeviceDescription
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.kernels.blocked_attention import LONGEST, causal_attention
 from qlora_train.kernels.document_batches import put_together, take_apart
@@ -63,18 +63,17 @@ class AttentionKernels:
     @staticmethod
     def on(device: DeviceDescription, dtype: torch.dtype) -> AttentionKernels:
         """The fastest there are."""
-        blocks_documents = (
-            not device.is_accelerator and dtype != torch.float16
-        )  # whose products are slow there
-        return AttentionKernels(device, varlen_for(device), blocks_documents)
+        is_slow = dtype == torch.float16  # its products, on a CPU
+        return AttentionKernels(device, varlen_for(device), device.blocks_documents and not is_slow)
 
     def plain(self) -> AttentionKernels:
         """SDPA for everything: the reference."""
         return replace(self, varlen=None, blocks_documents=False)
 
     def sdpa_shares_heads(self, q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-        """Whether SDPA can share key heads among query heads without writing all scores."""
-        if not self.device.is_accelerator:
+        """Whether SDPA can share key heads among query heads without writing all scores; of CUDA's kernels
+        only flash can."""
+        if self.device.capability == NO_CAPABILITY:
             return True
         has_one_size = q.shape[3] == v.shape[3]
         return mask is None and has_one_size and self.device.flash_serves(q.dtype.itemsize, q.shape[3])

@@ -61,7 +61,7 @@ def planned(name: str, gib: float) -> Plan:
     host = HostBudget(100 * GIB, 60 * GIB)
     choices = Choices(recipe.memory.weights, recipe.memory.activations)
     budget_bytes = recipe.memory.vram_bytes or int(gib * GIB)
-    return make_plan(workload, budget_bytes, stated_rates("cuda", "H100"), host, choices)
+    return make_plan(workload, budget_bytes, stated_rates(planned_gpu("H100", None)), host, choices)
 
 
 @pytest.mark.parametrize(

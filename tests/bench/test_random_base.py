@@ -11,6 +11,7 @@ import torch
 from tiny_models import packed_row
 
 from qlora_train.bench.random_base import make_random_base, write_config
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.load import load_base
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.packed_cache import LAYERS
@@ -18,7 +19,6 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.loss import TiledLoss
 from qlora_train.model.quantize import Packing
 
-CPU = torch.device("cpu")
 VOCABULARY = 401
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

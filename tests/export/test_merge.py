@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import BaseModelError, ExportError, NotYetError, RunFolderError
 from qlora_train.export import export, merge
 from qlora_train.export.packed_layers import PackedLayers, cached_layers
@@ -379,7 +380,7 @@ def test_what_training_packed_is_not_packed_again(tmp_path: Path, monkeypatch, p
     expected = merged("again", None)
     assert len(packed_again) == 2 * len(LINEARS)
 
-    load_base(base, packing, torch.float32, torch.device("cpu"), cache=tmp_path / "cache").close()
+    load_base(base, packing, torch.float32, THE_CPU, cache=tmp_path / "cache").close()
     packed_again.clear()
     assert cached_layers(base, packing, torch.bfloat16) is None
     cached = cached_layers(base, packing, torch.float32)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_attention
-from qlora_train.model.attention import DocumentLayout, packed_attention
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.kernels.on_device import find_device
+from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
 
 pytestmark = pytest.mark.gpu
 ROWS = [[1], [7, 1, 130, 3, 64, 1], [1, 1, 1], [257, 1023, 5, 300]]
@@ -19,11 +20,11 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
 
 @pytest.fixture
-def flash(gpu: torch.device) -> VarlenAttention:
-    varlen = varlen_attention(gpu)
-    if varlen is None or varlen.capability < (8, 0):
+def flash(device: ComputeDevice) -> AttentionKernels:
+    kernels = AttentionKernels.on(device.description, torch.bfloat16)
+    if kernels.varlen is None:
         pytest.skip("needs flash attention")
-    return varlen
+    return kernels
 
 
 def random_qkv(device: torch.device, total: int, heads: int, kv_heads: int, size: int) -> list[Tensor]:
@@ -61,16 +62,16 @@ def defined(lengths: list[int], rule: dict):
     return attend
 
 
-def ours(lengths: list[int], rule: dict, dtype: torch.dtype, varlen: VarlenAttention | None):
+def ours(lengths: list[int], rule: dict, dtype: torch.dtype, kernels: AttentionKernels):
     """`packed_attention` in `dtype`, by document or with the varlen kernel."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layout = DocumentLayout.of(np.cumsum([0, *lengths]), q.device)
         # laid out as a model's projections are: tokens outside, heads inside
         laid_out = [t.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)[None] for t in (q, k, v)]
-        if varlen is not None:
-            assert varlen.serves(*laid_out, None)
-        out, _ = packed_attention(nn.Identity(), *laid_out, None, documents=layout, varlen=varlen, **rule)
+        assert kernels.varlen is None or kernels.varlen.serves(*laid_out, None)
+        packed = {"documents": layout, "attention_kernels": kernels}
+        out, _ = packed_attention(nn.Identity(), *laid_out, None, **packed, **rule)
         return out[0]
 
     return attend
@@ -119,7 +120,8 @@ def test_by_document_attends_as_defined(gpu, lengths, rule, heads, kv_heads, dty
 @pytest.mark.parametrize("rule", [{}, {"sliding_window": 512}], ids=str)
 def test_no_path_writes_all_scores(gpu, dtype, rule) -> None:
     """8,192 tokens, 8 heads: the scores alone would be 1 or 2 GiB."""
-    for varlen in (varlen_attention(gpu), None):
+    fast = AttentionKernels.on(find_device(gpu).description, torch.bfloat16)
+    for kernels in (fast, fast.plain()):
         leaves = [
             torch.randn(1, heads, 8192, 64, device=gpu, dtype=dtype, requires_grad=True)
             for heads in (8, 2, 2)
@@ -127,7 +129,9 @@ def test_no_path_writes_all_scores(gpu, dtype, rule) -> None:
         layout = DocumentLayout.of(np.array([0, 8192]), gpu)
         torch.cuda.reset_peak_memory_stats(gpu)
         before = torch.cuda.memory_allocated(gpu)
-        out, _ = packed_attention(nn.Identity(), *leaves, None, documents=layout, varlen=varlen, **rule)
+        out, _ = packed_attention(
+            nn.Identity(), *leaves, None, documents=layout, attention_kernels=kernels, **rule
+        )
         out.sum().backward()
         assert torch.cuda.max_memory_allocated(gpu) - before < 400 * 2**20
 
@@ -146,9 +150,9 @@ def test_deterministic_algorithms_give_the_same_bits_again(gpu, flash) -> None:
 def test_attending_waits_for_nothing(gpu, flash) -> None:
     layout = DocumentLayout.of(np.array([0, 100, 301]), gpu)
     q, k, v = (torch.randn(1, 4, 301, 64, device=gpu, dtype=torch.float16) for _ in range(3))
-    packed_attention(nn.Identity(), q, k, v, None, documents=layout, varlen=flash)
+    packed_attention(nn.Identity(), q, k, v, None, documents=layout, attention_kernels=flash)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        packed_attention(nn.Identity(), q, k, v, None, documents=layout, varlen=flash)
+        packed_attention(nn.Identity(), q, k, v, None, documents=layout, attention_kernels=flash)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.offload import HostPark
 from qlora_train.memory.ring import Ring
@@ -47,8 +48,8 @@ def test_a_slot_holds_its_item_for_as_long_as_it_is_used(
 ) -> None:
     num_items = 6
     order = [*range(num_items), *reversed(range(num_items))] * 2
-    reader = Counted(HostMemory(gpu), num_items, slow=slow in ("copies", "both"))
-    ring = Ring(reader, num_slots, NUM_BYTES, gpu, poison=poison)
+    reader = Counted(HostMemory(find_device(gpu)), num_items, slow=slow in ("copies", "both"))
+    ring = Ring(reader, num_slots, NUM_BYTES, find_device(gpu), poison=poison)
     ring.expect(order)
     seen = []
     for item in order:
@@ -63,7 +64,7 @@ def test_a_slot_holds_its_item_for_as_long_as_it_is_used(
 
 
 def test_an_order_that_is_broken_off_leaves_the_ring_usable(gpu: torch.device) -> None:
-    ring = Ring(Counted(HostMemory(gpu), 4, slow=True), 2, NUM_BYTES, gpu)
+    ring = Ring(Counted(HostMemory(find_device(gpu)), 4, slow=True), 2, NUM_BYTES, find_device(gpu))
     ring.expect(range(4))
     ring.acquire(0)
     sleep()
@@ -83,7 +84,7 @@ def test_a_file_passes_through_the_staging_pieces(
     num_bytes = 5 * STAGING_BYTES + 12_345
     content = torch.randint(256, (offset_bytes + num_bytes,), dtype=torch.uint8)
     (tmp_path / "file").write_bytes(content.numpy().tobytes())
-    reader = ItemReader(gpu, HostMemory(gpu))
+    reader = ItemReader(find_device(gpu), HostMemory(find_device(gpu)))
     reader.items = {0: FilePart(tmp_path / "file", offset_bytes, num_bytes)}
     slot = torch.zeros(num_bytes + 99, dtype=torch.uint8, device=gpu)
     for _ in range(2):
@@ -107,7 +108,7 @@ def numbered(value: int, gpu: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_parked_tensors_come_back_whatever_is_written_where_they_were(gpu: torch.device, slow: bool) -> None:
-    park = HostPark(gpu, HostMemory(gpu))
+    park = HostPark(find_device(gpu), HostMemory(find_device(gpu)))
     parked = []
     for value in range(8):
         if slow:
@@ -127,7 +128,7 @@ def test_parked_tensors_come_back_whatever_is_written_where_they_were(gpu: torch
 
 
 def test_a_host_buffer_that_is_used_again_is_not_overtaken(gpu: torch.device) -> None:
-    park = HostPark(gpu, HostMemory(gpu))
+    park = HostPark(find_device(gpu), HostMemory(find_device(gpu)))
     first = park.park(numbered(1, gpu))
     slow_down(park)
     first.fetch()  # gives the buffer back while the copy from it waits
@@ -137,14 +138,14 @@ def test_a_host_buffer_that_is_used_again_is_not_overtaken(gpu: torch.device) ->
 
 
 def test_things_that_leave_together_come_back_apart(gpu: torch.device) -> None:
-    park = HostPark(gpu, HostMemory(gpu))
+    park = HostPark(find_device(gpu), HostMemory(find_device(gpu)))
     first, second = park.park_all([numbered(1, gpu), numbered(2, gpu)[: NUM_BYTES // 8]])
     assert torch.equal(second.take(), numbered(2, gpu)[: NUM_BYTES // 8])
     assert torch.equal(first.take(), numbered(1, gpu))
 
 
 def test_host_memory_is_pinned_and_copies_leave_the_host_alone(gpu: torch.device) -> None:
-    host = HostMemory(gpu)
+    host = HostMemory(find_device(gpu))
     buffer = host.empty(NUM_BYTES + 1)
     assert host.pinned and buffer.is_pinned()
     there = torch.zeros(NUM_BYTES + 1, dtype=torch.uint8, device=gpu)
@@ -159,7 +160,7 @@ def test_host_memory_is_pinned_and_copies_leave_the_host_alone(gpu: torch.device
 
 
 def test_pinned_memory_that_goes_can_be_pinned_anew(gpu: torch.device) -> None:
-    host = HostMemory(gpu)
+    host = HostMemory(find_device(gpu))
     for _ in range(20):
         buffer = host.empty(NUM_BYTES)
         buffer.fill_(3)

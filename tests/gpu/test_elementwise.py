@@ -12,7 +12,8 @@ from tiny_models import tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qlora_train.kernels.liger import Liger, liger_on
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.kernels.liger import Liger, liger_for
 from qlora_train.kernels.rms_norm import rms_norm
 from qlora_train.model.fused import NEAR, FusedNorm, fuse_norms
 
@@ -22,9 +23,9 @@ SILU_SHAPES = [(1, 3), (7, 130), (33, 11008), (129, 14336), (2, 53248)]
 
 
 @pytest.fixture
-def liger(gpu: torch.device) -> Liger:
+def liger(device: ComputeDevice) -> Liger:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (extra gpu)")
-    found = liger_on(gpu)
+    found = liger_for(device.description)
     if found is None:
         pytest.skip("liger-kernel is installed but cannot be used here; the warning says why")
     return found

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_train.kernels.on_device import find_device
 from qlora_train.model.packed_matrix import PackedMatrix, RowFormat, packing_of_rows
 from qlora_train.model.quantize import Packing, pack
 from qlora_train.model.token_matrix import ResidentMatrix, TokenIds, tiles
@@ -26,7 +27,10 @@ def test_parts_are_those_of_the_whole(
     )
     row_format = RowFormat(packing_of_rows(packing, num_columns), num_columns, dtype)
     stored = ResidentMatrix(row_format.store(weight, 0, V).to(gpu), tile_rows)
-    matrix, expected = PackedMatrix(stored, row_format), weight.to(gpu).unpack(dtype)
+    matrix, expected = (
+        PackedMatrix(stored, row_format, find_device(gpu).description.unpack_kernel),
+        weight.to(gpu).unpack(dtype),
+    )
     for start, rows in tiles(matrix):
         assert torch.equal(rows, expected[start : start + tile_rows])
     for ids in ([1000, 3, 3, 0], list(range(V)), [7], []):

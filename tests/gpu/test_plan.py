@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_train.kernels.varlen_attention import varlen_attention
-from qlora_train.memory.machine_plan import target_of
 from qlora_train.memory.plan.ghost import Ledger, backward
 from qlora_train.memory.plan.ghost_attention import AttentionRule
 from qlora_train.memory.plan.ghost_attention import packed_attention as ghost_attention
-from qlora_train.model.attention import DocumentLayout, packed_attention
+from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
 
 pytestmark = pytest.mark.gpu
 ROWS = [[2048], [700, 31, 293, 1024], [16] * 64]
@@ -27,7 +25,7 @@ def requested(device: torch.device, when: str) -> int:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("window", [None, 256])
 @pytest.mark.parametrize("lengths", ROWS, ids=lambda lengths: f"{len(lengths)} documents")
-def test_attention(gpu, lengths, window, dtype, deterministic) -> None:
+def test_attention(gpu, device, lengths, window, dtype, deterministic) -> None:
     """At most 2 % under what was asked for, forward and back. Above: the memory-efficient kernel's sums are
     counted as the most that they may be."""
     num_tokens = sum(lengths)
@@ -45,7 +43,8 @@ def test_attention(gpu, lengths, window, dtype, deterministic) -> None:
             before = requested(gpu, "current")
             torch.cuda.reset_peak_memory_stats(gpu)
             out, _ = packed_attention(
-                nn.Identity(), *leaves, None, documents=layout, varlen=varlen_attention(gpu),
+                nn.Identity(), *leaves, None, documents=layout,
+                attention_kernels=AttentionKernels.on(device.description, dtype),
                 sliding_window=window,
             )  # fmt: skip
             forward = requested(gpu, "peak") - before
@@ -56,7 +55,7 @@ def test_attention(gpu, lengths, window, dtype, deterministic) -> None:
         torch.use_deterministic_algorithms(False)
     rule = AttentionRule(
         tuple(lengths), window, has_softcap=False, heads_outside=False, reference=False,
-        target=target_of(gpu), deterministic=deterministic, most_documents=len(lengths),
+        target=device.description, deterministic=deterministic, most_documents=len(lengths),
     )  # fmt: skip
     ledger = Ledger()
     ghosts = [ledger.tensor(t.shape, t.itemsize).leaf() for t in leaves]

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from tiny_models import NF4, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 
+from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
 from qlora_train.memory.meter import make_workspaces
@@ -81,7 +82,7 @@ def _on(device: torch.device, tokens: PackedTokens) -> PackedTokens:
 
 def loaded(folder: Path, plan: ExecutionPlan, gpu: torch.device) -> tuple[FrozenDecoder, FactorBuffers]:
     decoder = load_base(
-        folder, NF4, torch.bfloat16, gpu, plan=plan, cache=folder.parent / "packed", poison=True
+        folder, NF4, torch.bfloat16, find_device(gpu), plan=plan, cache=folder.parent / "packed", poison=True
     )
     decoder.tail_name = "mlp.down_proj"
     decoder.fuse(norms=True, mlps=True, qkv=True)
@@ -160,7 +161,7 @@ def one_step(
     """Gradient on the host, the allocator's peak (reserved) and the tighter plans of one optimizer step."""
     gc.collect()
     torch.cuda.empty_cache()
-    make_workspaces(gpu)
+    make_workspaces(find_device(gpu))
     if limit_bytes is not None:
         total_bytes = torch.cuda.mem_get_info(gpu)[1]
         torch.cuda.set_per_process_memory_fraction(limit_bytes / total_bytes, gpu)
@@ -168,7 +169,9 @@ def one_step(
         torch.cuda.reset_peak_memory_stats(gpu)
         decoder, factors = loaded(folder, plan, gpu)
         changes: list[str] = []
-        optimizer = FlatOptimizer("adamw_8bit", factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+        optimizer = FlatOptimizer(
+            "adamw_8bit", factors, find_device(gpu), lora_b_lr_ratio=1.0, weight_decay=0.0
+        )
         runner = StepRunner(
             LayerWalk(decoder, factors, plan, reference=False),
             decoder,

@@ -35,7 +35,7 @@ def test_a_weight_has_the_bits_of_bitsandbytes(gpu, block_size, form, double_qua
         packed = packed_weight(shape, Packing(form, double_quant, block_size), gpu)
         around = torch.full((packed.shape[0] * packed.shape[1] + 16,), 7.0, dtype=dtype, device=gpu)
         out = around[8:-8].view(shape)
-        assert packed.unpack_into(out) is out
+        assert packed.unpack_into(out, "triton") is out
         assert torch.equal(bits(out), bits(packed.unpack(dtype)))
         assert (around[:8] == 7).all() and (around[-8:] == 7).all()
 
@@ -95,7 +95,7 @@ def test_unpacking_is_as_fast_as_copying(gpu, record_property) -> None:
     num_bytes = packed.num_bytes + outs[0].nbytes
     halves = [torch.empty(num_bytes // 2, dtype=torch.uint8, device=gpu) for _ in range(8)]
     copy_seconds = seconds(lambda i: halves[i % 4].copy_(halves[4 + i % 4]))
-    unpack_seconds = seconds(lambda i: packed.unpack_into(outs[i % 4]))
+    unpack_seconds = seconds(lambda i: packed.unpack_into(outs[i % 4], "triton"))
     state = packed._state(0, shape[0], torch.bfloat16)
     library_seconds = seconds(
         lambda i: bnb.dequantize_4bit(packed.tensors["data"].unsqueeze(1), state, out=outs[i % 4])

@@ -11,6 +11,7 @@ from tiny_models import pack_with_head, write_checkpoint
 from tiny_runs import byte_tokenizer
 
 from qlora_train.cli import main
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UserError
 from qlora_train.infer import model_folder
 from qlora_train.infer.decoding import Sampling, generate_tokens
@@ -83,7 +84,7 @@ def test_the_same_tokens_however_much_streams_and_few_fetches(bare: Path, room: 
 def test_the_budget_is_kept(bare: Path, room: tuple[int, int]) -> None:
     """The plan counts 128 MiB for blocks of rows while loading; a model this small needs less."""
     budget = room[0] - 5 * room[1]
-    with DeviceMeter("cpu") as meter:
+    with DeviceMeter(THE_CPU) as meter:
         model = find_model(bare).load(SIZE, vram_bytes=budget)
         meter.reset_peak()
         tokens_of(model)
@@ -103,7 +104,7 @@ def test_a_head_that_is_packed(bare: Path, tmp_path: Path, packing: Packing) -> 
         assert source.packing == packing
         resident = source.load(SIZE).plan
         budget = resident.peak_bytes - pieces_fewer * resident.workload.slab_bytes
-        with DeviceMeter("cpu") as meter:
+        with DeviceMeter(THE_CPU) as meter:
             model = source.load(SIZE, vram_bytes=budget)
             answers.append(tokens_of(model))
             meter.reset_peak()

@@ -8,18 +8,18 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from qlora_train.kernels.liger import choose, liger_on
+from qlora_train.device.description import CPU, planned_gpu
+from qlora_train.kernels.liger import liger_for, usable_liger
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def backward(gradient: Any, *, needs_dw: bool) -> None:
@@ -34,28 +34,24 @@ def modules(backward: Callable[..., None]) -> Callable[[str], Any]:
     return lambda name: SimpleNamespace(name=name, rms_norm_backward=backward)
 
 
-def never(_: Any) -> Any:
-    raise AssertionError("not asked")
-
-
 def broken(name: str) -> Any:
     raise ImportError(f"{name} wants another Triton")
 
 
-def test_used_on_a_gpu_where_it_is_installed_and_triton_runs() -> None:
+def test_used_where_it_can_be() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        liger = choose(CUDA, True, lambda device: device == CUDA, modules(backward))
+        liger = usable_liger(modules(backward))
     assert liger is not None
     assert liger.norms.name == "liger_kernel.ops.rms_norm"
     assert liger.swiglu.name == "liger_kernel.ops.swiglu"
 
 
-def test_plain_torch_elsewhere_and_nothing_is_imported() -> None:
-    assert choose(CPU, True, never, never) is None
-    assert choose(CUDA, False, never, never) is None
-    assert choose(CUDA, True, lambda _: False, never) is None  # what is missing, triton_runs has said
-    assert liger_on(CPU) is None
+def test_the_description_of_the_device_decides() -> None:
+    gpu = planned_gpu("RTX 3060", None)
+    assert liger_for(CPU) is None and liger_for(replace(gpu, has_liger=False)) is None
+    is_installed = find_spec("liger_kernel") is not None and find_spec("triton") is not None
+    assert (liger_for(replace(gpu, has_liger=True)) is not None) == is_installed
 
 
 @pytest.mark.parametrize(
@@ -67,7 +63,7 @@ def test_plain_torch_elsewhere_and_nothing_is_imported() -> None:
 )
 def test_an_installed_one_that_cannot_be_used_is_warned_of(load, reason: str) -> None:
     with pytest.warns(UserWarning, match=f"installed but not used: .*{reason}.*Plain torch"):
-        assert choose(CUDA, True, lambda _: True, load) is None
+        assert usable_liger(load) is None
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ given and attends by the definition. What the kernel itself computes is for test
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,43 +11,34 @@ import pytest
 import torch
 from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
-from qlora_train.kernels.varlen_attention import (
-    Heads,
-    VarlenAttention,
-    _parameters,
-    attention_kernel,
-    flash_serves,
-    varlen_attention,
-)
-from qlora_train.model.attention import DocumentLayout, packed_attention
+from qlora_train.device.description import CPU, DeviceDescription, Varlen
+from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_for, what_works
+from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
 from qlora_train.train.walk import LayerWalk
 
 TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)
-GROUPED = Heads(32, 8, 128, 128)
-COMMON = frozenset({"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux"})
-TORCH_2_10 = COMMON | {"is_causal"}
-TORCH_2_11 = COMMON | {"scale", "window_size"}
-TORCH_2_12 = TORCH_2_11 | {"enable_gqa", "seqused_k", "block_table", "num_splits"}
 LENGTHS = [5, 1, 12, 3, 17]
 
 
-@pytest.mark.parametrize(
-    ("capability", "kernel"),
-    [
-        (TURING, "documents"),
-        (AMPERE, "varlen"),
-        (ADA, "varlen"),
-        (HOPPER, "varlen"),
-        (BLACKWELL, "varlen"),
-    ],
-)
-def test_the_kernel_of_a_capability(capability, kernel) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        assert attention_kernel(capability, dtype, GROUPED, False, TORCH_2_12) == kernel
-    assert attention_kernel(capability, torch.float32, GROUPED, False, TORCH_2_12) == "documents"
-    assert attention_kernel(capability, torch.bfloat16, GROUPED, True, TORCH_2_12) == "documents"
+def card(capability: tuple[int, int], varlen: Varlen = "grouped heads") -> DeviceDescription:
+    return DeviceDescription("cuda", capability, 28, varlen, has_liger=False, cublas_workspace=None, index=0)
+
+
+def kernels(function: Any, capability: tuple[int, int] = ADA) -> AttentionKernels:
+    """As on a card of this capability, where torch's function is `function`."""
+    device = card(capability)
+    return AttentionKernels(device, VarlenAttention(function, device), blocks_documents=False)
+
+
+@pytest.mark.parametrize("capability", [TURING, AMPERE, ADA, HOPPER, BLACKWELL])
+def test_the_layers_that_a_capability_serves(capability) -> None:
+    has_flash = capability >= AMPERE
+    asked = {"grouped": True, "has_softcap": False}
+    assert card(capability).varlen_serves(2, 128, **asked) == has_flash
+    assert not card(capability).varlen_serves(4, 128, **asked)  # float32
+    assert not card(capability).varlen_serves(2, 128, grouped=True, has_softcap=True)
+    assert not CPU.varlen_serves(2, 128, **asked)
 
 
 @pytest.mark.parametrize(
@@ -54,38 +46,26 @@ def test_the_kernel_of_a_capability(capability, kernel) -> None:
     [(8, True), (64, True), (80, True), (84, False), (128, True), (192, True), (200, False), (224, False)]
     + [(232, True), (256, True), (264, False), (512, False)],
 )
-def test_the_kernel_of_a_head_size(size, is_served) -> None:
-    heads = Heads(8, 2, size, size)
-    assert flash_serves(ADA, torch.bfloat16, heads) == is_served
-    kernel = attention_kernel(ADA, torch.bfloat16, heads, False, TORCH_2_12)
-    assert kernel == ("varlen" if is_served else "documents")
-    assert not flash_serves(ADA, torch.bfloat16, Heads(8, 2, 192, 128))  # values of another size
+def test_the_head_sizes_that_are_served(size, is_served) -> None:
+    assert card(ADA).flash_serves(2, size) == is_served
+    assert card(ADA).varlen_serves(2, size, grouped=True, has_softcap=False) == is_served
 
 
 @pytest.mark.parametrize(
-    ("parameters", "alone", "grouped"),
-    [
-        (frozenset(), "documents", "documents"),
-        (TORCH_2_10, "documents", "documents"),
-        (TORCH_2_11, "varlen", "documents"),
-        (TORCH_2_12, "varlen", "varlen"),
-    ],
+    ("varlen", "alone", "grouped"),
+    [("none", False, False), ("equal heads", True, False), ("grouped heads", True, True)],
 )
-def test_the_kernel_of_a_version_of_torch(parameters, alone, grouped) -> None:
-    kernels = [
-        attention_kernel(ADA, torch.float16, heads, False, parameters)
-        for heads in (Heads(8, 8, 64, 64), GROUPED)
-    ]
-    assert kernels == [alone, grouped]
+def test_what_torchs_function_was_found_to_do_decides(varlen, alone, grouped) -> None:
+    device = card(ADA, varlen)
+    assert device.varlen_serves(2, 64, grouped=False, has_softcap=False) == alone
+    assert device.varlen_serves(2, 64, grouped=True, has_softcap=False) == grouped
+    assert (varlen_for(device) is None) == (varlen == "none")
 
 
-def test_the_installed_torch_can_say_all_of_it() -> None:
-    kernel = attention_kernel(ADA, torch.bfloat16, Heads(8, 8, 64, 64), False, _parameters(varlen_attn))
-    assert kernel == "varlen"
-
-
-def test_nothing_is_offered_without_a_gpu() -> None:
-    assert varlen_attention(torch.device("cpu")) is None
+def test_values_of_another_size_are_not_served() -> None:
+    query, key, value = (torch.empty(1, 2, 3, size, dtype=torch.bfloat16) for size in (192, 192, 128))
+    assert not VarlenAttention(Recorder(), card(ADA)).serves(query, key, value, None)
+    assert VarlenAttention(Recorder(), card(ADA)).serves(query, key, key, None)
 
 
 class Recorder:
@@ -151,11 +131,13 @@ def random_qkv(heads: int, kv_heads: int, size: int = 16, dtype: torch.dtype = t
 def test_one_call_says_what_the_family_asked_for(rule, said, heads, kv_heads) -> None:
     layout = DocumentLayout.of(np.cumsum([0, *LENGTHS]), "cpu")
     recorder = Recorder()
-    varlen = VarlenAttention(recorder, AMPERE)
+    fast = kernels(recorder, AMPERE)
     results = []
-    for kernel in (varlen, None):
+    for chosen in (fast, fast.plain()):
         qkv = random_qkv(heads, kv_heads)
-        out, _ = packed_attention(nn.Identity(), *qkv, None, documents=layout, varlen=kernel, **rule)
+        out, _ = packed_attention(
+            nn.Identity(), *qkv, None, documents=layout, attention_kernels=chosen, **rule
+        )
         out.backward(torch.ones_like(out).cumsum(1) / sum(LENGTHS))
         results.append([out, *(t.grad for t in qkv)])
     assert recorder.calls == [{"max_q": 17, "max_k": 17, "gqa": heads != kv_heads} | said]
@@ -178,9 +160,10 @@ def test_one_call_says_what_the_family_asked_for(rule, said, heads, kv_heads) ->
 def test_what_it_cannot_serve_goes_by_document(capability, size, dtype, rule) -> None:
     layout = DocumentLayout.of(np.cumsum([0, *LENGTHS]), "cpu")
     recorder, qkv = Recorder(), random_qkv(4, 2, size, dtype)
+    fast = kernels(recorder, capability)
     outputs = [
-        packed_attention(nn.Identity(), *qkv, None, documents=layout, varlen=kernel, **rule)[0]
-        for kernel in (VarlenAttention(recorder, capability), None)
+        packed_attention(nn.Identity(), *qkv, None, documents=layout, attention_kernels=chosen, **rule)[0]
+        for chosen in (fast, fast.plain())
     ]
     assert not recorder.calls and torch.equal(*outputs)
 
@@ -190,8 +173,8 @@ def test_decoding_does_not_ask_it() -> None:
     query = torch.randn(3, 4, 1, 16, dtype=torch.bfloat16)
     key, value = torch.randn(2, 3, 2, 9, 16, dtype=torch.bfloat16)
     lengths = torch.tensor([4, 9, 1])
-    varlen = VarlenAttention(recorder, ADA)
-    packed_attention(nn.Identity(), query, key, value, None, kv_lengths=lengths, varlen=varlen)
+    fast = kernels(recorder)
+    packed_attention(nn.Identity(), query, key, value, None, kv_lengths=lengths, attention_kernels=fast)
     assert not recorder.calls
 
 
@@ -202,9 +185,67 @@ def test_a_walk_asks_it_once_per_layer_and_pass_but_not_in_reference_mode(tmp_pa
     for reference in (False, True):
         decoder, factors = load_tiny(folder, dtype=torch.bfloat16)
         recorder = Recorder()
-        decoder.varlen = VarlenAttention(recorder, ADA)
+        decoder.attention_kernels = kernels(recorder)
         walk = LayerWalk(decoder, factors, resident_plan(*["recompute"] * 3), reference=reference)
         losses.append(walk.accumulate([tokens], seed=0, step=0, num_supervised=30).item())
         expected = {"max_q": 20, "max_k": 20, "scale": 0.25, "window_size": (7, 0), "gqa": True}
         assert recorder.calls == ([] if reference else [expected] * 6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+class OfTorch211(Recorder):
+    """Shares key heads, as the kernel below it does, but has no word for it."""
+
+    def __call__(self, query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        query, key, value = self.before(query, key, value)
+        options = {"scale": scale, "window_size": window_size, "enable_gqa": True}
+        return super().__call__(query, key, value, cu_q, cu_k, max_q, max_k, **options)
+
+    def before(self, query, key, value):
+        return query, key, value
+
+
+class NotGrouped(OfTorch211):
+    def before(self, query, key, value):
+        if query.shape[1] != key.shape[1]:
+            raise ValueError("as many key heads as query heads, please")
+        return query, key, value
+
+
+class WrongWithGrouped(OfTorch211):
+    def before(self, query, key, value):
+        return query, key, value * (0.5 if query.shape[1] != key.shape[1] else 1)
+
+
+class WrongGoingBack(OfTorch211):
+    """The right values, and twice the gradient of q."""
+
+    def before(self, query, key, value):
+        return query + (query - query.detach()), key, value
+
+
+class WithoutWindow(Recorder):
+    def __call__(self, query, key, value, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), scale=None):
+        return super().__call__(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0))
+
+
+def of_torch_2_10(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False):
+    raise AssertionError("it has no scale: not tried")
+
+
+@pytest.mark.parametrize(
+    ("function", "found", "said"),
+    [
+        (Recorder(), "grouped heads", None),
+        (OfTorch211(), "grouped heads", None),
+        (NotGrouped(), "equal heads", r"key head of its own \(ValueError: as many key heads"),
+        (WrongWithGrouped(), "equal heads", r"its results are off by"),
+        (WrongGoingBack(), "none", r"is not used \(its results are off by"),
+        (WithoutWindow(), "none", r"is not used \(its results are off by"),
+        (of_torch_2_10, "none", None),
+    ],
+)
+def test_what_works_is_found_by_doing_it(function, found, said, recwarn) -> None:
+    assert what_works(function, torch.device("cpu"), ADA) == found
+    warned = [str(w.message) for w in recwarn]
+    assert len(warned) == (said is not None) and all(re.search(said or "", line) for line in warned)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import QloraTrainError
 from qlora_train.memory.disk_file import PAGE_BYTES, DiskFile
 from qlora_train.memory.host_memory import HostMemory
@@ -38,7 +39,7 @@ def test_reads_that_give_less_than_asked_are_continued(file: Path, monkeypatch: 
 
 
 def aligned(num_bytes: int) -> Tensor:
-    return HostMemory(torch.device("cpu")).empty(num_bytes)  # begins at a page
+    return HostMemory(THE_CPU).empty(num_bytes)  # begins at a page
 
 
 @pytest.mark.parametrize("offset", [0, PAGE_BYTES, 2 * PAGE_BYTES])

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.host_memory import CudaPinning, HostMemory
 from qlora_train.memory.meter import DeviceMeter
 
 MIB = 2**20
-CPU = torch.device("cpu")
 
 
 def host_memory() -> HostMemory:
@@ -134,7 +134,7 @@ def test_steps_of_like_sizes_use_the_same_buffers(spread: float) -> None:
 
 def test_the_meter_of_the_device_does_not_see_it() -> None:
     host = host_memory()
-    with DeviceMeter("cpu") as meter:
+    with DeviceMeter(CPU) as meter:
         buffer = host.borrow(MIB)
         view = buffer[: MIB // 2].view(torch.float32).view(-1, 64)
         host.give_back(buffer)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.device.description import planned_gpu
+from qlora_train.kernels.on_device import find_device
 from qlora_train.memory import meter as meter_module
 from qlora_train.memory.meter import (
     DeviceMeter,
-    free_bytes,
     make_workspaces,
     process_peak_bytes,
     reset_process_peak,
@@ -21,14 +24,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KIB = 1024
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str) -> ComputeDevice:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return torch.device(name)
+    return find_device(torch.device(name))
 
 
-def block(device: torch.device, num_kib: int = 64) -> Tensor:
-    return torch.zeros(num_kib * KIB, dtype=torch.uint8, device=device)
+def block(device: ComputeDevice, num_kib: int = 64) -> Tensor:
+    return torch.zeros(num_kib * KIB, dtype=torch.uint8, device=device.torch)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -80,7 +83,7 @@ def test_what_autograd_saves_counts_until_backward(name: str) -> None:
 
 
 def test_memory_that_torch_did_not_allocate_is_not_the_devices() -> None:
-    with DeviceMeter("cpu") as meter:
+    with DeviceMeter(THE_CPU) as meter:
         host = torch.frombuffer(mmap.mmap(-1, 64 * KIB), dtype=torch.uint8)
         view = host[KIB:].view(torch.int32)
         assert meter.peak_bytes == 0
@@ -90,16 +93,16 @@ def test_memory_that_torch_did_not_allocate_is_not_the_devices() -> None:
 
 
 def test_a_resized_storage_counts_with_its_new_size() -> None:
-    with DeviceMeter("cpu") as meter:
-        x = block(torch.device("cpu"), 1)
+    with DeviceMeter(THE_CPU) as meter:
+        x = block(THE_CPU, 1)
         x.resize_(3 * KIB)
         assert meter.live_bytes == 3 * KIB
 
 
 def test_after_the_block_nothing_more_is_counted() -> None:
-    with DeviceMeter("cpu") as meter:
-        x = block(torch.device("cpu"))
-    y = block(torch.device("cpu"))
+    with DeviceMeter(THE_CPU) as meter:
+        x = block(THE_CPU)
+    y = block(THE_CPU)
     assert meter.live_bytes == 64 * KIB
     del x, y
     assert meter.live_bytes == 0
@@ -120,14 +123,15 @@ def test_the_process_peak_sees_pages_that_were_touched() -> None:
 def test_a_librarys_workspaces_are_there_before_counting_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated = [5 * KIB]
 
-    def make(device: torch.device) -> None:
+    def make(device: ComputeDevice) -> None:
         allocated[0] += KIB
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(meter_module, "make_workspaces", make)
-    with DeviceMeter("cuda") as meter:
+    gpu = ComputeDevice(replace(planned_gpu("RTX 3060", None), index=0))
+    with DeviceMeter(gpu) as meter:
         assert allocated == [6 * KIB]
         assert (meter.live_bytes, meter.peak_bytes) == (0, 0)
         allocated[0] += KIB
@@ -141,7 +145,3 @@ def test_making_workspaces_leaves_no_tensor(name: str) -> None:
     with DeviceMeter(device) as meter:
         make_workspaces(device)
         assert meter.live_bytes == 0
-
-
-def test_there_is_free_memory() -> None:
-    assert free_bytes(torch.device("cpu")) > 0

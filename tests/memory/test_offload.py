@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.meter import DeviceMeter
@@ -16,7 +17,6 @@ from qlora_train.memory.offload import HostPark, OffloadedGraph, Parked
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.linear import FrozenLinear
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 SHAPES = [(), (1,), (7,), (3, 5), (1, 33, 17), (0,), (4, 0, 3)]
 

@@ -13,6 +13,7 @@ from tiny_models import load_tiny, pack_with_head, packed_row, resident_plan, wr
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.errors import BaseModelError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
@@ -25,7 +26,6 @@ from qlora_train.model.quantize import Packing
 from qlora_train.model.token_matrix import ResidentMatrix
 from qlora_train.train.walk import LayerWalk
 
-CPU = torch.device("cpu")
 V, D = 97, 128
 PACKINGS = [Packing("nf4", True), Packing("nf4"), Packing("fp4", True), Packing("fp4"), Packing("int8")]
 over_packings = pytest.mark.parametrize("packing", PACKINGS, ids=str)

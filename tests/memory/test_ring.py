@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.ring import Ring
 
-CPU = torch.device("cpu")
 SLOT_BYTES = 97
 PATIENCE_S = 10  # for what must happen; only a failing test waits so long
 POISON = torch.full((SLOT_BYTES,), 0xFF, dtype=torch.uint8)

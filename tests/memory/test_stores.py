@@ -15,6 +15,7 @@ import torch
 from tiny_models import NF4, resident_plan, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.errors import QloraTrainError, UserError
 from qlora_train.memory import packed_cache
 from qlora_train.memory.execution import Activation, Place
@@ -23,11 +24,11 @@ from qlora_train.memory.load import load_base
 from qlora_train.memory.ring import Ring
 from qlora_train.memory.stores import FilePart, HostRows, ItemReader, tile_items
 from qlora_train.memory.streaming import StreamedMatrix, StreamedWeights
+from qlora_train.memory.uploads import Uploads
 from qlora_train.model.quantize import Packing
 from qlora_train.model.slab import SlabLayout
 from qlora_train.model.token_matrix import ResidentMatrix, TokenIds, tile_starts, tiles, whole
 
-CPU = torch.device("cpu")
 FILE_BYTES = 10_007
 BYTES = torch.randint(0, 256, (FILE_BYTES,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 BEFORE = 13  # bytes before a matrix in its file
@@ -130,9 +131,14 @@ def test_rows_are_gathered_as_by_indexing(
     rows = HostRows(matrix_in(place, matrix, tmp_path), row_bytes)
     wanted = np.array(ids, dtype=np.int64) % shape[0]
     for _ in range(2):
-        found = rows.gather(wanted)
-        assert found.dtype == torch.uint8 and found.shape == (len(ids), row_bytes)
+        found = gathered(rows, wanted)
         assert torch.equal(found, matrix.view(torch.uint8)[torch.from_numpy(wanted)])
+
+
+def gathered(rows: HostRows, ids: np.ndarray) -> Tensor:
+    found = torch.full((len(ids), rows.row_bytes), 0xFF, dtype=torch.uint8)
+    rows.gather(ids, found)
+    return found
 
 
 def test_rows_of_a_file_that_became_shorter(tmp_path: Path) -> None:
@@ -141,9 +147,9 @@ def test_rows_of_a_file_that_became_shorter(tmp_path: Path) -> None:
     rows = HostRows(part, 12)
     with part.path.open("r+b") as cut:
         cut.truncate(BEFORE + 5 * 12 + 3)
-    assert rows.gather(np.array([4, 0])).shape == (2, 12)
+    assert gathered(rows, np.array([4, 0])).any()
     with pytest.raises(QloraTrainError, match="became shorter"):
-        rows.gather(np.array([0, 5]))
+        gathered(rows, np.array([0, 5]))
 
 
 @pytest.mark.parametrize("place", ["ram", "file"])
@@ -180,12 +186,11 @@ def test_a_streamed_matrix_is_the_resident_one(
     streamed = StreamedMatrix(
         (23, 7),
         torch.bfloat16,
-        CPU,
+        Uploads(CPU, HostMemory(CPU)),
         HostRows(source, 14),
         ring,
         sorted(reader.items),
         tile_rows,
-        HostMemory(CPU),
     )
     resident = ResidentMatrix(matrix, tile_rows)
     assert tile_starts(streamed) == tile_starts(resident)
@@ -207,7 +212,7 @@ def test_a_tile_whose_use_fails_gives_its_slot_back() -> None:
     reader.items |= tile_items(source, 28, 10, first_item=0)
     ring = Ring(reader, 2, reader.largest_bytes, CPU, poison=True)
     rows = HostRows(source, 28)
-    streamed = StreamedMatrix((23, 7), torch.float32, CPU, rows, ring, range(3), 10, HostMemory(CPU))
+    streamed = StreamedMatrix((23, 7), torch.float32, Uploads(CPU, HostMemory(CPU)), rows, ring, range(3), 10)
     ring.expect(streamed.items)
     with pytest.raises(MemoryError), streamed.tile(0):
         raise MemoryError
@@ -240,7 +245,7 @@ def streamed() -> Iterator[StreamedWeights]:
         reader.items[layer] = torch.empty(layout.num_bytes, dtype=torch.uint8)
         layout.weights(reader.items[layer])["proj"].tensors["data"].fill_(layer)
     ring = Ring(reader, 2, reader.largest_bytes, CPU, poison=True)
-    weights = StreamedWeights([f"layers.{i}" for i in range(5)], [layout] * 5, ring, reader)
+    weights = StreamedWeights([f"layers.{i}" for i in range(5)], [layout] * 5, ring, reader, "parts")
     yield weights
     weights.close()
 

@@ -11,6 +11,7 @@ import torch
 from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.device.description import planned_gpu
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.host_memory import HostMemory
@@ -23,7 +24,6 @@ from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
 from qlora_train.train.walk import LayerWalk
 
-CPU = torch.device("cpu")
 IN_RAM = {"weights": (Place.RAM,) * 3, "embedding": Place.RAM, "head": Place.RAM, "num_slots": 2}
 EXECUTION = resident_plan(*[Activation.OFFLOAD] * 3, **IN_RAM)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.memory.load import load_base
 from qlora_train.model.base import read_config
@@ -21,7 +22,6 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.quantize import Packing
 
 NF4 = Packing("nf4", double_quant=True)
-CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -225,6 +225,7 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from qlora_train.device.compute import THE_CPU
 from qlora_train.memory.load import load_base
 from qlora_train.model.quantize import Packing
 
@@ -233,7 +234,7 @@ def high_water_bytes():
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 before = high_water_bytes()
-decoder = load_base(Path(sys.argv[1]), Packing("nf4", double_quant=True), torch.bfloat16, torch.device("cpu"))
+decoder = load_base(Path(sys.argv[1]), Packing("nf4", double_quant=True), torch.bfloat16, THE_CPU)
 grown = high_water_bytes() - before
 source = next(iter(decoder.linears.values())).source
 plain = {p.data_ptr(): p.nbytes for p in [decoder.embedding.weight, decoder.head.weight]}

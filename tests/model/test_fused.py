@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from qlora_train.device.description import MAX_LIGER_COLUMNS
 from qlora_train.kernels.dropout import TokenKeys
-from qlora_train.kernels.liger import MAX_COLUMNS, Liger
+from qlora_train.kernels.liger import Liger
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.fused import FusedMlp, FusedNorm, fuse_mlps, fuse_norms
 from qlora_train.model.linear import FrozenLinear
@@ -248,7 +249,7 @@ def test_liger_is_for_silu_and_rows_of_one_block() -> None:
     assert not stand_in.calls
     case.plain.act_fn = nn.SiLU()
     assert FusedMlp(case.plain, stand_in.liger).liger is stand_in.liger
-    case.plain.gate_proj.out_features = MAX_COLUMNS + 1
+    case.plain.gate_proj.out_features = MAX_LIGER_COLUMNS + 1
     assert FusedMlp(case.plain, stand_in.liger).liger is None
 
 

@@ -8,10 +8,10 @@ import huggingface_hub
 import pytest
 import torch
 
+from qlora_train.device.description import CPU, planned_gpu
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -27,19 +27,16 @@ def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, has_units: bool, expecte
     assert resolve_dtype("auto", CPU) == expected
 
 
-@pytest.mark.parametrize(("has_units", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has_units: bool, expected: torch.dtype) -> None:
-    # Older cards answer True where emulation counts.
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_units
-    )
-    assert resolve_dtype("auto", CUDA) == expected
-    assert resolve_dtype("float16", CUDA) == torch.float16
-    if has_units:
-        assert resolve_dtype("bfloat16", CUDA) == torch.bfloat16
+@pytest.mark.parametrize(("card", "expected"), [("RTX 3060", torch.bfloat16), ("T4", torch.float16)])
+def test_auto_on_a_gpu(card: str, expected: torch.dtype) -> None:
+    gpu = planned_gpu(card, None)
+    assert resolve_dtype("auto", gpu) == expected
+    assert resolve_dtype("float16", gpu) == torch.float16
+    if expected == torch.bfloat16:
+        assert resolve_dtype("bfloat16", gpu) == torch.bfloat16
     else:
         with pytest.raises(UserError, match=r"model\.compute_dtype: this GPU has no bfloat16.*float16"):
-            resolve_dtype("bfloat16", CUDA)
+            resolve_dtype("bfloat16", gpu)
 
 
 def test_a_local_folder(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def stored(weight: PackedWeight, dtype: torch.dtype, step: int = 50) -> tuple[Ro
 
 def matrix(weight: PackedWeight, dtype: torch.dtype, tile_rows: int) -> PackedMatrix:
     row_format, rows = stored(weight, dtype)
-    return PackedMatrix(ResidentMatrix(rows, tile_rows), row_format)
+    return PackedMatrix(ResidentMatrix(rows, tile_rows), row_format, "parts")
 
 
 @over_cases
@@ -125,7 +125,7 @@ def test_rows_that_are_not_packed_are_a_matrix_as_it_is() -> None:
         20,
     )
     resident = ResidentMatrix(torch.ones(4, 10), 2)
-    assert as_token_matrix(resident, row_format) is resident
+    assert as_token_matrix(resident, row_format, "parts") is resident
 
 
 @over_cases

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.model.factors import FactorBuffers
@@ -232,7 +233,7 @@ def test_only_the_input_is_kept_and_one_tile_is_alive(skips: bool) -> None:
         case = Case()
         case.tiled.tile_tokens, case.tiled.skips_value = tile_tokens, skips
         x = case.x.clone().requires_grad_()
-        with DeviceMeter("cpu") as meter:
+        with DeviceMeter(THE_CPU) as meter:
             y = case.tiled(x)
             kept, forward = meter.live_bytes - y.untyped_storage().nbytes(), meter.peak_bytes
             meter.reset_peak()

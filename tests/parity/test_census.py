@@ -10,6 +10,7 @@ import torch
 from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor, nn
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import LoraFactors
@@ -91,7 +92,7 @@ def test_training_changes_the_factors_and_nothing_else(
     packed_before, rest_before = sha256(packed_tensors(decoder)), sha256(rest)
     masters_before = factors.masters.clone()
 
-    optimizer = FlatOptimizer(optimizer_name, factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+    optimizer = FlatOptimizer(optimizer_name, factors, THE_CPU, lora_b_lr_ratio=1.0, weight_decay=0.0)
     policy = (Activation.RECOMPUTE, Activation.KEEP, Activation.RECOMPUTE)
     walk = LayerWalk(decoder, factors, resident_plan(*policy), reference=False)
     tokens = packed_row([21, 30, 4])

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place, everything_resident
 from qlora_train.memory.load import load_base
 from qlora_train.model.base import read_config
@@ -46,7 +47,6 @@ from qlora_train.train.walk import LayerWalk
 
 BASE = bundled_recipes_dir() / "quickstart" / "base"
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-CPU = torch.device("cpu")
 NUM_STEPS, NUM_MICRO_BATCHES, SEQUENCE_LENGTH, LEARNING_RATE = 60, 2, 32, 5e-4
 NUM_LAYERS = 5
 TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (4e-2, 2.5e-1)}
@@ -133,13 +133,13 @@ def trained(way: Way, num_steps: int = NUM_STEPS) -> Curve:
     decoder.tail_name = probed().tail_name
     decoder.fuse(norms=way.norms, mlps=way.mlps, qkv=way.qkv)
     factors = FactorBuffers(
-        decoder.linears, rank=8, scaling=2.0, dropout=0.0, seed=0, dtype=way.dtype, device=CPU
+        decoder.linears, rank=8, scaling=2.0, dropout=0.0, seed=0, dtype=way.dtype, device=CPU.torch
     )
     runner = StepRunner(
         LayerWalk(decoder, factors, way.plan, reference=way.reference),
         decoder,
         factors,
-        FlatOptimizer("adamw", factors, lora_b_lr_ratio=1.0, weight_decay=0.0),
+        FlatOptimizer("adamw", factors, CPU, lora_b_lr_ratio=1.0, weight_decay=0.0),
         LossScale(),
         SimpleNamespace(num_processes=1),  # type: ignore[arg-type]
         max_grad_norm=1e9,
@@ -148,7 +148,7 @@ def trained(way: Way, num_steps: int = NUM_STEPS) -> Curve:
     result = Curve()
     for step in range(1, num_steps + 1):
         rows = range((step - 1) * NUM_MICRO_BATCHES, step * NUM_MICRO_BATCHES)
-        batches = [PackedTokens.from_host(data().micro_batch([row]), CPU) for row in rows]
+        batches = [PackedTokens.from_host(data().micro_batch([row]), CPU.torch) for row in rows]
         rate = learning_rate(step, NUM_STEPS, LEARNING_RATE, 0.05, "cosine")
         outcome = runner.run(step, batches, data().num_supervised(rows), rate)
         result.losses.append(outcome.loss)
@@ -176,7 +176,7 @@ def golden(request: pytest.FixtureRequest) -> dict[torch.dtype, Curve]:
     """What the file says of this device, written anew with --update-golden."""
     if request.config.getoption("update_golden"):
         content = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-        content[CPU.type] = {
+        content[CPU.torch.type] = {
             str(dtype).removeprefix("torch."): {
                 "losses": reference.losses,
                 "grad_norms": reference.grad_norms,
@@ -185,7 +185,7 @@ def golden(request: pytest.FixtureRequest) -> dict[torch.dtype, Curve]:
             for reference in [curve(replace(REFERENCE, dtype=dtype))]
         }
         GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
-    content = json.loads(GOLDEN.read_text())[CPU.type]
+    content = json.loads(GOLDEN.read_text())[CPU.torch.type]
     return {dtype: Curve(**content[str(dtype).removeprefix("torch.")]) for dtype in TOLERANCES}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_train.cli import main
 from qlora_train.data.dataset import build_dataset
 from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UserError
 from qlora_train.memory.packed_cache import LAYERS, cache_root
 from qlora_train.model.decoder import FrozenDecoder
@@ -201,7 +202,7 @@ def test_generate_streams_within_the_runs_plan(
     from qlora_train.infer.model_folder import load_run
     from qlora_train.memory.streaming import StreamedWeights
 
-    cpu, prompts, num_tokens = torch.device("cpu"), ["abc:", "fedcba:"], 6
+    cpu, prompts, num_tokens = THE_CPU, ["abc:", "fedcba:"], 6
     resident, streamed = recipe(base, train_file, tmp_path / "a"), None
     train(resident)
     streamed = recipe(base, train_file, tmp_path / "a", {"weights": "disk"})

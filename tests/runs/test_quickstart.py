@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.export import export
 from qlora_train.infer.decoding import Sampling
 from qlora_train.infer.model_folder import LoadedModel, load_model, load_run
@@ -62,7 +63,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_teaches_it_and_merging_keeps_it(run_dir: Path) -> None:
-    recipe, held_out, device = load_recipe(run_dir / "recipe.yaml"), rows("heldout"), torch.device("cpu")
+    recipe, held_out, device = load_recipe(run_dir / "recipe.yaml"), rows("heldout"), THE_CPU
     before = accuracy(load_run(run_dir, recipe, device, with_adapter=False), held_out)
     after = accuracy(load_run(run_dir, recipe, device), held_out)
     merged = accuracy(load_model(export(run_dir)), held_out)
@@ -84,4 +85,4 @@ def test_shuffled_answers_teach_nothing(tmp_path: Path) -> None:
     overrides = [f"training.output_dir={tmp_path / 'run'}", f"data.train={data}"]
     recipe = load_recipe("quickstart", overrides)
     run = train(recipe).run_dir
-    assert accuracy(load_run(run, recipe, torch.device("cpu")), rows("heldout")) < 0.1
+    assert accuracy(load_run(run, recipe, THE_CPU), rows("heldout")) < 0.1

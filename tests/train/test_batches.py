@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from qlora_train.data.dataset import MicroBatch, PackedDataset
 from qlora_train.data.tokenization import Document, TokenizedRows
+from qlora_train.device.compute import THE_CPU as CPU
+from qlora_train.memory.host_memory import HostMemory
+from qlora_train.memory.uploads import Uploads
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train.batches import BatchesAhead
 
-CPU = torch.device("cpu")
+UPLOADS = Uploads(CPU, HostMemory(CPU))
 
 
 class Maker:
@@ -77,7 +80,7 @@ def worker_threads() -> list[threading.Thread]:
 
 def test_the_same_bytes_in_order_from_any_first_step() -> None:
     maker = Maker()
-    with BatchesAhead(maker, range(3, 8), CPU) as batches:
+    with BatchesAhead(maker, range(3, 8), CPU, UPLOADS) as batches:
         for step in range(3, 8):
             taken = batches.take(step)
             made = Maker()(step)
@@ -92,7 +95,7 @@ def test_the_same_bytes_in_order_from_any_first_step() -> None:
 
 def test_one_step_is_made_ahead_while_the_caller_works() -> None:
     maker = Maker()
-    with BatchesAhead(maker, range(1, 10), CPU) as batches:
+    with BatchesAhead(maker, range(1, 10), CPU, UPLOADS) as batches:
         maker.wait_for(1)
         batches.take(1)
         maker.wait_for(2)
@@ -106,7 +109,7 @@ def test_an_error_comes_at_its_step_and_the_thread_ends() -> None:
     maker = Maker(fails_at=3)
     with (
         pytest.raises(ValueError, match="row 3 is broken"),
-        BatchesAhead(maker, range(1, 10), CPU) as batches,
+        BatchesAhead(maker, range(1, 10), CPU, UPLOADS) as batches,
     ):
         for step in (1, 2):
             batches.take(step)
@@ -118,44 +121,13 @@ def test_an_error_comes_at_its_step_and_the_thread_ends() -> None:
 
 def test_nothing_to_take_makes_nothing() -> None:
     maker = Maker()
-    with BatchesAhead(maker, range(8, 8), CPU):
+    with BatchesAhead(maker, range(8, 8), CPU, UPLOADS):
         pass
     assert maker.made == [] and not worker_threads()
 
 
 def test_an_early_end_leaves_no_thread() -> None:
-    with pytest.raises(KeyboardInterrupt), BatchesAhead(Maker(), range(1, 100), CPU) as batches:
+    with pytest.raises(KeyboardInterrupt), BatchesAhead(Maker(), range(1, 100), CPU, UPLOADS) as batches:
         batches.take(1)
         raise KeyboardInterrupt
     assert not worker_threads()
-
-
-def pinning(pinned: list[Tensor], refuses_after: int) -> Callable[[Tensor], Tensor]:
-    def pin(tensor: Tensor) -> Tensor:
-        if len(pinned) == refuses_after:
-            raise RuntimeError("cannot pin")
-        pinned.append(tensor.clone())
-        return pinned[-1]
-
-    return pin
-
-
-def test_every_tensor_is_pinned() -> None:
-    pinned: list[Tensor] = []
-    maker = Maker()
-    with BatchesAhead(maker, range(1, 2), CPU, pin=pinning(pinned, 1000)) as batches:
-        taken = batches.take(1)
-    tensors = [leaf for batch in taken for leaf in leaves(batch) if isinstance(leaf, Tensor)]
-    assert len(tensors) == len(pinned) > 10
-    assert {t.data_ptr() for t in tensors} == {t.data_ptr() for t in pinned}
-    assert all(are_equal(t, PackedTokens.from_host(m, "cpu")) for t, m in zip(taken, maker(1), strict=True))
-
-
-def test_where_pinning_is_refused_batches_are_the_same() -> None:
-    pinned: list[Tensor] = []
-    maker = Maker()
-    with BatchesAhead(maker, range(1, 3), CPU, pin=pinning(pinned, 4)) as batches:
-        taken = batches.take(1) + batches.take(2)
-    expected = [PackedTokens.from_host(m, "cpu") for m in maker(1) + maker(2)]
-    assert len(pinned) == 4
-    assert all(are_equal(t, e) for t, e in zip(taken, expected, strict=True))

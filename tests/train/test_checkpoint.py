@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import RunFolderError
 from qlora_train.model import atomic_folder
 from qlora_train.model.factors import FactorBuffers
@@ -62,7 +63,9 @@ def test_8bit_state_of_several_groups_shares_its_code_tables(tmp_path: Path) -> 
         factors = FactorBuffers(
             linears, rank=16, scaling=1.0, dropout=0.0, seed=0, dtype=torch.float32, device="cpu"
         )
-        return FlatOptimizer("paged_adamw_8bit", factors, lora_b_lr_ratio=4.0, weight_decay=0.0), factors
+        return FlatOptimizer(
+            "paged_adamw_8bit", factors, THE_CPU, lora_b_lr_ratio=4.0, weight_decay=0.0
+        ), factors
 
     def run(optimizer: FlatOptimizer, factors: FactorBuffers, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UserError
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.linear import FrozenLinear
@@ -24,7 +25,7 @@ def make_factors(dtype: torch.dtype = torch.float32) -> FactorBuffers:
 
 
 def make(name: str, factors: FactorBuffers, ratio: float = 1.0, weight_decay: float = 0.01) -> FlatOptimizer:
-    return FlatOptimizer(name, factors, lora_b_lr_ratio=ratio, weight_decay=weight_decay)
+    return FlatOptimizer(name, factors, THE_CPU, lora_b_lr_ratio=ratio, weight_decay=weight_decay)
 
 
 def run(optimizer: FlatOptimizer, factors: FactorBuffers, steps: range) -> None:

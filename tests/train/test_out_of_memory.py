@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_stand_ins import Streams
 from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import OutOfMemory
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.tighten import is_out_of_memory, tighter
@@ -42,7 +40,7 @@ def runner(
     folder: Path, plan: ExecutionPlan, told: list[tuple[int, str]], reference: bool = False
 ) -> tuple[StepRunner, FrozenDecoder]:
     decoder, factors = load_tiny(folder, plan=plan, dropout=0.1)
-    optimizer = FlatOptimizer("adamw", factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+    optimizer = FlatOptimizer("adamw", factors, THE_CPU, lora_b_lr_ratio=1.0, weight_decay=0.0)
     return StepRunner(
         LayerWalk(decoder, factors, plan, reference=reference),
         decoder,
@@ -113,51 +111,6 @@ def test_memory_that_runs_out_is_told_from_other_errors(error: Exception) -> Non
     )
 
 
-@pytest.mark.parametrize("call", [2, 9])  # forward in the second layer; a group's turn is past
-def test_copies_are_waited_for_before_the_failed_walk_is_freed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    plan = resident_plan(OFFLOAD, OFFLOAD, OFFLOAD, num_groups=4)
-    told: list[tuple[int, str]] = []
-    tried, _ = runner(folder, plan, told)
-    with Streams(monkeypatch) as streams:
-        park = tried.walk._remembered.park
-        park.stream = streams.side  # type: ignore[assignment]
-        held: list[bool] = []
-        synchronize = streams.side.synchronize
-        monkeypatch.setattr(
-            streams.side, "synchronize", lambda: held.append(_holds_a_walk()) or synchronize()
-        )
-        run_out(monkeypatch, {call}, ERRORS["cuda"])
-        tried.run(1, BATCHES, NUM_SUPERVISED, 1e-3)
-        assert len(told) == 1 and held == [True]
-        assert park._leaving is None
-
-
-def _holds_a_walk() -> bool:
-    """Whether an exception that is being handled holds the frame, and with it the tensors, of a walk."""
-    error = sys.exception()
-    assert error is not None
-    return any(frame.name == "_walk" for frame in traceback.extract_tb(error.__traceback__))
-
-
-def test_nothing_is_leaving_when_the_loss_begins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried, _ = runner(folder, resident_plan(KEEP, RECOMPUTE, OFFLOAD), [])
-    with Streams(monkeypatch) as streams:
-        park = tried.walk._remembered.park
-        park.stream = streams.side  # type: ignore[assignment]
-        waited: list[bool] = []
-        losses = LayerWalk._losses
-
-        def noting(self: LayerWalk, *args: object) -> object:
-            waited.append(streams.compute.waits_for[streams.side] == streams.side.num_copies > 0)
-            return losses(self, *args)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(LayerWalk, "_losses", noting)
-        tried.run(1, BATCHES, NUM_SUPERVISED, 1e-3)
-    assert waited == [True] and park._leaving is None
-
-
 def test_other_errors_are_not_swallowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, _ = runner(folder, resident_plan(KEEP, KEEP, KEEP), [])
     run_out(monkeypatch, {2}, lambda: RuntimeError("shapes differ"))
@@ -203,7 +156,7 @@ def test_a_plan_with_nothing_kept_alive_frees_the_failed_walk(
     from qlora_train.memory.meter import DeviceMeter
 
     plan = resident_plan(KEEP, KEEP, KEEP)
-    with DeviceMeter("cpu") as meter:
+    with DeviceMeter(THE_CPU) as meter:
         tried, _ = runner(folder, plan, [])
         tried.run(1, BATCHES, NUM_SUPERVISED, 1e-3)
         usual = meter.peak_bytes

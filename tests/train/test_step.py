@@ -13,6 +13,7 @@ from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import TrainingFailure
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
@@ -49,7 +50,9 @@ class Rig:
         self.decoder, self.factors = load_tiny(folder, packing, dtype, dropout=dropout)
         self.walk = LayerWalk(self.decoder, self.factors, resident_plan(*MIXED), reference=reference)
         self.scale = scale or LossScale()
-        self.optimizer = FlatOptimizer(optimizer, self.factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+        self.optimizer = FlatOptimizer(
+            optimizer, self.factors, THE_CPU, lora_b_lr_ratio=1.0, weight_decay=0.0
+        )
         self.runner = StepRunner(
             self.walk,
             self.decoder,

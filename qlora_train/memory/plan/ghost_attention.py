@@ -84,7 +84,7 @@ class AttentionRule:
     @property
     def blocked(self) -> bool:
         """Short documents go through kernels/blocked_attention.py."""
-        return not (self.target.is_accelerator or self.reference or self.has_softcap)
+        return self.target.blocks_documents and not (self.reference or self.has_softcap)
 
 
 def packed_attention(query: Ghost, key: Ghost, value: Ghost, rule: AttentionRule) -> Ghost:

@@ -31,7 +31,7 @@ from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.workload import Workload
 
 NF4 = PackingSizes("nf4", True, 2)
-RTX_3060 = DeviceDescription("cuda", (8, 6), 28, "grouped heads", has_liger=False, workspace_config=None)
+RTX_3060 = DeviceDescription("cuda", (8, 6), 28, "grouped heads", has_liger=False, cublas_workspace=None)
 LLAMA_8B = KNOWN["llama-3.1-8b"]
 
 
@@ -226,7 +226,7 @@ def test_what_leaves_for_the_host_is_alive_until_the_next_is_computed(target: De
         leaving.append(step._ledger.live.get(LEAVING, 0))
     # The inputs of layers 3 and 7 are outputs that the graph below holds.
     on_gpu = [x_bytes, saved, saved, 0, x_bytes, 0, saved, 0] + [x_bytes] * 24
-    assert leaving == (on_gpu if target.on_cuda else [0] * 32)
+    assert leaving == (on_gpu if target.is_accelerator else [0] * 32)
     step._loss()
     assert step._ledger.live.get(LEAVING, 0) == 0
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import write_checkpoint
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.device.description import CPU as TARGET
 from qlora_train.memory.cache_key import MANIFEST, PackingKey, cache_root
 from qlora_train.memory.cache_key import packed_folder as folder_by_key
@@ -22,7 +23,6 @@ from qlora_train.model.base import Skeleton, read_config
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
 
-CPU = torch.device("cpu")
 PACKINGS = [Packing("nf4", True), Packing("fp4"), Packing("int8"), Packing("none")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,7 +43,7 @@ def planned(base: Path, packing: Packing, dtype: str) -> Plan:
 
 def pack(base: Path, packing: Packing, dtype: str) -> Path:
     skeleton = Skeleton(read_config(base), DTYPES[dtype])
-    return open_packed_base(cache_root(), base, skeleton, packing, CPU, lambda line: None).folder
+    return open_packed_base(cache_root(), base, skeleton, packing, CPU.torch, lambda line: None).folder
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ import torch
 from tiny_models import NF4, tiny_config
 from transformers import AutoModelForCausalLM
 
+from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.device.description import CPU as TARGET_CPU
 from qlora_train.device.description import DeviceDescription, planned_gpu
 from qlora_train.errors import UserError
@@ -34,7 +35,6 @@ from qlora_train.recipe import Recipe
 GIB = 2**30
 AMPLE = HostBudget(512 * GIB, 2048 * GIB)
 SIXTEEN_BITS = PackingSizes("none", False, 2)
-CPU = torch.device("cpu")
 GPU = planned_gpu("NVIDIA GeForce RTX 4090", (8, 9))
 
 

@@ -22,21 +22,18 @@ from layer_meter import RANK, measured, planned
 from tiny_models import load_tiny, tiny_config, write_checkpoint
 from torch.nn.attention.varlen import varlen_attn
 
+from qlora_train.device import description as target
 from qlora_train.device.description import CPU, DeviceDescription, planned_gpu, varlen_of_version
-from qlora_train.kernels import liger as liger_module
+from qlora_train.kernels.on_device import find_device
 from qlora_train.kernels.varlen_attention import (
-    Heads,
     VarlenAttention,
-    attention_kernel,
-    flash_serves,
 )
-from qlora_train.memory.machine_plan import target_of, varlen_kind
-from qlora_train.memory.plan import ghost_flash, target
+from qlora_train.memory.plan import ghost_flash
 from qlora_train.memory.plan.ghost import Ledger, backward
 from qlora_train.memory.plan.ghost_attention import AttentionRule
 from qlora_train.memory.plan.ghost_attention import packed_attention as ghost_attention
 from qlora_train.memory.plan.model_shape import shape_from_config
-from qlora_train.model.attention import DocumentLayout, packed_attention
+from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
 from qlora_train.model.fused import fuse_mlps
 from qlora_train.model.quantize import Packing
 
@@ -49,36 +46,24 @@ PARAMETERS = {
     "2.12.0": COMMON | {"scale", "window_size", "enable_gqa"},
     "3.0.0a0": COMMON | {"scale", "window_size", "enable_gqa"},
 }
-AMPERE = DeviceDescription("cuda", (8, 6), 28, "grouped heads", has_liger=True, workspace_config=None)
+AMPERE = DeviceDescription("cuda", (8, 6), 28, "grouped heads", has_liger=True, cublas_workspace=None)
 
 
-@pytest.mark.parametrize("version", PARAMETERS)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_planner_chooses_the_kernel_as_the_model_does(capability, version) -> None:
-    planned = replace(AMPERE, capability=capability, varlen=varlen_of_version(version))
-    for dtype, size, kv_heads, softcap in product(DTYPES, range(4, 273, 4), (1, 2, 4), (False, True)):
-        heads = Heads(4, kv_heads, size, size)
-        kernel = attention_kernel(capability, dtype, heads, softcap, PARAMETERS[version])
-        options = {"grouped": kv_heads < 4, "has_softcap": softcap}
-        assert planned.varlen_serves(dtype.itemsize, size, **options) == (kernel == "varlen")
-        assert planned.flash_serves(dtype.itemsize, size) == flash_serves(capability, dtype, heads)
-
-
-def test_a_cpu_is_a_target_too() -> None:
-    assert target_of(torch.device("cpu")) == CPU
+def test_a_cpu_has_no_flash_and_no_workspaces() -> None:
     assert not CPU.flash_serves(2, 64) and CPU.workspace_bytes(deterministic=True) == 0
 
 
-def test_the_installed_torch_is_asked_as_its_version_says() -> None:
-    varlen = VarlenAttention(varlen_attn, (8, 0))
-    assert varlen_kind(varlen) == varlen_of_version(torch.__version__) == planned_gpu(None, None).varlen
-    assert varlen_kind(None) == "none"
-    assert varlen_kind(VarlenAttention(lambda query: query, (8, 0))) == "none"
-    assert varlen_kind(VarlenAttention(lambda scale, window_size: scale, (8, 0))) == "equal heads"
-
-
-def test_numbers_that_the_planner_has_of_its_own() -> None:
-    assert target.MAX_LIGER_COLUMNS == liger_module.MAX_COLUMNS
+@pytest.mark.parametrize(
+    ("version", "varlen"),
+    [
+        ("2.10.0", "none"),
+        ("2.11.0+cu130", "grouped heads"),
+        ("2.13.0+cpu", "grouped heads"),
+        ("3.0.0a0", "grouped heads"),
+    ],
+)
+def test_varlen_of_a_version_that_is_only_planned_for(version, varlen) -> None:
+    assert varlen_of_version(version) == varlen
 
 
 @pytest.mark.parametrize(
@@ -110,7 +95,7 @@ def test_a_card_without_torch(name, capability, expected) -> None:
     ],
 )
 def test_workspaces(capability, config, deterministic, expected_mib) -> None:
-    planned = replace(AMPERE, capability=capability, workspace_config=config)
+    planned = replace(AMPERE, capability=capability, cublas_workspace=config)
     assert planned.workspace_bytes(deterministic=deterministic) == expected_mib * 2**20
 
 
@@ -137,12 +122,13 @@ def test_workspaces_of_this_gpu() -> None:
     import sys
 
     program = (
-        "import torch; from qlora_train.memory.meter import make_workspaces\n"
-        "device = torch.device('cuda', 0); make_workspaces(device)\n"
-        "print(torch.cuda.memory_allocated(device))"
+        "from qlora_train.kernels.on_device import find_device\n"
+        "from qlora_train.memory.meter import make_workspaces\n"
+        "device = find_device(); make_workspaces(device)\n"
+        "print(device.allocated_bytes)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) <= target_of(torch.device("cuda", 0)).workspace_bytes(deterministic=False)
+    assert int(done.stdout) <= find_device().description.workspace_bytes(deterministic=False)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 8])
@@ -155,9 +141,11 @@ def test_what_torchs_varlen_saves(kv_heads: int) -> None:
         return t
 
     layout = DocumentLayout.of(np.array([0, 60, 96]), "cpu")
-    varlen = VarlenAttention(varlen_attn, (8, 0))
+    chosen = AttentionKernels(AMPERE, VarlenAttention(varlen_attn, AMPERE), blocks_documents=False)
     with idle_flash_kernels(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out, _ = packed_attention(torch.nn.Identity(), q, k, v, None, documents=layout, varlen=varlen)
+        out, _ = packed_attention(
+            torch.nn.Identity(), q, k, v, None, documents=layout, attention_kernels=chosen
+        )
         out.sum().backward()
     ledger = Ledger()
     ghosts = [ledger.tensor(t.shape, 2).leaf() for t in (q, k, v)]

@@ -26,10 +26,11 @@ import torch
 from tiny_models import pack_with_head, packed_row, tiny_config
 from transformers import AutoModelForCausalLM
 
+from qlora_train.device.compute import ComputeDevice
 from qlora_train.infer.evaluate import loss_sum
+from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place
 from qlora_train.memory.load import load_base
-from qlora_train.memory.machine_plan import target_of
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.byte_walk import evaluation_peak, step_peak
 from qlora_train.memory.plan.model_shape import ModelShape, find_shape, shape_from_config
@@ -278,7 +279,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
+def measured_bytes(case: Case, folder: Path, device: ComputeDevice) -> Peaks:
     """Peak of the second optimizer step, and of an evaluation after it, with everything that lives through
     them."""
     if case.packing.is_4bit:
@@ -287,7 +288,7 @@ def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
     gc.collect()
     with DeviceMeter(device) as meter:
         peak_bytes = _peak_reader(meter, device)
-        tokens = [_on(device, row) for row in rows]
+        tokens = [_on(device.torch, row) for row in rows]
         num_layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
         plan = case.execution(num_layers)
         cache_folder = folder.parent / "packed"
@@ -303,9 +304,9 @@ def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
             dropout=case.dropout,
             seed=0,
             dtype=case.dtype,
-            device=device,
+            device=device.torch,
         )
-        optimizer = FlatOptimizer(case.optimizer, factors, lora_b_lr_ratio=1.0, weight_decay=0.0)
+        optimizer = FlatOptimizer(case.optimizer, factors, device, lora_b_lr_ratio=1.0, weight_decay=0.0)
         walk = LayerWalk(decoder, factors, plan, reference=case.reference)
         for step in (1, 2):
             meter.reset_peak()
@@ -322,13 +323,13 @@ def measured_bytes(case: Case, folder: Path, device: torch.device) -> Peaks:
     return Peaks(step_bytes, evaluation_bytes)
 
 
-def _peak_reader(meter: DeviceMeter, device: torch.device) -> Callable[[], int]:
+def _peak_reader(meter: DeviceMeter, device: ComputeDevice) -> Callable[[], int]:
     """Reads the bytes of tensors at the most since the meter's last reset; see the module docstring."""
-    if device.type == "cpu":
+    if not device.is_accelerator:
         return lambda: meter.peak_bytes
 
     def requested(when: str) -> int:
-        return torch.cuda.memory_stats(device)[f"requested_bytes.all.{when}"]
+        return device.memory_stats()[f"requested_bytes.all.{when}"]
 
     before = requested("current")
 
@@ -366,7 +367,7 @@ def workload_of(case: Case, shape: ModelShape, device: str) -> Workload:
         num_micro_batches=case.num_micro_batches,
         optimizer=case.optimizer,
         reference=case.reference,
-        target=target_of(torch.device(device)),
+        target=find_device(torch.device(device)).description,
     )
 
 
@@ -379,7 +380,7 @@ def test_plan_matches_meter(name: str, device_name: str, checkpoints: Any) -> No
     folder = checkpoints(case.shape, case.packing if case.packs_head else None)
     shape = shape_from_config(json.loads((folder / "config.json").read_text()))
     workload, plan = workload_of(case, shape, device_name), case.execution(shape.num_layers)
-    measured = measured_bytes(case, folder, torch.device(device_name))
+    measured = measured_bytes(case, folder, find_device(torch.device(device_name)))
     for phase, by_cause, measured_of_phase in (
         ("step", step_peak(workload, plan), measured.step),
         ("evaluation", evaluation_peak(workload, plan), measured.evaluation),

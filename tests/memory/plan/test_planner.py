@@ -172,9 +172,7 @@ def test_long_contexts_are_cut_into_mlp_tiles() -> None:
 
 def test_on_a_cpu_what_does_not_fit_streams_from_disk() -> None:
     host = HostBudget(8 * GIB, 100 * GIB)
-    plan = planned(
-        4, host=host, rates=stated_rates("cpu", None), target=CPU, model={"compute_dtype": "bfloat16"}
-    )
+    plan = planned(4, host=host, rates=stated_rates(CPU), target=CPU, model={"compute_dtype": "bfloat16"})
     assert plan.fits and Place.RAM not in plan.execution.weights and Place.DISK in plan.execution.weights
     assert plan.execution.inputs is Place.RESIDENT
     assert plan.peak_ram_bytes > plan.peak_vram_bytes
@@ -210,12 +208,12 @@ def test_flops_per_token_and_parameter() -> None:
 
 def test_a_recipe_becomes_a_plan_for_a_device() -> None:
     asked = recipe("meta-llama/Llama-3.2-1B", memory={"vram": "6 GiB"})
-    plan = plan_recipe(asked, GPU, 80 * GIB, gpu_name="NVIDIA GeForce RTX 4090")
+    plan = plan_recipe(asked, replace(GPU, name="NVIDIA GeForce RTX 4090"), 80 * GIB)
     assert plan.budget_bytes == 6 * GIB and "RTX 4090" in plan.rates.source
     free = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), GPU, 10 * GIB)
     assert free.budget_bytes == int(9.5 * GIB)
     with_context = plan_recipe(recipe("meta-llama/Llama-3.2-1B"), GPU, 10 * GIB, has_context=True)
-    assert with_context.budget_bytes == free.budget_bytes + CONTEXT_BYTES["cuda"]
+    assert with_context.budget_bytes == free.budget_bytes + CONTEXT_BYTES
 
 
 @pytest.mark.parametrize(
