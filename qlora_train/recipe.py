@@ -80,6 +80,12 @@ def _auto_or_bool(value: Any) -> Any:
     return value
 
 
+def _as_alpha(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"must be a number greater than 0, got {show(value)}")
+    return value
+
+
 def _auto_or_count(value: Any) -> Any:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if value is not None and value != "auto" and not is_count:
@@ -133,7 +139,7 @@ class LoraSection(_Section):
     """The trained factors: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
 
     rank: Count = 16
-    alpha: Annotated[int | float, Field(gt=0)] = 32
+    alpha: Annotated[int | float, BeforeValidator(_as_alpha)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
     use_rslora: bool = False

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_train.device.compute import ComputeDevice
@@ -48,6 +48,17 @@ def load_and_run(
         model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": str(device.torch)}, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ExportError(f"{LOADERS[loader]}: the written folder does not load ({error}).") from error
+    try:
+        hidden, head = _run(model, documents, device)
+    except (RuntimeError, ValueError, AssertionError) as error:  # of the loader's own kernels
+        raise ExportError(
+            f"{LOADERS[loader]}: the written folder loads, but does not run ({error})."
+        ) from error
+    return WalkedModel(decoder, hidden, lambda: _rows(head))
+
+
+def _run(model: PreTrainedModel, documents: HeldOut, device: ComputeDevice) -> tuple[Tensor, nn.Module]:
+    """(what goes into the head at the documents' places [S, D] in fp32, the head)."""
     head = model.get_output_embeddings()
     taken: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, given: taken.append(given[0]))
@@ -56,7 +67,7 @@ def load_and_run(
         model(input_ids=torch.from_numpy(ids)[None].to(device.torch), use_cache=False)
         hidden.append(taken.pop()[0, torch.from_numpy(places).to(device.torch)])
     handle.remove()
-    return WalkedModel(decoder, torch.cat(hidden).float(), lambda: _rows(head))
+    return torch.cat(hidden).float(), head
 
 
 def _rows(head: nn.Module) -> Iterator[Tensor]:

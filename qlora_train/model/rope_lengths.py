@@ -31,8 +31,8 @@ def refuse_length_dependent_rope(config: PretrainedConfig, sequence_length: int)
     if original is not None and sequence_length > original:
         raise UnsupportedModelError(
             f"{config.model_type} with rope type {rope_type}: beyond {original} tokens the rotary table "
-            "depends on the longest document of a row, so packed documents would not equal the documents alone. Set "
-            f"data.sequence_length to {original} or less."
+            "depends on the longest document of a row, so packed documents would not equal the documents "
+            f"alone. Set data.sequence_length to {original} or less."
         )
 
 
@@ -55,7 +55,7 @@ def batches_by_table(
         )
         raise UnsupportedModelError(
             f"{config.model_type} with rope type {rope_type}: a prompt of {length} tokens and "
-            f"{max_new_tokens} new ones pass {original}, where the rotary table changes and cached keys would no longer fit. "
-            f"{way_out} (--max-new-tokens)."
+            f"{max_new_tokens} new ones pass {original}, where the rotary table changes and "
+            f"cached keys would no longer fit. {way_out} (--max-new-tokens)."
         )
     return [batch for batch in (short, long) if batch]

@@ -25,8 +25,10 @@ from qlora_train.export.packed_layers import PackedLayers, cached_layers
 from qlora_train.memory.load import load_base
 from qlora_train.model.adapter_config import AdapterConfig
 from qlora_train.model.adapter_files import save_adapter
+from qlora_train.model.base_folder import check_base
 from qlora_train.model.quantize import PackedWeight, Packing, pack
 
+NO_DATA = "PLACE"
 TOKENS = torch.arange(24).reshape(2, 12) % 40
 LINEARS = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"} | {
     f"mlp.{name}_proj" for name in ("gate", "up", "down")
@@ -164,7 +166,8 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     for name in copied:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     merged = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert merged == config | {"dtype": "float16", "torch_dtype": "float16"}
+    mark = {"merged_onto": "original"}
+    assert merged == config | {"dtype": "float16", "torch_dtype": "float16", "qlora_train": mark}
 
 
 @pytest.mark.parametrize(
@@ -342,14 +345,24 @@ def test_export_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="adapter"):
         export(run)
     write_adapter(run / "adapter", model)
-    assert export(run, dtype="bfloat16") == run / "merged"
+    said: list[str] = []
+    assert export(run, base="dequantized", dtype="bfloat16", say=said.append) == run / "merged"
+    assert said == [f"no receipt: the data of the run cannot be read ({NO_DATA})"]
+    marked = json.loads((run / "merged" / "config.json").read_text())["qlora_train"]
+    assert marked == {"merged_onto": "dequantized", "quantization": "fp4"}
     merge(tmp_path / "base", run / "adapter", tmp_path / "out", packing=Packing("fp4"), dtype=torch.bfloat16)
     found, expected = (load_file(path / "model.safetensors") for path in (run / "merged", tmp_path / "out"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert json.loads((run / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
-    original = load_file(export(run, base="original", out=tmp_path / "original") / "model.safetensors")
+    said.clear()
+    original = load_file(export(run, out=tmp_path / "original", say=said.append) / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    assert original[name].dtype == torch.float16 and not torch.equal(original[name].bfloat16(), found[name])
+    assert said[1] == "written in float32, the base's own (float16 is tried with a receipt only)"
+    assert original[name].dtype == torch.float32 and not torch.equal(original[name].bfloat16(), found[name])
+    with pytest.raises(BaseModelError, match="Quantizing them again would round most of the adapter away"):
+        check_base(run / "merged", "nf4")
+    for folder, quantization in ((run / "merged", "none"), (tmp_path / "original", "nf4")):
+        check_base(folder, quantization)
     with pytest.raises(NotYetError):
         export(run, to="gguf")
     with pytest.raises(ExportError, match="float8"):
