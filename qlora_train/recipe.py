@@ -95,7 +95,7 @@ def _auto_or_count(value: Any) -> Any:
 
 def _as_output_dir(value: str) -> str:
     expanded = os.path.expanduser(value)
-    if os.path.abspath(expanded) == os.path.abspath(os.sep):
+    if not os.path.abspath(expanded).strip(os.sep):
         raise ValueError("is the root of the file system; name a folder for the run")
     return expanded
 
