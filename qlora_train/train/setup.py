@@ -186,8 +186,8 @@ def _refuse_surplus_ids(data: PackedDataset, folder: Path, num_rows: int) -> Non
         if largest >= num_rows:
             raise BaseModelError(
                 f"{origin.describe()}: holds the token {largest}, and the embedding of {folder} "
-                f"has {num_rows} rows (0 to {num_rows - 1}). Leave such tokens out of the data, or check that tokenizer and "
-                "weights belong together."
+                f"has {num_rows} rows (0 to {num_rows - 1}). Leave such tokens out of the data, or "
+                "check that tokenizer and weights belong together."
             )
 
 

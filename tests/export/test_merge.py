@@ -117,26 +117,6 @@ def test_merged_folder_is_base_plus_adapter(tmp_path: Path, tied: bool, shard_si
     assert (report.num_shards > 1) is (shard_size != "5GB")
 
 
-@pytest.mark.parametrize(
-    "tied,change,is_written", [(True, 0.0, False), (True, 1.0, True), (False, 0.0, True), (True, None, True)]
-)
-def test_a_head_that_repeats_the_tied_embedding_is_left_out(
-    tmp_path: Path, tied: bool, change: float | None, is_written: bool
-) -> None:
-    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", tied))
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    head = tensors["model.embed_tokens.weight"].clone()
-    head[39, 63] += change or 0.0
-    tensors["lm_head.weight"] = head if change is not None else head.half()
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    report = merge(
-        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", packing=None, dtype=torch.float16
-    )
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert ("lm_head.weight" in written) is is_written
-    assert report.num_tensors == len(written)
-
-
 def test_fp16_is_the_fp32_sum_cast_once(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
     for dtype in (torch.float32, torch.float16):

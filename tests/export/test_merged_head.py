@@ -1,4 +1,4 @@
-"""An adapter with factors on the output head: merged, the head is a matrix of its own."""
+"""The output head in a merge: left out where it repeats the embedding, a matrix of its own with factors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import random_model, tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -34,3 +35,25 @@ def test_a_head_with_factors_is_untied(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(
         merged.lm_head.weight.data, model.get_output_embeddings().weight.data + 0.5 * b_a
     )
+
+
+@pytest.mark.parametrize(
+    "tied,change,is_written", [(True, 0.0, False), (True, 1.0, True), (False, 0.0, True), (True, None, True)]
+)
+def test_a_head_that_repeats_the_tied_embedding_is_left_out(
+    tmp_path: Path, tied: bool, change: float | None, is_written: bool
+) -> None:
+    random_model(tiny_config("llama", tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+    factors = {"model.layers.0.self_attn.q_proj": (torch.ones(4, 64), torch.ones(64, 4))}
+    save_adapter(tmp_path / "adapter", AdapterConfig("base", 4, 8), factors)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[39, 63] += change or 0.0
+    tensors["lm_head.weight"] = head if change is not None else head.half()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    report = merge(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", packing=None, dtype=torch.float16
+    )
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert ("lm_head.weight" in written) is is_written
+    assert report.num_tensors == len(written)
