@@ -27,14 +27,15 @@ from typing import Any
 
 from qlora_train import __version__
 from qlora_train.boundary import os_error
+from qlora_train.cli_types import count, count_or_none, not_negative, seed, share, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, RecipeError, UserError
 from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
-from qlora_train.recipe_checks import parse_size
 from qlora_train.recipe_yaml import nearest
 
 NEED_UNIX = {"train", "generate", "export", "cache", "bench"}
+CHECKPOINT_HELP = "of a run (default: the finished adapter, else the last checkpoint)"
 NOT_YET = {
     "chat": ("D", "talk to a run or a model"),
     "eval": ("D", "score a run on held-out data"),
@@ -125,18 +126,19 @@ def _parser() -> argparse.ArgumentParser:
 
     preview = command("preview", "print the tokens the model will see, supervised ones marked", run=_preview)
     _add_recipe(preview)
-    preview.add_argument("-n", "--num-rows", type=_count, default=3, metavar="N", help="rows (default: 3)")
+    preview.add_argument("-n", "--num-rows", type=count, default=3, metavar="N", help="rows (default: 3)")
 
     generate = command("generate", "answer prompts with a run or a merged model", run=_generate)
     generate.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
     generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    generate.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
-    generate.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
-    generate.add_argument("--top-p", type=_share, default=1.0, help="above 0, at most 1 (default)")
-    generate.add_argument("--seed", type=_seed, default=0, help="for --temperature above 0")
+    generate.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
+    generate.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
+    generate.add_argument("--temperature", type=not_negative, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-p", type=share, default=1.0, help="above 0, at most 1 (default)")
+    generate.add_argument("--seed", type=seed, default=0, help="for --temperature above 0")
     generate.add_argument(
         "--vram",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="memory to stay within, such as 2GiB (default: what is free)",
     )
@@ -147,8 +149,33 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", "write a run as a model that other tools load", run=_export)
     export.add_argument("run_dir", metavar="RUN", type=Path)
     export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged")
-    export.add_argument("--base", choices=("original", "dequantized", "auto"), default="dequantized")
-    export.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    export.add_argument(
+        "--base",
+        choices=("original", "dequantized"),
+        help="the weights to merge onto (default: original, where they are there)",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default="auto",
+        help="auto (default): float16 where the model's values stay well inside its range",
+    )
+    export.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
+    export.add_argument(
+        "--receipt",
+        type=count_or_none,
+        default=2000,
+        metavar="N|none",
+        help="held-out supervised tokens that the written model is compared on (default: 2000)",
+    )
+    export.add_argument(
+        "--for",
+        dest="loaders",
+        action="append",
+        default=[],
+        choices=("transformers", "bnb-4bit"),
+        help="load what was written with this, too, for the receipt; may be given several times",
+    )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: inside the run folder")
 
     recipes = command("recipes", "list, show or copy the bundled recipes", run=_list_recipes)
@@ -172,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", "measure speed and memory beside other trainers", run=_bench)
     bench.add_argument("names", metavar="NAME", nargs="*", help="cases (default: all)")
     bench.add_argument("--list", action="store_true", help="show the cases")
-    bench.add_argument("--runs", type=_count, default=3, metavar="N", help="of each contender (default: 3)")
+    bench.add_argument("--runs", type=count, default=3, metavar="N", help="of each contender (default: 3)")
     bench.add_argument(
         "--record",
         type=Path,
@@ -195,39 +222,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _is_override(text: str) -> bool:
     return "=" in text and not text.startswith("-")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8GiB or 7.5GB") from error
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
-    return int(text)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -274,6 +268,7 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
         raw=args.raw,
+        checkpoint=args.checkpoint,
         vram_bytes=args.vram,
     )
 
@@ -281,11 +276,20 @@ def _generate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     if args.to != "merged":
         raise _not_yet_error(f"export --to {args.to}", "D")
-    if args.base == "auto":
-        raise _not_yet_error("export --base auto", "D")
     from qlora_train.export import export
 
-    print(export(args.run_dir, to=args.to, base=args.base, dtype=args.dtype, out=args.out))
+    folder = export(
+        args.run_dir,
+        to=args.to,
+        base=args.base,
+        dtype=args.dtype,
+        out=args.out,
+        checkpoint=args.checkpoint,
+        receipt=args.receipt,
+        loaders=args.loaders,
+        say=print,
+    )
+    print(folder)
 
 
 def _list_recipes(args: argparse.Namespace) -> None:

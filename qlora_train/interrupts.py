@@ -1,19 +1,26 @@
-"""Signals that end a command: SIGINT (Ctrl-C) and SIGTERM raise `Interrupted` wherever the program is.
+"""Signals that end a command: SIGINT (Ctrl-C), SIGTERM and SIGHUP raise `Interrupted` wherever it is.
 
 Raised, not only noted: start-up spends its seconds in libraries that ask nobody. And noted, not only raised:
 an exception inside a destructor, or under a bare `except:`, is lost. So a signal whose exception went missing
 still ends the command where it would have ended, and training (train/signals.py) asks before its first step.
+
+SIGHUP is a closed terminal or a lost connection: nobody reads what is printed from then on, and writing to it
+fails, so output goes nowhere. Where it is ignored (nohup) it stays ignored.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from qlora_train.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
 
 
 class RaisesInterrupted:
@@ -24,13 +31,15 @@ class RaisesInterrupted:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> RaisesInterrupted:
-        for number in SIGNALS:
+        for number in handled_signals():
             self._previous[number] = signal.signal(number, self)
         return self
 
     def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
         """The handler."""
         self.received = number
+        if number == HANGUP:
+            print_nowhere()
         raise Interrupted(number)
 
     def __exit__(
@@ -40,6 +49,23 @@ class RaisesInterrupted:
             signal.signal(number, handler)
         if self.received and not isinstance(error, Interrupted):
             raise Interrupted(self.received) from error
+
+
+def handled_signals() -> list[signal.Signals]:
+    """`SIGNALS` without a hangup that is ignored."""
+    return [
+        number for number in SIGNALS if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
+    ]
+
+
+def print_nowhere() -> None:
+    """From now on, for stdout and stderr where they are a terminal."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file, in tests
+            if os.isatty(stream.fileno()):
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def lost_signal() -> int:

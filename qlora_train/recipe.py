@@ -80,6 +80,25 @@ def _auto_or_bool(value: Any) -> Any:
     return value
 
 
+def _as_alpha(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"must be a number greater than 0, got {show(value)}")
+    return value
+
+
+def _auto_or_count(value: Any) -> Any:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and value != "auto" and not is_count:
+        raise ValueError(f"must be auto, null or a whole number of 1 or more, got {show(value)}")
+    return value
+
+
+def _not_root(path: str) -> str:
+    if not os.path.abspath(path).strip(os.sep):
+        raise ValueError("is the root of the file system; name a folder for the run")
+    return path
+
+
 def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     if not sources:
         raise ValueError("names no source")
@@ -144,7 +163,7 @@ class LoraSection(_Section):
     """The trained factors: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
 
     rank: Count = 16
-    alpha: Count = 32
+    alpha: Annotated[int | float, BeforeValidator(_as_alpha)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
     use_rslora: bool = False
@@ -190,9 +209,10 @@ class DataSection(_Section):
 
 
 class TrainingSection(_Section):
-    """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps."""
+    """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps
+    (`save_every: auto`: about every 10 minutes; null: at the end and when stopped)."""
 
-    output_dir: PathText = "runs/my-run"
+    output_dir: Annotated[PathText, AfterValidator(_not_root)] = "runs/my-run"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     epochs: Positive | None = 1.0
     max_steps: Count | None = None
@@ -209,7 +229,7 @@ class TrainingSection(_Section):
     deterministic: AutoOrBool = "auto"
     log_every: Count = 1
     eval_every: Count | None = None
-    save_every: Count | None = None
+    save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(_auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
     early_stopping: Annotated[Count | None, _not_yet("E")] = None
     samples: Annotated[Texts, _not_yet("D")] = ()
@@ -274,11 +294,14 @@ class Recipe(_Section):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, in a folder's `recipe.yaml`, or bundled under this name.
 
-    `overrides` are `section.key=value`. Raises `RecipeError` with every problem, each with its line.
+    A run's own recipe means that run, wherever its folder lies now. `overrides` are `section.key=value`.
+    Raises `RecipeError` with every problem, each with its line.
     """
     file = find_recipe(path)
     found_in = (Path.cwd(), bundled_recipes_dir())
     draft = Draft.of_file(file, folders=(file.resolve().parent, *found_in))
+    if is_run_folder(file.parent):
+        draft.put(("training", "output_dir"), str(file.parent))
     draft.override(overrides, folders=found_in)
     return _finish(draft)
 
@@ -307,6 +330,11 @@ def find_recipe(path: str | Path) -> Path:
     raise RecipeError(
         [f"{path}: no such recipe file; bundled recipes are {', '.join(bundled) or 'none'}" + guess]
     )
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has begun there (train/run_folder.py); a recipe with data beside it is none."""
+    return any((folder / name).exists() for name in ("plan.json", "metrics.jsonl", "checkpoints"))
 
 
 def _finish(draft: Draft) -> Recipe:

@@ -74,6 +74,10 @@ class Draft:
         draft._anchor_paths(folders)
         return draft
 
+    def put(self, path: KeyPath, value: Any) -> None:
+        """Say what the place of the file says, not its text."""
+        self._holder(path)[path[-1]] = value
+
     def override(self, overrides: Iterable[str], folders: Sequence[Path]) -> None:
         """Apply `section.key=value` texts; later problems with these keys name the override."""
         written: set[KeyPath] = set()
@@ -156,6 +160,12 @@ class Draft:
         values: dict[Any, Any] = {}
         for key, value in node.value:
             name = key.value if isinstance(key, ScalarNode) else "?"
+            if name == "<<":
+                self.places[*path, name] = place_of(key)
+                self.problems.append(
+                    ((*path, name), "merge keys are not part of YAML 1.2; write the keys out")
+                )
+                continue
             if name in values:
                 again = place_of(key)[1]
                 self.problems.append(((*path, name), f"duplicate key, written again at {again}"))

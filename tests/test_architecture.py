@@ -29,6 +29,7 @@ FLOORS = {
     "report": 6,
     "bench": 7,
     "cli": 8,
+    "cli_types": 8,
     "__init__": 9,
     "__main__": 9,
 }
@@ -42,6 +43,7 @@ LIGHT = (
     "recipe_yaml",
     "recipe_checks",
     "cli",
+    "cli_types",
     "__init__",
     "__main__",
 )

@@ -115,7 +115,6 @@ def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
         (["verify", "runs/x"], "E"),
         (["export", "runs/x", "--to", "gguf"], "D"),
         (["export", "runs/x", "--to", "adapter"], "D"),
-        (["export", "runs/x", "--base", "auto"], "D"),
     ],
 )
 def test_commands_of_later_parts_say_not_yet(
@@ -197,6 +196,7 @@ def test_generate_calls_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(command) == 0
     assert cli.main([*command, "--vram", "1.5GiB"]) == 0
     options = {"max_new_tokens": 128, "temperature": 0.5, "top_p": 1.0, "seed": 0, "raw": True}
+    options |= {"checkpoint": None}
     budgets = [None, 3 * 2**29]
     assert generate.calls == [(("runs/x", ["a", "b"]), options | {"vram_bytes": b}) for b in budgets]
 
@@ -208,9 +208,10 @@ def test_export_calls_what_it_says(
     replace_module(monkeypatch, "qlora_train.export", export, "export")
     assert cli.main(["export", "runs/x"]) == 0
     assert cli.main(["export", "runs/x", "--base", "original", "--dtype", "bfloat16", "--out", "y"]) == 0
+    common = {"to": "merged", "checkpoint": None, "receipt": 2000, "loaders": [], "say": print}
     assert export.calls == [
-        ((Path("runs/x"),), {"to": "merged", "base": "dequantized", "dtype": "float16", "out": None}),
-        ((Path("runs/x"),), {"to": "merged", "base": "original", "dtype": "bfloat16", "out": Path("y")}),
+        ((Path("runs/x"),), {"base": None, "dtype": "auto", "out": None} | common),
+        ((Path("runs/x"),), {"base": "original", "dtype": "bfloat16", "out": Path("y")} | common),
     ]
     assert capsys.readouterr().out == "runs/x/merged\n" * 2
 

@@ -21,26 +21,36 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError, ExportError
+from qlora_train.export.companions import copy_companions, list_end_ids, merged_config
 from qlora_train.export.disk_writer import DiskWriter
+from qlora_train.model.adapter_config import HEAD as HEAD_PATH
+from qlora_train.model.adapter_config import AdapterConfig, match_modules
 from qlora_train.model.adapter_files import Factors, load_adapter
 from qlora_train.model.atomic_folder import atomic_folder
+from qlora_train.model.base_folder import read_plain_config
 from qlora_train.model.bitsandbytes_checkpoint import (
     bitsandbytes_shape,
     is_bitsandbytes_constant,
     read_bitsandbytes_weight,
 )
 from qlora_train.model.quantize import PackedWeight, Packing, pack
-from qlora_train.model.shards import INDEX_FILE, SINGLE_FILE, ShardReader, tensor_bytes, write_header
+from qlora_train.model.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    ShardReader,
+    TensorInfo,
+    tensor_bytes,
+    write_header,
+)
 
 BLOCK_BYTES = 4 * 2**20  # of rows as read: in fp32 still in the processor's cache, and in recycled memory
 MAX_SHARD_BYTES = 5 * 10**9
@@ -48,7 +58,6 @@ SPARE_DISK_BYTES = 64 * 2**20  # headers, tokenizer, file system overhead
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LAYER_NAME = re.compile(r"(^|\.)layers\.\d+\.")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
 class PackedWeights(Protocol):
@@ -82,23 +91,27 @@ def merge(
     cached: PackedWeights | None = None,
     end_ids: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda folder: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> MergeReport:
     """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
 
     packing: None starts from the original weights; else every matrix of a decoder layer is packed and
     unpacked as in training. cached: what training has packed so. end_ids: tokens that end an answer, which
-    generation_config.json is to list for other tools. Raises `ExportError` (out not empty, disk too small,
+    generation_config.json is to list for other tools. check: called with the complete folder before it gets
+    its name; what it raises undoes the export. say: told of files that are left out.
+
+    Raises `ExportError` (out not empty, disk too small,
     adapter that does not fit, values `dtype` cannot hold) and `BaseModelError` (unusable base or adapter);
     `out` is then as it was.
     """
     base_folder, out = Path(base_folder), Path(out)
     require_new_folder(out)
-    config, factors = load_adapter(adapter_folder)
     with ShardReader(base_folder) as reader:
-        model_config = _read_config(base_folder)
-        weights = _Weights(reader, packing, cached, factors, config.scaling)
-        if model_config.get("tie_word_embeddings") and _head_is_embedding(reader):
-            weights.leave_out_head()
+        model_config = read_plain_config(base_folder)
+        weights = MergedWeights(reader, packing, cached, load_adapter(adapter_folder))
+        if model_config.get("tie_word_embeddings"):
+            weights.tie_head()
         shards = _plan_shards(weights.shapes, dtype, max_shard_bytes)
         num_bytes = sum(_num_bytes(shape, dtype) for shape in weights.shapes.values())
         _check_disk(out, num_bytes)
@@ -107,11 +120,13 @@ def merge(
                 _write_shard(partial / file_name, names, weights, dtype)
             if len(shards) > 1:
                 _write_index(partial, shards, num_bytes)
-            (partial / "config.json").write_text(_merged_config(model_config, dtype), "utf-8")
-            _copy_companions(base_folder, partial)
-            _list_end_ids(partial, end_ids)
+            text = merged_config(model_config, dtype, packing, unties_head=weights.changes_head)
+            (partial / "config.json").write_text(text, "utf-8")
+            copy_companions(base_folder, partial, say)
+            list_end_ids(partial, end_ids)
+            check(partial)
     return MergeReport(
-        out, len(weights.shapes), len(factors), len(weights.dequantized), len(shards), num_bytes
+        out, len(weights.shapes), weights.num_merged, len(weights.dequantized), len(shards), num_bytes
     )
 
 
@@ -124,25 +139,29 @@ def require_new_folder(out: Path) -> None:
         raise ExportError(f"{out}: {lies_in} is a file, so no folder can be made in it. Give another --out.")
 
 
-class _Weights:
-    """The merged model's tensors: their shapes now, their rows on demand."""
+class MergedWeights:
+    """The merged model's tensors: their shapes now, their rows on demand. adapter: config and factors, paths
+    as they are written."""
 
     def __init__(
         self,
         reader: ShardReader,
         packing: Packing | None,
         cached: PackedWeights | None,
-        factors: Factors,
-        scaling: float,
+        adapter: tuple[AdapterConfig, Factors],
     ) -> None:
         self._reader = reader
         self._packing, self._cached = packing, cached
-        self._scaling = scaling
+        self._config, factors = adapter
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._is_packed_already: set[str] = set()
+        self._head_source = HEAD
         for name in reader.names():
             if not is_bitsandbytes_constant(name):
                 self.shapes[name] = self._shape_of(name)
+        if HEAD not in self.shapes and any(path.rpartition(".")[2] == HEAD_PATH for path in factors):
+            self._head_source = next(name for name in self.shapes if name.endswith(EMBEDDING))
+            self.shapes[HEAD] = self.shapes[self._head_source]
         if self._is_packed_already and packing is None:
             raise ExportError(
                 f"{reader.folder}: the base is already packed by bitsandbytes, its original weights are not"
@@ -153,9 +172,18 @@ class _Weights:
             name for name, shape in self.shapes.items() if self._is_packed_in_training(name, shape)
         }
 
-    def leave_out_head(self) -> None:
-        """Do not write the output head, unless the adapter changes it."""
-        if HEAD not in self._factors:
+    @property
+    def num_merged(self) -> int:
+        """Weights that take factors."""
+        return len(self._factors)
+
+    @property
+    def changes_head(self) -> bool:
+        return HEAD in self._factors
+
+    def tie_head(self) -> None:
+        """Of a tied base: a head that repeats the embedding is not written, unless the adapter changes it."""
+        if not self.changes_head and _head_is_embedding(self._reader):
             del self.shapes[HEAD]
 
     def rows(self, name: str) -> Iterator[Tensor]:
@@ -164,11 +192,11 @@ class _Weights:
         if not self.shapes[name]:
             yield self._reader.read(name).float()
             return
-        for start, stop, block in self._base_rows(name):
+        for start, stop, block in self._base_rows(self._head_source if name == HEAD else name):
             values = block.float()
             if name in self._factors:
-                a, b = self._factors[name]
-                values.addmm_(b[start:stop], a, alpha=self._scaling)
+                a, b, scaling = self._factors[name]
+                values.addmm_(b[start:stop], a, alpha=scaling)
             yield values
 
     def _base_rows(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
@@ -212,24 +240,57 @@ class _Weights:
             return False
         return len(shape) == 2 and name.endswith(".weight") and LAYER_NAME.search(name) is not None
 
-    def _match(self, factors: Factors) -> Factors:
-        """Factors by tensor name. A checkpoint may lack the "model." that module paths begin with."""
-        matched: Factors = {}
+    def _match(self, factors: Factors) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """A, B and scaling by tensor name."""
+        modules = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
+        names = match_modules(factors, modules)
+        matched: dict[str, tuple[Tensor, Tensor, float]] = {}
         for path, (a, b) in factors.items():
-            candidates = (f"{path}.weight", f"{path.removeprefix('model.')}.weight")
-            name = next((name for name in candidates if name in self.shapes), None)
-            if name is None:
+            if path not in names:
                 raise ExportError(
-                    f"the adapter trains {path}, but {self._reader.folder} has no tensor {candidates[0]}. "
+                    f"the adapter trains {path}, but {self._reader.folder} has no tensor {path}.weight. "
                     "Is this the base it was trained on?"
                 )
+            name = f"{names[path]}.weight"
             if self.shapes[name] != (len(b), a.shape[1]):
                 raise ExportError(
                     f"the adapter's factors for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
                     f"{self._reader.folder} is {list(self.shapes[name])}. Is this the base it was trained on?"
                 )
-            matched[name] = (a, b)
+            matched[name] = (a, b, self._config.scaling_of(path))
         return matched
+
+
+class MergedReader:
+    """What `MergedWeights` would be once written, as a checkpoint that can be read: see `ShardReader`."""
+
+    def __init__(self, folder: Path, weights: MergedWeights, dtype: torch.dtype) -> None:
+        self.folder, self._weights, self._dtype = folder, weights, dtype
+
+    def names(self) -> list[str]:
+        return list(self._weights.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights.shapes
+
+    def info(self, name: str) -> TensorInfo:
+        shape = self._weights.shapes[name]
+        return TensorInfo(name, self._dtype, shape, _num_bytes(shape, self._dtype))
+
+    def read(self, name: str) -> Tensor:
+        return torch.cat([rows.to(self._dtype) for rows in self._weights.rows(name)])
+
+    def row_blocks(
+        self, name: str, max_bytes: int = 0, multiple_of_rows: int = 1
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """In blocks of the size that merging makes."""
+        start = 0
+        for rows in self._weights.rows(name):
+            yield start, start + len(rows), rows.to(self._dtype)
+            start += len(rows)
+
+    def close(self) -> None:
+        """The base's reader is its owner's."""
 
 
 def _plan_shards(
@@ -250,7 +311,7 @@ def _plan_shards(
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _write_shard(path: Path, names: list[str], weights: _Weights, dtype: torch.dtype) -> None:
+def _write_shard(path: Path, names: list[str], weights: MergedWeights, dtype: torch.dtype) -> None:
     with DiskWriter(path) as file:
         write_header(file, {name: (dtype, weights.shapes[name]) for name in names}, {"format": "pt"})
         for name in names:
@@ -287,17 +348,6 @@ def _check_disk(out: Path, num_bytes: int) -> None:
         )
 
 
-def _read_config(base_folder: Path) -> dict[str, Any]:
-    return read_json(base_folder / "config.json", BaseModelError, "Download it again.")
-
-
-def _merged_config(config: dict[str, Any], dtype: torch.dtype) -> str:
-    # transformers 5 calls it dtype, most other tools still read torch_dtype
-    name = str(dtype).removeprefix("torch.")
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    return json.dumps(kept | {"dtype": name, "torch_dtype": name}, indent=2) + "\n"
-
-
 def _head_is_embedding(reader: ShardReader) -> bool:
     """Whether the checkpoint of a tied model holds its one matrix twice, byte for byte."""
     embedding = next((name for name in reader.names() if name.endswith(EMBEDDING)), None)
@@ -308,40 +358,6 @@ def _head_is_embedding(reader: ShardReader) -> bool:
         return False
     pairs = zip(reader.row_blocks(HEAD, BLOCK_BYTES), reader.row_blocks(embedding, BLOCK_BYTES), strict=True)
     return all(tensor_bytes(a) == tensor_bytes(b) for (_, _, a), (_, _, b) in pairs)
-
-
-def _copy_companions(base_folder: Path, folder: Path) -> None:
-    """Tokenizer, chat templates, generation config: every small file that is no weight and no configuration
-    of weights."""
-    for path in sorted(base_folder.iterdir()):
-        is_ours = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.suffix in COPIED_SUFFIXES and not is_ours and _belongs_to(base_folder, path):
-            shutil.copyfile(path, folder / path.name)
-    templates = base_folder / "additional_chat_templates"
-    for path in sorted(templates.glob("*.jinja")):
-        if _belongs_to(base_folder, path):
-            (folder / templates.name).mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / templates.name / path.name)
-
-
-def _belongs_to(base_folder: Path, path: Path) -> bool:
-    """Whether a file lies in the base's folder, or in its part of a hub cache, where the folder is a snapshot
-    of links: a link to anywhere else must not be published with the model."""
-    home = base_folder.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent
-    return path.is_file() and path.resolve().is_relative_to(home)
-
-
-def _list_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
-    """Add to what generation_config.json (without one: config.json) says ends an answer."""
-    file = folder / "generation_config.json"
-    config = read_json(file, BaseModelError, "Download it again, or remove it.") if file.exists() else {}
-    model_config = _read_config(folder)
-    listed = config.get("eos_token_id", model_config.get("eos_token_id"))
-    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if new := [token for token in dict.fromkeys(end_ids) if token not in listed]:
-        file.write_text(json.dumps(config | {"eos_token_id": [*listed, *new]}, indent=2) + "\n", "utf-8")
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

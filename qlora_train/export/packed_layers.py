@@ -38,6 +38,14 @@ class PackedLayers:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
 
+    def read_layer(self, layer: int, slab: Tensor) -> None:
+        """All packed bytes of a layer into `slab` (uint8 of that length, on any device)."""
+        part = self._base.slab(layer)
+        bytes_on_host = slab if slab.device.type == "cpu" else torch.empty(part.num_bytes, dtype=torch.uint8)
+        self._file.read(part.offset_bytes, bytes_on_host)
+        if bytes_on_host is not slab:
+            slab.copy_(bytes_on_host)
+
     def get(self, name: str) -> PackedWeight | None:
         """The packed weight, valid until one of another layer is asked for; None: the cache has none such."""
         place = self._places.get(name) or self._places.get(f"model.{name}")

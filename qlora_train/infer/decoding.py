@@ -19,6 +19,7 @@ from torch import Tensor
 from qlora_train.infer.kv_cache import KeyValueCache
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.rope_lengths import batches_by_table
 from qlora_train.model.token_matrix import TokenIds
 
 
@@ -43,10 +44,33 @@ def generate_tokens(
     """Continue each prompt (token ids, at least one) until a stop token or `max_new_tokens`.
 
     on_token(prompt index, token id) is called as tokens come, stop tokens excluded. Returns the new tokens,
-    without the stop.
+    without the stop. Where the rotary table depends on the longest sequence (model/rope_lengths.py), prompts
+    run in a batch for each table; raises `UnsupportedModelError` for one that would change tables on the way.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    generators = [torch.Generator().manual_seed(sampling.seed + b) for b in range(len(prompts))]
+    for members in batches_by_table(decoder.config, [len(p) for p in prompts], sampling.max_new_tokens):
+
+        def tell(b: int, token: int, members: Sequence[int] = members) -> None:
+            if on_token is not None:
+                on_token(members[b], token)
+
+        found = _generate([prompts[b] for b in members], members, decoder, sampling, stop_ids, tell)
+        for b, answer in zip(members, found, strict=True):
+            answers[b] = answer
+    return answers
+
+
+def _generate(
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    decoder: FrozenDecoder,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    on_token: Callable[[int, int], None],
+) -> list[list[int]]:
+    """One batch. numbers: of its prompts among all, for their random numbers."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    generators = [torch.Generator().manual_seed(sampling.seed + b) for b in numbers]
     running = set(range(len(prompts)))
     lengths = [len(prompt) for prompt in prompts]
     boundaries = np.cumsum([0, *lengths])
@@ -61,8 +85,7 @@ def generate_tokens(
                 running.remove(b)
             else:
                 answers[b].append(chosen[b])
-                if on_token is not None:
-                    on_token(b, chosen[b])
+                on_token(b, chosen[b])
         if not running or num_done == sampling.max_new_tokens:
             break
         logits = _decode(decoder, chosen, cache)

@@ -25,18 +25,21 @@ def generate_command(
     top_p: float,
     seed: int,
     raw: bool,
+    checkpoint: str | None = None,
     vram_bytes: int | None,
 ) -> None:
     """Print the answer to each prompt. raw: the prompt is given to the model as it is, without template or
-    chat turns. vram_bytes: budget on the device; None: the run's, or what is free.
+    chat turns. checkpoint: see `find_adapter`. vram_bytes: budget on the device; None: the
+    run's, or what is free.
 
     One prompt streams; several run in one batch and are printed in order. What waits off the device is said
     on stderr.
     """
-    source = find_model(target)
+    say = partial(print, file=sys.stderr)
+    source = find_model(target, checkpoint=checkpoint, say=say)
     encoded = [source.encode(prompt, raw=raw) for prompt in prompts]
     size = GenerateSize(tuple(len(tokens) for tokens in encoded), max_new_tokens)
-    model = source.load(size, vram_bytes=vram_bytes, say=partial(print, file=sys.stderr))
+    model = source.load(size, vram_bytes=vram_bytes, say=say)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     try:
         _answer(model, prompts, encoded, sampling)

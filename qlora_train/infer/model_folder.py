@@ -22,6 +22,7 @@ from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.settings import apply_settings
 from qlora_train.errors import BaseModelError, RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
+from qlora_train.infer.run_adapter import find_adapter
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.load import load_base
 from qlora_train.memory.machine_plan import enforce_budget, plan_generation_here
@@ -32,14 +33,17 @@ from qlora_train.memory.plan.model_shape import find_shape
 from qlora_train.memory.plan.packed_sizes import PackingSizes
 from qlora_train.memory.plan.workload import Workload, workload_of
 from qlora_train.memory.unpinned import host_memory_of_generation
-from qlora_train.model.adapter_files import load_adapter
-from qlora_train.model.base import CONFIG_REMEDY, read_config
+from qlora_train.model.adapter_config import HEAD
+from qlora_train.model.adapter_files import load_fitting
+from qlora_train.model.base import read_config
+from qlora_train.model.base_folder import check_base, read_plain_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
 from qlora_train.model.linear import DropoutContext
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.quantize import Packing
+from qlora_train.model.trained_on import find_base, read_trained_on
 from qlora_train.recipe import DataSection, MemorySection, Recipe, load_recipe
 
 
@@ -136,11 +140,14 @@ class ModelSource:
         return bare_workload(shape, sizes, target)
 
     def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
-        config, pairs = load_adapter(adapter)
+        config, pairs = load_fitting(adapter, [*decoder.linears, HEAD])
+        if HEAD in pairs:
+            decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
+        targets = {name: linear for name, linear in decoder.linears.items() if name in pairs}
         factors = FactorBuffers(
-            {name: linear for name, linear in decoder.linears.items() if name in pairs},
-            rank=config.rank,
-            scaling=config.scaling,
+            targets,
+            rank={name: config.rank_of(name) for name in targets},
+            scaling={name: config.scaling_of(name) for name in targets},
             dropout=0.0,
             seed=0,
             dtype=self.dtype,
@@ -149,27 +156,36 @@ class ModelSource:
         factors.load(pairs)
 
 
-def find_model(target: Path | str) -> ModelSource:
-    """What `target` names. Raises a `UserError` when it is neither a run with an adapter nor a model."""
+def find_model(
+    target: Path | str, *, checkpoint: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> ModelSource:
+    """What `target` names. checkpoint: of a run, see `find_adapter`. Raises a `UserError` when it is neither
+    a run with an adapter nor a model."""
     apply_settings()
     device = find_device()
     run = Path(target)
     if (run / "recipe.yaml").is_file() and not (run / "config.json").is_file():
-        return find_run(run, load_recipe(run / "recipe.yaml"), device)
+        adapter = find_adapter(run, checkpoint, say)
+        return find_run(run, load_recipe(run / "recipe.yaml"), device, adapter)
+    if checkpoint is not None:
+        raise RunFolderError(f"{target}: --checkpoint names one of a run, and this is no run folder")
     folder, _ = resolve_base(str(target), None)
+    check_base(folder)
     probed = probe(read_config(folder))
     dtype = resolve_dtype("auto", device.description)
     return ModelSource(folder, probed, _stored_packing(folder), dtype, device, load_tokenizer(str(folder)))
 
 
-def find_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: bool = True) -> ModelSource:
-    """The base of a run's recipe, packed as it was trained on, with the run's adapter or (before training)
-    without."""
-    if with_adapter and not (run / "adapter").is_dir():
-        raise RunFolderError(
-            f"{run}: has no adapter yet; train it to the end (qlora-train train ... --resume)"
-        )
-    folder, _ = resolve_base(recipe.model.base, recipe.model.revision)
+def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | None) -> ModelSource:
+    """The base of a run's recipe, packed as it was trained on, with an adapter of the run or (None, before
+    training) without. Raises `BaseModelError` for another base, tokenizer or template than it was trained
+    with."""
+    folder, _ = find_base(recipe.model, run)
+    check_base(folder, recipe.model.quantization)
+    tokenizer = load_tokenizer(str(folder))
+    if adapter is not None and (trained_on := read_trained_on(adapter)) is not None:
+        trained_on.check_base(folder, adapter)
+        trained_on.check_tokenizer(tokenizer, adapter)
     dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
     probed = probe(read_config(folder))
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)})
@@ -179,9 +195,9 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: 
         Packing(model.quantization, model.double_quant),
         dtype,
         device,
-        load_tokenizer(str(folder)),
+        tokenizer,
         recipe.model_copy(update={"model": model}),
-        run / "adapter" if with_adapter else None,
+        adapter,
     )
 
 
@@ -191,14 +207,14 @@ def load_model(target: Path | str, size: GenerateSize = GenerateSize()) -> Loade
 
 
 def load_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: bool = True) -> LoadedModel:
-    """`find_run`, loaded for a prompt of usual size."""
-    return find_run(run, recipe, device, with_adapter=with_adapter).load(GenerateSize())
+    """`find_run`, loaded for a prompt of usual size. with_adapter: the finished one, or the last."""
+    adapter = find_adapter(run, None, lambda line: None) if with_adapter else None
+    return find_run(run, recipe, device, adapter).load(GenerateSize())
 
 
 def _stored_packing(folder: Path) -> Packing:
     """How a checkpoint stores its linears: unpacked, or as bitsandbytes packed them."""
-    config = read_json(folder / "config.json", BaseModelError, CONFIG_REMEDY)
-    stored = config.get("quantization_config") or {}
+    stored = read_plain_config(folder).get("quantization_config") or {}
     if stored.get("load_in_8bit"):
         return Packing("int8")
     if stored.get("load_in_4bit"):

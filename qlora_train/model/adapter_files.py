@@ -1,95 +1,55 @@
 """LoRA adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-An adapter adds scaling * B A to some weights W [out, in] of the base, with A [rank, in], B [out, rank] and
-scaling = alpha / rank (rsLoRA: alpha / sqrt(rank)). PEFT names the two tensors of the module at `path`
-`base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted from the CausalLM.
+An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in], B [out, rank] and
+s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
+tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
+from the CausalLM.
 
-Written without peft, which would need the whole model in memory to save the few megabytes beside it. PEFT's
-format has many variants (DoRA, saved embeddings, ranks by pattern, ...): one that would need more than A, B
-and a single scaling is refused by name, because loading it as plain LoRA would give a different model
-without a word.
+Written without peft, which would need the whole model in memory to save the few megabytes beside it. What
+other tools write differently, and what is refused: adapter_config.py.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
+from qlora_train.model.adapter_config import (
+    CONFIG_FILE,
+    HEAD,
+    TENSOR_NAME,
+    AdapterConfig,
+    match_modules,
+    read_adapter_config,
+    to_peft,
+)
 from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.model.shards import ShardReader, write_tensors
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HEAD_COPY = f"{HEAD}.base_layer.weight"
+"""PEFT saves the base's head beside factors of it."""
 SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
-# Keys of PEFT's LoraConfig that, when set, mean more than W + scaling * B A.
-UNSUPPORTED_KEYS = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias in the LoRA factors",
-    "modules_to_save": "fully trained modules",
-    "rank_pattern": "ranks that differ by module",
-    "alpha_pattern": "alphas that differ by module",
-    "fan_in_fan_out": "transposed (Conv1D) weights",
-    "layer_replication": "replicated layers",
-    "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "LoRA on parameters instead of modules",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "monteclora_config": "MonteCLoRA",
-}
-# Initialisations that also change the base weights, so that the factors fit no published checkpoint.
-UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter's config says. `target_modules` are module name endings or whole paths."""
-
-    base_model: str
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=list)
-    use_rslora: bool = False
-
-    @property
-    def scaling(self) -> float:
-        """The factor of B A in the merged weight."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
-def shortest_names(trained: Iterable[str], existing: Iterable[str]) -> list[str]:
-    """`target_modules` that name the trained modules and no other: the last part of a path ("q_proj") where
-    every existing module of that name is trained, else whole paths. Sorted.
-    """
-    paths = set(trained)
-    partly = {_last_part(path) for path in existing if path not in paths}
-    return sorted({path if _last_part(path) in partly else _last_part(path) for path in paths})
-
-
-def _last_part(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def save_adapter(folder: Path, config: AdapterConfig, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def save_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    other_files: Mapping[str, str] | None = None,
+) -> None:
     """Write (or wholly replace) an adapter folder; the same input gives the same bytes.
 
     `factors`: module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj" -> (A [rank, in],
-    B [out, rank]). They are stored in fp32.
+    B [out, rank]). They are stored in fp32. other_files: name -> content of what lies beside them.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(factors):
@@ -99,113 +59,33 @@ def save_adapter(folder: Path, config: AdapterConfig, factors: Mapping[str, tupl
             )
     with atomic_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(
-            json.dumps(_to_peft(config), indent=2, sort_keys=True) + "\n", "utf-8"
+            json.dumps(to_peft(config), indent=2, sort_keys=True) + "\n", "utf-8"
         )
+        for name, content in (other_files or {}).items():
+            (partial / name).write_text(content, "utf-8")
         with open(partial / WEIGHTS_FILE, "wb") as file:
             write_tensors(file, tensors, {"format": "pt"})
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
-    """Read an adapter that this package or peft wrote: its config and {module path: (A [rank, in], B [out,
-    rank])}, fp32.
+    """Read an adapter that this package, peft or another tool wrote: its config and {module path: (A [rank,
+    in], B [out, rank])}, fp32, paths as they are written there.
 
     Raises `BaseModelError` for a folder that holds no such adapter, and for features beyond plain LoRA, by
     name.
     """
     folder = Path(folder)
-    raw = _read_config(folder)
-    _refuse_unsupported(folder, raw)
-    if not (folder / WEIGHTS_FILE).is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise BaseModelError(
-                f"{folder}: the adapter is in pickle format (adapter_model.bin), which can run code when"
-                " loaded and is refused. Load it once with peft where you trust it and save it again: that"
-                f" writes {WEIGHTS_FILE}."
-            )
-        raise BaseModelError(f"{folder}: {CONFIG_FILE} is there, but {WEIGHTS_FILE} is missing.")
-    try:
-        rank, alpha = int(raw["r"]), raw["lora_alpha"]
-        base_model, dropout = (
-            str(raw.get("base_model_name_or_path") or ""),
-            float(raw.get("lora_dropout", 0.0)),
-        )
-        use_rslora, targets = bool(raw.get("use_rslora", False)), raw.get("target_modules")
-        if rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise ValueError(f"r = {rank}, lora_alpha = {alpha!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise BaseModelError(
-            f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers ({error!r})."
-        ) from error
-    factors = _read_factors(folder, rank)
-    if not isinstance(targets, list):  # peft also takes a regular expression: the factors say what it matched
-        targets = {_last_part(path) for path in factors}
-    config = AdapterConfig(base_model, rank, alpha, dropout, sorted(targets), use_rslora)
-    return config, factors
-
-
-def _to_peft(config: AdapterConfig) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model,
-        "revision": None,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": list(config.target_modules),
-        "use_rslora": config.use_rslora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_dora": False,
-    }
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
-    return read_json(path, BaseModelError, "Copy the adapter again.")
-
-
-def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
-    found = [f"{meaning} ({key})" for key, meaning in UNSUPPORTED_KEYS.items() if raw.get(key)]
-    if raw.get("peft_type") != "LORA":
-        found.append(f"the method {raw.get('peft_type')} (peft_type)")
-    if raw.get("bias", "none") != "none":
-        found.append(f"trained biases (bias: {raw['bias']})")
-    init = str(raw.get("init_lora_weights", "")).lower()
-    if init.startswith(UNSUPPORTED_INITS):
-        found.append(f"an initialisation that changes the base weights (init_lora_weights: {init})")
-    if found:
-        raise BaseModelError(
-            f"{folder}: the adapter uses {', '.join(found)}; only plain LoRA is supported. "
-            "Merge it into its base with peft, and train on the merged model."
-        )
-
-
-def _read_factors(folder: Path, rank: int) -> Factors:
-    with ShardReader(folder, single_file=WEIGHTS_FILE) as reader:
-        names = reader.names()
-        if strange := [name for name in names if not (name.startswith(PREFIX) and name.endswith(SUFFIXES))]:
-            raise BaseModelError(
-                f"{folder}: {WEIGHTS_FILE} holds {strange[0]} (and {len(strange) - 1} more like it), which"
-                " plain LoRA does not have."
-            )
-        paths = dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names)
+    with _open(folder) as reader:
+        names = _names_by_path(reader)
         factors: Factors = {}
-        for path in paths:
-            a, b = (reader.read(PREFIX + path + suffix) for suffix in SUFFIXES)
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        for path, pair in names.items():
+            a, b = (reader.read(pair[letter]) for letter in "AB")
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 raise BaseModelError(
                     f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
-                    f" with the config's r = {rank} they must be [{rank}, in] and [out, {rank}]."
+                    " they must be [rank, in] and [out, rank]."
                 )
             if not (a.is_floating_point() and b.is_floating_point()):
                 raise BaseModelError(f"{folder}: the factors of {path} are {a.dtype}, no real numbers.")
@@ -215,6 +95,68 @@ def _read_factors(folder: Path, rank: int) -> Factors:
                     "adapter again, or train it anew."
                 )
             factors[path] = (a.float(), b.float())
-    if not factors:
-        raise BaseModelError(f"{folder}: {WEIGHTS_FILE} holds no factors.")
-    return factors
+    return read_adapter_config(folder, {path: len(a) for path, (a, _) in factors.items()}), factors
+
+
+def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, Factors]:
+    """`load_adapter` with the paths of this base's modules. Raises `BaseModelError` where it has modules that
+    the base has not."""
+    config, factors = load_adapter(folder)
+    names = match_modules(factors, existing)
+    if strange := [path for path in factors if path not in names]:
+        raise BaseModelError(
+            f"{folder}: the adapter has factors for {strange[0]} (and {len(strange) - 1} more modules), "
+            "which this base does not have. Is it the base that the adapter was trained on?"
+        )
+    return config.renamed(names), {names[path]: pair for path, pair in factors.items()}
+
+
+def head_copy(folder: Path) -> Tensor | None:
+    """The base's head as it is saved with an adapter, if it is."""
+    with _open(folder) as reader:
+        name = next((name for name in reader.names() if name.endswith(HEAD_COPY)), None)
+        return None if name is None else reader.read(name)
+
+
+def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, int]]]:
+    """The config and {module path: (in, out)}, without reading a factor."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
+    with _open(folder) as reader:
+        shapes = {
+            path: [reader.info(pair[letter]).shape for letter in "AB"]
+            for path, pair in _names_by_path(reader).items()
+        }
+    config = read_adapter_config(folder, {path: a[0] for path, (a, _) in shapes.items()})
+    return config, {path: (a[1], b[0]) for path, (a, b) in shapes.items()}
+
+
+def _open(folder: Path) -> ShardReader:
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise BaseModelError(
+                f"{folder}: the adapter is in pickle format (adapter_model.bin), which can run code when"
+                " loaded and is refused. Load it once with peft where you trust it and save it again: that"
+                f" writes {WEIGHTS_FILE}."
+            )
+        raise BaseModelError(f"{folder}: {CONFIG_FILE} is there, but {WEIGHTS_FILE} is missing.")
+    return ShardReader(folder, single_file=WEIGHTS_FILE)
+
+
+def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
+    """Module path -> {"A": tensor name, "B": tensor name}."""
+    found: dict[str, dict[str, str]] = {}
+    for name in reader.names():
+        if name.endswith(HEAD_COPY):
+            continue
+        parts = TENSOR_NAME.fullmatch(name)
+        if parts is None:
+            raise BaseModelError(
+                f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which plain LoRA does not have."
+            )
+        found.setdefault(parts["path"], {})[parts["letter"]] = name
+    if not found:
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no factors.")
+    if halves := [path for path, pair in found.items() if len(pair) < 2]:
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one factor of {halves[0]}.")
+    return found

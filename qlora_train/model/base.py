@@ -23,10 +23,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qlora_train.boundary import parsing, read_json
+from qlora_train.boundary import parsing
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
+from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import FrozenLinear
 from qlora_train.model.quantize import Packing
@@ -34,7 +35,6 @@ from qlora_train.model.slab import SlabLayout
 from qlora_train.model.token_matrix import TokenMatrix
 from qlora_train.model.weights import LayerSource
 
-CONFIG_REMEDY = "Download the model's config.json again."
 _MOST = {
     "num_hidden_layers": 10**3,
     "hidden_size": 10**6,
@@ -52,11 +52,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The base's config. Raises `BaseModelError` if there is none or transformers does not know the
     family."""
     file = folder / "config.json"
-    if not file.is_file():
-        raise BaseModelError(
-            f"{folder}: no config.json. model.base must be a folder with config.json and safetensors weights."
-        )
-    _check_sizes(file, read_json(file, BaseModelError, CONFIG_REMEDY))
+    _check_sizes(file, read_plain_config(folder))
     with parsing(file, BaseModelError, CONFIG_REMEDY):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -98,6 +94,13 @@ def tie_head(model: PreTrainedModel) -> None:
     """Let the head be the embedding matrix where the config says so: one parameter, read and counted once."""
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
+def linear_names(config: PretrainedConfig) -> list[str]:
+    """Module paths of the linears of all decoder layers."""
+    model = empty_model(config, torch.float32)
+    swap_linears(model)
+    return [module.name for module in model.modules() if isinstance(module, FrozenLinear)]
 
 
 class Skeleton:
@@ -183,7 +186,12 @@ def swap_linears(model: PreTrainedModel) -> str:
         linear.bias = module.bias
         parent, _, attribute = name.rpartition(".")
         setattr(layers.get_submodule(parent), attribute, linear)
-    surplus = [name for name, p in layers.named_parameters() if p.dim() > 1]
+    surplus = [
+        f"{name}.{attribute}"
+        for name, module in layers.named_modules()
+        for attribute, p in module.named_parameters(recurse=False)
+        if p.dim() > 1 and not type(module).__name__.endswith("Norm")  # Cohere's has a row per head
+    ]
     if surplus:
         raise UnsupportedModelError(
             f"{model.config.model_type}: its layers hold weights that are not linear layers "

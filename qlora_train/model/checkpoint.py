@@ -31,9 +31,10 @@ class BaseCheckpoint:
     headers tell, the rest when it is read.
     """
 
-    def __init__(self, folder: Path, skeleton: Skeleton) -> None:
+    def __init__(self, folder: Path, skeleton: Skeleton, reader: ShardReader | None = None) -> None:
+        """reader: of the weights; None: those in the folder."""
         self._folder, self._skeleton = folder, skeleton
-        self._reader = ShardReader(folder)
+        self._reader = reader or ShardReader(folder)
         self._prefix = skeleton.model.base_model_prefix + "."
         self._check_names()
 

@@ -32,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.kernels.liger import liger_for
+from qlora_train.model.adapted_head import AdaptedHead
 from qlora_train.model.attention import AttentionKernels
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.linear import DropoutContext, FrozenLinear
@@ -69,7 +70,8 @@ class FrozenDecoder:
             False
         )  # the library's own dropouts never run: ours is a pure function of the token
         self.config = model.config
-        self.weights, self.embedding, self.head = weights, embedding, head
+        self.weights, self.embedding = weights, embedding
+        self.head: TokenMatrix = head
         self.dtype, self.device = dtype, device
         self.linears = {m.name: m for m in model.modules() if isinstance(m, FrozenLinear)}
         self._decoder = model.get_decoder()
@@ -165,6 +167,15 @@ class FrozenDecoder:
             fuse_mlps(self.layers, liger)
         if qkv:
             fuse_qkv(self.layers)
+
+    def adapt_head(
+        self, factors: tuple[Tensor, Tensor], scaling: float, made_for: Tensor | None = None
+    ) -> None:
+        """Let the head be W + scaling B A from now on.
+
+        factors: (A [R, D], B [V, R]). made_for: the head they were trained on, where it is known. Raises
+        `BaseModelError` where shapes or heads differ."""
+        self.head = AdaptedHead.of(self.head, factors, scaling, self.device.torch, made_for)
 
     def forget_shared(self) -> None:
         """After an exception out of a layer: let go of what one of its linears had computed for others."""

@@ -57,16 +57,16 @@ def _ends_with(name: str, ending: str) -> bool:
 class FactorBuffers:
     """The flat buffers, and the factors attached to `linears` as views of them.
 
-    rank: R. scaling: s. seed: of the initialisation of A. dtype: of the working copy. Attaching replaces
-    `linear.factors`.
+    rank: R. scaling: s; either may be given by name for every linear. seed: of the initialisation of A.
+    dtype: of the working copy. Attaching replaces `linear.factors`.
     """
 
     def __init__(
         self,
         linears: Mapping[str, FrozenLinear],
         *,
-        rank: int,
-        scaling: float,
+        rank: int | Mapping[str, int],
+        scaling: float | Mapping[str, float],
         dropout: float,
         seed: int,
         dtype: torch.dtype,
@@ -75,7 +75,11 @@ class FactorBuffers:
         self.rank = rank
         self.scaling = scaling
         self.names = tuple(linears)
-        self._shapes = {n: ((rank, lin.in_features), (lin.out_features, rank)) for n, lin in linears.items()}
+        ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
+        self._shapes = {
+            name: ((ranks[name], linear.in_features), (linear.out_features, ranks[name]))
+            for name, linear in linears.items()
+        }
         self.num_a = sum(math.prod(a) for a, _ in self._shapes.values())
         num_elements = self.num_a + sum(math.prod(b) for _, b in self._shapes.values())
         self.masters = torch.zeros(num_elements, dtype=torch.float32, device=device)
@@ -136,7 +140,7 @@ class FactorBuffers:
             linear.factors = LoraFactors(
                 *working[name],
                 *gradient[name],
-                scaling=self.scaling,
+                scaling=self.scaling[name] if isinstance(self.scaling, Mapping) else self.scaling,
                 dropout_probability=dropout,
                 module_id=module_id,
                 context=self.dropout_context,

@@ -193,6 +193,13 @@ def through_b(factors: LoraFactors, gradient: Tensor, h: Tensor) -> tuple[Tensor
     return dh, (gradient.t() @ h).mul_(factors.scaling)
 
 
+def as_own(y: Tensor, x: Tensor) -> Tensor:
+    """A fresh y [T, out] as [..., out] with x's leading sizes, no view in autograd's eyes: some families
+    change a linear's output in place (OLMo clamps q, k and v), which it refuses for views made in a
+    Function."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
 class _FrozenLinearFunction(torch.autograd.Function):
     """See the module docstring; `linear` is an object, A and B are passed so that autograd sees them."""
 
@@ -203,7 +210,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
         ctx.tokens = linear.factors.tokens_to_drop() if linear.factors is not None else None
         if linear.factors is not None:
             ctx.save_for_backward(x, h)
-        return y.view(*x.shape[:-1], -1)
+        return as_own(y, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:

@@ -43,6 +43,7 @@ from qlora_train.model.weights import ResidentWeights
 TOLERANCE = 2e-4  # relative, fp32, against the largest value
 DOCUMENT_LENGTHS = (13, 9)
 VOCABULARY_SIZE = 64
+FACTOR_SCALING = 0.5
 TILE_ROWS, BLOCK_TOKENS = 24, 8  # several of both, the last ones ragged
 WINDOW = 5  # shorter than the documents, so that a sliding window is at work
 
@@ -149,7 +150,7 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
     fused_qkv[0].fuse(norms=False, mlps=False, qkv=True)
     pairs = factors.views(factors.masters)
     for name, (a, b) in pairs.items():
-        reference.get_parameter(f"{name}.weight").data += factors.scaling * b @ a
+        reference.get_parameter(f"{name}.weight").data += FACTOR_SCALING * b @ a
 
     tokens = torch.randint(0, VOCABULARY_SIZE, (sum(DOCUMENT_LENGTHS),), generator=generator)
     packed = _packed(tokens)
@@ -168,8 +169,8 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
         weight_gradient = reference.get_parameter(f"{name}.weight").grad
         assert weight_gradient is not None
         a, b = pairs[name]
-        result[f"{name} A gradient"] = _relative(gradient_a, factors.scaling * b.t() @ weight_gradient)
-        result[f"{name} B gradient"] = _relative(gradient_b, factors.scaling * weight_gradient @ a.t())
+        result[f"{name} A gradient"] = _relative(gradient_a, FACTOR_SCALING * b.t() @ weight_gradient)
+        result[f"{name} B gradient"] = _relative(gradient_b, FACTOR_SCALING * weight_gradient @ a.t())
     return result, ProbeResult(
         tail_name=_find_tail(decoder, factors, packed),
         fuses_norms=_same_layers((decoder, factors), fused_norms, packed),
@@ -242,7 +243,7 @@ def _walked_copy(reference: PreTrainedModel) -> _Walked:
     embedding = ResidentMatrix(parameters[skeleton.embedding_name], TILE_ROWS)
     head = embedding if skeleton.is_tied else ResidentMatrix(parameters[skeleton.head_name], TILE_ROWS)
     decoder = skeleton.come_alive(source, parameters, embedding, head, THE_CPU)
-    options: dict[str, Any] = {"rank": 4, "scaling": 0.5, "dropout": 0.0, "seed": 0}
+    options: dict[str, Any] = {"rank": 4, "scaling": FACTOR_SCALING, "dropout": 0.0, "seed": 0}
     factors = FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
     factors.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     return decoder, factors
@@ -291,22 +292,3 @@ def _run_alone(reference: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tens
 
 def _relative(value: Tensor, expected: Tensor) -> float:
     return float((value.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
-
-
-def refuse_length_dependent_rope(config: PretrainedConfig, sequence_length: int) -> None:
-    """Refuse rotary tables that change with the longest document in a row, where sequence_length would make
-    them change.
-
-    "longrope" (long-context Phi-3) and "dynamic" choose the table of a whole row by its largest position:
-    past the original maximum a short document would be rotated otherwise packed than alone.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if rope_type in ("longrope", "dynamic") and sequence_length > original:
-        raise UnsupportedModelError(
-            f"{config.model_type} with rope type {rope_type}: beyond {original} tokens the rotary "
-            "table depends on the longest "
-            "document of a row, so packed documents would not equal the documents alone. Set "
-            f"data.sequence_length to {original} or less."
-        )

@@ -29,6 +29,7 @@ from qlora_train.kernels.dropout import TokenKeys
 from qlora_train.model.linear import (
     FrozenLinear,
     LoraFactors,
+    as_own,
     linear_backward,
     linear_forward,
     through_b,
@@ -91,13 +92,14 @@ def dropped_tokens(linears: Iterable[FrozenLinear]) -> TokenKeys | None:
 
 def _stackable(linears: Sequence[FrozenLinear]) -> list[LoraFactors] | None:
     """The factors of all linears, or None: some have none, something is dropped, or they do not lie side by
-    side."""
+    side, with one rank."""
     factors = [linear.factors for linear in linears if linear.factors is not None]
     if len(factors) < len(linears) or dropped_tokens(linears) is not None:
         return None
     first = factors[0].A
     places = [first.storage_offset() + i * first.numel() for i in range(len(factors))]
-    return factors if [module.A.storage_offset() for module in factors] == places else None
+    alike = all(module.A.shape == first.shape for module in factors)
+    return factors if alike and [module.A.storage_offset() for module in factors] == places else None
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -167,7 +169,7 @@ class _SharedInputFunction(torch.autograd.Function):
         ctx.linears, ctx.tokens = linears, dropped_tokens(linears)
         if hs:
             ctx.save_for_backward(x, *hs)
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(as_own(y, x) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

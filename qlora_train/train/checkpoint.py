@@ -1,7 +1,8 @@
 """Checkpoints: all that the next optimizer step depends on, written so that a crash leaves no half one.
 
     checkpoints/step-N/state.safetensors   masters, optimizer state
-    checkpoints/step-N/state.json          step, data position, loss scale, counters, hashes of both files
+    checkpoints/step-N/state.json          step, data position, loss scale, counters, hashes of the rest
+    checkpoints/step-N/adapter/            the masters once more, as the adapter that other tools load
 
 The random state needs no file: masks and data order are pure functions of the seed, the step and the
 position. Written under a temporary name, every file and the folder fsynced, then renamed: a name of the form
@@ -29,11 +30,11 @@ from torch import Tensor
 from qlora_train.boundary import parsing, reason_of
 from qlora_train.errors import RunFolderError
 from qlora_train.model.atomic_folder import atomic_folder
-from qlora_train.model.hashed_file import HashingFile, entry_of
+from qlora_train.model.hashed_file import FileEntry, HashingFile, entry_of
 from qlora_train.model.sealed_json import seal, unseal
 from qlora_train.model.shards import write_tensors
 
-_STATE, _TENSORS = "state.json", "state.safetensors"
+_STATE, _TENSORS, _ADAPTER = "state.json", "state.safetensors", "adapter"
 _MASTERS, _OPTIMIZER = "masters", "optimizer."
 
 
@@ -77,15 +78,22 @@ class Expected:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, masters: Tensor, optimizer_state: dict[str, Tensor], num_kept: int
+    folder: Path,
+    state: TrainState,
+    masters: Tensor,
+    optimizer_state: dict[str, Tensor],
+    num_kept: int,
+    write_adapter: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write folder/step-N, then remove all older than the newest `num_kept`, but not the best by
-    evaluation."""
+    evaluation. write_adapter: writes the same factors for other tools into a folder."""
     named = {_MASTERS: masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
     with atomic_folder(folder / f"step-{state.step}") as partial:
         with HashingFile(partial / _TENSORS) as file:
             write_tensors(file, {key: value.cpu().contiguous() for key, value in named.items()}, {})
-        (partial / _STATE).write_text(seal(asdict(state) | {_TENSORS: file.entry}), encoding="utf-8")
+        write_adapter(partial / _ADAPTER)
+        hashes = {_TENSORS: file.entry, _ADAPTER: _entries(partial / _ADAPTER)}
+        (partial / _STATE).write_text(seal(asdict(state) | hashes), encoding="utf-8")
     older = [step for step in list_checkpoints(folder) if step <= state.step]
     for step in older[:-num_kept]:
         if step != state.best_step:
@@ -127,6 +135,8 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
         values = unseal(path / _STATE)
         if entry_of(path / _TENSORS) != values.pop(_TENSORS):
             raise ValueError(f"{_TENSORS} is not what was written: its hash differs")
+        if _entries(path / _ADAPTER) != values.pop(_ADAPTER):
+            raise ValueError(f"{_ADAPTER} is not what was written: its hashes differ")
         if values.keys() != {field.name for field in fields(TrainState)}:
             raise ValueError("another version of qlora_train wrote it")
     except (OSError, ValueError, KeyError) as error:
@@ -135,6 +145,13 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
         tensors = load_file(path / _TENSORS)
     optimizer_state = {key.removeprefix(_OPTIMIZER): t for key, t in tensors.items() if key != _MASTERS}
     return Checkpoint(TrainState(**values), tensors[_MASTERS], optimizer_state)
+
+
+def _entries(folder: Path) -> dict[str, FileEntry]:
+    """Size and hash of every file in a folder, by name; none where there is no folder."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: entry_of(path) for path in sorted(folder.iterdir())}
 
 
 def _check(path: Path, checkpoint: Checkpoint, step: int, expected: Expected) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from qlora_train.data.dataset import MicroBatch
-from qlora_train.errors import Interrupted, OutOfMemory, RunFolderError, TrainingFailure
+from qlora_train.errors import Interrupted, OutOfMemory, TrainingFailure
 from qlora_train.infer.evaluate import loss_sum
 from qlora_train.memory import meter
 from qlora_train.memory.execution import ExecutionPlan
@@ -23,6 +24,7 @@ from qlora_train.memory.plan.plan import largest_causes
 from qlora_train.memory.plan.time_model import step_time
 from qlora_train.memory.uploads import Uploads
 from qlora_train.model.adapter_files import save_adapter
+from qlora_train.model.trained_on import FILE_NAME
 from qlora_train.train.batches import BatchesAhead
 from qlora_train.train.checkpoint import (
     Expected,
@@ -35,6 +37,7 @@ from qlora_train.train.optimizer import FlatOptimizer
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
+from qlora_train.train.resumed import refuse_shorter, require_same_inputs
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.schedule import LossScale, learning_rate, num_rows, rows_per_step
 from qlora_train.train.setup import Prepared
@@ -43,6 +46,7 @@ from qlora_train.train.step import StepOutcome, StepRunner
 from qlora_train.train.walk import LayerWalk
 
 STEPS_METERED = 2
+SAVE_SECONDS = 600.0  # between checkpoints with `save_every: auto`
 
 
 class TrainLoop:
@@ -63,6 +67,8 @@ class TrainLoop:
         self._meter, self._stop_metering = meter, stop_metering
         self._on_step = on_step
         self._say: Callable[[str], None] = print
+        self._saved_at = self._step_began = time.monotonic()
+        self._step_seconds: float | None = None
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._factors = prepared.decoder, prepared.factors
         self._uploads = Uploads(self._decoder.device, prepared.host)
@@ -109,10 +115,11 @@ class TrainLoop:
     def resume(self, say: Callable[[str], None] = print) -> int:
         """Put the newest valid checkpoint back, if there is one; returns its step. say: told of damaged
         ones."""
+        refuse_shorter(self._folder, self.num_steps)
         expected = Expected(self.num_steps, self._factors.masters.numel(), self._optimizer.layout())
         found = newest_valid(self._folder.checkpoints, expected, say)
         if found is not None:
-            self._require_same_inputs(found.state)
+            require_same_inputs(self._folder, found.state, self._prepared)
             self._state = found.state
             self._factors.masters.copy_(found.masters)
             self._factors.refresh_working()
@@ -127,26 +134,6 @@ class TrainLoop:
             )  # -1: the first evaluation comes again
         return self._state.step
 
-    def _require_same_inputs(self, state: TrainState) -> None:
-        """Raise `RunFolderError` where data, base or the number of processes are not those of the run."""
-        if state.data_fingerprint != self._prepared.train_data.fingerprint():
-            raise RunFolderError(
-                f"{self._folder.path}: the training data are not those the run began with "
-                "(their tokens differ). Put data, tokenizer and chat template back, or start a new run."
-            )
-        if state.base_fingerprint != self._prepared.decoder.fingerprint:
-            raise RunFolderError(
-                f"{self._folder.path}: the base model's packed weights are not those the run began "
-                "with: the checkpoint's files differ, or another version of qlora_train packed them. "
-                "Put them back, or start a new run."
-            )
-        if state.data_position != state.step * self._rows_per_step:
-            raise RunFolderError(
-                f"{self._folder.path}: the run took {state.data_position // state.step} rows a step, "
-                f"here a step is {self._rows_per_step} rows. Resume it with as many processes "
-                "as it began with."
-            )
-
     def run(self) -> None:
         """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state
         saved."""
@@ -155,7 +142,7 @@ class TrainLoop:
         started = time.monotonic()
         steps = range(first + 1, self.num_steps + 1)
         with (
-            StopSignal() as stop,
+            StopSignal(self._stopping_line) as stop,
             TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
             BatchesAhead(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
         ):
@@ -174,25 +161,18 @@ class TrainLoop:
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)
                 signal_number = self._agreed(stop.received)
-                if (
-                    last
-                    or signal_number
-                    or _due(step, training.save_every)
-                    or (is_best and training.save_every)
-                ):
+                if last or signal_number or self._save_is_due(step, is_best):
                     self._save()
                 if signal_number and not last:
+                    if self._accelerator.is_main_process:
+                        self._write_adapter(self._folder.adapter)
                     raise Interrupted(
                         signal_number,
                         f"stopped after step {step} of {self.num_steps}; the state is saved, go on "
                         "with --resume",
                     )
         if self._accelerator.is_main_process:
-            save_adapter(
-                self._folder.adapter,
-                self._prepared.adapter_config,
-                self._factors.views(self._factors.masters),
-            )
+            self._write_adapter(self._folder.adapter)
         self._accelerator.wait_for_everyone()  # all that rank 0 writes is there for all
 
     def _one_step_or_save(self, step: int) -> dict[str, float | int | bool]:
@@ -239,7 +219,7 @@ class TrainLoop:
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
-        started = time.monotonic()
+        started = self._step_began = time.monotonic()
         _, plan = self._plan_log.in_force(step)
         if plan != self.plan:
             self._runner.walk.follow(plan)
@@ -251,7 +231,7 @@ class TrainLoop:
         )
         outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
         self._state.step, self._state.data_position = step, step * self._rows_per_step
-        seconds = time.monotonic() - started
+        seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
         return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
@@ -313,6 +293,7 @@ class TrainLoop:
 
     def _save(self) -> None:
         self._require_finite()
+        self._saved_at = time.monotonic()
         if not self._accelerator.is_main_process:
             return
         state, runner = self._state, self._runner
@@ -325,6 +306,31 @@ class TrainLoop:
             self._factors.masters,
             self._optimizer.state(),
             self._recipe.training.keep_checkpoints,
+            self._write_adapter,
+        )
+
+    def _write_adapter(self, folder: Path) -> None:
+        trained, step = self._prepared.adapter, self._state.step
+        factors = self._factors.views(self._factors.masters) | trained.kept
+        said = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
+        save_adapter(folder, trained.config, factors, said)
+
+    def _save_is_due(self, step: int, is_best: bool) -> bool:
+        """Rank 0 alone saves, so ranks need not agree on the time."""
+        every = self._recipe.training.save_every
+        if every is None or is_best:
+            return is_best and every is not None
+        return time.monotonic() - self._saved_at >= SAVE_SECONDS if every == "auto" else step % every == 0
+
+    def _stopping_line(self) -> str:
+        """Said by a signal's handler, in the middle of a step."""
+        usual = self._step_seconds
+        left = (
+            "" if usual is None else f", about {max(0.0, self._step_began + usual - time.monotonic()):.0f} s"
+        )
+        step = self._state.step + 1
+        return (
+            f"stopping: step {step} is being finished{left}, then the state is saved; again to stop at once"
         )
 
     def _require_finite(self) -> None:

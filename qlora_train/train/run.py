@@ -17,10 +17,14 @@ from qlora_train.memory.machine_plan import device_of_all
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.report import residency_lines
 from qlora_train.memory.ranks import find_ranks
+from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.optimizer import paging_lines
+from qlora_train.train.overflow import require_range
 from qlora_train.train.plan_log import PlanLog
+from qlora_train.train.resumed import lengthened_line
 from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.schedule import rows_per_step
 from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
@@ -52,7 +56,7 @@ def train(
     use_cache: keep the packed base for later starts. on_step: told what metrics.jsonl has of a step, between
     that step and the next, on every rank. Raises a `UserError` for bad input and for a plan that
     does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
-    `Interrupted` after SIGINT or SIGTERM, with the state saved."""
+    `Interrupted` after SIGINT, SIGTERM or SIGHUP, with the state saved."""
     require_unix("train")
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
@@ -96,7 +100,13 @@ def _train(
         )
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume(partial(_say, console)) if resume else 0
+        near = require_range(prepared.decoder, _first_micro_batch(prepared))
         _introduce(console, prepared, loop, first, resume=resume)
+        if near is not None:
+            _say(console, near)
+        begun = folder.begun_recipe() if first else None
+        if begun is not None and (line := lengthened_line(begun, prepared, loop.num_steps, first + 1)):
+            _say(console, line)
         ranks.wait()  # no rank may still be checking the folder
         if accelerator.is_main_process:
             folder.begin(recipe)
@@ -125,10 +135,15 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device.torch}",
-        f"LoRA rank {factors.rank} on {len(factors.names)} linears: {factors.masters.numel():,} "
+        f"LoRA rank {_ranks(factors)} on {len(factors.names)} linears: {factors.masters.numel():,} "
         "trainable parameters",
+        *(
+            f"the factors on {', '.join(prepared.adapter.kept)} are applied and kept as they are, not trained"
+            for _ in prepared.adapter.kept
+        ),
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
+        *(line for line in (prepared.plan.positions_line,) if line),
         *residency_lines(prepared.execution),
         *paging_lines(recipe.training.optimizer, decoder.device.description),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
@@ -147,6 +162,17 @@ def _rows_of_a_step(prepared: Prepared) -> str:
         f"{training.gradient_accumulation_steps} x {training.micro_batch_size} in each",
     ]
     return f"{rows_per_step(training, number)} rows ({', '.join(factors)})"
+
+
+def _first_micro_batch(prepared: Prepared) -> PackedTokens:
+    """The same on every rank."""
+    batch = prepared.train_data.micro_batch(range(prepared.recipe.training.micro_batch_size))
+    return PackedTokens.from_host(batch, prepared.decoder.device.torch)
+
+
+def _ranks(factors: FactorBuffers) -> str:
+    ranks = [len(a) for a, _ in factors.views(factors.masters).values()]
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:

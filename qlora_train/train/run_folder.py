@@ -27,7 +27,12 @@ from qlora_train.errors import RunFolderError
 from qlora_train.model.folder_lock import lock_folder, remove_leftovers
 from qlora_train.recipe import Recipe, load_recipe
 
-MAY_CHANGE = {"log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir"}
+MAY_CHANGE = {
+    *("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir"),
+    *("base", "revision"),  # the weights themselves are compared: a base may move
+}
+LENGTH = {"epochs", "max_steps"}
+"""May become more: that extends the run (`resumed.lengthened_line`)."""
 
 
 class RunFolder:
@@ -106,6 +111,11 @@ class RunFolder:
         to be resumed."""
         self._refuse_impossible()
         if not self.path.exists() or (self.path.is_dir() and set(self.path.iterdir()) <= {self._begun}):
+            if resume:
+                raise RunFolderError(
+                    f"{self.path}: there is no run to resume. Leave --resume out to start one, or name the "
+                    "run's folder (training.output_dir, or the folder itself as RECIPE)."
+                )
             return
         if not self.recipe_file.is_file():
             raise RunFolderError(
@@ -121,8 +131,13 @@ class RunFolder:
         if changed:
             raise RunFolderError(
                 f"{self.path}: --resume continues the recipe the run began with, but these keys differ: "
-                f"{', '.join(changed)}. Set them back, or start a new run in another training.output_dir."
+                f"{', '.join(changed)}. Set them back, or start a new run in another training.output_dir "
+                "(lora.init_from goes on from this run's adapter)."
             )
+
+    def begun_recipe(self) -> Recipe | None:
+        """What an earlier part of this run was told; None: there was none."""
+        return load_recipe(self.recipe_file) if self.recipe_file.is_file() else None
 
     def _refuse_odd_entries(self) -> None:
         """Raise `RunFolderError` where a file stands in a folder's place or the other way round: training
@@ -192,5 +207,14 @@ def _differences(saved: Recipe, wanted: Recipe) -> list[str]:
         f"{section}.{key}"
         for section, values in before.items()
         for key, value in values.items()
-        if value != after[section][key] and key not in MAY_CHANGE
+        if key not in MAY_CHANGE | LENGTH and _unmoved(value) != _unmoved(after[section][key])
     ]
+
+
+def _unmoved(value: Any) -> Any:
+    """Without the folders that paths lie in: their contents are compared by who reads them."""
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(value)
+    if isinstance(value, list | tuple):
+        return [_unmoved(item) for item in value]
+    return {k: _unmoved(v) for k, v in value.items()} if isinstance(value, dict) else value

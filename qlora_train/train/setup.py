@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,13 +28,18 @@ from qlora_train.memory.plan.byte_model import managed_bytes
 from qlora_train.memory.plan.plan import Plan
 from qlora_train.memory.ranks import ALONE, Ranks
 from qlora_train.memory.unpinned import host_memory_of_run
-from qlora_train.model.adapter_files import AdapterConfig, load_adapter, shortest_names
-from qlora_train.model.base import read_config
+from qlora_train.model.adapter_config import HEAD, AdapterConfig, name_targets
+from qlora_train.model.adapter_files import Factors, head_copy, load_fitting
+from qlora_train.model.base import linear_names, read_config
+from qlora_train.model.base_folder import check_base
+from qlora_train.model.continued_adapter import as_continued
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers, select_targets
-from qlora_train.model.hub import dtype_name, resolve_base, resolve_dtype
-from qlora_train.model.probe import ProbeResult, probe, refuse_length_dependent_rope
+from qlora_train.model.hub import dtype_name, resolve_dtype
+from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.quantize import Packing
+from qlora_train.model.rope_lengths import refuse_length_dependent_rope
+from qlora_train.model.trained_on import TrainedOn, find_base, read_trained_on
 from qlora_train.recipe import Recipe
 from qlora_train.train.launch import join_launch
 from qlora_train.train.schedule import num_rows
@@ -50,7 +55,16 @@ class LoadedModel:
     host: HostMemory
     decoder: FrozenDecoder
     factors: FactorBuffers
-    adapter_config: AdapterConfig
+    adapter: TrainedAdapter
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """What is written beside the trained factors. kept: factors that are applied, but not trained (a
+    head's)."""
+
+    config: AdapterConfig
+    kept: Factors
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,8 @@ class Prepared:
     eval_data: PackedDataset | None
     decoder: FrozenDecoder
     factors: FactorBuffers
-    adapter_config: AdapterConfig
+    adapter: TrainedAdapter
+    trained_on: TrainedOn
     plan: Plan
     execution: ExecutionPlan
     host: HostMemory
@@ -87,13 +102,23 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def resolve(recipe: Recipe, device: DeviceDescription) -> tuple[Recipe, Path, torch.dtype]:
-    """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype.
-    device: of all ranks."""
-    folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
+    """The recipe with what "auto", hub names and `lora.init_from` stand for here, the base's folder and the
+    compute dtype. device: of all ranks."""
+    folder, commit = find_base(recipe.model, Path(recipe.training.output_dir))
+    check_base(folder, recipe.model.quantization)
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
-    model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
+    base = recipe.model.base if commit is not None else str(folder)
+    model = recipe.model.model_copy(
+        update={"base": base, "compute_dtype": dtype_name(dtype), "revision": commit}
+    )
     data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
-    return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
+    lora = recipe.lora
+    if lora.init_from is not None:
+        lora = as_continued(lora, linear_names(read_config(folder)))
+        trained_on = read_trained_on(Path(recipe.lora.init_from or ""))
+        if trained_on is not None:
+            trained_on.check_base(folder, Path(recipe.lora.init_from or ""))
+    return recipe.model_copy(update={"model": model, "lora": lora, "data": data}), folder, dtype
 
 
 def prepare(
@@ -121,12 +146,9 @@ def prepare(
     found = probe(config)
     tokenizer = load_tokenizer(str(folder), None)
     train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
-    if len(tokenizer) > config.vocab_size:
-        raise BaseModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
-            f"{config.vocab_size} rows; "
-            "check that tokenizer and weights belong together"
-        )
+    for data in (train_data, eval_data):
+        if data is not None and len(tokenizer) > config.vocab_size:
+            _refuse_surplus_ids(data, folder, config.vocab_size)
     loaded = load_model(
         recipe,
         folder,
@@ -151,11 +173,24 @@ def prepare(
         eval_data,
         loaded.decoder,
         loaded.factors,
-        loaded.adapter_config,
+        loaded.adapter,
+        TrainedOn.of(recipe.model, folder, Path(recipe.training.output_dir), tokenizer),
         loaded.plan,
         loaded.execution,
         loaded.host,
     )
+
+
+def _refuse_surplus_ids(data: PackedDataset, folder: Path, num_rows: int) -> None:
+    """A tokenizer may know more tokens than the embedding has rows, as long as no row of data says one."""
+    for document, origin in zip(data.documents, data.origins, strict=True):
+        largest = int(document.token_ids.max())
+        if largest >= num_rows:
+            raise BaseModelError(
+                f"{origin.describe()}: holds the token {largest}, and the embedding of {folder} "
+                f"has {num_rows} rows (0 to {num_rows - 1}). Leave such tokens out of the data, or "
+                "check that tokenizer and weights belong together."
+            )
 
 
 def load_model(
@@ -192,42 +227,36 @@ def load_model(
     decoder.tail_name = found.tail_name
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
-    factors, adapter_config = attach_factors(recipe, decoder, dtype)
+    factors, adapter = attach_factors(recipe, decoder, dtype)
     device.release_cached()  # what loading and packing took would stay beside other sizes
-    return LoadedModel(plan, execution, host, decoder, factors, adapter_config)
+    return LoadedModel(plan, execution, host, decoder, factors, adapter)
 
 
 def attach_factors(
     recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype
-) -> tuple[FactorBuffers, AdapterConfig]:
-    """LoRA factors as the recipe says, continued from `lora.init_from` where it is given."""
+) -> tuple[FactorBuffers, TrainedAdapter]:
+    """LoRA factors as the recipe (resolved) says, continued from `lora.init_from` where it is given."""
     lora = recipe.lora
     targets = select_targets(decoder.linears, lora.target_modules)
-    config = AdapterConfig(
-        base_model=recipe.model.base,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=shortest_names(targets, decoder.linears),
-        use_rslora=lora.use_rslora,
-    )
+    config = AdapterConfig(recipe.model.base, lora.rank, lora.alpha, lora.dropout, use_rslora=lora.use_rslora)
+    start: Factors = {}
+    if lora.init_from is not None:
+        saved, start = load_fitting(Path(lora.init_from), [*decoder.linears, HEAD])
+        config = replace(config, rank_pattern=saved.rank_pattern, alpha_pattern=saved.alpha_pattern)
+    kept = {HEAD: start.pop(HEAD)} if HEAD in start else {}
+    names, layers = name_targets([*targets, *kept], [*decoder.linears, HEAD])
+    config = replace(config, target_modules=names, layers=layers)
     factors = FactorBuffers(
         targets,
-        rank=lora.rank,
-        scaling=config.scaling,
+        rank={name: config.rank_of(name) for name in targets},
+        scaling={name: config.scaling_of(name) for name in targets},
         dropout=lora.dropout,
         seed=recipe.training.seed,
         dtype=dtype,
         device=decoder.device.torch,
     )
     if lora.init_from is not None:
-        saved, pairs = load_adapter(Path(lora.init_from))
-        if saved.scaling != config.scaling:
-            raise BaseModelError(
-                f"lora.init_from: {lora.init_from} scales its factors by {saved.scaling}, this "
-                f"recipe by {config.scaling}; "
-                f"set lora.rank {saved.rank}, lora.alpha {saved.alpha} and lora.use_rslora "
-                f"{str(saved.use_rslora).lower()}"
-            )
-        factors.load(pairs)
-    return factors, config
+        factors.load(start)
+    if lora.init_from is not None and kept:
+        decoder.adapt_head(kept[HEAD], config.scaling_of(HEAD), head_copy(Path(lora.init_from)))
+    return factors, TrainedAdapter(config, kept)

@@ -28,6 +28,7 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.train.overflow import first_overflow
 from qlora_train.train.schedule import LossScale
 from qlora_train.train.walk import LayerWalk
 
@@ -167,11 +168,9 @@ class StepRunner:
         if not torch.isfinite(self._factors.masters).all():
             return "the trained factors themselves are not finite: an update was too large"
         for tokens in micro_batches:
-            x, arguments = self._decoder.embed_packed(tokens)
-            for i in self._decoder.layers_in_turn():
-                x = self._decoder.run_layer(i, x, arguments[i])
-                if not torch.isfinite(x).all():
-                    return f"the output of decoder layer {i} is the first that is not finite"
+            layer, _ = first_overflow(self._decoder, tokens)
+            if layer is not None:
+                return f"the output of decoder layer {layer} is the first that is not finite"
         pairs = self._factors.views(self._factors.gradient)
         for name in reversed(self._factors.names):
             if not all(torch.isfinite(part).all() for part in pairs[name]):

@@ -50,7 +50,7 @@ def main(output_dir: Path) -> None:
     after = answers(output_dir, recipe, prompts, with_adapter=True)
     console.print(f"exact: {score(after, expected)}")
     console.rule("4. merged fp16 weights, loaded with plain transformers")
-    merged_dir = export(output_dir, to="merged")
+    merged_dir = export(output_dir, say=lambda line: console.print(line, markup=False, soft_wrap=True))
     merged = answers_with_transformers(merged_dir, prompts)
     console.print(f"exact: {score(merged, expected)}")
 

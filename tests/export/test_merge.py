@@ -23,7 +23,9 @@ from qlora_train.errors import BaseModelError, ExportError, NotYetError, RunFold
 from qlora_train.export import export, merge
 from qlora_train.export.packed_layers import PackedLayers, cached_layers
 from qlora_train.memory.load import load_base
-from qlora_train.model.adapter_files import AdapterConfig, save_adapter
+from qlora_train.model.adapter_config import AdapterConfig
+from qlora_train.model.adapter_files import save_adapter
+from qlora_train.model.base_folder import check_base
 from qlora_train.model.quantize import PackedWeight, Packing, pack
 
 TOKENS = torch.arange(24).reshape(2, 12) % 40
@@ -115,26 +117,6 @@ def test_merged_folder_is_base_plus_adapter(tmp_path: Path, tied: bool, shard_si
     assert (report.num_shards > 1) is (shard_size != "5GB")
 
 
-@pytest.mark.parametrize(
-    "tied,change,is_written", [(True, 0.0, False), (True, 1.0, True), (False, 0.0, True), (True, None, True)]
-)
-def test_a_head_that_repeats_the_tied_embedding_is_left_out(
-    tmp_path: Path, tied: bool, change: float | None, is_written: bool
-) -> None:
-    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", tied))
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    head = tensors["model.embed_tokens.weight"].clone()
-    head[39, 63] += change or 0.0
-    tensors["lm_head.weight"] = head if change is not None else head.half()
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    report = merge(
-        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", packing=None, dtype=torch.float16
-    )
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert ("lm_head.weight" in written) is is_written
-    assert report.num_tensors == len(written)
-
-
 def test_fp16_is_the_fp32_sum_cast_once(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
     for dtype in (torch.float32, torch.float16):
@@ -163,7 +145,8 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     for name in copied:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     merged = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert merged == config | {"dtype": "float16", "torch_dtype": "float16"}
+    mark = {"merged_onto": "original"}
+    assert merged == config | {"dtype": "float16", "torch_dtype": "float16", "qlora_train": mark}
 
 
 @pytest.mark.parametrize(
@@ -341,14 +324,25 @@ def test_export_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="adapter"):
         export(run)
     write_adapter(run / "adapter", model)
-    assert export(run, dtype="bfloat16") == run / "merged"
+    said: list[str] = []
+    assert export(run, base="dequantized", dtype="bfloat16", say=said.append) == run / "merged"
+    (line,) = said
+    assert line.startswith("no receipt: the data of the run cannot be read (") and "rows.jsonl" in line
+    marked = json.loads((run / "merged" / "config.json").read_text())["qlora_train"]
+    assert marked == {"merged_onto": "dequantized", "quantization": "fp4"}
     merge(tmp_path / "base", run / "adapter", tmp_path / "out", packing=Packing("fp4"), dtype=torch.bfloat16)
     found, expected = (load_file(path / "model.safetensors") for path in (run / "merged", tmp_path / "out"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert json.loads((run / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
-    original = load_file(export(run, base="original", out=tmp_path / "original") / "model.safetensors")
+    said.clear()
+    original = load_file(export(run, out=tmp_path / "original", say=said.append) / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    assert original[name].dtype == torch.float16 and not torch.equal(original[name].bfloat16(), found[name])
+    assert said[1] == "written in float32, the base's own (float16 is tried with a receipt only)"
+    assert original[name].dtype == torch.float32 and not torch.equal(original[name].bfloat16(), found[name])
+    with pytest.raises(BaseModelError, match="Quantizing them again would round most of the adapter away"):
+        check_base(run / "merged", "nf4")
+    for folder, quantization in ((run / "merged", "none"), (tmp_path / "original", "nf4")):
+        check_base(folder, quantization)
     with pytest.raises(NotYetError):
         export(run, to="gguf")
     with pytest.raises(ExportError, match="float8"):

@@ -127,7 +127,7 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", '{"model_type": "no_such_family"}', "{}"])
 def test_an_unreadable_config(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(BaseModelError, match=r"config\.json: transformers cannot read it"):
+    with pytest.raises(BaseModelError, match=r"config\.json: (transformers )?cannot (be read|read it)"):
         read_config(tmp_path)
 
 

@@ -11,7 +11,8 @@ from qlora_train.errors import UnsupportedModelError
 from qlora_train.model import probe as probe_module
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import LoraFactors
-from qlora_train.model.probe import WINDOW, probe, refuse_length_dependent_rope, tiny_config
+from qlora_train.model.probe import WINDOW, probe, tiny_config
+from qlora_train.model.rope_lengths import refuse_length_dependent_rope
 
 
 def test_the_tiny_config_keeps_what_decides() -> None:
@@ -118,3 +119,12 @@ def test_dynamic_rope_is_refused_past_the_original_length() -> None:
     with pytest.raises(UnsupportedModelError, match=r"llama with rope type dynamic: beyond 32 tokens"):
         refuse_length_dependent_rope(rope("dynamic", original_max_position_embeddings=32), 33)
     refuse_length_dependent_rope(rope("linear"), 10_000)
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"), [("olmo", {"clip_qkv": 0.05}), ("cohere", {"use_qk_norm": True})]
+)
+def test_published_settings_pass(family: str, setting: dict[str, object]) -> None:
+    """OLMo-1.7-7B clamps q, k and v in place; Command R+ has norms with a row per head."""
+    found = probe(config_of(family, **setting))
+    assert found.fuses_qkv and found.fuses_mlps

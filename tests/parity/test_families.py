@@ -24,8 +24,9 @@ from qlora_train.errors import UnsupportedModelError
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.model.probe import probe, refuse_length_dependent_rope
+from qlora_train.model.probe import probe
 from qlora_train.model.quantize import Packing
+from qlora_train.model.rope_lengths import refuse_length_dependent_rope
 from qlora_train.train.walk import LayerWalk
 
 # Windows are 8 tokens: 3x the window is 24. llama3's original maximum is 16: most documents are longer.

@@ -170,9 +170,12 @@ def a_missing_shard(bench: Bench) -> list[str]:
     return ["b.safetensors", "missing"]
 
 
-def a_tokenizer_larger_than_the_model(bench: Bench) -> list[str]:
+def a_token_beyond_the_embedding(bench: Bench) -> list[str]:
     write_base(bench.base, vocab_size=200)
-    return ["259 tokens", "200"]
+    lines = bench.train_file.read_text().splitlines()
+    lines[3] = json.dumps({"prompt": "a b:", "completion": "ba"})  # the space is one of the last tokens
+    bench.train_file.write_text("\n".join(lines))
+    return ["rows.jsonl line 4", "holds the token 2", "has 200 rows"]
 
 
 def a_target_that_matches_nothing(bench: Bench) -> list[str]:
@@ -206,7 +209,7 @@ SPOILERS: list[Callable[[Bench], list[str]]] = [
     a_truncated_file,
     a_truncated_shard,
     a_missing_shard,
-    a_tokenizer_larger_than_the_model,
+    a_token_beyond_the_embedding,
     a_target_that_matches_nothing,
     an_unknown_key,
 ]

@@ -33,7 +33,8 @@ from qlora_train.bench.pieces.figures import compute_device, compute_dtype
 from qlora_train.bench.process import answer
 from qlora_train.memory.load import load_base
 from qlora_train.memory.packed_cache import cache_root
-from qlora_train.model.adapter_files import AdapterConfig, save_adapter, shortest_names
+from qlora_train.model.adapter_config import AdapterConfig, shortest_names
+from qlora_train.model.adapter_files import save_adapter
 from qlora_train.model.atomic_folder import atomic_folder
 from qlora_train.model.hub import dtype_name
 from qlora_train.model.quantize import Packing

@@ -1,7 +1,7 @@
 """From an adapter and its base to merged 16-bit weights on disk: time and peak.
 
-Ours: `qlora_train.export`, as `qlora-train export RUN --to merged` calls it. Peer: the base in 16 bits,
-`merge_and_unload`, `save_pretrained`. Both write float16 safetensors; imports are not in the time.
+Ours: `qlora_train.export`, as `qlora-train export RUN --to merged --receipt none` calls it. Peer: the base in
+16 bits, `merge_and_unload`, `save_pretrained`. Both write float16 safetensors; imports are not in the time.
 
 Our export returns when its files are on the disk (it syncs them before they get their name), the peer's when
 they are in the page cache. So two figures: until it returns, and until everything is on the disk. Nothing
@@ -45,12 +45,12 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_us(run: Path, base: Path, out: Path, merge_into: str) -> float:
-    import qlora_train.export.packed_layers  # noqa: F401  # what `export` itself imports late
+    import qlora_train.export.export_run  # noqa: F401  # what `export` itself imports late
     from qlora_train.export import export
 
     os.sync()
     started = now()
-    export(run, base=merge_into, dtype="float16", out=out)
+    export(run, base=merge_into, dtype="float16", out=out, receipt=None)
     return now() - started
 
 

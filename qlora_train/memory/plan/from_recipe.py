@@ -23,6 +23,7 @@ from qlora_train.memory.plan.plan import Choices, Plan
 from qlora_train.memory.plan.planner import make_plan
 from qlora_train.memory.plan.time_model import Rates, stated_rates
 from qlora_train.memory.plan.workload import dtype_of, workload_of
+from qlora_train.model.base_folder import check_base
 from qlora_train.recipe import Recipe
 
 _SHARE_OF_FREE_VRAM = 0.95  # the desktop and others move too
@@ -52,8 +53,10 @@ def plan_recipe(
     packed base unless it is there already. Raises `UserError` for a base that is unknown; see
     `Plan.require_fit` for one that does not fit.
     """
-    shape = shape or find_shape(recipe.model.base, recipe.model.revision)
     base_folder = base_folder or find_base_folder(recipe.model.base, recipe.model.revision)
+    if base_folder is not None:
+        check_base(base_folder, recipe.model.quantization)
+    shape = shape or find_shape(recipe.model.base, recipe.model.revision)
     workload = workload_of(recipe, shape, target, documents, most_documents)
     return make_plan(
         workload,
@@ -103,6 +106,10 @@ class Card:
 def plan_command(recipe: Recipe) -> tuple[Plan, str]:
     """The plan for this machine's card, for one of the size that memory.vram says, or for the CPU; and in
     words which of them it is."""
+    if recipe.lora.init_from is not None:  # reading an adapter's header takes torch's dtypes
+        from qlora_train.model.continued_adapter import as_continued
+
+        recipe = recipe.model_copy(update={"lora": as_continued(recipe.lora)})
     card = find_card()
     if card is not None:
         target = planned_gpu(card.name, card.capability)

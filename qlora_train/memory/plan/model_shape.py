@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_train.boundary import read_json
 from qlora_train.errors import UserError
 from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
 from qlora_train.memory.plan.packed_sizes import BLOCK_SIZE, Format
+from qlora_train.model.base_folder import read_plain_config
 
 
 @dataclass(frozen=True)
@@ -240,12 +240,7 @@ def find_shape(base: str, revision: str | None = None) -> ModelShape:
     known model. Raises `UserError` where none of them is."""
     folder = find_base_folder(base, revision)
     if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder}: no config.json. model.base must be a folder with config.json and safetensors "
-                "weights (for a plan the config.json alone is enough)."
-            )
-        return _read(folder / "config.json")
+        return shape_from_config(read_plain_config(folder), str(folder / "config.json"))
     known = known_shape(base)
     if known is None:
         raise UserError(
@@ -253,11 +248,6 @@ def find_shape(base: str, revision: str | None = None) -> ModelShape:
             f"({', '.join(KNOWN)}). Make a folder with its config.json and plan with model.base=FOLDER."
         )
     return known
-
-
-def _read(config: Path) -> ModelShape:
-    values = read_json(config, UserError, "Download the model's config.json again.")
-    return shape_from_config(values, str(config))
 
 
 def _snapshot(base: str, revision: str | None) -> Path | None:

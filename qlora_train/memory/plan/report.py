@@ -27,6 +27,8 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
     say(f"for {device_text}, budget {gib(plan.budget_bytes)}")
     if plan.workload.target.is_accelerator:
         say(f"  {plan.workload.target.in_words(deterministic=plan.workload.deterministic)}")
+    if plan.positions_line is not None:
+        say(f"  {plan.positions_line}")
     if line := _documents_line(plan.workload):
         say(f"  {line}")
     for phase, rows in groupby(sorted(plan.rows(), key=_position), key=lambda row: row.phase):

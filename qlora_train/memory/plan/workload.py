@@ -6,6 +6,7 @@ Shape of the model, packing, factors, tokens per micro-batch, optimizer. One `Wo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -173,6 +174,9 @@ def _targets(targets: str | Sequence[str], shape: ModelShape) -> tuple[str, ...]
     if not shape.is_known:  # its linears may have other names; the model itself will be asked
         chosen = tuple(name for name in names if any(name.endswith("." + e) for e in targets))
         return chosen or names
+    targets = [
+        re.sub(r"^.*\blayers\.\d+\.", "", target) for target in targets
+    ]  # all layers are planned alike
     missing = [e for e in targets if not any(name == e or name.endswith("." + e) for name in names)]
     if missing:
         raise UserError(

@@ -1,0 +1,107 @@
+"""What stands beside the weights of a merged folder: config, tokenizer, templates, licence, model card.
+
+Copied is what other tools and people need of the base's folder, by name. Not copied: weights and what
+describes them, code, an adapter's files. A file is copied only if it really lies in the base, or in the hub
+cache that the base's own links lead to: a published folder must not carry somebody's ~/.ssh along because a
+link in a download said so.
+
+`auto_map` in a JSON file names code (`modeling_x.Model`) that would be run in place of transformers' own. The
+code is not copied, so the key is left out: with it, tools that trust remote code find no file; without it
+they load the class that was trained here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_train.boundary import read_json
+from qlora_train.errors import BaseModelError
+from qlora_train.model.base_folder import ADAPTER_FILES, MERGED_KEY, read_plain_config
+from qlora_train.model.quantize import Packing
+
+COPIED = re.compile(
+    r".*\.(json|jinja|model|txt|tiktoken|md)|tokenizer\..*|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|AUTHORS)[^/]*",
+    re.IGNORECASE,
+)
+TEMPLATES = "additional_chat_templates"
+_NOT_COPIED = {"config.json", *ADAPTER_FILES, "quantize_config.json", "quantization_config.json"}
+
+
+def copy_companions(base_folder: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """say: told which files are left out because they lie outside the base."""
+    within = _homes(base_folder)
+    for path in [*sorted(base_folder.iterdir()), *_templates(base_folder)]:
+        name = path.relative_to(base_folder)
+        if not path.is_file() or not _is_companion(path):
+            continue
+        if not any(path.resolve().is_relative_to(home) for home in within):
+            say(f"not copied: {name}, a link to a file outside the base ({path.resolve()})")
+            continue
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+        if path.suffix == ".json":
+            _leave_out_code(target)
+
+
+def _is_companion(path: Path) -> bool:
+    if path.name in _NOT_COPIED or path.name.endswith(".index.json"):
+        return False
+    return path.parent.name == TEMPLATES or COPIED.fullmatch(path.name) is not None
+
+
+def _templates(base_folder: Path) -> Iterator[Path]:
+    if (base_folder / TEMPLATES).is_dir():
+        yield from sorted((base_folder / TEMPLATES).iterdir())
+
+
+def _homes(base_folder: Path) -> list[Path]:
+    """Where files of the base may really lie: its folder and, of a snapshot in the hub cache
+    (models--x/snapshots/commit), the blobs beside it."""
+    folder = base_folder.resolve()
+    is_snapshot = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return [folder, folder.parent.parent / "blobs"] if is_snapshot else [folder]
+
+
+def _leave_out_code(file: Path) -> None:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):  # not ours to judge: copied as it is
+        return
+    if isinstance(content, dict) and "auto_map" in content:
+        del content["auto_map"]
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def merged_config(
+    config: Mapping[str, Any], dtype: torch.dtype, packing: Packing | None, *, unties_head: bool
+) -> str:
+    """config.json. packing: of the weights that were merged onto; None: the original ones. unties_head: the
+    head has become another matrix than the embedding."""
+    # transformers 5 calls it dtype, most other tools still read torch_dtype
+    name = str(dtype).removeprefix("torch.")
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    if unties_head:
+        kept["tie_word_embeddings"] = False
+    mark: dict[str, Any] = {"merged_onto": "original"}
+    if packing is not None and packing.format != "none":
+        mark = {"merged_onto": "dequantized", "quantization": packing.format}
+    return json.dumps(kept | {"dtype": name, "torch_dtype": name, MERGED_KEY: mark}, indent=2) + "\n"
+
+
+def list_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
+    """Add to what generation_config.json (without one: config.json) says ends an answer."""
+    file = folder / "generation_config.json"
+    config = read_json(file, BaseModelError, "Download it again, or remove it.") if file.exists() else {}
+    model_config = read_plain_config(folder)
+    listed = config.get("eos_token_id", model_config.get("eos_token_id"))
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if new := [token for token in dict.fromkeys(end_ids) if token not in listed]:
+        file.write_text(json.dumps(config | {"eos_token_id": [*listed, *new]}, indent=2) + "\n", "utf-8")

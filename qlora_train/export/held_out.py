@@ -1,0 +1,46 @@
+"""Which tokens a receipt is measured on: the run's evaluation data, else its training data, and which it
+was is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlora_train.data.dataset import PackedDataset, build_dataset
+from qlora_train.export.walked_model import HeldOut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_train.recipe import Recipe
+
+CONTEXT_FACTOR = 8  # tokens walked for one that counts, at most: prompts can be long
+
+
+def held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> HeldOut:
+    """At most `num_tokens` supervised tokens, in whole documents but the last. recipe: of the run. Raises
+    `DataError` where the data cannot be read."""
+    train, evaluation = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
+    data, source = (train, "of the training data (the recipe holds none out: data.eval)")
+    if evaluation is not None:
+        data, source = evaluation, "held out by data.eval"
+    parts = list(_documents(data, num_tokens))
+    ids, places = [part[0] for part in parts], [part[1] for part in parts]
+    labels = [row[at + 1] for row, at in parts]
+    return HeldOut(ids, places, labels, source)
+
+
+def _documents(data: PackedDataset, num_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(token ids, places whose next token is supervised)."""
+    left, context_left = num_tokens, CONTEXT_FACTOR * num_tokens
+    for document in data.documents:
+        places = np.flatnonzero(document.supervised[1:])[:left]
+        if not len(places):
+            continue
+        ids = document.token_ids[: places[-1] + 2].astype(np.int64)
+        yield ids, places
+        left, context_left = left - len(places), context_left - len(ids)
+        if left <= 0 or context_left <= 0:
+            return

@@ -1,0 +1,137 @@
+"""What a receipt holds: the trained model once, then everything it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_train.errors import ExportError
+from qlora_train.export.loaders import LOADERS, load_and_run
+from qlora_train.export.merge import MergedReader, MergedWeights
+from qlora_train.export.packed_layers import PackedLayers
+from qlora_train.export.receipt import Figures, Receipt, compare
+from qlora_train.export.walked_model import HeldOut, LargestValue, WalkedModel, walk_model
+from qlora_train.kernels.on_device import find_device
+from qlora_train.model.adapter_config import HEAD
+from qlora_train.model.adapter_files import load_adapter, load_fitting
+from qlora_train.model.base import linear_names, read_config
+from qlora_train.model.base_folder import read_plain_config
+from qlora_train.model.hub import dtype_name, resolve_dtype
+from qlora_train.model.quantize import Packing
+from qlora_train.model.shards import ShardReader
+
+NF4 = Packing("nf4", double_quant=True)
+CHEAP_BYTES = 4 * 10**9  # weights up to this size are also walked in 4 bits, and merged onto the other base
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported. trained_packing: of the base while training. packing: of what is merged onto; None:
+    the original weights. compute_dtype: the run's."""
+
+    base_folder: Path
+    adapter: Path
+    trained_packing: Packing
+    packing: Packing | None
+    compute_dtype: str
+
+    @property
+    def merged_onto(self) -> str:
+        return "original" if self.packing is None else "dequantized"
+
+
+class Measure:
+    """The trained model on the documents, walked when this is made. cached: the layers that training packed;
+    None: they are packed again. say: told what takes time.
+
+    On a CPU all arithmetic is fp32, so that what differs is the weights; on an accelerator each model
+    computes in its own dtype.
+    """
+
+    def __init__(
+        self, source: Source, documents: HeldOut, cached: PackedLayers | None, say: Callable[[str], None]
+    ) -> None:
+        self._source, self._documents, self._say = source, documents, say
+        self._device = find_device()
+        say(f"measuring on {len(documents.all_labels):,} supervised tokens {documents.source}")
+        names = [*linear_names(read_config(source.base_folder)), HEAD]
+        self._trained = walk_model(
+            source.base_folder,
+            documents,
+            source.trained_packing,
+            self._arithmetic(resolve_dtype(source.compute_dtype, self._device.description)),
+            self._device,
+            fill=None if cached is None else cached.read_layer,
+            adapter=load_fitting(source.adapter, names),
+        )
+
+    @property
+    def largest(self) -> LargestValue:
+        """Value in the trained model's forward pass."""
+        return self._trained.largest
+
+    def receipt(self, written: Path, dtype: torch.dtype, loaders: Sequence[str]) -> Receipt:
+        """Of the folder that was written in `dtype`. Raises `ExportError` where it gives no finite logits."""
+        trained_loss = 0.0
+        figures: list[Figures] = []
+        for name, model in self._models(written, dtype, loaders):
+            trained_loss, found = compare(self._trained, model, self._documents, name)
+            if not figures and not found.is_finite:
+                where = model.largest.where or "its head"
+                raise ExportError(
+                    f"the merged model in {dtype_name(dtype)} gives logits that are not finite ({where}). "
+                    "Export with --dtype bfloat16."
+                )
+            figures.append(found)
+        num_tokens = len(self._documents.all_labels)
+        return Receipt(self._documents.source, num_tokens, trained_loss, self.largest, tuple(figures))
+
+    def _models(
+        self, written: Path, dtype: torch.dtype, loaders: Sequence[str]
+    ) -> Iterator[tuple[str, WalkedModel]]:
+        source, arithmetic = self._source, self._arithmetic(dtype)
+        name = f"merged onto {source.merged_onto} weights, {dtype_name(dtype)} (written)"
+        yield name, walk_model(written, self._documents, Packing("none"), arithmetic, self._device)
+        is_cheap = sum(path.stat().st_size for path in written.glob("*.safetensors")) <= CHEAP_BYTES
+        if is_cheap:
+            model = walk_model(written, self._documents, NF4, arithmetic, self._device)
+            yield "  the same, quantized to nf4 when loaded", model
+        for loader in loaders:
+            decoder = self._trained.decoder
+            model = load_and_run(loader, written, self._documents, decoder, self._device)
+            yield f"  the same, {LOADERS[loader]}", model
+        if is_cheap:
+            yield from self._onto_the_other_base(dtype, arithmetic)
+
+    def _onto_the_other_base(
+        self, dtype: torch.dtype, arithmetic: torch.dtype
+    ) -> Iterator[tuple[str, WalkedModel]]:
+        """Merged on the fly, not written."""
+        source = self._source
+        other, name = (
+            (source.trained_packing, "dequantized") if source.packing is None else (None, "original")
+        )
+        with ShardReader(source.base_folder) as reader:
+            try:
+                weights = MergedWeights(reader, other, None, load_adapter(source.adapter))
+            except ExportError:  # the original weights are not there
+                return
+            if source.trained_packing.format == "none" or weights.changes_head:
+                return
+            if read_plain_config(source.base_folder).get("tie_word_embeddings"):
+                weights.tie_head()
+            merged = MergedReader(source.base_folder, weights, dtype)
+            for packing, what in (
+                (Packing("none"), f"merged onto {name} weights, {dtype_name(dtype)} (not written)"),
+                (NF4, "  the same, quantized to nf4 when loaded"),
+            ):
+                model = walk_model(
+                    source.base_folder, self._documents, packing, arithmetic, self._device, reader=merged
+                )
+                yield what, model
+
+    def _arithmetic(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self._device.is_accelerator else torch.float32

@@ -1,0 +1,273 @@
+"""A model walked once over a few documents with one layer of it in memory: what a receipt compares.
+
+    embedding rows of the documents' tokens -> layer 0, packed into one slab -> layer 1, into the same -> ...
+    -> final norm -> hidden states [S, D] at the places whose next token is supervised
+
+No logits: S x V of them would be 1 GB. Two models are compared by their hidden states and their heads, tile
+by tile (receipt.py). Weights come from a checkpoint in any packing, from training's cache, or from a merge
+that is made on the fly (`merge.MergedReader`).
+
+Memory: one layer's slab and its unpacked largest weight, the documents' hidden states, a block of rows. Time:
+each weight is read, and packed if it has to be, once.
+
+On the way the largest absolute value is noted that any module of a layer takes in or gives out: what has to
+fit into fp16, whose range ends at 65,504.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.export.merge import MergedReader
+from qlora_train.memory.execution import HEAD_TILE_ROWS
+from qlora_train.model.adapter_config import HEAD, AdapterConfig
+from qlora_train.model.adapter_files import Factors
+from qlora_train.model.attention import DocumentLayout
+from qlora_train.model.base import Skeleton, read_config
+from qlora_train.model.checkpoint import BaseCheckpoint
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.packed_matrix import RowFormat
+from qlora_train.model.quantize import Packing
+from qlora_train.model.shards import ShardReader
+from qlora_train.model.slab import SlabLayout
+from qlora_train.model.token_matrix import TokenIds
+from qlora_train.model.weights import PresentWeights, by_path
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents to compare on. token_ids: int64 [n] each. places: where the next token is supervised, [s]
+    each; labels: those tokens. source: where they are from, in words."""
+
+    token_ids: list[np.ndarray]
+    places: list[np.ndarray]
+    labels: list[np.ndarray]
+    source: str
+
+    @property
+    def all_labels(self) -> np.ndarray:
+        """int64 [S]."""
+        return np.concatenate(self.labels)
+
+
+@dataclass
+class LargestValue:
+    """Of all that modules take in and give out. where: the module it was seen at."""
+
+    value: float = 0.0
+    where: str = ""
+
+    def note(self, tensors: Any, where: str) -> None:
+        parts = tensors if isinstance(tensors, tuple | list) else (tensors,)
+        for tensor in parts:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+                value = float(tensor.abs().amax())
+                if not value <= self.value:  # NaN is the largest of all
+                    self.value, self.where = value, where
+
+
+@dataclass(frozen=True)
+class WalkedModel:
+    """decoder: for its epilogue; its layers are gone. hidden [S, D]: normed. head_rows: consecutive rows
+    [n, D] of the head, each time anew."""
+
+    decoder: FrozenDecoder
+    hidden: Tensor
+    head_rows: Callable[[], Iterator[Tensor]]
+    largest: LargestValue = field(default_factory=LargestValue)
+
+    def head_tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) in tiles of `HEAD_TILE_ROWS`, on the device of the hidden states."""
+        start, waiting = 0, torch.empty(0)
+        for rows in self.head_rows():
+            rows = rows.to(self.hidden)
+            waiting = torch.cat([waiting, rows]) if len(waiting) else rows.clone()
+            while len(waiting) >= HEAD_TILE_ROWS:
+                yield start, waiting[:HEAD_TILE_ROWS]
+                start, waiting = start + HEAD_TILE_ROWS, waiting[HEAD_TILE_ROWS:]
+        if len(waiting):
+            yield start, waiting
+
+
+@torch.no_grad()
+def walk_model(
+    folder: Path,
+    documents: HeldOut,
+    packing: Packing,
+    dtype: torch.dtype,
+    device: ComputeDevice,
+    *,
+    reader: ShardReader | MergedReader | None = None,
+    fill: Callable[[int, Tensor], None] | None = None,
+    adapter: tuple[AdapterConfig, Factors] | None = None,
+) -> WalkedModel:
+    """Walk the model in `folder` over the documents.
+
+    packing: of its layers while walking. dtype: of the computation. reader: of other weights than the
+    folder's. fill: puts a layer's packed bytes into a slab; None: it is packed from the reader. adapter: with
+    the base's own module paths.
+    """
+    config = read_config(folder)
+    shape_of_all = Skeleton(config, dtype)  # stays; the other one comes alive and is used up
+    checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike
+    skeleton = Skeleton(config, dtype)
+    layouts = skeleton.layouts(packing)
+    weights = _OneLayer(
+        skeleton.layer_paths,
+        layouts,
+        fill or (lambda i, slab: checkpoint.pack_layer(i, layouts[i], slab)),
+        device,
+    )
+    embedding = _Gathered.of(
+        checkpoint.matrix_rows(skeleton.embedding_name), np.concatenate(documents.token_ids), device.torch
+    )
+    head_name = skeleton.head_name
+    decoder = skeleton.come_alive(weights, checkpoint.plain(device.torch), embedding, embedding, device)
+    head = _attach(decoder, adapter, dtype, device) if adapter is not None else None
+    largest = LargestValue()
+    hidden = _hidden_states(decoder, documents, largest)
+    weights.let_go()
+
+    def head_rows() -> Iterator[Tensor]:
+        row_format = RowFormat(checkpoint.head_packing, shape_of_all.matrix_shape[1], dtype)
+        start = 0
+        for stored in checkpoint.matrix_rows(head_name):
+            rows = row_format.packed(stored).unpack(dtype) if row_format.is_packed else stored
+            if head is not None:
+                (a, b), scaling = head
+                part = b[start : start + len(rows)]
+                rows = torch.addmm(rows.float(), part, a, alpha=scaling).to(dtype)
+            yield rows
+            start += len(rows)
+
+    return WalkedModel(decoder, hidden, head_rows, largest)
+
+
+def _attach(
+    decoder: FrozenDecoder,
+    adapter: tuple[AdapterConfig, Factors],
+    dtype: torch.dtype,
+    device: ComputeDevice,
+) -> tuple[tuple[Tensor, Tensor], float] | None:
+    """The factors, on the linears; returns those of the head and their scaling, if there are any."""
+    config, pairs = adapter[0], dict(adapter[1])
+    head = pairs.pop(HEAD, None)
+    targets = {name: linear for name, linear in decoder.linears.items() if name in pairs}
+    factors = FactorBuffers(
+        targets,
+        rank={name: config.rank_of(name) for name in targets},
+        scaling={name: config.scaling_of(name) for name in targets},
+        dropout=0.0,
+        seed=0,
+        dtype=dtype,
+        device=device.torch,
+    )
+    factors.load(pairs)
+    return None if head is None else (head, config.scaling_of(HEAD))
+
+
+def _hidden_states(decoder: FrozenDecoder, documents: HeldOut, largest: LargestValue) -> Tensor:
+    device, xs, arguments = decoder.device.torch, [], []
+    for ids in documents.token_ids:
+        layout = DocumentLayout.of(np.array([0, len(ids)]), device)
+        positions = torch.arange(len(ids), device=device)[None]
+        x, of_layers = decoder.embed(TokenIds.of(ids, device), positions, documents=layout)
+        largest.note(x, "the embedding")
+        xs.append(x)
+        arguments.append(of_layers)
+    for i in decoder.layers_in_turn():
+        with _noting(decoder.layers[i], f"layer {i}", largest):
+            for k, x in enumerate(xs):
+                xs[k] = decoder.run_layer(i, x, arguments[k][i])
+    normed = [
+        decoder.norm(x)[0, torch.from_numpy(places).to(device)]
+        for x, places in zip(xs, documents.places, strict=True)
+    ]
+    largest.note(normed, "the final norm")
+    return torch.cat(normed)
+
+
+@contextmanager
+def _noting(layer: nn.Module, name: str, largest: LargestValue) -> Iterator[None]:
+    """Inside, every module of the layer tells what it takes in and gives out."""
+
+    def note(where: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, returned: Any) -> None:
+            largest.note(given, f"{where}, going in")
+            largest.note(returned, where)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(f"{name} {path}".strip())) for path, module in layer.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _OneLayer(PresentWeights):
+    """A `LayerSource` that fills one slab with the layer that is visited."""
+
+    def __init__(
+        self,
+        layer_paths: Sequence[str],
+        layouts: list[SlabLayout],
+        fill: Callable[[int, Tensor], None],
+        device: ComputeDevice,
+    ) -> None:
+        super().__init__(layouts, device.description.unpack_kernel)
+        self._paths, self._layouts, self._fill = layer_paths, layouts, fill
+        largest = max(layout.num_bytes for layout in layouts)
+        self._slab = torch.empty(largest, dtype=torch.uint8, device=device.torch)
+
+    def expect(self, order: object) -> None:
+        """Nothing to prepare."""
+
+    def visit(self, layer: int) -> AbstractContextManager[None]:
+        layout = self._layouts[layer]
+        self._fill(layer, self._slab[: layout.num_bytes])
+        self.packed = by_path(layout.weights(self._slab), self._paths[layer])
+        return self.holding()
+
+    def let_go(self) -> None:
+        """No layer is visited any more."""
+        self.packed, self._slab, self._buffer = {}, torch.empty(0), torch.empty(0)
+
+
+class _Gathered:
+    """A `TokenMatrix` of those rows only that the documents use."""
+
+    items: tuple[int, ...] = ()
+
+    def __init__(self, num_rows: int, ids: np.ndarray, rows: Tensor) -> None:
+        self.num_rows, self.tile_rows = num_rows, num_rows
+        self._ids, self._rows = ids, rows
+
+    @staticmethod
+    def of(blocks: Iterator[Tensor], token_ids: np.ndarray, device: torch.device) -> _Gathered:
+        ids, start, kept = np.unique(token_ids), 0, []
+        for rows in blocks:
+            here = ids[(ids >= start) & (ids < start + len(rows))] - start
+            kept.append(rows[torch.from_numpy(here)].clone())
+            start += len(rows)
+        return _Gathered(start, ids, torch.cat(kept).to(device))
+
+    def gather(self, ids: TokenIds) -> Tensor:
+        places = torch.from_numpy(np.searchsorted(self._ids, ids.host))
+        return self._rows[places.to(self._rows.device)]
+
+    def tile(self, index: int) -> AbstractContextManager[Tensor]:
+        raise AssertionError("the head is read by WalkedModel.head_tiles")

@@ -1,0 +1,65 @@
+"""A head with factors of its own: rows W[ids] + s B[ids] A, made when they are asked for.
+
+Adapters of other tools may have factors on `lm_head`. They are applied and kept as they are: the loss reads
+the head once, tile by tile (loss.py), and the gradient of a head's factors would need every tile a second
+time. The input embedding is not touched, also where it is the same matrix: LoRA belongs to the module.
+
+Bytes: one tile more on the device, [tile rows, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from qlora_train.errors import BaseModelError
+from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles
+
+
+class AdaptedHead:
+    """A `TokenMatrix` [V, D] over another one. a [R, D], b [V, R]: fp32, on the device of the rows."""
+
+    def __init__(self, stored: TokenMatrix, a: Tensor, b: Tensor, scaling: float) -> None:
+        self._stored, self._a, self._b, self._scaling = stored, a, b, scaling
+        self.num_rows, self.tile_rows, self.items = stored.num_rows, stored.tile_rows, stored.items
+
+    @staticmethod
+    def of(
+        stored: TokenMatrix,
+        factors: tuple[Tensor, Tensor],
+        scaling: float,
+        device: torch.device,
+        made_for: Tensor | None,
+    ) -> AdaptedHead:
+        """See `FrozenDecoder.adapt_head`."""
+        a, b = (factor.to(device, torch.float32) for factor in factors)
+        for start, rows in tiles(stored):
+            theirs = None if made_for is None else made_for[start : start + len(rows)].to(rows)
+            if len(b) != stored.num_rows or a.shape[1] != rows.shape[1]:
+                found = f"[{len(b)}, {a.shape[1]}]"
+                raise BaseModelError(
+                    f"the adapter's factors on lm_head make a {found} weight, this base's head is "
+                    f"[{stored.num_rows}, {rows.shape[1]}]"
+                )
+            if theirs is not None and not torch.equal(theirs, rows):
+                raise BaseModelError(
+                    "the adapter brings an lm_head of its own, which is not this base's; merge it into its "
+                    "base with peft, and train on the merged model"
+                )
+        return AdaptedHead(stored, a, b, scaling)
+
+    def gather(self, ids: TokenIds) -> Tensor:
+        return self._adapted(self._stored.gather(ids), self._b[ids.device])
+
+    @contextmanager
+    def tile(self, index: int) -> Iterator[Tensor]:
+        start = index * self.tile_rows
+        with self._stored.tile(index) as rows:
+            adapted = self._adapted(rows, self._b[start : start + len(rows)])
+        yield adapted
+
+    def _adapted(self, rows: Tensor, b: Tensor) -> Tensor:
+        return torch.addmm(rows.float(), b, self._a, alpha=self._scaling).to(rows.dtype)

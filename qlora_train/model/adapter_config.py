@@ -1,0 +1,239 @@
+"""What an adapter says of itself: PEFT's `adapter_config.json`, and which modules its tensors belong to.
+
+Torch-free, so that `plan` can ask what an adapter that is trained on needs. PEFT's format has many variants
+(DoRA, saved embeddings, ...): one that would need more than A, B and a scaling per module is refused by name,
+because loading it as plain LoRA would give a different model without a word.
+
+Which module a tensor belongs to. PEFT writes `base_model.model.<path>.lora_A.weight`, path counted from the
+class that was trained. Other classes, other tools: the same layer is `model.layers.0`, `layers.0`,
+`model.language_model.layers.0` or `language_model.model.layers.0`. What stands before `layers` is a wrapper
+of the text model or it is another tower, so only the names of wrappers are seen through.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_train.boundary import read_json
+from qlora_train.errors import BaseModelError
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<letter>[AB])(?:\.default)?\.weight")
+HEAD = "lm_head"
+_WRAPPERS = ("base_model", "model", "language_model", "text_model")
+
+# Keys of PEFT's LoraConfig that, when set, mean more than W + scaling * B A.
+UNSUPPORTED_KEYS = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias in the LoRA factors",
+    "modules_to_save": "fully trained modules",
+    "fan_in_fan_out": "transposed (Conv1D) weights",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained token embeddings",
+    "target_parameters": "LoRA on parameters instead of modules",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "monteclora_config": "MonteCLoRA",
+}
+# Initialisations that also change the base weights, so that the factors fit no published checkpoint.
+UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter's config says.
+
+    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path, of the
+    modules that differ from `rank` and `alpha`. layers: indices of the only layers that target_modules are
+    looked for in; None: all.
+    """
+
+    base_model: str
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=list)
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers: list[int] | None = None
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A in the merged weight, of modules without a rank or alpha of their own."""
+        return self._scaling(self.alpha, self.rank)
+
+    def rank_of(self, path: str) -> int:
+        return self.rank_pattern.get(path, self.rank)
+
+    def scaling_of(self, path: str) -> float:
+        """The factor of B A in the merged weight of a module."""
+        return self._scaling(self.alpha_pattern.get(path, self.alpha), self.rank_of(path))
+
+    def renamed(self, names: Mapping[str, str]) -> AdapterConfig:
+        """With other paths for the modules."""
+        return replace(
+            self,
+            rank_pattern={names[path]: rank for path, rank in self.rank_pattern.items()},
+            alpha_pattern={names[path]: alpha for path, alpha in self.alpha_pattern.items()},
+        )
+
+    def _scaling(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig:
+    """The config of an adapter whose tensors have these ranks, by module path.
+
+    Raises `BaseModelError` for a folder that holds no such adapter, features beyond LoRA, and ranks other
+    than the config's.
+    """
+    raw = _read_json(folder / CONFIG_FILE, folder)
+    _refuse_unsupported(folder, raw)
+    try:
+        rank, alpha = int(raw["r"]), _number(raw["lora_alpha"])
+        rank_pattern = {str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()}
+        alpha_pattern = {str(k): _number(v) for k, v in (raw.get("alpha_pattern") or {}).items()}
+        if min([rank, *rank_pattern.values()]) < 1:
+            raise ValueError(f"r = {rank}")
+        dropout = float(raw.get("lora_dropout", 0.0))
+        alphas = {path: _by_pattern(alpha_pattern, path, alpha) for path in ranks}
+        expected = {path: _by_pattern(rank_pattern, path, rank) for path in ranks}
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
+        raise BaseModelError(
+            f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers, rank_pattern and alpha_pattern map "
+            f"module names to numbers ({error!r})."
+        ) from error
+    if wrong := [path for path in ranks if ranks[path] != expected[path]]:
+        raise BaseModelError(
+            f"{folder}: the factors of {wrong[0]} have rank {ranks[wrong[0]]}, its config says "
+            f"{expected[wrong[0]]} (r or rank_pattern)."
+        )
+    return AdapterConfig(
+        str(raw.get("base_model_name_or_path") or ""),
+        rank,
+        alpha,
+        dropout,
+        sorted({path.rpartition(".")[2] for path in ranks}),
+        bool(raw.get("use_rslora", False)),
+        {path: own for path, own in ranks.items() if own != rank},
+        {path: own for path, own in alphas.items() if own != alpha},
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number")
+    return value
+
+
+def _by_pattern(pattern: Mapping[str, Any], path: str, otherwise: Any) -> Any:
+    """As PEFT looks a module up: a key is the end of a path, as a regular expression."""
+    found = (value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", path))
+    return next(found, otherwise)
+
+
+def match_modules(paths: Iterable[str], existing: Iterable[str]) -> dict[str, str]:
+    """Adapter's path -> path of the module in this base. Paths that name no module of it are left out."""
+    by_core = {_core(name): name for name in existing}
+    return {path: by_core[_core(path)] for path in paths if _core(path) in by_core}
+
+
+def _core(path: str) -> str:
+    """A path without the names of wrappers that it begins with."""
+    parts = path.split(".")
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def name_targets(trained: Iterable[str], existing: Iterable[str]) -> tuple[list[str], list[int] | None]:
+    """`target_modules` and `layers_to_transform` that name the trained modules and no other.
+
+    Endings ("q_proj") where every existing module of that name is trained, in all layers (None) or in the
+    same ones; else whole paths. Sorted.
+    """
+    wanted, all_modules = set(trained), list(existing)
+    endings = {_last_part(path) for path in wanted}
+    layers = {_layer_of(path) for path in wanted}
+    for chosen in (None, layers):
+        named = {
+            path
+            for path in all_modules
+            if _last_part(path) in endings and (chosen is None or _layer_of(path) in chosen)
+        }
+        if named == wanted and (chosen is None or None not in chosen):
+            return sorted(endings), None if chosen is None else sorted(i for i in chosen if i is not None)
+    partly = {_last_part(path) for path in all_modules if path not in wanted}
+    return sorted({path if _last_part(path) in partly else _last_part(path) for path in wanted}), None
+
+
+def shortest_names(trained: Iterable[str], existing: Iterable[str]) -> list[str]:
+    """Endings where every existing module of that name is trained, else whole paths: `target_modules` that
+    say all without `layers_to_transform`. Sorted."""
+    wanted = set(trained)
+    partly = {_last_part(path) for path in existing if path not in wanted}
+    return sorted({path if _last_part(path) in partly else _last_part(path) for path in wanted})
+
+
+def _last_part(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _layer_of(path: str) -> int | None:
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
+def to_peft(config: AdapterConfig) -> dict[str, Any]:
+    """adapter_config.json, as PEFT writes it for LoRA."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model,
+        "revision": None,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.target_modules),
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": config.layers,
+        "layers_pattern": None,
+        "rank_pattern": {re.escape(path): rank for path, rank in config.rank_pattern.items()},
+        "alpha_pattern": {re.escape(path): alpha for path, alpha in config.alpha_pattern.items()},
+        "use_dora": False,
+    }
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
+    return read_json(path, BaseModelError, "Copy the adapter again.")
+
+
+def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
+    found = [f"{meaning} ({key})" for key, meaning in UNSUPPORTED_KEYS.items() if raw.get(key)]
+    if raw.get("peft_type") != "LORA":
+        found.append(f"the method {raw.get('peft_type')} (peft_type)")
+    if raw.get("bias", "none") != "none":
+        found.append(f"trained biases (bias: {raw['bias']})")
+    init = str(raw.get("init_lora_weights", "")).lower()
+    if init.startswith(UNSUPPORTED_INITS):
+        found.append(f"an initialisation that changes the base weights (init_lora_weights: {init})")
+    if found:
+        raise BaseModelError(
+            f"{folder}: the adapter uses {', '.join(found)}; only LoRA factors of linear layers are "
+            "supported. Merge it into its base with peft, and train on the merged model."
+        )

@@ -1,0 +1,88 @@
+"""A base model's folder, looked at before anything is loaded: what `plan`, `train`, `generate` and `export`
+refuse alike.
+
+Torch-free, since `plan` is. Each refusal is a folder that would load, and be another model than it seems: an
+adapter beside the weights, which transformers applies without a word wherever peft is installed; a merged
+folder whose weights lie on a quantisation grid and would be rounded back onto it; a model of which only a
+part is text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_train.boundary import read_json
+from qlora_train.errors import BaseModelError
+
+CONFIG_REMEDY = "Download the model's config.json again."
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MERGED_KEY = "qlora_train"
+"""Of a merged folder's config.json: {"merged_onto": "original" | "dequantized", "quantization": ...}."""
+
+
+def read_plain_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is written. Raises `BaseModelError` where it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / ADAPTER_FILES[0]).is_file():
+            raise BaseModelError(
+                f"{folder}: is an adapter, not a base model: it holds {ADAPTER_FILES[0]} and no config.json. "
+                "Name the model it was trained on as model.base, and the adapter as lora.init_from."
+            )
+        raise BaseModelError(
+            f"{folder}: no config.json. model.base must be a folder with config.json and safetensors weights."
+        )
+    return read_json(path, BaseModelError, CONFIG_REMEDY)
+
+
+def check_base(folder: Path, quantization: str = "none") -> None:
+    """Raise `BaseModelError` unless the folder can be a base that is quantized so (`model.quantization`)."""
+    config = read_plain_config(folder)
+    _refuse_adapter(folder)
+    _refuse_dangling_weights(folder)
+    _refuse_wrapper(folder, config)
+    _refuse_requantizing(folder, config, quantization)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    found = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if found:
+        raise BaseModelError(
+            f"{folder}: holds an adapter beside the base ({', '.join(found)}). Other tools would apply it, "
+            "here it would be left out. Move it to a folder of its own (and name that as lora.init_from to "
+            "train it further), or merge it into the base first."
+        )
+
+
+def _refuse_dangling_weights(folder: Path) -> None:
+    """A plan needs no weights, but links that lead nowhere are a download that was deleted."""
+    gone = sorted(path.name for path in folder.glob("*.safetensors") if not path.exists())
+    if gone:
+        raise BaseModelError(
+            f"{folder}: {gone[0]} is a link to a file that is no longer there (a pruned hub cache?). "
+            "Download the model again."
+        )
+
+
+def _refuse_wrapper(folder: Path, config: dict[str, Any]) -> None:
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "hidden_size" not in config:
+        family, text = config.get("model_type", "this model"), inner.get("model_type", "a text model")
+        raise BaseModelError(
+            f"{folder}: {family} is a model of several parts, of which only one is text ({text}). Such "
+            f"models cannot be trained here; use a checkpoint of the text part alone, with {text}'s own "
+            "config.json."
+        )
+
+
+def _refuse_requantizing(folder: Path, config: dict[str, Any], quantization: str) -> None:
+    mark = config.get(MERGED_KEY)
+    if quantization == "none" or not isinstance(mark, dict) or mark.get("merged_onto") != "dequantized":
+        return
+    raise BaseModelError(
+        f"{folder}: its weights were merged onto dequantized {mark.get('quantization')} weights. Quantizing "
+        "them again would round most of the adapter away: the result is the base without it. Use "
+        "model.quantization: none, or export the run again with --base original, whose weights can be "
+        "quantized."
+    )

@@ -1,0 +1,70 @@
+"""What a run that goes on must find as it was, and what becomes of it when it is made longer."""
+
+from __future__ import annotations
+
+import math
+
+from qlora_train.errors import RunFolderError
+from qlora_train.recipe import Recipe
+from qlora_train.train.checkpoint import TrainState, list_checkpoints
+from qlora_train.train.run_folder import RunFolder
+from qlora_train.train.schedule import learning_rate, num_rows, rows_per_step
+from qlora_train.train.setup import Prepared
+
+
+def refuse_shorter(folder: RunFolder, num_steps: int) -> None:
+    """Raise `RunFolderError` where the run has trained more steps than it is to have. Going back to an older
+    checkpoint would be possible, and not what was asked for."""
+    steps = list_checkpoints(folder.checkpoints)
+    if steps and steps[-1] > num_steps:
+        raise RunFolderError(
+            f"{folder.path}: has trained {steps[-1]} steps already, the recipe asks for {num_steps}. A run "
+            "can be made longer, not shorter than it is."
+        )
+
+
+def require_same_inputs(folder: RunFolder, state: TrainState, prepared: Prepared) -> None:
+    """Raise `RunFolderError` where data, base or the number of processes are not those of the run."""
+    if state.data_fingerprint != prepared.train_data.fingerprint():
+        raise RunFolderError(
+            f"{folder.path}: the training data are not those the run began with "
+            "(their tokens differ). Put data, tokenizer and chat template back, or start a new run."
+        )
+    if state.base_fingerprint != prepared.decoder.fingerprint:
+        raise RunFolderError(
+            f"{folder.path}: the base model's packed weights are not those the run began "
+            "with: the checkpoint's files differ, or another version of qlora_train packed them. "
+            "Put them back, or start a new run."
+        )
+    rows = rows_per_step(prepared.recipe.training, prepared.accelerator.num_processes)
+    if state.data_position != state.step * rows:
+        raise RunFolderError(
+            f"{folder.path}: the run took {state.data_position // state.step} rows a step, "
+            f"here a step is {rows} rows. Resume it with as many processes as it began with."
+        )
+
+
+def lengthened_line(begun: Recipe, prepared: Prepared, num_steps: int, next_step: int) -> str | None:
+    """What another number of steps than the run began with does to the learning rate; None: the same.
+
+    begun: the recipe of the run so far. num_steps: that it has now."""
+    training = prepared.recipe.training
+    num_bins, num_processes = prepared.train_data.num_bins, prepared.accelerator.num_processes
+    rows, rows_before = (
+        rows_per_step(training, num_processes),
+        num_rows(begun.training, num_bins, num_processes),
+    )
+    before = math.ceil(rows_before / rows)
+    if before == num_steps or next_step > num_steps:
+        return None
+    rate = learning_rate(
+        next_step, num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
+    )
+    line = (
+        f"{num_steps} steps instead of {before}: the {training.lr_schedule} schedule now spans "
+        f"all {num_steps} and goes on at step {next_step} with a learning rate of {rate:.3g}"
+    )
+    gap = before * rows - rows_before
+    if gap and next_step > before:
+        line += f"; step {before} was not full, so {gap} rows of the epoch that begins now are left out"
+    return line
