@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from qlora_train.data.dataset import PackedDataset, build_dataset
-from qlora_train.data.tokenization import Document
+from qlora_train.data.building import build_dataset
+from qlora_train.data.dataset import PackedDataset
+from qlora_train.data.fitting import Document
 from qlora_train.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ def preview(recipe: Recipe, num_rows: int, console: Console | None = None) -> No
 
 def _first_rows(dataset: PackedDataset, num_rows: int) -> Iterator[tuple[Document, str]]:
     """Documents of the first rows, in the order of the data, each with the place it is from."""
-    rows = groupby(zip(dataset.documents, dataset.origins, strict=True), key=lambda pair: pair[1])
-    for _, (origin, pairs) in zip(range(num_rows), rows, strict=False):
-        pieces = [document for document, _ in pairs]
+    rows = groupby(range(len(dataset.lengths)), key=dataset.row_of)
+    for _, (row, indices) in zip(range(num_rows), rows, strict=False):
+        pieces = [dataset.document(index) for index in indices]
         for number, document in enumerate(pieces, start=1):
             part = f" (part {number} of {len(pieces)})" if len(pieces) > 1 else ""
-            yield document, origin.describe() + part
+            yield document, dataset.rows.describe_row(row) + part
 
 
 def as_text(document: Document, tokenizer: PreTrainedTokenizerBase, *, marked: bool) -> Text:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_train.data.building import open_data
 from qlora_train.memory.meter import DeviceMeter
 from qlora_train.memory.plan.report import residency_lines
 from qlora_train.recipe import Recipe
@@ -39,6 +40,8 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
     recipe, base, dtype = resolve(recipe, accelerator.device)
+    data = open_data(recipe.data)
+    recipe = recipe.model_copy(update={"data": data.section_with_format})
     folder.check(recipe, resume=resume)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     plan_log = PlanLog(folder.plan_file, writes=accelerator.is_main_process)
@@ -48,6 +51,7 @@ def train(recipe: Recipe, *, resume: bool = False, use_cache: bool = True) -> Tr
             recipe,
             base,
             dtype,
+            data,
             accelerator,
             saved_execution=plan_log.read() if resume else None,
             use_cache=use_cache,

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.dataset import PackedDataset, build_dataset
-from qlora_train.data.prompts import format_of
+from qlora_train.data.building import OpenData, build_dataset
+from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory.execution import ExecutionPlan
@@ -95,18 +95,19 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, Path, torch.dtype]:
-    """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype."""
+    """The recipe with what "auto" and hub names of the base stand for here, the base's folder and the compute
+    dtype."""
     folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
-    data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
-    return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
+    return recipe.model_copy(update={"model": model}), folder, dtype
 
 
 def prepare(
     recipe: Recipe,
     folder: Path,
     dtype: torch.dtype,
+    data: OpenData,
     accelerator: Accelerator,
     *,
     saved_execution: ExecutionPlan | None = None,
@@ -115,20 +116,23 @@ def prepare(
 ) -> Prepared:
     """Read data, plan, load the base.
 
-    recipe: resolved. saved_execution: of the checkpoint that is gone on from; it is followed, so that sums
-    keep their order. use_cache: keep the packed base for later starts. say: told a line each about what takes
-    time. Raises a `UserError` for whatever does not fit together, a plan that does not fit included.
+    recipe: resolved. data: of its data section. saved_execution: of the checkpoint that is gone on from; it
+    is followed, so that sums keep their order. use_cache: keep the packed base, and the tokens of large data,
+    for later starts. say: told a line each about what takes time. Raises a `UserError` for whatever does not
+    fit together, a plan that does not fit included.
     """
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
     tokenizer = load_tokenizer(str(folder), None)
-    train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
-    if len(tokenizer) > config.vocab_size:
-        raise BaseModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
-            f"{config.vocab_size} rows; "
-            "check that tokenizer and weights belong together"
+    cache = cache_root() if use_cache else None
+    with accelerator.main_process_first():  # one rank tokenises what is kept, the others map it
+        train_data, eval_data = build_dataset(
+            data,
+            tokenizer,
+            seed=recipe.training.seed,
+            vocabulary_size=config.vocab_size,
+            cache=cache,
         )
     loaded = load_model(
         recipe,
@@ -141,7 +145,7 @@ def prepare(
             recipe.training.micro_batch_size,
             num_rows(recipe.training, train_data.num_bins, accelerator.num_processes),
         ),
-        cache=cache_root() if use_cache else None,
+        cache=cache,
         say=say,
     )
     return Prepared(
