@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenizedRow:
-    """One row's documents; none where it has nothing to learn from. `num_tokens`: before anything was cut."""
+    """One row's documents; none where it has nothing to learn from. `num_tokens`: of its longest text, before
+    anything was cut."""
 
     documents: list[Document] = field(default_factory=list)
     num_tokens: int = 0
@@ -126,7 +127,7 @@ class RowTokenizer:
     def _row(self, texts: list[Text] | RowProblem, notes: Counter[str]) -> TokenizedRow | RowProblem:
         if isinstance(texts, RowProblem):
             return texts
-        row = TokenizedRow(notes=notes, num_tokens=sum(len(text.document) for text in texts))
+        row = TokenizedRow(notes=notes, num_tokens=max((len(text.document) for text in texts), default=0))
         for text in texts:
             if problem := self._unknown_token(text.document.token_ids):
                 return problem

@@ -8,7 +8,7 @@
     row_tables        [R] int32     which table the row is from ...
     row_numbers       [R]           ... and its line or row number there
     row_keys          [R, 32] bytes its content's hash
-    row_lengths       [R]           its tokens before anything was cut
+    row_lengths       [R]           tokens of its longest text before anything was cut
     note_rows, note_kinds, note_amounts  [M]   what happened to which row (see `report.Note`)
 
 A million rows of 100 tokens are 500 MB of tokens and masks and 60 MB of the rest. As arrays of a file they

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qlora_train.data.building import open_data
 from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan.report import residency_lines
+from qlora_train.memory.plan.report import positions_line, residency_lines
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog
@@ -88,6 +88,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         "trainable parameters",
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
+        *positions_line(recipe.data.sequence_length, decoder.config.max_position_embeddings),
         *residency_lines(prepared.execution),
         *(line for line in (prepared.graphs.line,) if line),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",

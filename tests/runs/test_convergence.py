@@ -28,7 +28,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.data.dataset import PackedDataset, build_dataset
+from qlora_train.data.building import build_dataset
+from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.memory.execution import Activation, ExecutionPlan, Place, everything_resident
 from qlora_train.memory.load import load_base
