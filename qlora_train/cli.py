@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -42,6 +43,9 @@ NOT_YET = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong usage exits with 2 through argparse."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = _parser()
     args, leftovers = parser.parse_known_args(argv)
     if args.command in NOT_YET:

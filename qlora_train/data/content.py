@@ -12,6 +12,9 @@ from qlora_train.data.tables import RowProblem
 
 # JSON can spell halves of characters ("\ud83d" without its other half); no tokenizer takes them.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_DEPTH = 100
+MAX_CHARACTERS = 16_000_000
+"""A tokenizer takes some hundred bytes of memory for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,9 @@ def content_key(content: Content) -> bytes:
     return hashlib.sha256(canonical.encode()).digest()
 
 
-def check_characters(content: Content) -> None:
-    """Raises RowProblem for half a character in any text of the content."""
+def check_texts(content: Content) -> None:
+    """Raises RowProblem for half a character in any text of the content, a text that no tokenizer could take
+    at once, and for what is nested so deeply that nobody could have meant it."""
     if isinstance(content, Chat):
         for number, message in enumerate(content.messages, start=1):
             _check(message, f"message {number}")
@@ -58,16 +62,23 @@ def check_characters(content: Content) -> None:
         _check(content.text, "the text")
 
 
-def _check(value: Any, place: str) -> None:
+def _check(value: Any, place: str, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise RowProblem(f"{place} is nested more than {MAX_DEPTH} levels deep.")
     if isinstance(value, str):
+        if len(value) > MAX_CHARACTERS:
+            raise RowProblem(
+                f"{place} has {len(value):,} characters, more than the {MAX_CHARACTERS:,} that are tokenised "
+                "at once: make several rows of it."
+            )
         if not value.isascii() and (found := LONE_SURROGATE.search(value)):
             raise RowProblem(
                 f"{place} holds {found[0]!r}, half a character: write both halves, or the character itself."
             )
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check(key, place)
-            _check(item, place)
+            _check(key, place, depth + 1)
+            _check(item, place, depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
-            _check(item, place)
+            _check(item, place, depth + 1)

@@ -105,7 +105,8 @@ def decoded(value: Any, place: str) -> Any:
         return parse_json(text)
     except RowProblem as problem:
         hint = " It looks like Python's own notation; write it with json.dumps." if "{'" in text else ""
-        raise RowProblem(f"{place} is text, but {str(problem).removeprefix('is ')}.{hint}") from problem
+        what = str(problem).removeprefix("is ").rstrip(".")
+        raise RowProblem(f"{place} is text, but {what}.{hint}") from problem
 
 
 def _turned_outside_in(value: Mapping[str, Any], place: str) -> Any:

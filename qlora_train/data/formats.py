@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from qlora_train.data.content import Chat, Completion, Content, PlainText, check_characters
+from qlora_train.data.content import Chat, Completion, Content, PlainText, check_texts
 from qlora_train.data.conversations import (
     Message,
     looks_like_messages,
@@ -103,11 +103,8 @@ class RowFormat:
                 raise EmptyRow
         elif self._is_rejected(row):
             raise RejectedRow
-        try:
-            content = self._read(row)
-            check_characters(content)
-        except RecursionError:
-            raise RowProblem("it is nested too deeply.") from None
+        content = self._read(row)
+        check_texts(content)
         return content
 
     @property
@@ -191,6 +188,7 @@ class RowFormat:
 def resolve_format(data: DataSection, table: RowTable) -> RowFormat:
     """Finds the format of one table. Raises DataError: none or several fit, unknown roles or columns."""
     template = PromptTemplate(data.prompt_template) if data.prompt_template is not None else None
+    _check_head(table)
     mapped = {role: column for role, column in data.columns.items() if column is not None}
     _check_roles(data)
     _check_mapped_columns(mapped, template, table)
@@ -242,6 +240,16 @@ def _text_or_messages(
         return name
     values = [table.first_value(mapped.get(role, role)) for role in ("prompt", "completion")]
     return "messages" if any(map(looks_like_messages, values)) else name
+
+
+def _check_head(table: RowTable) -> None:
+    """Where not one of the first rows can be parsed, what is wrong with the first tells more than a format
+    that does not fit."""
+    if not table.columns:
+        number, problem = next(iter(table.head), (1, "has no columns."))
+        raise DataError(
+            f"{table.describe(number)} {problem if isinstance(problem, RowProblem) else 'is empty.'}"
+        )
 
 
 def _check_roles(data: DataSection) -> None:

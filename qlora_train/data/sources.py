@@ -131,8 +131,10 @@ def _load_file(path: Path) -> RowTable:
     if reader is None:
         kind = "".join(path.suffixes[-2:]) or "(none)"
         raise DataError(f"{path}: the file type {kind!r} is not known. Use {_supported()}.")
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder.")
     try:
-        if path.is_file() and path.stat().st_size == 0:
+        if path.stat().st_size == 0:
             raise DataError(f"{path} is empty.")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -262,6 +262,30 @@ def test_rows_that_say_nothing_are_skipped_and_counted(
         contents(section(pair))
 
 
+def test_what_nobody_could_have_meant_is_a_problem_of_its_row(
+    jsonl: Write, section: Section, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_train.data import content
+
+    deep: Any = []
+    for _ in range(150):
+        deep = [deep]
+    with pytest.raises(DataError, match="line 1: message 1 is nested more than 100 levels deep"):
+        contents(section(jsonl({"messages": [{**_user("q"), "extra": deep}]})))
+    monkeypatch.setattr(content, "MAX_CHARACTERS", 10)
+    with pytest.raises(DataError, match="line 1: the text has 11 characters, more than the 10"):
+        contents(section(jsonl({"text": "x" * 11})))
+
+
+def test_where_no_row_can_be_parsed_the_first_is_named(jsonl: Write, section: Section) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1 is not valid JSON: it is nested too deeply"):
+        path = Path(jsonl({}))
+        path.write_text('{"text": ' + "[" * 9000 + "]" * 9000 + "}\n")
+        contents(section(str(path)))
+    with pytest.raises(DataError, match="line 1 is empty"):
+        contents(section(jsonl({})))
+
+
 def test_columns_that_are_not_read_are_listed(jsonl: Write, section: Section, tokenizer: Any) -> None:
     path = jsonl({"id": 1, "text": "ab"}, {"text": "cd", "source": "web"})
     (train, _) = build_dataset(section(path), tokenizer, seed=0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,29 @@ def test_lora_plus_in_8_bits_saves_and_resumes(tmp_path: Path, base: Path, train
     (straight / "checkpoints" / "step-4").rmdir()
     train(Recipe.from_dict(values), resume=True)
     assert (adapter_bytes(straight), metrics_of(straight)) == before
+
+
+LATIN = """
+import sys
+from pathlib import Path
+from qlora_train.cli import main
+from qlora_train.recipe import load_recipe
+from qlora_train.train.run_folder import RunFolder
+recipe = load_recipe(sys.argv[1])
+RunFolder(Path(recipe.training.output_dir)).begin(recipe)
+sys.exit(main(["preview", sys.argv[1]]))
+"""
+
+
+def test_files_are_utf8_and_output_goes_on_whatever_the_locale(tmp_path: Path, base: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"q": "caf\u00e9", "a": "\u2603"}])
+    values = values_of(base, str(rows), tmp_path / "run", columns={"completion": "a"})
+    values["data"]["prompt_template"] = "R\u00e9sum\u00e9: {q}\n"
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", LATIN, str(recipe)], env=os.environ | plain, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"R?sum?: caf?" in done.stdout
+    assert load_recipe(tmp_path / "run").data.prompt_template == "R\u00e9sum\u00e9: {q}\n"
