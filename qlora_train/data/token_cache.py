@@ -11,6 +11,7 @@ of two that are built at once the first one stays.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import xxhash
 from qlora_train.data.arrow_tables import HubTable
 from qlora_train.data.tables import RowTable
 from qlora_train.data.tokenized_rows import TokenizedRows
-from qlora_train.errors import DataError
+from qlora_train.errors import DataError, QloraTrainError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def fingerprint(
 
 def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> TokenizedRows:
     """The rows of the cache folder `name`, built first by build(folder) where they are not there. Raises
-    DataError where the cache cannot be written."""
+    DataError where the cache cannot be written, QloraTrainError where its disk is full."""
     folder = root / f"tokens-{name}"
     try:
         return TokenizedRows.opened(folder)
@@ -89,6 +90,11 @@ def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> Tokeni
         making.rename(folder)
         return TokenizedRows.opened(folder)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise QloraTrainError(
+                f"The disk of the token cache {root} is full. Make room, name another folder with "
+                "QLORA_TRAIN_CACHE, or use --no-cache."
+            ) from error
         raise DataError(
             f"The token cache {root} cannot be written: {error.strerror or error}. Name another folder with "
             "QLORA_TRAIN_CACHE, or use --no-cache."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,9 +18,9 @@ import pytest
 
 from qlora_train.data import building, open_sources, token_cache, workers
 from qlora_train.data.building import build_dataset
-from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.data.tokenized_rows import RowsWriter, TokenizedRows
 from qlora_train.data.workers import Workers
-from qlora_train.errors import DataError, OutOfMemory
+from qlora_train.errors import DataError, OutOfMemory, QloraTrainError
 from qlora_train.recipe import DataSection
 
 Section = Callable[..., DataSection]
@@ -152,6 +153,18 @@ def test_a_cache_that_cannot_be_written_is_named(
         DataError, match=r"token cache .*file cannot be written.*QLORA_TRAIN_CACHE.*--no-cache"
     ):
         build_dataset(section(str(rows), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "file")
+
+
+def test_a_full_disk_is_a_failure_of_the_run(
+    rows: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, facts: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RowsWriter, "finish", full)
+    with pytest.raises(QloraTrainError, match="disk of the token cache .* is full") as caught:
+        build_dataset(section(str(rows), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "cache")
+    assert caught.value.exit_code == 1 and list((tmp_path / "cache").iterdir()) == []
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
