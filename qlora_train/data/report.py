@@ -45,7 +45,7 @@ class Reading:
         if self.num_skipped:
             more = self.num_skipped - len(self.skipped)
             named = [*self.skipped, *([f"... and {more:,} more"] if more else [])]
-            lines.append(f"{_rows(self.num_skipped)} skipped, because they cannot be used:")
+            lines.append(f"{_rows(self.num_skipped)} skipped (data.on_bad_row: skip):")
             lines += [f"  {problem}" for problem in named]
         return lines
 

@@ -218,7 +218,7 @@ def test_report_lines() -> None:
         "columns not read: id, url",
         "2 rows empty, skipped",
         "1 row labelled as bad answers, left out",
-        "3 rows skipped, because they cannot be used:",
+        "3 rows skipped (data.on_bad_row: skip):",
         "  a line 1: x",
         "  ... and 2 more",
         "longer than sequence_length: 2 rows lost the beginning of the prompt, 1 the end of the answers "

@@ -116,7 +116,7 @@ def test_bad_rows_are_named_by_line_up_to_five_at_once(
     (train, _) = build_dataset(section(path, on_bad_row="skip"), tokenizer, seed=0)
     assert train.report.num_rows == 2
     said = train.report.lines()
-    assert said[2] == "8 rows skipped, because they cannot be used:"
+    assert said[2] == "8 rows skipped (data.on_bad_row: skip):"
     assert [line.split("rows.jsonl ")[1] for line in said[3:8]] == named
     assert said[8] == "  ... and 3 more"
 

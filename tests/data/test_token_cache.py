@@ -65,7 +65,7 @@ def test_processes_give_what_one_process_gives(
             (train.fingerprint(), evaluation.fingerprint(), train.report.lines(), evaluation.report.lines())
         )
     assert found[0] == found[1]
-    assert "600 rows skipped, because they cannot be used:" in found[0][2]
+    assert "600 rows skipped (data.on_bad_row: skip):" in found[0][2]
     assert "columns not read: id" in found[0][2]
     assert train.rows.describe_row(train.row_of(0)).endswith("rows.jsonl line 2")
 

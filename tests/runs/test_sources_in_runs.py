@@ -99,7 +99,7 @@ def test_a_surplus_token_trains_until_a_row_uses_it(
     assert not (tmp_path / "other").exists()
     values["data"]["on_bad_row"] = "skip"
     assert main(["train", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 0
-    assert "1 row skipped, because they cannot be used:" in capsys.readouterr().out
+    assert "1 row skipped (data.on_bad_row: skip):" in capsys.readouterr().out
 
 
 def test_a_pad_token_beyond_the_embedding_is_named(
