@@ -38,16 +38,19 @@ class ArrowRows:
 
 def _as_list(name: str, column: Any) -> list[Any]:
     """The column's values; a value that Python cannot hold (a date out of range) is a RowProblem."""
+    from pyarrow import ArrowException
+
+    unreadable = (ArrowException, ValueError, ArithmeticError, LookupError)
     try:
         return [without_nulls(value) for value in column.to_pylist()]
-    except (ValueError, OverflowError, ArithmeticError):
-        return [_value(name, column[i]) for i in range(len(column))]
+    except unreadable:
+        return [_value(name, column, i, unreadable) for i in range(len(column))]
 
 
-def _value(name: str, scalar: Any) -> Any:
+def _value(name: str, column: Any, index: int, unreadable: tuple[type[Exception], ...]) -> Any:
     try:
-        return without_nulls(scalar.as_py())
-    except (ValueError, OverflowError, ArithmeticError) as error:
+        return without_nulls(column[index].as_py())
+    except unreadable as error:
         return RowProblem(f"cannot be read: its column {name!r} holds what Python cannot ({error}).")
 
 
