@@ -126,11 +126,12 @@ class LoraSection(_Section):
 
 
 class DataSource(_Section):
-    """A file, a folder or a hub id; `split` names a split of the latter two."""
+    """A file, a folder or a hub id; `split` names a split of the latter two. `weight`: how often each row
+    is seen in an epoch (2: twice; 0.5: half of the rows, chosen once by the seed)."""
 
     path: Text
     split: Text | None = None
-    weight: Annotated[Positive | None, _not_yet("D")] = None
+    weight: Annotated[Positive, BeforeValidator(lambda value: 1.0 if value is None else value)] = 1.0
 
 
 Sources = Annotated[
@@ -150,15 +151,14 @@ class DataSection(_Section):
         ]
         | None
     ) = None
-    format: Annotated[
-        Literal["auto", "messages", "alpaca", "prompt_completion", "text", "sharegpt"],
-        _not_yet("D", "sharegpt"),
-    ] = "auto"
-    columns: dict[str, Text] = Field(default_factory=dict)
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    columns: dict[str, Text | None] = Field(default_factory=dict)
     prompt_template: Text | None = None
     supervise: Annotated[Literal["completions", "last_turn", "all"], _not_yet("D", "last_turn")] = (
         "completions"
     )
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    too_long: Literal["cut", "drop", "split"] = "cut"
     sequence_length: Annotated[int, Field(ge=2)] = 2048
     packing: bool = True
 

@@ -25,7 +25,7 @@ from functools import lru_cache
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from qlora_train.data.formats import Chat
+from qlora_train.data.content import Chat
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def render(
 
     try:
         text = tokenizer.apply_chat_template(
-            list(chat.messages[:num_messages]),
+            _for_template(chat.messages[:num_messages]),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             **_template_options(tokenizer, chat),
@@ -98,6 +98,11 @@ def render(
     return text
 
 
+def _for_template(messages: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
+    """Whether a message is trained on is not for the template."""
+    return [{key: item for key, item in message.items() if key != "train"} for message in messages]
+
+
 def _template_options(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, Any]:
     tools = list(chat.tools) or None
     template = tokenizer.get_chat_template(tools=tools)
@@ -106,21 +111,22 @@ def _template_options(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[st
 
 def render_with_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, list[Span]]:
     """The whole text, and the spans of characters [start, end) that the assistant says, in order, without the
-    turns in `chat.unsupervised`.
+    turns that are context only.
     """
     text = render(tokenizer, chat)
     turns = _assistant_turns(chat)
     spans = _spans_by_prefix(tokenizer, chat, turns, text)
     if spans is None:
         spans = _spans_by_marks(tokenizer, chat, turns, text)
-    if not chat.unsupervised:
+    context = {turn for turn in turns if chat.messages[turn].get("train") is False}
+    if not context:
         return text, spans
     if len(spans) != len(turns):
         raise ChatProblem(
             "a message has the weight 0, but the chat template does not mark one span per assistant message, "
             "so its tokens cannot be told apart. Leave the weights out."
         )
-    return text, [span for turn, span in zip(turns, spans, strict=True) if turn not in chat.unsupervised]
+    return text, [span for turn, span in zip(turns, spans, strict=True) if turn not in context]
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> int:
@@ -128,6 +134,28 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> 
     first = next(iter(_assistant_turns(chat)), 0)
     prompt = render(tokenizer, chat, num_messages=first, generation_prompt=True) if first else ""
     return len(prompt) if text.startswith(prompt) else 0
+
+
+def prompt_frame(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: str) -> Span:
+    """Characters of `prompt`, what is before the first answer: of its head (BOS, system prompt, the first
+    question's role) and of its end (the answer's header). (0, 0) where the template does not tell."""
+    first = next(iter(_assistant_turns(chat)), 0)
+    asked = [i for i in range(first) if chat.messages[i]["role"] != "system"]
+    if not asked:
+        return 0, 0
+    stand_ins = tuple(
+        {**message, "content": _STAND_IN} if i in asked else message
+        for i, message in enumerate(chat.messages[:first])
+    )
+    try:
+        text = render(tokenizer, Chat(stand_ins, chat.tools), generation_prompt=True)
+    except ChatProblem:
+        return 0, 0
+    head, found, _ = text.partition(_STAND_IN)
+    header = text.rpartition(_STAND_IN)[2]
+    if not found or not prompt.startswith(head) or not prompt.endswith(header):
+        return 0, 0
+    return len(head), len(header)
 
 
 def _assistant_turns(chat: Chat) -> list[int]:
@@ -179,7 +207,7 @@ def _spans_by_marks(
     if not _GENERATION_MARK.search(options["chat_template"]):
         raise ChatProblem(_why_no_span(tokenizer, chat, turns, text))
     encoded: Any = tokenizer.apply_chat_template(
-        list(chat.messages),
+        _for_template(chat.messages),
         return_dict=True,
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},

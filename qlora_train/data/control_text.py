@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qlora_train.data.chat import render
-from qlora_train.data.formats import Chat
+from qlora_train.data.content import Chat
 from qlora_train.data.tokenizer import special_token_ids
 
 if TYPE_CHECKING:

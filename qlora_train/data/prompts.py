@@ -11,8 +11,9 @@ import json
 from typing import TYPE_CHECKING
 
 from qlora_train.data.chat import ChatProblem, render, require_chat_template
+from qlora_train.data.content import LONE_SURROGATE, Chat
 from qlora_train.data.control_text import ControlText
-from qlora_train.data.formats import CHAT_FORMATS, LONE_SURROGATE, ROLES, Chat, PromptTemplate, resolve_format
+from qlora_train.data.formats import CHAT_FORMATS, ROLES, PromptTemplate, resolve_format
 from qlora_train.data.sources import load_tables
 from qlora_train.data.tokenization import BosRule
 from qlora_train.data.tokenizer import special_token_ids
@@ -39,14 +40,14 @@ def encode_prompt(prompt: str, data: DataSection | None, tokenizer: PreTrainedTo
         text = _fill(PromptTemplate(data.prompt_template), prompt)
     else:
         text = prompt
-    return _encode(text, tokenizer, is_chat=False)
+    return _encode(text, tokenizer)
 
 
 def encode_raw(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the text as it is; one BOS before it where the tokenizer adds one by itself. Raises
     DataError for a prompt without a token.
     """
-    return _encode(prompt, tokenizer, is_chat=True)
+    return _encode(prompt, tokenizer)
 
 
 def _encode_as_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -59,16 +60,16 @@ def _encode_as_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int
         if marked is not None:
             encoded = control_text.encode(render(tokenizer, marked, generation_prompt=True))
             if encoded is not None:
-                return BosRule(tokenizer).apply(encoded.token_ids.tolist(), is_chat=True)
+                return BosRule(tokenizer).apply(encoded.token_ids.tolist())
     except ChatProblem as problem:
         raise DataError(f"The prompt cannot be written as a conversation: {problem}") from problem
-    return _encode(text, tokenizer, is_chat=True)
+    return _encode(text, tokenizer)
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int]:
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _refuse_half_characters(text)
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    token_ids = BosRule(tokenizer).apply(token_ids, is_chat=is_chat)
+    token_ids = BosRule(tokenizer).apply(token_ids)
     if not token_ids:
         raise DataError("The prompt is empty.")
     return token_ids

@@ -318,14 +318,17 @@ def _head_is_embedding(reader: ShardReader) -> bool:
 
 def _copy_companions(base_folder: Path, folder: Path) -> None:
     """Tokenizer, chat templates, generation config: every small file that is no weight and no configuration
-    of weights."""
-    for path in sorted(base_folder.iterdir()):
+    of weights. A link is followed only to what is the base's own: inside its folder, or a blob of its hub
+    cache."""
+    base = base_folder.resolve()
+    own = [base, *([base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [])]
+    for path in [*sorted(base.iterdir()), *sorted(base.glob("additional_chat_templates/*"))]:
         is_ours = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in COPIED_SUFFIXES and not is_ours:
-            shutil.copyfile(path, folder / path.name)
-    templates = base_folder / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+        is_own = any(path.resolve().is_relative_to(place) for place in own)
+        if is_own and path.is_file() and path.suffix in COPIED_SUFFIXES and not is_ours:
+            copy = folder / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _list_end_ids(folder: Path, end_ids: Sequence[int]) -> None:

@@ -40,9 +40,16 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{folder}: no config.json. model.base must be a folder with config.json and safetensors weights."
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(f"{folder / 'config.json'}: transformers cannot read it ({error})") from error
+    pad_id, vocabulary_size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad_id, int) and isinstance(vocabulary_size, int) and pad_id >= vocabulary_size:
+        raise BaseModelError(
+            f"{folder / 'config.json'}: pad_token_id {pad_id} has no row in the embedding, which has "
+            f"{vocabulary_size} (vocab_size). Set it to null, or to a token of the vocabulary."
+        )
+    return config
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_train.data.building import open_data
 from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.machine_plan import device_of_all
 from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan.report import residency_lines
+from qlora_train.memory.plan.report import positions_line, residency_lines
 from qlora_train.memory.ranks import find_ranks
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
@@ -57,6 +58,8 @@ def train(
     device = find_device(accelerator.device)
     target = device_of_all(device, ranks)
     recipe, base, dtype = resolve(recipe, target)
+    data = open_data(recipe.data)
+    recipe = recipe.model_copy(update={"data": data.section_with_format})
     folder.check(recipe, resume=resume)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     plan_log = PlanLog(folder.plan_file, writes=accelerator.is_main_process)
@@ -67,6 +70,7 @@ def train(
             recipe,
             base,
             dtype,
+            data,
             accelerator,
             device,
             ranks=ranks,
@@ -106,6 +110,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         "trainable parameters",
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
+        *positions_line(recipe.data.sequence_length, decoder.config.max_position_embeddings),
         *residency_lines(prepared.execution),
         *paging_lines(recipe.training.optimizer, decoder.device.description),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",

@@ -99,7 +99,7 @@ def _partial(file: Path) -> Path:
 def _replace(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one."""
     partial = _partial(file)
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 

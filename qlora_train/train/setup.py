@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.dataset import PackedDataset, build_dataset
-from qlora_train.data.prompts import format_of
+from qlora_train.data.building import OpenData, build_dataset
+from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.description import DeviceDescription
@@ -87,19 +87,19 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def resolve(recipe: Recipe, device: DeviceDescription) -> tuple[Recipe, Path, torch.dtype]:
-    """The recipe with what "auto" and hub names stand for here, the base's folder and the compute dtype.
-    device: of all ranks."""
+    """The recipe with what "auto" and hub names of the base stand for here, the base's folder and the compute
+    dtype. device: of all ranks."""
     folder, commit = resolve_base(recipe.model.base, recipe.model.revision)
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype), "revision": commit})
-    data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
-    return recipe.model_copy(update={"model": model, "data": data}), folder, dtype
+    return recipe.model_copy(update={"model": model}), folder, dtype
 
 
 def prepare(
     recipe: Recipe,
     folder: Path,
     dtype: torch.dtype,
+    data: OpenData,
     accelerator: Accelerator,
     device: ComputeDevice,
     *,
@@ -111,21 +111,24 @@ def prepare(
 ) -> Prepared:
     """Read data, plan, load the base.
 
-    recipe: resolved. target: what the devices of all ranks can do; None: this one's. saved_execution: of the
-    checkpoint that is gone on from; it is followed, so that sums keep their order. use_cache: keep the packed
-    base for later starts. say: told a line each about what takes time. Raises a `UserError` for whatever does
-    not fit together, a plan that does not fit included.
+    recipe: resolved. data: of its data section. target: what the devices of all ranks can do; None: this
+    one's. saved_execution: of the checkpoint that is gone on from; it is followed, so that sums keep their
+    order. use_cache: keep the packed base, and the tokens of large data, for later starts. say: told a line
+    each about what takes time. Raises a `UserError` for whatever does not fit together, a plan that does not
+    fit included.
     """
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
     tokenizer = load_tokenizer(str(folder), None)
-    train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
-    if len(tokenizer) > config.vocab_size:
-        raise BaseModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
-            f"{config.vocab_size} rows; "
-            "check that tokenizer and weights belong together"
+    cache = cache_root() if use_cache else None
+    with accelerator.main_process_first():  # one rank tokenises what is kept, the others map it
+        train_data, eval_data = build_dataset(
+            data,
+            tokenizer,
+            seed=recipe.training.seed,
+            vocabulary_size=config.vocab_size,
+            cache=cache,
         )
     loaded = load_model(
         recipe,
@@ -140,7 +143,7 @@ def prepare(
         ),
         ranks=ranks,
         target=target,
-        cache=cache_root() if use_cache else None,
+        cache=cache,
         say=say,
     )
     return Prepared(

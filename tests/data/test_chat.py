@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_train.data.chat import ChatProblem, _with_fixed_day, render, render_with_spans
-from qlora_train.data.formats import Chat
+from qlora_train.data.content import Chat
 
 MakeTokenizer = Callable[..., Any]
 
@@ -88,7 +88,9 @@ def test_a_turn_of_weight_0_is_not_supervised(make_tokenizer: MakeTokenizer, tem
     tokenizer = make_tokenizer(template)
     more = ({"role": "user", "content": "r"}, {"role": "assistant", "content": "b"})
     text, both = render_with_spans(tokenizer, Chat(EXCHANGE.messages + more))
-    silenced = Chat(EXCHANGE.messages + more, unsupervised=(1,))
+    turns = list(EXCHANGE.messages + more)
+    turns[1] = {**turns[1], "train": False}
+    silenced = Chat(tuple(turns))
     assert render_with_spans(tokenizer, silenced) == (text, both[1:])
     assert len(both) == 2
 
