@@ -110,7 +110,7 @@ class ModelSection(_Section):
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     double_quant: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    chat_template: Annotated[Text | None, _not_yet("D")] = None
+    chat_template: Text | None = None
     add_tokens: Annotated[Texts, _not_yet("D")] = ()
 
 
@@ -156,9 +156,9 @@ class DataSection(_Section):
     ] = "auto"
     columns: dict[str, Text] = Field(default_factory=dict)
     prompt_template: Text | None = None
-    supervise: Annotated[Literal["completions", "last_turn", "all"], _not_yet("D", "last_turn")] = (
-        "completions"
-    )
+    supervise: Literal["completions", "last_turn", "all"] = "completions"
+    open_thought: Literal["close", "refuse"] = "close"
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     sequence_length: Annotated[int, Field(ge=2)] = 2048
     packing: bool = True
 

@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.formats import Example, content_key, read_examples
+from qlora_train.data.chat import ChatFormat
+from qlora_train.data.formats import Chat, Example, content_key, read_examples
 from qlora_train.data.packing import Bin, one_per_bin, pack_best_fit
 from qlora_train.data.report import DatasetReport
 from qlora_train.data.sources import load_tables
 from qlora_train.data.split import split_by_content
 from qlora_train.data.tables import Origin
 from qlora_train.data.tokenization import Document, TokenizedRows, tokenize_examples
+from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +91,13 @@ class PackedDataset:
         lengths = [len(document) for document in rows.documents]
         self.bins: list[Bin] = pack_best_fit(lengths, sequence_length) if packing else one_per_bin(lengths)
         self.sequence_length = sequence_length
-        self.report = DatasetReport(rows.counts, len(self.bins), sequence_length, num_rows_also_in_train)
+        self.report = DatasetReport(
+            rows.counts,
+            len(self.bins),
+            sequence_length,
+            num_rows_also_in_train,
+            tuple(rows.chat.lines()),
+        )
         self._pad_id = pad_id
         self._seed = seed
         self._shuffle = shuffle
@@ -183,9 +191,11 @@ class PackedDataset:
 
 
 def build_dataset(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, stop_ids: Sequence[int] = ()
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Reads, tokenises and packs `data.train` and `data.eval`: (train, eval or None).
+
+    stop_ids: what the model's generation_config.json says ends an answer; empty where it has none.
 
     `data.eval` as a share is split off the training rows by content (see `split`); as sources it is read
     with the same format and columns, and rows that are also in train are counted. Raises DataError for
@@ -201,9 +211,15 @@ def build_dataset(
         seen = {content_key(example.content) for example in train}
         num_also_in_train = sum(content_key(example.content) in seen for example in evaluation)
 
+    chat_format = _chat_format([*train, *evaluation], data, tokenizer, stop_ids)
+
     def pack(examples: list[Example], shuffle: bool, num_rows_also_in_train: int = 0) -> PackedDataset:
         rows = tokenize_examples(
-            examples, tokenizer, sequence_length=data.sequence_length, supervise=data.supervise
+            examples,
+            tokenizer,
+            sequence_length=data.sequence_length,
+            supervise=data.supervise,
+            chat_format=chat_format,
         )
         return PackedDataset(
             rows,
@@ -216,6 +232,25 @@ def build_dataset(
         )
 
     return pack(train, True), pack(evaluation, False, num_also_in_train) if evaluation else None
+
+
+def _chat_format(
+    examples: Sequence[Example],
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+) -> ChatFormat | None:
+    """How the rows' conversations are written; None where there are none."""
+    if any(isinstance(example.content, Chat) for example in examples):
+        return ChatFormat(
+            tokenizer, stop_ids, options=data.chat_template_kwargs, open_thought=data.open_thought
+        )
+    if data.chat_template_kwargs:
+        raise DataError(
+            "data.chat_template_kwargs is for conversations, and no row is one: remove it, or use the format "
+            "messages or alpaca."
+        )
+    return None
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,8 +9,8 @@ becomes one of three contents, and everything behind this file knows only those:
     prompt_completion  prompt, completion                                       -> Completion
     text               text                                                     -> PlainText
 
-Beside `messages`, a column `tools` goes to the chat template; an assistant message with "weight": 0 has no
-loss. Without `prompt_template` a prompt is followed by its completion exactly as the two columns are: no
+Beside `messages`, a column `tools` goes to the chat template; an assistant message with "train": false, "loss":
+false or "weight": 0 has no loss. Without `prompt_template` a prompt is followed by its completion exactly as the two columns are: no
 space or line is put between them, because for the model that is a different text. To get a line, say
 
     prompt_template: "{question}\\n"
@@ -38,17 +38,17 @@ _OPTIONAL = {"input"}
 # JSON can spell halves of characters ("\ud83d" without its other half); no tokenizer takes them.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKERS = ("system", "user", "assistant", "tool")
+_FLAGS = ("train", "training", "loss", "weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """`tools`: descriptions that the chat template may show. `unsupervised`: assistant messages (by index)
-    without a loss.
+    """`messages`: as OpenAI writes them (role, content, tool_calls, reasoning_content, name, tool_call_id);
+    `train` false in one: it is context only. `tools`: descriptions that the chat template may show.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
-    unsupervised: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +278,11 @@ def _check_characters(value: Any, place: str) -> None:
 
 
 def _chat(messages: Any, tools: Any) -> Chat:
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise _RowProblem(f"the messages are text, but not valid JSON: {error}.") from error
     if not isinstance(messages, list):
         raise _RowProblem(
             f"the messages are {type_name(messages)}, not a list of objects with role and content."
@@ -285,15 +290,23 @@ def _chat(messages: Any, tools: Any) -> Chat:
     if not messages:
         raise _RowProblem("the list of messages is empty.")
     checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
-    weights = [message.pop("weight", 1) for message in checked]
-    if wrong := [number for number, weight in enumerate(weights, start=1) if weight not in (0, 1)]:
-        raise _RowProblem(
-            f"message {wrong[0]} has the weight {weights[wrong[0] - 1]!r}; a weight is 0 (no loss) or 1."
-        )
-    unsupervised = [
-        i for i, weight in enumerate(weights) if weight == 0 and checked[i]["role"] == "assistant"
-    ]
-    return Chat(tuple(checked), _tools(tools), tuple(unsupervised))
+    for number, message in enumerate(checked, start=1):
+        _read_flags(message, number)
+    return Chat(tuple(checked), _tools(tools))
+
+
+def _read_flags(message: dict[str, Any], number: int) -> None:
+    """`train` from what other trainers call it; flags that say different things are refused."""
+    flags = {flag: message.pop(flag) for flag in _FLAGS if flag in message}
+    for flag, value in flags.items():
+        if value not in (0, 1):  # false and true are these
+            raise _RowProblem(
+                f"message {number} has the {flag} {value!r}; a {flag} is 0 or false (no loss), 1 or true."
+            )
+    if len({bool(value) for value in flags.values()}) > 1:
+        raise _RowProblem(f"message {number} contradicts itself: {flags}.")
+    if flags:
+        message["train"] = bool(next(iter(flags.values())))
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -314,7 +327,7 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise _RowProblem(f"message {number} is {type_name(message)}, not an object with role and content.")
     _check_characters(message, f"message {number}")
-    message = _without_nulls(message)
+    message = {key: item for key, item in message.items() if item is not None}
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
     role, content = message.get("role"), message.get("content")

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.tokenization import Document
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +32,14 @@ def preview(recipe: Recipe, num_rows: int, console: Console | None = None) -> No
     Raises BaseModelError for the tokenizer and DataError for the data, like training would.
     """
     console = console or Console(soft_wrap=True)
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    train, evaluation = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
+    model = recipe.model
+    tokenizer = load_tokenizer(model.base, model.revision, model.chat_template)
+    train, evaluation = build_dataset(
+        recipe.data,
+        tokenizer,
+        seed=recipe.training.seed,
+        stop_ids=read_stop_ids(model.base, model.revision),
+    )
     for document, title in _first_rows(train, num_rows):
         console.rule(Text(title), align="left")
         console.print(as_text(document, tokenizer, marked=not console.color_system))

@@ -19,7 +19,6 @@ class TokenCounts:
     num_answers_cut: int = 0
     num_texts_split: int = 0
     num_tokens_cut: int = 0
-    num_chats_without_turn_ends: int = 0  # of several answers, of which only the last one got its EOS
     num_rows_saying_control_tokens: int = 0  # the text of special tokens, read as these tokens
     num_rows_quoting_control_tokens: int = 0  # the same, read as text
     num_unsupervised_rows: int = 0  # left out: they have no token to learn from
@@ -28,13 +27,14 @@ class TokenCounts:
 @dataclass(frozen=True)
 class DatasetReport:
     """One side (train or eval) of the data: tokens and bins. `num_rows_also_in_train` is 0 for train
-    itself.
+    itself. `chat_lines`: what became of conversations on their way through the chat template.
     """
 
     tokens: TokenCounts
     num_bins: int
     sequence_length: int
     num_rows_also_in_train: int = 0
+    chat_lines: tuple[str, ...] = ()
 
     @property
     def filling(self) -> float:
@@ -63,11 +63,7 @@ class DatasetReport:
             )
         if counts.num_unsupervised_rows:
             lines.append(f"{counts.num_unsupervised_rows:,} rows without a supervised token left out")
-        if counts.num_chats_without_turn_ends:
-            lines.append(
-                f"{counts.num_chats_without_turn_ends:,} conversations of several answers, of which only the "
-                "last one ends in EOS: the chat template writes no end-of-turn token"
-            )
+        lines += self.chat_lines
         if counts.num_rows_quoting_control_tokens:
             lines.append(
                 f"{counts.num_rows_quoting_control_tokens:,} conversations hold the text of special tokens, "

@@ -1,17 +1,16 @@
 """Examples -> documents: token ids and, beside each, whether it is supervised (a target of the loss).
 
-A document's whole text is tokenised ONCE and the mask is found by character offsets. Tokenising prompt and
-answer apart and joining them would give tokens at the seam that the model never sees in generation. A token
-that straddles the boundary belongs to the answer.
+    Chat        one piece (prompt, answer) per answer (see `chat`); supervised: the answers, each with the token
+                that stops generation
+    Completion  prompt + completion + EOS; supervised: completion and EOS
+    PlainText   text + EOS; all supervised but the first token
 
-    Chat        the template's text; supervised: what the assistant says, with its end-of-turn token
-    Completion  BOS + prompt + completion + EOS; supervised: completion and EOS
-    PlainText   BOS + text + EOS; all supervised but BOS
+An answer is trained behind exactly the tokens that generation is handed (see `encoding`). From the last answer
+of a conversation back, an answer shares a document where the document's token ids begin with its prompt's and
+its own; else it gets a document to itself. A document ends with its last answer: nothing behind it is kept.
 
-BOS: exactly one, at the start. Plain documents get it if the tokenizer defines one; conversations if the
-template writes it or the tokenizer puts it before every text by itself; two in a row become one. EOS: a
-conversation whose last supervised token is no special token (the template has no end-of-turn token) gets a
-supervised EOS, so that the model learns to stop. The text of a special token in a message is text (see
+BOS: what the tokenizer itself puts before a text, at most one. A conversation whose template writes it gets no
+other. EOS follows where nothing else ends an answer. The text of a special token in a message is text (see
 `control_text`).
 
 Longer than sequence_length: the prompt is cut first, from the left (behind BOS; one token always stays, so
@@ -30,19 +29,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from qlora_train.data.chat import (
-    ChatProblem,
-    Span,
-    prompt_length,
-    render,
-    render_with_spans,
-    require_chat_template,
-)
-from qlora_train.data.control_text import ControlText, Encoded, unmarked_positions, without_marks
+from qlora_train.data.chat import ChatCounts, ChatFormat, ChatProblem, Piece
+from qlora_train.data.control_text import ControlText, Encoded, without_marks
+from qlora_train.data.encoding import CannotEncode, TextEncoder
 from qlora_train.data.formats import Chat, Completion, Example, PlainText
 from qlora_train.data.report import TokenCounts
 from qlora_train.data.tables import Origin, RowProblems
-from qlora_train.data.tokenizer import special_token_ids
+from qlora_train.data.tokenizer import BosRule, special_token_ids
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -68,85 +61,92 @@ class Document:
 
 @dataclass
 class TokenizedRows:
-    """Documents in row order, `origins[i]` being the row that document i is from."""
+    """Documents in row order, `origins[i]` being the row that document i is from. `chat`: what became of the
+    conversations."""
 
     documents: list[Document] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
     counts: TokenCounts = field(default_factory=TokenCounts)
+    chat: ChatCounts = field(default_factory=ChatCounts)
 
 
 class _Prepared(NamedTuple):
-    """An example as text. Characters: `answers` are what the loss may look at, `prompt_end` is where they
-    begin.
-    """
+    """An example as pieces. groups: each a text's pieces, the one that is the whole text first."""
 
     origin: Origin
-    text: str
-    answers: list[Span]
-    prompt_end: int
+    groups: list[list[Piece]]
     is_chat: bool
     may_split: bool
-    encoded: Encoded | None = None  # where tokenising `text` would not do
+    plain: list[list[Piece]] | None = None  # without marks, should the marked texts not be exact
 
 
-class BosRule:
-    """When a token sequence gets a BOS, and that it has only one."""
+class Tokens(NamedTuple):
+    """ids int32 [n]; answers: (first token, past the last) of each answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self._automatic = self.bos_id is not None and tokenizer("").input_ids[:1] == [self.bos_id]
-
-    def num_to_drop_and_add(self, token_ids: Sequence[int], *, is_chat: bool) -> tuple[int, bool]:
-        """(leading tokens to drop, whether to put a BOS before what is left)."""
-        if self.bos_id is None:
-            return 0, False
-        num_leading = next((i for i, token in enumerate(token_ids) if token != self.bos_id), len(token_ids))
-        if num_leading:
-            return num_leading - 1, False
-        return 0, self._automatic or not is_chat
-
-    def apply(self, token_ids: list[int], *, is_chat: bool) -> list[int]:
-        num_drop, add = self.num_to_drop_and_add(token_ids, is_chat=is_chat)
-        return ([self.bos_id] if add and self.bos_id is not None else []) + token_ids[num_drop:]
+    ids: np.ndarray
+    answers: list[tuple[int, int]]
 
 
 def tokenize_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, supervise: str
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    supervise: str,
+    chat_format: ChatFormat | None,
 ) -> TokenizedRows:
-    """Every example as one document of at most `sequence_length` tokens (a long PlainText: as several).
+    """Every example as documents of at most `sequence_length` tokens.
 
-    `supervise`: `completions`, or `all` for every token but the first. Rows without a supervised token are
-    left out and counted. Raises DataError for conversations that the template refuses (with their lines), a
-    tokenizer without chat template or EOS where one is needed, and when no row has a supervised token.
+    `supervise`: `completions`; `last_turn` for each conversation's last answer; or `all` for every token but
+    the first. `chat_format`: how conversations are written; None where there are none. Rows without a
+    supervised token are left out and counted. Raises DataError for conversations that the template refuses
+    (with their lines), a tokenizer without EOS where one is needed, and when no row has a supervised token.
     """
-    if any(isinstance(example.content, Chat) for example in examples):
-        require_chat_template(tokenizer)
-    return _Tokenization(tokenizer, sequence_length, supervise == "all").run(examples)
+    return _Tokenization(tokenizer, sequence_length, supervise, chat_format).run(examples)
 
 
 class _Tokenization:
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, supervise_all: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        supervise: str,
+        chat_format: ChatFormat | None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        self.supervise_all = supervise_all
+        self.supervise = supervise
+        self.chat_format = chat_format
         self.bos = BosRule(tokenizer)
         self.special_ids = special_token_ids(tokenizer)
         self.control_text = ControlText(tokenizer)
+        self.encoder = TextEncoder(tokenizer, self.control_text)
         self.tally = dict.fromkeys(TokenCounts.__dataclass_fields__, 0)
+        self.chat = ChatCounts()
 
     def run(self, examples: Sequence[Example]) -> TokenizedRows:
-        rows = TokenizedRows()
-        for prepared, token_ids, starts, ends in self._encode(self._prepare(examples)):
-            for document in self._documents(prepared, token_ids, starts, ends):
+        rows = TokenizedRows(chat=self.chat)
+        for prepared, texts in self._encode(self._prepare(examples)):
+            documents = [document for text in texts for document in self._documents(prepared, text)]
+            if not documents:
+                self.tally["num_unsupervised_rows"] += 1
+            for document in documents:
                 rows.documents.append(document)
                 rows.origins.append(prepared.origin)
                 self.tally["num_tokens"] += len(document)
                 self.tally["num_supervised"] += document.num_supervised
+            if prepared.is_chat and documents:
+                self.chat.num_chats += 1
+                self.chat.num_texts += len(texts)
+                self.chat.num_tokens += sum(len(text.ids) for text in texts)
+                self.chat.num_tokens_of_longest += max(len(text.ids) for text in texts)
         if not rows.documents:
             raise DataError(
                 f"None of the {len(examples):,} rows has a supervised token: conversations need assistant "
-                "messages, or set data.supervise: all."
+                "messages behind a question, or set data.supervise: all."
             )
+        if self.chat.num_chats and self.chat_format is not None:
+            self.chat.notes = {**dict.fromkeys(self.chat_format.lines()), **self.chat.notes}
         self.tally["num_rows"] = len(examples)
         self.tally["num_documents"] = len(rows.documents)
         rows.counts = TokenCounts(**self.tally)
@@ -157,125 +157,140 @@ class _Tokenization:
         prepared = []
         for example in examples:
             try:
-                prepared.append(self._as_text(example))
+                prepared.append(self._as_pieces(example))
             except ChatProblem as problem:
                 problems.add(example.origin, str(problem))
         problems.raise_if_any()
         return prepared
 
-    def _as_text(self, example: Example) -> _Prepared:
+    def _as_pieces(self, example: Example) -> _Prepared:
         content = example.content
         if isinstance(content, Chat):
-            return self._chat_as_text(example.origin, content)
+            return self._chat_as_pieces(example.origin, content)
         if isinstance(content, Completion):
-            text, boundary = content.prompt + content.completion, len(content.prompt)
+            piece = Piece(content.prompt, content.completion, adds_eos=True)
         else:
-            text, boundary = content.text, 0
-        self.tally["num_rows_saying_control_tokens"] += self.control_text.is_in(text)
-        # + 1: some tokenizers report a token of spaces at the very end as empty, at len(text).
-        answers = [(boundary, len(text) + 1)]
-        return _Prepared(example.origin, text, answers, boundary, False, isinstance(content, PlainText))
+            piece = Piece("", content.text, adds_eos=True)
+        self.tally["num_rows_saying_control_tokens"] += self.control_text.is_in(piece.text)
+        return _Prepared(example.origin, [[piece]], False, isinstance(content, PlainText))
 
-    def _chat_as_text(self, origin: Origin, chat: Chat) -> _Prepared:
+    def _chat_as_pieces(self, origin: Origin, chat: Chat) -> _Prepared:
+        counts = ChatCounts()
+        pieces = self._pieces(chat, counts)
+        self.chat.add(counts)
+        groups = _grouped(pieces)
         if not self.control_text.is_in([chat.messages, chat.tools]):
-            return self._rendered(origin, chat)
-        marked_chat = self.control_text.marked(chat)
-        marked = self._rendered(origin, marked_chat) if marked_chat is not None else None
-        encoded = self.control_text.encode(marked.text) if marked is not None else None
-        if marked is None or encoded is None:
-            self.tally["num_rows_saying_control_tokens"] += 1
-            return self._rendered(origin, chat)
-        self.tally["num_rows_quoting_control_tokens"] += 1
-        position = unmarked_positions(marked.text).tolist()
-        position.append(position[-1] + 1)
-        return marked._replace(
-            text=without_marks(marked.text),
-            answers=[(position[start], position[end]) for start, end in marked.answers],
-            prompt_end=position[marked.prompt_end],
-            encoded=encoded,
-        )
-
-    def _rendered(self, origin: Origin, chat: Chat) -> _Prepared:
-        if self.supervise_all:
-            if chat.unsupervised:
-                raise ChatProblem("a message has the weight 0, which data.supervise: all contradicts.")
-            text = render(self.tokenizer, chat)
-            boundary = prompt_length(self.tokenizer, chat, text)
-            return _Prepared(origin, text, [(boundary, len(text) + 1)], boundary, True, False)
-        text, answers = render_with_spans(self.tokenizer, chat)
-        return _Prepared(origin, text, answers, answers[0][0] if answers else len(text), True, False)
-
-    def _encode(
-        self, prepared: Sequence[_Prepared]
-    ) -> Iterator[tuple[_Prepared, np.ndarray, np.ndarray, np.ndarray]]:
-        """(row, token ids, first and past-the-last character of each token), tokenised in batches."""
-        for first in range(0, len(prepared), _TOKENIZER_BATCH):
-            batch = prepared[first : first + _TOKENIZER_BATCH]
-            encoded = self.tokenizer(
-                [row.text for row in batch],
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                verbose=False,
+            return _Prepared(origin, groups, True, False)
+        try:
+            marked = self._pieces(
+                Chat(self.control_text.mark(chat.messages), self.control_text.mark(chat.tools)), ChatCounts()
             )
-            for row, token_ids, offsets in zip(
-                batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
-            ):
-                bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-                found = Encoded(np.asarray(token_ids, dtype=np.int32), bounds[:, 0], bounds[:, 1])
-                yield row, *(row.encoded or found)
+        except ChatProblem:  # a template that knows what a content is, and the marked one is not
+            marked = []
+        if [_unmarked(piece) for piece in marked] != pieces:
+            self.tally["num_rows_saying_control_tokens"] += 1
+            return _Prepared(origin, groups, True, False)
+        self.tally["num_rows_quoting_control_tokens"] += 1
+        return _Prepared(origin, _grouped(marked), True, False, plain=groups)
 
-    def _documents(
-        self, row: _Prepared, token_ids: np.ndarray, starts: np.ndarray, ends: np.ndarray
-    ) -> list[Document]:
-        supervised = np.zeros(len(token_ids), dtype=bool)
-        for first, last in row.answers:
-            supervised |= (ends > first) & (starts < last)
-        num_prompt = int(np.count_nonzero(ends <= row.prompt_end)) if row.prompt_end else 0
-        if not supervised.any():
-            self.tally["num_unsupervised_rows"] += 1
-            return []
-        token_ids, supervised = self._with_end(row, token_ids, supervised)
-        if self.supervise_all:
-            supervised[:] = True
-        num_drop, add_bos = self.bos.num_to_drop_and_add(token_ids.tolist(), is_chat=row.is_chat)
-        token_ids, supervised = token_ids[num_drop:], supervised[num_drop:]
-        if add_bos:
-            token_ids = np.concatenate([[self.bos.bos_id], token_ids]).astype(np.int32)
-            supervised = np.concatenate([[False], supervised])
-        supervised[0] = False
-        num_prompt += int(add_bos) - num_drop
-        documents = self._fit(row, Document(token_ids, supervised), num_prompt)
-        if not any(document.num_supervised for document in documents):
-            self.tally["num_unsupervised_rows"] += 1
-            return []
-        return documents
+    def _pieces(self, chat: Chat, counts: ChatCounts) -> list[Piece]:
+        assert self.chat_format is not None, "conversations need a chat format"
+        writer = self.chat_format.writer(with_tools=bool(chat.tools))
+        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        trained = [turn for turn in turns if chat.messages[turn].get("train", True)]
+        if wrong := [i for i, m in enumerate(chat.messages) if m.get("train") and m["role"] != "assistant"]:
+            raise ChatProblem(
+                f"message {wrong[0] + 1} ({chat.messages[wrong[0]]['role']}) is to be trained on; only what "
+                "the assistant says can be. Remove its flag, or set data.supervise: all."
+            )
+        if self.supervise == "all":
+            if len(trained) < len(turns):
+                raise ChatProblem(
+                    "a message is not to be trained on (train, loss or weight), which data.supervise: all "
+                    "contradicts."
+                )
+            return [writer.whole(chat.messages, chat.tools, counts)]
+        if self.supervise == "last_turn":
+            trained = [turn for turn in trained if turn == turns[-1]]
+        return writer.pieces(chat.messages, chat.tools, trained, counts)
 
-    def _with_end(
-        self, row: _Prepared, token_ids: np.ndarray, supervised: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Sees to it that the last supervised token ends the answer."""
-        last = int(np.flatnonzero(supervised)[-1])
-        if row.is_chat and self.supervise_all:
-            last = self._last_visible(token_ids)
-        if row.is_chat and int(token_ids[last]) in self.special_ids:
-            return token_ids, supervised
+    def _encode(self, rows: Sequence[_Prepared]) -> Iterator[tuple[_Prepared, list[Tokens]]]:
+        """Each row with the tokens of its texts; texts without marks are tokenised in batches."""
+        at = 0
+        while at < len(rows):
+            end, num_texts = at, 0
+            while end < len(rows) and num_texts < _TOKENIZER_BATCH:
+                num_texts += len(rows[end].groups)
+                end += 1
+            whole = [group[0].text for row in rows[at:end] for group in row.groups]
+            plain = [text for text in whole if not self.control_text.is_marked(text)]
+            encoded = dict(zip(plain, self.encoder.batch(plain), strict=True)) if plain else {}
+            for row in rows[at:end]:
+                yield row, self._tokens_of_row(row, encoded)
+            at = end
+
+    def _tokens_of_row(self, row: _Prepared, encoded: dict[str, Encoded]) -> list[Tokens]:
+        try:
+            return [tokens for group in row.groups for tokens in self._tokens_of(group, encoded)]
+        except CannotEncode:
+            assert row.plain is not None, "only marked texts cannot be encoded"
+            self.tally["num_rows_quoting_control_tokens"] -= 1
+            self.tally["num_rows_saying_control_tokens"] += 1
+            return [tokens for group in row.plain for tokens in self._tokens_of(group, encoded)]
+
+    def _tokens_of(self, group: list[Piece], encoded: dict[str, Encoded]) -> Iterator[Tokens]:
+        """The group's text and, where a piece's tokens are not how the text's begin, texts of their own."""
+        first, *others = group
+        text = first.text
+        whole = encoded[text] if text in encoded else self.encoder.one(text)
+        num_prompt = self.encoder.num_tokens_of_start(whole, text, len(first.prompt)) if first.prompt else 0
+        ids = whole.token_ids
+        if num_prompt is None:
+            whole, answer_ids = self.encoder.joined(first.prompt, first.answer)
+            text, num_prompt = first.prompt, len(whole.token_ids)
+            ids = np.concatenate([whole.token_ids, answer_ids]).astype(np.int32)
+        answers, left = [(num_prompt, len(ids))], []
+        for piece in others:
+            start = self.encoder.num_tokens_of_start(whole, text, len(piece.prompt))
+            end = self.encoder.num_tokens_of_start(whole, text, len(piece.text))
+            if start is None or end is None or end <= start:
+                left.append(piece)
+            else:
+                answers.append((start, end))
+        yield self._ended(Tokens(ids, answers), first.adds_eos)
+        for piece in left:
+            yield from self._tokens_of([piece], encoded)
+
+    def _ended(self, tokens: Tokens, adds_eos: bool) -> Tokens:
+        """With EOS behind it, if nothing else ends the answer."""
+        if not adds_eos or not len(tokens.ids):
+            return tokens
         eos_id = self.tokenizer.eos_token_id
         if eos_id is None:
             raise DataError(
                 "The tokenizer defines no EOS token, so answers could never end. Set eos_token in it."
             )
-        if int(token_ids[last]) == eos_id:
-            return token_ids, supervised
-        self.tally["num_chats_without_turn_ends"] += len(row.answers) > 1
-        ids = np.append(token_ids[: last + 1], np.int32(eos_id))
-        return ids, np.append(supervised[: last + 1], True)
+        if int(tokens.ids[-1]) == eos_id:
+            return tokens
+        (start, end), *others = tokens.answers
+        return Tokens(np.append(tokens.ids, np.int32(eos_id)), [(start, end + 1), *others])
 
-    def _last_visible(self, token_ids: np.ndarray) -> int:
-        """The last token that is more than white space."""
-        last = len(token_ids) - 1
-        while last > 0 and str(self.tokenizer.decode([int(token_ids[last])])).isspace():
-            last -= 1
-        return last
+    def _documents(self, row: _Prepared, tokens: Tokens) -> list[Document]:
+        ids = tokens.ids
+        supervised = np.zeros(len(ids), dtype=bool)
+        for first, last in tokens.answers:
+            supervised[first:last] = True
+        if not supervised.any():
+            return []
+        num_drop, before = self.bos.to_drop_and_add(ids.tolist())
+        ids = np.concatenate([before, ids[num_drop:]]).astype(np.int32)
+        supervised = np.concatenate([np.zeros(len(before), dtype=bool), supervised[num_drop:]])
+        if self.supervise == "all":
+            supervised[:] = True
+        supervised[0] = False
+        num_prompt = min(first for first, _ in tokens.answers) + len(before) - num_drop
+        documents = self._fit(row, Document(ids, supervised), num_prompt)
+        return documents if any(document.num_supervised for document in documents) else []
 
     def _fit(self, row: _Prepared, document: Document, num_prompt: int) -> list[Document]:
         if len(document) <= self.sequence_length:
@@ -314,3 +329,19 @@ class _Tokenization:
             supervised[0] = False
             pieces.append(Document(ids, supervised))
         return pieces
+
+
+def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """From the last piece back, each with the first text that begins with its own."""
+    groups: list[list[Piece]] = []
+    for piece in reversed(pieces):
+        fitting = (group for group in groups if not piece.adds_eos and group[0].text.startswith(piece.text))
+        if (group := next(fitting, None)) is not None:
+            group.append(piece)
+        else:
+            groups.append([piece])
+    return groups[::-1]
+
+
+def _unmarked(piece: Piece) -> Piece:
+    return Piece(without_marks(piece.prompt), without_marks(piece.answer), piece.adds_eos)

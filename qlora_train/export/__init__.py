@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_train.data.prompts import answer_end_ids
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.prompts import stop_token_ids
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.errors import ExportError, NotYetError, RunFolderError
 from qlora_train.export.merge import MergeReport, merge, require_new_folder
 from qlora_train.model.hub import resolve_base, resolve_dtype
@@ -53,10 +53,12 @@ def export(
             )
     target = Path(out) if out is not None else run / "merged"
     require_new_folder(target)  # before the cache is read through
-    model = load_recipe(run / "recipe.yaml").model
+    recipe = load_recipe(run / "recipe.yaml")
+    model = recipe.model
     folder = resolve_base(model.base, model.revision)[0]
     packing = Packing(model.quantization, model.double_quant) if base == "dequantized" else None
-    end_ids = answer_end_ids(load_tokenizer(str(folder)))
+    tokenizer = load_tokenizer(str(folder), None, model.chat_template)
+    end_ids = stop_token_ids(tokenizer, read_stop_ids(str(folder)), recipe.data)
     cached = None
     if packing is not None and packing.format != "none":
         from qlora_train.export.packed_layers import (

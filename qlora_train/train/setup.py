@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.dataset import PackedDataset, build_dataset
 from qlora_train.data.prompts import format_of
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.host_memory import HostMemory
@@ -122,8 +122,10 @@ def prepare(
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
-    tokenizer = load_tokenizer(str(folder), None)
-    train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
+    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
+    train_data, eval_data = build_dataset(
+        recipe.data, tokenizer, seed=recipe.training.seed, stop_ids=read_stop_ids(str(folder))
+    )
     if len(tokenizer) > config.vocab_size:
         raise BaseModelError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
