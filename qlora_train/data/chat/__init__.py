@@ -59,8 +59,13 @@ class ChatFormat:
 
     def new_stop_texts(self) -> tuple[str, ...]:
         """Tokens that end answers and that nothing but its templates names."""
-        stops = (self.writer(with_tools=with_tools).stops for with_tools in (False, True))
-        return tuple(dict.fromkeys(stop.found for stop in stops if stop.is_new and stop.found is not None))
+        found: list[str] = []
+        for writer in (self.writer(with_tools=False), self.writer(with_tools=True)):
+            if writer.stops.is_new and writer.stops.found is not None:
+                found.append(writer.stops.found)
+            if (token := writer.new_stop_of_calls()) is not None:
+                found.append(token)
+        return tuple(dict.fromkeys(found))
 
     def lines(self) -> list[str]:
         """What is to be said about the choice of the template, and about ends of answers that the model's

@@ -11,6 +11,7 @@ has behind the history's last text. What is left of P, p, and of F, f, decides:
 
     p is white space                                   f
     f begins with the end of p                         f without it
+    p stands behind the history in F                   what is behind it: F closes the last message otherwise
     p closes a thought                                 f, if it holds no thought, else the row is refused
     p is (part of) the header of any answer            f
     f begins with what closes a thought                f
@@ -25,6 +26,7 @@ first text. Everything else is refused: a guess would train on the wrong context
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonprefix
 
@@ -50,14 +52,27 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Turn:
-    """message: of which the text is rendered. prompt, text: P and F. first_text: where in F the message's own
-    first text begins. header: see the top of the file."""
+    """message: of which the text is rendered. prompt, text: P and F. before: what F has before the message's
+    own first text. header: see the top of the file. between: what F has between the history's last text and the
+    message's first; None where that is not known. behind_a_thought: what F would have behind a thought of this
+    message; None where the template shows none.
+    """
 
     message: Message
     prompt: str
     text: str
-    first_text: int
+    before: str
     header: str | None
+    between: str | None
+    behind_a_thought: Callable[[], str | None]
+
+    def behind(self, end: str) -> str | None:
+        """What F has behind the last place before the message's text, but behind the history, where `end`
+        stands."""
+        place = self.before if self.between is None else self.between
+        if end not in place:
+            return None
+        return self.text[len(self.before) - len(place) + place.rindex(end) + len(end) :]
 
 
 def align(turn: Turn, template: ChatTemplate, thoughts: Thoughts) -> Aligned:
@@ -68,13 +83,17 @@ def align(turn: Turn, template: ChatTemplate, thoughts: Thoughts) -> Aligned:
     said_twice = _overlap(left_of_prompt, left_of_text)
     if said_twice.strip() and template.at_edge(left_of_text, len(said_twice)) == len(said_twice):
         return Aligned(left_of_text[len(said_twice) :])
+    if _says_something(left_of_prompt, template):
+        behind = turn.behind(left_of_prompt)
+        if behind is not None:
+            return Aligned(behind)
     if thoughts.close is None:
         return Aligned(_behind_header(left_of_prompt, left_of_text, template, thoughts))
     if thoughts.is_closed_in(left_of_prompt):
         return Aligned(_without_thought(turn.message, left_of_prompt, left_of_text, thoughts))
     if thoughts.is_plain_header(left_of_prompt) or left_of_text.lstrip().startswith(thoughts.close.strip()):
         return Aligned(left_of_text)
-    return _filled(turn.message, left_of_prompt, left_of_text, thoughts)
+    return _filled(turn, left_of_prompt, left_of_text, thoughts)
 
 
 def _cut(turn: Turn, template: ChatTemplate) -> tuple[str, str]:
@@ -82,21 +101,23 @@ def _cut(turn: Turn, template: ChatTemplate) -> tuple[str, str]:
     prompt, text, header = turn.prompt, turn.text, turn.header
     if not header or not prompt.endswith(header) or len(header) > _MAX_HEADER:
         raise CannotAlign(_why(turn, "has no beginning that its prompt shares"))
-    num_same = min(len(commonprefix([prompt, text])), turn.first_text)
+    num_same = min(len(commonprefix([prompt, text])), len(turn.before))
     num_same = min(template.at_edge(prompt, num_same), template.at_edge(text, num_same))
     if num_same >= len(prompt) - len(header):
         return prompt[num_same:], text[num_same:]
-    before = text[: turn.first_text]
     for start in range(len(header)):
         end = header[start:]
-        if _says_something(end, template) and template.at_edge(header, start) == start and end in before:
-            return "", text[before.rindex(end) + len(end) :]
+        if _says_something(end, template) and template.at_edge(header, start) == start:
+            behind = turn.behind(end)
+            if behind is not None:
+                return "", behind
     begun = header
-    while begun.strip() and begun not in before:
+    while begun.strip() and turn.behind(begun) is None:
         begun = header[: template.at_edge(header, len(begun) - 1)]
-    if not begun.strip():
+    said = turn.behind(begun)
+    if not begun.strip() or said is None:
         raise CannotAlign(_why(turn, "does not hold the header that the prompt ends in"))
-    rest, said = header[len(begun) :], text[before.rindex(begun) + len(begun) :]
+    rest = header[len(begun) :]
     while rest and said and rest[0] == said[0] and rest[0].isspace():
         rest, said = rest[1:], said[1:]
     return rest, said
@@ -138,10 +159,10 @@ def _without_thought(message: Message, rest: str, said: str, thoughts: Thoughts)
     return said
 
 
-def _filled(message: Message, rest: str, said: str, thoughts: Thoughts) -> Aligned:
+def _filled(turn: Turn, rest: str, said: str, thoughts: Thoughts) -> Aligned:
     """f behind the thought that the prompt opens."""
-    content = message.get("content") or ""
-    thought = (message.get(REASONING) or "").strip()
+    content = turn.message.get("content") or ""
+    thought = (turn.message.get(REASONING) or "").strip()
     end = next((mark for mark in thoughts.marks if mark in content), None)
     if not thought and end is not None:  # inside the answer: its own text, as it is
         raw = content.lstrip().removeprefix(rest.strip())
@@ -152,11 +173,18 @@ def _filled(message: Message, rest: str, said: str, thoughts: Thoughts) -> Align
             return Aligned(raw[:at] + said.lstrip(), "filled")
     if thought and thought in said:
         return Aligned(said.lstrip().removeprefix(rest.strip()).lstrip())
-    close = thoughts.close or ""
+    if not thought and (behind := turn.behind_a_thought()) is not None:
+        return Aligned(behind.lstrip(), "closed")
+    behind = _closed(thoughts.close or "", said, content)
+    return Aligned(thought + behind, "filled") if thought else Aligned(behind.lstrip(), "closed")
+
+
+def _closed(close: str, said: str, content: str) -> str:
+    """What closes a thought, then f; white space that both have, where it is not the answer's own, once."""
+    if content.strip() and said.startswith(content):
+        return close + said
     shared = _overlap(close, said)
-    gap = close[: len(close) - len(shared)]
-    answer = said if shared else said.lstrip()
-    return Aligned(thought + gap + answer, "filled") if thought else Aligned(gap.lstrip() + answer, "closed")
+    return close + (said[len(shared) :] if shared else said.lstrip())
 
 
 def _why(turn: Turn, what: str) -> str:

@@ -24,10 +24,10 @@ from functools import cached_property
 from typing import Literal
 
 from qlora_train.data.chat.align import Aligned, CannotAlign, Turn, align
-from qlora_train.data.chat.arguments import CallArguments
+from qlora_train.data.chat.calls import CallWriter
 from qlora_train.data.chat.report import ChatCounts
-from qlora_train.data.chat.stand_ins import is_blank, shape, stand_in, with_texts
-from qlora_train.data.chat.stops import StopTokens, find_stop_tokens, first_of, stop_of
+from qlora_train.data.chat.stand_ins import REASONING, is_blank, shape, stand_in, with_texts
+from qlora_train.data.chat.stops import StopTokens, control_token_at_end, find_stop_tokens, first_of
 from qlora_train.data.chat.template import ChatProblem, ChatTemplate, Message, Messages, Tools
 from qlora_train.data.chat.thoughts import Thoughts, find_thoughts, with_thoughts_in_field
 from qlora_train.data.chat.turn_facts import ShapeFacts, TurnFacts, following_messages
@@ -60,7 +60,7 @@ class ChatWriter:
         self.open_thought = open_thought
         self.shapes = ShapeFacts(template)
         self._named_stops = named_stops
-        self._arguments = CallArguments(template)
+        self._calls = CallWriter(template)
 
     @cached_property
     def stops(self) -> StopTokens:
@@ -70,6 +70,20 @@ class ChatWriter:
     def thoughts(self) -> Thoughts:
         return find_thoughts(self.template)
 
+    def new_stop_of_calls(self) -> str | None:
+        """The control token that the template ends a tool call with, if it is none of those that end answers;
+        None also for a template that knows no calls."""
+        function = {"name": "look", "arguments": {"key": "value"}}
+        call = {"id": "abcdefghi", "type": "function", "function": function}
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
+        try:
+            (piece,) = self.pieces(messages, (), [1], ChatCounts())
+        except ChatProblem:
+            return None
+        if piece.adds_eos or piece.answer.endswith(self.stops.texts):
+            return None
+        return self.template.control_tokens.findall(piece.answer)[-1]
+
     def messages(self, messages: Messages, counts: ChatCounts) -> list[Message]:
         """As the template is given them: no null fields, no flags, arguments of calls as it wants them,
         thoughts where it looks for them."""
@@ -77,7 +91,7 @@ class ChatWriter:
             {key: value for key, value in message.items() if key != "train" and value is not None}
             for message in messages
         ]
-        written = self._arguments.written(plain)
+        written = self._calls.written(plain)
         if not any(m["role"] == "assistant" and _BRACKET.search(m.get("content") or "") for m in plain):
             return written
         moved, num_moved = with_thoughts_in_field(written, self.thoughts)
@@ -161,13 +175,14 @@ class _Conversation:
         tail = _shared_end(answer, self._facts(turn).tail or "", self.template)
         said, behind = answer[: len(answer) - len(tail)], tail
         if stop := first_of(behind, named):
+            self._check_ended(turn, behind[: stop[0]])
             return Piece(prompt, said + behind[: stop[0] + len(stop[1])])
         afters = [self._after(turn, following) for following in self._following(turn)]
         for after in afters:
             if stop := first_of(after, named):
                 return Piece(prompt, said + after[: stop[0] + len(stop[1])])
-        tokens = self.template.control_tokens
-        token = stop_of(tokens.findall(tail), tokens.findall(afters[-1]), (), self.writer.stops.openers)
+        asks = self.writer.stops.asks
+        token = control_token_at_end(self.template, tail, afters[-1], (), asks)
         if token is None:
             self.counts.num_without_stop_token += 1
             return Piece(prompt, answer.rstrip(), adds_eos=True)
@@ -175,13 +190,21 @@ class _Conversation:
             f"some answers end in {token!r}, which the chat template alone names: generation has to stop there"
         )
         behind = tail if token in tail else afters[-1]
-        return Piece(prompt, said + behind[: behind.rindex(token) + len(token)])
+        return Piece(prompt, said + behind[: behind.index(token) + len(token)])
 
     def _aligned(self, turn: int, prompt: str, text: str) -> tuple[str, Aligned]:
         """(prompt, what follows it): by alignment, else by the template's marks."""
-        first_text = self._first_text(turn, text)
-        header = self._header(turn, prompt)
-        found = Turn(self.messages[turn], prompt, text, first_text, header)
+        before = text[: self._first_text(turn, text)]
+        between = self._facts(turn).between
+        found = Turn(
+            self.messages[turn],
+            prompt,
+            text,
+            before,
+            self._header(turn, prompt),
+            between if between is not None and before.endswith(between) else None,
+            lambda: self._behind_a_thought(turn),
+        )
         try:
             return prompt, align(found, self.template, self.writer.thoughts)
         except CannotAlign as problem:
@@ -192,7 +215,7 @@ class _Conversation:
                     "with data.supervise: all."
                 ) from problem
         marked, spans = self.template.render_marked(self.messages[: turn + 1], self.tools)
-        start = next((start for start, end in spans if end > first_text), None)
+        start = next((start for start, end in spans if end > len(before)), None)
         if start is None or marked != text:
             raise ChatProblem(f"the chat template marks no text of message {turn + 1} as generated")
         self.counts.num_by_marks += 1
@@ -205,6 +228,13 @@ class _Conversation:
         replaced = self.template.render([*self.messages[:turn], said], self.tools)
         at = replaced.find(stand_in(number))
         return min(at, len(text)) if at >= 0 else len(text)
+
+    def _behind_a_thought(self, turn: int) -> str | None:
+        """What the template would put behind a thought of this turn, which has none."""
+        thought = stand_in(0)
+        message = {**self.messages[turn], REASONING: thought}
+        text = self.template.render([*self.messages[:turn], message], self.tools)
+        return text.rpartition(thought)[2] if thought in text else None
 
     def _header(self, turn: int, prompt: str) -> str | None:
         """What the prompt has behind the history's last text."""
@@ -249,6 +279,15 @@ class _Conversation:
             )
         if "content" in facts.fields and "content" not in facts.shown and not message.get("tool_calls"):
             raise ChatProblem(f"the chat template does not show message {turn + 1} (assistant)")
+
+    def _check_ended(self, turn: int, behind: str) -> None:
+        """Refuses a turn behind which the next one begins before anything ends it."""
+        opener = self.writer.stops.next_turn
+        if opener is not None and opener in behind:
+            raise ChatProblem(
+                f"the chat template does not end message {turn + 1} before {opener!r} begins another turn, so "
+                "the model would be taught to go on with it"
+            )
 
     def _check_not_left_out(self, turn: int, text: str) -> None:
         message = self.messages[turn]

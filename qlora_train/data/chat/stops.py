@@ -11,6 +11,8 @@ the token t is, of the control tokens that both begin with in step, the first in
 first of the tail that is in E, else the first of the tail; the same of `after`. Where t is not in E it is
 added, and said: generation and exported models must stop there too.
 
+(Templates that always ask for another answer do so behind one, too: that is not part of its tail.)
+
 Behind a turn, the *first* token of E ends the answer. Only what stands behind the turn's last text is looked
 at: some templates say a stop token inside a turn, before a tool call.
 """
@@ -19,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from qlora_train.data.chat.stand_ins import stand_in
-from qlora_train.data.chat.template import ChatProblem, ChatTemplate
-from qlora_train.data.chat.turn_facts import ANSWER, QUESTION
+from qlora_train.data.chat.template import ChatTemplate
+from qlora_train.data.chat.turn_facts import ANSWER, QUESTION, ask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,13 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StopTokens:
-    """`texts`: all of E, t included. `found`: t, or None. `is_new`: nothing but the template names t.
-    `openers`: the control tokens that turns begin with."""
+    """`texts`: all of E, t included. `found`: t, or None. `is_new`: nothing but the template names t. `asks`:
+    what stands behind a question in a template that always asks for an answer, empty in all others.
+    `next_turn`: the control token behind t where another turn follows; None where that is not known.
+    """
 
     texts: tuple[str, ...]
     found: str | None
     is_new: bool
-    openers: frozenset[str]
+    asks: str
+    next_turn: str | None
 
 
 def model_stop_texts(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> tuple[str, ...]:
@@ -51,33 +57,53 @@ def model_stop_texts(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 def find_stop_tokens(template: ChatTemplate, named: Sequence[str]) -> StopTokens:
     """`named` and what the template puts behind a plain answer (see the top of the file)."""
     tail, after = _around_plain_answer(template)
-    tokens = template.control_tokens
-    openers = _openers(template)
-    found = stop_of(tokens.findall(tail), tokens.findall(after), named, openers)
+    asks = _always_asks(template)
+    found = control_token_at_end(template, tail, after, named, asks)
     if found is None:
         at = first_of(tail, named) or first_of(after, named)
         found = at[1] if at else None
     is_new = found is not None and found not in named
-    return StopTokens((*named, *([found] if is_new and found else [])), found, is_new, openers)
+    texts = (*named, found) if found is not None and is_new else tuple(named)
+    behind = template.control_tokens.findall(after.partition(found)[2]) if found else []
+    return StopTokens(texts, found, is_new, asks, behind[0] if behind else None)
 
 
-def stop_of(tail: list[str], after: list[str], named: Sequence[str], openers: frozenset[str]) -> str | None:
-    """t of the control tokens of a tail and of what follows. openers: what turns begin with, which a template
-    that always asks for an answer writes behind one too."""
-    common = []
-    for in_tail, in_after in zip(tail, after, strict=False):
-        if in_tail != in_after:
-            break
-        common.append(in_tail)
-    ends = list(common)
-    while ends and ends[-1] in openers:
-        ends.pop()
+def control_token_at_end(
+    template: ChatTemplate, tail: str, after: str, named: Sequence[str], asks: str
+) -> str | None:
+    """t of what is behind an answer at the end of a conversation and before the next message. asks: see
+    `StopTokens`."""
+    tail = _without_question(tail, asks, template)
+    in_tail, in_after = template.control_tokens.findall(tail), template.control_tokens.findall(after)
+    num_common = next(
+        (n for n, (a, b) in enumerate(zip(in_tail, in_after, strict=False)) if a != b),
+        min(len(in_tail), len(in_after)),
+    )
+    common = in_tail[:num_common]
 
-    def known(found: list[str]) -> list[str]:
-        return [token for token in found if token in named][:1]
+    def known(tokens: list[str]) -> list[str]:
+        return [token for token in tokens if token in named][:1]
 
-    choices = (known(common), ends[-1:], common[:1], known(tail), tail[:1], known(after), after[:1])
-    return next((found[0] for found in choices if found), None)
+    choices = (known(common), common[-1:], known(in_tail), in_tail[:1], known(in_after), in_after[:1])
+    return next((tokens[0] for tokens in choices if tokens), None)
+
+
+def _without_question(tail: str, asks: str, template: ChatTemplate) -> str:
+    """The tail of a template that always asks for another answer, up to where it does. What asks begins with the
+    end of the question, which most templates end answers with, too.
+    """
+    if not asks.strip():
+        return tail
+    if tail.endswith(asks):
+        end = template.control_tokens.search(asks)
+        return tail[: len(tail) - len(asks)] + (asks[: end.end()] if end else "")
+    num_same = len(commonprefix([tail[::-1], asks[::-1]]))
+    return tail[: template.at_edge(tail, len(tail) - num_same)]
+
+
+def _always_asks(template: ChatTemplate) -> str:
+    text, asked = ask(template, [QUESTION]), ask(template, [QUESTION], prompt=True)
+    return asked.rpartition(QUESTION["content"])[2] if asked is not None and text == asked else ""
 
 
 def first_of(text: str, tokens: Sequence[str]) -> tuple[int, str] | None:
@@ -89,23 +115,11 @@ def first_of(text: str, tokens: Sequence[str]) -> tuple[int, str] | None:
     return at, token
 
 
-def _openers(template: ChatTemplate) -> frozenset[str]:
-    """Control tokens before the first question."""
-    try:
-        text = template.render([QUESTION, ANSWER, QUESTION])
-    except ChatProblem:
-        return frozenset()
-    return frozenset(template.control_tokens.findall(text.partition(QUESTION["content"])[0]))
-
-
 def _around_plain_answer(template: ChatTemplate) -> tuple[str, str]:
     """(tail, after); empty where the template takes no such conversation."""
     said, then = ANSWER["content"], stand_in(2)
     texts = []
     for messages in ([QUESTION, ANSWER], [QUESTION, ANSWER, {**QUESTION, "content": then}]):
-        try:
-            _, found, behind = template.render(messages).rpartition(said)
-        except ChatProblem:
-            found = behind = ""
+        _, found, behind = (ask(template, messages) or "").rpartition(said)
         texts.append(behind.partition(then)[0] if found else "")
     return texts[0], texts[1]

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_train.data.chat.stand_ins import REASONING, is_blank, stand_in
-from qlora_train.data.chat.template import ChatProblem, ChatTemplate, Message
-from qlora_train.data.chat.turn_facts import ANSWER, QUESTION
+from qlora_train.data.chat.template import ChatTemplate, Message
+from qlora_train.data.chat.turn_facts import ANSWER, QUESTION, ask
 
 _MAX_TRIED = 200  # texts of the source that are tried, two renderings each
 _MAX_LITERAL = 40  # characters; what closes a thought is a tag, not a sentence
 _FIRST, _SECOND = stand_in(3), stand_in(4)
+_CLOSING = re.compile(r"/|END|STOP")
 _BRACKETED = re.compile(r"<[^<>]{1,60}>|\[[^\[\]]{1,60}\]|\([^()]{1,60}\)")
 
 
@@ -86,9 +87,10 @@ def _moved(message: Message, opening: str, close: str) -> Message:
 
 
 def is_closed_pair(text: str) -> bool:
-    """`<think></think>`, `[THINK] [/THINK]`, `<|START_THINKING|><|END_THINKING|>`: two tags of one name."""
+    """`<think></think>`, `[THINK] [/THINK]`, `<|START_THINKING|><|END_THINKING|>`: two tags of one name, of
+    which the second closes."""
     tags = _BRACKETED.findall(text)
-    if len(tags) != 2 or tags[0] == tags[1]:
+    if len(tags) != 2 or _CLOSING.search(tags[0].upper()) or not _CLOSING.search(tags[1].upper()):
         return False
     first, second = (re.sub(r"START|BEGIN|END|STOP|[^A-Z]", "", tag.upper()) for tag in tags)
     return bool(first) and first == second
@@ -98,9 +100,8 @@ def _around_a_thought(template: ChatTemplate) -> tuple[str | None, str | None]:
     """(what is between the header and a thought, what is between the thought and its answer)."""
     question = QUESTION["content"]
     thinking = {**ANSWER, "content": _SECOND, REASONING: _FIRST}
-    try:
-        text, prompt = template.render([QUESTION, thinking]), template.render([QUESTION], prompt=True)
-    except ChatProblem:
+    text, prompt = ask(template, [QUESTION, thinking]), ask(template, [QUESTION], prompt=True)
+    if text is None or prompt is None:
         return None, None
     before, found, behind = text.partition(_FIRST)
     between, answered, _ = behind.partition(_SECOND)
@@ -130,11 +131,8 @@ def _worth_trying(literals: Sequence[str]) -> list[str]:
 def _looks_for(template: ChatTemplate, mark: str) -> bool:
     answer = {**ANSWER, "content": _FIRST + mark + _SECOND}
     for more in ([], [QUESTION]):
-        try:
-            text = template.render([QUESTION, answer, *more])
-        except ChatProblem:
-            continue
-        if _SECOND in text and (
+        text = ask(template, [QUESTION, answer, *more])
+        if text is not None and _SECOND in text and (
             _FIRST not in text or mark not in text[text.index(_FIRST) : text.rindex(_SECOND)]
         ):
             return True
@@ -143,8 +141,7 @@ def _looks_for(template: ChatTemplate, mark: str) -> bool:
 
 def _plain_header(template: ChatTemplate) -> str | None:
     """What a prompt has behind a question, if an answer is rendered behind it as it is."""
-    try:
-        prompt, text = template.render([QUESTION], prompt=True), template.render([QUESTION, ANSWER])
-    except ChatProblem:
+    prompt, text = ask(template, [QUESTION], prompt=True), ask(template, [QUESTION, ANSWER])
+    if prompt is None or text is None or not text.startswith(prompt):
         return None
-    return prompt.rpartition(QUESTION["content"])[2] if text.startswith(prompt) else None
+    return prompt.rpartition(QUESTION["content"])[2]

@@ -3,6 +3,7 @@
 For the answer m behind the history H, with stand-ins for all texts:
 
     header   what render(H, prompt) has behind the history's last text
+    between  what render(H + m) has between the history's last text and m's first
     tail     what render(H + m) has behind m's last text
     after    what render(H + m + next) has between m's last text and the next message's first
     shown    the fields of m whose stand-ins are in render(H + m)
@@ -33,6 +34,31 @@ QUESTION: Message = {"role": "user", "content": _ASKED}
 ANSWER: Message = {"role": "assistant", "content": _SAID}
 
 
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "Where."}},
+            "required": ["key"],
+        },
+    },
+}
+
+
+def ask(template: ChatTemplate, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+    """What the template makes of messages of our own; with a tool, where it cannot do without. None where it
+    takes no such conversation."""
+    for tools in ((), (_TOOL,)):
+        try:
+            return template.render(messages, tools, prompt=prompt)
+        except ChatProblem:
+            continue
+    return None
+
+
 def is_shown(text: str, mark: str) -> bool:
     """Whether a rendering holds a stand-in, as it is or escaped as JSON."""
     return mark in text or json.dumps(mark)[1:-1] in text
@@ -41,9 +67,10 @@ def is_shown(text: str, mark: str) -> bool:
 @dataclass(frozen=True)
 class TurnFacts:
     """See the top of the file. `fields` are all fields of the turn; `header` is None where no text of the
-    history is shown, `tail` where none of the turn's is."""
+    history is shown, `tail` where none of the turn's is, `between` in both cases."""
 
     header: str | None
+    between: str | None
     tail: str | None
     fields: tuple[str, ...]
     shown: frozenset[str]
@@ -101,6 +128,7 @@ class ShapeFacts:
         all_before = [mark for _, marks in replaced for mark in marks.values()]
         return TurnFacts(
             header=_behind_last(prompt, all_before),
+            between=_behind_last(_before_first(text, list(fields.values())), all_before),
             tail=_behind_last(text, list(fields.values())),
             fields=tuple(fields),
             shown=frozenset(name for name, mark in fields.items() if is_shown(text, mark)),
@@ -114,16 +142,27 @@ class ShapeFacts:
         said = with_texts(without_ids(message), lambda *_: _SAID)
         then = with_texts(without_ids(following), lambda *_: stand_in(2))
         try:
+            alone = self.template.render([*before, said], tools)
             text = self.template.render([*before, said, then], tools)
         except ChatProblem:
             return ""
-        return (_behind_last(text, [_SAID]) or "").split(stand_in(2))[0]
+        # The next message may repeat a text of the turn: a tool's answer, the name of the call.
+        start = alone[: len(alone) - len(_behind_last(alone, [_SAID]) or "")]
+        if text.startswith(start):
+            return text[len(start) :].partition(stand_in(2))[0]
+        return _behind_last(text.partition(stand_in(2))[0], [_SAID]) or ""
 
 
 def _behind_last(text: str, marks: Sequence[str]) -> str | None:
     """What is behind the last of the marks; None where there is none."""
     ends = [text.rfind(form) + len(form) for mark in marks for form in _forms(mark) if form in text]
     return text[max(ends) :] if ends else None
+
+
+def _before_first(text: str, marks: Sequence[str]) -> str:
+    """What is before the first of the marks; nothing where there is none."""
+    starts = [text.find(form) for mark in marks for form in _forms(mark) if form in text]
+    return text[: min(starts)] if starts else ""
 
 
 def _forms(mark: str) -> tuple[str, str]:
