@@ -14,10 +14,10 @@ A recipe is read in four steps, and every problem of every step is reported at o
 
 `null` for a whole section means its defaults, and so does `double_quant: null`.
 
-Relative paths of what is read (`model.base`, `lora.init_from`, `data.train`, `data.eval`) are looked for
-beside the recipe file, then in the current folder, then among the bundled recipes (`quickstart/base`); what
-is found becomes absolute, what is not is kept, as it may be a hub id. `training.output_dir` is relative to
-the folder the command runs in.
+Relative paths of what is read (`model.base`, `model.chat_template`, `lora.init_from`, `data.train`,
+`data.eval`) are looked for beside the recipe file, then in the current folder, then among the bundled
+recipes (`quickstart/base`); what is found becomes absolute, what is not is kept, as it may be a hub id.
+`training.output_dir` is relative to the folder the command runs in.
 
 This module imports no torch: `qlora-train --help` answers at once.
 """

@@ -35,10 +35,10 @@ class CannotEncode(Exception):
 
 
 class TextEncoder:
-    """One tokenizer's view of texts with edges. Texts may hold the marks of `control_text`; positions count
-    characters with their marks."""
+    """One tokenizer's view of texts with edges. control_text: whose marks the texts hold; positions count
+    characters with their marks. None: texts without marks."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, control_text: ControlText) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control_text: ControlText | None = None) -> None:
         self._tokenizer = tokenizer
         self._control_text = control_text
         self._added = {int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
@@ -58,8 +58,8 @@ class TextEncoder:
         return found
 
     def one(self, text: str) -> Encoded:
-        """Tokens of a text that may hold marks. Raises CannotEncode."""
-        if not self._control_text.is_marked(text):
+        """Tokens of one text. Raises CannotEncode."""
+        if self._control_text is None or not self._control_text.is_marked(text):
             return self.batch([text])[0]
         encoded = self._control_text.encode(text)
         if encoded is None:
@@ -67,7 +67,7 @@ class TextEncoder:
         return encoded
 
     def num_tokens_of_start(self, encoded: Encoded, text: str, at: int) -> int | None:
-        """How many tokens tok(text[:at]) has, if `encoded`, the tokens of text, begins with them; else None."""
+        """How many tokens tok(text[:at]) has, if `encoded`, the tokens of text, begins with them."""
         if at == len(text):
             return len(encoded.token_ids)
         first = int(np.searchsorted(encoded.starts, at))  # tokens begin in order

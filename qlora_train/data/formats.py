@@ -9,9 +9,10 @@ becomes one of three contents, and everything behind this file knows only those:
     prompt_completion  prompt, completion                                       -> Completion
     text               text                                                     -> PlainText
 
-Beside `messages`, a column `tools` goes to the chat template; an assistant message with "train": false, "loss":
-false or "weight": 0 has no loss. Without `prompt_template` a prompt is followed by its completion exactly as the two columns are: no
-space or line is put between them, because for the model that is a different text. To get a line, say
+Beside `messages`, a column `tools` goes to the chat template; an assistant message with "train": false,
+"loss": false or "weight": 0 has no loss. Without `prompt_template` a prompt is followed by its completion
+exactly as the two columns are: no space or line is put between them, because for the model that is a
+different text. To get a line, say
 
     prompt_template: "{question}\\n"
 """

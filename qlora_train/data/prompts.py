@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qlora_train.data.chat import ChatFormat, ChatProblem, ChatWriter
 from qlora_train.data.control_text import ControlText, without_marks
@@ -30,9 +30,10 @@ def encode_prompt(prompt: str, data: DataSection | None, tokenizer: PreTrainedTo
 
     messages and alpaca (if only for a part of the data): one user message through the chat template, with its
     generation prompt; the text of a special token in it is text. prompt_completion: the filled
-    prompt_template; with several columns in it, `prompt` is a JSON object of them. text: the prompt. Before each
-    stands what the tokenizer puts before a text (BOS, for most). Without `data` (a model that nobody trained here): the chat template if there is one, else text. Raises
-    DataError for a prompt that does not fit the template, or a chat template that is missing or refuses it.
+    prompt_template; with several columns in it, `prompt` is a JSON object of them. text: the prompt. Before
+    each stands what the tokenizer puts before a text (BOS, for most). Without `data` (a model that nobody
+    trained here): the chat template if there is one, else text. Raises DataError for a prompt that does not
+    fit the template, or a chat template that is missing or refuses it.
     """
     if _is_chat(data, tokenizer):
         return _encode_as_chat(prompt, data, tokenizer)
@@ -52,24 +53,23 @@ def encode_raw(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _encode_as_chat(prompt: str, data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _refuse_half_characters(prompt)
-    control_text = ControlText(tokenizer)
-    encoder = TextEncoder(tokenizer, control_text)
-    writer = _writer(data, tokenizer)
+    control_text, writer = ControlText(tokenizer), _writer(data, tokenizer)
 
     def text_of(question: str) -> str:
         return writer.render([{"role": "user", "content": question}], prompt=True)
 
     try:
         text = text_of(prompt)
-        if control_text.is_in(prompt) and without_marks(marked := text_of(control_text.mark(prompt))) == text:
-            text = marked
+        marked = text_of(control_text.mark(prompt)) if control_text.is_in(prompt) else text
     except ChatProblem as problem:
         raise DataError(f"The prompt cannot be written as a conversation: {problem}") from problem
+    is_exact = marked != text and without_marks(marked) == text
+    encoder = TextEncoder(tokenizer, control_text) if is_exact else TextEncoder(tokenizer)
     try:
-        token_ids = encoder.one(text).token_ids
+        encoded = encoder.one(marked if is_exact else text)
     except CannotEncode:
-        token_ids = encoder.one(without_marks(text)).token_ids
-    return BosRule(tokenizer).apply(token_ids.tolist())
+        encoded = TextEncoder(tokenizer).one(text)
+    return BosRule(tokenizer).apply(encoded.token_ids.tolist())
 
 
 def _writer(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> ChatWriter:
@@ -94,17 +94,20 @@ def _refuse_half_characters(text: str) -> None:
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, named: Sequence[int], data: DataSection | None = None
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: what generation_config.json names (`read_stop_ids`), the tokenizer's EOS,
-    and what its chat templates put behind a plain answer, which training supervises and which need not be
-    among them (a base model's EOS often ends whole documents).
+    """The tokens that end an answer: what generation_config.json names (`read_stop_ids`), the tokenizer's
+    EOS, and what its chat templates put behind a plain answer, which training supervises and which need not
+    be among them (a base model's EOS often ends whole documents).
 
     data: of the run, for its chat_template_kwargs; None for a model that nobody trained here.
     """
     ids = [*named] if tokenizer.eos_token_id is None else [*named, int(tokenizer.eos_token_id)]
-    if tokenizer.chat_template and _is_chat(data, tokenizer):
+    if tokenizer.chat_template:
         options = {} if data is None else data.chat_template_kwargs
-        for text in ChatFormat(tokenizer, named, options=options).new_stop_texts():
-            ids.append(tokenizer.added_tokens_encoder[text])
+        try:
+            found = ChatFormat(tokenizer, named, options=options).new_stop_texts()
+        except DataError:  # a template that conversations cannot be written with: no answer ends by it
+            found = ()
+        ids += [cast(int, tokenizer.convert_tokens_to_ids(text)) for text in found]
     return tuple(dict.fromkeys(ids))
 
 

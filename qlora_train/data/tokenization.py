@@ -1,17 +1,18 @@
 """Examples -> documents: token ids and, beside each, whether it is supervised (a target of the loss).
 
-    Chat        one piece (prompt, answer) per answer (see `chat`); supervised: the answers, each with the token
-                that stops generation
+    Chat        one piece (prompt, answer) per answer (see `chat`); supervised: the answers, each with the
+                token that stops generation
     Completion  prompt + completion + EOS; supervised: completion and EOS
     PlainText   text + EOS; all supervised but the first token
 
-An answer is trained behind exactly the tokens that generation is handed (see `encoding`). From the last answer
-of a conversation back, an answer shares a document where the document's token ids begin with its prompt's and
-its own; else it gets a document to itself. A document ends with its last answer: nothing behind it is kept.
+An answer is trained behind exactly the tokens that generation is handed (see `encoding`). From the last
+answer of a conversation back, an answer shares a document where the document's token ids begin with its
+prompt's and its own; else it gets a document to itself. A document ends with its last answer: nothing behind
+it is kept.
 
-BOS: what the tokenizer itself puts before a text, at most one. A conversation whose template writes it gets no
-other. EOS follows where nothing else ends an answer. The text of a special token in a message is text (see
-`control_text`).
+BOS: what the tokenizer itself puts before a text, at most one. A conversation whose template writes it gets
+no other. EOS follows where nothing else ends an answer. The text of a special token in a message is text
+(see `control_text`).
 
 Longer than sequence_length: the prompt is cut first, from the left (behind BOS; one token always stays, so
 that the answer's first token has something to be predicted from), then the end of the answer. A PlainText
@@ -120,7 +121,8 @@ class _Tokenization:
         self.bos = BosRule(tokenizer)
         self.special_ids = special_token_ids(tokenizer)
         self.control_text = ControlText(tokenizer)
-        self.encoder = TextEncoder(tokenizer, self.control_text)
+        self.encoder = TextEncoder(tokenizer)
+        self.encoder_of_marked = TextEncoder(tokenizer, self.control_text)
         self.tally = dict.fromkeys(TokenCounts.__dataclass_fields__, 0)
         self.chat = ChatCounts()
 
@@ -190,7 +192,6 @@ class _Tokenization:
         if [_unmarked(piece) for piece in marked] != pieces:
             self.tally["num_rows_saying_control_tokens"] += 1
             return _Prepared(origin, groups, True, False)
-        self.tally["num_rows_quoting_control_tokens"] += 1
         return _Prepared(origin, _grouped(marked), True, False, plain=groups)
 
     def _pieces(self, chat: Chat, counts: ChatCounts) -> list[Piece]:
@@ -222,44 +223,50 @@ class _Tokenization:
             while end < len(rows) and num_texts < _TOKENIZER_BATCH:
                 num_texts += len(rows[end].groups)
                 end += 1
-            whole = [group[0].text for row in rows[at:end] for group in row.groups]
-            plain = [text for text in whole if not self.control_text.is_marked(text)]
+            plain = [group[0].text for row in rows[at:end] if row.plain is None for group in row.groups]
             encoded = dict(zip(plain, self.encoder.batch(plain), strict=True)) if plain else {}
             for row in rows[at:end]:
                 yield row, self._tokens_of_row(row, encoded)
             at = end
 
     def _tokens_of_row(self, row: _Prepared, encoded: dict[str, Encoded]) -> list[Tokens]:
+        if row.plain is None:
+            return [
+                tokens for group in row.groups for tokens in self._tokens_of(group, self.encoder, encoded)
+            ]
         try:
-            return [tokens for group in row.groups for tokens in self._tokens_of(group, encoded)]
+            tokens = [each for g in row.groups for each in self._tokens_of(g, self.encoder_of_marked, {})]
         except CannotEncode:
-            assert row.plain is not None, "only marked texts cannot be encoded"
-            self.tally["num_rows_quoting_control_tokens"] -= 1
             self.tally["num_rows_saying_control_tokens"] += 1
-            return [tokens for group in row.plain for tokens in self._tokens_of(group, encoded)]
+            return [each for group in row.plain for each in self._tokens_of(group, self.encoder, {})]
+        self.tally["num_rows_quoting_control_tokens"] += 1
+        return tokens
 
-    def _tokens_of(self, group: list[Piece], encoded: dict[str, Encoded]) -> Iterator[Tokens]:
-        """The group's text and, where a piece's tokens are not how the text's begin, texts of their own."""
+    def _tokens_of(
+        self, group: list[Piece], encoder: TextEncoder, encoded: dict[str, Encoded]
+    ) -> Iterator[Tokens]:
+        """The group's text and, where a piece's tokens are not how the text's begin, texts of their own.
+        encoded: texts whose tokens are known."""
         first, *others = group
         text = first.text
-        whole = encoded[text] if text in encoded else self.encoder.one(text)
-        num_prompt = self.encoder.num_tokens_of_start(whole, text, len(first.prompt)) if first.prompt else 0
+        whole = encoded[text] if text in encoded else encoder.one(text)
+        num_prompt = encoder.num_tokens_of_start(whole, text, len(first.prompt)) if first.prompt else 0
         ids = whole.token_ids
         if num_prompt is None:
-            whole, answer_ids = self.encoder.joined(first.prompt, first.answer)
+            whole, answer_ids = encoder.joined(first.prompt, first.answer)
             text, num_prompt = first.prompt, len(whole.token_ids)
             ids = np.concatenate([whole.token_ids, answer_ids]).astype(np.int32)
         answers, left = [(num_prompt, len(ids))], []
         for piece in others:
-            start = self.encoder.num_tokens_of_start(whole, text, len(piece.prompt))
-            end = self.encoder.num_tokens_of_start(whole, text, len(piece.text))
+            start = encoder.num_tokens_of_start(whole, text, len(piece.prompt))
+            end = encoder.num_tokens_of_start(whole, text, len(piece.text))
             if start is None or end is None or end <= start:
                 left.append(piece)
             else:
                 answers.append((start, end))
         yield self._ended(Tokens(ids, answers), first.adds_eos)
         for piece in left:
-            yield from self._tokens_of([piece], encoded)
+            yield from self._tokens_of([piece], encoder, encoded)
 
     def _ended(self, tokens: Tokens, adds_eos: bool) -> Tokens:
         """With EOS behind it, if nothing else ends the answer."""

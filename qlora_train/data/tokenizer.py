@@ -1,5 +1,5 @@
-"""Loads the base's own tokenizer, and reads what its model says about the ends of answers. Only fast ones: the
-supervised mask needs each token's offsets.
+"""Loads the base's own tokenizer, and reads what its model says about the ends of answers. Only fast ones:
+the supervised mask needs each token's offsets.
 """
 
 from __future__ import annotations

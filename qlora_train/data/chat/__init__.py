@@ -79,8 +79,8 @@ class ChatFormat:
         if not self._has_config:
             end = self.writer(with_tools=False).stops.found or self._tokenizer.eos_token
             lines.append(
-                "the base has no generation_config.json with eos_token_id, so only tokenizer and chat template "
-                f"tell that answers end in {end!r}; where tool calls end otherwise, copy the original model's "
-                "file into the base"
+                "the base has no generation_config.json with eos_token_id: only tokenizer and chat template "
+                f"tell that answers end in {end!r}; where tool calls end otherwise, copy the original "
+                "model's file into the base"
             )
         return lines

@@ -1,13 +1,13 @@
 """Where an answer begins when the rendered turn F does not begin with its prompt P.
 
-P is what generation is handed, F what the template makes of the answered conversation; behind P the model must
-say what F has behind their common part, made to fit:
+P is what generation is handed, F what the template makes of the answered conversation; behind P the model
+must say what F has behind their common part, made to fit:
 
     P   ...<|user|>Q<|end|><|bot|><think>\\n
     F   ...<|user|>Q<|end|><|bot|>A<|end|>                   the prompt opens a thought, the turn has none
 
-Both are cut behind their common start, at a token's edge, before the turn's first text. The *header* is what P
-has behind the history's last text. What is left of P, p, and of F, f, decides:
+Both are cut behind their common start, at a token's edge, before the turn's first text. The *header* is what
+P has behind the history's last text. What is left of P, p, and of F, f, decides:
 
     p is white space                                   f
     f begins with the end of p                         f without it
@@ -15,9 +15,9 @@ has behind the history's last text. What is left of P, p, and of F, f, decides:
     p closes a thought                                 f, if it holds no thought, else the row is refused
     p is (part of) the header of any answer            f
     f begins with what closes a thought                f
-    p opens a thought                                  the row's thought and what closes it, then f; where the row
-                                                       has none, what closes it, then f (`open_thought: refuse`
-                                                       refuses the row)
+    p opens a thought                                  the row's thought and what closes it, then f; where
+                                                       the row has none, what closes it, then f
+                                                       (`open_thought: refuse` refuses the row)
 
 Where the cut lies before the header, the history itself is rendered otherwise once it is answered (tools only
 in the last question): then f is what F has behind the header's longest end that it has before the turn's
@@ -53,9 +53,9 @@ class Aligned:
 @dataclass(frozen=True)
 class Turn:
     """message: of which the text is rendered. prompt, text: P and F. before: what F has before the message's
-    own first text. header: see the top of the file. between: what F has between the history's last text and the
-    message's first; None where that is not known. behind_a_thought: what F would have behind a thought of this
-    message; None where the template shows none.
+    own first text. header: see the top of the file. between: what F has between the history's last text and
+    the message's first; None where that is not known. behind_a_thought: what F would have behind a thought
+    of this message; None where the template shows none.
     """
 
     message: Message
@@ -153,8 +153,8 @@ def _without_thought(message: Message, rest: str, said: str, thoughts: Thoughts)
     if close in said or (thought and thought in said):
         raise ChatProblem(
             f"the chat template's prompt ends the thought before the answer ({rest!r}), and this answer has "
-            "one. Let the prompt open thoughts (often data.chat_template_kwargs: {enable_thinking: true}), or "
-            "remove the thought from the row."
+            "one. Let the prompt open thoughts (often data.chat_template_kwargs: {enable_thinking: true}), "
+            "or remove the thought from the row."
         )
     return said
 

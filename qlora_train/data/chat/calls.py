@@ -1,9 +1,9 @@
 """Tool calls as a template can show them: arguments as objects or as JSON text, and what is beside a call.
 
-Rows have arguments as objects, or as the JSON text in which OpenAI sends them. Most templates turn objects into
-JSON themselves, and would quote a text a second time; some join texts, and fail on an object. A call that
-nothing is said beside has an empty content, a null or none at all, and some templates show calls in one of these
-cases only. A template is asked once which of them it shows, and rows are written so.
+Rows have arguments as objects, or as the JSON text in which OpenAI sends them. Most templates turn objects
+into JSON themselves, and would quote a text a second time; some join texts, and fail on an object. A call
+that nothing is said beside has an empty content, a null or none at all, and some templates show calls in one
+of these cases only. A template is asked once which of them it shows, and rows are written so.
 """
 
 from __future__ import annotations

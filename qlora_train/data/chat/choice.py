@@ -1,11 +1,11 @@
 """Which chat template a run writes conversations with.
 
-`model.chat_template` is the name of a template written here, a Jinja file, or, where the tokenizer has several
-templates, the name of one of them. Without it the tokenizer's own counts; of several it takes, as the library
-does, `default`, and `tool_use` for rows with tools.
+`model.chat_template` is the name of a template written here, a Jinja file, or, where the tokenizer has
+several templates, the name of one of them. Without it the tokenizer's own counts; of several it takes, as
+the library does, `default`, and `tool_use` for rows with tools.
 
-None of the templates written here needs a token that a tokenizer may lack, but `chatml`, which is refused
-without its two. An answer ends in EOS there, so nothing else has to be learned or listed as a stop token.
+Of the templates written here, only `chatml` needs tokens that a tokenizer may lack, and is refused without
+them. In the others an answer ends in EOS, so nothing else has to be learned or listed as a stop token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _PLAIN = (
@@ -76,8 +77,8 @@ def template_for(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool) -> str
     if not tokenizer.chat_template:
         raise DataError(
             "The tokenizer has no chat template, which conversations (format messages or alpaca) need. Set "
-            f"model.chat_template to {', '.join(BUILT_IN)} or a Jinja file, use the instruction-tuned variant "
-            "of the base, or use data.format prompt_completion with a prompt_template."
+            f"model.chat_template to {', '.join(BUILT_IN)} or a Jinja file, use the instruction-tuned "
+            "variant of the base, or use data.format prompt_completion with a prompt_template."
         )
     try:
         return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None))

@@ -26,13 +26,14 @@ from typing import Literal
 from qlora_train.data.chat.align import Aligned, CannotAlign, Turn, align
 from qlora_train.data.chat.calls import CallWriter
 from qlora_train.data.chat.report import ChatCounts
-from qlora_train.data.chat.stand_ins import REASONING, is_blank, shape, stand_in, with_texts
+from qlora_train.data.chat.stand_ins import REASONING, free_stand_in, is_blank, shape, with_texts
 from qlora_train.data.chat.stops import StopTokens, control_token_at_end, find_stop_tokens, first_of
 from qlora_train.data.chat.template import ChatProblem, ChatTemplate, Message, Messages, Tools
 from qlora_train.data.chat.thoughts import Thoughts, find_thoughts, with_thoughts_in_field
 from qlora_train.data.chat.turn_facts import ShapeFacts, TurnFacts, following_messages
 
 OpenThought = Literal["close", "refuse"]
+_THOUGHTS = ("thinking", "reasoning")
 _BRACKET = re.compile(r"[<\[(]")  # without one there is no mark of a thought
 
 
@@ -75,7 +76,8 @@ class ChatWriter:
         None also for a template that knows no calls."""
         function = {"name": "look", "arguments": {"key": "value"}}
         call = {"id": "abcdefghi", "type": "function", "function": function}
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
+        asked: Message = {"role": "user", "content": "?"}
+        messages: list[Message] = [asked, {"role": "assistant", "tool_calls": [call]}]
         try:
             (piece,) = self.pieces(messages, (), [1], ChatCounts())
         except ChatProblem:
@@ -87,10 +89,7 @@ class ChatWriter:
     def messages(self, messages: Messages, counts: ChatCounts) -> list[Message]:
         """As the template is given them: no null fields, no flags, arguments of calls as it wants them,
         thoughts where it looks for them."""
-        plain = [
-            {key: value for key, value in message.items() if key != "train" and value is not None}
-            for message in messages
-        ]
+        plain = [_plain(message) for message in messages]
         written = self._calls.written(plain)
         if not any(m["role"] == "assistant" and _BRACKET.search(m.get("content") or "") for m in plain):
             return written
@@ -105,8 +104,8 @@ class ChatWriter:
     def pieces(
         self, messages: Messages, tools: Tools, trained: Sequence[int], counts: ChatCounts
     ) -> list[Piece]:
-        """The pieces of the answers `trained` (indices of messages), in order; an answer that nothing asks for
-        has none. What is lost on the way is added to `counts`.
+        """The pieces of the answers `trained` (indices of messages), in order; an answer that nothing asks
+        for has none. What is lost on the way is added to `counts`.
 
         Raises ChatProblem for a conversation that the template refuses or of which it does not show a turn or
         a call.
@@ -187,7 +186,8 @@ class _Conversation:
             self.counts.num_without_stop_token += 1
             return Piece(prompt, answer.rstrip(), adds_eos=True)
         self.counts.note(
-            f"some answers end in {token!r}, which the chat template alone names: generation has to stop there"
+            f"some answers end in {token!r}, which the chat template alone names: generation has to stop "
+            "there"
         )
         behind = tail if token in tail else afters[-1]
         return Piece(prompt, said + behind[: behind.index(token) + len(token)])
@@ -203,7 +203,7 @@ class _Conversation:
             before,
             self._header(turn, prompt),
             between if between is not None and before.endswith(between) else None,
-            lambda: self._behind_a_thought(turn),
+            lambda: self._behind_a_thought(turn, text),
         )
         try:
             return prompt, align(found, self.template, self.writer.thoughts)
@@ -223,25 +223,24 @@ class _Conversation:
 
     def _first_text(self, turn: int, text: str) -> int:
         """Where in the text the turn's own first text begins."""
-        number = next(n for n in range(1, 100) if n == 99 or stand_in(n) not in text)
-        said = with_texts(self.messages[turn], lambda *_: stand_in(number))
-        replaced = self.template.render([*self.messages[:turn], said], self.tools)
-        at = replaced.find(stand_in(number))
+        mark = free_stand_in(text)
+        said = with_texts(self.messages[turn], lambda *_: mark)
+        at = self.template.render([*self.messages[:turn], said], self.tools).find(mark)
         return min(at, len(text)) if at >= 0 else len(text)
 
-    def _behind_a_thought(self, turn: int) -> str | None:
+    def _behind_a_thought(self, turn: int, text: str) -> str | None:
         """What the template would put behind a thought of this turn, which has none."""
-        thought = stand_in(0)
+        thought = free_stand_in(text)
         message = {**self.messages[turn], REASONING: thought}
-        text = self.template.render([*self.messages[:turn], message], self.tools)
-        return text.rpartition(thought)[2] if thought in text else None
+        thinking = self.template.render([*self.messages[:turn], message], self.tools)
+        return thinking.rpartition(thought)[2] if thought in thinking else None
 
     def _header(self, turn: int, prompt: str) -> str | None:
         """What the prompt has behind the history's last text."""
         header = self._facts(turn).header
         if header is not None and prompt.endswith(header):
             return header
-        asked = stand_in(0)
+        asked = free_stand_in(prompt)
         last = with_texts(self.messages[turn - 1], lambda *_: asked)
         text = self.template.render([*self.messages[: turn - 1], last], self.tools, prompt=True)
         return text.rpartition(asked)[2] if asked in text else None
@@ -274,8 +273,8 @@ class _Conversation:
         if calls:
             raise ChatProblem(
                 f"the chat template does not show the tool_calls of message {turn + 1}: the model would be "
-                "taught to say nothing there. Use a template that knows them (model.chat_template), or remove "
-                "the row"
+                "taught to say nothing there. Use a template that knows them (model.chat_template), or "
+                "remove the row"
             )
         if "content" in facts.fields and "content" not in facts.shown and not message.get("tool_calls"):
             raise ChatProblem(f"the chat template does not show message {turn + 1} (assistant)")
@@ -285,15 +284,16 @@ class _Conversation:
         opener = self.writer.stops.next_turn
         if opener is not None and opener in behind:
             raise ChatProblem(
-                f"the chat template does not end message {turn + 1} before {opener!r} begins another turn, so "
-                "the model would be taught to go on with it"
+                f"the chat template does not end message {turn + 1} before {opener!r} begins another turn, "
+                "so the model would be taught to go on with it"
             )
 
     def _check_not_left_out(self, turn: int, text: str) -> None:
         message = self.messages[turn]
-        if is_blank(message.get("content")) and not message.get("tool_calls"):
-            if text == self.template.render(self.messages[:turn], self.tools):
-                raise ChatProblem(f"the chat template leaves out message {turn + 1}, an empty answer")
+        if not is_blank(message.get("content")) or message.get("tool_calls"):
+            return
+        if text == self.template.render(self.messages[:turn], self.tools):
+            raise ChatProblem(f"the chat template leaves out message {turn + 1}, an empty answer")
 
     def _count_thought(self, aligned: Aligned) -> None:
         if aligned.thought == "closed" and self.writer.open_thought == "refuse":
@@ -320,6 +320,15 @@ class _Conversation:
             names = [str(tool.get("function", tool).get("name", "")) for tool in self.tools]
             self.counts.dropped["tools"] += not any(name and name in prompt for name in names)
             self._tools_are_checked = True
+
+
+def _plain(message: Message) -> Message:
+    plain = {key: value for key, value in message.items() if key != "train" and value is not None}
+    for name in _THOUGHTS:  # names that the library hands over as this one
+        if isinstance(plain.get(name), str):
+            plain.setdefault(REASONING, plain[name])
+            del plain[name]
+    return plain
 
 
 def _shared_end(answer: str, tail: str, template: ChatTemplate) -> str:

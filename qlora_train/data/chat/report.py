@@ -43,34 +43,27 @@ class ChatCounts:
             for name, number in sorted(self.dropped.items())
             if number
         ]
-        for number, line in (
-            (
-                self.num_answers_rewritten,
-                "answers are not in their texts word for word: the chat template cuts or rewrites them",
+        counted = {
+            "answers are not in their texts word for word: the chat template cuts or rewrites them": (
+                self.num_answers_rewritten
             ),
-            (
-                self.num_thoughts_closed,
-                "answers without a thought, where the prompt opens one: an empty thought is trained (data.open_thought: refuse stops there)",
+            "answers without a thought, where the prompt opens one: an empty thought is trained "
+            "(data.open_thought: refuse stops there)": self.num_thoughts_closed,
+            "answers whose thought follows the one that the prompt opens": self.num_thoughts_filled,
+            "answers with their thought inside, given to the chat template as 'reasoning_content'": (
+                self.num_thoughts_moved
             ),
-            (self.num_thoughts_filled, "answers whose thought follows the one that the prompt opens"),
-            (
-                self.num_thoughts_moved,
-                "answers with their thought inside, given to the chat template as 'reasoning_content'",
+            "conversations begin with the assistant: that message is context only, as nothing asks for it": (
+                self.num_answers_first
             ),
-            (
-                self.num_answers_first,
-                "conversations begin with the assistant: that message is context only, as nothing asks for it",
+            "messages behind the last answer left out: nothing answers them": self.num_messages_behind,
+            "answers found by the template's {% generation %} marks: their context is not what generation "
+            "sees": self.num_by_marks,
+            "answers end in EOS, which the chat template does not write: it has no token behind an answer": (
+                self.num_without_stop_token
             ),
-            (self.num_messages_behind, "messages behind the last answer left out: nothing answers them"),
-            (
-                self.num_by_marks,
-                "answers found by the template's {% generation %} marks: their context is not what generation sees",
-            ),
-            (
-                self.num_without_stop_token,
-                "answers end in EOS, which the chat template does not write: it has no token behind an answer",
-            ),
-        ):
+        }
+        for line, number in counted.items():
             if number:
                 lines.append(f"{number:,} {line}")
         return lines

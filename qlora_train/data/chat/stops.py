@@ -89,8 +89,8 @@ def control_token_at_end(
 
 
 def _without_question(tail: str, asks: str, template: ChatTemplate) -> str:
-    """The tail of a template that always asks for another answer, up to where it does. What asks begins with the
-    end of the question, which most templates end answers with, too.
+    """The tail of a template that always asks for another answer, up to where it does. What asks begins with
+    the end of the question, which most templates end answers with, too.
     """
     if not asks.strip():
         return tail

@@ -109,7 +109,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[list(messages)],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=self._source_with_fixed_day,
@@ -117,10 +117,19 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marks,
                 **self._variables,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             # what a template's own expressions raise: adding text to an object, an index too far, int('x')
             raise ChatProblem(f"the chat template refuses the conversation: {error}") from error
-        return texts[0], spans[0] if marks else []  # type: ignore[return-value]  # it says: a text
+        texts, spans = rendered  # of one conversation
+        return texts[0], spans[0] if marks else []
 
     @cached_property
     def _tree(self) -> nodes.Template:

@@ -132,8 +132,10 @@ def _looks_for(template: ChatTemplate, mark: str) -> bool:
     answer = {**ANSWER, "content": _FIRST + mark + _SECOND}
     for more in ([], [QUESTION]):
         text = ask(template, [QUESTION, answer, *more])
-        if text is not None and _SECOND in text and (
-            _FIRST not in text or mark not in text[text.index(_FIRST) : text.rindex(_SECOND)]
+        if (
+            text is not None
+            and _SECOND in text
+            and (_FIRST not in text or mark not in text[text.index(_FIRST) : text.rindex(_SECOND)])
         ):
             return True
     return False

@@ -16,9 +16,9 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from qlora_train.data.chat.stand_ins import (
-    MAX_STAND_INS,
     is_blank,
     numbered,
     shape,
@@ -113,7 +113,7 @@ class ShapeFacts:
         return facts.afters[key]
 
     def _look(self, history: Sequence[Message], message: Message, tools: Tools) -> TurnFacts:
-        numbers = iter(range(2, MAX_STAND_INS))
+        numbers = count(2)
         replaced = [numbered(without_ids(each), numbers) for each in history]
         said, fields = numbered(without_ids(message), numbers)
         before = [each for each, _ in replaced]
