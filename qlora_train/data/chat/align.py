@@ -83,7 +83,7 @@ def align(turn: Turn, template: ChatTemplate, thoughts: Thoughts) -> Aligned:
     said_twice = _overlap(left_of_prompt, left_of_text)
     if said_twice.strip() and template.at_edge(left_of_text, len(said_twice)) == len(said_twice):
         return Aligned(left_of_text[len(said_twice) :])
-    if _says_something(left_of_prompt, template):
+    if template.first_tag(left_of_prompt.lstrip()):
         behind = turn.behind(left_of_prompt)
         if behind is not None:
             return Aligned(behind)

@@ -36,8 +36,8 @@ _DATE_CODES = [f"%{code}" for code in "aAbBcCdDeFGgHhIjklmMnpPrRStTuUVwWxXyYzZ"]
     f"%-{code}" for code in "deHIjklmMSUVWy"
 ]
 _HANDED_OVER = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
-# `<think>`, `</s>`, `[INST]`: what a template may use like a control token that the tokenizer does not know.
-_TAG = r"</?[A-Za-z_][^<>\s]*>"
+# `<think>`, `[INST]`, `(note)`: what a template may use like a control token, unknown to the tokenizer.
+_TAG = r"</?[A-Za-z_][^<>\s]{0,60}>|\[/?[A-Za-z_][^\[\]\s]{0,60}\]|\(/?[A-Za-z_][^()\s]{0,60}\)"
 
 
 class ChatProblem(Exception):
