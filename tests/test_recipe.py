@@ -68,6 +68,8 @@ def test_defaults_are_those_of_the_contract() -> None:
             "columns": {},
             "prompt_template": None,
             "supervise": "completions",
+            "open_thought": "close",
+            "chat_template_kwargs": {},
             "sequence_length": 2048,
             "packing": True,
         },
@@ -226,11 +228,9 @@ def test_values_out_of_type_or_range(key: str, value: Any, message: str) -> None
 
 
 NOT_YET = [
-    ("model__chat_template", "chatml", "D"),
     ("model__add_tokens", ["<tool>"], "D"),
     ("data__train", [{"path": "a", "weight": 2.0}], "D"),
     ("data__format", "sharegpt", "D"),
-    ("data__supervise", "last_turn", "D"),
     ("training__early_stopping", 3, "E"),
     ("training__samples", ["Hello"], "D"),
 ]

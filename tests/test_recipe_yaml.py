@@ -122,7 +122,7 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             (folder / name).touch()
     monkeypatch.chdir(here)
     monkeypatch.setattr(recipe_module, "bundled_recipes_dir", lambda: bundled)
-    text = "model: {base: a}\nlora: {init_from: d}\ndata: {train: [b, {path: c}], eval: org/e}\n"
+    text = "model: {base: a, chat_template: d.jinja}\nlora: {init_from: d}\ndata: {train: [b, {path: c}], eval: org/e}\n"
     recipe = loaded(text + "training: {output_dir: a}\n", beside, ("model.base=b",))
     assert recipe.model.base == str(here / "b")  # an override is written where the command runs
     assert recipe.lora.init_from == str(bundled / "d")

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora_train.data.tables import Origin, Row, RowProblems, RowTable, type_name
+from qlora_train.data.tables import HubTable, Origin, ParquetTable, Row, RowProblems, RowTable, type_name
 from qlora_train.errors import DataError
 from qlora_train.recipe_checks import COLUMN_ROLES as ROLES
 
@@ -107,16 +107,19 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A format with its columns found: `columns` maps the roles that the table has to column names."""
+    """A format with its columns found: `columns` maps the roles that the table has to column names.
+    fills_gaps: the table gives every object every key that any of them has, as null (Arrow does)."""
 
     name: str
     columns: Mapping[str, str]
     template: PromptTemplate | None = None
+    fills_gaps: bool = False
 
     def read(self, row: Row) -> Content:
         """Raises _RowProblem for a row that lacks a column or holds anything but text there."""
         if self.name == "messages":
-            return _chat(_value(row, self.columns["messages"]), row.get("tools"))
+            messages = _value(row, self.columns["messages"])
+            return _chat(_without_nulls(messages) if self.fills_gaps else messages, row.get("tools"))
         if self.name == "alpaca":
             return self._read_alpaca(row)
         if self.name == "prompt_completion":
@@ -159,7 +162,8 @@ def resolve_format(data: DataSection, table: RowTable) -> RowFormat:
             f"{_first_row(table)}: there is no column {missing[0]!r}, which the format {name} needs. "
             f"{_found(table)} Map it: data.columns: {{{_role_of(columns, missing[0])}: <column>}}."
         )
-    return RowFormat(name, {role: c for role, c in columns.items() if c in table.columns}, template)
+    found = {role: c for role, c in columns.items() if c in table.columns}
+    return RowFormat(name, found, template, fills_gaps=isinstance(table, ParquetTable | HubTable))
 
 
 def _check_roles(data: DataSection) -> None:

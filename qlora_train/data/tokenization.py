@@ -264,9 +264,9 @@ class _Tokenization:
                 left.append(piece)
             else:
                 answers.append((start, end))
-        yield self._ended(Tokens(ids, answers), first.adds_eos)
-        for piece in left:
+        for piece in reversed(left):  # earlier answers first
             yield from self._tokens_of([piece], encoder, encoded)
+        yield self._ended(Tokens(ids, answers), first.adds_eos)
 
     def _ended(self, tokens: Tokens, adds_eos: bool) -> Tokens:
         """With EOS behind it, if nothing else ends the answer."""

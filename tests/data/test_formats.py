@@ -102,7 +102,10 @@ def test_bad_rows_are_named_by_line_up_to_five_at_once(jsonl: Write, section: Se
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hi", "the messages are a string"),
+        ("hi", "the messages are text, but not valid JSON"),
+        ('"hi"', "the messages are a string"),
+        ([{"role": "user", "content": "q", "loss": 2}], "message 1 has the loss 2"),
+        ([{"role": "user", "content": "q", "loss": 0, "train": True}], "message 1 contradicts itself"),
         ([], "list of messages is empty"),
         (["hi"], "message 1 is a string"),
         ([{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}], "message 2 has the role 'bot'"),
@@ -151,17 +154,25 @@ def test_tool_calls_tools_and_weights(jsonl: Write, section: Section) -> None:
     ]
     expected = (
         _user("q"),
-        {"role": "assistant", "content": "", "tool_calls": TOOL_CALLS},
+        {"role": "assistant", "content": "", "tool_calls": TOOL_CALLS, "train": False},
         {"role": "tool", "content": ""},
-        _assistant("a"),
+        {**_assistant("a"), "train": True},
     )
     tools = [{"type": "function", "function": {"name": "f"}}]
     rows = [{"messages": messages, "tools": written} for written in (tools, json.dumps(tools), None, "", [])]
     assert contents(section(jsonl(*rows))) == [
-        Chat(expected, tuple(tools), (1,)),
-        Chat(expected, tuple(tools), (1,)),
-        *[Chat(expected, (), (1,))] * 3,
+        Chat(expected, tuple(tools)),
+        Chat(expected, tuple(tools)),
+        *[Chat(expected)] * 3,
     ]
+
+
+def test_messages_as_text_and_nulls_that_are_said(jsonl: Write, section: Section) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": None}}}
+    messages = [_user("q"), {"role": "assistant", "tool_calls": [call], "name": None}]
+    for written in (messages, json.dumps(messages)):
+        (chat,) = contents(section(jsonl({"messages": written})))
+        assert chat.messages[1] == {"role": "assistant", "tool_calls": [call]}
 
 
 def test_nulls_that_parquet_fills_in_are_dropped_at_every_depth(tmp_path: Path, section: Section) -> None:

@@ -5,8 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
+from qlora_train.data.chat import ChatFormat
 from qlora_train.data.formats import Chat, Completion, Content, Example, PlainText
+from qlora_train.data.prompts import encode_raw
 from qlora_train.data.tables import JsonLinesTable, Origin
 from qlora_train.data.tokenization import TokenizedRows, tokenize_examples
 from qlora_train.errors import DataError
@@ -26,7 +29,14 @@ def tokenize(
 ) -> TokenizedRows:
     table = JsonLinesTable("rows.jsonl")
     examples = [Example(Origin(table, number), content) for number, content in enumerate(contents)]
-    return tokenize_examples(examples, tokenizer, sequence_length=length, supervise=supervise)
+    has_chats = any(isinstance(content, Chat) for content in contents)
+    return tokenize_examples(
+        examples,
+        tokenizer,
+        chat_format=ChatFormat(tokenizer, ()) if has_chats else None,
+        sequence_length=length,
+        supervise=supervise,
+    )
 
 
 def test_chat_mask_token_by_token(make_tokenizer: MakeTokenizer, show: Show) -> None:
@@ -34,7 +44,7 @@ def test_chat_mask_token_by_token(make_tokenizer: MakeTokenizer, show: Show) -> 
     rows = tokenize(tokenizer, chat("s:S", "u:q", "a:no", "u:r", "a:y\n"))
     assert [show(tokenizer, document) for document in rows.documents] == [
         "<s><|start|>system\nS<|end|>\n<|start|>user\nq<|end|>\n<|start|>assistant\n[n][o][<|end|>]\n"
-        "<|start|>user\nr<|end|>\n<|start|>assistant\n[y][\n][<|end|>]\n"
+        "<|start|>user\nr<|end|>\n<|start|>assistant\n[y][\n][<|end|>]"
     ]
     assert rows.documents[0].token_ids.dtype == np.int32
     assert rows.documents[0].supervised.dtype == bool
@@ -44,7 +54,7 @@ def test_chat_tokens_are_the_templates_own(tokenizer: Any) -> None:
     conversation = chat("u:häß 日本", "a:ok 🙂")
     (document,) = tokenize(tokenizer, conversation).documents
     expected = tokenizer.apply_chat_template(list(conversation.messages), return_dict=True)["input_ids"]
-    assert document.token_ids.tolist() == expected
+    assert document.token_ids.tolist() == expected[:-1]  # but for the line break behind the last answer
     assert tokenizer.decode(document.token_ids[document.supervised]) == "ok 🙂<|end|>"
 
 
@@ -60,71 +70,110 @@ def test_exactly_one_bos_though_the_tokenizer_adds_one_too(
         assert not document.supervised[0]
 
 
-def test_no_bos_where_there_is_none(make_tokenizer: MakeTokenizer, show: Show) -> None:
-    tokenizer = make_tokenizer(bos=False)
-    rows = tokenize(tokenizer, Completion("p", "c"), PlainText("xy"))
-    assert [show(tokenizer, d) for d in rows.documents] == ["p[c][</s>]", "x[y][</s>]"]
+def test_bos_only_where_the_tokenizer_puts_it(make_tokenizer: MakeTokenizer, show: Show) -> None:
+    """A tokenizer may define one and put it before no text."""
+    for tokenizer in (make_tokenizer(bos=False), make_tokenizer(bos=True)):
+        rows = tokenize(tokenizer, Completion("p", "c"), PlainText("xy"))
+        assert [show(tokenizer, d) for d in rows.documents] == ["p[c][</s>]", "x[y][</s>]"]
+    adding = make_tokenizer(adds_bos=True)
+    rows = tokenize(adding, Completion("p", "c"), PlainText("xy"))
+    assert [show(adding, d) for d in rows.documents] == ["<s>p[c][</s>]", "<s>[x][y][</s>]"]
 
 
-def test_eos_is_appended_where_a_turn_has_no_end_token(make_tokenizer: MakeTokenizer, show: Show) -> None:
+def test_whatever_the_tokenizer_puts_before_a_text(tokenizer: Any, show: Show) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> <s> $A <|end|>", special_tokens=[("<s>", 0), ("<|start|>", 2), ("<|end|>", 3)]
+    )
+    rows = tokenize(tokenizer, Completion("p", "c"), Completion("<|start|><s>p", "c"))
+    assert [show(tokenizer, d) for d in rows.documents] == ["<|start|><s>p[c][</s>]"] * 2
+
+
+def test_each_answer_has_a_text_of_its_own_where_turns_do_not_end(
+    make_tokenizer: MakeTokenizer, show: Show
+) -> None:
     tokenizer = make_tokenizer("plain turns")
     rows = tokenize(tokenizer, chat("u:q", "a:x", "u:r", "a:y"), chat("u:q", "a:x", "u:r"))
-    assert show(tokenizer, rows.documents[0]) == "<s>u:q\na:[x]\nu:r\na:[y][</s>]"
-    assert show(tokenizer, rows.documents[1]) == "<s>u:q\na:[x][</s>]"
+    assert [show(tokenizer, document) for document in rows.documents] == [
+        "<s>u:q\na:[x][</s>]",
+        "<s>u:q\na:x\nu:r\na:[y][</s>]",
+        "<s>u:q\na:[x][</s>]",
+    ]
+    assert [origin.row_index for origin in rows.origins] == [0, 0, 1]
+    assert (rows.chat.num_chats, rows.chat.num_texts, rows.chat.num_without_stop_token) == (2, 3, 3)
+    lines = "\n".join(rows.chat.lines())
+    assert "2 conversations -> 3 texts, 1.35 times the tokens" in lines  # 35 instead of 26
+    assert "1 messages behind the last answer left out" in lines
 
 
-def test_earlier_turns_are_found_where_the_template_rewrites_them(
+def test_turns_that_the_template_rewrites_are_trained_as_they_were_asked_for(
     make_tokenizer: MakeTokenizer, show: Show
 ) -> None:
     tokenizer = make_tokenizer("thinking", bos=False)
-    (document,) = tokenize(tokenizer, chat("u:q", "a:e", "u:r", "a:y")).documents
-    assert show(tokenizer, document) == (
-        "<|start|>u q<|end|>\n<|start|>a [e][<|end|>]\n<|start|>u r<|end|>\n<|start|>a "
-        "[(][t][h][i][n][k][)][y][<|end|>]\n"
-    )
+    rows = tokenize(tokenizer, chat("u:q", "a:e", "u:r", "a:y"))
+    assert [show(tokenizer, document) for document in rows.documents] == [
+        "<|start|>u q<|end|>\n<|start|>a [(][t][h][i][n][k][)][e][<|end|>]",
+        "<|start|>u q<|end|>\n<|start|>a e<|end|>\n<|start|>u r<|end|>\n<|start|>a "
+        "[(][t][h][i][n][k][)][y][<|end|>]",
+    ]
+    (last,) = tokenize(tokenizer, chat("u:q", "a:e", "u:r", "a:y"), supervise="last_turn").documents
+    assert show(tokenizer, last) == show(tokenizer, rows.documents[1])
 
 
-def test_a_template_that_breaks_prefixes_needs_marks(make_tokenizer: MakeTokenizer, show: Show) -> None:
+def test_a_template_without_a_header_needs_marks(make_tokenizer: MakeTokenizer, show: Show) -> None:
     conversation = chat("u:q", "a:xy", "u:r", "a:z")
     with pytest.raises(DataError, match=r"(?s)rows\.jsonl line 1: .*\{% generation %\}.*supervise: all"):
         tokenize(make_tokenizer("counting"), conversation)
     marked = make_tokenizer("counting, marked", bos=False)
-    (document,) = tokenize(marked, conversation).documents
-    assert show(marked, document) == "4:u q\na [x][y][<|end|>]\nu r\na [z][<|end|>]\n"
+    assert [show(marked, document) for document in tokenize(marked, conversation).documents] == [
+        "2:u q\na [x][y][<|end|>]",
+        "4:u q\na xy<|end|>\nu r\na [z][<|end|>]",
+    ]
     unmarked = make_tokenizer("counting", bos=False)
     (document,) = tokenize(unmarked, conversation, supervise="all").documents
     assert document.supervised.tolist() == [False] + [True] * (len(document) - 1)
 
 
-def test_turns_of_weight_0_have_no_loss(tokenizer: Any, show: Show) -> None:
-    silenced = Chat(chat("u:q", "a:x", "u:r", "a:y").messages, unsupervised=(3,))
+def test_turns_that_are_not_trained_are_context(tokenizer: Any, show: Show) -> None:
+    messages = chat("u:q", "a:x", "u:r", "a:y").messages
+    silenced = Chat((*messages[:3], {**messages[3], "train": False}))
     (document,) = tokenize(tokenizer, silenced).documents
+    assert show(tokenizer, document) == "<s><|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]"
+    early = Chat((messages[0], {**messages[1], "train": False}, messages[2], {**messages[3], "train": True}))
+    (document,) = tokenize(tokenizer, early).documents
     assert show(tokenizer, document) == (
-        "<s><|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]\n"
-        "<|start|>user\nr<|end|>\n<|start|>assistant\ny<|end|>\n"
+        "<s><|start|>user\nq<|end|>\n<|start|>assistant\nx<|end|>\n"
+        "<|start|>user\nr<|end|>\n<|start|>assistant\n[y][<|end|>]"
     )
-    with pytest.raises(DataError, match="weight 0, which data.supervise: all contradicts"):
+    with pytest.raises(DataError, match="not to be trained on.*which data.supervise: all contradicts"):
         tokenize(tokenizer, silenced, supervise="all")
+    with pytest.raises(DataError, match=r"message 1 \(user\) is to be trained on"):
+        tokenize(tokenizer, Chat(({**messages[0], "train": True}, messages[1])))
+    rows = tokenize(tokenizer, silenced, chat("u:q", "a:x"), supervise="last_turn")
+    assert (len(rows.documents), rows.counts.num_unsupervised_rows) == (1, 1)
 
 
-def test_completion_mask_and_the_token_on_the_boundary(make_tokenizer: MakeTokenizer, show: Show) -> None:
+def test_completion_mask_and_no_token_on_the_boundary(make_tokenizer: MakeTokenizer, show: Show) -> None:
     tokenizer = make_tokenizer(merges=("b c", "Ġ d"))
     rows = tokenize(tokenizer, Completion("ab", "cd "), Completion("a ", "d"), Completion("a", "b</s>"))
     assert [show(tokenizer, d) for d in rows.documents] == [
-        "<s>a[bc][d][ ][</s>]",
-        "<s>a[ d][</s>]",
-        "<s>a[b][</s>]",
+        "ab[c][d][ ][</s>]",
+        "a [d][</s>]",
+        "a[b][</s>]",
     ]
+    assert rows.documents[0].token_ids[:2].tolist() == encode_raw("ab", tokenizer)
 
 
-def test_supervise_all(tokenizer: Any, show: Show) -> None:
+def test_supervise_all(tokenizer: Any, make_tokenizer: MakeTokenizer, show: Show) -> None:
     rows = tokenize(tokenizer, Completion("p", "c"), chat("u:q"), supervise="all")
-    assert show(tokenizer, rows.documents[0]) == "<s>[p][c][</s>]"
-    assert show(tokenizer, rows.documents[1]) == "<s>[<|start|>][u][s][e][r][\n][q][<|end|>][\n]"
+    assert show(tokenizer, rows.documents[0]) == "p[c][</s>]"
+    assert show(tokenizer, rows.documents[1]) == "<s>[<|start|>][u][s][e][r][\n][q][<|end|>]"
+    plain = make_tokenizer("plain turns", bos=False)
+    (document,) = tokenize(plain, chat("u:q", "a:x"), supervise="all").documents
+    assert show(plain, document) == "u[:][q][\n][a][:][x][</s>]"
 
 
 def test_prompt_is_cut_before_the_answer(make_tokenizer: MakeTokenizer, show: Show) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(adds_bos=True)
     rows = tokenize(tokenizer, Completion("12345", "ab"), Completion("12345", "abcdefgh"), length=6)
     assert [show(tokenizer, d) for d in rows.documents] == ["<s>45[a][b][</s>]", "<s>[a][b][c][d][e]"]
     counts = rows.counts
@@ -137,14 +186,14 @@ def test_prompt_is_cut_before_the_answer(make_tokenizer: MakeTokenizer, show: Sh
 
 def test_long_conversations_are_cut_the_same_way(tokenizer: Any, show: Show) -> None:
     rows = tokenize(tokenizer, chat("u:0123456789", "a:xyz"), length=10)
-    assert show(tokenizer, rows.documents[0]) == "<s>ant\n[x][y][z][<|end|>]\n"
+    assert show(tokenizer, rows.documents[0]) == "<s>tant\n[x][y][z][<|end|>]"
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_long_texts_are_split_and_nothing_is_lost(
     make_tokenizer: MakeTokenizer, bos: bool, show: Show
 ) -> None:
-    tokenizer = make_tokenizer(bos=bos)
+    tokenizer = make_tokenizer(bos=bos, adds_bos=bos)
     rows = tokenize(tokenizer, PlainText("abcdefg"), PlainText("xy"), length=4)
     shown = [show(tokenizer, d) for d in rows.documents]
     if bos:
@@ -172,9 +221,14 @@ def test_chat_template_missing_or_refusing(make_tokenizer: MakeTokenizer) -> Non
         tokenize(tokenizer, chat("u:q", "a:x"))
 
 
-def test_a_conversation_may_not_begin_with_the_assistant(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*begins with the assistant"):
-        tokenize(tokenizer, chat("a:x", "u:q"))
+def test_an_answer_that_nothing_asks_for_is_context(tokenizer: Any, show: Show) -> None:
+    rows = tokenize(tokenizer, chat("a:hi", "u:q", "a:x"))
+    assert show(tokenizer, rows.documents[0]) == (
+        "<s><|start|>assistant\nhi<|end|>\n<|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]"
+    )
+    assert rows.chat.num_answers_first == 1
+    rows = tokenize(tokenizer, chat("a:x", "u:q"), chat("u:q", "a:x"))
+    assert (len(rows.documents), rows.counts.num_unsupervised_rows) == (1, 1)
 
 
 def test_without_eos(make_tokenizer: MakeTokenizer) -> None:

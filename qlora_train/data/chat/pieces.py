@@ -74,13 +74,19 @@ class ChatWriter:
     def new_stop_of_calls(self) -> str | None:
         """The control token that the template ends a tool call with, if it is none of those that end answers;
         None also for a template that knows no calls."""
-        function = {"name": "look", "arguments": {"key": "value"}}
-        call = {"id": "abcdefghi", "type": "function", "function": function}
-        asked: Message = {"role": "user", "content": "?"}
-        messages: list[Message] = [asked, {"role": "assistant", "tool_calls": [call]}]
-        try:
-            (piece,) = self.pieces(messages, (), [1], ChatCounts())
-        except ChatProblem:
+        for arguments in ({"key": "value"}, {}):
+            function = {"name": "look", "arguments": arguments}
+            call = {"id": "abcdefghi", "type": "function", "function": function}
+            messages: list[Message] = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            try:
+                (piece,) = self.pieces(messages, (), [1], ChatCounts())
+                break
+            except ChatProblem:
+                continue
+        else:
             return None
         if piece.adds_eos or piece.answer.endswith(self.stops.texts):
             return None
