@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_train.data.chat import ChatCounts, ChatFormat, Piece
+from qlora_train.data.chat import ChatFormat, Notes, Piece
 
 Message = dict[str, Any]
 
@@ -169,13 +169,13 @@ def write(
     *,
     tools: Sequence[dict[str, Any]] = (),
     **settings: Any,
-) -> tuple[list[Piece], ChatCounts]:
+) -> tuple[list[Piece], Notes]:
     """The pieces of every answer, and what was counted. stops: what generation_config.json names."""
     tokenizer = make_tokenizer(source)
     chat_format = ChatFormat(tokenizer, [tokenizer.convert_tokens_to_ids(stop) for stop in stops], **settings)
-    counts = ChatCounts()
+    notes = Notes()
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return chat_format.writer(with_tools=bool(tools)).pieces(messages, tools, turns, counts), counts
+    return chat_format.writer(with_tools=bool(tools)).pieces(messages, tools, turns, notes), notes
 
 
 def prompts(source: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[str]:

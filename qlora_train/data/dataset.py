@@ -96,7 +96,9 @@ class PackedDataset:
             len(self.bins),
             sequence_length,
             num_rows_also_in_train,
-            tuple(rows.chat.lines()),
+            notes=rows.notes,
+            amounts=rows.amounts,
+            remarks=rows.remarks,
         )
         self._pad_id = pad_id
         self._seed = seed

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qlora_train.data.chat import ChatNote
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,16 @@ class TokenCounts:
 @dataclass(frozen=True)
 class DatasetReport:
     """One side (train or eval) of the data: tokens and bins. `num_rows_also_in_train` is 0 for train
-    itself. `chat_lines`: what became of conversations on their way through the chat template.
+    itself. `notes`: what happened to rows, by how many; `amounts`: how much of it. `remarks`: about all rows.
     """
 
     tokens: TokenCounts
     num_bins: int
     sequence_length: int
     num_rows_also_in_train: int = 0
-    chat_lines: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+    amounts: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def filling(self) -> float:
@@ -63,7 +68,7 @@ class DatasetReport:
             )
         if counts.num_unsupervised_rows:
             lines.append(f"{counts.num_unsupervised_rows:,} rows without a supervised token left out")
-        lines += self.chat_lines
+        lines += [*self.remarks, *self._note_lines()]
         if counts.num_rows_quoting_control_tokens:
             lines.append(
                 f"{counts.num_rows_quoting_control_tokens:,} conversations hold the text of special tokens, "
@@ -78,4 +83,14 @@ class DatasetReport:
             lines.append(
                 f"{self.num_rows_also_in_train:,} evaluation rows are also training rows, word for word"
             )
+        return lines
+
+    def _note_lines(self) -> list[str]:
+        lines = []
+        for note, number in self.notes.items():
+            line = f"{number:,} row{'s' if number != 1 else ''} {note}"
+            if note == ChatNote.SEVERAL_TEXTS:
+                more = self.amounts[note]
+                line += f": {self.tokens.num_tokens / (self.tokens.num_tokens - more):.2f} times the tokens"
+            lines.append(line)
         return lines

@@ -1,14 +1,9 @@
 """Examples -> documents: token ids and, beside each, whether it is supervised (a target of the loss).
 
-    Chat        one piece (prompt, answer) per answer (see `chat`); supervised: the answers, each with the
-                token that stops generation
+    Chat        one text, or several, that hold its answers (see `chat_tokens`); supervised: the answers, each
+                with the token that stops generation
     Completion  prompt + completion + EOS; supervised: completion and EOS
     PlainText   text + EOS; all supervised but the first token
-
-An answer is trained behind exactly the tokens that generation is handed (see `encoding`). From the last
-answer of a conversation back, an answer shares a document where the document's token ids begin with its
-prompt's and its own; else it gets a document to itself. A document ends with its last answer: nothing behind
-it is kept.
 
 BOS: what the tokenizer itself puts before a text, at most one. A conversation whose template writes it gets
 no other. EOS follows where nothing else ends an answer. The text of a special token in a message is text
@@ -24,19 +19,27 @@ Token 0 of a document is never supervised: nothing predicts it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.chat import ChatCounts, ChatFormat, ChatProblem, Piece
-from qlora_train.data.control_text import ControlText, Encoded, without_marks
-from qlora_train.data.encoding import CannotEncode, TextEncoder
+from qlora_train.data.chat import ChatFormat, ChatProblem
+from qlora_train.data.chat_tokens import (
+    QUOTES_CONTROL_TOKENS,
+    SAYS_CONTROL_TOKENS,
+    ChatTokenizer,
+    Supervise,
+    Tokens,
+)
+from qlora_train.data.control_text import ControlText
+from qlora_train.data.encoding import TextEncoder
 from qlora_train.data.formats import Chat, Completion, Example, PlainText
 from qlora_train.data.report import TokenCounts
 from qlora_train.data.tables import Origin, RowProblems
-from qlora_train.data.tokenizer import BosRule, special_token_ids
+from qlora_train.data.tokenizer import BosRule
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,30 +65,15 @@ class Document:
 
 @dataclass
 class TokenizedRows:
-    """Documents in row order, `origins[i]` being the row that document i is from. `chat`: what became of the
-    conversations."""
+    """Documents in row order, `origins[i]` being the row that document i is from. `notes`: by note, how many
+    rows it is true of; `amounts`: their amounts, summed. `remarks`: what is to be said of all."""
 
     documents: list[Document] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
     counts: TokenCounts = field(default_factory=TokenCounts)
-    chat: ChatCounts = field(default_factory=ChatCounts)
-
-
-class _Prepared(NamedTuple):
-    """An example as pieces. groups: each a text's pieces, the one that is the whole text first."""
-
-    origin: Origin
-    groups: list[list[Piece]]
-    is_chat: bool
-    may_split: bool
-    plain: list[list[Piece]] | None = None  # without marks, should the marked texts not be exact
-
-
-class Tokens(NamedTuple):
-    """ids int32 [n]; answers: (first token, past the last) of each answer."""
-
-    ids: np.ndarray
-    answers: list[tuple[int, int]]
+    notes: Counter[str] = field(default_factory=Counter)
+    amounts: Counter[str] = field(default_factory=Counter)
+    remarks: tuple[str, ...] = ()
 
 
 def tokenize_examples(
@@ -93,7 +81,7 @@ def tokenize_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
-    supervise: str,
+    supervise: Supervise,
     chat_format: ChatFormat | None,
 ) -> TokenizedRows:
     """Every example as documents of at most `sequence_length` tokens.
@@ -111,181 +99,100 @@ class _Tokenization:
         self,
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
-        supervise: str,
+        supervise: Supervise,
         chat_format: ChatFormat | None,
     ) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.supervise = supervise
         self.chat_format = chat_format
+        self.chats = None if chat_format is None else ChatTokenizer(tokenizer, chat_format, supervise)
         self.bos = BosRule(tokenizer)
-        self.special_ids = special_token_ids(tokenizer)
         self.control_text = ControlText(tokenizer)
         self.encoder = TextEncoder(tokenizer)
-        self.encoder_of_marked = TextEncoder(tokenizer, self.control_text)
         self.tally = dict.fromkeys(TokenCounts.__dataclass_fields__, 0)
-        self.chat = ChatCounts()
 
     def run(self, examples: Sequence[Example]) -> TokenizedRows:
-        rows = TokenizedRows(chat=self.chat)
-        for prepared, texts in self._encode(self._prepare(examples)):
-            documents = [document for text in texts for document in self._documents(prepared, text)]
-            if not documents:
-                self.tally["num_unsupervised_rows"] += 1
-            for document in documents:
-                rows.documents.append(document)
-                rows.origins.append(prepared.origin)
-                self.tally["num_tokens"] += len(document)
-                self.tally["num_supervised"] += document.num_supervised
-            if prepared.is_chat and documents:
-                self.chat.num_chats += 1
-                self.chat.num_texts += len(texts)
-                self.chat.num_tokens += sum(len(text.ids) for text in texts)
-                self.chat.num_tokens_of_longest += max(len(text.ids) for text in texts)
+        rows, problems = TokenizedRows(), RowProblems()
+        for first in range(0, len(examples), _TOKENIZER_BATCH):
+            batch = examples[first : first + _TOKENIZER_BATCH]
+            notes = [Counter[str]() for _ in batch]
+            for example, texts, noted in zip(batch, self._texts(batch, notes), notes, strict=True):
+                if isinstance(texts, ChatProblem):
+                    problems.add(example.origin, str(texts))
+                    continue
+                self._add(rows, example, texts)
+                rows.notes.update(note for note, amount in noted.items() if amount)
+                rows.amounts.update(noted)
+        problems.raise_if_any()
         if not rows.documents:
             raise DataError(
                 f"None of the {len(examples):,} rows has a supervised token: conversations need assistant "
                 "messages behind a question, or set data.supervise: all."
             )
-        if self.chat.num_chats and self.chat_format is not None:
-            self.chat.notes = {**dict.fromkeys(self.chat_format.lines()), **self.chat.notes}
         self.tally["num_rows"] = len(examples)
         self.tally["num_documents"] = len(rows.documents)
+        self.tally["num_rows_saying_control_tokens"] = rows.notes.pop(SAYS_CONTROL_TOKENS, 0)
+        self.tally["num_rows_quoting_control_tokens"] = rows.notes.pop(QUOTES_CONTROL_TOKENS, 0)
         rows.counts = TokenCounts(**self.tally)
+        rows.remarks = () if self.chat_format is None else tuple(self.chat_format.remarks())
         return rows
 
-    def _prepare(self, examples: Sequence[Example]) -> list[_Prepared]:
-        problems = RowProblems()
-        prepared = []
-        for example in examples:
-            try:
-                prepared.append(self._as_pieces(example))
-            except ChatProblem as problem:
-                problems.add(example.origin, str(problem))
-        problems.raise_if_any()
-        return prepared
+    def _add(self, rows: TokenizedRows, example: Example, texts: list[Tokens]) -> None:
+        may_split = isinstance(example.content, PlainText)
+        documents = [document for text in texts for document in self._documents(text, may_split)]
+        self.tally["num_unsupervised_rows"] += not documents
+        for document in documents:
+            rows.documents.append(document)
+            rows.origins.append(example.origin)
+            self.tally["num_tokens"] += len(document)
+            self.tally["num_supervised"] += document.num_supervised
 
-    def _as_pieces(self, example: Example) -> _Prepared:
-        content = example.content
-        if isinstance(content, Chat):
-            return self._chat_as_pieces(example.origin, content)
-        if isinstance(content, Completion):
-            piece = Piece(content.prompt, content.completion, adds_eos=True)
-        else:
-            piece = Piece("", content.text, adds_eos=True)
-        self.tally["num_rows_saying_control_tokens"] += self.control_text.is_in(piece.text)
-        return _Prepared(example.origin, [[piece]], False, isinstance(content, PlainText))
-
-    def _chat_as_pieces(self, origin: Origin, chat: Chat) -> _Prepared:
-        counts = ChatCounts()
-        pieces = self._pieces(chat, counts)
-        self.chat.add(counts)
-        groups = _grouped(pieces)
-        if not self.control_text.is_in([chat.messages, chat.tools]):
-            return _Prepared(origin, groups, True, False)
-        try:
-            marked = self._pieces(
-                Chat(self.control_text.mark(chat.messages), self.control_text.mark(chat.tools)), ChatCounts()
-            )
-        except ChatProblem:  # a template that knows what a content is, and the marked one is not
-            marked = []
-        if [_unmarked(piece) for piece in marked] != pieces:
-            self.tally["num_rows_saying_control_tokens"] += 1
-            return _Prepared(origin, groups, True, False)
-        return _Prepared(origin, _grouped(marked), True, False, plain=groups)
-
-    def _pieces(self, chat: Chat, counts: ChatCounts) -> list[Piece]:
-        assert self.chat_format is not None, "conversations need a chat format"
-        writer = self.chat_format.writer(with_tools=bool(chat.tools))
-        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        trained = [turn for turn in turns if chat.messages[turn].get("train", True)]
-        if wrong := [i for i, m in enumerate(chat.messages) if m.get("train") and m["role"] != "assistant"]:
-            raise ChatProblem(
-                f"message {wrong[0] + 1} ({chat.messages[wrong[0]]['role']}) is to be trained on; only what "
-                "the assistant says can be. Remove its flag, or set data.supervise: all."
-            )
-        if self.supervise == "all":
-            if len(trained) < len(turns):
-                raise ChatProblem(
-                    "a message is not to be trained on (train, loss or weight), which data.supervise: all "
-                    "contradicts."
-                )
-            return [writer.whole(chat.messages, chat.tools, counts)]
-        if self.supervise == "last_turn":
-            trained = [turn for turn in trained if turn == turns[-1]]
-        return writer.pieces(chat.messages, chat.tools, trained, counts)
-
-    def _encode(self, rows: Sequence[_Prepared]) -> Iterator[tuple[_Prepared, list[Tokens]]]:
-        """Each row with the tokens of its texts; texts without marks are tokenised in batches."""
-        at = 0
-        while at < len(rows):
-            end, num_texts = at, 0
-            while end < len(rows) and num_texts < _TOKENIZER_BATCH:
-                num_texts += len(rows[end].groups)
-                end += 1
-            plain = [group[0].text for row in rows[at:end] if row.plain is None for group in row.groups]
-            encoded = dict(zip(plain, self.encoder.batch(plain), strict=True)) if plain else {}
-            for row in rows[at:end]:
-                yield row, self._tokens_of_row(row, encoded)
-            at = end
-
-    def _tokens_of_row(self, row: _Prepared, encoded: dict[str, Encoded]) -> list[Tokens]:
-        if row.plain is None:
-            return [
-                tokens for group in row.groups for tokens in self._tokens_of(group, self.encoder, encoded)
-            ]
-        try:
-            tokens = [each for g in row.groups for each in self._tokens_of(g, self.encoder_of_marked, {})]
-        except CannotEncode:
-            self.tally["num_rows_saying_control_tokens"] += 1
-            return [each for group in row.plain for each in self._tokens_of(group, self.encoder, {})]
-        self.tally["num_rows_quoting_control_tokens"] += 1
-        return tokens
-
-    def _tokens_of(
-        self, group: list[Piece], encoder: TextEncoder, encoded: dict[str, Encoded]
-    ) -> Iterator[Tokens]:
-        """The group's text and, where a piece's tokens are not how the text's begin, texts of their own.
-        encoded: texts whose tokens are known."""
-        first, *others = group
-        text = first.text
-        whole = encoded[text] if text in encoded else encoder.one(text)
-        num_prompt = encoder.num_tokens_of_start(whole, text, len(first.prompt)) if first.prompt else 0
-        ids = whole.token_ids
-        if num_prompt is None:
-            whole, answer_ids = encoder.joined(first.prompt, first.answer)
-            text, num_prompt = first.prompt, len(whole.token_ids)
-            ids = np.concatenate([whole.token_ids, answer_ids]).astype(np.int32)
-        answers, left = [(num_prompt, len(ids))], []
-        for piece in others:
-            start = encoder.num_tokens_of_start(whole, text, len(piece.prompt))
-            end = encoder.num_tokens_of_start(whole, text, len(piece.text))
-            if start is None or end is None or end <= start:
-                left.append(piece)
+    def _texts(
+        self, examples: Sequence[Example], notes: Sequence[Counter[str]]
+    ) -> Iterator[list[Tokens] | ChatProblem]:
+        """Of each example, in order."""
+        are_chats = [isinstance(example.content, Chat) for example in examples]
+        chats = [example.content for example in examples if isinstance(example.content, Chat)]
+        chat_notes = [noted for noted, is_chat in zip(notes, are_chats, strict=True) if is_chat]
+        found: Iterator[list[Tokens] | ChatProblem] = iter(())
+        if chats:
+            assert self.chats is not None, "conversations need a chat format"
+            found = iter(self.chats.tokenize(chats, chat_notes))
+        pairs, plain_notes = [], []
+        for example, noted in zip(examples, notes, strict=True):
+            content = example.content
+            if isinstance(content, Completion):
+                pairs.append((content.prompt, content.completion))
+            elif isinstance(content, PlainText):
+                pairs.append(("", content.text))
             else:
-                answers.append((start, end))
-        for piece in reversed(left):  # earlier answers first
-            yield from self._tokens_of([piece], encoder, encoded)
-        yield self._ended(Tokens(ids, answers), first.adds_eos)
+                continue
+            plain_notes.append(noted)
+        plain = iter(self._plain_texts(pairs, plain_notes))
+        for is_chat in are_chats:
+            yield next(found) if is_chat else next(plain)
 
-    def _ended(self, tokens: Tokens, adds_eos: bool) -> Tokens:
-        """With EOS behind it, if nothing else ends the answer."""
-        if not adds_eos or not len(tokens.ids):
-            return tokens
-        eos_id = self.tokenizer.eos_token_id
-        if eos_id is None:
-            raise DataError(
-                "The tokenizer defines no EOS token, so answers could never end. Set eos_token in it."
-            )
-        if int(tokens.ids[-1]) == eos_id:
-            return tokens
-        (start, end), *others = tokens.answers
-        return Tokens(np.append(tokens.ids, np.int32(eos_id)), [(start, end + 1), *others])
+    def _plain_texts(
+        self, pairs: Sequence[tuple[str, str]], notes: Sequence[Counter[str]]
+    ) -> Iterator[list[Tokens]]:
+        """(prompt, answer) -> tokens, the prompt's as generation is handed them."""
+        if not pairs:
+            return
+        wholes = self.encoder.batch([prompt + answer for prompt, answer in pairs])
+        for (prompt, answer), whole, noted in zip(pairs, wholes, notes, strict=True):
+            noted[SAYS_CONTROL_TOKENS] += self.control_text.is_in(prompt + answer)
+            ids = whole.token_ids
+            num = self.encoder.num_tokens_of_start(whole, prompt + answer, len(prompt)) if prompt else 0
+            if num is None:
+                before, behind = self.encoder.joined(prompt, answer)
+                num, ids = len(before.token_ids), np.concatenate([before.token_ids, behind]).astype(np.int32)
+            yield [Tokens(ids, [(num, len(ids))], adds_eos=True)]
 
-    def _documents(self, row: _Prepared, tokens: Tokens) -> list[Document]:
-        ids = tokens.ids
+    def _documents(self, text: Tokens, may_split: bool) -> list[Document]:
+        ids, answers = self._ended(text)
         supervised = np.zeros(len(ids), dtype=bool)
-        for first, last in tokens.answers:
+        for first, last in answers:
             supervised[first:last] = True
         if not supervised.any():
             return []
@@ -295,15 +202,29 @@ class _Tokenization:
         if self.supervise == "all":
             supervised[:] = True
         supervised[0] = False
-        num_prompt = min(first for first, _ in tokens.answers) + len(before) - num_drop
-        documents = self._fit(row, Document(ids, supervised), num_prompt)
+        num_prompt = min(first for first, _ in answers) + len(before) - num_drop
+        documents = self._fit(may_split, Document(ids, supervised), num_prompt)
         return documents if any(document.num_supervised for document in documents) else []
 
-    def _fit(self, row: _Prepared, document: Document, num_prompt: int) -> list[Document]:
+    def _ended(self, text: Tokens) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Token ids and answers, with EOS behind the last one if nothing else ends it."""
+        if not text.adds_eos or not len(text.ids):
+            return text.ids, text.answers
+        eos_id = self.tokenizer.eos_token_id
+        if eos_id is None:
+            raise DataError(
+                "The tokenizer defines no EOS token, so answers could never end. Set eos_token in it."
+            )
+        if int(text.ids[-1]) == eos_id:
+            return text.ids, text.answers
+        (start, end), *others = text.answers
+        return np.append(text.ids, np.int32(eos_id)), [(start, end + 1), *others]
+
+    def _fit(self, may_split: bool, document: Document, num_prompt: int) -> list[Document]:
         if len(document) <= self.sequence_length:
             return [document]
         self.tally["num_overlong_rows"] += 1
-        if row.may_split:
+        if may_split:
             self.tally["num_texts_split"] += 1
             return self._split(document)
         return [self._cut(document, num_prompt)]
@@ -336,19 +257,3 @@ class _Tokenization:
             supervised[0] = False
             pieces.append(Document(ids, supervised))
         return pieces
-
-
-def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """From the last piece back, each with the first text that begins with its own."""
-    groups: list[list[Piece]] = []
-    for piece in reversed(pieces):
-        fitting = (group for group in groups if not piece.adds_eos and group[0].text.startswith(piece.text))
-        if (group := next(fitting, None)) is not None:
-            group.append(piece)
-        else:
-            groups.append([piece])
-    return groups[::-1]
-
-
-def _unmarked(piece: Piece) -> Piece:
-    return Piece(without_marks(piece.prompt), without_marks(piece.answer), piece.adds_eos)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_kinds import CONVERSATIONS, TEMPLATES, bot, call, make_tokenizer, user, write
 
-from qlora_train.data.chat import ChatCounts, ChatFormat, ChatProblem, choose_chat_template
+from qlora_train.data.chat import ChatFormat, ChatProblem, Notes, choose_chat_template
 from qlora_train.data.chat.choice import BUILT_IN
 from qlora_train.data.chat.template import ChatTemplate, _with_fixed_day
 from qlora_train.data.prompts import stop_token_ids
@@ -112,12 +112,12 @@ def test_built_in_templates(name: str) -> None:
     system = {"role": "system", "content": "Short."}
     writer = ChatFormat(tokenizer, (tokenizer.eos_token_id,)).writer(with_tools=False)
     messages = [system, *CONVERSATIONS["two turns"]]
-    first, second = writer.pieces(messages, (), [2, 4], ChatCounts())
+    first, second = writer.pieces(messages, (), [2, 4], Notes())
     assert [piece.answer.strip() for piece in (first, second)] == [f"One.{end}", f"Two.{end}"]
     assert second.text.startswith(first.text)
     assert "Short." in first.prompt
     with pytest.raises(ChatProblem, match="does not show the tool_calls"):
-        writer.pieces(CONVERSATIONS["call"], (), [1, 3], ChatCounts())
+        writer.pieces(CONVERSATIONS["call"], (), [1, 3], Notes())
 
 
 def test_a_template_by_name_or_file(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_of_several_templates_the_choice_is_said() -> None:
     chat_format = ChatFormat(tokenizer, (tokenizer.convert_tokens_to_ids("<|end|>"),))
     assert chat_format.writer(with_tools=True).template.source == TEMPLATES["calls"]
     assert chat_format.writer(with_tools=False).template.source == TEMPLATES["plain"]
-    (line,) = chat_format.lines()
+    (line,) = chat_format.remarks()
     assert "'default'; rows with tools by 'tool_use'" in line
     with pytest.raises(DataError, match=r"several chat templates \(a, b\).*model\.chat_template"):
         ChatFormat(make_tokenizer({"a": "x", "b": "y"}), ())
@@ -170,7 +170,7 @@ def test_tokens_that_end_an_answer(kind: str, named: list[str], ends: list[str])
     ids = tokenizer.convert_tokens_to_ids(named)
     assert tokenizer.convert_ids_to_tokens(list(stop_token_ids(tokenizer, ids))) == ends
     new = [token for token in ends if token not in named and token != "<|eos|>"]
-    lines = ChatFormat(tokenizer, ids).lines()
+    lines = ChatFormat(tokenizer, ids).remarks()
     assert [any(f"answers end in {token!r}" in line for line in lines) for token in new] == [True] * len(new)
     assert any("no generation_config.json" in line for line in lines) == (not named)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from chat_kinds import CONVERSATIONS, TEMPLATES, call, prompts, user, write
 
-from qlora_train.data.chat import ChatProblem
+from qlora_train.data.chat import ChatNote, ChatProblem, lost
 
 ONE, TWO = "One.<|end|>", "Two.<|end|>"
 SPACED = ["\n One. \n<|end|>", "  Two.\n<|end|>"]
@@ -139,32 +139,31 @@ def test_one_text_where_the_template_allows_it(kind: str) -> None:
     ],
 )
 def test_what_a_template_drops_is_counted(kind: str, name: str, field: str, number: int) -> None:
-    _, counts = write(TEMPLATES[kind], CONVERSATIONS[name])
-    assert counts.dropped[field] == number
-    assert any(field in line for line in counts.lines()) == bool(number)
+    _, notes = write(TEMPLATES[kind], CONVERSATIONS[name])
+    assert notes[lost(field)] == number
 
 
 def test_tools_that_no_prompt_names_are_counted() -> None:
     tools = [{"type": "function", "function": {"name": "look", "description": "Looks."}}]
-    _, counts = write(TEMPLATES["calls"], CONVERSATIONS["two turns"], tools=tools)
-    assert counts.dropped["tools"] == 1
+    _, notes = write(TEMPLATES["calls"], CONVERSATIONS["two turns"], tools=tools)
+    assert notes[lost("tools")] == 1
     shown = "{{ tools | tojson if tools else '' }}" + TEMPLATES["calls"]
-    pieces, counts = write(shown, CONVERSATIONS["two turns"], tools=tools)
-    assert counts.dropped["tools"] == 0
+    pieces, notes = write(shown, CONVERSATIONS["two turns"], tools=tools)
+    assert notes[lost("tools")] == 0
     assert [piece.prompt for piece in pieces] == prompts(shown, CONVERSATIONS["two turns"], tools)
 
 
 def test_further_fields_of_a_message_that_are_not_shown_are_counted() -> None:
     messages = [user("Q1?"), {"role": "assistant", "content": "One.", "mood": "cheerful"}]
-    assert write(TEMPLATES["plain"], messages)[1].dropped == {"mood": 1}
+    assert +write(TEMPLATES["plain"], messages)[1] == {lost("mood"): 1}
 
 
 def test_a_thought_that_the_prompt_opens_is_closed_or_refused() -> None:
     source, messages = TEMPLATES["opens a thought, turns lose it"], CONVERSATIONS["two turns"]
-    assert write(source, messages)[1].num_thoughts_closed == 2
+    assert write(source, messages)[1][ChatNote.THOUGHT_CLOSED] == 2
     with pytest.raises(ChatProblem, match="open_thought: refuse"):
         write(source, messages, open_thought="refuse")
-    assert write(source, CONVERSATIONS["inline"], open_thought="refuse")[1].num_thoughts_filled == 2
+    assert write(source, CONVERSATIONS["inline"], open_thought="refuse")[1][ChatNote.THOUGHT_FILLED] == 2
 
 
 def test_options_reach_the_template() -> None:
@@ -230,11 +229,11 @@ def test_marks_count_only_where_nothing_else_tells() -> None:
     ):
         source = TEMPLATES["plain"].replace("<|bot|>{{ m.content }}<|end|>", answer)
         opening = source.replace("<|bot|>{% endif %}", "<|bot|>(x){% endif %}")
-        pieces, counts = write(opening, CONVERSATIONS["two turns"])
+        pieces, notes = write(opening, CONVERSATIONS["two turns"])
         assert [piece.answer for piece in pieces] == [ONE, TWO]
         assert pieces[1].text == "<|user|>Q1?<|end|><|bot|>One.<|end|><|user|>Q2?<|end|><|bot|>Two.<|end|>"
-        assert counts.num_by_marks == 2
-        assert write(source, CONVERSATIONS["two turns"])[1].num_by_marks == 0
+        assert notes[ChatNote.BY_MARKS] == 2
+        assert write(source, CONVERSATIONS["two turns"])[1][ChatNote.BY_MARKS] == 0
     unmarked = TEMPLATES["plain"].replace("<|bot|>{% endif %}", "<|bot|>(x){% endif %}")
     with pytest.raises(
         ChatProblem, match=r"ends the prompt with '\(x\)'.*\{% generation %\}.*supervise: all"

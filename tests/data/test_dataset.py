@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_train.data.chat import ChatCounts
+from qlora_train.data.chat import ChatNote, lost
 from qlora_train.data.dataset import PackedDataset, build_dataset, epoch_order
 from qlora_train.data.formats import Example, PlainText
 from qlora_train.data.report import TokenCounts
@@ -165,22 +165,23 @@ def test_report_lines() -> None:
         num_rows_saying_control_tokens=6, num_rows_quoting_control_tokens=7,
     )  # fmt: skip
     data = dataset("aB")
-    chat = ChatCounts(
-        num_chats=10, num_texts=12, num_tokens=15, num_tokens_of_longest=10, notes={"note": None}
+    report = type(data.report)(
+        counts,
+        num_bins=10,
+        sequence_length=1000,
+        notes={ChatNote.SEVERAL_TEXTS: 10, lost("name"): 1},
+        amounts={ChatNote.SEVERAL_TEXTS: 2000},
+        remarks=("about all",),
     )
-    chat.dropped["name"] = 5
-    report = type(data.report)(counts, num_bins=10, sequence_length=1000, chat_lines=tuple(chat.lines()))
     assert report.lines() == [
         "2,000 rows -> 2,001 documents, 8,000 tokens, 2,000 supervised (25.0%)",
         "10 bins of 1,000 tokens, 80.0% full",
         "3 rows longer than sequence_length: 2 prompts cut on the left, 1 answers cut at the end "
         "(17 tokens lost), 1 texts split",
         "4 rows without a supervised token left out",
-        "note",
-        "10 conversations -> 12 texts, 1.50 times the tokens: the chat template writes earlier turns "
-        "otherwise than generation meets them, so these answers have a text of their own "
-        "(data.supervise: last_turn makes one a conversation)",
-        "5 answers lose 'name': the chat template does not show it",
+        "about all",
+        f"10 rows {ChatNote.SEVERAL_TEXTS}: 1.33 times the tokens",
+        "1 row lose 'name': the chat template does not show it",
         "7 conversations hold the text of special tokens, read as plain text",
         "6 rows hold the text of special tokens, read as these tokens",
     ]

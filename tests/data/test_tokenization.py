@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from qlora_train.data.chat import ChatFormat
+from qlora_train.data.chat import ChatFormat, ChatNote
 from qlora_train.data.formats import Chat, Completion, Content, Example, PlainText
 from qlora_train.data.prompts import encode_raw
 from qlora_train.data.tables import JsonLinesTable, Origin
@@ -99,10 +99,10 @@ def test_each_answer_has_a_text_of_its_own_where_turns_do_not_end(
         "<s>u:q\na:[x][</s>]",
     ]
     assert [origin.row_index for origin in rows.origins] == [0, 0, 1]
-    assert (rows.chat.num_chats, rows.chat.num_texts, rows.chat.num_without_stop_token) == (2, 3, 3)
-    lines = "\n".join(rows.chat.lines())
-    assert "2 conversations -> 3 texts, 1.35 times the tokens" in lines  # 35 instead of 26
-    assert "1 messages behind the last answer left out" in lines
+    assert rows.notes == {ChatNote.SEVERAL_TEXTS: 1, ChatNote.NO_STOP_TOKEN: 2, ChatNote.UNANSWERED: 1}
+    assert rows.amounts[ChatNote.SEVERAL_TEXTS] == 8  # tokens of the shorter text, before EOS
+    assert rows.amounts[ChatNote.NO_STOP_TOKEN] == 3
+    assert "no generation_config.json" in rows.remarks[0]
 
 
 def test_turns_that_the_template_rewrites_are_trained_as_they_were_asked_for(
@@ -226,7 +226,7 @@ def test_an_answer_that_nothing_asks_for_is_context(tokenizer: Any, show: Show) 
     assert show(tokenizer, rows.documents[0]) == (
         "<s><|start|>assistant\nhi<|end|>\n<|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]"
     )
-    assert rows.chat.num_answers_first == 1
+    assert rows.notes == {ChatNote.ANSWER_FIRST: 1}
     rows = tokenize(tokenizer, chat("a:x", "u:q"), chat("u:q", "a:x"))
     assert (len(rows.documents), rows.counts.num_unsupervised_rows) == (1, 1)
 

@@ -18,15 +18,24 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_train.data.chat.choice import choose_chat_template, said_choice, template_for
+from qlora_train.data.chat.notes import ChatNote, Notes, lost
 from qlora_train.data.chat.pieces import ChatWriter, OpenThought, Piece
-from qlora_train.data.chat.report import ChatCounts
 from qlora_train.data.chat.stops import model_stop_texts
 from qlora_train.data.chat.template import ChatProblem, ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatCounts", "ChatFormat", "ChatProblem", "ChatWriter", "Piece", "choose_chat_template"]
+__all__ = [
+    "ChatFormat",
+    "ChatNote",
+    "ChatProblem",
+    "ChatWriter",
+    "Notes",
+    "Piece",
+    "choose_chat_template",
+    "lost",
+]
 
 
 class ChatFormat:
@@ -67,7 +76,7 @@ class ChatFormat:
                 found.append(token)
         return tuple(dict.fromkeys(found))
 
-    def lines(self) -> list[str]:
+    def remarks(self) -> list[str]:
         """What is to be said about the choice of the template, and about ends of answers that the model's
         files do not name."""
         lines = [line] if (line := said_choice(self._tokenizer)) else []

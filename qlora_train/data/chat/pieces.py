@@ -25,7 +25,7 @@ from typing import Literal
 
 from qlora_train.data.chat.align import Aligned, CannotAlign, Turn, align
 from qlora_train.data.chat.calls import CallWriter
-from qlora_train.data.chat.report import ChatCounts
+from qlora_train.data.chat.notes import ChatNote, Notes, ends_in, lost
 from qlora_train.data.chat.stand_ins import REASONING, free_stand_in, is_blank, shape, with_texts
 from qlora_train.data.chat.stops import StopTokens, control_token_at_end, find_stop_tokens, first_of
 from qlora_train.data.chat.template import ChatProblem, ChatTemplate, Message, Messages, Tools
@@ -82,7 +82,7 @@ class ChatWriter:
                 {"role": "assistant", "content": "", "tool_calls": [call]},
             ]
             try:
-                (piece,) = self.pieces(messages, (), [1], ChatCounts())
+                (piece,) = self.pieces(messages, (), [1], Notes())
                 break
             except ChatProblem:
                 continue
@@ -92,7 +92,7 @@ class ChatWriter:
             return None
         return self.template.control_tokens.findall(piece.answer)[-1]
 
-    def messages(self, messages: Messages, counts: ChatCounts) -> list[Message]:
+    def messages(self, messages: Messages, notes: Notes) -> list[Message]:
         """As the template is given them: no null fields, no flags, arguments of calls as it wants them,
         thoughts where it looks for them."""
         plain = [_plain(message) for message in messages]
@@ -100,28 +100,26 @@ class ChatWriter:
         if not any(m["role"] == "assistant" and _BRACKET.search(m.get("content") or "") for m in plain):
             return written
         moved, num_moved = with_thoughts_in_field(written, self.thoughts)
-        counts.num_thoughts_moved += num_moved
+        notes[ChatNote.THOUGHT_MOVED] += num_moved
         return moved
 
     def render(self, messages: Messages, tools: Tools = (), *, prompt: bool = False) -> str:
         """The template's text of messages as rows have them."""
-        return self.template.render(self.messages(messages, ChatCounts()), tools, prompt=prompt)
+        return self.template.render(self.messages(messages, Notes()), tools, prompt=prompt)
 
-    def pieces(
-        self, messages: Messages, tools: Tools, trained: Sequence[int], counts: ChatCounts
-    ) -> list[Piece]:
+    def pieces(self, messages: Messages, tools: Tools, trained: Sequence[int], notes: Notes) -> list[Piece]:
         """The pieces of the answers `trained` (indices of messages), in order; an answer that nothing asks
-        for has none. What is lost on the way is added to `counts`.
+        for has none. What is lost on the way is added to `notes`.
 
         Raises ChatProblem for a conversation that the template refuses or of which it does not show a turn or
         a call.
         """
-        chat = _Conversation(self, messages, tools, counts)
+        chat = _Conversation(self, messages, tools, notes)
         return [chat.piece(turn) for turn in chat.checked_turns() if turn in trained and turn > 0]
 
-    def whole(self, messages: Messages, tools: Tools, counts: ChatCounts) -> Piece:
+    def whole(self, messages: Messages, tools: Tools, notes: Notes) -> Piece:
         """The whole conversation as one text to learn, its last answer with its end; the prompt is empty."""
-        chat = _Conversation(self, messages, tools, counts)
+        chat = _Conversation(self, messages, tools, notes)
         turns = list(chat.checked_turns())
         text = self.template.render(chat.messages, tools)
         if turns and turns[-1] == len(chat.messages) - 1 > 0:
@@ -134,9 +132,9 @@ class ChatWriter:
 class _Conversation:
     """One row's messages while they are taken apart."""
 
-    def __init__(self, writer: ChatWriter, messages: Messages, tools: Tools, counts: ChatCounts) -> None:
-        self.writer, self.template, self.counts = writer, writer.template, counts
-        self.messages = writer.messages(messages, counts)
+    def __init__(self, writer: ChatWriter, messages: Messages, tools: Tools, notes: Notes) -> None:
+        self.writer, self.template, self.notes = writer, writer.template, notes
+        self.messages = writer.messages(messages, notes)
         self.tools = tools
         self._shapes = [shape(message) for message in self.messages]
         self._tools_key = json.dumps(tools, sort_keys=True, default=str) if tools else ""
@@ -149,13 +147,13 @@ class _Conversation:
             if message["role"] != "assistant":
                 continue
             if turn == 0:
-                self.counts.num_answers_first += 1
+                self.notes[ChatNote.ANSWER_FIRST] += 1
             else:
                 self._check_shown(turn, previous)
             previous = turn
             yield turn
         if previous >= 0:
-            self.counts.num_messages_behind += len(self.messages) - 1 - previous
+            self.notes[ChatNote.UNANSWERED] += len(self.messages) - 1 - previous
 
     def piece(self, turn: int) -> Piece:
         history, message = self.messages[:turn], self.messages[turn]
@@ -189,12 +187,9 @@ class _Conversation:
         asks = self.writer.stops.asks
         token = control_token_at_end(self.template, tail, afters[-1], (), asks)
         if token is None:
-            self.counts.num_without_stop_token += 1
+            self.notes[ChatNote.NO_STOP_TOKEN] += 1
             return Piece(prompt, answer.rstrip(), adds_eos=True)
-        self.counts.note(
-            f"some answers end in {token!r}, which the chat template alone names: generation has to stop "
-            "there"
-        )
+        self.notes[ends_in(token)] += 1
         behind = tail if token in tail else afters[-1]
         return Piece(prompt, said + behind[: behind.index(token) + len(token)])
 
@@ -224,7 +219,7 @@ class _Conversation:
         start = next((start for start, end in spans if end > len(before)), None)
         if start is None or marked != text:
             raise ChatProblem(f"the chat template marks no text of message {turn + 1} as generated")
-        self.counts.num_by_marks += 1
+        self.notes[ChatNote.BY_MARKS] += 1
         return text[:start], Aligned(text[start:])
 
     def _first_text(self, turn: int, text: str) -> int:
@@ -308,23 +303,23 @@ class _Conversation:
                 "refuse). Give it one in 'reasoning_content', or set data.open_thought: close to train an "
                 "empty one"
             )
-        self.counts.num_thoughts_closed += aligned.thought == "closed"
-        self.counts.num_thoughts_filled += aligned.thought == "filled"
+        self.notes[ChatNote.THOUGHT_CLOSED] += aligned.thought == "closed"
+        self.notes[ChatNote.THOUGHT_FILLED] += aligned.thought == "filled"
 
     def _count_lost(self, turn: int, answer: str, thought_is_filled: bool) -> None:
         facts, message = self._facts(turn), self.messages[turn]
         for name in facts.fields:
             if name not in facts.shown and message[name].strip() not in answer:
-                self.counts.dropped[name] += 1
+                self.notes[lost(name)] += 1
         content = str(message.get("content") or "").strip()
         if "content" in facts.shown and content and not thought_is_filled:
-            self.counts.num_answers_rewritten += content not in answer
+            self.notes[ChatNote.REWRITTEN] += content not in answer
 
     def _count_tools(self, prompt: str) -> None:
         """Once a conversation: whether the first prompt names any of its tools."""
         if not self._tools_are_checked:
             names = [str(tool.get("function", tool).get("name", "")) for tool in self.tools]
-            self.counts.dropped["tools"] += not any(name and name in prompt for name in names)
+            self.notes[lost("tools")] += not any(name and name in prompt for name in names)
             self._tools_are_checked = True
 
 
