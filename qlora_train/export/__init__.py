@@ -33,7 +33,8 @@ def export(
     again), "original" into the checkpoint's own. dtype: "float16", "bfloat16" or "float32". Needs no GPU and,
     up to 1.1 GB per tensor, less than 1.2 GB of memory.
 
-    generation_config.json also lists the token that the chat template ends turns with. Raises
+    generation_config.json also lists the tokens that the chat template ends answers with; the template is the
+    recipe's `model.chat_template`, where it names one. Raises
     `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
     """
     run = Path(run)
@@ -67,7 +68,7 @@ def export(
 
         cached = cached_layers(folder, packing, resolve_dtype(model.compute_dtype, torch.device("cpu")))
     with cached or nullcontext():
-        return merge(
+        merged = merge(
             folder,
             run / "adapter",
             target,
@@ -76,3 +77,6 @@ def export(
             dtype=DTYPES[dtype],
             end_ids=end_ids,
         ).folder
+    if model.chat_template is not None:  # the one that training wrote conversations with
+        (merged / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
+    return merged

@@ -239,3 +239,14 @@ def test_marks_count_only_where_nothing_else_tells() -> None:
         ChatProblem, match=r"ends the prompt with '\(x\)'.*\{% generation %\}.*supervise: all"
     ):
         write(unmarked, CONVERSATIONS["two turns"])
+
+
+def test_a_template_may_ask_what_texts_say() -> None:
+    source = (
+        "{% if messages[0].content[:1] != 'Q' %}{{ raise_exception('no question') }}{% endif %}"
+        + TEMPLATES["plain"]
+    )
+    pieces, _ = write(source, CONVERSATIONS["two turns"])
+    assert [piece.answer for piece in pieces] == [ONE, TWO]
+    with pytest.raises(ChatProblem, match="no question"):
+        write(source, CONVERSATIONS["system"])

@@ -16,11 +16,11 @@ conversation alone (`turn_facts`), or on nothing (`stops`, `thoughts`), and is r
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from typing import Literal
 
 from qlora_train.data.chat.align import Aligned, CannotAlign, Turn, align
@@ -137,7 +137,6 @@ class _Conversation:
         self.messages = writer.messages(messages, notes)
         self.tools = tools
         self._shapes = [shape(message) for message in self.messages]
-        self._tools_key = json.dumps(tools, sort_keys=True, default=str) if tools else ""
         self._tools_are_checked = not tools
 
     def checked_turns(self) -> Iterator[int]:
@@ -248,9 +247,7 @@ class _Conversation:
 
     def _facts(self, turn: int) -> TurnFacts:
         history, message = self.messages[:turn], self.messages[turn]
-        return self.writer.shapes.turn(
-            history, self._shapes[: turn + 1], message, self.tools, self._tools_key
-        )
+        return self.writer.shapes.turn(history, self._shapes[: turn + 1], message, self.tools)
 
     def _after(self, turn: int, following: Message) -> str:
         history, message = self.messages[:turn], self.messages[turn]
@@ -334,9 +331,6 @@ def _plain(message: Message) -> Message:
 
 def _shared_end(answer: str, tail: str, template: ChatTemplate) -> str:
     """The tail where the answer ends in it, else the longest end of it that the answer has."""
-    if answer.endswith(tail):
-        return tail
-    longest = next(n for n in range(len(tail), -1, -1) if answer.endswith(tail[len(tail) - n :]))
-    end = tail[len(tail) - longest :]
-    at = template.at_edge(tail, len(tail) - longest)
-    return end if at == len(tail) - longest else ""
+    num_shared = len(commonprefix([answer[::-1], tail[::-1]]))
+    at = len(tail) - num_shared
+    return tail[at:] if template.at_edge(tail, at) == at else ""

@@ -86,19 +86,18 @@ class ShapeFacts:
         self._known: OrderedDict[tuple[object, ...], TurnFacts] = OrderedDict()
 
     def turn(
-        self,
-        history: Sequence[Message],
-        shapes: Sequence[str],
-        message: Message,
-        tools: Tools,
-        tools_key: str,
+        self, history: Sequence[Message], shapes: Sequence[str], message: Message, tools: Tools
     ) -> TurnFacts:
-        """Facts of `message` behind `history`. shapes: of the history and the message; tools_key: equal for
-        equal tools. Raises ChatProblem where the template takes no such conversation.
+        """Facts of `message` behind `history`. shapes: of the history and the message. Raises ChatProblem
+        where the template takes no such conversation.
         """
-        key = (*shapes, tools_key)
+        key = (*shapes, bool(tools))
         if (facts := self._known.get(key)) is None:
-            facts = self._known[key] = self._look(history, message, tools)
+            try:
+                facts = self._look(history, message, tools)
+            except ChatProblem:  # a template that asks what a text says
+                facts = self._look_behind(history, message, tools)
+            self._known[key] = facts
             if len(self._known) > _MAX_SHAPES:
                 self._known.popitem(last=False)
         return facts
@@ -133,6 +132,19 @@ class ShapeFacts:
             fields=tuple(fields),
             shown=frozenset(name for name, mark in fields.items() if is_shown(text, mark)),
             unseen=unseen,
+        )
+
+    def _look_behind(self, history: Sequence[Message], message: Message, tools: Tools) -> TurnFacts:
+        """What can be told with the history's own texts."""
+        said, fields = numbered(without_ids(message), count(2))
+        text = self.template.render([*history, said], tools)
+        return TurnFacts(
+            header=None,
+            between=None,
+            tail=_behind_last(text, list(fields.values())),
+            fields=tuple(fields),
+            shown=frozenset(name for name, mark in fields.items() if is_shown(text, mark)),
+            unseen=(),
         )
 
     def _look_after(
