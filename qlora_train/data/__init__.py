@@ -1,9 +1,10 @@
 """Rows -> messages -> tokens with a supervised mask -> packed bins, read in a resumable order.
 
 The story in files: `sources` finds and opens files and hub ids as `tables` of rows; `formats` says what a
-row's columns mean; `chat` renders conversations; `control_text` keeps quoted special tokens text;
-`tokenization` makes documents; `packing` fills bins with them; `dataset` hands out micro-batches; `report`
-counts what happened; `preview` shows it. Numpy only, no torch.
+row's columns mean; `chat` tells what an assistant must say behind which prompt; `control_text` keeps quoted
+special tokens text; `encoding` keeps prompt and answer apart; `chat_tokens` and `tokenization` make
+documents; `packing` fills bins with them; `dataset` hands out micro-batches; `report` counts what happened;
+`preview` shows it. Numpy only, no torch.
 """
 
 from __future__ import annotations

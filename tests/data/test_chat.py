@@ -63,10 +63,14 @@ def test_tools_and_options_reach_the_template() -> None:
     tools = [{"type": "function", "function": {"name": "look"}}]
     assert render(source) == "u:q<|end|>\na:a<|end|>\n"
     assert render(source, {"style": "s"}, tools=tools) == "look;su:q<|end|>\na:a<|end|>\n"
-    with pytest.raises(DataError, match="does not read 'stile'; did you mean 'style'"):
-        render(source, {"stile": "s"})
-    with pytest.raises(DataError, match="'messages' is not yours to set"):
-        render(source, {"messages": []})
+    with pytest.raises(DataError, match=r"does not read 'stile' \(did you mean 'style'\?\)"):
+        ChatFormat(make_tokenizer(source), (), options={"stile": "s"})
+    with pytest.raises(DataError, match="does not read 'messages'"):
+        ChatFormat(make_tokenizer(source), (), options={"messages": []})
+    both = make_tokenizer({"default": TURNS, "tool_use": source})
+    assert (
+        ChatFormat(both, (), options={"style": "s"}).writer(with_tools=True).render(EXCHANGE, tools)[5] == "s"
+    )
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,29 @@ def test_build_dataset_splits_a_share_and_joins_sources(
     assert build_dataset(section(first), tokenizer, seed=0)[1] is None
 
 
+def test_what_a_recipe_says_of_conversations_reaches_them(
+    tokenizer: Any, jsonl: Write, section: Section
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role[0] }} {{ m.content.split('(/t)')[-1] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>a {{ '(t)' if think else '' }}{% endif %}"
+    )
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}] * 2}
+    for keys, expected in (
+        ({}, ["x<|end|>x<|end|>"]),
+        ({"supervise": "last_turn"}, ["x<|end|>"]),
+        ({"chat_template_kwargs": {"think": True}}, ["(/t)\n\nx<|end|>"] * 2),
+    ):
+        data, _ = build_dataset(section(jsonl(row), **keys), tokenizer, seed=0, stop_ids=(3,))
+        assert [tokenizer.decode(d.token_ids[d.supervised]) for d in data.documents] == expected
+        assert ("make several texts" in "\n".join(data.report.lines())) == (len(expected) > 1)
+    keys = {"chat_template_kwargs": {"think": True}, "open_thought": "refuse"}
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*open_thought: refuse"):
+        build_dataset(section(jsonl(row), **keys), tokenizer, seed=0)
+    with pytest.raises(DataError, match="chat_template_kwargs is for conversations"):
+        build_dataset(section(jsonl({"text": "t"}), **keys), tokenizer, seed=0)
+
+
 def test_report_lines() -> None:
     counts = TokenCounts(
         num_rows=2000, num_documents=2001, num_tokens=8000, num_supervised=2000, num_overlong_rows=3,

@@ -15,6 +15,7 @@ report       what was counted on the way
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from qlora_train.data.chat.choice import choose_chat_template, said_choice, template_for
@@ -22,6 +23,7 @@ from qlora_train.data.chat.notes import ChatNote, Notes, lost
 from qlora_train.data.chat.pieces import ChatWriter, OpenThought, Piece
 from qlora_train.data.chat.stops import model_stop_texts
 from qlora_train.data.chat.template import ChatProblem, ChatTemplate
+from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,13 +52,15 @@ class ChatFormat:
         options: Mapping[str, Any] | None = None,
         open_thought: OpenThought = "close",
     ) -> None:
-        """Raises DataError where the tokenizer has no template, or one that does not read the options."""
+        """options: `data.chat_template_kwargs`. Raises DataError where the tokenizer has no template, and for
+        options that none of its templates reads."""
         self._tokenizer = tokenizer
         self._has_config = bool(stop_ids)
         self._named = model_stop_texts(tokenizer, stop_ids)
         self._settings = (options, open_thought)
         self._writers: dict[str, ChatWriter] = {}
-        self.writer(with_tools=False)
+        names = [self.writer(with_tools=tools).template.names_read for tools in (False, True)]
+        _check_options(options or {}, frozenset().union(*names))
 
     def writer(self, *, with_tools: bool) -> ChatWriter:
         source = template_for(self._tokenizer, with_tools=with_tools)
@@ -93,3 +97,14 @@ class ChatFormat:
                 "model's file into the base"
             )
         return lines
+
+
+def _check_options(options: Mapping[str, Any], names_read: frozenset[str]) -> None:
+    for name in options:
+        if name not in names_read:
+            guess = get_close_matches(name, sorted(names_read), 1)
+            hint = f" (did you mean {guess[0]!r}?)" if guess else ""
+            raise DataError(
+                f"data.chat_template_kwargs: the chat template does not read {name!r}{hint}, so it would "
+                "change nothing. Remove it."
+            )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +44,17 @@ class ChatProblem(Exception):
 
 
 class ChatTemplate:
-    """A template's source with everything a tokenizer hands to it. `stops` below are special tokens of the
-    tokenizer; `edges` are places inside which a text is never cut: its added tokens, and tags.
+    """A template's source with everything a tokenizer hands to it. `control_tokens` matches the tokenizer's
+    special tokens.
     """
 
     def __init__(
         self, source: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
     ) -> None:
-        """Raises DataError for a template that is none, and for options that it does not read."""
+        """options: `data.chat_template_kwargs`. Raises DataError for a template that is none."""
         self.source = source
         self._source_with_fixed_day = _with_fixed_day(source)
-        self._check_options(options or {})
+        self.names_read = self._names_read()
         self._variables = {"date_string": _FIXED_DATE, **tokenizer.special_tokens_map, **(options or {})}
         added = tokenizer.added_tokens_decoder
         special = {str(token.content) for token in added.values() if token.special}
@@ -74,6 +73,12 @@ class ChatTemplate:
     def render_marked(self, messages: Messages, tools: Tools = ()) -> tuple[str, list[Span]]:
         """The text, and the characters inside the template's `{% generation %}` blocks, in order."""
         return self._render(messages, tools, marks=True)
+
+    def _names_read(self) -> frozenset[str]:
+        """Variables that the template looks up, but those that rows fill."""
+        from jinja2 import meta
+
+        return frozenset(meta.find_undeclared_variables(self._tree)) - _HANDED_OVER
 
     @cached_property
     def has_marks(self) -> bool:
@@ -142,21 +147,6 @@ class ChatTemplate:
             raise DataError(
                 f"The chat template is no valid Jinja template: line {error.lineno}: {error.message}"
             ) from error
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        from jinja2 import meta
-
-        known = meta.find_undeclared_variables(self._tree)
-        for name in options:
-            if name in _HANDED_OVER:
-                raise DataError(f"data.chat_template_kwargs: {name!r} is not yours to set; the rows give it.")
-            if name not in known:
-                guess = get_close_matches(name, sorted(known - _HANDED_OVER), 1)
-                hint = f"; did you mean {guess[0]!r}?" if guess else ""
-                raise DataError(
-                    f"data.chat_template_kwargs: the chat template does not read {name!r}{hint} It would "
-                    "change nothing."
-                )
 
 
 @lru_cache(maxsize=16)
