@@ -68,6 +68,8 @@ def test_defaults_are_those_of_the_contract() -> None:
             "columns": {},
             "prompt_template": None,
             "supervise": "completions",
+            "open_thought": "close",
+            "chat_template_kwargs": {},
             "on_bad_row": "stop",
             "too_long": "cut",
             "sequence_length": 2048,
@@ -229,9 +231,7 @@ def test_values_out_of_type_or_range(key: str, value: Any, message: str) -> None
 
 
 NOT_YET = [
-    ("model__chat_template", "chatml", "D"),
     ("model__add_tokens", ["<tool>"], "D"),
-    ("data__supervise", "last_turn", "D"),
     ("training__early_stopping", 3, "E"),
     ("training__samples", ["Hello"], "D"),
 ]

@@ -3,13 +3,16 @@ cache), split, weigh, pack."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_train.data.chat import ChatFormat
 from qlora_train.data.dataset import PackedDataset
+from qlora_train.data.formats import CHAT_FORMATS
 from qlora_train.data.open_sources import OpenSources
 from qlora_train.data.reading_progress import reading_progress
 from qlora_train.data.report import Reading
@@ -35,10 +38,14 @@ class OpenData:
     evaluation: OpenSources | None
 
     @property
+    def formats(self) -> frozenset[str]:
+        """Of all sources."""
+        return self.train.formats | (self.evaluation.formats if self.evaluation else frozenset())
+
+    @property
     def section_with_format(self) -> DataSection:
         """The section with `format: auto` resolved, where all sources have one format."""
-        formats = self.train.formats | (self.evaluation.formats if self.evaluation else frozenset())
-        found = next(iter(formats)) if len(formats) == 1 else self.section.format
+        found = next(iter(self.formats)) if len(self.formats) == 1 else self.section.format
         return self.section.model_copy(update={"format": found})
 
 
@@ -54,26 +61,31 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
+    stop_ids: Sequence[int] = (),
     vocabulary_size: int | None = None,
     cache: Path | None = None,
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Reads, tokenises and packs `data.train` and `data.eval`: (train, eval or None).
 
     `data.eval` as a share is split off the training rows by content (see `split`); as sources it is read
-    with the same format and columns, and rows that are also in train are counted. vocabulary_size: rows of
-    the model's embedding, where it is known. cache: the folder that holds the token cache; None: nothing is
-    kept. Raises DataError for every kind of bad data.
+    with the same format and columns, and rows that are also in train are counted. stop_ids: what the model's
+    generation_config.json says ends an answer; empty where it has none. vocabulary_size: rows of the model's
+    embedding, where it is known. cache: the folder that holds the token cache; None: nothing is kept. Raises
+    DataError for every kind of bad data.
     """
     opened = data if isinstance(data, OpenData) else open_data(data)
     section = opened.section
+    chat_format = _chat_format(opened, tokenizer, stop_ids)
     row_tokenizer = RowTokenizer(
         tokenizer,
+        chat_format,
         sequence_length=section.sequence_length,
         supervise=section.supervise,
         too_long=section.too_long,
         vocabulary_size=vocabulary_size,
     )
-    rows = _rows_of(opened.train, row_tokenizer, section, cache)
+    settings = [vocabulary_size, list(stop_ids)]
+    rows = _rows_of(opened.train, row_tokenizer, section, settings, cache)
 
     def pack(
         rows: TokenizedRows, side: str, times: np.ndarray, reading: Reading, also: int = 0
@@ -95,29 +107,47 @@ def build_dataset(
     if isinstance(section.eval, float):
         is_eval = split_by_content(rows.row_keys, section.eval, seed)
     times = np.where(is_eval, 0, _times(rows, seed))
-    reading = replace(rows.facts.reading, remarks=(*rows.facts.reading.remarks, *_weights_in_words(rows)))
+    said = chat_format.remarks() if chat_format is not None else []
+    remarks = (*rows.facts.reading.remarks, *_weights_in_words(rows), *said)
+    reading = replace(rows.facts.reading, remarks=remarks)
     train = pack(rows, "train", times, reading)
     if isinstance(section.eval, float):
         return train, pack(rows, "eval", is_eval.astype(np.int64), Reading())
     if opened.evaluation is None:
         return train, None
-    others = _rows_of(opened.evaluation, row_tokenizer, section, cache)
+    others = _rows_of(opened.evaluation, row_tokenizer, section, settings, cache)
     once = np.ones(others.num_rows, dtype=np.int64)
     return train, pack(others, "eval", once, others.facts.reading, _num_also_in(rows, others))
 
 
+def _chat_format(
+    opened: OpenData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> ChatFormat | None:
+    """How conversations are written; None where there are none."""
+    section = opened.section
+    if not opened.formats.isdisjoint(CHAT_FORMATS):
+        return ChatFormat(
+            tokenizer, stop_ids, options=section.chat_template_kwargs, open_thought=section.open_thought
+        )
+    if section.chat_template_kwargs:
+        raise DataError(
+            "data.chat_template_kwargs is for conversations, and no row is one: remove it, or use the format "
+            "messages, sharegpt or alpaca."
+        )
+    return None
+
+
 def _rows_of(
-    sources: OpenSources, tokenizer: RowTokenizer, section: DataSection, cache: Path | None
+    sources: OpenSources, tokenizer: RowTokenizer, section: DataSection, settings: Any, cache: Path | None
 ) -> TokenizedRows:
+    """settings: what the tokens follow from besides the sources, the section and the tokenizer."""
     files = files_of(sources.tables) if cache is not None else None
     if cache is None or files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
         with reading_progress() as progress:
             rows = sources.tokenized(tokenizer, progress=progress)
         assert rows is not None, "no folder was given"
         return rows
-    name = fingerprint(
-        sources.tables, files, sources.weights, section, tokenizer.tokenizer, tokenizer.vocabulary_size
-    )
+    name = fingerprint(sources.tables, files, sources.weights, section, tokenizer.tokenizer, settings)
 
     def build(folder: Path) -> None:
         with reading_progress() as progress:

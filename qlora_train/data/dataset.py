@@ -115,7 +115,8 @@ class PackedDataset:
         rows = self.rows
         noted = self._times[rows.note_rows] > 0
         names = rows.facts.note_names
-        kinds, amounts = rows.note_kinds[noted], rows.note_amounts[noted]
+        kinds = rows.note_kinds[noted]
+        amounts = (rows.note_amounts * self._times[rows.note_rows])[noted]
         number = np.bincount(kinds, minlength=len(names)).tolist()
         total = np.bincount(kinds, weights=amounts, minlength=len(names)).astype(int).tolist()
         return DatasetReport(

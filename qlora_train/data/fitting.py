@@ -1,12 +1,14 @@
 """A text of tokens -> documents of at most sequence_length tokens, as `data.too_long` says.
 
-    cut      the beginning of the prompt goes first: what is between its head (BOS, system prompt, the role of
-             the question) and the answer's own header, from the left; where that is not enough, the end. Of a
-             conversation whose first answer fits with its prompt, only the end goes. A plain text, which has
-             no prompt, is cut into pieces, and nothing of it is lost
-    drop     the row is left out
+    cut      the beginning of the prompt goes first (of a conversation: of what was asked, so that system
+             prompt and headers stay); where that is not enough, the end. Of a conversation whose first answer
+             fits with its prompt, only the end goes
+    drop     the row is left out, which is not decided here
     split    consecutive pieces, each behind BOS or the token before it, so that every token is a target as
-             often as in the row: once. Conversations are split between exchanges before they come here
+             often as in the row: once. Plain texts, which have no prompt, are always split
+
+Conversations are cut and split between exchanges, where they have several, before they come here (see
+`long_chats`).
 
 Token 0 of a document is never supervised: nothing predicts it. What is cut is counted, by tokens.
 """
@@ -43,15 +45,14 @@ class Document:
 class Text:
     """A document that may be too long.
 
-    num_head: tokens at its beginning that a cut keeps. num_prompt: tokens before the first answer.
-    num_header: the last of these, which a cut keeps too. A text without a prompt has none of them.
+    num_prompt: tokens before the first answer. num_before: the first of these, which belong to the tokenizer
+    (BOS) and stay. cuttable: those that may be cut, int64, ascending; None: all others.
     """
 
     document: Document
     num_prompt: int = 0
-    num_head: int = 0
-    num_header: int = 0
-    is_plain: bool = False
+    num_before: int = 0
+    cuttable: np.ndarray | None = None
 
 
 def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Counter[str]) -> list[Document]:
@@ -59,11 +60,9 @@ def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Counter[str]
     document = text.document
     if len(document) <= sequence_length:
         return [document] if document.num_supervised else []
-    if too_long == "drop":
-        notes[Note.TOO_LONG] += len(document)
-        return []
-    if too_long == "split" or text.is_plain:
-        pieces = _split(document, sequence_length, has_head=text.num_head > 0)
+    assert too_long != "drop", "the row was left out"
+    if too_long == "split":
+        pieces = _split(document, sequence_length, has_head=text.num_before > 0)
         notes[Note.SPLIT] += len(pieces)
         return pieces
     return [kept for kept in [_cut(text, sequence_length, notes)] if kept.num_supervised]
@@ -72,16 +71,12 @@ def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Counter[str]
 def _cut(text: Text, sequence_length: int, notes: Counter[str]) -> Document:
     document = text.document
     excess = len(document) - sequence_length
-    first, num_header = text.num_head, text.num_header
-    if first + num_header > sequence_length // 2:  # too much to keep
-        first, num_header = min(first, 1), 0
-    spare = max(text.num_prompt - max(first + num_header, 1), 0)
+    spare = _places(text, sequence_length)
     num_answers = int(np.count_nonzero(np.diff(document.supervised.astype(np.int8)) == 1))
-    first_answer_end = _end_of_first_answer(document)
-    if excess > spare and num_answers > 1 and first_answer_end <= sequence_length:
-        spare = 0
-    from_prompt = min(excess, spare)
-    kept = np.r_[0:first, first + from_prompt : len(document)][:sequence_length]
+    if excess > len(spare) and num_answers > 1 and _end_of_first_answer(document) <= sequence_length:
+        spare = spare[:0]
+    from_prompt = min(excess, len(spare))
+    kept = np.delete(np.arange(len(document)), spare[:from_prompt])[:sequence_length]
     if from_prompt:
         notes[Note.PROMPT_CUT] += from_prompt
     if from_prompt < excess:
@@ -89,6 +84,15 @@ def _cut(text: Text, sequence_length: int, notes: Counter[str]) -> Document:
     supervised = document.supervised[kept]
     supervised[0] = False
     return Document(document.token_ids[kept], supervised)
+
+
+def _places(text: Text, sequence_length: int) -> np.ndarray:
+    """Tokens that a cut may take, the first ones first. One of the prompt always stays: the answer's first
+    token is predicted from it."""
+    places = text.cuttable
+    if places is None or text.num_prompt - len(places) > sequence_length // 2:  # too much to keep
+        places = np.arange(text.num_before, text.num_prompt)
+    return places if len(places) < text.num_prompt else places[:-1]
 
 
 def _end_of_first_answer(document: Document) -> int:

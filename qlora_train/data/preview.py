@@ -19,7 +19,7 @@ from qlora_train.data.building import build_dataset
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.fitting import Document
 from qlora_train.data.statistics import Lengths, length_advice, num_duplicates, packing_line, stop_tokens
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,9 +51,15 @@ def preview(
     for the tokenizer and DataError for the data, like training would.
     """
     console = console or Console(soft_wrap=True)
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    model = recipe.model
+    tokenizer = load_tokenizer(model.base, model.revision, model.chat_template)
     train, evaluation = build_dataset(
-        recipe.data, tokenizer, seed=recipe.training.seed, vocabulary_size=vocabulary_size, cache=cache
+        recipe.data,
+        tokenizer,
+        seed=recipe.training.seed,
+        stop_ids=read_stop_ids(model.base, model.revision),
+        vocabulary_size=vocabulary_size,
+        cache=cache,
     )
     for document, title in _first_rows(train, num_rows):
         console.print(Text(f"── {title}", style="bold"))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from qlora_train.data.chat import ChatNote
+
 
 class Note(StrEnum):
     """Something that happened to a row, with an amount. Notes of a row are kept with it, so that each side
@@ -17,9 +19,8 @@ class Note(StrEnum):
     SPLIT = "split"  # amount: documents
     TOO_LONG = "too long, dropped"  # amount: tokens
     UNSUPERVISED = "no supervised token"
-    ENDS_ONCE = "turns without an end token"
-    SAYS_CONTROL_TOKENS = "control tokens said"
-    QUOTES_CONTROL_TOKENS = "control tokens quoted"
+    SAYS_CONTROL_TOKENS = "hold the text of special tokens, read as these tokens"
+    QUOTES_CONTROL_TOKENS = "hold the text of special tokens, read as plain text"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class DatasetReport:
         mean = self.num_tokens / self.num_bins
         return f"{self.num_bins:,} bins of one document each (packing: false), {mean:,.0f} tokens on average"
 
+    def _more_tokens(self, note: str) -> str:
+        if note != ChatNote.SEVERAL_TEXTS:
+            return ""
+        return f": {self.num_tokens / (self.num_tokens - self.amounts[note]):.2f} times the tokens"
+
     def _note_lines(self) -> list[str]:
         rows, amounts = Counter(self.notes), Counter(self.amounts)
         lines = []
@@ -116,21 +122,18 @@ class DatasetReport:
                 f"{_rows(rows[Note.TOO_LONG])} longer than sequence_length left out "
                 f"({amounts[Note.TOO_LONG]:,} tokens)"
             )
-        known = {
-            Note.UNSUPERVISED: "without a supervised token left out",
-            Note.ENDS_ONCE: "of several answers, of which only the last one ends in EOS: the chat template "
-            "writes no end-of-turn token",
-            Note.QUOTES_CONTROL_TOKENS: "hold the text of special tokens, read as plain text",
-            Note.SAYS_CONTROL_TOKENS: "hold the text of special tokens, read as these tokens",
-        }
-        lines += [f"{_rows(rows[note])} {what}" for note, what in known.items() if rows[note]]
-        others = sorted(set(rows) - set(Note))
-        lines += [f"{_rows(rows[note])} {note}" for note in others]
+        if rows[Note.UNSUPERVISED]:
+            lines.append(f"{_rows(rows[Note.UNSUPERVISED])} without a supervised token left out")
+        others = sorted(note for note in rows if rows[note] and note not in _SAID_TOGETHER)
+        lines += [f"{_rows(rows[note])} {note}{self._more_tokens(note)}" for note in others]
         if self.num_rows_also_in_train:
             lines.append(
                 f"{self.num_rows_also_in_train:,} evaluation rows are also training rows, word for word"
             )
         return lines
+
+
+_SAID_TOGETHER = frozenset({Note.PROMPT_CUT, Note.ANSWER_CUT, Note.SPLIT, Note.TOO_LONG, Note.UNSUPERVISED})
 
 
 def _rows(number: int) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_train.data.prompts import answer_end_ids
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.prompts import stop_token_ids
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.description import CPU
 from qlora_train.device.system import require_unix
 from qlora_train.errors import ExportError, NotYetError, RunFolderError
@@ -35,7 +35,8 @@ def export(
     again), "original" into the checkpoint's own. dtype: "float16", "bfloat16" or "float32". Needs no GPU and,
     up to 1.1 GB per tensor, less than 1.2 GB of memory.
 
-    generation_config.json also lists the token that the chat template ends turns with. Raises
+    generation_config.json also lists the tokens that the chat template ends answers with; the template is the
+    recipe's `model.chat_template`, where it names one. Raises
     `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
     """
     require_unix("export")
@@ -56,10 +57,12 @@ def export(
             )
     target = Path(out) if out is not None else run / "merged"
     require_new_folder(target)  # before the cache is read through
-    model = load_recipe(run / "recipe.yaml").model
+    recipe = load_recipe(run / "recipe.yaml")
+    model = recipe.model
     folder = resolve_base(model.base, model.revision)[0]
     packing = Packing(model.quantization, model.double_quant) if base == "dequantized" else None
-    end_ids = answer_end_ids(load_tokenizer(str(folder)))
+    tokenizer = load_tokenizer(str(folder), None, model.chat_template)
+    end_ids = stop_token_ids(tokenizer, read_stop_ids(str(folder)), recipe.data)
     cached = None
     if packing is not None and packing.format != "none":
         from qlora_train.export.packed_layers import (
@@ -68,7 +71,7 @@ def export(
 
         cached = cached_layers(folder, packing, resolve_dtype(model.compute_dtype, CPU))
     with cached or nullcontext():
-        return merge(
+        merged = merge(
             folder,
             run / "adapter",
             target,
@@ -77,3 +80,6 @@ def export(
             dtype=DTYPES[dtype],
             end_ids=end_ids,
         ).folder
+    if model.chat_template is not None:  # the one that training wrote conversations with
+        (merged / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
+    return merged

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.prompts import answer_end_ids, encode_prompt, encode_raw
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.prompts import encode_prompt, encode_raw, stop_token_ids
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.settings import apply_settings
 from qlora_train.errors import RunFolderError
@@ -126,7 +126,8 @@ class ModelSource:
             self._attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
         self.device.release_cached()  # what loading took would stay beside other sizes
-        return LoadedModel(decoder, self.tokenizer, self.data, _stop_ids(self.folder, self.tokenizer), plan)
+        stop_ids = stop_token_ids(self.tokenizer, read_stop_ids(str(self.folder)), self.data)
+        return LoadedModel(decoder, self.tokenizer, self.data, frozenset(stop_ids), plan)
 
     def _workload(self) -> Workload:
         shape, target = find_shape(str(self.folder)), self.device.description
@@ -179,7 +180,7 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: 
         Packing(model.quantization, model.double_quant),
         dtype,
         device,
-        load_tokenizer(str(folder)),
+        load_tokenizer(str(folder), None, recipe.model.chat_template),
         recipe.model_copy(update={"model": model}),
         run / "adapter" if with_adapter else None,
     )
@@ -204,13 +205,3 @@ def _stored_packing(folder: Path) -> Packing:
         form: Literal["nf4", "fp4"] = "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
         return Packing(form, bool(stored.get("bnb_4bit_use_double_quant")))
     return Packing("none")
-
-
-def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends an answer by the tokenizer, its chat template and generation_config.json."""
-    ids: set[int | None] = set(answer_end_ids(tokenizer))
-    file = folder / "generation_config.json"
-    if file.is_file():
-        listed = json.loads(file.read_text()).get("eos_token_id")
-        ids |= set(listed) if isinstance(listed, list) else {listed}
-    return frozenset(int(token) for token in ids if token is not None)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.building import OpenData, build_dataset
 from qlora_train.data.dataset import PackedDataset
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.description import DeviceDescription
 from qlora_train.device.settings import apply_settings, make_deterministic
@@ -120,13 +120,14 @@ def prepare(
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
-    tokenizer = load_tokenizer(str(folder), None)
+    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
     cache = cache_root() if use_cache else None
     with accelerator.main_process_first():  # one rank tokenises what is kept, the others map it
         train_data, eval_data = build_dataset(
             data,
             tokenizer,
             seed=recipe.training.seed,
+            stop_ids=read_stop_ids(str(folder)),
             vocabulary_size=config.vocab_size,
             cache=cache,
         )

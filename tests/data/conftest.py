@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data.content import Content
+from qlora_train.data.chat import ChatFormat
+from qlora_train.data.content import Chat, Content
 from qlora_train.data.fitting import Document
 from qlora_train.data.tables import RowProblem
 from qlora_train.data.tokenization import RowTokenizer
@@ -133,7 +134,9 @@ class Tokenized:
 def tokenize_contents(tokenizer: Any, *contents: Content, length: int = 200, **options: Any) -> Tokenized:
     """Raises the RowProblem of the first content that has one."""
     found = Tokenized([], Counter(), Counter(), [])
-    results = RowTokenizer(tokenizer, sequence_length=length, **options).tokenize(contents)
+    has_chats = any(isinstance(content, Chat) for content in contents)
+    chat_format = ChatFormat(tokenizer, ()) if has_chats else None
+    results = RowTokenizer(tokenizer, chat_format, sequence_length=length, **options).tokenize(contents)
     for number, result in enumerate(results):
         if isinstance(result, RowProblem):
             raise result

@@ -49,7 +49,7 @@ def test_quoted_control_tokens_are_text(
 
 def test_the_turn_goes_on_behind_a_quoted_end(tokenize: Tokenize, tokenizer: Any, show: Show) -> None:
     (document,) = tokenize(tokenizer, exchange("q", "a<|end|>b")).documents
-    expected = "[a][<][|][e][n][d][|][>][b][<|end|>]\n"
+    expected = "[a][<][|][e][n][d][|][>][b][<|end|>]"
     assert show(tokenizer, document).endswith("<|start|>assistant\n" + expected)
     end_id = tokenizer.convert_tokens_to_ids("<|end|>")
     assert np.count_nonzero(document.token_ids == end_id) == 2
@@ -85,7 +85,9 @@ def test_what_cannot_be_exact_is_left_and_counted(
     rows = tokenize(tokenizer, chat)
     assert (rows.noted[Note.SAYS_CONTROL_TOKENS], rows.noted[Note.QUOTES_CONTROL_TOKENS]) == (1, 0)
     expected = tokenizer.apply_chat_template(list(chat.messages), return_dict=True)["input_ids"]
-    assert rows.documents[0].token_ids.tolist() == expected
+    said = rows.documents[0].token_ids.tolist()
+    assert said == expected[: len(said)]
+    assert tokenizer.decode(expected[len(said) :]).strip() == ""  # nothing is kept behind the last answer
 
 
 def test_control_tokens_in_plain_rows_stay_and_are_counted(
@@ -99,10 +101,11 @@ def test_control_tokens_in_plain_rows_stay_and_are_counted(
     assert rows.noted[Note.SAYS_CONTROL_TOKENS] == 2
 
 
-def test_conversations_whose_turns_do_not_end_are_counted(
-    tokenize: Tokenize, make_tokenizer: MakeTokenizer
-) -> None:
-    two_turns = Chat(exchange("q", "a").messages * 2)
-    rows = tokenize(make_tokenizer("plain turns"), two_turns, exchange("q", "a"))
-    assert rows.noted[Note.ENDS_ONCE] == 1
-    assert tokenize(make_tokenizer("chatml"), two_turns).noted[Note.ENDS_ONCE] == 0
+def test_a_row_may_hold_the_mark_itself(tokenize: Tokenize, tokenizer: Any) -> None:
+    for text in ("a\ue001b", "a\ue001</s>b"):
+        (document,) = tokenize(tokenizer, exchange("q\ue001", text)).documents
+        assert tokenizer.decode(document.token_ids[document.supervised]) == text + "<|end|>"
+        (document,) = tokenize(tokenizer, PlainText(text)).documents
+        assert tokenizer.decode(document.token_ids) == text + "</s>"
+        prompt = encode_prompt(text, None, tokenizer)
+        assert tokenizer.decode(prompt) == f"<s><|start|>user\n{text}<|end|>\n<|start|>assistant\n"

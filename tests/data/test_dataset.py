@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_train.data.building import build_dataset
+from qlora_train.data.chat import ChatNote, lost
 from qlora_train.data.content import PlainText, content_key
 from qlora_train.data.dataset import PackedDataset, epoch_order, row_size
 from qlora_train.data.fitting import Document
@@ -205,10 +206,35 @@ def test_build_dataset_splits_a_share_and_joins_sources(
     assert build_dataset(section(first), tokenizer, seed=0)[1] is None
 
 
+def test_what_a_recipe_says_of_conversations_reaches_them(
+    tokenizer: Any, jsonl: Write, section: Section
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role[0] }} {{ m.content.split('(/t)')[-1] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>a {{ '(t)' if think else '' }}{% endif %}"
+    )
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}] * 2}
+    for keys, expected in (
+        ({}, ["x<|end|>x<|end|>"]),
+        ({"supervise": "last_turn"}, ["x<|end|>"]),
+        ({"chat_template_kwargs": {"think": True}}, ["(/t)\n\nx<|end|>"] * 2),
+    ):
+        data, _ = build_dataset(section(jsonl(row), **keys), tokenizer, seed=0, stop_ids=(3,))
+        assert [tokenizer.decode(d.token_ids[d.supervised]) for d in data.documents] == expected
+        assert ("make several texts" in "\n".join(data.report.lines())) == (len(expected) > 1)
+    keys = {"chat_template_kwargs": {"think": True}, "open_thought": "refuse"}
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*open_thought: refuse"):
+        build_dataset(section(jsonl(row), **keys), tokenizer, seed=0)
+    with pytest.raises(DataError, match="chat_template_kwargs is for conversations"):
+        build_dataset(section(jsonl({"text": "t"}), **keys), tokenizer, seed=0)
+
+
 def test_report_lines() -> None:
     notes = {Note.PROMPT_CUT: 2, Note.ANSWER_CUT: 1, Note.SPLIT: 1, Note.TOO_LONG: 3, Note.UNSUPERVISED: 4}
-    notes |= {Note.ENDS_ONCE: 5, Note.SAYS_CONTROL_TOKENS: 6, Note.QUOTES_CONTROL_TOKENS: 1, "are odd": 8}
+    notes |= {Note.SAYS_CONTROL_TOKENS: 6, Note.QUOTES_CONTROL_TOKENS: 1, "are odd": 8}
+    notes |= {ChatNote.SEVERAL_TEXTS: 10, lost("name"): 1}
     amounts = {Note.PROMPT_CUT: 10, Note.ANSWER_CUT: 70, Note.SPLIT: 3, Note.TOO_LONG: 900}
+    amounts |= {ChatNote.SEVERAL_TEXTS: 2000}
     reading = Reading(2, 1, 3, ("a line 1: x",), ("id", "url"), ("a.csv: fields separated by tabs",))
     report = DatasetReport(2000, 2001, 8000, 2000, 10, 1000, True, notes, amounts, reading, 9)
     assert report.lines() == [
@@ -225,11 +251,11 @@ def test_report_lines() -> None:
         "(80 tokens, 1.0% of all); 1 split into 3 documents",
         "3 rows longer than sequence_length left out (900 tokens)",
         "4 rows without a supervised token left out",
-        "5 rows of several answers, of which only the last one ends in EOS: the chat template "
-        "writes no end-of-turn token",
+        "8 rows are odd",
         "1 row hold the text of special tokens, read as plain text",
         "6 rows hold the text of special tokens, read as these tokens",
-        "8 rows are odd",
+        "1 row lose 'name': the chat template does not show it",
+        f"10 rows {ChatNote.SEVERAL_TEXTS}: 1.33 times the tokens",
         "9 evaluation rows are also training rows, word for word",
     ]
     one_each = DatasetReport(3, 3, 300, 30, 3, 1000, packing=False)

@@ -29,7 +29,7 @@ def shown(tmp_path: Path, tokenizer: Any) -> Callable[..., list[str]]:
 
     def show(data: DataSection, num_rows: int = 2, **options: Any) -> list[str]:
         recipe = SimpleNamespace(
-            model=SimpleNamespace(base=str(tmp_path / "base"), revision=None),
+            model=SimpleNamespace(base=str(tmp_path / "base"), revision=None, chat_template=None),
             data=data,
             training=SimpleNamespace(seed=0),
         )

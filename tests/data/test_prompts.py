@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_train.data import build_dataset, encode_prompt, load_tokenizer
-from qlora_train.data.prompts import answer_end_ids, encode_raw, format_of
+from qlora_train.data.building import open_data
+from qlora_train.data.prompts import encode_raw, stop_token_ids
 from qlora_train.errors import BaseModelError, DataError
 from qlora_train.recipe import DataSection
 
@@ -65,11 +66,9 @@ def test_raw_prompts_have_one_bos_where_the_tokenizer_adds_it(make_tokenizer: Ma
 
 def test_an_answer_ends_with_eos_or_the_turn_end_of_the_template(make_tokenizer: MakeTokenizer) -> None:
     chatml = make_tokenizer()
-    assert chatml.convert_ids_to_tokens(answer_end_ids(chatml)) == ["</s>", "<|end|>"]
+    assert chatml.convert_ids_to_tokens(list(stop_token_ids(chatml, ()))) == ["</s>", "<|end|>"]
     for template in ("plain turns", "none"):
-        assert answer_end_ids(make_tokenizer(template)) == (chatml.eos_token_id,)
-    chatml.chat_template = "{{ raise_exception('tools only') }}"
-    assert answer_end_ids(chatml) == (chatml.eos_token_id,)
+        assert stop_token_ids(make_tokenizer(template), ()) == (chatml.eos_token_id,)
 
 
 def test_prompts_for_a_template_of_several_columns(section: Section, tokenizer: Any) -> None:
@@ -98,7 +97,7 @@ def test_sources_of_several_formats_stay_auto(jsonl: Write, section: Section, to
         ([chat], None, "messages"),
     ):
         data = section(sources, eval=eval_sources)
-        assert format_of(data) == found
+        assert open_data(data).section_with_format.format == found
     mixed = section([text, chat, pair])
     (*_, answer) = (d for d in build_dataset(mixed, tokenizer, seed=0)[0].documents if len(d) > 10)
     prompt = encode_prompt("hi", mixed, tokenizer)
