@@ -47,6 +47,9 @@ NOT_YET = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong usage exits with 2 through argparse."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = _parser()
     args, leftovers = parser.parse_known_args(argv)
     if args.command in NOT_YET:
@@ -117,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train LoRA factors as a recipe says", run=_train)
     _add_recipe(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    train.add_argument("--no-cache", action="store_true", help="do not keep the packed base for later starts")
+    train.add_argument("--no-cache", action="store_true", help="keep no packed base and no tokens")
 
     plan = command("plan", "show what fits where, before anything is loaded", run=_plan)
     _add_recipe(plan)
@@ -127,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     preview = command("preview", "print the tokens the model will see, supervised ones marked", run=_preview)
     _add_recipe(preview)
     preview.add_argument("-n", "--num-rows", type=count, default=3, metavar="N", help="rows (default: 3)")
+    preview.add_argument("--no-cache", action="store_true", help="do not keep the tokens for training")
 
     generate = command("generate", "answer prompts with a run or a merged model", run=_generate)
     generate.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
@@ -253,8 +257,21 @@ def _plan(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     from qlora_train.data.preview import preview
+    from qlora_train.memory.cache_key import cache_root
+    from qlora_train.memory.plan.model_shape import find_shape
+    from qlora_train.memory.plan.report import positions_line
 
-    preview(recipe, args.num_rows)
+    try:
+        shape = find_shape(recipe.model.base, recipe.model.revision)
+    except UserError:  # a model that cannot be trained has a tokenizer all the same
+        shape = None
+    preview(
+        recipe,
+        args.num_rows,
+        vocabulary_size=shape.vocabulary if shape else None,
+        cache=None if args.no_cache else cache_root(),
+        remarks=positions_line(recipe.data.sequence_length, shape.max_positions) if shape else (),
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:

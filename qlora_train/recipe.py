@@ -14,10 +14,10 @@ A recipe is read in four steps, and every problem of every step is reported at o
 
 `null` for a whole section means its defaults, and so does `double_quant: null`.
 
-Relative paths of what is read (`model.base`, `lora.init_from`, `data.train`, `data.eval`) are looked for
-beside the recipe file, then in the current folder, then among the bundled recipes (`quickstart/base`); what
-is found becomes absolute, what is not is kept, as it may be a hub id. `training.output_dir` is relative to
-the folder the command runs in. `~` is the home folder in all of them.
+Relative paths of what is read (`model.base`, `model.chat_template`, `lora.init_from`, `data.train`,
+`data.eval`) are looked for beside the recipe file, then in the current folder, then among the bundled
+recipes (`quickstart/base`); what is found becomes absolute, what is not is kept, as it may be a hub id.
+`training.output_dir` is relative to the folder the command runs in. `~` is the home folder in all of them.
 
 This module imports no torch: `qlora-train --help` answers at once.
 """
@@ -155,7 +155,7 @@ class ModelSection(_Section):
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     double_quant: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    chat_template: Annotated[Text | None, _not_yet("D")] = None
+    chat_template: Text | None = None
     add_tokens: Annotated[Texts, _not_yet("D")] = ()
 
 
@@ -171,11 +171,12 @@ class LoraSection(_Section):
 
 
 class DataSource(_Section):
-    """A file, a folder or a hub id; `split` names a split of the latter two."""
+    """A file, a folder or a hub id; `split` names a split of the latter two. `weight`: how often each row
+    is seen in an epoch (2: twice; 0.5: half of the rows, chosen once by the seed)."""
 
     path: PathText
     split: Text | None = None
-    weight: Annotated[Positive | None, _not_yet("D")] = None
+    weight: Annotated[Positive, BeforeValidator(lambda value: 1.0 if value is None else value)] = 1.0
 
 
 Sources = Annotated[
@@ -195,15 +196,14 @@ class DataSection(_Section):
         ]
         | None
     ) = None
-    format: Annotated[
-        Literal["auto", "messages", "alpaca", "prompt_completion", "text", "sharegpt"],
-        _not_yet("D", "sharegpt"),
-    ] = "auto"
-    columns: dict[str, Text] = Field(default_factory=dict)
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    columns: dict[str, Text | None] = Field(default_factory=dict)
     prompt_template: Text | None = None
-    supervise: Annotated[Literal["completions", "last_turn", "all"], _not_yet("D", "last_turn")] = (
-        "completions"
-    )
+    supervise: Literal["completions", "last_turn", "all"] = "completions"
+    open_thought: Literal["close", "refuse"] = "close"
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    too_long: Literal["cut", "drop", "split"] = "cut"
     sequence_length: Annotated[int, Field(ge=2)] = 2048
     packing: bool = True
 

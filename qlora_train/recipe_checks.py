@@ -16,12 +16,15 @@ from qlora_train.recipe_yaml import KeyPath, nearest
 
 FOUR_BIT = ("nf4", "fp4")
 COLUMN_ROLES = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages", "prompt", "completion", "system", "tools", "functions", "label"),
+    "sharegpt": ("conversations", "system", "tools", "functions", "label"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools", "functions", "label"),
+    "prompt_completion": ("prompt", "completion", "label"),
     "text": ("text",),
 }
 """The names on the left of `data.columns`, per format: what a row can be mapped to."""
+OPTIONAL_ROLES = frozenset({"input", "system", "history", "tools", "functions", "label"})
+"""Read where a table has them, unless they are mapped to null."""
 
 
 _SIZE_UNITS = {"B": 1} | {
@@ -79,6 +82,9 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         yield ("training", "epochs"), "epochs and max_steps are both null: write one of them"
     if training.get("eval_every") is not None and data.get("eval") is None:
         yield ("training", "eval_every"), "there is nothing to evaluate: write data.eval too"
+    for i, source in enumerate(data["eval"] if isinstance(data.get("eval"), list) else []):
+        if isinstance(source, dict) and source.get("weight") not in (None, 1, 1.0):
+            yield ("data", "eval", i, "weight"), "weights are for training; evaluation sees each row once"
     format_name = data.get("format", "auto")
     template = data.get("prompt_template")
     if template is not None and format_name not in ("auto", "prompt_completion"):
@@ -86,14 +92,15 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(template, str):
         yield from ((("data", "prompt_template"), message) for message in _template_problems(template))
     columns = data.get("columns")
-    roles = (
-        COLUMN_ROLES.get(format_name, sum(COLUMN_ROLES.values(), ())) if isinstance(format_name, str) else ()
-    )
+    every_role = tuple(dict.fromkeys(sum(COLUMN_ROLES.values(), ())))
+    roles = COLUMN_ROLES.get(format_name, every_role) if isinstance(format_name, str) else ()
     if isinstance(columns, dict) and roles:
         for role in columns:
             if role not in roles:
                 guess = nearest(str(role), roles)
                 yield ("data", "columns", role), f"format {format_name} has {', '.join(roles)}" + guess
+            elif columns[role] is None and role not in OPTIONAL_ROLES:
+                yield ("data", "columns", role), "null (not read) is only for roles that are optional"
 
 
 def _template_problems(template: str) -> Iterator[str]:

@@ -26,10 +26,13 @@ Place = tuple[int, str]  # (order in the report, text): (12, "recipe.yaml:12")
 
 READ_PATHS: tuple[KeyPath, ...] = (
     ("model", "base"),
+    ("model", "chat_template"),
     ("lora", "init_from"),
     ("data", "train"),
     ("data", "eval"),
 )
+# Names that come with the program, whatever lies beside the recipe; a file has a suffix or a folder.
+_NAME_OR_FILE: tuple[KeyPath, ...] = (("model", "chat_template"),)
 _INSTEAD_OF: dict[KeyPath, KeyPath] = {
     ("training", "max_steps"): ("training", "epochs"),
     ("training", "epochs"): ("training", "max_steps"),
@@ -111,7 +114,7 @@ class Draft:
         rival = _INSTEAD_OF.get(path)
         if rival is not None and rival not in written and value is not None:
             self._holder(rival).pop(rival[-1], None)
-        self._holder(path)[path[-1]] = _anchored(value, folders) if path in READ_PATHS else value
+        self._holder(path)[path[-1]] = _anchored(value, folders, path) if path in READ_PATHS else value
 
     def report(self) -> list[str]:
         """The problems as `place: key: message`, in the order of the file, overrides last."""
@@ -146,7 +149,7 @@ class Draft:
         for section, key in READ_PATHS:
             values = self.values.get(str(section))
             if isinstance(values, dict) and key in values:
-                values[key] = _anchored(values[key], folders)
+                values[key] = _anchored(values[key], folders, (section, key))
 
     def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Place]) -> Any:
         """Plain values of a node, noting the place of every key and each duplicate."""
@@ -223,13 +226,15 @@ def _compose(text: str) -> Node | None:
 _CONSTRUCTOR = YAML(typ="safe", pure=True).constructor
 
 
-def _anchored(value: Any, folders: Sequence[Path]) -> Any:
+def _anchored(value: Any, folders: Sequence[Path], path: KeyPath) -> Any:
     """A path, or the paths of data sources, made absolute where something is found in `folders`."""
     if isinstance(value, list | tuple):
-        return [_anchored(item, folders) for item in value]
+        return [_anchored(item, folders, path) for item in value]
     if isinstance(value, dict):
-        return {key: _anchored(item, folders) if key == "path" else item for key, item in value.items()}
+        return {key: _anchored(item, folders, path) if key == "path" else item for key, item in value.items()}
     if not isinstance(value, str) or not value:
+        return value
+    if path in _NAME_OR_FILE and not any(mark in value for mark in "./\\"):
         return value
     try:
         wanted = Path(value).expanduser()

@@ -63,12 +63,16 @@ def test_defaults_are_those_of_the_contract() -> None:
             "init_from": None,
         },
         "data": {
-            "train": [{"path": "org/rows", "split": None, "weight": None}],
+            "train": [{"path": "org/rows", "split": None, "weight": 1.0}],
             "eval": None,
             "format": "auto",
             "columns": {},
             "prompt_template": None,
             "supervise": "completions",
+            "open_thought": "close",
+            "chat_template_kwargs": {},
+            "on_bad_row": "stop",
+            "too_long": "cut",
             "sequence_length": 2048,
             "packing": True,
         },
@@ -107,6 +111,8 @@ def test_defaults_are_those_of_the_contract() -> None:
         with_keys(model__quantization="int8", training__max_steps=5, training__learning_rate=1e-5),
         with_keys(data__eval=0.02, data__prompt_template='#: "{mr}"\n\n é {{x}}\t', training__eval_every=2),
         with_keys(data__columns={"prompt": "1e-5", "completion": "null"}, training__output_dir="0x10"),
+        with_keys(data__columns={"label": None}, data__on_bad_row="skip", data__too_long="split"),
+        with_keys(data__train=[{"path": "a", "weight": 0.5}, {"path": "b", "weight": 2}]),
         with_keys(data__eval=[{"path": "a", "split": "test"}], lora__target_modules=["q_proj", "v_proj"]),
         with_keys(model__double_quant=False, training__deterministic=True, training__epochs=0.25),
         with_keys(memory__weights="resident", training__report_to=["tensorboard", "wandb"]),
@@ -194,6 +200,9 @@ trainig: {}
         ("data__eval", 0.0, "must be greater than 0, got 0.0"),
         ("data__eval", 1, "must be less than 1, got 1"),
         ("data__columns", "mr", "must be a mapping, got 'mr'"),
+        ("data__on_bad_row", "ignore", "must be one of stop or skip, got 'ignore'"),
+        ("data__too_long", "trim", "must be one of cut, drop or split, got 'trim'"),
+        ("data__train", [{"path": "a", "weight": 0}], "must be greater than 0, got 0"),
         ("data__packing", "yes", "must be true or false, got 'yes'"),
         ("data__sequence_length", 1, "must be 2 or more, got 1"),
         ("training__seed", -1, "must be 0 or more, got -1"),
@@ -223,11 +232,7 @@ def test_values_out_of_type_or_range(key: str, value: Any, message: str) -> None
 
 
 NOT_YET = [
-    ("model__chat_template", "chatml", "D"),
     ("model__add_tokens", ["<tool>"], "D"),
-    ("data__train", [{"path": "a", "weight": 2.0}], "D"),
-    ("data__format", "sharegpt", "D"),
-    ("data__supervise", "last_turn", "D"),
     ("training__early_stopping", 3, "E"),
     ("training__samples", ["Hello"], "D"),
 ]
@@ -273,7 +278,16 @@ def test_keys_of_later_parts_are_refused(key: str, value: Any, part: str) -> Non
         ),
         (
             {"data__columns": {"promt": "q"}, "data__format": "prompt_completion"},
-            "data.columns.promt: format prompt_completion has prompt, completion; did you mean prompt?",
+            "data.columns.promt: format prompt_completion has prompt, completion, label; "
+            "did you mean prompt?",
+        ),
+        (
+            {"data__columns": {"prompt": None}},
+            "data.columns.prompt: null (not read) is only for roles that are optional",
+        ),
+        (
+            {"data__eval": [{"path": "a", "weight": 2.0}]},
+            "data.eval[0].weight: weights are for training; evaluation sees each row once",
         ),
         (
             {"data__prompt_template": "Hi"},

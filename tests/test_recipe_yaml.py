@@ -122,10 +122,17 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             (folder / name).touch()
     monkeypatch.chdir(here)
     monkeypatch.setattr(recipe_module, "bundled_recipes_dir", lambda: bundled)
-    text = "model: {base: a}\nlora: {init_from: d}\ndata: {train: [b, {path: c}], eval: org/e}\n"
+    (bundled / "e.jinja").touch()
+    (bundled / "plain").touch()
+    text = (
+        "model: {base: a, chat_template: e.jinja}\nlora: {init_from: d}\n"
+        "data: {train: [b, {path: c}], eval: org/e}\n"
+    )
     recipe = loaded(text + "training: {output_dir: a}\n", beside, ("model.base=b",))
     assert recipe.model.base == str(here / "b")  # an override is written where the command runs
     assert recipe.lora.init_from == str(bundled / "d")
+    assert recipe.model.chat_template == str(bundled / "e.jinja")
+    assert loaded(text, beside, ("model.chat_template=plain",)).model.chat_template == "plain"
     assert [source.path for source in recipe.data.train] == [str(beside / "b"), str(here / "c")]
     assert recipe.data.eval == (DataSource(path="org/e"),)
     assert recipe.training.output_dir == "a"

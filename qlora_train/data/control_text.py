@@ -17,13 +17,10 @@ tokenised as it is and counted.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qlora_train.data.chat import render
-from qlora_train.data.formats import Chat
 from qlora_train.data.tokenizer import special_token_ids
 
 if TYPE_CHECKING:
@@ -59,29 +56,23 @@ class ControlText:
             return any(map(self.is_in, value))
         return isinstance(value, str) and self._pattern.search(value) is not None
 
-    def marked(self, chat: Chat, *, generation_prompt: bool = False) -> Chat | None:
-        """The conversation with marks in it. None where the template renders it differently because of
-        them.
-        """
-        plain = render(self._tokenizer, chat, generation_prompt=generation_prompt)
-        marked = replace(chat, messages=self._mark(chat.messages), tools=self._mark(chat.tools))
-        rendered = render(self._tokenizer, marked, generation_prompt=generation_prompt)
-        return marked if _MARK not in plain and without_marks(rendered) == plain else None
-
-    def _mark(self, value: Any) -> Any:
+    def mark(self, value: Any) -> Any:
+        """A text, or all texts inside lists and objects, with marks."""
         if isinstance(value, str):
             return self._pattern.sub(lambda found: found[0][0] + _MARK + found[0][1:], value)
         if isinstance(value, dict):
-            return {key: self._mark(item) for key, item in value.items()}
-        return type(value)(map(self._mark, value)) if isinstance(value, list | tuple) else value
+            return {key: self.mark(item) for key, item in value.items()}
+        return type(value)(map(self.mark, value)) if isinstance(value, list | tuple) else value
+
+    def is_marked(self, text: str) -> bool:
+        return _MARK in text
 
     def encode(self, marked_text: str) -> Encoded | None:
-        """Tokens of the text without its marks; positions are in the text without marks too. None where
-        that cannot be done exactly.
+        """Tokens of the text without its marks; positions are those of the characters with their marks. None
+        where that cannot be done exactly.
         """
         whole = self._encode(marked_text)
         is_special = np.isin(whole.token_ids, self._special_ids)
-        unmarked = unmarked_positions(marked_text)
         pieces: list[Encoded] = []
         first = position = 0  # token and character behind the last control token
         for index in [*np.flatnonzero(is_special).tolist(), len(is_special)]:
@@ -89,17 +80,15 @@ class ControlText:
             start, end = (len(marked_text),) * 2 if at_end else (whole.starts[index], whole.ends[index])
             if _MARK in marked_text[start:end]:
                 return None  # the tokenizer dropped the mark and took the text for the token
-            part = slice(first, index)
-            run = Encoded(whole.token_ids[part], unmarked[whole.starts[part]], unmarked[whole.ends[part]])
+            run = Encoded(*(column[first:index] for column in whole))
             if _MARK in marked_text[position:start]:
                 again = self._without_marks(marked_text[position:start], run.token_ids)
                 if again is None:
                     return None
-                shift = unmarked[position]
-                run = Encoded(again.token_ids, again.starts + shift, again.ends + shift)
+                run = Encoded(again.token_ids, again.starts + position, again.ends + position)
             pieces.append(run)
             if not at_end:
-                pieces.append(Encoded(whole.token_ids[index : index + 1], unmarked[[start]], unmarked[[end]]))
+                pieces.append(Encoded(*(column[index : index + 1] for column in whole)))
             first, position = index + 1, int(end)
         return Encoded(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
 
@@ -108,7 +97,10 @@ class ControlText:
         if not np.array_equal(self._encode(marked_run).token_ids, token_ids):
             return None  # alone it is not what it is in its place
         run = self._encode(without_marks(marked_run), split_special_tokens=True)
-        return None if np.isin(run.token_ids, self._special_ids).any() else run
+        if np.isin(run.token_ids, self._special_ids).any():
+            return None
+        places = _places_of_unmarked(marked_run)
+        return Encoded(run.token_ids, places[run.starts], places[np.maximum(run.ends, 1) - 1] + 1)
 
     def _encode(self, text: str, **options: bool) -> Encoded:
         encoded = self._tokenizer(
@@ -122,7 +114,6 @@ def without_marks(text: str) -> str:
     return text.replace(_MARK, "")
 
 
-def unmarked_positions(text: str) -> np.ndarray:
-    """int64 [len(text) + 1]: where each character of the text is once the marks are gone."""
-    is_mark = np.array([character == _MARK for character in text], dtype=np.int64)
-    return np.arange(len(text) + 1) - np.concatenate([[0], np.cumsum(is_mark)])
+def _places_of_unmarked(text: str) -> np.ndarray:
+    """int64: where in the text each of its characters without the marks stands, and its end."""
+    return np.array([i for i, character in enumerate(text) if character != _MARK] + [len(text)])

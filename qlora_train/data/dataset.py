@@ -5,11 +5,17 @@ all epochs) is bin `order(seed, p // num_bins)[p % num_bins]`, so a resumed run 
 at the next bin. The shuffle sorts by Philox words keyed with (seed, epoch): a counter-based generator's raw
 words are fixed for all numpy versions, which numpy does not promise for `permutation`.
 
-A micro-batch is ONE row of len(positions) x sequence_length tokens:
+A micro-batch is ONE row of T tokens, the bins one after another without what is empty in them:
 
-    tokens     a b c d | e f | . . | g h i j k | . . .      two bins of 8; `.` is a dummy tail
-    position   0 1 2 3 | 0 1 | 0 1 | 0 1 2 3 4 | 0 1 2
-    labels     b c d - | f - | - - | h i j k - | - - -      `-` is -100: unsupervised, or no next token
+    tokens     a b c d | e f | g h i j k | . . .     a bin of 6 tokens and one of 5; `.` is a dummy tail
+    position   0 1 2 3 | 0 1 | 0 1 2 3 4 | 0 1 2
+    labels     b c d - | f - | h i j k - | - - -     `-` is -100: unsupervised, or no next token
+
+T is at most len(positions) x sequence_length, which is what memory is planned for. Tokens that are nobody's
+would be computed for nothing, so there are only as many as bring T to the next of a few lengths (`row_size`),
+four to each doubling: few shapes, which allocators and compiled kernels like, and less than a quarter of
+dummies at most. What a token contributes does not depend on T: its document, its labels and its dropout
+masks, which are keyed by bin and place in the bin, stay the same.
 
 Labels are shifted here, once: labels[t] is what the model should say after token t.
 """
@@ -20,34 +26,28 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.formats import Example, content_key, read_examples
-from qlora_train.data.packing import Bin, one_per_bin, pack_best_fit
-from qlora_train.data.report import DatasetReport
-from qlora_train.data.sources import load_tables
-from qlora_train.data.split import split_by_content
-from qlora_train.data.tables import Origin
-from qlora_train.data.tokenization import Document, TokenizedRows, tokenize_examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from qlora_train.recipe import DataSection
+from qlora_train.data.fitting import Document
+from qlora_train.data.packing import Bins, one_per_bin, pack_best_fit
+from qlora_train.data.report import DatasetReport, Reading
+from qlora_train.data.tokenized_rows import TokenizedRows
 
 IGNORED_LABEL = -100
+DUMMY_ID = 0
+"""Dummy tokens are a document of their own and have no loss: any id of the vocabulary does."""
+_LEAST_ROW = 16
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One flat row of T = len(positions) x sequence_length tokens.
+    """One flat row of T tokens.
 
-    token_ids, position_ids, labels int64 [T]; cu_seqlens int32 [documents + 1], dummy tails included;
+    token_ids, position_ids, labels int64 [T]; cu_seqlens int32 [documents + 1], the dummy tail included;
     supervised_positions int64 [S], where labels are not -100; row_ids int64 [T], the position in the data
-    order of the token's bin (-1: an empty bin); token_offsets int64 [T], 0 .. sequence_length - 1 within
-    the bin; num_tokens counts no dummies.
+    order of the token's bin (-1: a dummy); token_offsets int64 [T], 0 .. sequence_length - 1 within the bin;
+    num_tokens counts no dummies.
     """
 
     token_ids: np.ndarray
@@ -61,6 +61,15 @@ class MicroBatch:
     num_supervised: int
 
 
+def row_size(num_tokens: np.ndarray, limit: int) -> np.ndarray:
+    """T for that many tokens, for each: the next of 16, 20, 24, 28, 32, 40, 48, ... (4 to 7 times a power of
+    two), and never more than `limit`, what full bins would be."""
+    number = np.maximum(num_tokens, _LEAST_ROW)
+    _, bit_length = np.frexp((number - 1).astype(np.float64))
+    step = 1 << np.maximum(bit_length.astype(np.int64) - 3, 2)
+    return np.minimum(-(-number // step) * step, limit)
+
+
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, num_bins: int) -> np.ndarray:
     """A permutation of range(num_bins), int64: a pure function of its arguments."""
@@ -71,7 +80,7 @@ def epoch_order(seed: int, epoch: int, num_bins: int) -> np.ndarray:
 
 
 class PackedDataset:
-    """Documents in bins. `documents`, `origins` and `bins` are in row order, before any shuffle."""
+    """Documents in bins. Documents are counted in row order, before any shuffle; `bins` are of these."""
 
     def __init__(
         self,
@@ -79,26 +88,71 @@ class PackedDataset:
         *,
         sequence_length: int,
         packing: bool,
-        pad_id: int,
         seed: int,
         shuffle: bool,
+        times: np.ndarray | None = None,
+        reading: Reading | None = None,
         num_rows_also_in_train: int = 0,
     ) -> None:
-        self.documents: list[Document] = rows.documents
-        self.origins: list[Origin] = rows.origins
-        lengths = [len(document) for document in rows.documents]
-        self.bins: list[Bin] = pack_best_fit(lengths, sequence_length) if packing else one_per_bin(lengths)
+        """times: how often each row is in an epoch, int64 [R]; None: once. reading: what to report of the
+        files; None: nothing."""
+        self.rows = rows
+        self._times = np.ones(rows.num_rows, dtype=np.int64) if times is None else times
+        # The documents of this side: indices into `rows`, each as often as its row.
+        self._documents = np.repeat(np.arange(rows.num_documents), self._times[rows.document_rows])
+        self.lengths = rows.document_lengths[self._documents]
+        self.bins: Bins = (
+            pack_best_fit(self.lengths, sequence_length) if packing else one_per_bin(len(self.lengths))
+        )
         self.sequence_length = sequence_length
-        self.report = DatasetReport(rows.counts, len(self.bins), sequence_length, num_rows_also_in_train)
-        self._pad_id = pad_id
-        self._seed = seed
-        self._shuffle = shuffle
+        self._seed, self._shuffle = seed, shuffle
         self._as_packed = np.arange(len(self.bins))
-        self._num_supervised = [sum(self.documents[i].num_supervised for i in each) for each in self.bins]
+        self._bin_tokens = self.bins.sums(self.lengths)
+        self._bin_targets = self.bins.sums(rows.document_targets[self._documents])
+        self.report = self._report(packing, reading or Reading(), num_rows_also_in_train)
+
+    def _report(self, packing: bool, reading: Reading, num_rows_also_in_train: int) -> DatasetReport:
+        rows = self.rows
+        noted = self._times[rows.note_rows] > 0
+        names = rows.facts.note_names
+        kinds = rows.note_kinds[noted]
+        amounts = (rows.note_amounts * self._times[rows.note_rows])[noted]
+        number = np.bincount(kinds, minlength=len(names)).tolist()
+        total = np.bincount(kinds, weights=amounts, minlength=len(names)).astype(int).tolist()
+        return DatasetReport(
+            num_rows=int(np.count_nonzero(self._times)),
+            num_documents=len(self._documents),
+            num_tokens=int(self._bin_tokens.sum()),
+            num_supervised=int(self._bin_targets.sum()),
+            num_bins=len(self.bins),
+            sequence_length=self.sequence_length,
+            packing=packing,
+            notes=dict(zip(names, number, strict=True)),
+            amounts=dict(zip(names, total, strict=True)),
+            reading=reading,
+            num_rows_also_in_train=num_rows_also_in_train,
+        )
 
     @property
     def num_bins(self) -> int:
         return len(self.bins)
+
+    @property
+    def is_of_row(self) -> np.ndarray:
+        """bool [R]: the rows of `rows` that are on this side."""
+        return self._times > 0
+
+    @property
+    def documents(self) -> list[Document]:
+        """All of them, in row order, as arrays: for data that fit in memory."""
+        return [self.document(index) for index in range(len(self._documents))]
+
+    def document(self, index: int) -> Document:
+        return self.rows.document(int(self._documents[index]))
+
+    def row_of(self, index: int) -> int:
+        """The row, in `rows`, that a document is from."""
+        return int(self.rows.document_rows[self._documents[index]])
 
     def bin_at(self, position: int) -> int:
         """The bin at a position of the data order: shuffled anew in every epoch (train) or as packed
@@ -112,49 +166,52 @@ class PackedDataset:
 
     def num_supervised(self, positions: Sequence[int | None]) -> int:
         """Supervised tokens of the bins at these positions, without building them."""
-        return sum(self._num_supervised[self.bin_at(p)] for p in positions if p is not None)
+        return sum(int(self._bin_targets[self.bin_at(p)]) for p in positions if p is not None)
 
     def num_tokens(self, positions: Sequence[int | None]) -> int:
         """Tokens of the documents in the bins at these positions, dummies not counted."""
-        bins = [self.bins[self.bin_at(p)] for p in positions if p is not None]
-        return sum(len(self.documents[i]) for each in bins for i in each)
+        return sum(int(self._bin_tokens[self.bin_at(p)]) for p in positions if p is not None)
 
     def most_documents(self, micro_batch_size: int, num_positions: int) -> int:
-        """In any micro-batch of the first `num_positions` positions; what is left of a bin counts as one."""
-        num_tokens = [sum(len(self.documents[i]) for i in each) for each in self.bins]
-        parts = zip(self.bins, num_tokens, strict=True)
-        counts = np.array([len(each) + (number < self.sequence_length) for each, number in parts])
-        most, begun = 0, counts[:0]
+        """In any micro-batch of the first `num_positions` positions; a dummy tail counts as one."""
+        limit = micro_batch_size * self.sequence_length
+        in_bins = np.diff(self.bins.starts)
+
+        def most_in(groups: np.ndarray) -> int:
+            tokens = self._bin_tokens[groups].sum(axis=1)
+            has_tail = row_size(tokens, limit) > tokens
+            return int((in_bins[groups].sum(axis=1) + has_tail).max(initial=0))
+
+        most, begun = 0, self._as_packed[:0]
         for epoch in range(-(-num_positions // self.num_bins)):
             order = self._order(epoch)[: num_positions - epoch * self.num_bins]
-            begun = np.concatenate([begun, counts[order]])
+            begun = np.concatenate([begun, order])
             whole, begun = np.split(begun, [len(begun) // micro_batch_size * micro_batch_size])
-            most = max(most, whole.reshape(-1, micro_batch_size).sum(axis=1).max(initial=0))
-        return max(int(most), int(begun.sum()) + micro_batch_size - len(begun))
+            most = max(most, most_in(whole.reshape(-1, micro_batch_size)))
+        return max(most, most_in(begun[None]))
 
     def fingerprint(self) -> str:
         """A hash of every token, mask and bin: two data sets with the same one train the same way."""
-        digest = hashlib.sha256(str((self.sequence_length, self.bins)).encode())
-        for document in self.documents:
-            digest.update(document.token_ids.tobytes())
-            digest.update(document.supervised.tobytes())
+        digest = hashlib.sha256(f"{self.sequence_length} {self.rows.facts.digest}".encode())
+        for array in (self._documents, self.bins.starts, self.bins.documents):
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()
 
     def micro_batch(self, positions: Sequence[int | None]) -> MicroBatch:
-        """The bins at these positions as one flat row; None is an empty bin (all dummy, nothing
-        supervised).
-        """
-        length = self.sequence_length
-        size = len(positions) * length
-        token_ids = np.full(size, self._pad_id, dtype=np.int64)
+        """The bins at these positions as one flat row; None is an empty bin (nothing but dummies)."""
+        num_tokens = self.num_tokens(positions)
+        size = int(row_size(np.array(num_tokens), len(positions) * self.sequence_length))
+        token_ids = np.full(size, DUMMY_ID, dtype=np.int64)
         position_ids = np.empty(size, dtype=np.int64)
         labels = np.full(size, IGNORED_LABEL, dtype=np.int64)
+        row_ids = np.full(size, -1, dtype=np.int64)
+        token_offsets = np.arange(size, dtype=np.int64) % self.sequence_length
         bounds = [0]
-        num_tokens = 0
-        for number, position in enumerate(positions):
-            at, end = number * length, (number + 1) * length
-            for index in self.bins[self.bin_at(position)] if position is not None else ():
-                document = self.documents[index]
+        at = 0
+        for position in positions:
+            first = at
+            for index in self.bins[self.bin_at(position)].tolist() if position is not None else ():
+                document = self.document(index)
                 stop = at + len(document)
                 token_ids[at:stop] = document.token_ids
                 position_ids[at:stop] = np.arange(len(document))
@@ -162,65 +219,21 @@ class PackedDataset:
                     document.supervised[1:], document.token_ids[1:], IGNORED_LABEL
                 )
                 bounds.append(stop)
-                num_tokens += len(document)
                 at = stop
-            if at < end:
-                position_ids[at:end] = np.arange(end - at)
-                bounds.append(end)
+            row_ids[first:at] = -1 if position is None else position
+            token_offsets[first:at] = np.arange(at - first)
+        if at < size:
+            position_ids[at:] = np.arange(size - at)
+            bounds.append(size)
         supervised_positions = np.flatnonzero(labels != IGNORED_LABEL)
-        row_ids = np.array([-1 if p is None else p for p in positions], dtype=np.int64)
         return MicroBatch(
             token_ids=token_ids,
             position_ids=position_ids,
             labels=labels,
             cu_seqlens=np.array(bounds, dtype=np.int32),
             supervised_positions=supervised_positions,
-            row_ids=np.repeat(row_ids, length),
-            token_offsets=np.tile(np.arange(length, dtype=np.int64), len(positions)),
+            row_ids=row_ids,
+            token_offsets=token_offsets,
             num_tokens=num_tokens,
             num_supervised=len(supervised_positions),
         )
-
-
-def build_dataset(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int
-) -> tuple[PackedDataset, PackedDataset | None]:
-    """Reads, tokenises and packs `data.train` and `data.eval`: (train, eval or None).
-
-    `data.eval` as a share is split off the training rows by content (see `split`); as sources it is read
-    with the same format and columns, and rows that are also in train are counted. Raises DataError for
-    every kind of bad data.
-    """
-    train = read_examples(load_tables(data.train), data)
-    evaluation: list[Example] = []
-    num_also_in_train = 0
-    if isinstance(data.eval, float):
-        train, evaluation = split_by_content(train, data.eval, seed)
-    elif data.eval is not None:
-        evaluation = read_examples(load_tables(data.eval), data)
-        seen = {content_key(example.content) for example in train}
-        num_also_in_train = sum(content_key(example.content) in seen for example in evaluation)
-
-    def pack(examples: list[Example], shuffle: bool, num_rows_also_in_train: int = 0) -> PackedDataset:
-        rows = tokenize_examples(
-            examples, tokenizer, sequence_length=data.sequence_length, supervise=data.supervise
-        )
-        return PackedDataset(
-            rows,
-            sequence_length=data.sequence_length,
-            packing=data.packing,
-            pad_id=_pad_id(tokenizer),
-            seed=seed,
-            shuffle=shuffle,
-            num_rows_also_in_train=num_rows_also_in_train,
-        )
-
-    return pack(train, True), pack(evaluation, False, num_also_in_train) if evaluation else None
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The dummy tokens' id: they are a document of their own and have no loss, any id of the vocabulary
-    does.
-    """
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in candidates if token is not None), 0)

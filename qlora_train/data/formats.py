@@ -1,84 +1,59 @@
-"""What the columns of a row mean: messages, alpaca, prompt_completion or text.
+"""What the columns of a row mean: messages, sharegpt, alpaca, prompt_completion or text.
 
 A format is a set of *roles* (instruction, completion, ...); `data.columns` maps a role to a column, an
-unmapped role is the column of its own name. `auto` takes the one format whose roles the table has. A row
-becomes one of three contents, and everything behind this file knows only those:
+unmapped role is the column of its own name, and an optional role that is mapped to null is not read. `auto`
+takes the one format whose needed roles the table has. A row becomes one of three contents, and everything
+behind this file knows only those:
 
-    messages           {"messages": [{"role": "user", "content": ...}, ...]}    -> Chat
-    alpaca             instruction, input (may be empty or absent), output      -> Chat: a user, an assistant
-    prompt_completion  prompt, completion                                       -> Completion
-    text               text                                                     -> PlainText
+    messages           messages; or prompt and completion that hold messages      -> Chat
+    sharegpt           conversations                                              -> Chat
+    alpaca             instruction, output (input, history)                       -> Chat
+    prompt_completion  prompt, completion                                         -> Completion
+    text               text                                                       -> PlainText
 
-Beside `messages`, a column `tools` goes to the chat template; an assistant message with "weight": 0 has no
-loss. Without `prompt_template` a prompt is followed by its completion exactly as the two columns are: no
-space or line is put between them, because for the model that is a different text. To get a line, say
+Read where a table has them, with every chat: `system` (the first message), `tools` or `functions`. With
+every format but text: `label`; a row whose label is false (KTO) shows a bad answer and is left out. How
+messages may be written is in `conversations`. Without `prompt_template` a prompt is followed by its
+completion exactly as the two columns are: no space or line is put between them, because for the model that
+is a different text. To get a line, say
 
     prompt_template: "{question}\\n"
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from string import Formatter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from qlora_train.data.tables import Origin, Row, RowProblems, RowTable, type_name
+from qlora_train.data.content import Chat, Completion, Content, PlainText, check_texts
+from qlora_train.data.conversations import (
+    Message,
+    looks_like_messages,
+    read_history,
+    read_messages,
+    read_tools,
+)
+from qlora_train.data.tables import Row, RowProblem, RowTable, type_name
 from qlora_train.errors import DataError
 from qlora_train.recipe_checks import COLUMN_ROLES as ROLES
+from qlora_train.recipe_checks import OPTIONAL_ROLES
 
 if TYPE_CHECKING:
     from qlora_train.recipe import DataSection
 
-CHAT_FORMATS = frozenset({"messages", "alpaca"})
-_OPTIONAL = {"input"}
-# JSON can spell halves of characters ("\ud83d" without its other half); no tokenizer takes them.
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_SPEAKERS = ("system", "user", "assistant", "tool")
+CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})
+_MESSAGE_COLUMNS = {"messages": "messages", "sharegpt": "conversations"}
+_LABELS = {"true": True, "false": False}
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """`tools`: descriptions that the chat template may show. `unsupervised`: assistant messages (by index)
-    without a loss.
-    """
-
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] = ()
-    unsupervised: tuple[int, ...] = ()
+class EmptyRow(Exception):
+    """A row that says nothing at all (a blank line, the end of a spreadsheet): skipped and counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class PlainText:
-    text: str
-
-
-Content = Chat | Completion | PlainText
-
-
-class Example(NamedTuple):
-    origin: Origin
-    content: Content
-
-
-class _RowProblem(Exception):
-    """A row that cannot be used; caught where rows are read, never seen outside."""
-
-
-def content_key(content: Content) -> bytes:
-    """Equal for two rows that say the same, whatever file they are in."""
-    fields = {name: value for name, value in asdict(content).items() if value}
-    canonical = json.dumps([type(content).__name__, fields], sort_keys=True, default=str)
-    return hashlib.sha256(canonical.encode()).digest()
+class RejectedRow(Exception):
+    """A row whose label says that its answer is a bad one."""
 
 
 class PromptTemplate:
@@ -106,32 +81,101 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A format with its columns found: `columns` maps the roles that the table has to column names."""
+    """A format with its columns found: `columns` maps its roles to column names; optional roles may have
+    columns that only later rows have, or none."""
 
     name: str
     columns: Mapping[str, str]
     template: PromptTemplate | None = None
+    label_is_asked_for: bool = False
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """Every column that a row's meaning may depend on."""
+        template = self.template.columns if self.template else ()
+        return tuple(dict.fromkeys([*self.columns.values(), *template]))
 
     def read(self, row: Row) -> Content:
-        """Raises _RowProblem for a row that lacks a column or holds anything but text there."""
-        if self.name == "messages":
-            return _chat(_value(row, self.columns["messages"]), row.get("tools"))
-        if self.name == "alpaca":
-            return self._read_alpaca(row)
+        """Raises RowProblem for a row that lacks a column or holds what cannot be used there, EmptyRow and
+        RejectedRow for a row that is left out."""
+        if all(_is_blank(row.get(column)) for column in self._said_columns):
+            if any(column in row for column in self._said_columns):
+                raise EmptyRow
+        elif self._is_rejected(row):
+            raise RejectedRow
+        content = self._read(row)
+        check_texts(content)
+        return content
+
+    @property
+    def _said_columns(self) -> tuple[str, ...]:
+        label = self.columns.get("label")
+        return tuple(column for column in self.columns_read if column != label)
+
+    def _read(self, row: Row) -> Content:
+        if self.name == "text":
+            return PlainText(_text(row, self.columns["text"]))
         if self.name == "prompt_completion":
             return Completion(self._prompt(row), _text(row, self.columns["completion"]))
-        return PlainText(_text(row, self.columns["text"]))
+        messages = self._alpaca(row) if self.name == "alpaca" else self._messages(row)
+        return Chat(tuple(self._with_system(row, messages)), tuple(self._tools(row)))
 
-    def _read_alpaca(self, row: Row) -> Chat:
-        instruction = _text(row, self.columns["instruction"])
-        column = self.columns.get("input")
-        extra = row.get(column) if column else None
-        if extra is not None and not isinstance(extra, str):
-            raise _RowProblem(f"the column {column!r} is {type_name(extra)}, not a string.")
-        _check_characters(extra, f"the column {column!r}")
-        question = f"{instruction}\n\n{extra}" if extra else instruction
+    def _messages(self, row: Row) -> list[Message]:
+        column = self.columns.get(_MESSAGE_COLUMNS.get(self.name, ""))
+        if column is not None:
+            return read_messages(_value(row, column), f"the column {column!r}: its messages")
+        prompt = _as_messages(row, self.columns["prompt"], "user")
+        said = _as_messages(row, self.columns["completion"], "assistant")
+        # Only the completion is an answer: what the assistant says in the prompt is context.
+        before = [{**m, "train": False} if m["role"] == "assistant" else m for m in prompt]
+        return [*before, *said]
+
+    def _alpaca(self, row: Row) -> list[Message]:
+        instruction = _optional_text(row, self.columns["instruction"])
+        extra = _optional_text(row, self.columns.get("input"))
+        question = "\n\n".join(part for part in (instruction, extra) if not _is_blank(part))
+        if not question:
+            raise RowProblem(f"the column {self.columns['instruction']!r} is empty.")
         answer = _text(row, self.columns["output"])
-        return Chat(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+        history = read_history(row.get(self.columns.get("history", "")))
+        return [*history, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def _with_system(self, row: Row, messages: list[Message]) -> list[Message]:
+        column = self.columns.get("system")
+        system = _optional_text(row, column)
+        if not system or system.isspace():
+            return messages
+        first = messages[0]
+        if first["role"] != "system":
+            return [{"role": "system", "content": system}, *messages]
+        if first["content"] != system:
+            raise RowProblem(f"the column {column!r} and the first message are two different system prompts.")
+        return messages
+
+    def _tools(self, row: Row) -> list[dict[str, Any]]:
+        columns = [self.columns[role] for role in ("tools", "functions") if role in self.columns]
+        filled = [column for column in columns if row.get(column) not in (None, "", [])]
+        if len(filled) > 1:
+            raise RowProblem(f"both {filled[0]!r} and {filled[1]!r} describe tools.")
+        return read_tools(row[filled[0]], f"the column {filled[0]!r}") if filled else []
+
+    def _is_rejected(self, row: Row) -> bool:
+        column = self.columns.get("label")
+        value = row.get(column) if column else None
+        if value is None:
+            return False
+        if isinstance(value, str):
+            value = _LABELS.get(value.strip().lower(), value.strip())
+        if isinstance(value, bool):
+            return not value
+        if self.label_is_asked_for and str(value) in ("0", "1"):
+            return str(value) == "0"
+        if self.label_is_asked_for or str(value) not in ("0", "1"):
+            raise RowProblem(f"the column {column!r} holds {value!r}; a label is true or false, 1 or 0.")
+        raise RowProblem(
+            f"the column {column!r} holds {value!r}: if 0 marks bad answers, write data.columns: {{label: "
+            f"{column}}}, and they are left out; if it marks anything else, data.columns: {{label: null}}."
+        )
 
     def _prompt(self, row: Row) -> str:
         if self.template is None:
@@ -144,21 +188,68 @@ class RowFormat:
 def resolve_format(data: DataSection, table: RowTable) -> RowFormat:
     """Finds the format of one table. Raises DataError: none or several fit, unknown roles or columns."""
     template = PromptTemplate(data.prompt_template) if data.prompt_template is not None else None
+    _check_head(table)
+    mapped = {role: column for role, column in data.columns.items() if column is not None}
     _check_roles(data)
-    _check_mapped_columns(data.columns, template, table)
-    name = data.format if data.format != "auto" else _detect(data.columns, template, table)
+    _check_mapped_columns(mapped, template, table)
+    name = data.format if data.format != "auto" else _detect(mapped, template, table)
     if template is not None and name != "prompt_completion":
         raise DataError(
             f"data.prompt_template is for data.format prompt_completion, but the format is {name}."
         )
-    columns = {role: data.columns.get(role, role) for role in ROLES[name]}
+    if name in ("prompt_completion", "messages"):
+        name = _text_or_messages(name, mapped, template, table)
+    columns = {role: mapped.get(role, role) for role in _roles_of(name, mapped, table)}
+    columns = {role: column for role, column in columns.items() if data.columns.get(role, "") is not None}
+    if "label" in columns and "label" not in mapped and not _is_label(table.first_value("label")):
+        columns.pop("label")
     missing = [c for role, c in columns.items() if c not in table.columns and _is_needed(role, template)]
     if missing:
         raise DataError(
-            f"{_first_row(table)}: there is no column {missing[0]!r}, which the format {name} needs. "
+            f"{table.first_row}: there is no column {missing[0]!r}, which the format {name} needs. "
             f"{_found(table)} Map it: data.columns: {{{_role_of(columns, missing[0])}: <column>}}."
         )
-    return RowFormat(name, {role: c for role, c in columns.items() if c in table.columns}, template)
+    if template is not None:  # the template makes the prompt
+        columns.pop("prompt", None)
+    return RowFormat(name, columns, template, label_is_asked_for="label" in mapped)
+
+
+def _roles_of(name: str, mapped: Mapping[str, str], table: RowTable) -> tuple[str, ...]:
+    """Of messages there are two kinds: one column of them, or prompt and completion that hold them."""
+    if name != "messages":
+        return ROLES[name]
+    in_one_column = mapped.get("messages", "messages") in table.columns or not _has_pair(mapped, table)
+    left_out = ("prompt", "completion") if in_one_column else ("messages",)
+    return tuple(role for role in ROLES[name] if role not in left_out)
+
+
+def _has_pair(mapped: Mapping[str, str], table: RowTable) -> bool:
+    return all(mapped.get(role, role) in table.columns for role in ("prompt", "completion"))
+
+
+def _is_label(value: Any) -> bool:
+    """Whether the values of a column called `label` may tell good answers from bad ones (or are unknown)."""
+    return value is None or str(value).strip().lower() in (*_LABELS, "0", "1")
+
+
+def _text_or_messages(
+    name: str, mapped: Mapping[str, str], template: PromptTemplate | None, table: RowTable
+) -> str:
+    """`messages` where prompt or completion are conversations, whatever they were called."""
+    if name == "messages" or template is not None or not _has_pair(mapped, table):
+        return name
+    values = [table.first_value(mapped.get(role, role)) for role in ("prompt", "completion")]
+    return "messages" if any(map(looks_like_messages, values)) else name
+
+
+def _check_head(table: RowTable) -> None:
+    """Where not one of the first rows can be parsed, what is wrong with the first tells more than a format
+    that does not fit."""
+    if not table.columns:
+        number, problem = next(iter(table.head), (1, "has no columns."))
+        raise DataError(
+            f"{table.describe(number)} {problem if isinstance(problem, RowProblem) else 'is empty.'}"
+        )
 
 
 def _check_roles(data: DataSection) -> None:
@@ -180,7 +271,7 @@ def _check_mapped_columns(
     for role, column in columns.items():
         if column not in table.columns:
             raise DataError(
-                f"{_first_row(table)}: data.columns maps {role} to {column!r}, which is no column. "
+                f"{table.first_row}: data.columns maps {role} to {column!r}, which is no column. "
                 f"{_found(table)}"
             )
     prompt = columns.get("prompt")
@@ -192,16 +283,19 @@ def _check_mapped_columns(
     for column in template.columns if template else ():
         if column not in table.columns:
             raise DataError(
-                f"{_first_row(table)}: data.prompt_template names {{{column}}}, which is no column. "
+                f"{table.first_row}: data.prompt_template names {{{column}}}, which is no column. "
                 f"{_found(table)}"
             )
 
 
 def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: RowTable) -> str:
+    # Prompts and completions that hold messages are found as prompt_completion, and told apart later.
+    roles_of = {name: set(roles) - {"prompt", "completion"} for name, roles in ROLES.items()}
+    roles_of["prompt_completion"] = set(ROLES["prompt_completion"])
     fitting = [
         name
-        for name, roles in ROLES.items()
-        if set(columns) <= set(roles)
+        for name, roles in roles_of.items()
+        if set(columns) <= roles
         and (template is None or name == "prompt_completion")
         and all(columns.get(role, role) in table.columns for role in roles if _is_needed(role, template))
     ]
@@ -211,12 +305,20 @@ def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: 
     raise DataError(
         f"{table.name}: data.format is auto, but {problem}. {_found(table)} Set data.format to one of "
         f"{', '.join(ROLES)} and map its roles, for example "
-        "data.columns: {prompt: question, completion: answer}."
+        f"data.columns: {{prompt: question, completion: answer}}.{_hint(table)}"
     )
 
 
+def _hint(table: RowTable) -> str:
+    if {"chosen", "rejected"} <= set(table.columns):
+        return " These are preferences: map `chosen` (the good answers) only, `rejected` is then not read."
+    if {"role", "content"} <= set(table.columns) or {"from", "value"} <= set(table.columns):
+        return " These are single messages: a row holds a whole conversation, as {messages: [...]}."
+    return ""
+
+
 def _is_needed(role: str, template: PromptTemplate | None) -> bool:
-    return role not in _OPTIONAL and not (role == "prompt" and template is not None)
+    return role not in OPTIONAL_ROLES and not (role == "prompt" and template is not None)
 
 
 def _role_of(columns: Mapping[str, str], column: str) -> str:
@@ -224,116 +326,41 @@ def _role_of(columns: Mapping[str, str], column: str) -> str:
 
 
 def _found(table: RowTable) -> str:
-    return f"Columns found: {', '.join(table.columns)}."
-
-
-def _first_row(table: RowTable) -> str:
-    index, _ = next(iter(table))
-    return table.describe(index)
-
-
-def read_examples(tables: Sequence[RowTable], data: DataSection) -> list[Example]:
-    """All rows of all tables, in order. Raises DataError naming the first rows that cannot be used."""
-    problems = RowProblems()
-    examples: list[Example] = []
-    for table in tables:
-        row_format = resolve_format(data, table)
-        for index, row in table:
-            origin = Origin(table, index)
-            try:
-                examples.append(Example(origin, row_format.read(row)))
-            except _RowProblem as problem:
-                problems.add(origin, str(problem))
-    problems.raise_if_any()
-    return examples
+    return f"Columns found: {', '.join(table.columns) or 'none'}."
 
 
 def _value(row: Row, column: str) -> Any:
     if column not in row:
-        raise _RowProblem(f"there is no column {column!r} in this row (it has {', '.join(row) or 'none'}).")
+        raise RowProblem(f"there is no column {column!r} in this row (it has {', '.join(row) or 'none'}).")
     if row[column] is None:
-        raise _RowProblem(f"the column {column!r} is null.")
+        raise RowProblem(f"the column {column!r} is null.")
     return row[column]
 
 
 def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
     value = _value(row, column)
     if not isinstance(value, str):
-        raise _RowProblem(f"the column {column!r} is {type_name(value)}, not a string.")
-    if not may_be_empty and (not value or value.isspace()):
-        raise _RowProblem(f"the column {column!r} is empty.")
-    _check_characters(value, f"the column {column!r}")
+        raise RowProblem(f"the column {column!r} is {type_name(value)}, not a string.")
+    if not may_be_empty and _is_blank(value):
+        raise RowProblem(f"the column {column!r} is empty.")
     return value
 
 
-def _check_characters(value: Any, place: str) -> None:
-    """Of a text, or of all texts in a message."""
-    if isinstance(value, str) and (found := LONE_SURROGATE.search(value)):
-        raise _RowProblem(
-            f"{place} holds {found[0]!r}, half a character: write both halves, or the character itself."
-        )
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_characters(item, place)
+def _optional_text(row: Row, column: str | None) -> str:
+    """The text of a column that may be empty, null or not there."""
+    value = row.get(column) if column else None
+    if value is not None and not isinstance(value, str):
+        raise RowProblem(f"the column {column!r} is {type_name(value)}, not a string.")
+    return value or ""
 
 
-def _chat(messages: Any, tools: Any) -> Chat:
-    if not isinstance(messages, list):
-        raise _RowProblem(
-            f"the messages are {type_name(messages)}, not a list of objects with role and content."
-        )
-    if not messages:
-        raise _RowProblem("the list of messages is empty.")
-    checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
-    weights = [message.pop("weight", 1) for message in checked]
-    if wrong := [number for number, weight in enumerate(weights, start=1) if weight not in (0, 1)]:
-        raise _RowProblem(
-            f"message {wrong[0]} has the weight {weights[wrong[0] - 1]!r}; a weight is 0 (no loss) or 1."
-        )
-    unsupervised = [
-        i for i, weight in enumerate(weights) if weight == 0 and checked[i]["role"] == "assistant"
-    ]
-    return Chat(tuple(checked), _tools(tools), tuple(unsupervised))
+def _as_messages(row: Row, column: str, role: str) -> list[Message]:
+    """The messages of a column; of a text, one message."""
+    value = _value(row, column)
+    if isinstance(value, str) and not looks_like_messages(value):
+        return [{"role": role, "content": _text(row, column)}]
+    return read_messages(value, f"the column {column!r}: its messages")
 
 
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """A list of objects, or (where one column must hold tools of all kinds) that list as JSON text."""
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise _RowProblem(f"the column 'tools' is text, but not valid JSON: {error}.") from error
-    value = _without_nulls(value or [])
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise _RowProblem("the column 'tools' is not a list of objects (tool descriptions).")
-    _check_characters(value, "the column 'tools'")
-    return tuple(value)
-
-
-def _message(message: Any, number: int) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise _RowProblem(f"message {number} is {type_name(message)}, not an object with role and content.")
-    _check_characters(message, f"message {number}")
-    message = _without_nulls(message)
-    if not message.get("tool_calls"):
-        message.pop("tool_calls", None)
-    role, content = message.get("role"), message.get("content")
-    if role not in _SPEAKERS:
-        raise _RowProblem(f"message {number} has the role {role!r}; roles are {', '.join(_SPEAKERS)}.")
-    if content is None and role == "assistant" and "tool_calls" in message:
-        return message
-    if not isinstance(content, str):
-        raise _RowProblem(f"the content of message {number} is {type_name(content)}, not a string.")
-    may_be_empty = role in ("system", "tool") or "tool_calls" in message
-    if not may_be_empty and (not content or content.isspace()):
-        raise _RowProblem(f"the content of message {number} ({role}) is empty.")
-    return message
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without the keys that are null, at any depth: Arrow gives every object every key that any of them has,
-    and templates ask "is the key there".
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and (not value or value.isspace()))

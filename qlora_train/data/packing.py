@@ -11,41 +11,59 @@ sequence_length of them), so placing n documents takes n binary searches instead
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-Bin = list[int]  # indices of documents
+
+@dataclass(frozen=True)
+class Bins:
+    """Bin b holds documents[starts[b] : starts[b + 1]], int64 both."""
+
+    starts: np.ndarray
+    documents: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.documents[self.starts[index] : self.starts[index + 1]]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Per bin the sum of its documents' values, int64."""
+        return np.add.reduceat(values[self.documents], self.starts[:-1], dtype=np.int64)
 
 
-def pack_best_fit(lengths: Sequence[int], sequence_length: int) -> list[Bin]:
+def pack_best_fit(lengths: np.ndarray, sequence_length: int) -> Bins:
     """Bins of document indices, each index once, no bin over `sequence_length` tokens. Deterministic."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    bins: list[Bin] = []
+    bin_of = np.empty(len(order), dtype=np.int64)  # of the documents in this order
+    num_bins = 0
     open_bins: dict[int, list[int]] = {}
     free_sizes: list[int] = []
-    for index in order.tolist():
-        length = lengths[index]
+    for place, length in enumerate(np.asarray(lengths)[order].tolist()):
         assert 0 < length <= sequence_length, "documents are cut before they are packed"
         at = bisect_left(free_sizes, length)
         if at == len(free_sizes):
-            bins.append([index])
-            place, free = len(bins) - 1, sequence_length
+            chosen, free = num_bins, sequence_length
+            num_bins += 1
         else:
             free = free_sizes[at]
-            place = open_bins[free].pop()
+            chosen = open_bins[free].pop()
             if not open_bins[free]:
                 free_sizes.pop(at)
-            bins[place].append(index)
+        bin_of[place] = chosen
         free -= length
         if free:
             stack = open_bins.setdefault(free, [])
             if not stack:
                 insort(free_sizes, free)
-            stack.append(place)
-    return bins
+            stack.append(chosen)
+    by_bin = np.argsort(bin_of, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=num_bins))])
+    return Bins(starts, order[by_bin])
 
 
-def one_per_bin(lengths: Sequence[int]) -> list[Bin]:
+def one_per_bin(num_documents: int) -> Bins:
     """`packing: false`: every document has a bin to itself, in order."""
-    return [[index] for index in range(len(lengths))]
+    return Bins(np.arange(num_documents + 1), np.arange(num_documents))

@@ -1,21 +1,23 @@
-"""A prompt as training saw prompts: the tokens that a training row with this question begins with.
+"""A prompt as training saw prompts: the tokens that a training row with this question begins with, and the
+tokens that end its answer.
 
 Generation that formats a prompt otherwise than training did is the commonest way to make a good adapter
-look bad. (A prompt whose last characters melt into one token with the answer's first ones cannot be met
-exactly: end a `prompt_template` with a line break.)
+look bad.
 """
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
-from qlora_train.data.chat import ChatProblem, render, require_chat_template
-from qlora_train.data.control_text import ControlText
-from qlora_train.data.formats import CHAT_FORMATS, LONE_SURROGATE, ROLES, Chat, PromptTemplate, resolve_format
+from qlora_train.data.chat import ChatFormat, ChatProblem, ChatWriter
+from qlora_train.data.content import LONE_SURROGATE
+from qlora_train.data.control_text import ControlText, without_marks
+from qlora_train.data.encoding import CannotEncode, TextEncoder
+from qlora_train.data.formats import CHAT_FORMATS, ROLES, PromptTemplate, resolve_format
 from qlora_train.data.sources import load_tables
-from qlora_train.data.tokenization import BosRule
-from qlora_train.data.tokenizer import special_token_ids
+from qlora_train.data.tokenizer import BosRule
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,47 +30,58 @@ def encode_prompt(prompt: str, data: DataSection | None, tokenizer: PreTrainedTo
     """Token ids to generate from.
 
     messages and alpaca (if only for a part of the data): one user message through the chat template, with its
-    generation prompt; the text of a special token in it is text. prompt_completion: BOS + the filled
-    prompt_template; with several columns in it, `prompt` is a JSON object of them. text: BOS + prompt.
-    Without `data` (a model that nobody trained here): the chat template if there is one, else text. Raises
-    DataError for a prompt that does not fit the template, or a chat template that is missing or refuses it.
+    generation prompt; the text of a special token in it is text. prompt_completion: the filled
+    prompt_template; with several columns in it, `prompt` is a JSON object of them. text: the prompt. Before
+    each stands what the tokenizer puts before a text (BOS, for most). Without `data` (a model that nobody
+    trained here): the chat template if there is one, else text. Raises DataError for a prompt that does not
+    fit the template, or a chat template that is missing or refuses it.
     """
     if _is_chat(data, tokenizer):
-        return _encode_as_chat(prompt, tokenizer)
+        return _encode_as_chat(prompt, data, tokenizer)
     if data is not None and data.prompt_template is not None:
         text = _fill(PromptTemplate(data.prompt_template), prompt)
     else:
         text = prompt
-    return _encode(text, tokenizer, is_chat=False)
+    return _encode(text, tokenizer)
 
 
 def encode_raw(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the text as it is; one BOS before it where the tokenizer adds one by itself. Raises
-    DataError for a prompt without a token.
+    """Token ids of the text as it is, behind what the tokenizer puts before a text. Raises DataError for a
+    prompt without a token.
     """
-    return _encode(prompt, tokenizer, is_chat=True)
+    return _encode(prompt, tokenizer)
 
 
-def _encode_as_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    require_chat_template(tokenizer)
+def _encode_as_chat(prompt: str, data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _refuse_half_characters(prompt)
-    chat, control_text = Chat(({"role": "user", "content": prompt},)), ControlText(tokenizer)
+    control_text, writer = ControlText(tokenizer), _writer(data, tokenizer)
+
+    def text_of(question: str) -> str:
+        return writer.render([{"role": "user", "content": question}], prompt=True)
+
     try:
-        text = render(tokenizer, chat, generation_prompt=True)
-        marked = control_text.marked(chat, generation_prompt=True) if control_text.is_in(prompt) else None
-        if marked is not None:
-            encoded = control_text.encode(render(tokenizer, marked, generation_prompt=True))
-            if encoded is not None:
-                return BosRule(tokenizer).apply(encoded.token_ids.tolist(), is_chat=True)
+        text = text_of(prompt)
+        marked = text_of(control_text.mark(prompt)) if control_text.is_in(prompt) else text
     except ChatProblem as problem:
         raise DataError(f"The prompt cannot be written as a conversation: {problem}") from problem
-    return _encode(text, tokenizer, is_chat=True)
+    is_exact = marked != text and without_marks(marked) == text
+    encoder = TextEncoder(tokenizer, control_text) if is_exact else TextEncoder(tokenizer)
+    try:
+        encoded = encoder.one(marked if is_exact else text)
+    except CannotEncode:
+        encoded = TextEncoder(tokenizer).one(text)
+    return BosRule(tokenizer).apply(encoded.token_ids.tolist())
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int]:
+def _writer(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> ChatWriter:
+    options = {} if data is None else data.chat_template_kwargs
+    return ChatFormat(tokenizer, (), options=options).writer(with_tools=False)
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _refuse_half_characters(text)
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    token_ids = BosRule(tokenizer).apply(token_ids, is_chat=is_chat)
+    token_ids = BosRule(tokenizer).apply(token_ids)
     if not token_ids:
         raise DataError("The prompt is empty.")
     return token_ids
@@ -79,33 +92,24 @@ def _refuse_half_characters(text: str) -> None:
         raise DataError(f"The prompt holds {found[0]!r}, half a character, and is no valid text.")
 
 
-def answer_end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: EOS, and the special token that the chat template ends an assistant turn
-    with (training supervises it, and it need not be EOS: a base model's EOS often ends whole documents).
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, named: Sequence[int], data: DataSection | None = None
+) -> tuple[int, ...]:
+    """The tokens that end an answer: what generation_config.json names (`read_stop_ids`), the tokenizer's
+    EOS, and what its chat templates put behind a plain answer, which training supervises and which need not
+    be among them (a base model's EOS often ends whole documents).
+
+    data: of the run, for its chat_template_kwargs; None for a model that nobody trained here.
     """
-    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ids = [*named] if tokenizer.eos_token_id is None else [*named, int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
-        exchange = Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+        options = {} if data is None else data.chat_template_kwargs
         try:
-            text = render(tokenizer, exchange).rstrip()
-        except ChatProblem:  # a template for other conversations than these
-            return tuple(ends)
-        last = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[-1]
-        if last in special_token_ids(tokenizer) and last not in ends:
-            ends.append(last)
-    return tuple(ends)
-
-
-def format_of(data: DataSection) -> str:
-    """`data.format`, with auto resolved: from the mapped roles if they tell, else from the columns of all
-    sources. Where these differ in format it stays auto, which each source then resolves for itself.
-
-    Raises DataError for data that cannot be read or whose format cannot be told.
-    """
-    if data.format != "auto":
-        return data.format
-    formats = _formats_of_sources(data)
-    return formats.pop() if len(formats) == 1 else "auto"
+            found = ChatFormat(tokenizer, named, options=options).new_stop_texts()
+        except DataError:  # a template that conversations cannot be written with: no answer ends by it
+            found = ()
+        ids += [cast(int, tokenizer.convert_tokens_to_ids(text)) for text in found]
+    return tuple(dict.fromkeys(ids))
 
 
 def _formats_of_sources(data: DataSection) -> set[str]:

@@ -2,84 +2,139 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from qlora_train.data.chat import ChatNote
+
+
+class Note(StrEnum):
+    """Something that happened to a row, with an amount. Notes of a row are kept with it, so that each side
+    of the data counts its own."""
+
+    PROMPT_CUT = "prompt cut"  # amount: tokens
+    ANSWER_CUT = "answer cut"  # amount: tokens
+    SPLIT = "split"  # amount: documents
+    TOO_LONG = "too long, dropped"  # amount: tokens
+    UNSUPERVISED = "no supervised token"
+    SAYS_CONTROL_TOKENS = "hold the text of special tokens, read as these tokens"
+    QUOTES_CONTROL_TOKENS = "hold the text of special tokens, read as plain text"
 
 
 @dataclass(frozen=True)
-class TokenCounts:
-    """What tokenising did. `num_overlong_rows` were longer than sequence_length; each is then in one or
-    more of the three lines behind it (a cut answer's prompt was cut first)."""
+class Reading:
+    """What became of rows before they were tokens. `skipped`: the first few that could not be used, in
+    words; `remarks`: how files were read, where that may surprise."""
 
-    num_rows: int = 0
-    num_documents: int = 0
-    num_tokens: int = 0
-    num_supervised: int = 0
-    num_overlong_rows: int = 0
-    num_prompts_cut: int = 0
-    num_answers_cut: int = 0
-    num_texts_split: int = 0
-    num_tokens_cut: int = 0
-    num_chats_without_turn_ends: int = 0  # of several answers, of which only the last one got its EOS
-    num_rows_saying_control_tokens: int = 0  # the text of special tokens, read as these tokens
-    num_rows_quoting_control_tokens: int = 0  # the same, read as text
-    num_unsupervised_rows: int = 0  # left out: they have no token to learn from
+    num_empty: int = 0
+    num_rejected: int = 0
+    num_skipped: int = 0
+    skipped: tuple[str, ...] = ()
+    unread_columns: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        lines = list(self.remarks)
+        if self.unread_columns:
+            lines.append(f"columns not read: {', '.join(self.unread_columns)}")
+        if self.num_empty:
+            lines.append(f"{_rows(self.num_empty)} empty, skipped")
+        if self.num_rejected:
+            lines.append(f"{_rows(self.num_rejected)} labelled as bad answers, left out")
+        if self.num_skipped:
+            more = self.num_skipped - len(self.skipped)
+            named = [*self.skipped, *([f"... and {more:,} more"] if more else [])]
+            lines.append(f"{_rows(self.num_skipped)} skipped (data.on_bad_row: skip):")
+            lines += [f"  {problem}" for problem in named]
+        return lines
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """One side (train or eval) of the data: tokens and bins. `num_rows_also_in_train` is 0 for train
-    itself.
+    """One side (train or eval) of the data: rows, tokens and bins.
+
+    `notes`: rows per note; `amounts`: their amounts, summed. `num_rows_also_in_train`: of an evaluation
+    side. `num_left_in`: rows whose source has a weight below 1 and that are not among the chosen.
     """
 
-    tokens: TokenCounts
+    num_rows: int
+    num_documents: int
+    num_tokens: int
+    num_supervised: int
     num_bins: int
     sequence_length: int
+    packing: bool = True
+    notes: Mapping[str, int] = field(default_factory=Counter)
+    amounts: Mapping[str, int] = field(default_factory=Counter)
+    reading: Reading = Reading()
     num_rows_also_in_train: int = 0
+    weighted: tuple[str, ...] = ()
 
     @property
     def filling(self) -> float:
         """Share of the bins' tokens that are not padding."""
-        return self.tokens.num_tokens / (self.num_bins * self.sequence_length)
+        return self.num_tokens / (self.num_bins * self.sequence_length)
 
     @property
     def supervised_share(self) -> float:
-        return self.tokens.num_supervised / self.tokens.num_tokens
+        return self.num_supervised / self.num_tokens
 
     def lines(self) -> list[str]:
-        """For the log: two lines always, one more for each thing that was cut, split, left out or seen
-        twice.
+        """For the log: two lines always, more for each thing that was cut, split, left out, not read or
+        seen twice.
         """
-        counts = self.tokens
-        lines = [
-            f"{counts.num_rows:,} rows -> {counts.num_documents:,} documents, {counts.num_tokens:,} tokens, "
-            f"{counts.num_supervised:,} supervised ({self.supervised_share:.1%})",
-            f"{self.num_bins:,} bins of {self.sequence_length:,} tokens, {self.filling:.1%} full",
+        return [
+            f"{self.num_rows:,} rows -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
+            f"{self.num_supervised:,} supervised ({self.supervised_share:.1%})",
+            self._bins_line(),
+            *self.weighted,
+            *self.reading.lines(),
+            *self._note_lines(),
         ]
-        if counts.num_overlong_rows:
+
+    def _bins_line(self) -> str:
+        if self.packing:
+            return f"{self.num_bins:,} bins of {self.sequence_length:,} tokens, {self.filling:.1%} full"
+        mean = self.num_tokens / self.num_bins
+        return f"{self.num_bins:,} bins of one document each (packing: false), {mean:,.0f} tokens on average"
+
+    def _more_tokens(self, note: str) -> str:
+        if note != ChatNote.SEVERAL_TEXTS:
+            return ""
+        return f": {self.num_tokens / (self.num_tokens - self.amounts[note]):.2f} times the tokens"
+
+    def _note_lines(self) -> list[str]:
+        rows, amounts = Counter(self.notes), Counter(self.amounts)
+        lines = []
+        cut = rows[Note.PROMPT_CUT] or rows[Note.ANSWER_CUT]
+        if cut or rows[Note.SPLIT]:
+            lost = amounts[Note.PROMPT_CUT] + amounts[Note.ANSWER_CUT]
             lines.append(
-                f"{counts.num_overlong_rows:,} rows longer than sequence_length: {counts.num_prompts_cut:,} "
-                f"prompts cut on the left, {counts.num_answers_cut:,} answers cut at the end "
-                f"({counts.num_tokens_cut:,} tokens lost), {counts.num_texts_split:,} texts split"
+                f"longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost the beginning of the "
+                f"prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
+                f"{lost / (self.num_tokens + lost):.1%} of all); {rows[Note.SPLIT]:,} split into "
+                f"{amounts[Note.SPLIT]:,} documents"
             )
-        if counts.num_unsupervised_rows:
-            lines.append(f"{counts.num_unsupervised_rows:,} rows without a supervised token left out")
-        if counts.num_chats_without_turn_ends:
+        if rows[Note.TOO_LONG]:
             lines.append(
-                f"{counts.num_chats_without_turn_ends:,} conversations of several answers, of which only the "
-                "last one ends in EOS: the chat template writes no end-of-turn token"
+                f"{_rows(rows[Note.TOO_LONG])} longer than sequence_length left out "
+                f"({amounts[Note.TOO_LONG]:,} tokens)"
             )
-        if counts.num_rows_quoting_control_tokens:
-            lines.append(
-                f"{counts.num_rows_quoting_control_tokens:,} conversations hold the text of special tokens, "
-                "read as plain text"
-            )
-        if counts.num_rows_saying_control_tokens:
-            lines.append(
-                f"{counts.num_rows_saying_control_tokens:,} rows hold the text of special tokens, read as "
-                "these tokens"
-            )
+        if rows[Note.UNSUPERVISED]:
+            lines.append(f"{_rows(rows[Note.UNSUPERVISED])} without a supervised token left out")
+        others = sorted(note for note in rows if rows[note] and note not in _SAID_TOGETHER)
+        lines += [f"{_rows(rows[note])} {note}{self._more_tokens(note)}" for note in others]
         if self.num_rows_also_in_train:
             lines.append(
                 f"{self.num_rows_also_in_train:,} evaluation rows are also training rows, word for word"
             )
         return lines
+
+
+_SAID_TOGETHER = frozenset({Note.PROMPT_CUT, Note.ANSWER_CUT, Note.SPLIT, Note.TOO_LONG, Note.UNSUPERVISED})
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row{'s' if number != 1 else ''}"

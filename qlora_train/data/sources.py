@@ -3,9 +3,10 @@
 Files are read where they lie and nothing is written beside them; only data sets of the hub go through the
 `datasets` library and its cache. How each file type is read is in `tables`.
 
-A folder is read with its sub-folders, in sorted order, and all its data files are joined. Where file or
-folder names tell several splits apart (train-00000.parquet, test/a.jsonl) the source must say which one it
-means, because test rows must not slip into training.
+A folder is read with its sub-folders, in sorted order, and all its data files are joined: a clone of a hub
+data set, or what `save_to_disk` wrote. What such folders hold beside their rows (dataset_infos.json,
+state.json, a licence) is no data. Where file or folder names tell several splits apart (train-00000.parquet,
+test/a.jsonl) the source must say which one it means, because test rows must not slip into training.
 """
 
 from __future__ import annotations
@@ -15,15 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_train.data.tables import (
-    CsvTable,
-    HubTable,
-    JsonLinesTable,
-    JsonTable,
-    ParquetTable,
-    RowTable,
-    TextTable,
-)
+from qlora_train.data.arrow_tables import ArrowTable, HubTable, ParquetTable
+from qlora_train.data.csv_table import CsvTable
+from qlora_train.data.json_tables import JsonTable
+from qlora_train.data.tables import RowTable, TextTable
+from qlora_train.data.text_files import PACKED_SUFFIXES, data_suffix
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,18 +37,41 @@ _SAME_SPLIT = {
     "val": "validation",
     "dev": "validation",
 }
+_READERS: dict[str, Callable[[str], RowTable]] = {
+    ".jsonl": JsonTable,
+    ".ndjson": JsonTable,
+    ".json": JsonTable,
+    ".csv": CsvTable,
+    ".tsv": CsvTable,
+    ".parquet": ParquetTable,
+    ".arrow": ArrowTable,
+    ".feather": ArrowTable,
+    ".txt": TextTable,
+}
+# In a folder: written by `datasets` and the hub, or by people beside their data.
+_METADATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state|croissant|metadata|config|tokenizer_config)\.json"
+    r"|(readme|licen[cs]e|copying|notice|changelog|citation|requirements|authors|description)[-\w.]*\.txt",
+    re.IGNORECASE,
+)
 
 
 def load_tables(sources: Sequence[DataSource]) -> list[RowTable]:
-    """Opens every source, in order. Raises DataError for what is missing, unreadable or empty."""
-    tables = [table for source in sources for table in _load_source(source)]
+    """Opens every source, in order, and reads the first rows. Raises DataError for what is missing,
+    unreadable or empty."""
+    return [table for source in sources for table in load_source(source)]
+
+
+def load_source(source: DataSource) -> list[RowTable]:
+    """The tables of one source. Raises DataError like `load_tables`."""
+    tables = _tables_of(source)
     for table in tables:
-        if next(iter(table), None) is None:
+        if table.is_empty:
             raise DataError(f"{table.name} holds no rows.")
     return tables
 
 
-def _load_source(source: DataSource) -> list[RowTable]:
+def _tables_of(source: DataSource) -> list[RowTable]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         return [_load_file(file) for file in _files_of(path, source.split)]
@@ -61,22 +81,24 @@ def _load_source(source: DataSource) -> list[RowTable]:
                 f"{path} is one file and has no split {source.split!r}: remove `split` from the source."
             )
         return [_load_file(path)]
-    looks_local = path.suffix.lower() in _READERS or not _HUB_ID.fullmatch(source.path)
+    looks_local = data_suffix(path) in _READERS or not _HUB_ID.fullmatch(source.path)
     if looks_local:
         raise DataError(f"The data file {source.path} does not exist (looked in {Path.cwd()}).")
     return [_load_hub(source.path, source.split or "train")]
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
-    files = sorted(
+    found = sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in _READERS
+        if data_suffix(file) in _READERS
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
+    files = [file for file in found if not _METADATA.fullmatch(file.name)]
     if not files:
-        raise DataError(f"The folder {folder} holds no data file ({_supported()}).")
+        metadata = f"; {found[0].name} is metadata" if found else ""
+        raise DataError(f"The folder {folder} holds no data file ({_supported()}{metadata}).")
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -105,34 +127,22 @@ def _split_of(file: Path) -> str:
 
 
 def _load_file(path: Path) -> RowTable:
-    reader = _READERS.get(path.suffix.lower())
+    reader = _READERS.get(data_suffix(path))
     if reader is None:
-        raise DataError(
-            f"{path}: the file type {path.suffix or '(none)'!r} is not known. Use {_supported()}."
-        )
+        kind = "".join(path.suffixes[-2:]) or "(none)"
+        raise DataError(f"{path}: the file type {kind!r} is not known. Use {_supported()}.")
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder.")
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty.")
-        return reader(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _read_json(path: Path) -> RowTable:
-    return JsonTable(str(path)) if JsonTable.is_list(path) else JsonLinesTable(str(path))
-
-
-_READERS: dict[str, Callable[[Path], RowTable]] = {
-    ".jsonl": lambda path: JsonLinesTable(str(path)),
-    ".json": _read_json,
-    ".csv": lambda path: CsvTable(str(path)),
-    ".parquet": lambda path: ParquetTable(str(path)),
-    ".txt": lambda path: TextTable(str(path)),
-}
+    return reader(str(path))
 
 
 def _supported() -> str:
-    return " ".join(_READERS)
+    return f"{' '.join(_READERS)}, text also packed ({' '.join(PACKED_SUFFIXES)})"
 
 
 def _load_hub(name: str, split: str) -> RowTable:

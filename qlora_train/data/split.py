@@ -8,36 +8,63 @@ what else is in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
-from qlora_train.data.formats import Example, content_key
+import numpy as np
+
 from qlora_train.errors import DataError
 
 
-def split_by_content(
-    examples: Sequence[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(train, eval), both in the given order; eval has at most round(share x rows) rows.
+def content_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows say the same. keys: uint8 [R, 32]. Returns (group of each row [R], first row of each group
+    [G]); groups are in the order of their keys."""
+    words = np.ascontiguousarray(keys).view(">u8")
+    order = np.lexsort(words.T[::-1])
+    in_order = words[order]
+    is_new = np.ones(len(keys), dtype=bool)
+    is_new[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
+    groups = np.empty(len(keys), dtype=np.int64)
+    groups[order] = np.cumsum(is_new) - 1
+    return groups, order[is_new]
+
+
+def split_by_content(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """bool [R]: the rows for evaluation, at most round(share x R). keys: content keys, uint8 [R, 32].
 
     Raises DataError where a side would be empty.
     """
-    keys = [content_key(example.content) for example in examples]
-    num_rows: dict[bytes, int] = {}
-    for key in keys:
-        num_rows[key] = num_rows.get(key, 0) + 1
-    num_wanted = round(share * len(examples))
-    chosen: set[bytes] = set()
+    groups, first_rows = content_groups(keys)
+    num_rows = np.bincount(groups, minlength=len(first_rows))
+    num_wanted = round(share * len(keys))
+    is_chosen = np.zeros(len(first_rows), dtype=bool)
     num_chosen = 0
-    for key in sorted(num_rows, key=lambda key: hashlib.sha256(b"%d " % seed + key).digest()):
-        if num_chosen + num_rows[key] <= num_wanted:
-            chosen.add(key)
-            num_chosen += num_rows[key]
-    if not 0 < num_chosen < len(examples):
+    for group in _order(keys[first_rows], seed).tolist():
+        if num_chosen == num_wanted:
+            break
+        if num_chosen + num_rows[group] <= num_wanted:
+            is_chosen[group] = True
+            num_chosen += int(num_rows[group])
+    if not 0 < num_chosen < len(keys):
         raise DataError(
-            f"data.eval: {share} of {len(examples)} rows ({len(num_rows)} different ones) leaves "
-            f"{num_chosen} for evaluation and {len(examples) - num_chosen} for training. Use another share, "
+            f"data.eval: {share} of {len(keys)} rows ({len(first_rows)} different ones) leaves "
+            f"{num_chosen} for evaluation and {len(keys) - num_chosen} for training. Use another share, "
             "or more rows."
         )
-    train = [example for example, key in zip(examples, keys, strict=True) if key not in chosen]
-    evaluation = [example for example, key in zip(examples, keys, strict=True) if key in chosen]
-    return train, evaluation
+    return is_chosen[groups]
+
+
+def chosen_by_weight(keys: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
+    """How often each row is seen in an epoch, int64 [R]: its weight, rounded up for as many rows as make the
+    sum right. Which these are depends on their contents and the seed. weights: [R]."""
+    times = np.floor(weights).astype(np.int64)
+    for weight in np.unique(weights[weights != times]):
+        rows = np.flatnonzero(weights == weight)
+        order = rows[_order(keys[rows], seed)]
+        times[order[: round(float(weight % 1) * len(rows))]] += 1
+    return times
+
+
+def _order(keys: np.ndarray, seed: int) -> np.ndarray:
+    """The rows of `keys`, sorted by a hash keyed with the seed."""
+    prefix = b"%d " % seed
+    digests = b"".join(hashlib.sha256(prefix + key.tobytes()).digest() for key in keys)
+    return np.lexsort(np.frombuffer(digests, dtype=">u8").reshape(-1, 4).T[::-1])

@@ -1,316 +1,217 @@
-"""Examples -> documents: token ids and, beside each, whether it is supervised (a target of the loss).
+"""Contents -> documents: token ids and, beside each, whether it is supervised (a target of the loss).
 
-A document's whole text is tokenised ONCE and the mask is found by character offsets. Tokenising prompt and
-answer apart and joining them would give tokens at the seam that the model never sees in generation. A token
-that straddles the boundary belongs to the answer.
+    Chat        one text, or several, that hold its answers (see `chat_tokens`); supervised: the answers, each
+                with the token that stops generation
+    Completion  prompt + completion + EOS; supervised: completion and EOS
+    PlainText   text + EOS; all supervised
 
-    Chat        the template's text; supervised: what the assistant says, with its end-of-turn token
-    Completion  BOS + prompt + completion + EOS; supervised: completion and EOS
-    PlainText   BOS + text + EOS; all supervised but BOS
-
-BOS: exactly one, at the start. Plain documents get it if the tokenizer defines one; conversations if the
-template writes it or the tokenizer puts it before every text by itself; two in a row become one. EOS: a
-conversation whose last supervised token is no special token (the template has no end-of-turn token) gets a
-supervised EOS, so that the model learns to stop. The text of a special token in a message is text (see
-`control_text`).
-
-Longer than sequence_length: the prompt is cut first, from the left (behind BOS; one token always stays, so
-that the answer's first token has something to be predicted from), then the end of the answer. A PlainText
-is not cut but split into consecutive documents: each begins with BOS, or without one with the last token of
-the piece before (not supervised again), so every token is a target once.
+A prompt's tokens are those that generation is handed (see `encoding`). Before a text stands what the
+tokenizer itself puts there (BOS, for most), at most one BOS: the template of a conversation may write it,
+too. EOS follows where nothing else ends an answer. The text of a special token in a message is text (see
+`control_text`). What is longer than sequence_length becomes documents in `long_chats` and `fitting`.
 
 Token 0 of a document is never supervised: nothing predicts it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.chat import (
-    ChatProblem,
-    Span,
-    prompt_length,
-    render,
-    render_with_spans,
-    require_chat_template,
-)
-from qlora_train.data.control_text import ControlText, Encoded, unmarked_positions, without_marks
-from qlora_train.data.formats import Chat, Completion, Example, PlainText
-from qlora_train.data.report import TokenCounts
-from qlora_train.data.tables import Origin, RowProblems
-from qlora_train.data.tokenizer import special_token_ids
+from qlora_train.data.chat import ChatFormat, ChatNote, ChatProblem
+from qlora_train.data.chat_tokens import ChatTokenizer, Supervise, Tokens
+from qlora_train.data.content import Chat, Completion, Content, PlainText
+from qlora_train.data.control_text import ControlText
+from qlora_train.data.encoding import TextEncoder
+from qlora_train.data.fitting import Document, Text, TooLong, fit
+from qlora_train.data.long_chats import LongChats
+from qlora_train.data.report import Note
+from qlora_train.data.tables import RowProblem
+from qlora_train.data.tokenizer import BosRule
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TOKENIZER_BATCH = 512
-
-
-@dataclass(frozen=True)
-class Document:
-    """token_ids int32 [n]; supervised bool [n]: token i is a target. supervised[0] is always False."""
-
-    token_ids: np.ndarray
-    supervised: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def num_supervised(self) -> int:
-        return int(np.count_nonzero(self.supervised))
-
 
 @dataclass
-class TokenizedRows:
-    """Documents in row order, `origins[i]` being the row that document i is from."""
+class TokenizedRow:
+    """One row's documents; none where it has nothing to learn from. `num_tokens`: of its longest text, before
+    anything was cut."""
 
     documents: list[Document] = field(default_factory=list)
-    origins: list[Origin] = field(default_factory=list)
-    counts: TokenCounts = field(default_factory=TokenCounts)
+    num_tokens: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
 
 
-class _Prepared(NamedTuple):
-    """An example as text. Characters: `answers` are what the loss may look at, `prompt_end` is where they
-    begin.
+class RowTokenizer:
+    """Turns contents into documents of at most `sequence_length` tokens.
+
+    chat_format: how conversations are written; None where there are none. supervise: `completions`;
+    `last_turn` for each conversation's last answer; or `all` for every token but the first. too_long: see
+    `fitting`. vocabulary_size: rows of the model's embedding, where it is known.
     """
 
-    origin: Origin
-    text: str
-    answers: list[Span]
-    prompt_end: int
-    is_chat: bool
-    may_split: bool
-    encoded: Encoded | None = None  # where tokenising `text` would not do
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_format: ChatFormat | None,
+        *,
+        sequence_length: int,
+        supervise: Supervise = "completions",
+        too_long: TooLong = "cut",
+        vocabulary_size: int | None = None,
+    ) -> None:
+        self.tokenizer, self.vocabulary_size = tokenizer, vocabulary_size
+        self._sequence_length, self._too_long = sequence_length, too_long
+        self._supervises_all = supervise == "all"
+        self._bos = BosRule(tokenizer)
+        self._control_text = ControlText(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
+        self._chats = None if chat_format is None else ChatTokenizer(tokenizer, chat_format, supervise)
 
+    def tokenize(self, contents: Sequence[Content]) -> list[TokenizedRow | RowProblem]:
+        """One result for each content, in order. Raises DataError for a tokenizer without EOS, where one is
+        needed."""
+        notes = [Counter[str]() for _ in contents]
+        rows = zip(contents, self._texts(contents, notes), notes, strict=True)
+        return [
+            RowProblem(str(texts)) if isinstance(texts, ChatProblem) else self._row(content, texts, noted)
+            for content, texts, noted in rows
+        ]
 
-class BosRule:
-    """When a token sequence gets a BOS, and that it has only one."""
+    def _texts(
+        self, contents: Sequence[Content], notes: Sequence[Counter[str]]
+    ) -> Iterator[list[Tokens] | ChatProblem]:
+        """Of each content, in order."""
+        rows = list(zip(contents, notes, strict=True))
+        chats = [(content, noted) for content, noted in rows if isinstance(content, Chat)]
+        others = [(content, noted) for content, noted in rows if not isinstance(content, Chat)]
+        found: Iterator[list[Tokens] | ChatProblem] = iter(())
+        if chats:
+            assert self._chats is not None, "conversations need a chat format"
+            found = iter(self._chats.tokenize([chat for chat, _ in chats], [noted for _, noted in chats]))
+        plain = self._plain_texts(others)
+        for content in contents:
+            yield next(found) if isinstance(content, Chat) else next(plain)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self._automatic = self.bos_id is not None and tokenizer("").input_ids[:1] == [self.bos_id]
+    def _plain_texts(
+        self, contents: Sequence[tuple[Completion | PlainText, Counter[str]]]
+    ) -> Iterator[list[Tokens]]:
+        """Of completions and plain texts, which have no prompt."""
+        pairs = [
+            (content.prompt, content.completion) if isinstance(content, Completion) else ("", content.text)
+            for content, _ in contents
+        ]
+        wholes = self._encoder.batch([prompt + answer for prompt, answer in pairs]) if pairs else []
+        for (prompt, answer), whole, (_, noted) in zip(pairs, wholes, contents, strict=True):
+            noted[Note.SAYS_CONTROL_TOKENS] += self._control_text.is_in(prompt + answer)
+            ids = whole.token_ids
+            num = self._encoder.num_tokens_of_start(whole, prompt + answer, len(prompt)) if prompt else 0
+            if num is None:
+                before, behind = self._encoder.joined(prompt, answer)
+                num, ids = len(before.token_ids), np.concatenate([before.token_ids, behind]).astype(np.int32)
+            yield [Tokens(ids, [(num, len(ids))], adds_eos=True)]
 
-    def num_to_drop_and_add(self, token_ids: Sequence[int], *, is_chat: bool) -> tuple[int, bool]:
-        """(leading tokens to drop, whether to put a BOS before what is left)."""
-        if self.bos_id is None:
-            return 0, False
-        num_leading = next((i for i, token in enumerate(token_ids) if token != self.bos_id), len(token_ids))
-        if num_leading:
-            return num_leading - 1, False
-        return 0, self._automatic or not is_chat
+    def _row(self, content: Content, found: list[Tokens], notes: Counter[str]) -> TokenizedRow | RowProblem:
+        texts = [self._text(tokens) for tokens in found]
+        for text in texts:
+            if problem := self._unknown_token(text.document.token_ids):
+                return problem
+        lengths = [len(text.document) for text in texts]
+        row = TokenizedRow(notes=notes, num_tokens=max(lengths, default=0))
+        parts = [texts]
+        if row.num_tokens > self._sequence_length:
+            if self._too_long == "drop":
+                notes[Note.TOO_LONG] += sum(lengths)
+                return row
+            if isinstance(content, Chat):
+                parts = self._shorter_chats(content, found, texts, notes)
+        for part in parts:
+            documents = [self._fitted(text, content, notes) for text in part]
+            row.documents += [document for of_text in documents for document in of_text]
+            if len(part) > 1:
+                sizes = [sum(map(len, of_text)) for of_text in documents]
+                notes[ChatNote.SEVERAL_TEXTS] += sum(sizes) - max(sizes)
+        if not row.documents:
+            notes[Note.UNSUPERVISED] += 1
+        return row
 
-    def apply(self, token_ids: list[int], *, is_chat: bool) -> list[int]:
-        num_drop, add = self.num_to_drop_and_add(token_ids, is_chat=is_chat)
-        return ([self.bos_id] if add and self.bos_id is not None else []) + token_ids[num_drop:]
+    def _fitted(self, text: Text, content: Content, notes: Counter[str]) -> list[Document]:
+        too_long: TooLong = "split" if isinstance(content, PlainText) else self._too_long
+        return fit(text, self._sequence_length, too_long, notes)
 
+    def _shorter_chats(
+        self, chat: Chat, found: list[Tokens], texts: list[Text], notes: Counter[str]
+    ) -> list[list[Text]]:
+        """The texts of each part. found, texts: of the whole."""
+        assert self._chats is not None
+        long_chats = LongChats(self._chats, self._fits)
+        if self._too_long == "split":
+            parts = long_chats.split(chat, found)
+            if len(parts) > 1:
+                notes[Note.SPLIT] += len(parts)
+            return [[self._text(tokens) for tokens in part] for part in parts]
+        cut = []
+        for tokens, text in zip(found, texts, strict=True):
+            if len(text.document) > self._sequence_length:
+                num_tokens = len(text.document)
+                tokens = long_chats.without_first_exchanges(tokens)
+                text = self._text(tokens, cuttable=self._chats.tokens_to_cut(tokens))
+                if num_cut := num_tokens - len(text.document):
+                    notes[Note.PROMPT_CUT] += num_cut
+            cut.append(text)
+        return [cut]
 
-def tokenize_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, supervise: str
-) -> TokenizedRows:
-    """Every example as one document of at most `sequence_length` tokens (a long PlainText: as several).
+    def _fits(self, tokens: Tokens) -> bool:
+        return len(self._text(tokens).document) <= self._sequence_length
 
-    `supervise`: `completions`, or `all` for every token but the first. Rows without a supervised token are
-    left out and counted. Raises DataError for conversations that the template refuses (with their lines), a
-    tokenizer without chat template or EOS where one is needed, and when no row has a supervised token.
-    """
-    if any(isinstance(example.content, Chat) for example in examples):
-        require_chat_template(tokenizer)
-    return _Tokenization(tokenizer, sequence_length, supervise == "all").run(examples)
-
-
-class _Tokenization:
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, supervise_all: bool) -> None:
-        self.tokenizer = tokenizer
-        self.sequence_length = sequence_length
-        self.supervise_all = supervise_all
-        self.bos = BosRule(tokenizer)
-        self.special_ids = special_token_ids(tokenizer)
-        self.control_text = ControlText(tokenizer)
-        self.tally = dict.fromkeys(TokenCounts.__dataclass_fields__, 0)
-
-    def run(self, examples: Sequence[Example]) -> TokenizedRows:
-        rows = TokenizedRows()
-        for prepared, token_ids, starts, ends in self._encode(self._prepare(examples)):
-            for document in self._documents(prepared, token_ids, starts, ends):
-                rows.documents.append(document)
-                rows.origins.append(prepared.origin)
-                self.tally["num_tokens"] += len(document)
-                self.tally["num_supervised"] += document.num_supervised
-        if not rows.documents:
-            raise DataError(
-                f"None of the {len(examples):,} rows has a supervised token: conversations need assistant "
-                "messages, or set data.supervise: all."
-            )
-        self.tally["num_rows"] = len(examples)
-        self.tally["num_documents"] = len(rows.documents)
-        rows.counts = TokenCounts(**self.tally)
-        return rows
-
-    def _prepare(self, examples: Sequence[Example]) -> list[_Prepared]:
-        problems = RowProblems()
-        prepared = []
-        for example in examples:
-            try:
-                prepared.append(self._as_text(example))
-            except ChatProblem as problem:
-                problems.add(example.origin, str(problem))
-        problems.raise_if_any()
-        return prepared
-
-    def _as_text(self, example: Example) -> _Prepared:
-        content = example.content
-        if isinstance(content, Chat):
-            return self._chat_as_text(example.origin, content)
-        if isinstance(content, Completion):
-            text, boundary = content.prompt + content.completion, len(content.prompt)
-        else:
-            text, boundary = content.text, 0
-        self.tally["num_rows_saying_control_tokens"] += self.control_text.is_in(text)
-        # + 1: some tokenizers report a token of spaces at the very end as empty, at len(text).
-        answers = [(boundary, len(text) + 1)]
-        return _Prepared(example.origin, text, answers, boundary, False, isinstance(content, PlainText))
-
-    def _chat_as_text(self, origin: Origin, chat: Chat) -> _Prepared:
-        if not self.control_text.is_in([chat.messages, chat.tools]):
-            return self._rendered(origin, chat)
-        marked_chat = self.control_text.marked(chat)
-        marked = self._rendered(origin, marked_chat) if marked_chat is not None else None
-        encoded = self.control_text.encode(marked.text) if marked is not None else None
-        if marked is None or encoded is None:
-            self.tally["num_rows_saying_control_tokens"] += 1
-            return self._rendered(origin, chat)
-        self.tally["num_rows_quoting_control_tokens"] += 1
-        position = unmarked_positions(marked.text).tolist()
-        position.append(position[-1] + 1)
-        return marked._replace(
-            text=without_marks(marked.text),
-            answers=[(position[start], position[end]) for start, end in marked.answers],
-            prompt_end=position[marked.prompt_end],
-            encoded=encoded,
+    def _text(self, tokens: Tokens, cuttable: np.ndarray | None = None) -> Text:
+        """With what stands before a text, and EOS where nothing else ends it. cuttable: of its tokens, those
+        that a cut may take."""
+        ids, answers = self._ended(tokens)
+        supervised = np.zeros(len(ids), dtype=bool)
+        for first, last in answers:
+            supervised[first:last] = True
+        num_drop, before = self._bos.to_drop_and_add(ids.tolist())
+        ids = np.concatenate([before, ids[num_drop:]]).astype(np.int32)
+        supervised = np.concatenate([np.zeros(len(before), dtype=bool), supervised[num_drop:]])
+        if self._supervises_all:
+            supervised[:] = True
+        supervised[:1] = False
+        shift = len(before) - num_drop
+        begins_with_bos = len(ids) > 0 and int(ids[0]) == self._bos.bos_id
+        num_before = max(len(before), int(begins_with_bos))
+        if cuttable is not None:
+            cuttable = cuttable[cuttable >= num_drop] + shift if len(cuttable) else None
+        return Text(
+            Document(ids, supervised), min(first for first, _ in answers) + shift, num_before, cuttable
         )
 
-    def _rendered(self, origin: Origin, chat: Chat) -> _Prepared:
-        if self.supervise_all:
-            if chat.unsupervised:
-                raise ChatProblem("a message has the weight 0, which data.supervise: all contradicts.")
-            text = render(self.tokenizer, chat)
-            boundary = prompt_length(self.tokenizer, chat, text)
-            return _Prepared(origin, text, [(boundary, len(text) + 1)], boundary, True, False)
-        text, answers = render_with_spans(self.tokenizer, chat)
-        return _Prepared(origin, text, answers, answers[0][0] if answers else len(text), True, False)
-
-    def _encode(
-        self, prepared: Sequence[_Prepared]
-    ) -> Iterator[tuple[_Prepared, np.ndarray, np.ndarray, np.ndarray]]:
-        """(row, token ids, first and past-the-last character of each token), tokenised in batches."""
-        for first in range(0, len(prepared), _TOKENIZER_BATCH):
-            batch = prepared[first : first + _TOKENIZER_BATCH]
-            encoded = self.tokenizer(
-                [row.text for row in batch],
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
-            for row, token_ids, offsets in zip(
-                batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
-            ):
-                bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-                found = Encoded(np.asarray(token_ids, dtype=np.int32), bounds[:, 0], bounds[:, 1])
-                yield row, *(row.encoded or found)
-
-    def _documents(
-        self, row: _Prepared, token_ids: np.ndarray, starts: np.ndarray, ends: np.ndarray
-    ) -> list[Document]:
-        supervised = np.zeros(len(token_ids), dtype=bool)
-        for first, last in row.answers:
-            supervised |= (ends > first) & (starts < last)
-        num_prompt = int(np.count_nonzero(ends <= row.prompt_end)) if row.prompt_end else 0
-        if not supervised.any():
-            self.tally["num_unsupervised_rows"] += 1
-            return []
-        token_ids, supervised = self._with_end(row, token_ids, supervised)
-        if self.supervise_all:
-            supervised[:] = True
-        num_drop, add_bos = self.bos.num_to_drop_and_add(token_ids.tolist(), is_chat=row.is_chat)
-        token_ids, supervised = token_ids[num_drop:], supervised[num_drop:]
-        if add_bos:
-            token_ids = np.concatenate([[self.bos.bos_id], token_ids]).astype(np.int32)
-            supervised = np.concatenate([[False], supervised])
-        supervised[0] = False
-        num_prompt += int(add_bos) - num_drop
-        documents = self._fit(row, Document(token_ids, supervised), num_prompt)
-        if not any(document.num_supervised for document in documents):
-            self.tally["num_unsupervised_rows"] += 1
-            return []
-        return documents
-
-    def _with_end(
-        self, row: _Prepared, token_ids: np.ndarray, supervised: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Sees to it that the last supervised token ends the answer."""
-        last = int(np.flatnonzero(supervised)[-1])
-        if row.is_chat and self.supervise_all:
-            last = self._last_visible(token_ids)
-        if row.is_chat and int(token_ids[last]) in self.special_ids:
-            return token_ids, supervised
-        eos_id = self.tokenizer.eos_token_id
+    def _ended(self, tokens: Tokens) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Token ids and answers, with EOS behind the last one if nothing else ends it."""
+        if not tokens.adds_eos:
+            return tokens.ids, tokens.answers
+        eos_id: int | None = self.tokenizer.eos_token_id
         if eos_id is None:
             raise DataError(
                 "The tokenizer defines no EOS token, so answers could never end. Set eos_token in it."
             )
-        if int(token_ids[last]) == eos_id:
-            return token_ids, supervised
-        self.tally["num_chats_without_turn_ends"] += len(row.answers) > 1
-        ids = np.append(token_ids[: last + 1], np.int32(eos_id))
-        return ids, np.append(supervised[: last + 1], True)
+        if len(tokens.ids) and int(tokens.ids[-1]) == eos_id:
+            return tokens.ids, tokens.answers
+        (start, end), *others = tokens.answers
+        return np.append(tokens.ids, np.int32(eos_id)), [(start, end + 1), *others]
 
-    def _last_visible(self, token_ids: np.ndarray) -> int:
-        """The last token that is more than white space."""
-        last = len(token_ids) - 1
-        while last > 0 and str(self.tokenizer.decode([int(token_ids[last])])).isspace():
-            last -= 1
-        return last
-
-    def _fit(self, row: _Prepared, document: Document, num_prompt: int) -> list[Document]:
-        if len(document) <= self.sequence_length:
-            return [document]
-        self.tally["num_overlong_rows"] += 1
-        if row.may_split:
-            self.tally["num_texts_split"] += 1
-            return self._split(document)
-        return [self._cut(document, num_prompt)]
-
-    def _cut(self, document: Document, num_prompt: int) -> Document:
-        """Prompt from the left behind BOS (keeping one token), then the answer's end."""
-        excess = len(document) - self.sequence_length
-        begins_with_bos = int(document.token_ids[0]) == self.bos.bos_id
-        num_left = min(excess, max(num_prompt - 1, 0))
-        first = 1 if begins_with_bos else 0
-        kept = np.r_[0:first, first + num_left : len(document)][: self.sequence_length]
-        self.tally["num_prompts_cut"] += num_left > 0
-        self.tally["num_answers_cut"] += num_left < excess
-        self.tally["num_tokens_cut"] += excess
-        supervised = document.supervised[kept]
-        supervised[0] = False
-        return Document(document.token_ids[kept], supervised)
-
-    def _split(self, document: Document) -> list[Document]:
-        """Pieces of sequence_length - 1 new tokens behind one token of context: BOS, or the token before
-        them.
-        """
-        token_ids, step = document.token_ids, self.sequence_length - 1
-        begins_with_bos = int(token_ids[0]) == self.bos.bos_id
-        pieces = []
-        for first in range(1, len(token_ids), step):
-            head = token_ids[:1] if begins_with_bos else token_ids[first - 1 : first]
-            ids = np.concatenate([head, token_ids[first : first + step]])
-            supervised = np.ones(len(ids), dtype=bool)
-            supervised[0] = False
-            pieces.append(Document(ids, supervised))
-        return pieces
+    def _unknown_token(self, token_ids: np.ndarray) -> RowProblem | None:
+        largest = int(token_ids.max(initial=0))
+        if self.vocabulary_size is None or largest < self.vocabulary_size:
+            return None
+        token = self.tokenizer.convert_ids_to_tokens(largest)
+        return RowProblem(
+            f"it holds the token {token!r}, number {largest} of the tokenizer, and the model's embedding has "
+            f"{self.vocabulary_size} rows: check that tokenizer and weights belong together."
+        )

@@ -1,26 +1,35 @@
-"""Loads the base's own tokenizer. Only fast ones: the supervised mask needs each token's offsets."""
+"""Loads the base's own tokenizer, and reads what its model says about the ends of answers. Only fast ones:
+the supervised mask needs each token's offsets.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_train.boundary import parsing
+from qlora_train.boundary import parsing, read_json
+from qlora_train.data.chat.choice import choose_chat_template
 from qlora_train.errors import BaseModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
 _REMEDY = "Download the tokenizer files of the base again."
 _TRIAL = "Try it: 1 + 1 = 2.\n\tÄ 日本 🦙"
 """Text that every tokenizer can do: what is damaged in one shows when it is used, not when it is read."""
 
 
-def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: str, revision: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with its chat template. No code of the base is ever run.
 
-    Raises BaseModelError: no such base, no tokenizer files in it, or a tokenizer without offsets.
+    chat_template: the recipe's `model.chat_template`, which then is the tokenizer's only one. Raises
+    BaseModelError: no such base, no tokenizer files in it, or a tokenizer without offsets; DataError for a
+    chat template that is not there.
     """
     from transformers import AutoTokenizer
 
@@ -50,10 +59,69 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     with parsing(f"the tokenizer of {base}", BaseModelError, _REMEDY):
         ids = tokenizer(_TRIAL, return_offsets_mapping=True)["input_ids"]
         tokenizer.decode(ids)
+    if chat_template is not None:
+        tokenizer.chat_template = choose_chat_template(tokenizer, chat_template)
     return tokenizer
+
+
+def read_stop_ids(base: str, revision: str | None = None) -> tuple[int, ...]:
+    """The tokens that end an answer by generation_config.json (eos_token_id) of a folder or hub id; empty
+    where the base has no such file, or it names none. Raises BaseModelError for a file that is damaged.
+    """
+    from transformers.utils import cached_file
+
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        found: str | None = str(folder / _GENERATION_CONFIG)
+    else:
+        try:
+            found = cached_file(
+                base, _GENERATION_CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+        except OSError as error:
+            raise BaseModelError(f"{_GENERATION_CONFIG} of {base}: {_first_line(error)}") from error
+    if found is None or not Path(found).is_file():
+        return ()
+    listed = read_json(Path(found), BaseModelError, "Download it again, or remove it.").get("eos_token_id")
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(token, int) and token >= 0 for token in listed):
+        raise BaseModelError(f"{found}: eos_token_id is {listed}; it is a token's number, or a list of them.")
+    return tuple(dict.fromkeys(listed))
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of all control tokens, named (EOS, ...) or only marked as special."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})
+
+
+class BosRule:
+    """What stands before the tokens of a text: what the tokenizer itself puts there (BOS, for most that have
+    one; nothing, for many that define one), and at most one BOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.bos_id: int | None = tokenizer.bos_token_id
+        alone = tokenizer("a", add_special_tokens=False).input_ids
+        with_its_own = tokenizer("a").input_ids
+        num_before = next(
+            (n for n in range(len(with_its_own)) if with_its_own[n : n + len(alone)] == alone), 0
+        )
+        self._before: list[int] = with_its_own[:num_before]
+
+    def to_drop_and_add(self, token_ids: Sequence[int]) -> tuple[int, list[int]]:
+        """(leading tokens to drop, tokens to put before what is left)."""
+        num_bos = next((i for i, token in enumerate(token_ids) if token != self.bos_id), len(token_ids))
+        if num_bos:
+            return num_bos - 1, []
+        num_before = len(self._before)
+        is_there = num_before and list(token_ids[:num_before]) == self._before
+        return 0, [] if is_there else self._before
+
+    def apply(self, token_ids: list[int]) -> list[int]:
+        num_drop, before = self.to_drop_and_add(token_ids)
+        return [*before, *token_ids[num_drop:]]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

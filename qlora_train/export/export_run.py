@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.prompts import answer_end_ids
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.prompts import stop_token_ids
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.description import CPU
 from qlora_train.errors import DataError, ExportError, NotYetError
 from qlora_train.export.held_out import held_out
@@ -68,7 +68,8 @@ def export(
     loaders: "transformers", "bnb-4bit": load what was written with these, too. say: told a line each. Needs
     no GPU; up to 1.1 GB per tensor, merging takes less than 1.2 GB of memory, and a receipt one layer more.
 
-    generation_config.json also lists the token that the chat template ends turns with. Raises
+    generation_config.json also lists the tokens that the chat template ends answers with; the template is
+    the recipe's `model.chat_template`, where it names one. Raises
     `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
     """
     _check_arguments(to, base, dtype, receipt, loaders)
@@ -78,14 +79,15 @@ def export(
     require_new_folder(target)  # before anything is read through
     recipe = load_recipe(run / "recipe.yaml")
     folder, _ = find_base(recipe.model, run)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
+    named = read_stop_ids(str(folder))
     check_base(folder)
     if (trained_on := read_trained_on(adapter)) is not None:
         trained_on.check_base(folder, adapter)
         trained_on.check_tokenizer(tokenizer, adapter)
     trained_packing = Packing(recipe.model.quantization, recipe.model.double_quant)
     packing = _merged_onto(folder, base, trained_packing)
-    documents = _held_out(recipe, tokenizer, receipt, say) if receipt is not None else None
+    documents = _held_out(recipe, tokenizer, named, receipt, say) if receipt is not None else None
     with ExitStack() as stack:
         cached = None
         if trained_packing.format != "none" and (packing is not None or documents is not None):
@@ -99,7 +101,9 @@ def export(
             dtype, measure.largest if measure is not None else None, _own_dtype(folder), say
         )
 
-        def write_receipt(partial: Path) -> None:
+        def complete(partial: Path) -> None:
+            if recipe.model.chat_template is not None:  # the one that training wrote conversations with
+                (partial / "chat_template.jinja").write_text(str(tokenizer.chat_template), "utf-8")
             if measure is not None:
                 found = measure.receipt(partial, chosen, loaders)
                 for line in found.lines():
@@ -113,8 +117,8 @@ def export(
             packing=packing,
             cached=cached if packing is not None else None,
             dtype=chosen,
-            end_ids=answer_end_ids(tokenizer),
-            check=write_receipt,
+            end_ids=stop_token_ids(tokenizer, named, recipe.data),
+            check=complete,
             say=say,
         ).folder
 
@@ -150,10 +154,14 @@ def _merged_onto(folder: Path, base: str | None, trained: Packing) -> Packing | 
 
 
 def _held_out(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_tokens: int, say: Callable[[str], None]
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    num_tokens: int,
+    say: Callable[[str], None],
 ) -> HeldOut | None:
     try:
-        return held_out(recipe, tokenizer, num_tokens)
+        return held_out(recipe, tokenizer, stop_ids, num_tokens)
     except (DataError, OSError) as error:
         say(f"no receipt: the data of the run cannot be read ({str(error).splitlines()[0]})")
         return None

@@ -3,13 +3,15 @@ was is said."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.dataset import PackedDataset, build_dataset
+from qlora_train.data.building import build_dataset
+from qlora_train.data.dataset import PackedDataset
 from qlora_train.export.walked_model import HeldOut
+from qlora_train.memory.cache_key import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,10 +21,14 @@ if TYPE_CHECKING:
 CONTEXT_FACTOR = 8  # tokens walked for one that counts, at most: prompts can be long
 
 
-def held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> HeldOut:
-    """At most `num_tokens` supervised tokens, in whole documents but the last. recipe: of the run. Raises
-    `DataError` where the data cannot be read."""
-    train, evaluation = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
+def held_out(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], num_tokens: int
+) -> HeldOut:
+    """At most `num_tokens` supervised tokens, in whole documents but the last. recipe: of the run.
+    stop_ids: see `build_dataset`. Raises `DataError` where the data cannot be read."""
+    train, evaluation = build_dataset(
+        recipe.data, tokenizer, seed=recipe.training.seed, stop_ids=stop_ids, cache=cache_root()
+    )
     data, source = (train, "of the training data (the recipe holds none out: data.eval)")
     if evaluation is not None:
         data, source = evaluation, "held out by data.eval"
@@ -35,7 +41,8 @@ def held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 def _documents(data: PackedDataset, num_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(token ids, places whose next token is supervised)."""
     left, context_left = num_tokens, CONTEXT_FACTOR * num_tokens
-    for document in data.documents:
+    for index in range(len(data.lengths)):
+        document = data.document(index)
         places = np.flatnonzero(document.supervised[1:])[:left]
         if not len(places):
             continue

@@ -15,12 +15,11 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.boundary import read_json
-from qlora_train.data.prompts import answer_end_ids, encode_prompt, encode_raw
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.prompts import encode_prompt, encode_raw, stop_token_ids
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.settings import apply_settings
-from qlora_train.errors import BaseModelError, RunFolderError
+from qlora_train.errors import RunFolderError
 from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.infer.run_adapter import find_adapter
 from qlora_train.kernels.on_device import find_device
@@ -130,7 +129,8 @@ class ModelSource:
             self._attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
         self.device.release_cached()  # what loading took would stay beside other sizes
-        return LoadedModel(decoder, self.tokenizer, self.data, _stop_ids(self.folder, self.tokenizer), plan)
+        stop_ids = stop_token_ids(self.tokenizer, read_stop_ids(str(self.folder)), self.data)
+        return LoadedModel(decoder, self.tokenizer, self.data, frozenset(stop_ids), plan)
 
     def _workload(self) -> Workload:
         shape, target = find_shape(str(self.folder)), self.device.description
@@ -182,7 +182,7 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | N
     with."""
     folder, _ = find_base(recipe.model, run)
     check_base(folder, recipe.model.quantization)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
     if adapter is not None and (trained_on := read_trained_on(adapter)) is not None:
         trained_on.check_base(folder, adapter)
         trained_on.check_tokenizer(tokenizer, adapter)
@@ -221,17 +221,3 @@ def _stored_packing(folder: Path) -> Packing:
         form: Literal["nf4", "fp4"] = "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
         return Packing(form, bool(stored.get("bnb_4bit_use_double_quant")))
     return Packing("none")
-
-
-def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends an answer by the tokenizer, its chat template and generation_config.json."""
-    ids: set[int | None] = set(answer_end_ids(tokenizer))
-    file = folder / "generation_config.json"
-    if file.is_file():
-        remedy = "Download it again, or remove it."
-        listed = read_json(file, BaseModelError, remedy).get("eos_token_id")
-        found = listed if isinstance(listed, list) else [listed]
-        if not all(token is None or type(token) is int for token in found):
-            raise BaseModelError(f"{file}: eos_token_id is no token id and no list of them. {remedy}")
-        ids |= set(found)
-    return frozenset(token for token in ids if token is not None)

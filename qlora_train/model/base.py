@@ -57,6 +57,12 @@ def read_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
+    pad_id, vocabulary_size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad_id, int) and isinstance(vocabulary_size, int) and pad_id >= vocabulary_size:
+        raise BaseModelError(
+            f"{file}: pad_token_id {pad_id} has no row in the embedding, which has "
+            f"{vocabulary_size} (vocab_size). Set it to null, or to a token of the vocabulary."
+        )
     return config
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from rich.console import Console
 
+from qlora_train.data.building import open_data
 from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.machine_plan import device_of_all
 from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan.report import residency_lines
+from qlora_train.memory.plan.report import positions_line, residency_lines
 from qlora_train.memory.ranks import find_ranks
 from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.packed_tokens import PackedTokens
@@ -81,6 +82,8 @@ def _train(
     device = find_device(accelerator.device)
     target = device_of_all(device, ranks)
     recipe, base, dtype = resolve(recipe, target)
+    data = open_data(recipe.data)
+    recipe = recipe.model_copy(update={"data": data.section_with_format})
     folder.check(recipe, resume=resume)
     plan_log = PlanLog(folder.plan_file, folder.checkpoints, writes=accelerator.is_main_process)
     with ExitStack() as limits, ExitStack() as metering:
@@ -90,6 +93,7 @@ def _train(
             recipe,
             base,
             dtype,
+            data,
             accelerator,
             device,
             ranks=ranks,
@@ -143,7 +147,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         ),
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
-        *(line for line in (prepared.plan.positions_line,) if line),
+        *positions_line(recipe.data.sequence_length, decoder.config.max_position_embeddings),
         *residency_lines(prepared.execution),
         *paging_lines(recipe.training.optimizer, decoder.device.description),
         f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",

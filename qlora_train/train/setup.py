@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.dataset import PackedDataset, build_dataset
-from qlora_train.data.prompts import format_of
-from qlora_train.data.tokenizer import load_tokenizer
+from qlora_train.data.building import OpenData, build_dataset
+from qlora_train.data.dataset import PackedDataset
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.description import DeviceDescription
 from qlora_train.device.settings import apply_settings, make_deterministic
-from qlora_train.errors import BaseModelError, UserError
+from qlora_train.errors import UserError
 from qlora_train.memory.execution import ExecutionPlan
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.load import load_base
@@ -111,20 +111,20 @@ def resolve(recipe: Recipe, device: DeviceDescription) -> tuple[Recipe, Path, to
     model = recipe.model.model_copy(
         update={"base": base, "compute_dtype": dtype_name(dtype), "revision": commit}
     )
-    data = recipe.data.model_copy(update={"format": format_of(recipe.data)})
     lora = recipe.lora
     if lora.init_from is not None:
         lora = as_continued(lora, linear_names(read_config(folder)))
         trained_on = read_trained_on(Path(recipe.lora.init_from or ""))
         if trained_on is not None:
             trained_on.check_base(folder, Path(recipe.lora.init_from or ""))
-    return recipe.model_copy(update={"model": model, "lora": lora, "data": data}), folder, dtype
+    return recipe.model_copy(update={"model": model, "lora": lora}), folder, dtype
 
 
 def prepare(
     recipe: Recipe,
     folder: Path,
     dtype: torch.dtype,
+    data: OpenData,
     accelerator: Accelerator,
     device: ComputeDevice,
     *,
@@ -136,19 +136,26 @@ def prepare(
 ) -> Prepared:
     """Read data, plan, load the base.
 
-    recipe: resolved. target: what the devices of all ranks can do; None: this one's. saved_execution: of the
-    checkpoint that is gone on from; it is followed, so that sums keep their order. use_cache: keep the packed
-    base for later starts. say: told a line each about what takes time. Raises a `UserError` for whatever does
-    not fit together, a plan that does not fit included.
+    recipe: resolved. data: of its data section. target: what the devices of all ranks can do; None: this
+    one's. saved_execution: of the checkpoint that is gone on from; it is followed, so that sums keep their
+    order. use_cache: keep the packed base, and the tokens of large data, for later starts. say: told a line
+    each about what takes time. Raises a `UserError` for whatever does not fit together, a plan that does not
+    fit included.
     """
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
-    tokenizer = load_tokenizer(str(folder), None)
-    train_data, eval_data = build_dataset(recipe.data, tokenizer, seed=recipe.training.seed)
-    for data in (train_data, eval_data):
-        if data is not None and len(tokenizer) > config.vocab_size:
-            _refuse_surplus_ids(data, folder, config.vocab_size)
+    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
+    cache = cache_root() if use_cache else None
+    with ranks.leaders_first():  # one rank tokenises what is kept, the others map it
+        train_data, eval_data = build_dataset(
+            data,
+            tokenizer,
+            seed=recipe.training.seed,
+            stop_ids=read_stop_ids(str(folder)),
+            vocabulary_size=config.vocab_size,
+            cache=cache,
+        )
     loaded = load_model(
         recipe,
         folder,
@@ -162,7 +169,7 @@ def prepare(
         ),
         ranks=ranks,
         target=target,
-        cache=cache_root() if use_cache else None,
+        cache=cache,
         say=say,
     )
     return Prepared(
@@ -179,18 +186,6 @@ def prepare(
         loaded.execution,
         loaded.host,
     )
-
-
-def _refuse_surplus_ids(data: PackedDataset, folder: Path, num_rows: int) -> None:
-    """A tokenizer may know more tokens than the embedding has rows, as long as no row of data says one."""
-    for document, origin in zip(data.documents, data.origins, strict=True):
-        largest = int(document.token_ids.max())
-        if largest >= num_rows:
-            raise BaseModelError(
-                f"{origin.describe()}: holds the token {largest}, and the embedding of {folder} "
-                f"has {num_rows} rows (0 to {num_rows - 1}). Leave such tokens out of the data, or "
-                "check that tokenizer and weights belong together."
-            )
 
 
 def load_model(

@@ -108,7 +108,7 @@ class StepRunner:
                 return loss_sum
             del loss_sum
             self._free_memory()
-            tokens = micro_batches[0].labels.numel()
+            tokens = max(batch.labels.numel() for batch in micro_batches)
             found = tighter(self.walk.plan, len(micro_batches), tokens)
             if found is None:
                 raise OutOfMemory(f"out of memory in step {step}, and no tighter plan is left ({failure})")

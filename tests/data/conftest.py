@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from qlora_train.data.chat import ChatFormat
+from qlora_train.data.content import Chat, Content
+from qlora_train.data.fitting import Document
+from qlora_train.data.tables import RowProblem
+from qlora_train.data.tokenization import RowTokenizer
 from qlora_train.recipe import DataSection
 
 SPECIALS = ["<s>", "</s>", "<|start|>", "<|end|>"]
@@ -112,3 +119,34 @@ def show() -> Callable[[PreTrainedTokenizerFast, Any], str]:
         return "".join(f"[{t}]" if yes else t for t, yes in zip(tokens, document.supervised, strict=True))
 
     return write
+
+
+@dataclass
+class Tokenized:
+    """What became of some contents. `notes`: amounts; `noted`: rows. `of_row`: of each document."""
+
+    documents: list[Document]
+    notes: Counter[str]
+    noted: Counter[str]
+    of_row: list[int]
+
+
+def tokenize_contents(tokenizer: Any, *contents: Content, length: int = 200, **options: Any) -> Tokenized:
+    """Raises the RowProblem of the first content that has one."""
+    found = Tokenized([], Counter(), Counter(), [])
+    has_chats = any(isinstance(content, Chat) for content in contents)
+    chat_format = ChatFormat(tokenizer, ()) if has_chats else None
+    results = RowTokenizer(tokenizer, chat_format, sequence_length=length, **options).tokenize(contents)
+    for number, result in enumerate(results):
+        if isinstance(result, RowProblem):
+            raise result
+        found.documents += result.documents
+        found.of_row += [number] * len(result.documents)
+        found.notes += result.notes
+        found.noted += Counter(note for note, amount in result.notes.items() if amount)
+    return found
+
+
+@pytest.fixture
+def tokenize() -> Callable[..., Tokenized]:
+    return tokenize_contents

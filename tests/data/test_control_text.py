@@ -10,18 +10,12 @@ import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from qlora_train.data import encode_prompt
-from qlora_train.data.formats import Chat, Completion, Content, Example, PlainText
-from qlora_train.data.tables import JsonLinesTable, Origin
-from qlora_train.data.tokenization import TokenizedRows, tokenize_examples
+from qlora_train.data.content import Chat, Completion, PlainText
+from qlora_train.data.report import Note
 
 MakeTokenizer = Callable[..., Any]
 Show = Callable[[Any, Any], str]
-
-
-def tokenize(tokenizer: Any, *contents: Content, supervise: str = "completions") -> TokenizedRows:
-    table = JsonLinesTable("rows.jsonl")
-    examples = [Example(Origin(table, number), content) for number, content in enumerate(contents)]
-    return tokenize_examples(examples, tokenizer, sequence_length=300, supervise=supervise)
+Tokenize = Callable[..., Any]
 
 
 def exchange(user: str, assistant: str) -> Chat:
@@ -30,15 +24,17 @@ def exchange(user: str, assistant: str) -> Chat:
 
 @pytest.mark.parametrize("template", ["chatml", "plain turns", "thinking", "counting, marked"])
 @pytest.mark.parametrize("supervise", ["completions", "all"])
-def test_quoted_control_tokens_are_text(make_tokenizer: MakeTokenizer, template: str, supervise: str) -> None:
+def test_quoted_control_tokens_are_text(
+    tokenize: Tokenize, make_tokenizer: MakeTokenizer, template: str, supervise: str
+) -> None:
     """Byte for byte what a text of the same length without any special token gives."""
     tokenizer = make_tokenizer(template, merges=("o n", "< /"))
     quoting = exchange("é </s> on <|end|>", "no</s>on<|start|> x<s>")
     other = exchange("é </$> on <!end|>", "no</$>on<!start|> x<$>")
     rows = tokenize(tokenizer, quoting, other, quoting, supervise=supervise)
     said, expected, _ = rows.documents
-    assert rows.counts.num_rows_quoting_control_tokens == 2
-    assert rows.counts.num_rows_saying_control_tokens == 0
+    assert rows.noted[Note.QUOTES_CONTROL_TOKENS] == 2
+    assert rows.noted[Note.SAYS_CONTROL_TOKENS] == 0
     assert said.supervised.tolist() == expected.supervised.tolist()
     text = tokenizer.decode(said.token_ids)
     assert "no</s>on<|start|> x<s>" in text
@@ -51,15 +47,15 @@ def test_quoted_control_tokens_are_text(make_tokenizer: MakeTokenizer, template:
     assert all(same)
 
 
-def test_the_turn_goes_on_behind_a_quoted_end(tokenizer: Any, show: Show) -> None:
+def test_the_turn_goes_on_behind_a_quoted_end(tokenize: Tokenize, tokenizer: Any, show: Show) -> None:
     (document,) = tokenize(tokenizer, exchange("q", "a<|end|>b")).documents
-    expected = "[a][<][|][e][n][d][|][>][b][<|end|>]\n"
+    expected = "[a][<][|][e][n][d][|][>][b][<|end|>]"
     assert show(tokenizer, document).endswith("<|start|>assistant\n" + expected)
     end_id = tokenizer.convert_tokens_to_ids("<|end|>")
     assert np.count_nonzero(document.token_ids == end_id) == 2
 
 
-def test_a_prompt_quotes_as_its_training_row_does(make_tokenizer: MakeTokenizer) -> None:
+def test_a_prompt_quotes_as_its_training_row_does(tokenize: Tokenize, make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
     (document,) = tokenize(tokenizer, exchange("is </s> the end?", "x")).documents
     first_answer = document.supervised.tolist().index(True)
@@ -81,33 +77,35 @@ def _prefixes_the_first_run(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("spoil", [_looks_at_contents, _strips_the_mark, _prefixes_the_first_run])
 def test_what_cannot_be_exact_is_left_and_counted(
-    make_tokenizer: MakeTokenizer, spoil: Callable[[Any], None]
+    tokenize: Tokenize, make_tokenizer: MakeTokenizer, spoil: Callable[[Any], None]
 ) -> None:
     tokenizer = make_tokenizer(bos=True)
     spoil(tokenizer)
     chat = exchange("q", "a</s><e>b")
     rows = tokenize(tokenizer, chat)
-    counts = rows.counts
-    assert (counts.num_rows_saying_control_tokens, counts.num_rows_quoting_control_tokens) == (1, 0)
+    assert (rows.noted[Note.SAYS_CONTROL_TOKENS], rows.noted[Note.QUOTES_CONTROL_TOKENS]) == (1, 0)
     expected = tokenizer.apply_chat_template(list(chat.messages), return_dict=True)["input_ids"]
-    assert rows.documents[0].token_ids.tolist() == expected
+    said = rows.documents[0].token_ids.tolist()
+    assert said == expected[: len(said)]
+    assert tokenizer.decode(expected[len(said) :]).strip() == ""  # nothing is kept behind the last answer
 
 
-def test_control_tokens_in_plain_rows_stay_and_are_counted(tokenizer: Any, show: Show) -> None:
+def test_control_tokens_in_plain_rows_stay_and_are_counted(
+    tokenize: Tokenize, tokenizer: Any, show: Show
+) -> None:
     rows = tokenize(tokenizer, Completion("<|start|>p", "c"), PlainText("a</s>b"), PlainText("a"))
     assert [show(tokenizer, d) for d in rows.documents[:2]] == [
-        "<s><|start|>p[c][</s>]",
-        "<s>[a][</s>][b][</s>]",
+        "<|start|>p[c][</s>]",
+        "a[</s>][b][</s>]",
     ]
-    assert rows.counts.num_rows_saying_control_tokens == 2
+    assert rows.noted[Note.SAYS_CONTROL_TOKENS] == 2
 
 
-def test_conversations_whose_turns_do_not_end_are_counted(make_tokenizer: MakeTokenizer) -> None:
-    two_turns = Chat(exchange("q", "a").messages * 2)
-    assert (
-        tokenize(
-            make_tokenizer("plain turns"), two_turns, exchange("q", "a")
-        ).counts.num_chats_without_turn_ends
-        == 1
-    )
-    assert tokenize(make_tokenizer("chatml"), two_turns).counts.num_chats_without_turn_ends == 0
+def test_a_row_may_hold_the_mark_itself(tokenize: Tokenize, tokenizer: Any) -> None:
+    for text in ("a\ue001b", "a\ue001</s>b"):
+        (document,) = tokenize(tokenizer, exchange("q\ue001", text)).documents
+        assert tokenizer.decode(document.token_ids[document.supervised]) == text + "<|end|>"
+        (document,) = tokenize(tokenizer, PlainText(text)).documents
+        assert tokenizer.decode(document.token_ids) == text + "</s>"
+        prompt = encode_prompt(text, None, tokenizer)
+        assert tokenizer.decode(prompt) == f"<s><|start|>user\n{text}<|end|>\n<|start|>assistant\n"

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_train.data.dataset import PackedDataset, build_dataset, epoch_order
-from qlora_train.data.formats import Example, PlainText
-from qlora_train.data.report import TokenCounts
-from qlora_train.data.split import split_by_content
-from qlora_train.data.tables import Origin
-from qlora_train.data.tokenization import Document, TokenizedRows
+from qlora_train.data.building import build_dataset
+from qlora_train.data.chat import ChatNote, lost
+from qlora_train.data.content import PlainText, content_key
+from qlora_train.data.dataset import PackedDataset, epoch_order, row_size
+from qlora_train.data.fitting import Document
+from qlora_train.data.report import DatasetReport, Note, Reading
+from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content
+from qlora_train.data.tokenized_rows import TokenizedRows
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSection
 
@@ -21,33 +23,28 @@ Section = Callable[..., DataSection]
 
 def dataset(*documents: str, length: int = 8, packing: bool = True, shuffle: bool = False) -> PackedDataset:
     """Documents as letters: capitals are supervised, token ids are the letters' codes."""
-    rows = TokenizedRows(
-        documents=[
+    rows = TokenizedRows.of(
+        [
             Document(np.array([ord(c) for c in text], dtype=np.int32), np.array([c.isupper() for c in text]))
             for text in documents
-        ],
-        counts=TokenCounts(
-            num_rows=len(documents), num_documents=len(documents), num_tokens=sum(map(len, documents))
-        ),
+        ]
     )
-    return PackedDataset(
-        rows, sequence_length=length, packing=packing, pad_id=ord("."), seed=3, shuffle=shuffle
-    )
+    return PackedDataset(rows, sequence_length=length, packing=packing, seed=3, shuffle=shuffle)
 
 
 def test_a_micro_batch_by_hand() -> None:
+    """Bins without what is empty in them, then as many dummies as make the row of a usual size."""
     data = dataset("abCD", "eF", "gHiJK", "l")
-    assert [sorted(each) for each in data.bins] == [[1, 2, 3], [0]]
+    assert [sorted(data.bins[i]) for i in range(2)] == [[1, 2, 3], [0]]
     batch = data.micro_batch([1, None, 0])
-    text = "".join(map(chr, batch.token_ids))
-    assert text == "abCD....|........|gHiJKeFl".replace("|", "")
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, *range(8), 0, 1, 2, 3, 4, 0, 1, 0]
-    assert batch.cu_seqlens.tolist() == [0, 4, 8, 16, 21, 23, 24]
+    assert "".join(map(chr, batch.token_ids)) == "abCD" + "gHiJKeFl" + "\0" * 4
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 0, 0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 4, 9, 11, 12, 16]
     labels = {i: chr(label) for i, label in enumerate(batch.labels) if label != -100}
-    assert labels == {1: "C", 2: "D", 16: "H", 18: "J", 19: "K", 21: "F"}
+    assert labels == {1: "C", 2: "D", 4: "H", 6: "J", 7: "K", 9: "F"}
     assert batch.supervised_positions.tolist() == sorted(labels)
-    assert batch.row_ids.tolist() == [1] * 8 + [-1] * 8 + [0] * 8
-    assert batch.token_offsets.tolist() == [*range(8)] * 3
+    assert batch.row_ids.tolist() == [1] * 4 + [0] * 8 + [-1] * 4
+    assert batch.token_offsets.tolist()[:12] == [*range(4), *range(8)]
     assert (batch.num_tokens, batch.num_supervised) == (12, 6)
     assert data.num_supervised([1, None, 0]) == 6
     arrays = (batch.token_ids, batch.position_ids, batch.labels, batch.supervised_positions, batch.row_ids)
@@ -55,34 +52,52 @@ def test_a_micro_batch_by_hand() -> None:
     assert batch.cu_seqlens.dtype == np.int32
 
 
-def test_no_micro_batch_has_more_documents() -> None:
-    """Exactly as many, dummy bins at the end included."""
-    data = dataset(*("a" * (n % 7 + 1) + "B" for n in range(60)), shuffle=True)
-    for size, num_rows in ((1, data.num_bins), (2, 3 * data.num_bins - 1), (3, 7), (5, 2), (64, 40)):
-        rows = [*range(num_rows), *[None] * size]
-        batches = [data.micro_batch(rows[i : i + size]) for i in range(0, num_rows, size)]
-        numbers = [len(batch.cu_seqlens) - 1 for batch in batches]
-        assert data.most_documents(size, num_rows) == max(numbers)
+def test_row_sizes_are_few_and_hold_few_dummies() -> None:
+    numbers = np.arange(0, 5000)
+    sizes = row_size(numbers, 4096 * 2)
+    assert (sizes >= numbers).all() and (sizes[64:] <= 1.25 * numbers[64:]).all()
+    assert sorted(set(sizes[:129].tolist())) == [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+    assert row_size(np.array([60, 61, 64]), 62).tolist() == [62, 62, 62]
+    assert row_size(np.array(2048), 2048) == 2048  # a full bin is a full bin
 
 
-def test_splits_of_a_micro_batch_hold_the_same() -> None:
+def test_an_empty_micro_batch_is_dummies_alone() -> None:
+    batch = dataset("aB").micro_batch([None, None])
+    assert batch.cu_seqlens.tolist() == [0, 16] and batch.num_tokens == batch.num_supervised == 0
+
+
+def test_what_a_token_is_does_not_depend_on_what_stands_beside_it() -> None:
     data = dataset(*("a" + "B" * (n % 6) for n in range(1, 40)), shuffle=True)
+
+    def tokens_of(batch: Any) -> dict[tuple[int, int], tuple[int, ...]]:
+        columns = (batch.token_ids, batch.position_ids, batch.labels)
+        keys = zip(batch.row_ids.tolist(), batch.token_offsets.tolist(), strict=True)
+        found = dict(zip(keys, zip(*(c.tolist() for c in columns), strict=True), strict=True))
+        return {key: value for key, value in found.items() if key[0] >= 0}
+
     positions = [3, 0, None, data.num_bins + 1]
     whole, parts = data.micro_batch(positions), [data.micro_batch([p]) for p in positions]
-    for name in ("token_ids", "position_ids", "labels", "row_ids", "token_offsets"):
-        joined = np.concatenate([getattr(part, name) for part in parts])
-        np.testing.assert_array_equal(getattr(whole, name), joined)
-    bounds = [part.cu_seqlens[1:] + 8 * i for i, part in enumerate(parts)]
-    np.testing.assert_array_equal(whole.cu_seqlens, np.concatenate([[0], *bounds]))
+    assert tokens_of(whole) == {k: v for part in parts for k, v in tokens_of(part).items()}
     assert (
         whole.num_supervised == sum(part.num_supervised for part in parts) == data.num_supervised(positions)
     )
 
 
-def test_packing_false_gives_every_document_a_bin() -> None:
-    data = dataset("aB", "cD", packing=False)
-    assert data.num_bins == 2
-    assert data.micro_batch([1]).cu_seqlens.tolist() == [0, 2, 8]
+def test_short_documents_without_packing_cost_no_full_bins() -> None:
+    data = dataset(*["aBcDe"] * 40, length=2048, packing=False)
+    assert data.num_bins == 40
+    assert len(data.micro_batch([0]).token_ids) == 16
+    assert len(data.micro_batch(range(8)).token_ids) == 40
+
+
+def test_no_micro_batch_has_more_documents() -> None:
+    """Exactly as many, dummy bins at the end included."""
+    data = dataset(*("a" * (n % 7 + 1) + "B" for n in range(60)), length=24, shuffle=True)
+    for size, num_rows in ((1, data.num_bins), (2, 3 * data.num_bins - 1), (3, 7), (5, 2), (64, 40)):
+        rows = [*range(num_rows), *[None] * size]
+        batches = [data.micro_batch(rows[i : i + size]) for i in range(0, num_rows, size)]
+        numbers = [len(batch.cu_seqlens) - 1 for batch in batches]
+        assert data.most_documents(size, num_rows) == max(numbers)
 
 
 def test_the_order_is_a_pure_function_and_each_epoch_sees_all_bins_once() -> None:
@@ -108,27 +123,61 @@ def test_eval_is_in_the_order_of_its_bins() -> None:
     assert [data.bin_at(p) for p in range(5)] == list(range(5))
 
 
-def examples(*texts: str) -> list[Example]:
-    return [Example(Origin(None, i), PlainText(t)) for i, t in enumerate(texts)]  # type: ignore[arg-type]
+def keys_of(*texts: str) -> np.ndarray:
+    keys = b"".join(content_key(PlainText(text)) for text in texts)
+    return np.frombuffer(keys, dtype=np.uint8).reshape(-1, 32)
+
+
+def test_rows_that_say_the_same_are_one_group() -> None:
+    groups, first_rows = content_groups(keys_of("b", "a", "b", "c", "a"))
+    assert groups[0] == groups[2] and groups[1] == groups[4] and len(set(groups.tolist())) == 3
+    assert sorted(first_rows.tolist()) == [0, 1, 3]
 
 
 def test_the_split_is_by_content_seeded_and_independent_of_the_order() -> None:
-    rows = examples(*(f"t{n // 3}" for n in range(300)))
-    train, evaluation = split_by_content(rows, 0.1, seed=1)
-    said_train, said_eval = ({e.content.text for e in side} for side in (train, evaluation))  # type: ignore[union-attr]
-    assert len(evaluation) == 30
-    assert len(train) == 270
-    assert not said_train & said_eval
-    assert [e.origin.row_index for e in train] == sorted(e.origin.row_index for e in train)
-    backwards = split_by_content(rows[::-1], 0.1, seed=1)[1]
-    assert {e.content.text for e in backwards} == said_eval  # type: ignore[union-attr]
-    assert {e.content.text for e in split_by_content(rows, 0.1, seed=2)[1]} != said_eval  # type: ignore[union-attr]
+    texts = [f"t{n // 3}" for n in range(300)]
+
+    def chosen(texts: list[str], seed: int) -> list[str]:
+        return [t for t, yes in zip(texts, split_by_content(keys_of(*texts), 0.1, seed), strict=True) if yes]
+
+    said = chosen(texts, 1)
+    assert len(said) == 30 and all(said.count(text) == 3 for text in said)
+    assert sorted(chosen(texts[::-1], 1)) == sorted(said) != sorted(chosen(texts, 2))
+
+
+def test_the_split_is_the_same_for_ever() -> None:
+    """Written down: a change would move rows between training and evaluation in every run under way."""
+    chosen = np.flatnonzero(split_by_content(keys_of(*map(str, range(40))), 0.1, 7))
+    assert chosen.tolist() == [0, 2, 23, 24]
 
 
 @pytest.mark.parametrize(("texts", "share"), [(["a"] * 10, 0.5), (["a", "b"], 0.1), (["a", "b", "c"], 0.99)])
 def test_no_side_of_the_split_may_be_empty(texts: list[str], share: float) -> None:
     with pytest.raises(DataError, match="Use another share, or more rows"):
-        split_by_content(examples(*texts), share, seed=0)
+        split_by_content(keys_of(*texts), share, seed=0)
+
+
+def test_weights_are_how_often_rows_are_seen() -> None:
+    keys = keys_of(*map(str, range(100)))
+    weights = np.repeat([0.3, 1.0, 2.0, 2.5], 25)
+    times = chosen_by_weight(keys, weights, 0).reshape(4, 25)
+    assert [sorted(set(part.tolist())) for part in times] == [[0, 1], [1], [2], [2, 3]]
+    assert times.sum(axis=1).tolist() == [8, 25, 50, 62]
+    assert (chosen_by_weight(keys, weights, 0) == times.reshape(-1)).all()
+    assert (chosen_by_weight(keys, weights, 1) != times.reshape(-1)).any()
+
+
+def test_sources_with_weights(tokenizer: Any, jsonl: Write, section: Section) -> None:
+    often = jsonl(*({"text": f"often {n}"} for n in range(10)), name="a.jsonl")
+    seldom = jsonl(*({"text": f"seldom {n}"} for n in range(10)), name="b.jsonl")
+    sources = [{"path": often, "weight": 2}, {"path": seldom, "weight": 0.5}]
+    train, _ = build_dataset(section(sources), tokenizer, seed=0)
+    said = [tokenizer.decode(document.token_ids) for document in train.documents]
+    assert sum("often" in text for text in said) == 20 and sum("seldom" in text for text in said) == 5
+    assert train.report.num_documents == 25 and train.report.num_rows == 15
+    assert any("a.jsonl: weight 2, its rows are seen 2 times" in line for line in train.report.lines())
+    train, evaluation = build_dataset(section(sources, eval=0.2), tokenizer, seed=0)
+    assert evaluation is not None and evaluation.report.num_documents == 4  # each once
 
 
 def test_build_dataset_end_to_end(tokenizer: Any, jsonl: Write, section: Section) -> None:
@@ -136,8 +185,8 @@ def test_build_dataset_end_to_end(tokenizer: Any, jsonl: Write, section: Section
     eval_path = jsonl(*({"prompt": "p", "completion": f"{n}"} for n in range(38, 45)), name="eval.jsonl")
     train, evaluation = build_dataset(section(train_path, eval=eval_path), tokenizer, seed=0)
     assert evaluation is not None
-    assert train.report.tokens.num_rows == 40
-    assert train.report.tokens.num_supervised == 10 * 2 + 30 * 3
+    assert train.report.num_rows == 40
+    assert train.report.num_supervised == 10 * 2 + 30 * 3
     assert evaluation.report.num_rows_also_in_train == 2
     assert "2 evaluation rows are also training rows" in evaluation.report.lines()[-1]
     seen = [train.micro_batch([p]) for p in range(train.num_bins)]
@@ -153,26 +202,61 @@ def test_build_dataset_splits_a_share_and_joins_sources(
     data = section([{"path": first}, {"path": second}], eval=0.2)
     train, evaluation = build_dataset(data, tokenizer, seed=0)
     assert evaluation is not None
-    assert (train.report.tokens.num_rows, evaluation.report.tokens.num_rows) == (16, 4)
+    assert (train.report.num_rows, evaluation.report.num_rows) == (16, 4)
     assert build_dataset(section(first), tokenizer, seed=0)[1] is None
 
 
+def test_what_a_recipe_says_of_conversations_reaches_them(
+    tokenizer: Any, jsonl: Write, section: Section
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role[0] }} {{ m.content.split('(/t)')[-1] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>a {{ '(t)' if think else '' }}{% endif %}"
+    )
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}] * 2}
+    for keys, expected in (
+        ({}, ["x<|end|>x<|end|>"]),
+        ({"supervise": "last_turn"}, ["x<|end|>"]),
+        ({"chat_template_kwargs": {"think": True}}, ["(/t)\n\nx<|end|>"] * 2),
+    ):
+        data, _ = build_dataset(section(jsonl(row), **keys), tokenizer, seed=0, stop_ids=(3,))
+        assert [tokenizer.decode(d.token_ids[d.supervised]) for d in data.documents] == expected
+        assert ("make several texts" in "\n".join(data.report.lines())) == (len(expected) > 1)
+    keys = {"chat_template_kwargs": {"think": True}, "open_thought": "refuse"}
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*open_thought: refuse"):
+        build_dataset(section(jsonl(row), **keys), tokenizer, seed=0)
+    with pytest.raises(DataError, match="chat_template_kwargs is for conversations"):
+        build_dataset(section(jsonl({"text": "t"}), **keys), tokenizer, seed=0)
+
+
 def test_report_lines() -> None:
-    counts = TokenCounts(
-        num_rows=2000, num_documents=2001, num_tokens=8000, num_supervised=2000, num_overlong_rows=3,
-        num_prompts_cut=2, num_answers_cut=1, num_texts_split=1, num_tokens_cut=17, num_unsupervised_rows=4,
-        num_chats_without_turn_ends=5, num_rows_saying_control_tokens=6, num_rows_quoting_control_tokens=7,
-    )  # fmt: skip
-    data = dataset("aB")
-    report = type(data.report)(counts, num_bins=10, sequence_length=1000)
+    notes = {Note.PROMPT_CUT: 2, Note.ANSWER_CUT: 1, Note.SPLIT: 1, Note.TOO_LONG: 3, Note.UNSUPERVISED: 4}
+    notes |= {Note.SAYS_CONTROL_TOKENS: 6, Note.QUOTES_CONTROL_TOKENS: 1, "are odd": 8}
+    notes |= {ChatNote.SEVERAL_TEXTS: 10, lost("name"): 1}
+    amounts = {Note.PROMPT_CUT: 10, Note.ANSWER_CUT: 70, Note.SPLIT: 3, Note.TOO_LONG: 900}
+    amounts |= {ChatNote.SEVERAL_TEXTS: 2000}
+    reading = Reading(2, 1, 3, ("a line 1: x",), ("id", "url"), ("a.csv: fields separated by tabs",))
+    report = DatasetReport(2000, 2001, 8000, 2000, 10, 1000, True, notes, amounts, reading, 9)
     assert report.lines() == [
         "2,000 rows -> 2,001 documents, 8,000 tokens, 2,000 supervised (25.0%)",
         "10 bins of 1,000 tokens, 80.0% full",
-        "3 rows longer than sequence_length: 2 prompts cut on the left, 1 answers cut at the end "
-        "(17 tokens lost), 1 texts split",
+        "a.csv: fields separated by tabs",
+        "columns not read: id, url",
+        "2 rows empty, skipped",
+        "1 row labelled as bad answers, left out",
+        "3 rows skipped (data.on_bad_row: skip):",
+        "  a line 1: x",
+        "  ... and 2 more",
+        "longer than sequence_length: 2 rows lost the beginning of the prompt, 1 the end of the answers "
+        "(80 tokens, 1.0% of all); 1 split into 3 documents",
+        "3 rows longer than sequence_length left out (900 tokens)",
         "4 rows without a supervised token left out",
-        "5 conversations of several answers, of which only the last one ends in EOS: the chat template "
-        "writes no end-of-turn token",
-        "7 conversations hold the text of special tokens, read as plain text",
+        "8 rows are odd",
+        "1 row hold the text of special tokens, read as plain text",
         "6 rows hold the text of special tokens, read as these tokens",
+        "1 row lose 'name': the chat template does not show it",
+        f"10 rows {ChatNote.SEVERAL_TEXTS}: 1.33 times the tokens",
+        "9 evaluation rows are also training rows, word for word",
     ]
+    one_each = DatasetReport(3, 3, 300, 30, 3, 1000, packing=False)
+    assert one_each.lines()[1] == "3 bins of one document each (packing: false), 100 tokens on average"

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from qlora_train.data.formats import Chat, Completion, PlainText, content_key, read_examples
+from qlora_train.data.building import build_dataset
+from qlora_train.data.content import Chat, Completion, PlainText, content_key
+from qlora_train.data.formats import EmptyRow, RejectedRow, resolve_format
 from qlora_train.data.sources import load_tables
+from qlora_train.data.tables import RowProblem
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSection
 
@@ -17,7 +20,16 @@ Section = Callable[..., DataSection]
 
 
 def contents(data: DataSection) -> list[Any]:
-    return [example.content for example in read_examples(load_tables(data.train), data)]
+    """Of every row of all tables; a row that cannot be used is a DataError that names it."""
+    found = []
+    for table in load_tables(data.train):
+        row_format = resolve_format(data, table)
+        for number, row in table:
+            try:
+                found.append(row_format.read(row))
+            except RowProblem as problem:
+                raise DataError(f"{table.describe(number)}: {problem}") from problem
+    return found
 
 
 def test_auto_finds_each_format(jsonl: Write, section: Section) -> None:
@@ -82,14 +94,18 @@ def test_wrong_sections(jsonl: Write, section: Section, keys: dict, message: str
         contents(data)
 
 
-def test_bad_rows_are_named_by_line_up_to_five_at_once(jsonl: Write, section: Section) -> None:
+def test_bad_rows_are_named_by_line_up_to_five_at_once(
+    jsonl: Write, section: Section, tokenizer: Any
+) -> None:
     good = {"prompt": "p", "completion": "c"}
     bad = [{"prompt": "p"}, {**good, "completion": None}, {**good, "completion": 3}, {**good, "prompt": " "}]
+    path = jsonl(good, *bad, good, *bad)
     with pytest.raises(DataError) as caught:
-        contents(section(jsonl(good, *bad, good, *bad)))
+        build_dataset(section(path), tokenizer, seed=0)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "8 rows cannot be used:"
-    assert [line.split("rows.jsonl ")[1] for line in lines[1:-1]] == [
+    assert lines[0].startswith("8 of the first 10 rows cannot be used (data.on_bad_row: skip")
+    named = [line.split("rows.jsonl ")[1] for line in lines[1:-1]]
+    assert named == [
         "line 2: there is no column 'completion' in this row (it has prompt).",
         "line 3: the column 'completion' is null.",
         "line 4: the column 'completion' is a number, not a string.",
@@ -97,25 +113,29 @@ def test_bad_rows_are_named_by_line_up_to_five_at_once(jsonl: Write, section: Se
         "line 7: there is no column 'completion' in this row (it has prompt).",
     ]
     assert lines[-1] == "... and 3 more"
+    (train, _) = build_dataset(section(path, on_bad_row="skip"), tokenizer, seed=0)
+    assert train.report.num_rows == 2
+    said = train.report.lines()
+    assert said[2] == "8 rows skipped (data.on_bad_row: skip):"
+    assert [line.split("rows.jsonl ")[1] for line in said[3:8]] == named
+    assert said[8] == "  ... and 3 more"
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ("hi", "the messages are a string"),
-        ([], "list of messages is empty"),
-        (["hi"], "message 1 is a string"),
-        ([{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}], "message 2 has the role 'bot'"),
-        ([{"from": "human", "value": "q"}], "message 1 has the role None"),
-        ([{"role": "user", "content": ["q"]}], "content of message 1 is a list"),
-        ([{"role": "user", "content": ""}], r"content of message 1 \(user\) is empty"),
-        ([{"role": "assistant"}], "content of message 1 is null"),
-        ([{"role": "user", "content": "a\ud83d"}], r"message 1 holds '\\ud83d', half a character"),
-    ],
-)
-def test_bad_messages(jsonl: Write, section: Section, messages: Any, message: str) -> None:
-    with pytest.raises(DataError, match=rf"rows\.jsonl line 1: .*{message}"):
-        contents(section(jsonl({"messages": messages})))
+def test_skipping_takes_lines_that_are_no_json_too_but_not_all_rows(
+    tmp_path: Path, section: Section, tokenizer: Any
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a b"}\n{"text": \n["text"]\n{"text": "\xe9"}\n{"text": "a", "text": "b"}\n')
+    (train, _) = build_dataset(section(str(path), on_bad_row="skip"), tokenizer, seed=0)
+    assert (train.report.num_rows, train.report.reading.num_skipped) == (1, 4)
+    problems = [line.split("rows.jsonl ")[1] for line in train.report.reading.skipped]
+    assert problems[0].startswith("line 2 is not valid JSON")
+    assert problems[1].startswith("line 3 holds a list where a row")
+    assert problems[2].startswith("line 4 is not UTF-8: its character 11 is the byte 0xe9")
+    assert problems[3].startswith("line 5 is not valid JSON: an object names 'text' twice")
+    path.write_text('{"text": 1}\n')
+    with pytest.raises(DataError, match=r"None of the 1 rows can be trained on: 1 cannot be used.* a number"):
+        build_dataset(section(str(path), on_bad_row="skip"), tokenizer, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -130,71 +150,8 @@ def test_half_characters_are_refused_and_whole_ones_are_not(
     jsonl: Write, section: Section, row: dict
 ) -> None:
     whole = dict.fromkeys(row, "\U0001f642")  # json writes it as two halves
-    with pytest.raises(DataError, match=r"rows\.jsonl line 2: the column '\w+' holds .*half a character"):
+    with pytest.raises(DataError, match=r"rows\.jsonl line 2: .* holds .*half a character"):
         contents(section(jsonl(whole, row)))
-
-
-def test_null_keys_of_messages_are_dropped(jsonl: Write, section: Section) -> None:
-    row = {"messages": [{"role": "system", "content": "", "name": None}, {"role": "user", "content": "q"}]}
-    assert contents(section(jsonl(row))) == [Chat(({"role": "system", "content": ""}, _user("q")))]
-
-
-TOOL_CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
-
-
-def test_tool_calls_tools_and_weights(jsonl: Write, section: Section) -> None:
-    messages = [
-        _user("q"),
-        {"role": "assistant", "content": "", "tool_calls": TOOL_CALLS, "weight": 0},
-        {"role": "tool", "content": "", "weight": None},
-        {"role": "assistant", "content": "a", "tool_calls": [], "weight": 1},
-    ]
-    expected = (
-        _user("q"),
-        {"role": "assistant", "content": "", "tool_calls": TOOL_CALLS},
-        {"role": "tool", "content": ""},
-        _assistant("a"),
-    )
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    rows = [{"messages": messages, "tools": written} for written in (tools, json.dumps(tools), None, "", [])]
-    assert contents(section(jsonl(*rows))) == [
-        Chat(expected, tuple(tools), (1,)),
-        Chat(expected, tuple(tools), (1,)),
-        *[Chat(expected, (), (1,))] * 3,
-    ]
-
-
-def test_nulls_that_parquet_fills_in_are_dropped_at_every_depth(tmp_path: Path, section: Section) -> None:
-    from datasets import Dataset
-
-    def call(**arguments: Any) -> list[dict]:
-        return [{"function": {"name": "f", "arguments": arguments}}]
-
-    rows = [
-        {"messages": [_user("q"), {"role": "assistant", "content": None, "tool_calls": call(**arguments)}]}
-        for arguments in ({"x": 1}, {"y": [{"z": "z"}, {"w": "w"}]})
-    ]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    said = [chat.messages[1] for chat in contents(section(str(tmp_path / "rows.parquet")))]
-    assert said == [
-        {"role": "assistant", "tool_calls": call(x=1)},
-        {"role": "assistant", "tool_calls": call(y=[{"z": "z"}, {"w": "w"}])},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": [{**_user("q"), "weight": 0.5}]}, r"message 1 has the weight 0\.5; a weight is 0"),
-        ({"messages": [_user("q")], "tools": "{"}, "'tools' is text, but not valid JSON"),
-        ({"messages": [_user("q")], "tools": ["f"]}, "'tools' is not a list of objects"),
-        ({"messages": [_user("q")], "tools": {"f": 1}}, "'tools' is not a list of objects"),
-        ({"messages": [{"role": "user", "content": "", "name": "n"}]}, r"message 1 \(user\) is empty"),
-    ],
-)
-def test_bad_weights_and_tools(jsonl: Write, section: Section, row: dict, message: str) -> None:
-    with pytest.raises(DataError, match=rf"rows\.jsonl line 1: .*{message}"):
-        contents(section(jsonl(row)))
 
 
 def test_content_key_is_by_value() -> None:
@@ -204,3 +161,139 @@ def test_content_key_is_by_value() -> None:
     assert content_key(Completion("ab", "c")) != content_key(Completion("a", "bc"))
     assert content_key(PlainText("a")) != content_key(PlainText("b"))
     assert content_key(Chat((_user("q"),))) != content_key(Chat((_user("q"),), ({"name": "f"},)))
+
+
+def test_alpaca_with_system_history_and_empty_parts(jsonl: Write, section: Section) -> None:
+    row = {"instruction": "do", "input": "", "output": "o"}
+    history = [["q", "a"], ["r", "b"]]
+    before = (_user("q"), _assistant("a"), _user("r"), _assistant("b"))
+    system = {"role": "system", "content": "S"}
+    for number, (extra, expected) in enumerate(
+        (
+            ({"system": "S", "history": history}, (system, *before, _user("do"), _assistant("o"))),
+            ({"history": json.dumps(history)}, (*before, _user("do"), _assistant("o"))),
+            ({"system": None, "history": None}, (_user("do"), _assistant("o"))),
+            ({"system": " ", "history": []}, (_user("do"), _assistant("o"))),
+            ({"instruction": "", "input": "this"}, (_user("this"), _assistant("o"))),
+            ({"instruction": "a", "input": " \n"}, (_user("a"), _assistant("o"))),
+        )
+    ):
+        assert contents(section(jsonl({**row, **extra}, name=f"{number}.jsonl"))) == [Chat(expected)]
+    with pytest.raises(DataError, match="'history' is not a list of"):
+        contents(section(jsonl({**row, "history": [["q"]]})))
+    with pytest.raises(DataError, match="the column 'instruction' is empty"):
+        contents(section(jsonl({**row, "instruction": ""})))
+
+
+def test_an_optional_column_may_appear_late(jsonl: Write, section: Section) -> None:
+    rows = [{"instruction": "do", "output": "o"}] * 1500
+    late = contents(section(jsonl(*rows, {"instruction": "do", "input": "it", "output": "o"})))[-1]
+    assert late == Chat((_user("do\n\nit"), _assistant("o")))
+
+
+def test_a_system_column_is_the_first_message(jsonl: Write, section: Section) -> None:
+    system = {"role": "system", "content": "S"}
+    row = {"system": "S", "messages": [_user("q"), _assistant("a")]}
+    same = {"system": "S", "messages": [system, *row["messages"]]}
+    assert contents(section(jsonl(row, same))) == [Chat((system, _user("q"), _assistant("a")))] * 2
+    assert contents(section(jsonl(row), columns={"system": None})) == [Chat((_user("q"), _assistant("a")))]
+    mapped = {"prompt_text": "S", "conversations": [{"from": "human", "value": "q"}]}
+    assert contents(section(jsonl(mapped), columns={"system": "prompt_text"})) == [Chat((system, _user("q")))]
+    with pytest.raises(DataError, match="line 1: .*two different system prompts"):
+        contents(section(jsonl({**same, "system": "T"})))
+
+
+def test_prompts_and_completions_may_be_conversations(jsonl: Write, section: Section) -> None:
+    prompt = [_user("q"), _assistant("old"), _user("r")]
+    expected = Chat((_user("q"), {**_assistant("old"), "train": False}, _user("r"), _assistant("a")))
+    answer = [_assistant("a")]
+    row = {"prompt": prompt, "completion": answer}
+    as_text = {"prompt": json.dumps(prompt), "completion": json.dumps(answer)}
+    for number, (written, keys) in enumerate(
+        (
+            (row, {}),
+            (as_text, {}),
+            ({"prompt": prompt, "completion": "a"}, {}),
+            (row, {"format": "prompt_completion"}),
+            (row, {"format": "messages"}),
+            ({"p": prompt, "c": answer}, {"columns": {"prompt": "p", "completion": "c"}}),
+        )
+    ):
+        data = section(jsonl(written, name=f"{number}.jsonl"), **keys)
+        assert contents(data) == [expected]
+        assert {resolve_format(data, table).name for table in load_tables(data.train)} == {"messages"}
+    assert contents(section(jsonl({"prompt": "[{", "completion": "c"}))) == [Completion("[{", "c")]
+
+
+@pytest.mark.parametrize("label", [False, "false", "False"])
+def test_answers_labelled_as_bad_are_left_out(
+    jsonl: Write, section: Section, tokenizer: Any, label: Any
+) -> None:
+    good, bad = ({"prompt": "p", "completion": text} for text in ("good", "bad"))
+    path = jsonl({**good, "label": True}, {**bad, "label": label}, {**bad, "label": None})
+    (train, _) = build_dataset(section(path), tokenizer, seed=0)
+    assert (train.report.num_rows, train.report.reading.num_rejected) == (2, 1)
+    assert "1 row labelled as bad answers, left out" in train.report.lines()
+    with pytest.raises(DataError, match="None of the 1 rows .*: 1 are labelled as bad answers"):
+        build_dataset(section(jsonl({**bad, "label": label}, name="bad.jsonl")), tokenizer, seed=0)
+
+
+def test_a_label_of_numbers_is_asked_about(jsonl: Write, section: Section) -> None:
+    rows = [{"prompt": "p", "completion": "c", "label": label} for label in (0, 1)]
+    path = jsonl(*rows)
+    with pytest.raises(DataError, match=r"line 1: .*'label' holds 0: .*\{label: label\}.*\{label: null\}"):
+        contents(section(path))
+    assert len(contents(section(path, columns={"label": None}))) == 2
+    with pytest.raises(RejectedRow):
+        contents(section(path, columns={"label": "label"}))
+    assert len(contents(section(jsonl({**rows[1], "label": "positive"})))) == 1  # a class: not read
+
+
+def test_rows_that_say_nothing_are_skipped_and_counted(
+    jsonl: Write, section: Section, tokenizer: Any
+) -> None:
+    (train, _) = build_dataset(
+        section(jsonl({"text": ""}, {"text": "ab"}, {"text": " \n"}, {"text": None})), tokenizer, seed=0
+    )
+    assert (train.report.num_rows, train.report.reading.num_empty) == (1, 3)
+    pair = jsonl({"prompt": "p", "completion": "c"}, {"prompt": "", "completion": ""}, name="pairs.jsonl")
+    assert build_dataset(section(pair), tokenizer, seed=0)[0].report.reading.num_empty == 1
+    with pytest.raises(EmptyRow):
+        contents(section(pair))
+
+
+def test_what_nobody_could_have_meant_is_a_problem_of_its_row(
+    jsonl: Write, section: Section, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_train.data import content
+
+    deep: Any = []
+    for _ in range(150):
+        deep = [deep]
+    with pytest.raises(DataError, match="line 1: message 1 is nested more than 100 levels deep"):
+        contents(section(jsonl({"messages": [{**_user("q"), "extra": deep}]})))
+    monkeypatch.setattr(content, "MAX_CHARACTERS", 10)
+    with pytest.raises(DataError, match="line 1: the text has 11 characters, more than the 10"):
+        contents(section(jsonl({"text": "x" * 11})))
+
+
+def test_where_no_row_can_be_parsed_the_first_is_named(jsonl: Write, section: Section) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1 is not valid JSON: it is nested too deeply"):
+        path = Path(jsonl({}))
+        path.write_text('{"text": ' + "[" * 9000 + "]" * 9000 + "}\n")
+        contents(section(str(path)))
+    with pytest.raises(DataError, match="line 1 is empty"):
+        contents(section(jsonl({})))
+
+
+def test_columns_that_are_not_read_are_listed(jsonl: Write, section: Section, tokenizer: Any) -> None:
+    path = jsonl({"id": 1, "text": "ab"}, {"text": "cd", "source": "web"})
+    (train, _) = build_dataset(section(path), tokenizer, seed=0)
+    assert "columns not read: id, source" in train.report.lines()
+
+
+def test_hints_for_columns_of_other_kinds(jsonl: Write, section: Section) -> None:
+    with pytest.raises(DataError, match="These are preferences: map `chosen`"):
+        contents(section(jsonl({"prompt": "p", "chosen": "c", "rejected": "r"})))
+    with pytest.raises(DataError, match="These are single messages"):
+        contents(section(jsonl({"role": "user", "content": "c"})))

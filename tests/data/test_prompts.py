@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from qlora_train.data import build_dataset, encode_prompt, load_tokenizer, preview
-from qlora_train.data.preview import as_text
-from qlora_train.data.prompts import answer_end_ids, encode_raw, format_of
+from qlora_train.data import build_dataset, encode_prompt, load_tokenizer
+from qlora_train.data.building import open_data
+from qlora_train.data.prompts import encode_raw, stop_token_ids
 from qlora_train.errors import BaseModelError, DataError
 from qlora_train.recipe import DataSection
 
@@ -47,7 +45,9 @@ def test_prompts_without_data(make_tokenizer: MakeTokenizer) -> None:
         == "<s><|start|>user\nhi<|end|>\n<|start|>assistant\n"
     )
     plain = make_tokenizer("none")
-    assert plain.decode(encode_prompt("hi", None, plain)) == "<s>hi"
+    assert plain.decode(encode_prompt("hi", None, plain)) == "hi"
+    adding = make_tokenizer("none", adds_bos=True)
+    assert adding.decode(encode_prompt("hi", None, adding)) == "<s>hi"
     with pytest.raises(DataError, match="prompt is empty"):
         encode_prompt("", None, make_tokenizer("none", bos=False))
 
@@ -66,16 +66,14 @@ def test_raw_prompts_have_one_bos_where_the_tokenizer_adds_it(make_tokenizer: Ma
 
 def test_an_answer_ends_with_eos_or_the_turn_end_of_the_template(make_tokenizer: MakeTokenizer) -> None:
     chatml = make_tokenizer()
-    assert chatml.convert_ids_to_tokens(answer_end_ids(chatml)) == ["</s>", "<|end|>"]
+    assert chatml.convert_ids_to_tokens(list(stop_token_ids(chatml, ()))) == ["</s>", "<|end|>"]
     for template in ("plain turns", "none"):
-        assert answer_end_ids(make_tokenizer(template)) == (chatml.eos_token_id,)
-    chatml.chat_template = "{{ raise_exception('tools only') }}"
-    assert answer_end_ids(chatml) == (chatml.eos_token_id,)
+        assert stop_token_ids(make_tokenizer(template), ()) == (chatml.eos_token_id,)
 
 
 def test_prompts_for_a_template_of_several_columns(section: Section, tokenizer: Any) -> None:
     data = section("gone.jsonl", prompt_template="{a}-{b}\n")
-    assert tokenizer.decode(encode_prompt('{"a": "x", "b": "y"}', data, tokenizer)) == "<s>x-y\n"
+    assert tokenizer.decode(encode_prompt('{"a": "x", "b": "y"}', data, tokenizer)) == "x-y\n"
     for prompt in ("x", '["x"]', '{"a": "x"}'):
         with pytest.raises(DataError, match=r"several columns \(a, b\)"):
             encode_prompt(prompt, data, tokenizer)
@@ -99,12 +97,12 @@ def test_sources_of_several_formats_stay_auto(jsonl: Write, section: Section, to
         ([chat], None, "messages"),
     ):
         data = section(sources, eval=eval_sources)
-        assert format_of(data) == found
+        assert open_data(data).section_with_format.format == found
     mixed = section([text, chat, pair])
     (*_, answer) = (d for d in build_dataset(mixed, tokenizer, seed=0)[0].documents if len(d) > 10)
     prompt = encode_prompt("hi", mixed, tokenizer)
     assert prompt == answer.token_ids[: len(prompt)].tolist()
-    assert tokenizer.decode(encode_prompt("hi", section([text, pair]), tokenizer)) == "<s>hi"
+    assert tokenizer.decode(encode_prompt("hi", section([text, pair]), tokenizer)) == "hi"
 
 
 def test_load_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
@@ -121,25 +119,3 @@ def test_load_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
             load_tokenizer(str(tmp_path / name))
     with pytest.raises(BaseModelError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path / "broken"))
-
-
-def test_preview(tmp_path: Path, jsonl: Write, section: Section, tokenizer: Any) -> None:
-    tokenizer.save_pretrained(tmp_path / "base")
-    path = jsonl(*({"prompt": f"[b]{n}", "completion": "yes"} for n in range(3)))
-    recipe = SimpleNamespace(
-        model=SimpleNamespace(base=str(tmp_path / "base"), revision=None),
-        data=section(path),
-        training=SimpleNamespace(seed=0),
-    )
-    console = Console(record=True, width=100, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115
-    preview(recipe, 2, console)  # type: ignore[arg-type]
-    shown = console.export_text()
-    assert "<s>[b]0[[yes</s>]]" in shown
-    assert "<s>[b]1[[yes</s>]]" in shown
-    assert "[b]2" not in shown
-    assert "rows.jsonl line 2" in shown
-    assert "9 tokens, 4 supervised" in shown
-    assert "3 rows -> 3 documents, 27 tokens, 12 supervised (44.4%)" in shown
-    coloured = as_text(build_dataset(recipe.data, tokenizer, seed=0)[0].documents[0], tokenizer, marked=False)
-    assert coloured.plain == "<s>[b]0yes</s>"
-    assert [(s.start, s.end) for s in coloured.spans if "underline" in str(s.style)] == [(7, 10), (10, 14)]

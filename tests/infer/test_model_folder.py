@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +162,13 @@ def test_the_command_obeys_vram(
     assert stop.value.code == 2 and "'12' is no size such as 8GiB" in capsys.readouterr().err
 
 
-def test_an_empty_prompt_is_refused_before_loading(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_prompt_is_refused_before_loading(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tokenizer that puts nothing before a text: one that does would begin with BOS."""
     monkeypatch.setattr(model_folder, "load_base", lambda *args, **options: pytest.fail("loaded"))
-    assert main(["generate", str(bare), "--prompt", "", "--raw"]) == 2
+    folder = tmp_path / "bare"
+    shutil.copytree(bare, folder)
+    settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}), encoding="utf-8")
+    assert main(["generate", str(folder), "--prompt", "", "--raw"]) == 2

@@ -11,7 +11,8 @@ from tiny_models import VOCABULARY_SIZE, load_tiny, resident_plan, write_checkpo
 from torch import Tensor
 
 from qlora_train.data.dataset import PackedDataset
-from qlora_train.data.tokenization import Document, TokenizedRows
+from qlora_train.data.fitting import Document
+from qlora_train.data.tokenized_rows import TokenizedRows
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
@@ -30,12 +31,13 @@ LENGTHS = [40, 18, 62, 12, 22, 50, 34, 60, 64, 16, 44, 10, 28]
 def dataset() -> PackedDataset:
     """Documents whose share of supervised tokens differs widely: a mean per micro-batch would be wrong."""
     rng = np.random.default_rng(0)
-    rows = TokenizedRows()
+    documents = []
     for number, length in enumerate(LENGTHS):
         supervised = np.zeros(length, dtype=bool)
         supervised[1 + (number * 7) % (length - 1) :] = True
-        rows.documents.append(Document(rng.integers(3, VOCABULARY_SIZE, length).astype(np.int32), supervised))
-    return PackedDataset(rows, sequence_length=64, packing=True, pad_id=0, seed=1, shuffle=True)
+        documents.append(Document(rng.integers(3, VOCABULARY_SIZE, length).astype(np.int32), supervised))
+    rows = TokenizedRows.of(documents)
+    return PackedDataset(rows, sequence_length=64, packing=True, seed=1, shuffle=True)
 
 
 def gradients_of(

@@ -12,7 +12,7 @@ from tiny_runs import adapter_bytes, metrics_of, recipe_values, reversal_rows, w
 from torch import Tensor
 
 from qlora_train.cli import main
-from qlora_train.data.dataset import build_dataset
+from qlora_train.data.building import build_dataset
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UserError

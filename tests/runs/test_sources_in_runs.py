@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +68,62 @@ def test_the_evaluation_data_is_reported_too(
     lines = capsys.readouterr().out.splitlines()
     said = [line.removeprefix("evaluation: ") for line in lines if line.startswith("evaluation: ")]
     assert said[0].startswith("4 rows -> 4 documents")
-    assert any(line.startswith("1 rows longer than sequence_length") for line in said)
+    assert any(line.startswith("longer than sequence_length: 1 row lost") for line in said)
     assert "3 evaluation rows are also training rows, word for word" in said
+
+
+def test_a_surplus_token_trains_until_a_row_uses_it(
+    tmp_path: Path, base: Path, train_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer has 260 tokens, the embedding 259 rows."""
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    surplus = {"id": 259, "content": "<extra>", "special": True, "single_word": False, "lstrip": False}
+    tokenizer["added_tokens"].append({**surplus, "rstrip": False, "normalized": False})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    values = recipe_values(base, train_file, tmp_path / "run", training={"max_steps": 1})
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    assert main(["preview", recipe]) == main(["train", recipe]) == 0
+    values["data"]["train"] = str(
+        write_rows(tmp_path / "odd.jsonl", [*reversal_rows(2), {"prompt": "a<extra>", "completion": "b"}])
+    )
+    values["training"]["output_dir"] = str(tmp_path / "other")
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    capsys.readouterr()
+    for command in ("preview", "train"):
+        assert main([command, recipe]) == 2
+        message = capsys.readouterr().err
+        assert re.search(
+            r"odd\.jsonl line 3: it holds the token '<extra>', number 259 .* has 259 rows", message
+        )
+    assert not (tmp_path / "other").exists()
+    values["data"]["on_bad_row"] = "skip"
+    assert main(["train", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 0
+    assert "1 row skipped (data.on_bad_row: skip):" in capsys.readouterr().out
+
+
+def test_a_pad_token_beyond_the_embedding_is_named(
+    tmp_path: Path, base: Path, train_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": 259}))
+    values = recipe_values(base, train_file, tmp_path / "run")
+    assert main(["train", str(write_recipe(tmp_path / "recipe.yaml", values))]) == 2
+    assert "pad_token_id 259 has no row in the embedding, which has 259" in capsys.readouterr().err
+
+
+def test_positions_beyond_those_of_the_model_are_said(
+    tmp_path: Path, base: Path, train_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    positions = json.loads((base / "config.json").read_text())["max_position_embeddings"]
+    values = recipe_values(base, train_file, tmp_path / "run", training={"max_steps": 1})
+    values["data"]["sequence_length"] = 2 * positions
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    for command in ("preview", "plan", "train"):
+        assert main([command, recipe]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"is beyond the {positions:,} positions that config.json states" in said, command
 
 
 def test_an_output_folder_below_a_file_is_one_message(
@@ -93,3 +152,29 @@ def test_lora_plus_in_8_bits_saves_and_resumes(tmp_path: Path, base: Path, train
     (straight / "checkpoints" / "step-4").rmdir()
     train(Recipe.from_dict(values), resume=True)
     assert (adapter_bytes(straight), metrics_of(straight)) == before
+
+
+LATIN = """
+import sys
+from pathlib import Path
+from qlora_train.cli import main
+from qlora_train.recipe import load_recipe
+from qlora_train.train.run_folder import RunFolder
+recipe = load_recipe(sys.argv[1])
+RunFolder(Path(recipe.training.output_dir)).begin(recipe)
+sys.exit(main(["preview", sys.argv[1]]))
+"""
+
+
+def test_files_are_utf8_and_output_goes_on_whatever_the_locale(tmp_path: Path, base: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"q": "caf\u00e9", "a": "\u2603"}])
+    values = values_of(base, str(rows), tmp_path / "run", columns={"completion": "a"})
+    values["data"]["prompt_template"] = "R\u00e9sum\u00e9: {q}\n"
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", LATIN, str(recipe)], env=os.environ | plain, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"R?sum?: caf?" in done.stdout
+    assert load_recipe(tmp_path / "run").data.prompt_template == "R\u00e9sum\u00e9: {q}\n"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_train.data.dataset import MicroBatch, PackedDataset
-from qlora_train.data.tokenization import Document, TokenizedRows
+from qlora_train.data.fitting import Document
+from qlora_train.data.tokenized_rows import TokenizedRows
 from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.uploads import Uploads
@@ -28,11 +29,12 @@ class Maker:
 
     def __init__(self, fails_at: int | None = None) -> None:
         rng = np.random.default_rng(0)
-        rows = TokenizedRows()
+        documents = []
         for length in (20, 7, 31, 12, 25, 9, 16, 30):
             tokens = rng.integers(3, 90, length).astype(np.int32)
-            rows.documents.append(Document(tokens, np.arange(length) > 2))
-        self.data = PackedDataset(rows, sequence_length=32, packing=True, pad_id=0, seed=1, shuffle=True)
+            documents.append(Document(tokens, np.arange(length) > 2))
+        rows = TokenizedRows.of(documents)
+        self.data = PackedDataset(rows, sequence_length=32, packing=True, seed=1, shuffle=True)
         self.made: list[int] = []
         self.threads: set[str] = set()
         self._fails_at, self._changed = fails_at, threading.Condition()

@@ -111,17 +111,6 @@ class Plan:
         return not self.problems
 
     @property
-    def positions_line(self) -> str | None:
-        """Where documents may be longer than the model has seen; None: they are not."""
-        longest, known = max(self.workload.documents), self.workload.shape.max_positions
-        if longest <= known:
-            return None
-        return (
-            f"data.sequence_length {longest:,} is beyond the {known:,} positions of this model "
-            "(max_position_embeddings): what is longer trains on positions it has never seen"
-        )
-
-    @property
     def context_bytes(self) -> int:
         """Context and workspaces."""
         return sum(context_parts(self.workload).values())

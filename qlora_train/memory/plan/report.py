@@ -27,8 +27,8 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
     say(f"for {device_text}, budget {gib(plan.budget_bytes)}")
     if plan.workload.target.is_accelerator:
         say(f"  {plan.workload.target.in_words(deterministic=plan.workload.deterministic)}")
-    if plan.positions_line is not None:
-        say(f"  {plan.positions_line}")
+    for line in positions_line(max(plan.workload.documents), shape.max_positions):
+        say(f"  {line}")
     if line := _documents_line(plan.workload):
         say(f"  {line}")
     for phase, rows in groupby(sorted(plan.rows(), key=_position), key=lambda row: row.phase):
@@ -52,6 +52,16 @@ def print_plan(plan: Plan, console: Console, device_text: str, num_steps: int | 
         say("what each knob would save:" if plan.fits else "what would fit, one at a time:")
         for line in plan.advice:
             say(f"  {line}")
+
+
+def positions_line(sequence_length: int, max_positions: int) -> list[str]:
+    """What is to be said where documents may be longer than the model's positions."""
+    if sequence_length <= max_positions:
+        return []
+    return [
+        f"data.sequence_length {sequence_length:,} is beyond the {max_positions:,} positions that "
+        "config.json states: rotary positions go on, but the base has not seen longer documents"
+    ]
 
 
 def _documents_line(workload: Workload) -> str:

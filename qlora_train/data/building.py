@@ -1,0 +1,177 @@
+"""From the recipe's data section to the two packed data sets of a run: open, tokenise (or map from the token
+cache), split, weigh, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlora_train.data.chat import ChatFormat
+from qlora_train.data.dataset import PackedDataset
+from qlora_train.data.formats import CHAT_FORMATS
+from qlora_train.data.open_sources import OpenSources
+from qlora_train.data.reading_progress import reading_progress
+from qlora_train.data.report import Reading
+from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content
+from qlora_train.data.token_cache import LEAST_BYTES, files_of, fingerprint, kept_or_built
+from qlora_train.data.tokenization import RowTokenizer
+from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_train.recipe import DataSection
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """The sources of a data section, opened: their formats are known, their rows not read yet. Each is read
+    once, by `build_dataset`."""
+
+    section: DataSection
+    train: OpenSources
+    evaluation: OpenSources | None
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """Of all sources."""
+        return self.train.formats | (self.evaluation.formats if self.evaluation else frozenset())
+
+    @property
+    def section_with_format(self) -> DataSection:
+        """The section with `format: auto` resolved, where all sources have one format."""
+        found = next(iter(self.formats)) if len(self.formats) == 1 else self.section.format
+        return self.section.model_copy(update={"format": found})
+
+
+def open_data(section: DataSection) -> OpenData:
+    """Opens all files. Raises DataError for what is missing, unreadable, empty or of no format."""
+    has_sources = section.eval is not None and not isinstance(section.eval, float)
+    evaluation = OpenSources(section.eval, section) if has_sources else None  # type: ignore[arg-type]
+    return OpenData(section, OpenSources(section.train, section), evaluation)
+
+
+def build_dataset(
+    data: DataSection | OpenData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    stop_ids: Sequence[int] = (),
+    vocabulary_size: int | None = None,
+    cache: Path | None = None,
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Reads, tokenises and packs `data.train` and `data.eval`: (train, eval or None).
+
+    `data.eval` as a share is split off the training rows by content (see `split`); as sources it is read
+    with the same format and columns, and rows that are also in train are counted. stop_ids: what the model's
+    generation_config.json says ends an answer; empty where it has none. vocabulary_size: rows of the model's
+    embedding, where it is known. cache: the folder that holds the token cache; None: nothing is kept. Raises
+    DataError for every kind of bad data.
+    """
+    opened = data if isinstance(data, OpenData) else open_data(data)
+    section = opened.section
+    chat_format = _chat_format(opened, tokenizer, stop_ids)
+    row_tokenizer = RowTokenizer(
+        tokenizer,
+        chat_format,
+        sequence_length=section.sequence_length,
+        supervise=section.supervise,
+        too_long=section.too_long,
+        vocabulary_size=vocabulary_size,
+    )
+    settings = [vocabulary_size, list(stop_ids)]
+    rows = _rows_of(opened.train, row_tokenizer, section, settings, cache)
+
+    def pack(
+        rows: TokenizedRows, side: str, times: np.ndarray, reading: Reading, also: int = 0
+    ) -> PackedDataset:
+        if not times[rows.document_rows].any():
+            raise DataError(f"data.{side}: none of its rows has anything to learn from.")
+        return PackedDataset(
+            rows,
+            sequence_length=section.sequence_length,
+            packing=section.packing,
+            seed=seed,
+            shuffle=side == "train",
+            times=times,
+            reading=reading,
+            num_rows_also_in_train=also,
+        )
+
+    is_eval = np.zeros(rows.num_rows, dtype=bool)
+    if isinstance(section.eval, float):
+        is_eval = split_by_content(rows.row_keys, section.eval, seed)
+    times = np.where(is_eval, 0, _times(rows, seed))
+    said = chat_format.remarks() if chat_format is not None else []
+    remarks = (*rows.facts.reading.remarks, *_weights_in_words(rows), *said)
+    reading = replace(rows.facts.reading, remarks=remarks)
+    train = pack(rows, "train", times, reading)
+    if isinstance(section.eval, float):
+        return train, pack(rows, "eval", is_eval.astype(np.int64), Reading())
+    if opened.evaluation is None:
+        return train, None
+    others = _rows_of(opened.evaluation, row_tokenizer, section, settings, cache)
+    once = np.ones(others.num_rows, dtype=np.int64)
+    return train, pack(others, "eval", once, others.facts.reading, _num_also_in(rows, others))
+
+
+def _chat_format(
+    opened: OpenData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> ChatFormat | None:
+    """How conversations are written; None where there are none."""
+    section = opened.section
+    if not opened.formats.isdisjoint(CHAT_FORMATS):
+        return ChatFormat(
+            tokenizer, stop_ids, options=section.chat_template_kwargs, open_thought=section.open_thought
+        )
+    if section.chat_template_kwargs:
+        raise DataError(
+            "data.chat_template_kwargs is for conversations, and no row is one: remove it, or use the format "
+            "messages, sharegpt or alpaca."
+        )
+    return None
+
+
+def _rows_of(
+    sources: OpenSources, tokenizer: RowTokenizer, section: DataSection, settings: Any, cache: Path | None
+) -> TokenizedRows:
+    """settings: what the tokens follow from besides the sources, the section and the tokenizer."""
+    files = files_of(sources.tables) if cache is not None else None
+    if cache is None or files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+        with reading_progress() as progress:
+            rows = sources.tokenized(tokenizer, progress=progress)
+        assert rows is not None, "no folder was given"
+        return rows
+    name = fingerprint(sources.tables, files, sources.weights, section, tokenizer.tokenizer, settings)
+
+    def build(folder: Path) -> None:
+        with reading_progress() as progress:
+            sources.tokenized(tokenizer, folder=folder, progress=progress)
+
+    return kept_or_built(cache, name, build)
+
+
+def _times(rows: TokenizedRows, seed: int) -> np.ndarray:
+    weights = np.array(rows.facts.weights)[rows.row_tables]
+    return chosen_by_weight(rows.row_keys, weights, seed)
+
+
+def _weights_in_words(rows: TokenizedRows) -> list[str]:
+    tables = zip(rows.facts.tables, rows.facts.weights, strict=True)
+    return [
+        f"{name}: weight {weight:g}, its rows are seen {weight:g} times an epoch on average"
+        for (name, _), weight in tables
+        if weight != 1
+    ]
+
+
+def _num_also_in(train: TokenizedRows, evaluation: TokenizedRows) -> int:
+    groups, _ = content_groups(np.concatenate([train.row_keys, evaluation.row_keys]))
+    is_in_train = np.zeros(groups.max() + 1, dtype=bool)
+    is_in_train[groups[: train.num_rows]] = True
+    return int(np.count_nonzero(is_in_train[groups[train.num_rows :]]))

@@ -1,0 +1,223 @@
+"""Conversations -> tokens of texts, with the places of the answers in them.
+
+From the last answer back, an answer shares a text where the text's token ids begin with its prompt's and its
+own; else it gets a text of its own. A text ends with its last answer: nothing behind it is kept. Each answer
+stands behind exactly the tokens that generation is handed (see `encoding`), and the text of a special token
+in a message is text (see `control_text`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from qlora_train.data.chat import ChatFormat, ChatProblem, Notes, Piece
+from qlora_train.data.content import Chat
+from qlora_train.data.control_text import ControlText, Encoded, without_marks
+from qlora_train.data.encoding import CannotEncode, TextEncoder
+from qlora_train.data.report import Note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Supervise = Literal["completions", "last_turn", "all"]
+
+
+class Written(NamedTuple):
+    """How a text was made: `turns`, the messages of `chat` that are its answers, in order; `prompt`, the one
+    of the first of them; `encoded`, tokens that begin with the prompt's. is_marked: the prompt holds marks.
+    """
+
+    chat: Chat
+    turns: tuple[int, ...]
+    prompt: str
+    encoded: Encoded
+    is_marked: bool
+
+
+class Tokens(NamedTuple):
+    """ids int32 [n]; answers: (first token, past the last) of each answer. adds_eos: EOS is to follow.
+    written: None for what is no conversation, or all of one."""
+
+    ids: np.ndarray
+    answers: list[tuple[int, int]]
+    adds_eos: bool = False
+    written: Written | None = None
+
+
+class _Prepared(NamedTuple):
+    """groups: each a text's pieces, the one that is the whole text first. plain: the same without marks,
+    where the texts have some, should these not be exact."""
+
+    chat: Chat
+    groups: list[list[Piece]]
+    plain: list[list[Piece]] | None = None
+
+
+class ChatTokenizer:
+    """Writes and tokenises conversations. supervise: which of their answers (`all`: everything is one)."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, supervise: Supervise
+    ) -> None:
+        self._format, self._supervise = chat_format, supervise
+        self._control_text = ControlText(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
+        self._encoder_of_marked = TextEncoder(tokenizer, self._control_text)
+
+    def tokenize(self, chats: Sequence[Chat], notes: Sequence[Notes]) -> list[list[Tokens] | ChatProblem]:
+        """The texts of each conversation, earlier answers first; none where it has no answer to train. What
+        happened to it is added to its notes."""
+        prepared: list[_Prepared | ChatProblem] = []
+        for chat, noted in zip(chats, notes, strict=True):
+            try:
+                prepared.append(self._prepare(self._asked_for(chat), noted))
+            except ChatProblem as problem:
+                prepared.append(problem)
+        unmarked = [row for row in prepared if isinstance(row, _Prepared) and row.plain is None]
+        plain = [group[0].text for row in unmarked for group in row.groups]
+        encoded = dict(zip(plain, self._encoder.batch(plain), strict=True)) if plain else {}
+        return [
+            row if isinstance(row, ChatProblem) else self._tokens_of_row(row, encoded, noted)
+            for row, noted in zip(prepared, notes, strict=True)
+        ]
+
+    def again(self, chat: Chat) -> list[Tokens]:
+        """The texts of a part of a conversation that was tokenised before. Raises ChatProblem."""
+        (found,) = self.tokenize([chat], [Notes()])
+        if isinstance(found, ChatProblem):
+            raise found
+        return found
+
+    def tokens_to_cut(self, text: Tokens) -> np.ndarray:
+        """Tokens of its prompt that may be cut (see `frame`), int64, ascending; empty where nothing tells."""
+        if text.written is None:
+            return np.zeros(0, dtype=np.int64)
+        chat, turns, prompt, encoded, is_marked = text.written
+        messages, tools = chat.messages, chat.tools
+        if is_marked:
+            messages, tools = self._control_text.mark(messages), self._control_text.mark(tools)
+        writer = self._format.writer(with_tools=bool(tools))
+        is_cut = np.zeros(len(encoded.token_ids), dtype=bool)
+        for start, end in writer.places_to_cut(messages, tools, turns[0], prompt):
+            is_cut |= (encoded.starts >= start) & (encoded.ends <= end)
+        return np.flatnonzero(is_cut)
+
+    def _asked_for(self, chat: Chat) -> Chat:
+        """With flags for what `last_turn` leaves out, so that a part of it asks for the same answers."""
+        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if self._supervise != "last_turn" or len(turns) < 2:
+            return chat
+        return replace(
+            chat,
+            messages=tuple(
+                {**message, "train": False} if i in turns[:-1] else message
+                for i, message in enumerate(chat.messages)
+            ),
+        )
+
+    def _prepare(self, chat: Chat, notes: Notes) -> _Prepared:
+        pieces = self._pieces(chat, notes)
+        if not self._control_text.is_in([chat.messages, chat.tools]):
+            return _Prepared(chat, _grouped(pieces))
+        mark = self._control_text.mark
+        try:
+            marked = self._pieces(Chat(mark(chat.messages), mark(chat.tools)), Notes())
+        except ChatProblem:  # a template that knows what a content is, and the marked one is not
+            marked = []
+        if [_unmarked(piece) for piece in marked] != pieces:
+            notes[Note.SAYS_CONTROL_TOKENS] += 1
+            return _Prepared(chat, _grouped(pieces))
+        return _Prepared(chat, _grouped(marked), plain=_grouped(pieces))
+
+    def _pieces(self, chat: Chat, notes: Notes) -> list[Piece]:
+        writer = self._format.writer(with_tools=bool(chat.tools))
+        messages = chat.messages
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [turn for turn in turns if messages[turn].get("train", True)]
+        if self._supervise == "all":
+            if len(trained) < len(turns):
+                raise ChatProblem(
+                    "a message is not to be trained on (train, loss or weight), which data.supervise: all "
+                    "contradicts."
+                )
+            return [writer.whole(messages, chat.tools, notes)]
+        if wrong := [i for i, m in enumerate(messages) if m.get("train") and m["role"] != "assistant"]:
+            raise ChatProblem(
+                f"message {wrong[0] + 1} ({messages[wrong[0]]['role']}) is to be trained on; only what the "
+                "assistant says can be. Remove its flag, or set data.supervise: all."
+            )
+        return writer.pieces(messages, chat.tools, trained, notes)
+
+    def _tokens_of_row(self, row: _Prepared, encoded: Mapping[str, Encoded], notes: Notes) -> list[Tokens]:
+        if row.plain is None:
+            return self._all_texts(row.chat, row.groups, self._encoder, encoded)
+        try:
+            texts = self._all_texts(row.chat, row.groups, self._encoder_of_marked)
+            notes[Note.QUOTES_CONTROL_TOKENS] += 1
+        except CannotEncode:
+            texts = self._all_texts(row.chat, row.plain, self._encoder)
+            notes[Note.SAYS_CONTROL_TOKENS] += 1
+        return texts
+
+    def _all_texts(
+        self,
+        chat: Chat,
+        groups: Sequence[list[Piece]],
+        encoder: TextEncoder,
+        encoded: Mapping[str, Encoded] | None = None,
+    ) -> list[Tokens]:
+        return [text for group in groups for text in self._texts(chat, group, encoder, encoded)]
+
+    def _texts(
+        self,
+        chat: Chat,
+        group: Sequence[Piece],
+        encoder: TextEncoder,
+        encoded: Mapping[str, Encoded] | None = None,
+    ) -> Iterator[Tokens]:
+        """The group's text and, before it, texts of their own for pieces whose tokens are not how the text's
+        begin. encoded: texts whose tokens are known."""
+        last, *others = group
+        text = last.text
+        whole = encoded[text] if encoded and text in encoded else encoder.one(text)
+        num_prompt = encoder.num_tokens_of_start(whole, text, len(last.prompt)) if last.prompt else 0
+        ids = whole.token_ids
+        if num_prompt is None:
+            whole, answer_ids = encoder.joined(last.prompt, last.answer)
+            text, num_prompt = last.prompt, len(whole.token_ids)
+            ids = np.concatenate([whole.token_ids, answer_ids]).astype(np.int32)
+        answers, said, left = [(num_prompt, len(ids))], [last], []
+        for piece in others:
+            start = encoder.num_tokens_of_start(whole, text, len(piece.prompt))
+            end = encoder.num_tokens_of_start(whole, text, len(piece.text))
+            if start is None or end is None or end <= start:
+                left.append(piece)
+            else:
+                answers.append((start, end))
+                said.append(piece)
+        for piece in reversed(left):
+            yield from self._texts(chat, [piece], encoder)
+        turns = tuple(piece.turn for piece in reversed(said) if piece.turn is not None)
+        is_marked = encoder is self._encoder_of_marked
+        written = Written(chat, turns, said[-1].prompt, whole, is_marked) if turns else None
+        yield Tokens(ids, answers, last.adds_eos, written)
+
+
+def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """From the last piece back, each with the first text that begins with its own."""
+    groups: list[list[Piece]] = []
+    for piece in reversed(pieces):
+        fitting = (group for group in groups if not piece.adds_eos and group[0].text.startswith(piece.text))
+        if (group := next(fitting, None)) is not None:
+            group.append(piece)
+        else:
+            groups.append([piece])
+    return groups[::-1]
+
+
+def _unmarked(piece: Piece) -> Piece:
+    return replace(piece, prompt=without_marks(piece.prompt), answer=without_marks(piece.answer))

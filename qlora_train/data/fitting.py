@@ -1,0 +1,114 @@
+"""A text of tokens -> documents of at most sequence_length tokens, as `data.too_long` says.
+
+    cut      the beginning of the prompt goes first (of a conversation: of what was asked, so that system
+             prompt and headers stay); where that is not enough, the end. Of a conversation whose first answer
+             fits with its prompt, only the end goes
+    drop     the row is left out, which is not decided here
+    split    consecutive pieces, each behind BOS or the token before it, so that every token is a target as
+             often as in the row: once. Plain texts, which have no prompt, are always split
+
+Conversations are cut and split between exchanges, where they have several, before they come here (see
+`long_chats`).
+
+Token 0 of a document is never supervised: nothing predicts it. What is cut is counted, by tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qlora_train.data.report import Note
+
+TooLong = Literal["cut", "drop", "split"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """token_ids int32 [n]; supervised bool [n]: token i is a target. supervised[0] is always False."""
+
+    token_ids: np.ndarray
+    supervised: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        return int(np.count_nonzero(self.supervised))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document that may be too long.
+
+    num_prompt: tokens before the first answer. num_before: the first of these, which belong to the tokenizer
+    (BOS) and stay. cuttable: those that may be cut, int64, ascending; None: all others.
+    """
+
+    document: Document
+    num_prompt: int = 0
+    num_before: int = 0
+    cuttable: np.ndarray | None = None
+
+
+def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Counter[str]) -> list[Document]:
+    """The text as documents; `notes` counts what had to be done, in the notes' own units."""
+    document = text.document
+    if len(document) <= sequence_length:
+        return [document] if document.num_supervised else []
+    assert too_long != "drop", "the row was left out"
+    if too_long == "split":
+        pieces = _split(document, sequence_length, has_head=text.num_before > 0)
+        notes[Note.SPLIT] += len(pieces)
+        return pieces
+    return [kept for kept in [_cut(text, sequence_length, notes)] if kept.num_supervised]
+
+
+def _cut(text: Text, sequence_length: int, notes: Counter[str]) -> Document:
+    document = text.document
+    excess = len(document) - sequence_length
+    spare = _places(text, sequence_length)
+    num_answers = int(np.count_nonzero(np.diff(document.supervised.astype(np.int8)) == 1))
+    if excess > len(spare) and num_answers > 1 and _end_of_first_answer(document) <= sequence_length:
+        spare = spare[:0]
+    from_prompt = min(excess, len(spare))
+    kept = np.delete(np.arange(len(document)), spare[:from_prompt])[:sequence_length]
+    if from_prompt:
+        notes[Note.PROMPT_CUT] += from_prompt
+    if from_prompt < excess:
+        notes[Note.ANSWER_CUT] += excess - from_prompt
+    supervised = document.supervised[kept]
+    supervised[0] = False
+    return Document(document.token_ids[kept], supervised)
+
+
+def _places(text: Text, sequence_length: int) -> np.ndarray:
+    """Tokens that a cut may take, the first ones first. One of the prompt always stays: the answer's first
+    token is predicted from it."""
+    places = text.cuttable
+    if places is None or text.num_prompt - len(places) > sequence_length // 2:  # too much to keep
+        places = np.arange(text.num_before, text.num_prompt)
+    return places if len(places) < text.num_prompt else places[:-1]
+
+
+def _end_of_first_answer(document: Document) -> int:
+    supervised = np.flatnonzero(document.supervised)
+    gaps = np.flatnonzero(np.diff(supervised) > 1)
+    last = supervised[gaps[0]] if len(gaps) else supervised[-1] if len(supervised) else -1
+    return int(last) + 1
+
+
+def _split(document: Document, sequence_length: int, *, has_head: bool) -> list[Document]:
+    """Pieces of sequence_length - 1 new tokens behind one token of context: BOS, or the token before them.
+    Pieces without a target are left out."""
+    token_ids, step = document.token_ids, sequence_length - 1
+    pieces = []
+    for first in range(1, len(token_ids), step):
+        head = token_ids[:1] if has_head else token_ids[first - 1 : first]
+        supervised = np.concatenate([[False], document.supervised[first : first + step]])
+        pieces.append(Document(np.concatenate([head, token_ids[first : first + step]]), supervised))
+    return [piece for piece in pieces if piece.num_supervised]

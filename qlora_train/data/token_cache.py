@@ -1,0 +1,117 @@
+"""The token cache: what reading, rendering and tokenising made of some sources, kept on disk.
+
+A folder's name is a fingerprint of everything the tokens follow from: the contents of every file (all of
+them: reading a gigabyte takes a second, and a time of change tells little), the data section, the tokenizer
+with its chat template, and the versions of what reads and tokenises. A second start with the same ones maps
+the arrays and reads nothing. Small data are not kept: they are tokenised in the time that looking takes.
+
+A folder is built under a name of its own and renamed when it is complete, so that one that is there is whole;
+of two that are built at once the first one stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from qlora_train.data.arrow_tables import HubTable
+from qlora_train.data.tables import RowTable
+from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.errors import DataError, QloraTrainError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_train.recipe import DataSection
+
+VERSION = 1
+LEAST_BYTES = 2**20
+"""Of the files of data that are kept."""
+_READ_BYTES = 2**20
+_NOT_IN_TOKENS = {"train", "eval", "packing"}
+_LIBRARIES = ("qlora-train", "tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
+
+
+def files_of(tables: Sequence[RowTable]) -> list[Path] | None:
+    """The files that hold the rows; None where some rows are in none."""
+    files: list[Path] = []
+    for table in tables:
+        if isinstance(table, HubTable):
+            found = [Path(file["filename"]) for file in table.dataset.cache_files]
+        else:
+            found = [Path(table.name)]
+        if not found or not all(file.is_file() for file in found):
+            return None
+        files += found
+    return files
+
+
+def fingerprint(
+    tables: Sequence[RowTable],
+    files: Sequence[Path],
+    weights: Sequence[float],
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Any,
+) -> str:
+    """See the module docstring. settings: whatever else the tokens follow from, as plain values."""
+    keys = {k: v for k, v in data.model_dump(mode="json").items() if k not in _NOT_IN_TOKENS}
+    contents = [[table.name for table in tables], list(weights), [_content_hash(file) for file in files]]
+    versions = [version(name) for name in _LIBRARIES]
+    plain = json.dumps([VERSION, versions, keys, contents, settings], sort_keys=True)
+    digest = hashlib.sha256(plain.encode())
+    digest.update(_tokenizer_hash(tokenizer))
+    return digest.hexdigest()[:24]
+
+
+def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> TokenizedRows:
+    """The rows of the cache folder `name`, built first by build(folder) where they are not there. Raises
+    DataError where the cache cannot be written, QloraTrainError where its disk is full."""
+    folder = root / f"tokens-{name}"
+    try:
+        return TokenizedRows.opened(folder)
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        pass
+    making = root / f"making-tokens-{name}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        build(making)
+        if folder.exists():  # built by somebody else meanwhile, or damaged
+            shutil.rmtree(folder)
+        making.rename(folder)
+        return TokenizedRows.opened(folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise QloraTrainError(
+                f"The disk of the token cache {root} is full. Make room, name another folder with "
+                "QLORA_TRAIN_CACHE, or use --no-cache."
+            ) from error
+        raise DataError(
+            f"The token cache {root} cannot be written: {error.strerror or error}. Name another folder with "
+            "QLORA_TRAIN_CACHE, or use --no-cache."
+        ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _content_hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    settings = [tokenizer.chat_template, tokenizer.special_tokens_map, sorted(tokenizer.added_tokens_decoder)]
+    text = tokenizer.backend_tokenizer.to_str() + json.dumps(settings, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()

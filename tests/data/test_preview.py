@@ -1,0 +1,113 @@
+"""What preview shows: tokens with the supervised ones marked, and numbers about the data by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from qlora_train.data import preview
+from qlora_train.data.building import build_dataset
+from qlora_train.data.fitting import Document
+from qlora_train.data.preview import as_text
+from qlora_train.data.statistics import Lengths, length_advice, num_duplicates, packing_line, stop_tokens
+from qlora_train.recipe import DataSection
+
+Write = Callable[..., str]
+Section = Callable[..., DataSection]
+
+
+@pytest.fixture
+def shown(tmp_path: Path, tokenizer: Any) -> Callable[..., list[str]]:
+    """The lines of a preview without colours."""
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def show(data: DataSection, num_rows: int = 2, **options: Any) -> list[str]:
+        recipe = SimpleNamespace(
+            model=SimpleNamespace(base=str(tmp_path / "base"), revision=None, chat_template=None),
+            data=data,
+            training=SimpleNamespace(seed=0),
+        )
+        with open("/dev/null", "w") as nowhere:
+            console = Console(record=True, width=200, color_system=None, file=nowhere)
+            preview(recipe, num_rows, console, **options)  # type: ignore[arg-type]
+        return [line.rstrip() for line in console.export_text().splitlines()]
+
+    return show
+
+
+def test_preview(jsonl: Write, section: Section, shown: Callable[..., list[str]]) -> None:
+    rows = [{"prompt": f"[b]{n}", "completion": "yes", "id": n} for n in (0, 1, 1, 2)]
+    lines = shown(section(jsonl(*rows), packing=False), remarks=["a remark"])
+    assert lines[0].endswith("rows.jsonl line 1") and lines[3].endswith("rows.jsonl line 2")
+    assert lines[1:3] == ["[b]0[[yes</s>]]", "8 tokens, 4 supervised"]
+    assert lines[6:] == [
+        "── train",
+        "4 rows -> 4 documents, 32 tokens, 16 supervised (50.0%)",
+        "4 bins of one document each (packing: false), 8 tokens on average",
+        "columns not read: id",
+        "1 rows say word for word what another one says",
+        "answers end with '</s>' (1) in 100%",
+        "packing is off: a bin holds one document, 12.5% of sequence_length on average; what is empty is not "
+        "computed (50.0% of what is computed are tokens of the data)",
+        "tokens a row: p50 8, p95 8, max 8",
+        "  8 to 8  ████████████████████████████████████████ 4",
+        "a remark",
+    ]
+
+
+def test_a_token_that_the_model_does_not_have_is_named(
+    jsonl: Write, section: Section, shown: Callable[..., list[str]]
+) -> None:
+    from qlora_train.errors import DataError
+
+    with pytest.raises(DataError, match=r"line 2: it holds the token '~', number \d+"):
+        shown(section(jsonl({"text": "ab"}, {"text": "a~"})), vocabulary_size=90)
+
+
+def test_colours_tell_each_token_from_its_neighbours(tokenizer: Any) -> None:
+    ids = [*tokenizer("a\u00e9b").input_ids, tokenizer.eos_token_id]
+    document = Document(np.array(ids, dtype=np.int32), np.array([False, False, False, True, True]))
+    text = as_text(document, tokenizer, marked=False)
+    assert text.plain == "a\u00e9b</s>"
+    spans = [(text.plain[s.start : s.end], str(s.style)) for s in text.spans]
+    assert spans == [
+        ("a", "on grey19"),
+        ("b", "bold underline green on grey19"),
+        ("</s>", "bold underline green reverse"),
+    ]
+    assert as_text(document, tokenizer, marked=True).plain == "a\u00e9[[b</s>]]"
+
+
+def test_lengths_duplicates_and_stop_tokens(tokenizer: Any, jsonl: Write, section: Section) -> None:
+    texts = ["x" * n for n in [*range(1, 20), 300, 300, 300]]
+    data, _ = build_dataset(section(jsonl(*({"text": text} for text in texts))), tokenizer, seed=0)
+    lengths = Lengths.of(data)
+    assert (lengths.percentile(0.5), lengths.percentile(0.95), lengths.longest) == (12, 301, 301)
+    assert lengths.line() == "tokens a row: p50 12, p95 301, max 301"
+    histogram = lengths.histogram()
+    assert histogram[0] == "  2 to  31  " + "█" * 40 + " 19" and histogram[-1].endswith(" 3")
+    assert [int(line.rsplit(" ", 1)[1]) for line in histogram] == [19, *[0] * 8, 3]
+    assert num_duplicates(data) == 2
+    assert stop_tokens(data, tokenizer).startswith(
+        "answers end with '</s>' (1) in 65%"
+    )  # but pieces of 64 do not
+    assert length_advice(data) == [
+        "advice: 13.6% of the rows are longer than sequence_length 64; 320 would hold all of them"
+    ]
+
+
+def test_advice_where_rows_are_short(tokenizer: Any, jsonl: Write, section: Section) -> None:
+    path = jsonl(*({"text": "x" * n} for n in range(1, 50)))
+    data, _ = build_dataset(section(path, sequence_length=1024), tokenizer, seed=0)
+    (advice,) = length_advice(data)
+    assert advice.startswith("advice: sequence_length 64 holds every row and needs 6% of the memory")
+    assert packing_line(data) == (
+        "packing: 49 documents in 2 bins, 62.2% full; one document a bin would be 49 bins, 2.5% full"
+    )
+    assert length_advice(build_dataset(section(path, sequence_length=100), tokenizer, seed=0)[0]) == []

@@ -1,0 +1,77 @@
+"""What becomes of rows that are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qlora_train.data.content import Chat, Completion, PlainText
+from qlora_train.data.report import Note
+
+MakeTokenizer = Callable[..., Any]
+Show = Callable[[Any, Any], str]
+Tokenize = Callable[..., Any]
+
+
+def chat(*turns: str) -> Chat:
+    """Turns as "u:text", "a:text", "s:text"."""
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    return Chat(tuple({"role": roles[turn[0]], "content": turn[2:]} for turn in turns))
+
+
+def test_a_cut_conversation_keeps_its_system_prompt_and_the_role_headers(
+    tokenize: Tokenize, tokenizer: Any, show: Show
+) -> None:
+    rows = tokenize(tokenizer, chat("s:S", "u:" + "0123456789" * 8, "a:xyz"), length=80)
+    assert show(tokenizer, rows.documents[0]) == (
+        "<s><|start|>system\nS<|end|>\n<|start|>user\n" + ("0123456789" * 8)[-45:] + "<|end|>\n"
+        "<|start|>assistant\n[x][y][z][<|end|>]"
+    )
+    assert len(rows.documents[0]) == 80 and rows.noted == {Note.PROMPT_CUT: 1}
+    assert rows.notes[Note.PROMPT_CUT] == 35
+    rows = tokenize(tokenizer, chat("u:0123456789", "a:xyz"), length=10)  # too short for its headers
+    assert show(tokenizer, rows.documents[0]) == "<s>tant\n[x][y][z][<|end|>]"
+
+
+def test_of_several_turns_the_end_is_cut_where_the_first_answer_fits(
+    tokenize: Tokenize, tokenizer: Any, show: Show
+) -> None:
+    rows = tokenize(tokenizer, chat("u:q", "a:x", "u:" + "r" * 50, "a:y" * 20), length=60)
+    shown = show(tokenizer, rows.documents[0])
+    assert shown.startswith(
+        "<s><|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]\n<|start|>user\nrrr"
+    )
+    assert rows.noted == {Note.ANSWER_CUT: 1}
+
+
+def test_too_long_drop_leaves_rows_out_and_counts_them(tokenize: Tokenize, tokenizer: Any) -> None:
+    rows = tokenize(tokenizer, Completion("1", "ab"), PlainText("x" * 9), length=6, too_long="drop")
+    assert rows.of_row == [0] and rows.notes == {Note.TOO_LONG: 10}
+
+
+def test_too_long_split_gives_each_part_of_a_conversation_its_system_prompt(
+    tokenize: Tokenize, tokenizer: Any, show: Show
+) -> None:
+    """A part is rendered as if it were a conversation of its own."""
+    turns = [turn for n in range(6) for turn in (f"u:question {n}", f"a:answer {n}")]
+    whole = tokenize(tokenizer, chat("s:S", *turns), length=1000).documents[0]
+    rows = tokenize(tokenizer, chat("s:S", *turns), length=len(whole) // 2, too_long="split")
+    parts = [tokenizer.decode(d.token_ids) for d in rows.documents]
+    assert all(part.startswith("<s><|start|>system\nS<|end|>\n<|start|>user\nquestion") for part in parts)
+    assert len(parts) == 3 and rows.of_row == [0] * 3
+    said = [tokenizer.decode(d.token_ids[d.supervised]) for d in rows.documents]
+    assert "".join(said) == "".join(f"answer {n}<|end|>" for n in range(6))
+    assert rows.noted[Note.SPLIT] == 1 and not rows.notes[Note.ANSWER_CUT]
+
+
+def test_too_long_split_of_one_answer_gives_pieces_and_every_target_once(
+    tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show
+) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    rows = tokenize(tokenizer, Completion("123", "abcdefgh"), length=5, too_long="split")
+    assert [show(tokenizer, d) for d in rows.documents] == [
+        "<s>123[a]", "<s>[b][c][d][e]", "<s>[f][g][h][</s>]"
+    ]  # fmt: skip
+    assert rows.notes == {Note.SPLIT: 3}
+    rows = tokenize(tokenizer, chat("u:q", "a:" + "x" * 60), length=40, too_long="split")
+    assert sum(d.num_supervised for d in rows.documents) == 61
