@@ -12,7 +12,7 @@ from qlora_train.errors import Interrupted, UserError
 from qlora_train.interrupts import RaisesInterrupted, lost_signal
 from qlora_train.train.signals import StopSignal
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def send(number: int) -> None:
@@ -56,6 +56,18 @@ def test_training_asks_for_one_that_went_missing() -> None:
             send(signal.SIGTERM)
         with StopSignal() as stop:
             assert stop.received == signal.SIGTERM
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with RaisesInterrupted():
+            send(signal.SIGHUP)
+            assert lost_signal() == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_signal_no_interrupt() -> None:

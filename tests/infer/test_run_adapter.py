@@ -9,6 +9,7 @@ import pytest
 
 from qlora_train.errors import RunFolderError
 from qlora_train.infer.run_adapter import find_adapter
+from qlora_train.model.sealed_json import seal
 
 
 def write_adapter(folder: Path, step: int, num_steps: int = 9) -> None:
@@ -18,7 +19,7 @@ def write_adapter(folder: Path, step: int, num_steps: int = 9) -> None:
 
 def write_checkpoint(run: Path, step: int, best: int | None) -> None:
     write_adapter(run / "checkpoints" / f"step-{step}" / "adapter", step)
-    (run / "checkpoints" / f"step-{step}" / "state.json").write_text(json.dumps({"best_step": best}))
+    (run / "checkpoints" / f"step-{step}" / "state.json").write_text(seal({"best_step": best}))
 
 
 def found(run: Path, checkpoint: str | None) -> tuple[str, list[str]]:
@@ -59,4 +60,12 @@ def test_the_best_that_was_not_saved_is_said(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").touch()
     write_checkpoint(tmp_path, 5, 2)
     with pytest.raises(RunFolderError, match="step 2 was the best, but was not saved; there are step-5"):
+        found(tmp_path, "best")
+
+
+def test_the_best_of_a_damaged_state_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    write_checkpoint(tmp_path, 5, 5)
+    (tmp_path / "checkpoints" / "step-5" / "state.json").write_text('{"best_step": 4}')
+    with pytest.raises(RunFolderError, match=r"state\.json: does not read.*Name a step"):
         found(tmp_path, "best")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,29 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
             "empty": b"",
         }
         file.write_bytes(damaged[damage])
+    with pytest.raises(RunFolderError, match=r"step-5: this checkpoint does not read"):
+        load_checkpoint(tmp_path, 5)
+
+
+@pytest.mark.parametrize("damage", ["a bit", "missing", "one too many", "the folder"])
+def test_the_adapter_beside_it_is_hashed_too(tmp_path: Path, damage: str) -> None:
+    def write_adapter(folder: Path) -> None:
+        folder.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).write_text(name, encoding="utf-8")
+
+    save_checkpoint(tmp_path, TrainState(step=5), masters(5), {}, 2, write_adapter)
+    assert load_checkpoint(tmp_path, 5).state.step == 5
+    adapter = tmp_path / "step-5" / "adapter"
+    weights = adapter / "adapter_model.safetensors"
+    if damage == "a bit":
+        weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "one too many":
+        (adapter / "more").mkdir()
+    else:
+        shutil.rmtree(adapter)
     with pytest.raises(RunFolderError, match=r"step-5: this checkpoint does not read"):
         load_checkpoint(tmp_path, 5)
 
