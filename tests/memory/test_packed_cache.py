@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import NF4, write_checkpoint
 from torch import Tensor
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import BaseModelError, UserError
 from qlora_train.memory import packed_cache
 from qlora_train.memory.disk_file import page_aligned
@@ -385,7 +386,7 @@ def test_the_fingerprint_says_what_the_packed_base_holds(base: Path, root: Path,
     """Straight from the checkpoint or through the cache; of the bytes, not of the files they came from."""
 
     def fingerprint(cache: Path | None, packing: Packing = NF4, dtype: torch.dtype = torch.float32) -> str:
-        return load_base(base, packing, dtype, CPU, cache=cache).fingerprint
+        return load_base(base, packing, dtype, THE_CPU, cache=cache).fingerprint
 
     first = fingerprint(root)
     others = [fingerprint(None, packing) for packing in PACKINGS[1:]]
