@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_train.device.settings import determinism_of_before, require_deterministic_products
 from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.machine_plan import device_of_all
@@ -51,10 +52,22 @@ def train(
     does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
     `Interrupted` after SIGINT or SIGTERM, with the state saved."""
     require_unix("train")
+    with determinism_of_before():
+        return _train(recipe, resume=resume, use_cache=use_cache, on_step=on_step)
+
+
+def _train(
+    recipe: Recipe,
+    *,
+    resume: bool,
+    use_cache: bool,
+    on_step: Callable[[Mapping[str, float | int | bool]], None],
+) -> TrainResult:
     folder = RunFolder(Path(recipe.training.output_dir))
     accelerator = make_accelerator(recipe)
     ranks = find_ranks(accelerator.device)
     device = find_device(accelerator.device)
+    require_deterministic_products(device.torch)
     target = device_of_all(device, ranks)
     recipe, base, dtype = resolve(recipe, target)
     folder.check(recipe, resume=resume)

@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora_train.bench.gpu_suite.traces import Tracer
 from qlora_train.bench.pieces.figures import compute_device, compute_dtype
 from qlora_train.bench.pieces.inputs import rows_of, word_tokenizer
@@ -120,7 +118,6 @@ def _run(recipe: Recipe, arguments: Mapping[str, Any], tracer: Tracer) -> dict[s
         if row["step"] >= num_steps:
             tracer.next_step()
 
-    torch.use_deterministic_algorithms(False)  # of the run before
     gc.collect()
     compute_device().release_cached()
     started = time.time()
