@@ -114,10 +114,13 @@ def what_works(function: Function, where: torch.device, capability: Capability) 
     return "grouped heads"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _is_wrong(
     function: Function, where: torch.device, capability: Capability, *, num_key_heads: int
 ) -> str | None:
-    """Why it cannot be used with two query heads; None: outputs and gradients are those of plain torch."""
+    """Why it cannot be used with two query heads; None: outputs and gradients are those of plain torch. For
+    whoever looks at the device with gradients switched off too."""
     serving = DeviceDescription(where.type, capability, 0, "grouped heads", False, None, index=where.index)
     attention = VarlenAttention(function, serving)
     lengths = torch.tensor([0, *_TRIED_LENGTHS])

@@ -6,13 +6,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 from simulated_gpu.fixture import SimulatedGpu
 from tiny_runs import child_environment
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_train.device.description import ALLOCATOR_VARIABLES
 from qlora_train.device.settings import (
@@ -21,6 +19,7 @@ from qlora_train.device.settings import (
     require_deterministic_products,
 )
 from qlora_train.errors import UserError
+from qlora_train.kernels.on_device import find_device
 
 READ_BACK = """
 import json, torch
@@ -88,33 +87,33 @@ def test_a_run_ends_with_the_determinism_that_it_found(
         torch.use_deterministic_algorithms(False)
 
 
-class Refusing(TorchDispatchMode):
-    """Products fail, as on a GPU."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__()
-        self._message = message
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.mm.default and torch.are_deterministic_algorithms_enabled():
-            raise RuntimeError(self._message)
-        return function(*args, **(kwargs or {}))
-
-
-LATE = "this operation is not deterministic because it uses CuBLAS: CUBLAS_WORKSPACE_CONFIG=:4096:8"
-
-
-def test_products_that_cannot_be_deterministic_any_more_are_said(simulated_gpu: SimulatedGpu) -> None:
-    with Refusing(LATE), determinism_of_before():
-        require_deterministic_products(simulated_gpu.device)  # nobody asks for it
-        torch.use_deterministic_algorithms(True)
+@pytest.mark.parametrize("said", ["before", "late", "otherwise"])
+def test_products_that_cannot_be_deterministic_any_more_are_said(
+    simulated_gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    if said != "otherwise":
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with determinism_of_before():
+        if said == "late":
+            x = torch.ones(2, 2, device=simulated_gpu.device)
+            x @ x
+            require_deterministic_products(simulated_gpu.device)  # nobody asks for it
+        make_deterministic()
         require_deterministic_products(torch.device("cpu"))
-        with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"):
+        if said == "before":
             require_deterministic_products(simulated_gpu.device)
-    with Refusing("CUDA error: unspecified launch failure"), determinism_of_before():
-        torch.use_deterministic_algorithms(True)
-        with pytest.raises(RuntimeError, match="launch failure"):
-            require_deterministic_products(simulated_gpu.device)
+        else:
+            with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"):
+                require_deterministic_products(simulated_gpu.device)
+
+
+def test_looking_at_the_device_multiplies_nothing_there(
+    simulated_gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    find_device(simulated_gpu.device)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with determinism_of_before():
         torch.use_deterministic_algorithms(True)
         require_deterministic_products(simulated_gpu.device)

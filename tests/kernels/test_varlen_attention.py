@@ -257,3 +257,10 @@ def test_the_definition_is_computed_on_the_cpu(simulated_gpu: SimulatedGpu) -> N
     """A product on the device would settle for the whole process whether cuBLAS is deterministic."""
     inputs = [torch.ones(1, 2, 13, 8, dtype=torch.float16, device=simulated_gpu.device) for _ in range(3)]
     assert {t.device.type for t in plain_attention(inputs, 0.1, 3)} == {"cpu"}
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_it_is_found_where_gradients_are_off(without_gradients, recwarn) -> None:
+    with without_gradients():
+        assert what_works(Recorder(), torch.device("cpu"), ADA) == "grouped heads"
+    assert not recwarn
