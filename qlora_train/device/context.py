@@ -52,10 +52,12 @@ def context_bytes(device: ComputeDevice) -> int:
     return min(device.description.stated_context_bytes, bound)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def make_workspaces(device: ComputeDevice) -> None:
     """Let cuBLAS take its workspaces, and wait for it: products forward and back, since it takes one for each
     thread that multiplies (the backward pass is autograd's own thread) at the thread's first product, from
-    torch's allocator. A plan counts them with the context."""
+    torch's allocator. A plan counts them with the context. The caller may have switched gradients off."""
     for dtype in (torch.float32, torch.float16):
         a = torch.ones(64, 64, dtype=dtype, device=device.torch, requires_grad=True)
         b = torch.ones(64, dtype=dtype, device=device.torch)

@@ -28,6 +28,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
+from qlora_train.device.system import is_wsl
+
 Capability = tuple[int, int]
 Varlen = Literal["none", "equal heads", "grouped heads"]
 UnpackKernel = Literal["triton", "library", "parts"]
@@ -233,11 +235,13 @@ def allocator_setting() -> str | None:
 
 def segments_may_expand() -> bool:
     """Whether torch's allocator will be told to (device/settings.py), as far as the system decides it: on
-    Linux, unless the environment configures the allocator otherwise."""
+    Linux, unless the environment configures the allocator otherwise. Under WSL only where the environment
+    asks for it: drivers there say that they can map memory and fail at the first tensor (pytorch issue
+    192330)."""
     setting = allocator_setting()
-    return sys.platform == "linux" and (
-        setting is None or "expandable_segments:true" in setting.lower().replace(" ", "")
-    )
+    if setting is None:
+        return sys.platform == "linux" and not is_wsl()
+    return sys.platform == "linux" and "expandable_segments:true" in setting.lower().replace(" ", "")
 
 
 def varlen_of_version(version: str) -> Varlen:

@@ -19,6 +19,9 @@ MIB = 2**20
 VIRTUAL_MEMORY_MANAGEMENT = 102
 """CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: memory can be mapped behind what there is, which
 expandable segments do; some virtual GPUs cannot."""
+MEMORY_BY_FILE_DESCRIPTOR = 103
+"""CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: such memory can be handed to other
+processes in this way, which torch's allocator asks of all that it maps."""
 CONCURRENT_MANAGED_ACCESS = 89
 """CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS: host and device may touch managed memory at the same time,
 and it moves page by page. Not so under Windows and WSL, and on some virtual GPUs."""

@@ -7,9 +7,15 @@ at an offset, folders that are written through and renamed in one step.
 
 from __future__ import annotations
 
+import platform
 import sys
 
 from qlora_train.errors import UserError
+
+
+def is_wsl() -> bool:
+    """Whether this Linux runs under Windows, whose driver the GPU is seen through."""
+    return sys.platform == "linux" and "microsoft" in platform.release().lower()
 
 
 def require_unix(command: str) -> None:

@@ -114,10 +114,13 @@ def what_works(function: Function, where: torch.device, capability: Capability) 
     return "grouped heads"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _is_wrong(
     function: Function, where: torch.device, capability: Capability, *, num_key_heads: int
 ) -> str | None:
-    """Why it cannot be used with two query heads; None: outputs and gradients are those of plain torch."""
+    """Why it cannot be used with two query heads; None: outputs and gradients are those of plain torch. For
+    whoever looks at the device with gradients switched off too."""
     serving = DeviceDescription(where.type, capability, 0, "grouped heads", False, None, index=where.index)
     attention = VarlenAttention(function, serving)
     lengths = torch.tensor([0, *_TRIED_LENGTHS])
@@ -133,16 +136,17 @@ def _is_wrong(
     except Exception as error:  # what a version or a card lacks has no type of its own, and all of it is said
         return f"{type(error).__name__}: {error}".splitlines()[0]
     expected = _plain(inputs, 0.1, _TRIED_WINDOW)
-    worst = max(float((f - e).abs().amax()) for f, e in zip(found, expected, strict=True))
+    worst = max(float((f.cpu() - e).abs().amax()) for f, e in zip(found, expected, strict=True))
     return None if worst <= _TOLERANCE else f"its results are off by {worst:.2g}"
 
 
 def _plain(inputs: list[Tensor], scaling: float, window: int) -> list[Tensor]:
-    """The same with the scores of all tokens in fp32: [1, T, Hq, d] and the three gradients."""
-    query, key, value = (t.detach().float().requires_grad_() for t in inputs)
-    num_documents = torch.tensor(_TRIED_LENGTHS, device=query.device)
-    document = torch.arange(len(_TRIED_LENGTHS), device=query.device).repeat_interleave(num_documents)
-    at = torch.arange(len(document), device=query.device)
+    """The same with the scores of all tokens in fp32: [1, T, Hq, d] and the three gradients. On the CPU: at
+    the first product of a process on a GPU torch decides for good whether cuBLAS is deterministic there
+    (device/settings.py), and a look at the device is no time for that."""
+    query, key, value = (t.detach().cpu().float().requires_grad_() for t in inputs)
+    document = torch.arange(len(_TRIED_LENGTHS)).repeat_interleave(torch.tensor(_TRIED_LENGTHS))
+    at = torch.arange(len(document))
     distance = at[:, None] - at[None]
     seen = (document[:, None] == document[None]) & (distance >= 0) & (distance < window)
     scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, float("-inf"))

@@ -26,8 +26,8 @@ _HOW = "start them with: torchrun --nproc-per-node N -m qlora_train train RECIPE
 
 def join_launch(trackers: list[str], project_dir: Path) -> Accelerator:
     """Device, processes and trackers. It never prepares a model, autocasts or scales: the walk does its own.
-    Raises `UserError` where the launch asked for other processes than there are, `QloraTrainError` where they
-    cannot be joined."""
+    Raises `UserError` where the launch asked for other processes than there are or accelerate refuses the
+    machine, `QloraTrainError` where they cannot be joined."""
     _refuse_lone_launch(os.environ)
     try:
         accelerator = Accelerator(
@@ -36,6 +36,8 @@ def join_launch(trackers: list[str], project_dir: Path) -> Accelerator:
             log_with=trackers or None,
             project_dir=str(project_dir),
         )
+    except NotImplementedError as error:  # several cards of the RTX 40 series with an old driver
+        raise UserError(f"accelerate refuses this machine: {error}") from error
     except (RuntimeError, ValueError) as error:
         if _asked_for(os.environ) is None:
             raise

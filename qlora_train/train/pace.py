@@ -7,11 +7,11 @@ microseconds each, is not in the plan.
 
 from __future__ import annotations
 
-import platform
 import sys
 from statistics import median
 
 from qlora_train.device.description import DeviceDescription
+from qlora_train.device.system import is_wsl
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.plan.plan import duration, gib
 
@@ -51,7 +51,7 @@ class Pace:
         causes = []
         if self._host.num_unpinned_bytes:
             causes.append(f"copies from {gib(self._host.num_unpinned_bytes)} of RAM that could not be pinned")
-        if sys.platform == "win32" or "microsoft" in platform.release().lower():
+        if sys.platform == "win32" or is_wsl():
             causes.append(
                 "the driver moves device memory into system memory (Windows, WSL; switch its sysmem fallback "
                 "off, or lower memory.vram)"

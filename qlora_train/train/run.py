@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from qlora_train.data.building import open_data
+from qlora_train.device.settings import determinism_of_before, require_deterministic_products
 from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.machine_plan import device_of_all
@@ -60,11 +61,12 @@ def train(
     `Interrupted` after SIGINT, SIGTERM or SIGHUP, with the state saved."""
     require_unix("train")
     folder = RunFolder(Path(recipe.training.output_dir))
-    accelerator = make_accelerator(recipe)
-    console = Console(quiet=not accelerator.is_main_process, highlight=False)
-    claim = folder.claimed(partial(_say, console)) if accelerator.is_main_process else nullcontext()
-    with claim:
-        return _train(recipe, folder, accelerator, console, on_step, resume=resume, use_cache=use_cache)
+    with determinism_of_before():
+        accelerator = make_accelerator(recipe)
+        console = Console(quiet=not accelerator.is_main_process, highlight=False)
+        claim = folder.claimed(partial(_say, console)) if accelerator.is_main_process else nullcontext()
+        with claim:
+            return _train(recipe, folder, accelerator, console, on_step, resume=resume, use_cache=use_cache)
 
 
 def _train(
@@ -80,6 +82,7 @@ def _train(
     """`train` in a folder that is ours."""
     ranks = find_ranks(accelerator.device)
     device = find_device(accelerator.device)
+    require_deterministic_products(device.torch)
     target = device_of_all(device, ranks)
     recipe, base, dtype = resolve(recipe, target)
     data = open_data(recipe.data)

@@ -117,5 +117,5 @@ def test_load_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
     for name, message in (("empty", "holds no tokenizer"), ("gone", "no folder"), ("file", "is a file")):
         with pytest.raises(BaseModelError, match=message):
             load_tokenizer(str(tmp_path / name))
-    with pytest.raises(BaseModelError, match="cannot be loaded"):
+    with pytest.raises(BaseModelError, match="cannot be read"):
         load_tokenizer(str(tmp_path / "broken"))

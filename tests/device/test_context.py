@@ -108,3 +108,9 @@ def test_plans_take_what_is_measured(card: Card, sim: ComputeDevice) -> None:
     assert plan.workload.target.context_bytes == card.ours != STATED == sim.description.context_bytes
     free = plan_generation_here(workload, GenerateSize(), sim, vram_bytes=None, weights="auto")
     assert free.budget_bytes == int(sim.free_bytes * 0.95) + card.ours
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_workspaces_are_made_where_gradients_are_off(sim: ComputeDevice, without_gradients) -> None:
+    with without_gradients():
+        make_workspaces(sim)

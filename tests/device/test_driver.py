@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from qlora_train.device import description, driver, settings
 
 MIB = 2**20
+ABLE = {102: 1, 103: 1}
+"""Attributes of a card whose memory can be mapped."""
 SUCCESS, INVALID_DEVICE, NOT_INITIALIZED = 0, 101, 3
 
 
@@ -74,10 +77,11 @@ def test_without_a_card_nothing_is_known(load, library: Library | None) -> None:
 
 
 def test_attributes_are_those_of_the_card(load) -> None:
-    load(Library([{89: 1, 102: 1}, {102: 0}]))
+    load(Library([{89: 1, 102: 1, 103: 1}, {102: 0}]))
     assert driver.num_cards() == 2
     assert [driver.attribute(i, driver.CONCURRENT_MANAGED_ACCESS) for i in range(3)] == [1, 0, None]
     assert [driver.attribute(i, driver.VIRTUAL_MEMORY_MANAGEMENT) for i in range(3)] == [1, 0, None]
+    assert [driver.attribute(i, driver.MEMORY_BY_FILE_DESCRIPTOR) for i in range(3)] == [1, 0, None]
 
 
 @pytest.mark.parametrize("active", [frozenset(), {0}, {1}])
@@ -117,7 +121,7 @@ def put_tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("platform", "variables", "may"),
+    ("system", "variables", "may"),
     [
         ("linux", {}, True),
         ("win32", {}, False),
@@ -135,20 +139,35 @@ def put_tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_segments_expand_where_system_environment_and_every_card_allow_it(
-    load, monkeypatch: pytest.MonkeyPatch, platform: str, variables: dict[str, str], may: bool
+    load, monkeypatch: pytest.MonkeyPatch, system: str, variables: dict[str, str], may: bool
 ) -> None:
     for name in description.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    load(Library([{102: 1}, {102: 1}]))
+    load(Library([ABLE, ABLE]))
     driver.num_cards()  # loaded under this system's name
-    monkeypatch.setattr(description.sys, "platform", platform)
+    monkeypatch.setattr(description.sys, "platform", system)
     assert settings.segments_expand() == may
     assert description.planned_gpu(None, None).has_expandable_segments == may
     monkeypatch.setattr(description.sys, "platform", "linux")
-    load(Library([{102: 1}, {}]))
-    assert not settings.segments_expand()
+    for unable in ({}, {102: 1}, {103: 1}):
+        load(Library([ABLE, unable]))
+        assert not settings.segments_expand()
+
+
+@pytest.mark.parametrize(("said", "may"), [(None, False), ("expandable_segments:True", True)])
+def test_under_wsl_segments_expand_only_where_the_user_asks(
+    load, monkeypatch: pytest.MonkeyPatch, said: str | None, may: bool
+) -> None:
+    for name in description.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if said is not None:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", said)
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    load(Library([ABLE]))
+    assert settings.segments_expand() == may
+    assert description.planned_gpu(None, None).has_expandable_segments == may
 
 
 @pytest.mark.parametrize("configured", [None, "expandable_segments:False", "expandable_segments:True"])
@@ -161,6 +180,6 @@ def test_the_allocator_is_told_once_nobody_else_has(
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     if configured is not None:
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", configured)
-    load(Library([{102: 1}]))
+    load(Library([ABLE]))
     settings.apply_settings()
     assert told == ([] if configured else ["expandable_segments:True"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.kernels.on_device import find_device
+
+if torch.cuda.is_available():  # read once in a process, at its first product: no test can set it in time
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +29,7 @@ def device(gpu: torch.device) -> ComputeDevice:
 
 
 @pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # warn_only leaves flash attention its atomics
     yield
     torch.use_deterministic_algorithms(False)

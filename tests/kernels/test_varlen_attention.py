@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from simulated_gpu.fixture import SimulatedGpu
 from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor, nn
 
 from qlora_train.device.description import CPU, DeviceDescription, Varlen
 from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_for, what_works
+from qlora_train.kernels.varlen_attention import _plain as plain_attention
 from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
 from qlora_train.train.walk import LayerWalk
 
@@ -249,3 +251,16 @@ def test_what_works_is_found_by_doing_it(function, found, said, recwarn) -> None
     assert what_works(function, torch.device("cpu"), ADA) == found
     warned = [str(w.message) for w in recwarn]
     assert len(warned) == (said is not None) and all(re.search(said or "", line) for line in warned)
+
+
+def test_the_definition_is_computed_on_the_cpu(simulated_gpu: SimulatedGpu) -> None:
+    """A product on the device would settle for the whole process whether cuBLAS is deterministic."""
+    inputs = [torch.ones(1, 2, 13, 8, dtype=torch.float16, device=simulated_gpu.device) for _ in range(3)]
+    assert {t.device.type for t in plain_attention(inputs, 0.1, 3)} == {"cpu"}
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_it_is_found_where_gradients_are_off(without_gradients, recwarn) -> None:
+    with without_gradients():
+        assert what_works(Recorder(), torch.device("cpu"), ADA) == "grouped heads"
+    assert not recwarn

@@ -154,7 +154,7 @@ def test_held_weights_are_unpacked_once_per_visit(folder: Path, monkeypatch: pyt
 
     counts: list[int] = []
     unpack = PackedWeight.unpack_into
-    monkeypatch.setattr(PackedWeight, "unpack_into", lambda self, out: counts.append(1) or unpack(self, out))
+    monkeypatch.setattr(PackedWeight, "unpack_into", lambda self, *to: counts.append(1) or unpack(self, *to))
     step(folder, resident_plan(*POLICIES["recompute"], hold_unpacked=True))
     held = len(counts)
     counts.clear()

@@ -39,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Packing, Path]
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 def test_loss_and_gradients(
     checkpoints: dict[Packing, Path], packing: Packing, dtype: torch.dtype, tolerance: float
 ) -> None:

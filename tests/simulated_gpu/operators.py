@@ -228,7 +228,8 @@ def _makes_on_device(kwargs: dict[str, Any]) -> bool:
 
 
 def _check_devices(call: Call, declaration: Declaration, index: int, args: Sequence[Any]) -> None:
-    """Raises CUDA's RuntimeError for tensors on several devices, and for products of integers."""
+    """Raises CUDA's RuntimeError for tensors on several devices, for products of integers, and for those that
+    are to be deterministic and cannot."""
     if not call.sims:
         return
     elsewhere = [tensor for tensor in call.sims if tensor.device.index != index]
@@ -247,6 +248,7 @@ def _check_devices(call: Call, declaration: Declaration, index: int, args: Seque
         dtype = call.sims[0].dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             raise RuntimeError(f'"{declaration.name}" not implemented on a GPU for {dtype}')
+        running().multiply()
 
 
 def _note_waits(call: Call, declaration: Declaration, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

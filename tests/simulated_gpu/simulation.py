@@ -6,6 +6,7 @@ reference to it. Kernels that torch calls find it by `running()`.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from simulated_gpu.streams import Stream
 
 DEVICE_TYPE = "sim"
+WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @dataclass
@@ -74,10 +76,23 @@ class Simulation:
     """The memory under each live storage, by address: queued work keeps it."""
     num_calls: Counter[str] = field(default_factory=Counter)
     """Of each operator."""
+    products_may_be_deterministic: bool | None = None
+    """What the environment said at the first product. torch reads it then and never again."""
 
     def current_stream(self, index: int) -> Stream:
         """Of a device, for the calling thread."""
         return self.thread.streams.get(index) or self.devices[index].default_stream
+
+    def multiply(self) -> None:
+        """A product on a device: a RuntimeError where it must be deterministic and cuBLAS was not told so."""
+        if self.products_may_be_deterministic is None:
+            self.products_may_be_deterministic = os.environ.get(WORKSPACE_VARIABLE) in (":4096:8", ":16:8")
+        only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        must = torch.are_deterministic_algorithms_enabled() and not only_warns
+        if must and not self.products_may_be_deterministic:
+            raise RuntimeError(
+                f"cuBLAS is not deterministic: {WORKSPACE_VARIABLE}=:4096:8 was not set in time"
+            )
 
     def launch(self, device: Device) -> None:
         """A kernel is launched: an error that the runtime still keeps for this thread is raised by it."""

@@ -199,6 +199,30 @@ def test_products_of_integers_are_refused(simulated_gpu: SimulatedGpu) -> None:
         x @ x
 
 
+@pytest.mark.parametrize("said", [None, ":0:0", ":16:8"])
+def test_what_cublas_is_told_counts_at_the_first_product(
+    simulated_gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if said is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", said)
+    x = torch.ones(2, 2, device="sim")
+    x @ x
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        x @ x
+        torch.use_deterministic_algorithms(True)
+        if said == ":16:8":
+            x @ x
+        else:
+            with pytest.raises(RuntimeError, match="CUBLAS_WORKSPACE_CONFIG"):
+                x @ x
+        x + x
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_what_cannot_be_simulated_raises(simulated_gpu: SimulatedGpu) -> None:
     with pytest.raises(NotImplementedError, match="getPinnedMemoryAllocator"):
         torch.ones(2).pin_memory()

@@ -32,6 +32,7 @@ from qlora_train.infer.decoding import Sampling, generate_tokens
 from qlora_train.infer.model_folder import find_model
 from qlora_train.kernels.on_device import find_device
 from qlora_train.memory.plan.byte_walk import GenerateSize
+from qlora_train.model.token_matrix import ResidentMatrix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton does not run")
 PROMPTS = ["abc:", "fedcba:", "a:"]
@@ -124,13 +125,11 @@ def test_another_gpu_than_the_one_that_is_meant_shows(
 ) -> None:
     """A part that is on the second GPU cannot be mixed with the first's."""
     simulated_gpu.num_devices = 2
-    second = find_device(torch.device("sim", 1))
-    source = find_model(run_folder)
-    loaded = source.load(GenerateSize((3,), 2))
-    elsewhere = replace(source, device=second).load(GenerateSize((3,), 2))
-    loaded.decoder.embedding = elsewhere.decoder.embedding
+    decoder = find_model(run_folder).load(GenerateSize((3,), 2)).decoder
+    assert isinstance(decoder.embedding, ResidentMatrix)
+    decoder.embedding.weight = decoder.embedding.weight.to("sim:1")
     with pytest.raises(RuntimeError, match="on the same device"):
-        generate_tokens(loaded.decoder, [[5, 6, 7]], Sampling(2), frozenset())
+        generate_tokens(decoder, [[5, 6, 7]], Sampling(2), frozenset())
 
 
 def on_simulated_gpu(arguments: Sequence[str], cache: Path, *, num_ranks: int = 1) -> None:

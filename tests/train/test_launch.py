@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
@@ -53,6 +54,17 @@ def test_a_launch_that_cannot_meet_says_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     with pytest.raises(QloraTrainError, match=r"cannot be joined: .*MASTER_ADDR"):
+        join_launch([], tmp_path)
+
+
+def test_what_accelerate_asks_of_a_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process of its own too: two cards of the RTX 40 series with a driver before 550.40.07."""
+    monkeypatch.setattr("accelerate.state.check_cuda_p2p_ib_support", lambda: False)
+    monkeypatch.setattr(
+        "accelerate.state.PartialState.default_device", property(lambda self: torch.device("cuda"))
+    )
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r'accelerate refuses .*NCCL_P2P_DISABLE="1"'):
         join_launch([], tmp_path)
 
 

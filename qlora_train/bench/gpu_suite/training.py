@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora_train.bench.gpu_suite.traces import Tracer
 from qlora_train.bench.pieces.figures import compute_device, compute_dtype
 from qlora_train.bench.pieces.inputs import rows_of, word_tokenizer
@@ -27,6 +25,7 @@ from qlora_train.bench.pieces.ours import plan_figures, recipe_values, training_
 from qlora_train.bench.process import answer
 from qlora_train.bench.random_base import make_random_base, write_config
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.context import in_use_before
 from qlora_train.memory.cache_key import cache_root
 from qlora_train.model.quantize import Packing
 from qlora_train.recipe import Recipe
@@ -41,6 +40,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """arguments: work, out (folders); model: name and config; recipe: sections; runs: by name, sections that
     replace those; row_tokens; num_timed; trace: what files in `out` begin with, or None; same_bytes: whether
     all runs must end with the same adapter; remove_base: at the end."""
+    in_use_before()  # as in a user's process, which does not look at the device before `train` does
     work = Path(arguments["work"])
     recipes = {name: _recipe(work, arguments, changes, name) for name, changes in arguments["runs"].items()}
     first = next(iter(recipes.values()))
@@ -120,7 +120,6 @@ def _run(recipe: Recipe, arguments: Mapping[str, Any], tracer: Tracer) -> dict[s
         if row["step"] >= num_steps:
             tracer.next_step()
 
-    torch.use_deterministic_algorithms(False)  # of the run before
     gc.collect()
     compute_device().release_cached()
     started = time.time()

@@ -16,6 +16,7 @@ from typing import Any
 
 from qlora_train.bench.pieces.figures import Step, age_seconds, compute_dtype, training_figures
 from qlora_train.bench.process import answer
+from qlora_train.device.context import in_use_before
 from qlora_train.model.hub import dtype_name
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
@@ -24,6 +25,7 @@ from qlora_train.train import train
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """arguments: inputs; rank, optimizer, sequence_length, micro_batch_size, accumulation, num_warm_up,
     num_timed; and optionally recipe, sections that change the recipe, and use_cache."""
+    in_use_before()  # as in a user's process, which does not look at the device before `train` does
     with tempfile.TemporaryDirectory(prefix="qlora-bench-run-") as name:
         run = Path(name) / "run"
         recipe = Recipe.from_dict(recipe_values(arguments, run))

@@ -259,7 +259,9 @@ def test_a_layer_on_a_gpu(name, documents, deterministic, checkpoints, monkeypat
     shape = shape_from_config(tiny_config(family, **(SIZES | changes)).to_dict())
     decoder, _ = load_tiny(checkpoints(name), Packing("none"), torch.bfloat16, rank=RANK)
     attend = flash_like(AMPERE.num_multiprocessors, deterministic=deterministic)
-    decoder.varlen, decoder.blocks_attention = VarlenAttention(attend, AMPERE.capability), False
+    decoder.attention_kernels = AttentionKernels(
+        AMPERE, VarlenAttention(attend, AMPERE), blocks_documents=False
+    )
     liger = idle_liger(monkeypatch)
     put_in_norms(decoder.layers, liger)
     fuse_mlps(decoder.layers, liger)

@@ -46,7 +46,7 @@ MAX_OVER, MAX_UNDER = 0.05, 0.02
 MAX_OFF_IN_REFERENCE = 0.10  # the library's own operations: replayed less closely
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-WIDE = {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 4}
+WIDE = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-4m": ("llama", {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000}),
     "llama-tied-3m": (
@@ -105,7 +105,7 @@ SHAPES |= {
         ("starcoder2", 6144, {"num_hidden_layers": 4}),
     )
 }
-"""Over 100M parameters."""
+"""The largest over 100M parameters."""
 KEEP, RECOMPUTE, OFFLOAD = Activation.KEEP, Activation.RECOMPUTE, Activation.OFFLOAD
 RESIDENT, RAM, DISK = Place.RESIDENT, Place.RAM, Place.DISK
 
