@@ -10,7 +10,6 @@ on (NFS 4 does not for folders), between machines.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -49,6 +48,8 @@ def lock_folder(folder: Path, *, shared: bool = False) -> FolderLock | None:
 
     shared: beside other shared locks, as readers do; waits for who is writing. Raises `OSError` for what is
     no folder that can be read."""
+    import fcntl  # not on Windows
+
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

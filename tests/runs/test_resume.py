@@ -20,6 +20,7 @@ from tiny_runs import (
 )
 
 from qlora_train.errors import RunFolderError
+from qlora_train.model.sealed_json import seal, unseal
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import loop as loop_module
 from qlora_train.train import train
@@ -184,8 +185,8 @@ def test_another_number_of_processes_is_not_resumed(tmp_path: Path, base: Path, 
     """Two processes take twice the rows a step, so a step's number would name other data."""
     run_dir = run_straight(base, train_file, tmp_path, {"training": {"max_steps": 3}})
     file = run_dir / "checkpoints" / "step-3" / "state.json"
-    state = json.loads(file.read_text())
+    state = unseal(file)
     assert state["data_position"] == 12
-    file.write_text(json.dumps(state | {"data_position": 24}))
+    file.write_text(seal(state | {"data_position": 24}))
     with pytest.raises(RunFolderError, match="took 8 rows a step, here a step is 4 rows.*as many processes"):
         train(load_recipe(run_dir / "recipe.yaml"), resume=True)
