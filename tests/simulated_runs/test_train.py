@@ -151,7 +151,7 @@ def test_dropout_micro_batches_and_bits(
     assert_same_run(tmp_path / "run", cpu_run(**asked))
 
 
-@pytest.mark.parametrize("quantization", ["fp4", "int8", "none"])
+@pytest.mark.parametrize("quantization", ["int8", "none"])
 def test_other_formats(
     base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu, quantization: str
 ) -> None:
@@ -173,7 +173,7 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(
     assert losses_of(run) == losses_of(cpu_run())
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("share", [0.5, 0.8])
 def test_out_of_memory_in_the_middle_is_a_tighter_plan_and_the_same_bytes(
     base: Path,
     train_file: Path,
@@ -195,7 +195,7 @@ def test_out_of_memory_in_the_middle_is_a_tighter_plan_and_the_same_bytes(
     assert len(changes) == 1 and "recompute" in changes[0]["execution"]["activations"]
 
 
-@pytest.mark.parametrize("refusal", [{}, {"beyond_bytes": 34 * 2**20}, {"blocks": {1, 3, 4}}], ids=str)
+@pytest.mark.parametrize("refusal", [{}, {"beyond_bytes": 34 * 2**20}], ids=str)
 def test_pinning_that_is_refused_costs_time_not_bits(
     base: Path,
     train_file: Path,

@@ -80,16 +80,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 1536, "intermediate_size": 4096, "vocab_size": 50000, "num_hidden_layers": 2}
         | {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True},
     ),
-    "qwen2-134m": (
-        "qwen2",
-        {"hidden_size": 1792, "intermediate_size": 4864, "vocab_size": 16000, "num_hidden_layers": 2}
-        | {"num_attention_heads": 14, "num_key_value_heads": 2},
-    ),
-    "qwen3-106m": (
-        "qwen3",
-        {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 32000, "num_hidden_layers": 3}
-        | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64},
-    ),
 }
 SHAPES |= {
     family: (family, {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000})
@@ -221,7 +211,6 @@ CASES = {
         "llama-118m", weights=(RAM,), matrices=(RAM, RAM), activations=(RECOMPUTE,), num_micro_batches=2
     ),
     "132m-tied": Case("llama-tied-132m", activations=(RECOMPUTE,), plan={"head_tile_rows": 8192}),
-    "134m-fp4": Case("qwen2-134m", packing=Packing("fp4"), activations=(RECOMPUTE, KEEP), dropout=0.1),
     "olmo2": Case("olmo2", activations=(RECOMPUTE, KEEP), documents=(100, 28)),
     "olmo3": Case("olmo3", activations=(KEEP, RECOMPUTE), dtype=torch.float32),
     "cohere2": Case("cohere2", activations=(RECOMPUTE, KEEP), dtype=torch.float32, num_micro_batches=2),
@@ -238,12 +227,6 @@ CASES = {
             ("starcoder2", (100,)),
         )
     },
-    "106m-held": Case(
-        "qwen3-106m", activations=(RECOMPUTE,), num_micro_batches=2, plan={"hold_unpacked": True}
-    ),
-    "106m-long": Case(
-        "qwen3-106m", documents=(1024,), activations=(KEEP, RECOMPUTE), packing=Packing("int8")
-    ),
 }
 
 
