@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("text", ["the lamp of the row", "  two spaces", "öäü 日本", "fox\n\tfox"])
+@pytest.mark.parametrize("text", ["the lamp of the row", "öäü 日本", "fox\n\tfox"])
 def test_the_tokens_are_sentencepieces_own(folder: Path, text: str) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokenizer = load_tokenizer(str(folder))
