@@ -31,7 +31,7 @@ import psutil
 NUM_LAST_LINES = 40
 GRACE_SECONDS = 2.0
 """For a process that took too long to say where it was."""
-PLAINLY = (sys.executable, "-m")
+PLAINLY = (sys.executable, "-u", "-m")
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 _CHECKOUT = Path(__file__).parents[2]
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional as bnb
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_train.memory.packed_cache import open_packed_base, packed_folder
@@ -42,8 +43,9 @@ INT8_MEAN_SQUARE = (256**2 - 1) / 12  # of uniform codes, around their mean of -
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A base folder with nothing but its config.json; returns it."""
+    """A base folder with nothing but its config.json, and weights of which there are none; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
+    save_file({}, folder / "model.safetensors")  # a run remembers what its base's weights were
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return folder
 

@@ -53,7 +53,7 @@ def test_one_line_says_what_it_costs_per_step(simulated_gpu: SimulatedGpu, sim: 
         said[0],
     )
     assert found is not None, said[0]
-    assert float(found[1]) < 1000 and float(found[2]) > 0
+    assert float(found[1]) < 1000 and float(found[2]) >= 0  # of 300 bytes
     assert host.num_bytes == 300 == host.num_unpinned_bytes  # what measured has gone
 
 

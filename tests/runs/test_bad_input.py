@@ -80,7 +80,7 @@ def blank_data(bench: Bench) -> list[str]:
 
 def everything_masked(bench: Bench) -> list[str]:
     write_rows(bench.train_file, [{"messages": [{"role": "user", "content": "hello?"}]}] * 3)
-    return ["None of the 3 rows has a supervised token"]
+    return ["None of the 3 rows can be trained on: 3 have no supervised token"]
 
 
 def no_chat_template(bench: Bench) -> list[str]:
@@ -175,7 +175,7 @@ def a_token_beyond_the_embedding(bench: Bench) -> list[str]:
     lines = bench.train_file.read_text().splitlines()
     lines[3] = json.dumps({"prompt": "a b:", "completion": "ba"})  # the space is one of the last tokens
     bench.train_file.write_text("\n".join(lines))
-    return ["rows.jsonl line 4", "holds the token 2", "has 200 rows"]
+    return ["rows.jsonl line 4", "holds the token", "has 200 rows"]
 
 
 def a_target_that_matches_nothing(bench: Bench) -> list[str]:

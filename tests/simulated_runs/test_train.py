@@ -30,6 +30,7 @@ from tiny_runs import (
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
 from qlora_train.kernels.on_device import find_device
+from qlora_train.model.sealed_json import seal, unseal
 from qlora_train.recipe import Recipe
 from qlora_train.train import run as run_module
 from qlora_train.train import train
@@ -274,9 +275,9 @@ def test_any_mixture_of_places_and_policies(
     run = tmp_path / "run"
     asked = recipe(base, train_file, run, training={"save_every": 1, "keep_checkpoints": 9})
     train(asked)
-    plan = json.loads((run / "plan.json").read_text())
+    plan = unseal(run / "plan.json")
     plan["execution"] |= MIXES[name]
-    (run / "plan.json").write_text(json.dumps(plan))
+    (run / "plan.json").write_text(seal(plan))
     for left in (*(run / "checkpoints").glob("step-*"), run / "adapter"):
         shutil.rmtree(left)
     train(asked, resume=True)
