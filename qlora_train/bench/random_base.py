@@ -45,7 +45,9 @@ INT8_MEAN_SQUARE = (256**2 - 1) / 12  # of uniform codes, around their mean of -
 def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
     """A base folder with nothing but its config.json, and weights of which there are none; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({}, folder / "model.safetensors")  # a run remembers what its base's weights were
+    weights = folder / "model.safetensors"
+    if not weights.is_file():  # a run remembers its base's weights, and the cache when they were written
+        save_file({}, weights)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return folder
 
