@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_train import export, load_recipe, train
 from qlora_train.infer.decoding import Sampling
 from qlora_train.infer.model_folder import load_run
+from qlora_train.kernels.on_device import find_device
 from qlora_train.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -75,15 +76,15 @@ def held_out() -> tuple[list[str], list[str]]:
 
 def answers(run: Path, recipe: Recipe, prompts: list[str], *, with_adapter: bool) -> list[str]:
     """Greedy answers of the packed base, with the run's adapter or without."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_run(run, recipe, device, with_adapter=with_adapter).answer(prompts, Sampling(MAX_NEW_TOKENS))
+    model = load_run(run, recipe, find_device(), with_adapter=with_adapter)
+    return model.answer(prompts, Sampling(MAX_NEW_TOKENS))
 
 
 def answers_with_transformers(folder: Path, prompts: list[str]) -> list[str]:
     """Greedy answers of a merged folder, by transformers alone (fp32 arithmetic on the fp16 weights)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device().torch
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = [
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats
