@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qlora_train.data.tokenizer import special_token_ids
+from qlora_train.data.tokenizing import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,9 +104,7 @@ class ControlText:
         return Encoded(run.token_ids, places[run.starts], places[np.maximum(run.ends, 1) - 1] + 1)
 
     def _encode(self, text: str, **options: bool) -> Encoded:
-        encoded = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
-        )
+        encoded = tokenize(self._tokenizer, text, return_offsets_mapping=True, **options)
         bounds = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         return Encoded(np.asarray(encoded["input_ids"], dtype=np.int32), bounds[:, 0], bounds[:, 1])
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_train.data.control_text import ControlText, Encoded
+from qlora_train.data.tokenizing import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,9 +49,7 @@ class TextEncoder:
 
     def batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokens of texts without marks, and which characters they cover."""
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        encoded = tokenize(self._tokenizer, list(texts), return_offsets_mapping=True)
         found = []
         for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)

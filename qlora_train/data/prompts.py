@@ -18,6 +18,7 @@ from qlora_train.data.encoding import CannotEncode, TextEncoder
 from qlora_train.data.formats import CHAT_FORMATS, ROLES, PromptTemplate, resolve_format
 from qlora_train.data.sources import load_tables
 from qlora_train.data.tokenizer import BosRule
+from qlora_train.data.tokenizing import tokenize
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _writer(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> Cha
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _refuse_half_characters(text)
-    token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    token_ids = tokenize(tokenizer, text).input_ids
     token_ids = BosRule(tokenizer).apply(token_ids)
     if not token_ids:
         raise DataError("The prompt is empty.")
