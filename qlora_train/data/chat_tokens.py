@@ -74,7 +74,7 @@ class ChatTokenizer:
         prepared: list[_Prepared | ChatProblem] = []
         for chat, noted in zip(chats, notes, strict=True):
             try:
-                prepared.append(self._prepare(self._asked_for(chat), noted))
+                prepared.append(self._prepare(self.asked_for(chat), noted))
             except ChatProblem as problem:
                 prepared.append(problem)
         unmarked = [row for row in prepared if isinstance(row, _Prepared) and row.plain is None]
@@ -106,8 +106,8 @@ class ChatTokenizer:
             is_cut |= (encoded.starts >= start) & (encoded.ends <= end)
         return np.flatnonzero(is_cut)
 
-    def _asked_for(self, chat: Chat) -> Chat:
-        """With flags for what `last_turn` leaves out, so that a part of it asks for the same answers."""
+    def asked_for(self, chat: Chat) -> Chat:
+        """With flags for what `last_turn` leaves out, so that parts of it ask for the same answers."""
         turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if self._supervise != "last_turn" or len(turns) < 2:
             return chat

@@ -4,8 +4,9 @@
              prompt and headers stay); where that is not enough, the end. Of a conversation whose first answer
              fits with its prompt, only the end goes
     drop     the row is left out, which is not decided here
-    split    consecutive pieces, each behind BOS or the token before it, so that every token is a target as
-             often as in the row: once. Plain texts, which have no prompt, are always split
+    split    the prompt is cut where the answer fits then; else consecutive pieces, each behind BOS or the
+             token before it, so that every token is a target as often as in the row: once. Plain texts, which
+             have no prompt, are always split
 
 Conversations are cut and split between exchanges, where they have several, before they come here (see
 `long_chats`).
@@ -62,9 +63,7 @@ def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Counter[str]
         return [document] if document.num_supervised else []
     assert too_long != "drop", "the row was left out"
     if too_long == "split":
-        pieces = _split(document, sequence_length, has_head=text.num_before > 0)
-        notes[Note.SPLIT] += len(pieces)
-        return pieces
+        return _split(text, sequence_length, notes)
     return [kept for kept in [_cut(text, sequence_length, notes)] if kept.num_supervised]
 
 
@@ -75,22 +74,30 @@ def _cut(text: Text, sequence_length: int, notes: Counter[str]) -> Document:
     num_answers = int(np.count_nonzero(np.diff(document.supervised.astype(np.int8)) == 1))
     if excess > len(spare) and num_answers > 1 and _end_of_first_answer(document) <= sequence_length:
         spare = spare[:0]
-    from_prompt = min(excess, len(spare))
-    kept = np.delete(np.arange(len(document)), spare[:from_prompt])[:sequence_length]
-    if from_prompt:
-        notes[Note.PROMPT_CUT] += from_prompt
-    if from_prompt < excess:
-        notes[Note.ANSWER_CUT] += excess - from_prompt
-    supervised = document.supervised[kept]
+    shorter = _without(document, spare[:excess], notes)
+    if num_lost := len(shorter) - sequence_length:
+        notes[Note.ANSWER_CUT] += num_lost
+    return Document(shorter.token_ids[:sequence_length], shorter.supervised[:sequence_length])
+
+
+def _without(document: Document, places: np.ndarray, notes: Counter[str]) -> Document:
+    """Without these tokens of the prompt."""
+    if len(places):
+        notes[Note.PROMPT_CUT] += len(places)
+    supervised = np.delete(document.supervised, places)
     supervised[0] = False
-    return Document(document.token_ids[kept], supervised)
+    return Document(np.delete(document.token_ids, places), supervised)
 
 
 def _places(text: Text, sequence_length: int) -> np.ndarray:
     """Tokens that a cut may take, the first ones first. One of the prompt always stays: the answer's first
     token is predicted from it."""
     places = text.cuttable
-    if places is None or text.num_prompt - len(places) > sequence_length // 2:  # too much to keep
+    if places is not None:
+        fits = len(text.document) - len(places) <= sequence_length
+        if not fits and text.num_prompt - len(places) > sequence_length // 2:  # little room for the answer
+            places = None
+    if places is None:
         places = np.arange(text.num_before, text.num_prompt)
     return places if len(places) < text.num_prompt else places[:-1]
 
@@ -102,13 +109,22 @@ def _end_of_first_answer(document: Document) -> int:
     return int(last) + 1
 
 
-def _split(document: Document, sequence_length: int, *, has_head: bool) -> list[Document]:
+def _split(text: Text, sequence_length: int, notes: Counter[str]) -> list[Document]:
     """Pieces of sequence_length - 1 new tokens behind one token of context: BOS, or the token before them.
-    Pieces without a target are left out."""
+    Pieces without a target are left out. The prompt is not worth a piece of its own: it is cut where the rest
+    fits then, else to half of the first piece."""
+    excess = len(text.document) - sequence_length
+    spare = _places(text, sequence_length)
+    num_cut = excess if excess <= len(spare) else max(text.num_prompt - sequence_length // 2, 0)
+    document = _without(text.document, spare[:num_cut], notes)
     token_ids, step = document.token_ids, sequence_length - 1
+    if len(token_ids) <= sequence_length:
+        return [document] if document.num_supervised else []
     pieces = []
     for first in range(1, len(token_ids), step):
-        head = token_ids[:1] if has_head else token_ids[first - 1 : first]
+        head = token_ids[:1] if text.num_before else token_ids[first - 1 : first]
         supervised = np.concatenate([[False], document.supervised[first : first + step]])
         pieces.append(Document(np.concatenate([head, token_ids[first : first + step]]), supervised))
-    return [piece for piece in pieces if piece.num_supervised]
+    pieces = [piece for piece in pieces if piece.num_supervised]
+    notes[Note.SPLIT] += len(pieces)
+    return pieces

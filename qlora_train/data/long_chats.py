@@ -3,7 +3,8 @@
 An exchange is a question with all that follows it up to the next one. What is left is always rendered anew,
 as a conversation of its own: system prompt and tools stand where the template puts them, and roles alternate.
 
-    split   parts of as many whole exchanges as fit, each behind the same system prompt
+    split   parts of as many whole exchanges as fit, each behind the same system prompt; where there is one
+            answer to train only, the last exchanges that fit
     cut     of a text whose answers are the last ones (earlier ones are context, or have texts of their own):
             the first exchanges go, as many as it takes
 
@@ -28,10 +29,12 @@ class LongChats:
         self._chats, self._fits = chats, fits
 
     def split(self, chat: Chat, texts: list[Tokens]) -> list[list[Tokens]]:
-        """The texts of each part. texts: of the whole."""
+        """The texts of each part. chat: as it is asked for (see `ChatTokenizer`). texts: of the whole."""
         edges = _beginnings(chat.messages)
         if not edges or all(map(self._fits, texts)):
             return [texts]
+        if len(texts) == 1 and len(texts[0].answers) == 1:
+            return [[self.without_first_exchanges(texts[0])]]
         try:
             first, edge = self._longest_beginning(chat, edges)
             rest = replace(chat, messages=(*_system(chat), *chat.messages[edge:]))

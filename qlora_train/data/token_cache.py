@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from qlora_train.recipe import DataSection
 
-VERSION = 1
+VERSION = 2
 LEAST_BYTES = 2**20
 """Of the files of data that are kept."""
 _READ_BYTES = 2**20

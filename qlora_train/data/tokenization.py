@@ -152,20 +152,28 @@ class RowTokenizer:
         assert self._chats is not None
         long_chats = LongChats(self._chats, self._fits)
         if self._too_long == "split":
-            parts = long_chats.split(chat, found)
-            if len(parts) > 1:
-                notes[Note.SPLIT] += len(parts)
-            return [[self._text(tokens) for tokens in part] for part in parts]
-        cut = []
-        for tokens, text in zip(found, texts, strict=True):
-            if len(text.document) > self._sequence_length:
-                num_tokens = len(text.document)
-                tokens = long_chats.without_first_exchanges(tokens)
-                text = self._text(tokens, cuttable=self._chats.tokens_to_cut(tokens))
-                if num_cut := num_tokens - len(text.document):
-                    notes[Note.PROMPT_CUT] += num_cut
-            cut.append(text)
-        return [cut]
+            parts = long_chats.split(self._chats.asked_for(chat), found)
+        else:
+            is_long = [len(text.document) > self._sequence_length for text in texts]
+            parts = [
+                [
+                    long_chats.without_first_exchanges(tokens) if long else tokens
+                    for tokens, long in zip(found, is_long, strict=True)
+                ]
+            ]
+        if len(parts) > 1:
+            notes[Note.SPLIT] += len(parts)
+        elif len(parts[0]) == len(texts):
+            after = [self._text(tokens) for tokens in parts[0]]
+            before = sum(len(text.document) for text in texts)
+            notes[Note.PROMPT_CUT] += before - sum(len(text.document) for text in after)
+        return [[self._cuttable_text(tokens) for tokens in part] for part in parts]
+
+    def _cuttable_text(self, tokens: Tokens) -> Text:
+        if self._fits(tokens):
+            return self._text(tokens)
+        assert self._chats is not None
+        return self._text(tokens, cuttable=self._chats.tokens_to_cut(tokens))
 
     def _fits(self, tokens: Tokens) -> bool:
         return len(self._text(tokens).document) <= self._sequence_length

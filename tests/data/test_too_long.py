@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+from chat_kinds import TEMPLATES
+from chat_kinds import make_tokenizer as tokenizer_of
+
 from qlora_train.data.content import Chat, Completion, PlainText
 from qlora_train.data.report import Note
 
@@ -70,8 +74,58 @@ def test_too_long_split_of_one_answer_gives_pieces_and_every_target_once(
     tokenizer = make_tokenizer(adds_bos=True)
     rows = tokenize(tokenizer, Completion("123", "abcdefgh"), length=5, too_long="split")
     assert [show(tokenizer, d) for d in rows.documents] == [
-        "<s>123[a]", "<s>[b][c][d][e]", "<s>[f][g][h][</s>]"
+        "<s>3[a][b][c]", "<s>[d][e][f][g]", "<s>[h][</s>]"
     ]  # fmt: skip
-    assert rows.notes == {Note.SPLIT: 3}
+    assert rows.notes == {Note.SPLIT: 3, Note.PROMPT_CUT: 2}
+    rows = tokenize(tokenizer, Completion("1234567", "abc"), length=7, too_long="split")
+    assert [show(tokenizer, d) for d in rows.documents] == ["<s>67[a][b][c][</s>]"]
     rows = tokenize(tokenizer, chat("u:q", "a:" + "x" * 60), length=40, too_long="split")
     assert sum(d.num_supervised for d in rows.documents) == 61
+
+
+ASKED = ["Why is it so?", "And what comes then, after all that?", "How long will that take?"]
+
+
+@pytest.mark.parametrize("kind", sorted(TEMPLATES.keys() - {"drops the system message"}))
+@pytest.mark.parametrize("supervise", ["completions", "last_turn"])
+@pytest.mark.parametrize("too_long", ["cut", "split"])
+def test_shorter_conversations_are_still_the_templates(
+    tokenize: Tokenize, kind: str, supervise: str, too_long: str
+) -> None:
+    """Whatever the template: no word of a question is trained, each part shows the system prompt and ends in
+    an answer behind what generation would be handed, and `split` trains every answer once."""
+    tokenizer = tokenizer_of(TEMPLATES[kind])
+    turns = [turn for n in range(3) for turn in (f"u:{ASKED[n]}", f"a:Ok{n}.")]
+    whole = tokenize(tokenizer, chat("s:Short.", *turns), length=1000, supervise=supervise).documents
+    shows_system = all("Short." in tokenizer.decode(d.token_ids) for d in whole)
+    longest = max(map(len, whole))
+    for length in (longest - 4, longest * 2 // 3, longest // 2):
+        rows = tokenize(
+            tokenizer, chat("s:Short.", *turns), length=length, supervise=supervise, too_long=too_long
+        )
+        said = [tokenizer.decode(d.token_ids[d.supervised]) for d in rows.documents]
+        assert max(map(len, rows.documents)) <= length
+        assert not any(word in text for text in said for word in ("it", "all", "take", "?", "Short"))
+        if shows_system:
+            assert all("Short." in tokenizer.decode(d.token_ids) for d in rows.documents)
+        trained = [n for n in range(3) for text in said if f"Ok{n}." in text]
+        if too_long == "split" or supervise == "last_turn":
+            assert trained == ([2] if supervise == "last_turn" else [0, 1, 2])
+
+
+def test_a_cut_question_keeps_headers_and_calls(tokenize: Tokenize) -> None:
+    tokenizer = tokenizer_of(TEMPLATES["calls"])
+    function = {"type": "function", "function": {"name": "look", "arguments": {"k": "v"}}}
+    messages = (
+        {"role": "user", "content": "q" * 30},
+        {"role": "assistant", "content": "", "tool_calls": [function], "train": False},
+        {"role": "tool", "content": "r" * 30},
+        {"role": "assistant", "content": "Two."},
+    )
+    (whole,) = tokenize(tokenizer, Chat(messages)).documents
+    text = tokenizer.decode(whole.token_ids)
+    for num_cut in (5, 30, 45):
+        (document,) = tokenize(tokenizer, Chat(messages), length=len(whole) - num_cut).documents
+        kept = text.replace("q", "", min(num_cut, 30)).replace("r" * max(num_cut - 30, 0), "", 1)
+        assert tokenizer.decode(document.token_ids) == kept
+        assert tokenizer.decode(document.token_ids[document.supervised]) == "Two.<|end|>"
