@@ -7,6 +7,7 @@ where it had none; templates ask "is the key there", so such nulls are taken out
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,14 +87,14 @@ class ColumnarTable(RowTable):
                 self._schema = self._read_schema()
         return self._schema
 
-    def _read_schema(self) -> Schema:
-        raise NotImplementedError
+    @abstractmethod
+    def _read_schema(self) -> Schema: ...
 
-    def _num_rows(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _num_rows(self) -> int: ...
 
-    def _record_batches(self, columns: list[str]) -> Iterable[RecordBatch]:
-        raise NotImplementedError
+    @abstractmethod
+    def _record_batches(self, columns: list[str]) -> Iterable[RecordBatch]: ...
 
     def first_value(self, column: str) -> Any:
         if self.columns.count(column) != 1:

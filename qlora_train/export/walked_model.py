@@ -162,17 +162,7 @@ def _attach(
     """The factors, on the linears; returns those of the head and their scaling, if there are any."""
     config, pairs = adapter[0], dict(adapter[1])
     head = pairs.pop(HEAD, None)
-    targets = {name: linear for name, linear in decoder.linears.items() if name in pairs}
-    factors = FactorBuffers(
-        targets,
-        rank={name: config.rank_of(name) for name in targets},
-        scaling={name: config.scaling_of(name) for name in targets},
-        dropout=0.0,
-        seed=0,
-        dtype=dtype,
-        device=device.torch,
-    )
-    factors.load(pairs)
+    FactorBuffers.of_adapter(decoder.linears, config, pairs, dtype=dtype, device=device.torch)
     return None if head is None else (head, config.scaling_of(HEAD))
 
 

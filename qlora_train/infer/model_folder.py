@@ -143,17 +143,7 @@ class ModelSource:
         config, pairs = load_fitting(adapter, [*decoder.linears, HEAD])
         if HEAD in pairs:
             decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
-        targets = {name: linear for name, linear in decoder.linears.items() if name in pairs}
-        factors = FactorBuffers(
-            targets,
-            rank={name: config.rank_of(name) for name in targets},
-            scaling={name: config.scaling_of(name) for name in targets},
-            dropout=0.0,
-            seed=0,
-            dtype=self.dtype,
-            device=self.device.torch,
-        )
-        factors.load(pairs)
+        FactorBuffers.of_adapter(decoder.linears, config, pairs, dtype=self.dtype, device=self.device.torch)
 
 
 def find_model(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.errors import BaseModelError
+from qlora_train.model.adapter_config import AdapterConfig
 from qlora_train.model.linear import DropoutContext, FrozenLinear, LoraFactors
 
 
@@ -89,6 +90,30 @@ class FactorBuffers:
         self._initialise_a(seed)
         self._attach(linears, dropout)
         self.refresh_working()
+
+    @staticmethod
+    def of_adapter(
+        linears: Mapping[str, FrozenLinear],
+        config: AdapterConfig,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> FactorBuffers:
+        """Those of a finished adapter, to compute with: without dropout, on the linears it has factors for.
+        factors: with the names of `linears`. Raises `BaseModelError` when modules or shapes differ."""
+        targets = {name: linear for name, linear in linears.items() if name in factors}
+        buffers = FactorBuffers(
+            targets,
+            rank={name: config.rank_of(name) for name in targets},
+            scaling={name: config.scaling_of(name) for name in targets},
+            dropout=0.0,
+            seed=0,
+            dtype=dtype,
+            device=device,
+        )
+        buffers.load(factors)
+        return buffers
 
     def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """{module name: (A [R, in], B [out, R])} as views of one of the flat buffers."""

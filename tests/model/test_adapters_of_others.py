@@ -59,17 +59,7 @@ def attach(decoder: FrozenDecoder, folder: Path) -> None:
     config, pairs = load_fitting(folder, [*decoder.linears, HEAD])
     if HEAD in pairs:
         decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD), head_copy(folder))
-    targets = {name: linear for name, linear in decoder.linears.items() if name in pairs}
-    factors = FactorBuffers(
-        targets,
-        rank={name: config.rank_of(name) for name in targets},
-        scaling={name: config.scaling_of(name) for name in targets},
-        dropout=0.0,
-        seed=0,
-        dtype=torch.float32,
-        device="cpu",
-    )
-    factors.load(pairs)
+    FactorBuffers.of_adapter(decoder.linears, config, pairs, dtype=torch.float32, device="cpu")
 
 
 @pytest.mark.parametrize(

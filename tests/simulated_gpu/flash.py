@@ -252,4 +252,4 @@ def flash_backward(
 def _only_training(dropout_p: float, rest: dict[str, Any]) -> None:
     given = [name for name, value in rest.items() if value is not None]
     if dropout_p or given:
-        raise NotImplementedError(f"simulated flash attention knows no dropout, no {', no '.join(given)}")
+        raise NotImplementedError(f"simulated flash attention knows no {', no '.join(['dropout', *given])}")
