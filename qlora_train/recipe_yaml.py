@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from qlora_train.boundary import reason_of
 from qlora_train.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
@@ -38,6 +39,7 @@ _INSTEAD_OF: dict[KeyPath, KeyPath] = {
     ("training", "epochs"): ("training", "max_steps"),
 }
 _AFTER_THE_FILE = 1_000_000  # overrides are reported last
+_MAX_INTEGER_BITS = 64  # larger than any setting; Python refuses to write one of 4,300 digits
 _MAX_DEPTH = 8  # deeper than any recipe; an alias inside its own anchor never ends
 
 
@@ -179,9 +181,14 @@ class Draft:
     def _scalar(self, node: Node, path: KeyPath) -> Any:
         try:
             value = _CONSTRUCTOR.construct_object(node)
-            return _whole_characters(value) if isinstance(value, str) else value
-        except (YAMLError, ValueError) as error:  # an unknown !tag, or 2024-13-01 as a date
-            self.problems.append((path, f"is no plain value: {getattr(error, 'problem', None) or error}"))
+        except Exception as error:  # an unknown !tag, 2024-13-01 as a date, `!!bool x`
+            reason = getattr(error, "problem", None) or reason_of(error)
+            self.problems.append((path, f"is no plain value: {reason}"))
+            return None
+        try:
+            return _whole(value)
+        except ValueError as error:
+            self.problems.append((path, f"is no plain value: {error}"))
             return None
 
     def _item(
@@ -208,6 +215,13 @@ def show(value: Any) -> str:
         return "a list" if value else "an empty list"
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _whole(value: Any) -> Any:
+    """A scalar that can be shown and written again. Raises ValueError for one that cannot."""
+    if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
+        raise ValueError(f"a number of {value.bit_length():,} bits; the most are {_MAX_INTEGER_BITS}")
+    return _whole_characters(value) if isinstance(value, str) else value
 
 
 def _whole_characters(text: str) -> str:

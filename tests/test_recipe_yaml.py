@@ -100,6 +100,13 @@ def test_problems_of_overrides_name_the_override(tmp_path: Path) -> None:
             "model: {base: !!python/name:os.system b}\ndata: {train: t}\n",
             "recipe.yaml:1: model.base: is no plain value: could not determine a constructor",
         ),
+        *(
+            (
+                f"model:\n  base: b\ndata: {{train: t}}\nlora:\n  rank: {value}\n",
+                "recipe.yaml:5: lora.rank: is no",
+            )
+            for value in ("!!bool x", "!!int ''", "!!int +", "!!float e", "!!timestamp x", "0x" + "f" * 5000)
+        ),
     ],
 )
 def test_files_that_are_no_recipe(text: str, problem: str, tmp_path: Path) -> None:

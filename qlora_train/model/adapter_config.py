@@ -129,8 +129,8 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is no number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
     return value
 
 

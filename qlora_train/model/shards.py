@@ -23,6 +23,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -231,6 +232,8 @@ def _read_index(folder: Path) -> dict[str, _Place]:
     path = folder / INDEX_FILE
     try:
         weight_map: dict[str, str] = dict(json.loads(path.read_bytes())["weight_map"])
+        if not all(isinstance(text, str) for text in chain(weight_map, weight_map.values())):
+            raise TypeError("names of tensors and files are texts")
         shards = sorted(set(weight_map.values()))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BaseModelError(

@@ -198,6 +198,9 @@ def test_calls_are_written_as_the_template_wants_them() -> None:
     for wrong in ("[1]", "{no", 3):
         with pytest.raises(ChatProblem, match="arguments of a call in message 2"):
             write(TEMPLATES["calls"], [user("Q?"), call(wrong)])
+    for wrong in (float("inf"), 3, True, "x", {"name": "look"}):
+        with pytest.raises(ChatProblem, match=r"tool_calls of message 2 are not a list"):
+            write(TEMPLATES["calls"], [user("Q?"), {**call("{}"), "tool_calls": wrong}])
 
 
 def test_calls_that_are_shown_only_where_nothing_stands_beside_them() -> None:

@@ -134,6 +134,8 @@ def test_a_failing_write_leaves_the_old_adapter(tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"lora_alpha": "much"}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"r": 5}, "have rank 3, its config says 5"),
     ],
 )

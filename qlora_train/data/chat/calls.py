@@ -35,15 +35,18 @@ class CallWriter:
         ]
 
     def _message(self, message: Message, number: int) -> Message:
-        calls = [self._call(call, number) for call in message["tool_calls"]]
+        said = message["tool_calls"]
+        if not isinstance(said, list | tuple):
+            raise ChatProblem(f"the tool_calls of message {number} are not a list")
+        calls = [self._call(call, number) for call in said]
         if not is_blank(message.get("content")):
             return {**message, "tool_calls": calls}
         beside = "empty" if "content" in message else "missing"
         if beside not in self._shown and self._shown:
             beside = next(iter(self._shown))
         others = {key: value for key, value in message.items() if key != "content"}
-        said = _BESIDE[beside] if beside != "empty" else {"content": message.get("content", "")}
-        return {**others, **said, "tool_calls": calls}
+        words = _BESIDE[beside] if beside != "empty" else {"content": message.get("content", "")}
+        return {**others, **words, "tool_calls": calls}
 
     def _call(self, call: Any, number: int) -> Any:
         function = call.get("function", call) if isinstance(call, dict) else None

@@ -19,6 +19,9 @@ from qlora_train.memory.plan.families import FAMILIES, UNKNOWN, Bias, Family
 from qlora_train.memory.plan.packed_sizes import BLOCK_SIZE, Format
 from qlora_train.model.base_folder import read_plain_config
 
+_MAX_SIZE = 2**31 - 1  # what kernels can index
+_MAX_LAYERS = 10_000  # each gets a line in the plan
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -131,21 +134,23 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
     model_type = str(values.get("model_type", ""))
     family = _as_configured(FAMILIES.get(model_type, UNKNOWN), values)
     try:
-        hidden, num_heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-        num_layers = int(values["num_hidden_layers"])
+        hidden, num_heads = _size(values, "hidden_size"), _size(values, "num_attention_heads")
+        num_layers = _size(values, "num_hidden_layers", most=_MAX_LAYERS)
         is_tied = bool(values.get("tie_word_embeddings", family.is_tied))
         return ModelShape(
             model_type=model_type,
             family=family,
             hidden=hidden,
-            intermediate=int(values["intermediate_size"]),
+            intermediate=_size(values, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=int(values.get("num_key_value_heads", family.kv_heads) or num_heads),
-            head_dim=int(values.get("head_dim", family.head_dim) or hidden // num_heads),
-            vocabulary=int(values["vocab_size"]),
+            num_kv_heads=_size(values, "num_key_value_heads", family.kv_heads or num_heads, null=num_heads),
+            head_dim=_size(
+                values, "head_dim", family.head_dim or hidden // num_heads, null=hidden // num_heads
+            ),
+            vocabulary=_size(values, "vocab_size"),
             is_tied=is_tied,
-            max_positions=int(values.get("max_position_embeddings", 2048)),
+            max_positions=_size(values, "max_position_embeddings", 2048),
             windows=_windows(family, values, num_layers),
             qkv_bias=_bias(family.qkv_bias, values),
             output_bias=_bias(family.output_bias, values),
@@ -155,11 +160,28 @@ def shape_from_config(values: Mapping[str, Any], where: str = "config.json") -> 
             num_logit_steps=_num_logit_steps(family, values),
             head_format="none" if is_tied else _head_format(values.get("quantization_config"), hidden),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"{where}: cannot be planned with: {error!r}. It must be the config.json of a LLaMA-class model "
             "(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size)."
         ) from error
+
+
+def _size(
+    values: Mapping[str, Any],
+    key: str,
+    absent: int | None = None,
+    *,
+    null: int | None = None,
+    most: int = _MAX_SIZE,
+) -> int:
+    """A size of the config: `absent` where the key is missing, `null` where it says nothing. Raises KeyError
+    where it is missing and must not be, ValueError for what is no size."""
+    value = values[key] if absent is None else values.get(key, absent)
+    value = null if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{key} must be a whole number from 1 to {most:,}, not {str(value)[:40]}")
+    return value
 
 
 def _as_configured(family: Family, values: Mapping[str, Any]) -> Family:
@@ -188,6 +210,8 @@ def _head_format(stored: Mapping[str, Any] | None, hidden: int) -> Format:
     """How a checkpoint with this quantization_config stores the rows of an untied head. bitsandbytes leaves
     the head unpacked unless told what else to skip; 4-bit rows that are not whole blocks are unpacked at
     load."""
+    if stored and not isinstance(stored, Mapping):
+        raise TypeError("quantization_config is no mapping")
     skipped = (stored or {}).get("llm_int8_skip_modules")
     if not stored or skipped is None or any("lm_head".endswith(str(name)) for name in skipped):
         return "none"
@@ -217,6 +241,8 @@ def _windows(family: Family, values: Mapping[str, Any], num_layers: int) -> tupl
         pattern = values.get("sliding_window_pattern") if family.reads_pattern else None
         every = pattern or family.full_every
         slides = [every is None or (i + 1) % int(every) != 0 for i in range(num_layers)]
+    if len(slides) != num_layers:
+        raise ValueError(f"the layers are listed for {len(slides)} layers, there are {num_layers}")
     return tuple(int(window) if slides_here else None for slides_here in slides)
 
 

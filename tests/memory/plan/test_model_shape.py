@@ -112,6 +112,34 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
         find_shape(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": float("inf")},
+        {"num_hidden_layers": 10**200},
+        {"hidden_size": False},
+        {"num_key_value_heads": 1e308},
+        {"vocab_size": "512"},
+        {"max_position_embeddings": None},
+        {"quantization_config": "nf4", "tie_word_embeddings": False},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": float("inf")},
+        {
+            "model_type": "smollm3",
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "no_rope_layers": "llama3",
+        },
+    ],
+    ids=str,
+)
+def test_a_size_that_is_none_is_said(changes: dict[str, object]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
+    values = sizes | {"model_type": "llama", "num_attention_heads": 4}
+    assert shape_from_config(values).num_layers == 3
+    with pytest.raises(UserError, match=r"config\.json: cannot be planned with"):
+        shape_from_config(values | changes)
+
+
 FOUR, EIGHT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}
 
 
