@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from qlora_train.data.tables import BATCH_ROWS, NumberedRow, RowBatch, RowProblem, RowTable
+from qlora_train.data.tables import (
+    BATCH_EXAMPLES,
+    ExampleBatch,
+    ExampleProblem,
+    ExampleTable,
+    NumberedExample,
+)
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,22 +29,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ArrowRows:
-    """A record batch whose first row has the number `first` + 1."""
+class ArrowBatch:
+    """A record batch whose first example has the number `first` + 1."""
 
     first: int
     batch: RecordBatch
 
-    def __iter__(self) -> Iterator[NumberedRow]:
+    def __iter__(self) -> Iterator[NumberedExample]:
         names = self.batch.schema.names
         values = [_as_list(name, column) for name, column in zip(names, self.batch, strict=True)]
         for number, cells in enumerate(zip(*values, strict=True), start=self.first + 1):
-            problem = next((cell for cell in cells if isinstance(cell, RowProblem)), None)
+            problem = next((cell for cell in cells if isinstance(cell, ExampleProblem)), None)
             yield number, problem or dict(zip(names, cells, strict=True))
 
 
 def _as_list(name: str, column: Any) -> list[Any]:
-    """The column's values; a value that Python cannot hold (a date out of range) is a RowProblem."""
+    """The column's values; a value that Python cannot hold (a date out of range) is an ExampleProblem."""
     from pyarrow import ArrowException
 
     unreadable = (ArrowException, ValueError, ArithmeticError, LookupError)
@@ -52,7 +58,7 @@ def _value(name: str, column: Any, index: int, unreadable: tuple[type[Exception]
     try:
         return without_nulls(column[index].as_py())
     except unreadable as error:
-        return RowProblem(f"cannot be read: its column {name!r} holds what Python cannot ({error}).")
+        return ExampleProblem(f"cannot be read: its column {name!r} holds what Python cannot ({error}).")
 
 
 def without_nulls(value: Any) -> Any:
@@ -62,7 +68,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-class ColumnarTable(RowTable):
+class ColumnarTable(ExampleTable):
     """A table whose columns are known from its schema."""
 
     _schema: Schema | None = None
@@ -74,10 +80,10 @@ class ColumnarTable(RowTable):
     @property
     def is_empty(self) -> bool:
         with self._reading():
-            return self._num_rows() == 0
+            return self._num_examples() == 0
 
     @property
-    def first_row(self) -> str:
+    def first_example(self) -> str:
         return self.describe(1)
 
     @property
@@ -91,7 +97,7 @@ class ColumnarTable(RowTable):
     def _read_schema(self) -> Schema: ...
 
     @abstractmethod
-    def _num_rows(self) -> int: ...
+    def _num_examples(self) -> int: ...
 
     @abstractmethod
     def _record_batches(self, columns: list[str]) -> Iterable[RecordBatch]: ...
@@ -101,8 +107,8 @@ class ColumnarTable(RowTable):
             return None
         with self._reading():
             batch = next(iter(self._record_batches([column])), None)
-        rows = ArrowRows(0, batch) if batch is not None else ()
-        values = (row[column] for _, row in rows if isinstance(row, dict))
+        examples = ArrowBatch(0, batch) if batch is not None else ()
+        values = (example[column] for _, example in examples if isinstance(example, dict))
         return next((value for value in values if value is not None), None)
 
     def ask_for(self, columns: Iterable[str]) -> None:
@@ -116,15 +122,15 @@ class ColumnarTable(RowTable):
                 f"{self.name} has two columns of the name {doubled[0]!r}. Rename or drop one of them."
             )
 
-    def _read(self) -> Iterator[RowBatch]:
+    def _read(self) -> Iterator[ExampleBatch]:
         self._refuse_doubled()
         names = self.columns if self.asked_for is None else self.asked_for
         first = 0
         with self._reading():
             for batch in self._record_batches([name for name in names if name in self.columns]):
-                yield ArrowRows(first, batch)
+                yield ArrowBatch(first, batch)
                 first += batch.num_rows
-                self.share_read = first / self._num_rows()
+                self.share_read = first / self._num_examples()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -146,13 +152,13 @@ class ParquetTable(ColumnarTable):
         self._file = parquet.ParquetFile(self.name)
         return self._file.schema_arrow
 
-    def _num_rows(self) -> int:
+    def _num_examples(self) -> int:
         _ = self.schema
         return int(self._file.metadata.num_rows)
 
     def _record_batches(self, columns: list[str]) -> Iterable[RecordBatch]:
         _ = self.schema
-        return self._file.iter_batches(batch_size=BATCH_ROWS, columns=columns)
+        return self._file.iter_batches(batch_size=BATCH_EXAMPLES, columns=columns)
 
 
 class ArrowTable(ColumnarTable):
@@ -171,7 +177,7 @@ class ArrowTable(ColumnarTable):
     def _count(self) -> int:
         return sum(batch.num_rows for batch in self._record_batches([]))
 
-    def _num_rows(self) -> int:
+    def _num_examples(self) -> int:
         return self._count
 
     def _record_batches(self, columns: list[str]) -> Iterator[RecordBatch]:
@@ -183,12 +189,12 @@ class ArrowTable(ColumnarTable):
             batches = iter(reader)
         for batch in batches:
             chosen = batch.select(columns) if columns else batch
-            for start in range(0, chosen.num_rows, BATCH_ROWS):
-                yield chosen.slice(start, BATCH_ROWS)
+            for start in range(0, chosen.num_rows, BATCH_EXAMPLES):
+                yield chosen.slice(start, BATCH_EXAMPLES)
 
 
 class HubTable(ColumnarTable):
-    """A split of a data set on the hub; the library keeps its rows on disk."""
+    """A split of a data set on the hub; the library keeps its examples on disk."""
 
     def __init__(self, name: str, dataset: Dataset) -> None:
         super().__init__(name)
@@ -197,10 +203,10 @@ class HubTable(ColumnarTable):
     def _read_schema(self) -> Schema:
         return self.dataset.features.arrow_schema
 
-    def _num_rows(self) -> int:
+    def _num_examples(self) -> int:
         return len(self.dataset)
 
     def _record_batches(self, columns: list[str]) -> Iterator[RecordBatch]:
         chosen = self.dataset.select_columns(columns).with_format("arrow")
-        for table in chosen.iter(batch_size=BATCH_ROWS):
+        for table in chosen.iter(batch_size=BATCH_EXAMPLES):
             yield from table.combine_chunks().to_batches()

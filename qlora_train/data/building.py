@@ -18,8 +18,8 @@ from qlora_train.data.reading_progress import reading_progress
 from qlora_train.data.report import Reading
 from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content
 from qlora_train.data.token_cache import LEAST_BYTES, files_of, fingerprint, kept_or_built
-from qlora_train.data.tokenization import RowTokenizer
-from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.data.tokenization import ExampleTokenizer
+from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenData:
-    """The sources of a data section, opened: their formats are known, their rows not read yet. Each is read
+    """The sources of a data section, opened: their formats are known, their examples not read yet. Each is read
     once, by `build_dataset`."""
 
     section: DataSection
@@ -67,8 +67,8 @@ def build_dataset(
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Reads, tokenises and packs `data.train` and `data.eval`: (train, eval or None).
 
-    `data.eval` as a share is split off the training rows by content (see `split`); as sources it is read
-    with the same format and columns, and rows that are also in train are counted. stop_ids: what the model's
+    `data.eval` as a share is split off the training examples by content (see `split`); as sources it is read
+    with the same format and columns, and examples that are also in train are counted. stop_ids: what the model's
     generation_config.json says ends an answer; empty where it has none. vocabulary_size: rows of the model's
     embedding, where it is known. cache: the folder that holds the token cache; None: nothing is kept. Raises
     DataError for every kind of bad data.
@@ -76,7 +76,7 @@ def build_dataset(
     opened = data if isinstance(data, OpenData) else open_data(data)
     section = opened.section
     chat_format = _chat_format(opened, tokenizer, stop_ids)
-    row_tokenizer = RowTokenizer(
+    example_tokenizer = ExampleTokenizer(
         tokenizer,
         chat_format,
         sequence_length=section.sequence_length,
@@ -85,39 +85,39 @@ def build_dataset(
         vocabulary_size=vocabulary_size,
     )
     settings = [vocabulary_size, list(stop_ids)]
-    rows = _rows_of(opened.train, row_tokenizer, section, settings, cache)
+    examples = _examples_of(opened.train, example_tokenizer, section, settings, cache)
 
     def pack(
-        rows: TokenizedRows, side: str, times: np.ndarray, reading: Reading, also: int = 0
+        examples: TokenizedExamples, side: str, times: np.ndarray, reading: Reading, also: int = 0
     ) -> PackedDataset:
-        if not times[rows.document_rows].any():
+        if not times[examples.document_examples].any():
             raise DataError(f"data.{side}: none of its rows has anything to learn from.")
         return PackedDataset(
-            rows,
+            examples,
             sequence_length=section.sequence_length,
             packing=section.packing,
             seed=seed,
             shuffle=side == "train",
             times=times,
             reading=reading,
-            num_rows_also_in_train=also,
+            num_examples_also_in_train=also,
         )
 
-    is_eval = np.zeros(rows.num_rows, dtype=bool)
+    is_eval = np.zeros(examples.num_examples, dtype=bool)
     if isinstance(section.eval, float):
-        is_eval = split_by_content(rows.row_keys, section.eval, seed)
-    times = np.where(is_eval, 0, _times(rows, seed))
+        is_eval = split_by_content(examples.example_keys, section.eval, seed)
+    times = np.where(is_eval, 0, _times(examples, seed))
     said = chat_format.remarks() if chat_format is not None else []
-    remarks = (*rows.facts.reading.remarks, *_weights_in_words(rows), *said)
-    reading = replace(rows.facts.reading, remarks=remarks)
-    train = pack(rows, "train", times, reading)
+    remarks = (*examples.facts.reading.remarks, *_weights_in_words(examples), *said)
+    reading = replace(examples.facts.reading, remarks=remarks)
+    train = pack(examples, "train", times, reading)
     if isinstance(section.eval, float):
-        return train, pack(rows, "eval", is_eval.astype(np.int64), Reading())
+        return train, pack(examples, "eval", is_eval.astype(np.int64), Reading())
     if opened.evaluation is None:
         return train, None
-    others = _rows_of(opened.evaluation, row_tokenizer, section, settings, cache)
-    once = np.ones(others.num_rows, dtype=np.int64)
-    return train, pack(others, "eval", once, others.facts.reading, _num_also_in(rows, others))
+    others = _examples_of(opened.evaluation, example_tokenizer, section, settings, cache)
+    once = np.ones(others.num_examples, dtype=np.int64)
+    return train, pack(others, "eval", once, others.facts.reading, _num_also_in(examples, others))
 
 
 def _chat_format(
@@ -137,16 +137,16 @@ def _chat_format(
     return None
 
 
-def _rows_of(
-    sources: OpenSources, tokenizer: RowTokenizer, section: DataSection, settings: Any, cache: Path | None
-) -> TokenizedRows:
+def _examples_of(
+    sources: OpenSources, tokenizer: ExampleTokenizer, section: DataSection, settings: Any, cache: Path | None
+) -> TokenizedExamples:
     """settings: what the tokens follow from besides the sources, the section and the tokenizer."""
     files = files_of(sources.tables) if cache is not None else None
     if cache is None or files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
         with reading_progress() as progress:
-            rows = sources.tokenized(tokenizer, progress=progress)
-        assert rows is not None, "no folder was given"
-        return rows
+            examples = sources.tokenized(tokenizer, progress=progress)
+        assert examples is not None, "no folder was given"
+        return examples
     name = fingerprint(sources.tables, files, sources.weights, section, tokenizer.tokenizer, settings)
 
     def build(folder: Path) -> None:
@@ -156,13 +156,13 @@ def _rows_of(
     return kept_or_built(cache, name, build)
 
 
-def _times(rows: TokenizedRows, seed: int) -> np.ndarray:
-    weights = np.array(rows.facts.weights)[rows.row_tables]
-    return chosen_by_weight(rows.row_keys, weights, seed)
+def _times(examples: TokenizedExamples, seed: int) -> np.ndarray:
+    weights = np.array(examples.facts.weights)[examples.example_tables]
+    return chosen_by_weight(examples.example_keys, weights, seed)
 
 
-def _weights_in_words(rows: TokenizedRows) -> list[str]:
-    tables = zip(rows.facts.tables, rows.facts.weights, strict=True)
+def _weights_in_words(examples: TokenizedExamples) -> list[str]:
+    tables = zip(examples.facts.tables, examples.facts.weights, strict=True)
     return [
         f"{name}: weight {weight:g}, its rows are seen {weight:g} times an epoch on average"
         for (name, _), weight in tables
@@ -170,8 +170,8 @@ def _weights_in_words(rows: TokenizedRows) -> list[str]:
     ]
 
 
-def _num_also_in(train: TokenizedRows, evaluation: TokenizedRows) -> int:
-    groups, _ = content_groups(np.concatenate([train.row_keys, evaluation.row_keys]))
+def _num_also_in(train: TokenizedExamples, evaluation: TokenizedExamples) -> int:
+    groups, _ = content_groups(np.concatenate([train.example_keys, evaluation.example_keys]))
     is_in_train = np.zeros(groups.max() + 1, dtype=bool)
-    is_in_train[groups[: train.num_rows]] = True
-    return int(np.count_nonzero(is_in_train[groups[train.num_rows :]]))
+    is_in_train[groups[: train.num_examples]] = True
+    return int(np.count_nonzero(is_in_train[groups[train.num_examples :]]))

@@ -77,12 +77,14 @@ class ChatTokenizer:
                 prepared.append(self._prepare(self.asked_for(chat), noted))
             except ChatProblem as problem:
                 prepared.append(problem)
-        unmarked = [row for row in prepared if isinstance(row, _Prepared) and row.plain is None]
-        plain = [group[0].text for row in unmarked for group in row.groups]
+        unmarked = [
+            example for example in prepared if isinstance(example, _Prepared) and example.plain is None
+        ]
+        plain = [group[0].text for example in unmarked for group in example.groups]
         encoded = dict(zip(plain, self._encoder.batch(plain), strict=True)) if plain else {}
         return [
-            row if isinstance(row, ChatProblem) else self._tokens_of_row(row, encoded, noted)
-            for row, noted in zip(prepared, notes, strict=True)
+            example if isinstance(example, ChatProblem) else self._tokens_of_example(example, encoded, noted)
+            for example, noted in zip(prepared, notes, strict=True)
         ]
 
     def again(self, chat: Chat) -> list[Tokens]:
@@ -152,14 +154,16 @@ class ChatTokenizer:
             )
         return writer.pieces(messages, chat.tools, trained, notes)
 
-    def _tokens_of_row(self, row: _Prepared, encoded: Mapping[str, Encoded], notes: Notes) -> list[Tokens]:
-        if row.plain is None:
-            return self._all_texts(row.chat, row.groups, self._encoder, encoded)
+    def _tokens_of_example(
+        self, example: _Prepared, encoded: Mapping[str, Encoded], notes: Notes
+    ) -> list[Tokens]:
+        if example.plain is None:
+            return self._all_texts(example.chat, example.groups, self._encoder, encoded)
         try:
-            texts = self._all_texts(row.chat, row.groups, self._encoder_of_marked)
+            texts = self._all_texts(example.chat, example.groups, self._encoder_of_marked)
             notes[Note.QUOTES_CONTROL_TOKENS] += 1
         except CannotEncode:
-            texts = self._all_texts(row.chat, row.plain, self._encoder)
+            texts = self._all_texts(example.chat, example.plain, self._encoder)
             notes[Note.SAYS_CONTROL_TOKENS] += 1
         return texts
 

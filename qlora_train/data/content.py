@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_train.data.tables import RowProblem
+from qlora_train.data.tables import ExampleProblem
 
 # JSON can spell halves of characters ("\ud83d" without its other half); no tokenizer takes them.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -42,14 +42,14 @@ Content = Chat | Completion | PlainText
 
 
 def content_key(content: Content) -> bytes:
-    """Equal for two rows that say the same, whatever file they are in: 32 bytes."""
+    """Equal for two examples that say the same, whatever file they are in: 32 bytes."""
     fields = {name: value for name in content.__slots__ if (value := getattr(content, name))}
     canonical = json.dumps([type(content).__name__, fields], sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).digest()
 
 
 def check_texts(content: Content) -> None:
-    """Raises RowProblem for half a character in any text of the content, a text that no tokenizer could take
+    """Raises ExampleProblem for half a character in any text of the content, a text that no tokenizer could take
     at once, and for what is nested so deeply that nobody could have meant it."""
     if isinstance(content, Chat):
         for number, message in enumerate(content.messages, start=1):
@@ -64,15 +64,15 @@ def check_texts(content: Content) -> None:
 
 def _check(value: Any, place: str, depth: int = 0) -> None:
     if depth > MAX_DEPTH:
-        raise RowProblem(f"{place} is nested more than {MAX_DEPTH} levels deep.")
+        raise ExampleProblem(f"{place} is nested more than {MAX_DEPTH} levels deep.")
     if isinstance(value, str):
         if len(value) > MAX_CHARACTERS:
-            raise RowProblem(
+            raise ExampleProblem(
                 f"{place} has {len(value):,} characters, more than the {MAX_CHARACTERS:,} that are tokenised "
                 "at once: make several rows of it."
             )
         if not value.isascii() and (found := LONE_SURROGATE.search(value)):
-            raise RowProblem(
+            raise ExampleProblem(
                 f"{place} holds {found[0]!r}, half a character: write both halves, or the character itself."
             )
     elif isinstance(value, dict):

@@ -22,7 +22,7 @@ from typing import Any
 
 from qlora_train.data.arrow_tables import without_nulls
 from qlora_train.data.json_tables import parse_json
-from qlora_train.data.tables import RowProblem, type_name
+from qlora_train.data.tables import ExampleProblem, type_name
 
 Message = dict[str, Any]
 
@@ -39,14 +39,14 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_messages(value: Any, place: str) -> list[Message]:
-    """The messages of a column's value. place: what to call it. Raises RowProblem."""
+    """The messages of a column's value. place: what to call it. Raises ExampleProblem."""
     value = decoded(value, place)
     if isinstance(value, dict):
         value = _turned_outside_in(value, place)
     if not isinstance(value, list):
-        raise RowProblem(f"{place} are {type_name(value)}, not a list of objects with role and content.")
+        raise ExampleProblem(f"{place} are {type_name(value)}, not a list of objects with role and content.")
     if not value:
-        raise RowProblem(f"{place}: the list of messages is empty.")
+        raise ExampleProblem(f"{place}: the list of messages is empty.")
     return [_message(message, number) for number, message in enumerate(value, start=1)]
 
 
@@ -54,13 +54,13 @@ def read_history(value: Any) -> list[Message]:
     """Earlier turns: pairs of question and answer (as LLaMA-Factory has them), or messages."""
     value = decoded(value, "the column 'history'") if value not in (None, "") else []
     if not isinstance(value, list):
-        raise RowProblem(f"the column 'history' is {type_name(value)}, not a list of pairs.")
+        raise ExampleProblem(f"the column 'history' is {type_name(value)}, not a list of pairs.")
     if all(isinstance(pair, dict) for pair in value):
         return [_message(message, number) for number, message in enumerate(value, start=1)]
     messages: list[Message] = []
     for pair in value:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise RowProblem("the column 'history' is not a list of [question, answer] pairs.")
+            raise ExampleProblem("the column 'history' is not a list of [question, answer] pairs.")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return messages
 
@@ -72,10 +72,10 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        raise RowProblem(f"{place} is not a list of objects (tool descriptions).")
+        raise ExampleProblem(f"{place} is not a list of objects (tool descriptions).")
     tools = [parse_json(tool) if isinstance(tool, str) and tool.startswith("{") else tool for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
-        raise RowProblem(f"{place} is not a list of objects (tool descriptions).")
+        raise ExampleProblem(f"{place} is not a list of objects (tool descriptions).")
     is_bare = ["function" not in tool and "name" in tool and "type" not in tool for tool in tools]
     return [
         {"type": "function", "function": tool} if bare else tool
@@ -88,7 +88,7 @@ def looks_like_messages(value: Any) -> bool:
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             value = parse_json(value)
-        except RowProblem:
+        except ExampleProblem:
             return False
         return bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & set(value[0]))
     return isinstance(value, list | dict)
@@ -100,13 +100,13 @@ def decoded(value: Any, place: str) -> Any:
         return value
     text = value.strip()
     if not text.startswith(("[", "{")):
-        raise RowProblem(f"{place} is text, and no JSON: a list of objects is needed.")
+        raise ExampleProblem(f"{place} is text, and no JSON: a list of objects is needed.")
     try:
         return parse_json(text)
-    except RowProblem as problem:
+    except ExampleProblem as problem:
         hint = " It looks like Python's own notation; write it with json.dumps." if "{'" in text else ""
         what = str(problem).removeprefix("is ").rstrip(".")
-        raise RowProblem(f"{place} is text, but {what}.{hint}") from problem
+        raise ExampleProblem(f"{place} is text, but {what}.{hint}") from problem
 
 
 def _turned_outside_in(value: Mapping[str, Any], place: str) -> Any:
@@ -116,14 +116,16 @@ def _turned_outside_in(value: Mapping[str, Any], place: str) -> Any:
     if all(isinstance(item, list) for item in value.values()) and value:
         lengths = {len(item) for item in value.values()}
         if len(lengths) == 1:
-            rows = zip(*value.values(), strict=True)
-            return [without_nulls(dict(zip(value, row, strict=True))) for row in rows]
-    raise RowProblem(f"{place} are an object, not a list of objects with role and content.")
+            examples = zip(*value.values(), strict=True)
+            return [without_nulls(dict(zip(value, example, strict=True))) for example in examples]
+    raise ExampleProblem(f"{place} are an object, not a list of objects with role and content.")
 
 
 def _message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
-        raise RowProblem(f"message {number} is {type_name(message)}, not an object with role and content.")
+        raise ExampleProblem(
+            f"message {number} is {type_name(message)}, not an object with role and content."
+        )
     said = _without_unset_keys(message)
     role, content = _role_and_content(said, number)
     read: Message = {"role": role}
@@ -159,12 +161,12 @@ def _role_and_content(said: Message, number: int) -> tuple[str, Any]:
     """Takes both out of `said`, whatever they are called there; calls become `tool_calls`, flags `train`."""
     for key, other in (("role", "from"), ("content", "value")):
         if key in said and other in said:
-            raise RowProblem(f"message {number} has both {key!r} and {other!r}.")
+            raise ExampleProblem(f"message {number} has both {key!r} and {other!r}.")
     name = said.pop("role", said.pop("from", None))
     content = said.pop("content", said.pop("value", None))
     if name is None and said:
         known = ", ".join(map(repr, said))
-        raise RowProblem(
+        raise ExampleProblem(
             f"message {number} has no role (it has {known}): it needs role and content, or from and value."
         )
     if isinstance(name, str) and name.lower() in _CALLS:
@@ -173,7 +175,7 @@ def _role_and_content(said: Message, number: int) -> tuple[str, Any]:
         said["tool_calls"] = _calls(said.pop("function_call"), number)
     role = _ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise RowProblem(f"message {number} has the role {name!r}; roles are {_ROLES_IN_WORDS}.")
+        raise ExampleProblem(f"message {number} has the role {name!r}; roles are {_ROLES_IN_WORDS}.")
     _read_flags(said, number)
     if isinstance(content, list):
         content = _joined_parts(content, said, number)
@@ -184,11 +186,11 @@ def _read_flags(said: Message, number: int) -> None:
     flags = {flag: said.pop(flag) for flag in _FLAGS if flag in said}
     for flag, value in flags.items():
         if value not in (0, 1):
-            raise RowProblem(
+            raise ExampleProblem(
                 f"message {number} has the {flag} {value!r}; a {flag} is 0 or false (no loss), 1 or true."
             )
     if len(set(map(bool, flags.values()))) > 1:
-        raise RowProblem(f"message {number} contradicts itself: {flags}.")
+        raise ExampleProblem(f"message {number} contradicts itself: {flags}.")
     if flags:
         said["train"] = bool(next(iter(flags.values())))
 
@@ -199,7 +201,7 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise RowProblem(f"message {number} holds a call without a name.")
+            raise ExampleProblem(f"message {number} holds a call without a name.")
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -209,14 +211,14 @@ def _joined_parts(parts: list[Any], said: Message, number: int) -> str:
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(part, dict):
-            raise RowProblem(f"the content of message {number} holds {type_name(part)}, not a text part.")
+            raise ExampleProblem(f"the content of message {number} holds {type_name(part)}, not a text part.")
         kind = part.get("type", "text")
         if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind == "thinking" and isinstance(part.get("thinking"), str):
             said["reasoning_content"] = said.get("reasoning_content", "") + part["thinking"]
         else:
-            raise RowProblem(
+            raise ExampleProblem(
                 f"the content of message {number} holds a part of type {kind!r}; only text can be trained on."
             )
     return "".join(texts)
@@ -227,7 +229,7 @@ def _check_content(message: Message, number: int) -> None:
     if content is None and role == "assistant" and "tool_calls" in message:
         return
     if not isinstance(content, str):
-        raise RowProblem(f"the content of message {number} is {type_name(content)}, not a string.")
+        raise ExampleProblem(f"the content of message {number} is {type_name(content)}, not a string.")
     may_be_empty = role in ("system", "tool") or "tool_calls" in message or message.get("train") is False
     if not may_be_empty and (not content or content.isspace()):
-        raise RowProblem(f"the content of message {number} ({role}) is empty.")
+        raise ExampleProblem(f"the content of message {number} ({role}) is empty.")

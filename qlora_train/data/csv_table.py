@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from qlora_train.data.tables import NumberedRow, ParsedRows, RowBatch, RowProblem, RowTable, batched
+from qlora_train.data.tables import (
+    ExampleBatch,
+    ExampleProblem,
+    ExampleTable,
+    NumberedExample,
+    ParsedExamples,
+    batched,
+)
 from qlora_train.data.text_files import data_suffix, undecoded
 from qlora_train.errors import DataError
 
@@ -48,7 +55,7 @@ class Dialect:
         return " and ".join(parts) or None
 
 
-class CsvTable(RowTable):
+class CsvTable(ExampleTable):
     """See the module docstring."""
 
     unit = "line"
@@ -59,29 +66,31 @@ class CsvTable(RowTable):
         _ = self.head
         return self._header
 
-    def _read(self) -> Iterator[RowBatch]:
+    def _read(self) -> Iterator[ExampleBatch]:
         lines = self._lines()
         sample = [numbered for numbered, _ in zip(lines, range(_SAMPLE_LINES), strict=False)]
         is_tsv = data_suffix(Path(self.name)) == ".tsv"
         self.dialect = Dialect("\t") if is_tsv else _dialect_of([line for _, line in sample])
         records = self._records(chain(sample, lines))
         _, header = next(records, (1, []))
-        if isinstance(header, RowProblem):
+        if isinstance(header, ExampleProblem):
             raise DataError(f"{self.name} line 1 {header}")
         if not header:
             raise DataError(f"{self.name} is empty: it needs a header line and at least one row.")
         self._header = tuple(name or f"column {number}" for number, name in enumerate(header, start=1))
-        return map(ParsedRows, batched(self._rows(records)))
+        return map(ParsedExamples, batched(self._examples(records)))
 
-    def _rows(self, records: Iterator[tuple[int, list[str] | RowProblem]]) -> Iterator[NumberedRow]:
+    def _examples(
+        self, records: Iterator[tuple[int, list[str] | ExampleProblem]]
+    ) -> Iterator[NumberedExample]:
         names = self._header
         for line, record in records:
-            if isinstance(record, RowProblem):
+            if isinstance(record, ExampleProblem):
                 yield line, record
             elif len(record) > len(names):
                 yield (
                     line,
-                    RowProblem(
+                    ExampleProblem(
                         f"has {len(record)} fields, the header names {len(names)} columns. Quote fields that "
                         f'hold a {_name_of(self.dialect.separator)} ("like this").'
                     ),
@@ -94,7 +103,7 @@ class CsvTable(RowTable):
         if doubled := [name for name in self.asked_for or () if self.columns.count(name) > 1]:
             raise DataError(f"{self.name} names the column {doubled[0]!r} twice. Rename one of them.")
 
-    def _records(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str] | RowProblem]]:
+    def _records(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str] | ExampleProblem]]:
         """(first line, fields) of each record; blank lines are no records."""
         source = _Lines(lines, unescape=self.dialect.backslashes)
         reader = csv.reader(source, delimiter=self.dialect.separator, strict=True)
@@ -129,7 +138,7 @@ class _Lines:
     def __init__(self, lines: Iterator[tuple[int, str]], *, unescape: bool) -> None:
         self._lines, self._unescape = lines, unescape
         self.first = self.last = 1
-        self.problem: RowProblem | None = None
+        self.problem: ExampleProblem | None = None
 
     def begin_record(self) -> None:
         self._is_first, self.problem = True, None
@@ -142,7 +151,7 @@ class _Lines:
         if self._is_first:
             self.first, self._is_first = self.last, False
         if problem := undecoded(line):
-            self.problem = self.problem or RowProblem(
+            self.problem = self.problem or ExampleProblem(
                 problem if self.last == self.first else f"(its line {self.last}) {problem}"
             )
         return _BACKSLASHED.sub(_unescaped, line) if self._unescape else line

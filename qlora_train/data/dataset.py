@@ -5,7 +5,7 @@ all epochs) is bin `order(seed, p // num_bins)[p % num_bins]`, so a resumed run 
 at the next bin. The shuffle sorts by Philox words keyed with (seed, epoch): a counter-based generator's raw
 words are fixed for all numpy versions, which numpy does not promise for `permutation`.
 
-A micro-batch is ONE row of T tokens, the bins one after another without what is empty in them:
+A micro-batch is ONE sequence of T tokens, the bins one after another without what is empty in them:
 
     tokens     a b c d | e f | g h i j k | . . .     a bin of 6 tokens and one of 5; `.` is a dummy tail
     position   0 1 2 3 | 0 1 | 0 1 2 3 4 | 0 1 2
@@ -32,17 +32,17 @@ import numpy as np
 from qlora_train.data.fitting import Document
 from qlora_train.data.packing import Bins, one_per_bin, pack_best_fit
 from qlora_train.data.report import DatasetReport, Reading
-from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.data.tokenized_examples import TokenizedExamples
 
 IGNORED_LABEL = -100
 DUMMY_ID = 0
 """Dummy tokens are a document of their own and have no loss: any id of the vocabulary does."""
-_LEAST_ROW = 16
+_LEAST_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One flat row of T tokens.
+    """One flat sequence of T tokens.
 
     token_ids, position_ids, labels int64 [T]; cu_seqlens int32 [documents + 1], the dummy tail included;
     supervised_positions int64 [S], where labels are not -100; row_ids int64 [T], the position in the data
@@ -61,10 +61,10 @@ class MicroBatch:
     num_supervised: int
 
 
-def row_size(num_tokens: np.ndarray, limit: int) -> np.ndarray:
+def padded_length(num_tokens: np.ndarray, limit: int) -> np.ndarray:
     """T for that many tokens, for each: the next of 16, 20, 24, 28, 32, 40, 48, ... (4 to 7 times a power of
     two), and never more than `limit`, what full bins would be."""
-    number = np.maximum(num_tokens, _LEAST_ROW)
+    number = np.maximum(num_tokens, _LEAST_TOKENS)
     _, bit_length = np.frexp((number - 1).astype(np.float64))
     step = 1 << np.maximum(bit_length.astype(np.int64) - 3, 2)
     return np.minimum(-(-number // step) * step, limit)
@@ -80,11 +80,11 @@ def epoch_order(seed: int, epoch: int, num_bins: int) -> np.ndarray:
 
 
 class PackedDataset:
-    """Documents in bins. Documents are counted in row order, before any shuffle; `bins` are of these."""
+    """Documents in bins. Documents are counted in example order, before any shuffle; `bins` are of these."""
 
     def __init__(
         self,
-        rows: TokenizedRows,
+        examples: TokenizedExamples,
         *,
         sequence_length: int,
         packing: bool,
@@ -92,15 +92,17 @@ class PackedDataset:
         shuffle: bool,
         times: np.ndarray | None = None,
         reading: Reading | None = None,
-        num_rows_also_in_train: int = 0,
+        num_examples_also_in_train: int = 0,
     ) -> None:
-        """times: how often each row is in an epoch, int64 [R]; None: once. reading: what to report of the
+        """times: how often each example is in an epoch, int64 [R]; None: once. reading: what to report of the
         files; None: nothing."""
-        self.rows = rows
-        self._times = np.ones(rows.num_rows, dtype=np.int64) if times is None else times
-        # The documents of this side: indices into `rows`, each as often as its row.
-        self._documents = np.repeat(np.arange(rows.num_documents), self._times[rows.document_rows])
-        self.lengths = rows.document_lengths[self._documents]
+        self.examples = examples
+        self._times = np.ones(examples.num_examples, dtype=np.int64) if times is None else times
+        # The documents of this side: indices into `examples`, each as often as its example.
+        self._documents = np.repeat(
+            np.arange(examples.num_documents), self._times[examples.document_examples]
+        )
+        self.lengths = examples.document_lengths[self._documents]
         self.bins: Bins = (
             pack_best_fit(self.lengths, sequence_length) if packing else one_per_bin(len(self.lengths))
         )
@@ -108,19 +110,19 @@ class PackedDataset:
         self._seed, self._shuffle = seed, shuffle
         self._as_packed = np.arange(len(self.bins))
         self._bin_tokens = self.bins.sums(self.lengths)
-        self._bin_targets = self.bins.sums(rows.document_targets[self._documents])
-        self.report = self._report(packing, reading or Reading(), num_rows_also_in_train)
+        self._bin_targets = self.bins.sums(examples.document_targets[self._documents])
+        self.report = self._report(packing, reading or Reading(), num_examples_also_in_train)
 
-    def _report(self, packing: bool, reading: Reading, num_rows_also_in_train: int) -> DatasetReport:
-        rows = self.rows
-        noted = self._times[rows.note_rows] > 0
-        names = rows.facts.note_names
-        kinds = rows.note_kinds[noted]
-        amounts = (rows.note_amounts * self._times[rows.note_rows])[noted]
+    def _report(self, packing: bool, reading: Reading, num_examples_also_in_train: int) -> DatasetReport:
+        examples = self.examples
+        noted = self._times[examples.note_examples] > 0
+        names = examples.facts.note_names
+        kinds = examples.note_kinds[noted]
+        amounts = (examples.note_amounts * self._times[examples.note_examples])[noted]
         number = np.bincount(kinds, minlength=len(names)).tolist()
         total = np.bincount(kinds, weights=amounts, minlength=len(names)).astype(int).tolist()
         return DatasetReport(
-            num_rows=int(np.count_nonzero(self._times)),
+            num_examples=int(np.count_nonzero(self._times)),
             num_documents=len(self._documents),
             num_tokens=int(self._bin_tokens.sum()),
             num_supervised=int(self._bin_targets.sum()),
@@ -130,7 +132,7 @@ class PackedDataset:
             notes=dict(zip(names, number, strict=True)),
             amounts=dict(zip(names, total, strict=True)),
             reading=reading,
-            num_rows_also_in_train=num_rows_also_in_train,
+            num_examples_also_in_train=num_examples_also_in_train,
         )
 
     @property
@@ -138,21 +140,21 @@ class PackedDataset:
         return len(self.bins)
 
     @property
-    def is_of_row(self) -> np.ndarray:
-        """bool [R]: the rows of `rows` that are on this side."""
+    def is_of_example(self) -> np.ndarray:
+        """bool [R]: the examples of `examples` that are on this side."""
         return self._times > 0
 
     @property
     def documents(self) -> list[Document]:
-        """All of them, in row order, as arrays: for data that fit in memory."""
+        """All of them, in example order, as arrays: for data that fit in memory."""
         return [self.document(index) for index in range(len(self._documents))]
 
     def document(self, index: int) -> Document:
-        return self.rows.document(int(self._documents[index]))
+        return self.examples.document(int(self._documents[index]))
 
-    def row_of(self, index: int) -> int:
-        """The row, in `rows`, that a document is from."""
-        return int(self.rows.document_rows[self._documents[index]])
+    def example_of(self, index: int) -> int:
+        """The example, in `examples`, that a document is from."""
+        return int(self.examples.document_examples[self._documents[index]])
 
     def bin_at(self, position: int) -> int:
         """The bin at a position of the data order: shuffled anew in every epoch (train) or as packed
@@ -179,7 +181,7 @@ class PackedDataset:
 
         def most_in(groups: np.ndarray) -> int:
             tokens = self._bin_tokens[groups].sum(axis=1)
-            has_tail = row_size(tokens, limit) > tokens
+            has_tail = padded_length(tokens, limit) > tokens
             return int((in_bins[groups].sum(axis=1) + has_tail).max(initial=0))
 
         most, begun = 0, self._as_packed[:0]
@@ -192,15 +194,15 @@ class PackedDataset:
 
     def fingerprint(self) -> str:
         """A hash of every token, mask and bin: two data sets with the same one train the same way."""
-        digest = hashlib.sha256(f"{self.sequence_length} {self.rows.facts.digest}".encode())
+        digest = hashlib.sha256(f"{self.sequence_length} {self.examples.facts.digest}".encode())
         for array in (self._documents, self.bins.starts, self.bins.documents):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()
 
     def micro_batch(self, positions: Sequence[int | None]) -> MicroBatch:
-        """The bins at these positions as one flat row; None is an empty bin (nothing but dummies)."""
+        """The bins at these positions as one flat sequence; None is an empty bin (nothing but dummies)."""
         num_tokens = self.num_tokens(positions)
-        size = int(row_size(np.array(num_tokens), len(positions) * self.sequence_length))
+        size = int(padded_length(np.array(num_tokens), len(positions) * self.sequence_length))
         token_ids = np.full(size, DUMMY_ID, dtype=np.int64)
         position_ids = np.empty(size, dtype=np.int64)
         labels = np.full(size, IGNORED_LABEL, dtype=np.int64)

@@ -35,7 +35,7 @@ from qlora_train.data.conversations import (
     read_messages,
     read_tools,
 )
-from qlora_train.data.tables import Row, RowProblem, RowTable, type_name
+from qlora_train.data.tables import Example, ExampleProblem, ExampleTable, type_name
 from qlora_train.errors import DataError
 from qlora_train.recipe_checks import COLUMN_ROLES as ROLES
 from qlora_train.recipe_checks import OPTIONAL_ROLES
@@ -48,12 +48,12 @@ _MESSAGE_COLUMNS = {"messages": "messages", "sharegpt": "conversations"}
 _LABELS = {"true": True, "false": False}
 
 
-class EmptyRow(Exception):
-    """A row that says nothing at all (a blank line, the end of a spreadsheet): skipped and counted."""
+class EmptyExample(Exception):
+    """An example that says nothing at all (a blank line, the end of a spreadsheet): skipped and counted."""
 
 
-class RejectedRow(Exception):
-    """A row whose label says that its answer is a bad one."""
+class RejectedExample(Exception):
+    """An example whose label says that its answer is a bad one."""
 
 
 class PromptTemplate:
@@ -80,9 +80,9 @@ class PromptTemplate:
 
 
 @dataclass(frozen=True)
-class RowFormat:
+class ExampleFormat:
     """A format with its columns found: `columns` maps its roles to column names; optional roles may have
-    columns that only later rows have, or none."""
+    columns that only later examples have, or none."""
 
     name: str
     columns: Mapping[str, str]
@@ -91,19 +91,19 @@ class RowFormat:
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """Every column that a row's meaning may depend on."""
+        """Every column that an example's meaning may depend on."""
         template = self.template.columns if self.template else ()
         return tuple(dict.fromkeys([*self.columns.values(), *template]))
 
-    def read(self, row: Row) -> Content:
-        """Raises RowProblem for a row that lacks a column or holds what cannot be used there, EmptyRow and
-        RejectedRow for a row that is left out."""
-        if all(_is_blank(row.get(column)) for column in self._said_columns):
-            if any(column in row for column in self._said_columns):
-                raise EmptyRow
-        elif self._is_rejected(row):
-            raise RejectedRow
-        content = self._read(row)
+    def read(self, example: Example) -> Content:
+        """Raises ExampleProblem for an example that lacks a column or holds what cannot be used there, EmptyExample and
+        RejectedExample for an example that is left out."""
+        if all(_is_blank(example.get(column)) for column in self._said_columns):
+            if any(column in example for column in self._said_columns):
+                raise EmptyExample
+        elif self._is_rejected(example):
+            raise RejectedExample
+        content = self._read(example)
         check_texts(content)
         return content
 
@@ -112,56 +112,58 @@ class RowFormat:
         label = self.columns.get("label")
         return tuple(column for column in self.columns_read if column != label)
 
-    def _read(self, row: Row) -> Content:
+    def _read(self, example: Example) -> Content:
         if self.name == "text":
-            return PlainText(_text(row, self.columns["text"]))
+            return PlainText(_text(example, self.columns["text"]))
         if self.name == "prompt_completion":
-            return Completion(self._prompt(row), _text(row, self.columns["completion"]))
-        messages = self._alpaca(row) if self.name == "alpaca" else self._messages(row)
-        return Chat(tuple(self._with_system(row, messages)), tuple(self._tools(row)))
+            return Completion(self._prompt(example), _text(example, self.columns["completion"]))
+        messages = self._alpaca(example) if self.name == "alpaca" else self._messages(example)
+        return Chat(tuple(self._with_system(example, messages)), tuple(self._tools(example)))
 
-    def _messages(self, row: Row) -> list[Message]:
+    def _messages(self, example: Example) -> list[Message]:
         column = self.columns.get(_MESSAGE_COLUMNS.get(self.name, ""))
         if column is not None:
-            return read_messages(_value(row, column), f"the column {column!r}: its messages")
-        prompt = _as_messages(row, self.columns["prompt"], "user")
-        said = _as_messages(row, self.columns["completion"], "assistant")
+            return read_messages(_value(example, column), f"the column {column!r}: its messages")
+        prompt = _as_messages(example, self.columns["prompt"], "user")
+        said = _as_messages(example, self.columns["completion"], "assistant")
         # Only the completion is an answer: what the assistant says in the prompt is context.
         before = [{**m, "train": False} if m["role"] == "assistant" else m for m in prompt]
         return [*before, *said]
 
-    def _alpaca(self, row: Row) -> list[Message]:
-        instruction = _optional_text(row, self.columns["instruction"])
-        extra = _optional_text(row, self.columns.get("input"))
+    def _alpaca(self, example: Example) -> list[Message]:
+        instruction = _optional_text(example, self.columns["instruction"])
+        extra = _optional_text(example, self.columns.get("input"))
         question = "\n\n".join(part for part in (instruction, extra) if not _is_blank(part))
         if not question:
-            raise RowProblem(f"the column {self.columns['instruction']!r} is empty.")
-        answer = _text(row, self.columns["output"])
-        history = read_history(row.get(self.columns.get("history", "")))
+            raise ExampleProblem(f"the column {self.columns['instruction']!r} is empty.")
+        answer = _text(example, self.columns["output"])
+        history = read_history(example.get(self.columns.get("history", "")))
         return [*history, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
-    def _with_system(self, row: Row, messages: list[Message]) -> list[Message]:
+    def _with_system(self, example: Example, messages: list[Message]) -> list[Message]:
         column = self.columns.get("system")
-        system = _optional_text(row, column)
+        system = _optional_text(example, column)
         if not system or system.isspace():
             return messages
         first = messages[0]
         if first["role"] != "system":
             return [{"role": "system", "content": system}, *messages]
         if first["content"] != system:
-            raise RowProblem(f"the column {column!r} and the first message are two different system prompts.")
+            raise ExampleProblem(
+                f"the column {column!r} and the first message are two different system prompts."
+            )
         return messages
 
-    def _tools(self, row: Row) -> list[dict[str, Any]]:
+    def _tools(self, example: Example) -> list[dict[str, Any]]:
         columns = [self.columns[role] for role in ("tools", "functions") if role in self.columns]
-        filled = [column for column in columns if row.get(column) not in (None, "", [])]
+        filled = [column for column in columns if example.get(column) not in (None, "", [])]
         if len(filled) > 1:
-            raise RowProblem(f"both {filled[0]!r} and {filled[1]!r} describe tools.")
-        return read_tools(row[filled[0]], f"the column {filled[0]!r}") if filled else []
+            raise ExampleProblem(f"both {filled[0]!r} and {filled[1]!r} describe tools.")
+        return read_tools(example[filled[0]], f"the column {filled[0]!r}") if filled else []
 
-    def _is_rejected(self, row: Row) -> bool:
+    def _is_rejected(self, example: Example) -> bool:
         column = self.columns.get("label")
-        value = row.get(column) if column else None
+        value = example.get(column) if column else None
         if value is None:
             return False
         if isinstance(value, str):
@@ -171,21 +173,21 @@ class RowFormat:
         if self.label_is_asked_for and str(value) in ("0", "1"):
             return str(value) == "0"
         if self.label_is_asked_for or str(value) not in ("0", "1"):
-            raise RowProblem(f"the column {column!r} holds {value!r}; a label is true or false, 1 or 0.")
-        raise RowProblem(
+            raise ExampleProblem(f"the column {column!r} holds {value!r}; a label is true or false, 1 or 0.")
+        raise ExampleProblem(
             f"the column {column!r} holds {value!r}: if 0 marks bad answers, write data.columns: {{label: "
             f"{column}}}, and they are left out; if it marks anything else, data.columns: {{label: null}}."
         )
 
-    def _prompt(self, row: Row) -> str:
+    def _prompt(self, example: Example) -> str:
         if self.template is None:
-            return _text(row, self.columns["prompt"])
+            return _text(example, self.columns["prompt"])
         return self.template.fill(
-            {name: _text(row, name, may_be_empty=True) for name in self.template.columns}
+            {name: _text(example, name, may_be_empty=True) for name in self.template.columns}
         )
 
 
-def resolve_format(data: DataSection, table: RowTable) -> RowFormat:
+def resolve_format(data: DataSection, table: ExampleTable) -> ExampleFormat:
     """Finds the format of one table. Raises DataError: none or several fit, unknown roles or columns."""
     template = PromptTemplate(data.prompt_template) if data.prompt_template is not None else None
     _check_head(table)
@@ -206,15 +208,15 @@ def resolve_format(data: DataSection, table: RowTable) -> RowFormat:
     missing = [c for role, c in columns.items() if c not in table.columns and _is_needed(role, template)]
     if missing:
         raise DataError(
-            f"{table.first_row}: there is no column {missing[0]!r}, which the format {name} needs. "
+            f"{table.first_example}: there is no column {missing[0]!r}, which the format {name} needs. "
             f"{_found(table)} Map it: data.columns: {{{_role_of(columns, missing[0])}: <column>}}."
         )
     if template is not None:  # the template makes the prompt
         columns.pop("prompt", None)
-    return RowFormat(name, columns, template, label_is_asked_for="label" in mapped)
+    return ExampleFormat(name, columns, template, label_is_asked_for="label" in mapped)
 
 
-def _roles_of(name: str, mapped: Mapping[str, str], table: RowTable) -> tuple[str, ...]:
+def _roles_of(name: str, mapped: Mapping[str, str], table: ExampleTable) -> tuple[str, ...]:
     """Of messages there are two kinds: one column of them, or prompt and completion that hold them."""
     if name != "messages":
         return ROLES[name]
@@ -223,7 +225,7 @@ def _roles_of(name: str, mapped: Mapping[str, str], table: RowTable) -> tuple[st
     return tuple(role for role in ROLES[name] if role not in left_out)
 
 
-def _has_pair(mapped: Mapping[str, str], table: RowTable) -> bool:
+def _has_pair(mapped: Mapping[str, str], table: ExampleTable) -> bool:
     return all(mapped.get(role, role) in table.columns for role in ("prompt", "completion"))
 
 
@@ -233,7 +235,7 @@ def _is_label(value: Any) -> bool:
 
 
 def _text_or_messages(
-    name: str, mapped: Mapping[str, str], template: PromptTemplate | None, table: RowTable
+    name: str, mapped: Mapping[str, str], template: PromptTemplate | None, table: ExampleTable
 ) -> str:
     """`messages` where prompt or completion are conversations, whatever they were called."""
     if name == "messages" or template is not None or not _has_pair(mapped, table):
@@ -242,13 +244,13 @@ def _text_or_messages(
     return "messages" if any(map(looks_like_messages, values)) else name
 
 
-def _check_head(table: RowTable) -> None:
-    """Where not one of the first rows can be parsed, what is wrong with the first tells more than a format
+def _check_head(table: ExampleTable) -> None:
+    """Where not one of the first examples can be parsed, what is wrong with the first tells more than a format
     that does not fit."""
     if not table.columns:
         number, problem = next(iter(table.head), (1, "has no columns."))
         raise DataError(
-            f"{table.describe(number)} {problem if isinstance(problem, RowProblem) else 'is empty.'}"
+            f"{table.describe(number)} {problem if isinstance(problem, ExampleProblem) else 'is empty.'}"
         )
 
 
@@ -266,12 +268,12 @@ def _check_roles(data: DataSection) -> None:
 
 
 def _check_mapped_columns(
-    columns: Mapping[str, str], template: PromptTemplate | None, table: RowTable
+    columns: Mapping[str, str], template: PromptTemplate | None, table: ExampleTable
 ) -> None:
     for role, column in columns.items():
         if column not in table.columns:
             raise DataError(
-                f"{table.first_row}: data.columns maps {role} to {column!r}, which is no column. "
+                f"{table.first_example}: data.columns maps {role} to {column!r}, which is no column. "
                 f"{_found(table)}"
             )
     prompt = columns.get("prompt")
@@ -283,12 +285,12 @@ def _check_mapped_columns(
     for column in template.columns if template else ():
         if column not in table.columns:
             raise DataError(
-                f"{table.first_row}: data.prompt_template names {{{column}}}, which is no column. "
+                f"{table.first_example}: data.prompt_template names {{{column}}}, which is no column. "
                 f"{_found(table)}"
             )
 
 
-def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: RowTable) -> str:
+def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: ExampleTable) -> str:
     # Prompts and completions that hold messages are found as prompt_completion, and told apart later.
     roles_of = {name: set(roles) - {"prompt", "completion"} for name, roles in ROLES.items()}
     roles_of["prompt_completion"] = set(ROLES["prompt_completion"])
@@ -309,7 +311,7 @@ def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: 
     )
 
 
-def _hint(table: RowTable) -> str:
+def _hint(table: ExampleTable) -> str:
     if {"chosen", "rejected"} <= set(table.columns):
         return " These are preferences: map `chosen` (the good answers) only, `rejected` is then not read."
     if {"role", "content"} <= set(table.columns) or {"from", "value"} <= set(table.columns):
@@ -325,40 +327,42 @@ def _role_of(columns: Mapping[str, str], column: str) -> str:
     return next(role for role, name in columns.items() if name == column)
 
 
-def _found(table: RowTable) -> str:
+def _found(table: ExampleTable) -> str:
     return f"Columns found: {', '.join(table.columns) or 'none'}."
 
 
-def _value(row: Row, column: str) -> Any:
-    if column not in row:
-        raise RowProblem(f"there is no column {column!r} in this row (it has {', '.join(row) or 'none'}).")
-    if row[column] is None:
-        raise RowProblem(f"the column {column!r} is null.")
-    return row[column]
+def _value(example: Example, column: str) -> Any:
+    if column not in example:
+        raise ExampleProblem(
+            f"there is no column {column!r} in this row (it has {', '.join(example) or 'none'})."
+        )
+    if example[column] is None:
+        raise ExampleProblem(f"the column {column!r} is null.")
+    return example[column]
 
 
-def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
-    value = _value(row, column)
+def _text(example: Example, column: str, may_be_empty: bool = False) -> str:
+    value = _value(example, column)
     if not isinstance(value, str):
-        raise RowProblem(f"the column {column!r} is {type_name(value)}, not a string.")
+        raise ExampleProblem(f"the column {column!r} is {type_name(value)}, not a string.")
     if not may_be_empty and _is_blank(value):
-        raise RowProblem(f"the column {column!r} is empty.")
+        raise ExampleProblem(f"the column {column!r} is empty.")
     return value
 
 
-def _optional_text(row: Row, column: str | None) -> str:
+def _optional_text(example: Example, column: str | None) -> str:
     """The text of a column that may be empty, null or not there."""
-    value = row.get(column) if column else None
+    value = example.get(column) if column else None
     if value is not None and not isinstance(value, str):
-        raise RowProblem(f"the column {column!r} is {type_name(value)}, not a string.")
+        raise ExampleProblem(f"the column {column!r} is {type_name(value)}, not a string.")
     return value or ""
 
 
-def _as_messages(row: Row, column: str, role: str) -> list[Message]:
+def _as_messages(example: Example, column: str, role: str) -> list[Message]:
     """The messages of a column; of a text, one message."""
-    value = _value(row, column)
+    value = _value(example, column)
     if isinstance(value, str) and not looks_like_messages(value):
-        return [{"role": role, "content": _text(row, column)}]
+        return [{"role": role, "content": _text(example, column)}]
     return read_messages(value, f"the column {column!r}: its messages")
 
 

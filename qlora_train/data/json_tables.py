@@ -20,40 +20,50 @@ from itertools import chain, islice
 from typing import Any
 
 from qlora_train.data.tables import (
-    NumberedRow,
-    ParsedRows,
-    Row,
-    RowBatch,
-    RowProblem,
-    RowTable,
+    Example,
+    ExampleBatch,
+    ExampleProblem,
+    ExampleTable,
+    NumberedExample,
+    ParsedExamples,
     batched,
     type_name,
 )
 from qlora_train.data.text_files import undecoded
 from qlora_train.errors import DataError
 
-# Lists of objects that are part of a row: an object with one of them is a row, not a wrapper.
-_PARTS_OF_ROWS = {"messages", "conversations", "conversation", "prompt", "completion", "tools", "functions"}
-_PARTS_OF_ROWS |= {"history", "chosen", "rejected"}
-_NOT_ROWS = "where a row (a JSON object) is needed. A data file is a list of objects, or one object a line."
+# Lists of objects that are part of an example: an object with one of them is an example, not a wrapper.
+_PARTS_OF_EXAMPLES = {
+    "messages",
+    "conversations",
+    "conversation",
+    "prompt",
+    "completion",
+    "tools",
+    "functions",
+}
+_PARTS_OF_EXAMPLES |= {"history", "chosen", "rejected"}
+_NOT_EXAMPLES = (
+    "where a row (a JSON object) is needed. A data file is a list of objects, or one object a line."
+)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BUFFER_CHARACTERS = 1 << 16
 _LONGEST_WORD = 16  # characters of what may be cut in two: true, \\u1234, -Infinity
 
 
-class JsonTable(RowTable):
+class JsonTable(ExampleTable):
     """See the module docstring."""
 
     unit = "line"
 
-    def _read(self) -> Iterator[RowBatch]:
+    def _read(self) -> Iterator[ExampleBatch]:
         filled = ((number, line) for number, line in self._lines() if not line.isspace())
         begin = list(islice(filled, 2))
         lines = chain(begin, filled)
-        is_wrapper = len(begin) == 1 and _wrapped_rows(_object_in(begin[0][1])) is not None
+        is_wrapper = len(begin) == 1 and _wrapped_examples(_object_in(begin[0][1])) is not None
         if begin and _object_in(begin[0][1]) is not None and not is_wrapper:
             return map(JsonLines, batched(lines))
-        return map(ParsedRows, batched(_values_as_rows(self.name, lines)))
+        return map(ParsedExamples, batched(_values_as_examples(self.name, lines)))
 
 
 @dataclass(frozen=True)
@@ -62,36 +72,36 @@ class JsonLines:
 
     lines: list[tuple[int, str]]
 
-    def __iter__(self) -> Iterator[NumberedRow]:
+    def __iter__(self) -> Iterator[NumberedExample]:
         for number, line in self.lines:
-            yield number, _row_of_line(line)
+            yield number, _example_of_line(line)
 
 
-def _row_of_line(line: str) -> Row | RowProblem:
+def _example_of_line(line: str) -> Example | ExampleProblem:
     if wrong := undecoded(line):
-        return RowProblem(wrong)
+        return ExampleProblem(wrong)
     try:
         value = parse_json(line)
-    except RowProblem as problem:
+    except ExampleProblem as problem:
         return problem
-    return _row_or_problem(value)
+    return _example_or_problem(value)
 
 
-def _row_or_problem(value: Any) -> Row | RowProblem:
-    return value if isinstance(value, dict) else RowProblem(f"holds {type_name(value)} {_NOT_ROWS}")
+def _example_or_problem(value: Any) -> Example | ExampleProblem:
+    return value if isinstance(value, dict) else ExampleProblem(f"holds {type_name(value)} {_NOT_EXAMPLES}")
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises RowProblem, which goes on from "this text"."""
+    """The value of a JSON text. Raises ExampleProblem, which goes on from "this text"."""
     try:
         return _DECODER.decode(text)
     except RecursionError:
-        raise RowProblem("is not valid JSON: it is nested too deeply.") from None
+        raise ExampleProblem("is not valid JSON: it is nested too deeply.") from None
     except ValueError as error:
-        raise RowProblem(f"is not valid JSON: {error}") from error
+        raise ExampleProblem(f"is not valid JSON: {error}") from error
 
 
-def _object_without_twins(pairs: list[tuple[str, Any]]) -> Row:
+def _object_without_twins(pairs: list[tuple[str, Any]]) -> Example:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -103,7 +113,7 @@ def _object_without_twins(pairs: list[tuple[str, Any]]) -> Row:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object_without_twins)
 
 
-def _object_in(line: str) -> Row | None:
+def _object_in(line: str) -> Example | None:
     """The object that the line is; an empty one where it is damaged (one over several lines only begins)."""
     try:
         value = json.loads(line)
@@ -112,34 +122,34 @@ def _object_in(line: str) -> Row | None:
     return value if isinstance(value, dict) else None
 
 
-def _wrapped_rows(value: Row | RowProblem | None) -> list[Any] | None:
-    """The list of objects under the only key that has one; None for an object that is a row itself."""
-    if not isinstance(value, dict) or _PARTS_OF_ROWS & set(value):
+def _wrapped_examples(value: Example | ExampleProblem | None) -> list[Any] | None:
+    """The list of objects under the only key that has one; None for an object that is an example itself."""
+    if not isinstance(value, dict) or _PARTS_OF_EXAMPLES & set(value):
         return None
     lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
     return lists[0] if len(lists) == 1 else None
 
 
-def _values_as_rows(name: str, lines: Iterator[tuple[int, str]]) -> Iterator[NumberedRow]:
-    """The rows of a file that is not one object a line."""
+def _values_as_examples(name: str, lines: Iterator[tuple[int, str]]) -> Iterator[NumberedExample]:
+    """The examples of a file that is not one object a line."""
     reader = _ValueReader(name, lines)
     first = reader.peek()
     values = reader.elements() if first == "[" else reader.values()
     alone = first == "{"  # an object may be a wrapper, if nothing follows
-    held: NumberedRow | None = None
+    held: NumberedExample | None = None
     for number, value in values:
         if held is not None:
             yield held
             alone = False
-        held = number, _row_or_problem(value)
+        held = number, _example_or_problem(value)
     if held is None:
         return
-    wrapped = _wrapped_rows(held[1]) if alone else None
+    wrapped = _wrapped_examples(held[1]) if alone else None
     if wrapped is None:
         yield held
         return
-    for row in wrapped:  # the lines inside are not known any more
-        yield held[0], _row_or_problem(row)
+    for example in wrapped:  # the lines inside are not known any more
+        yield held[0], _example_or_problem(example)
 
 
 class _ValueReader:

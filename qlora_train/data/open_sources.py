@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_train.data.csv_table import CsvTable
+from qlora_train.data.example_reader import OpenTable, Part, read_batch
 from qlora_train.data.formats import resolve_format
 from qlora_train.data.reading_progress import Told
 from qlora_train.data.report import Reading
-from qlora_train.data.row_reader import OpenTable, Part, read_batch
 from qlora_train.data.sources import load_source
-from qlora_train.data.tables import MAX_LISTED_PROBLEMS, RowBatch, RowTable
-from qlora_train.data.tokenization import RowTokenizer
-from qlora_train.data.tokenized_rows import Facts, RowsWriter, TokenizedRows
+from qlora_train.data.tables import MAX_LISTED_PROBLEMS, ExampleBatch, ExampleTable
+from qlora_train.data.tokenization import ExampleTokenizer
+from qlora_train.data.tokenized_examples import ExamplesWriter, Facts, TokenizedExamples
 from qlora_train.data.workers import Workers, num_processors
 from qlora_train.errors import DataError
 
@@ -45,7 +45,7 @@ class OpenSources:
 
     def __init__(self, sources: Sequence[DataSource], data: DataSection) -> None:
         self._data = data
-        self.tables: list[RowTable] = []
+        self.tables: list[ExampleTable] = []
         self.weights: list[float] = []
         for source in sources:
             tables = load_source(source)
@@ -57,25 +57,25 @@ class OpenSources:
         ]
         self._all_columns = [table.columns for table in self.tables]
         for table, opened in zip(self.tables, self._open, strict=True):
-            table.ask_for(name for name in opened.row_format.columns_read if name in table.columns)
+            table.ask_for(name for name in opened.example_format.columns_read if name in table.columns)
 
     @property
     def formats(self) -> frozenset[str]:
-        return frozenset(opened.row_format.name for opened in self._open)
+        return frozenset(opened.example_format.name for opened in self._open)
 
     def tokenized(
         self,
-        tokenizer: RowTokenizer,
+        tokenizer: ExampleTokenizer,
         *,
         folder: Path | None = None,
-        progress: Told = lambda num_rows, share: None,
-    ) -> TokenizedRows | None:
-        """All rows. folder: where to write them instead of keeping them in memory. progress: told now and
+        progress: Told = lambda num_examples, share: None,
+    ) -> TokenizedExamples | None:
+        """All examples. folder: where to write them instead of keeping them in memory. progress: told now and
         then how far reading is.
 
-        Raises DataError for rows that cannot be used, unless `data.on_bad_row` skips them.
+        Raises DataError for examples that cannot be used, unless `data.on_bad_row` skips them.
         """
-        gathering = _Gathering(self._data.on_bad_row == "skip", RowsWriter(folder))
+        gathering = _Gathering(self._data.on_bad_row == "skip", ExamplesWriter(folder))
         try:
             for part in self._parts(tokenizer):
                 gathering.add(part)
@@ -84,7 +84,7 @@ class OpenSources:
         finally:
             gathering.writer.close()
 
-    def _parts(self, tokenizer: RowTokenizer) -> Iterator[Part]:
+    def _parts(self, tokenizer: ExampleTokenizer) -> Iterator[Part]:
         batches = self._batches()
         first = list(islice(batches, SERIAL_BATCHES + 1))
         if len(first) <= SERIAL_BATCHES or num_processors() == 1:
@@ -97,7 +97,7 @@ class OpenSources:
             yield from workers.map(first)
             yield from workers.map(batches)
 
-    def _batches(self) -> Iterator[tuple[OpenTable, RowBatch]]:
+    def _batches(self) -> Iterator[tuple[OpenTable, ExampleBatch]]:
         for opened, table in zip(self._open, self.tables, strict=True):
             for batch in table.batches():
                 yield opened, batch
@@ -110,7 +110,7 @@ class OpenSources:
         unread: dict[str, None] = {}
         for opened, known in zip(self._open, self._all_columns, strict=True):
             found = {**dict.fromkeys(known), **gathering.columns.get(opened.number, {})}
-            unread |= dict.fromkeys(name for name in found if name not in opened.row_format.columns_read)
+            unread |= dict.fromkeys(name for name in found if name not in opened.example_format.columns_read)
         remarks = [
             f"{table.name}: {table.dialect.in_words}"
             for table in self.tables
@@ -119,7 +119,7 @@ class OpenSources:
         return Facts(
             tables=tuple((opened.name, opened.unit) for opened in self._open),
             weights=tuple(self.weights),
-            formats=tuple(opened.row_format.name for opened in self._open),
+            formats=tuple(opened.example_format.name for opened in self._open),
             note_names=tuple(gathering.note_kinds),
             reading=Reading(
                 num_empty=gathering.num_empty,
@@ -135,8 +135,8 @@ class OpenSources:
 class _Gathering:
     """Adds up parts."""
 
-    def __init__(self, skips_bad_rows: bool, writer: RowsWriter) -> None:
-        self._skips_bad_rows, self.writer = skips_bad_rows, writer
+    def __init__(self, skips_bad_examples: bool, writer: ExamplesWriter) -> None:
+        self._skips_bad_examples, self.writer = skips_bad_examples, writer
         self.note_kinds: dict[str, int] = {}
         self.problems: list[str] = []
         self.num_problems = self.num_read = self.num_empty = self.num_rejected = 0
@@ -149,15 +149,15 @@ class _Gathering:
         self.num_rejected += part.num_rejected
         self.num_problems += len(part.problems)
         self.problems += part.problems[: MAX_LISTED_PROBLEMS - len(self.problems)]
-        if part.problems and not self._skips_bad_rows:
+        if part.problems and not self._skips_bad_examples:
             raise DataError(self._problems_in_words())
         kinds = [self.note_kinds.setdefault(name, len(self.note_kinds)) for name in part.note_names]
         self.writer.add({**part.arrays, "note_kinds": np.array(kinds, dtype=np.int32)})
-        if len(part.arrays["row_tables"]):
-            table = int(part.arrays["row_tables"][0])
+        if len(part.arrays["example_tables"]):
+            table = int(part.arrays["example_tables"][0])
             self.columns.setdefault(table, {}).update(dict.fromkeys(part.columns))
 
-    def finish(self, facts: Facts) -> TokenizedRows | None:
+    def finish(self, facts: Facts) -> TokenizedExamples | None:
         if not self.writer.num_documents:
             raise DataError(self._why_nothing_is_left())
         return self.writer.finish(facts)
@@ -178,7 +178,7 @@ class _Gathering:
                 (self.num_empty, "are empty"),
                 (self.num_rejected, "are labelled as bad answers"),
                 (self.num_problems, "cannot be used"),
-                (self.writer.num_rows, "have no supervised token or are too long"),
+                (self.writer.num_examples, "have no supervised token or are too long"),
             )
             if number
         ]

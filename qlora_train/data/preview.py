@@ -35,14 +35,14 @@ _CUT_OFF = "\ufffd"  # what the bytes of half a character decode to
 
 def preview(
     recipe: Recipe,
-    num_rows: int,
+    num_examples: int,
     console: Console | None = None,
     *,
     vocabulary_size: int | None = None,
     cache: Path | None = None,
     remarks: Sequence[str] = (),
 ) -> None:
-    """Prints the documents of the first `num_rows` training rows and what all rows are like.
+    """Prints the documents of the first `num_examples` training examples and what all examples are like.
 
     Loads no weights.
 
@@ -61,7 +61,7 @@ def preview(
         vocabulary_size=vocabulary_size,
         cache=cache,
     )
-    for document, title in _first_rows(train, num_rows):
+    for document, title in _first_examples(train, num_examples):
         console.print(Text(f"── {title}", style="bold"))
         console.print(as_text(document, tokenizer, marked=not console.color_system))
         console.print(f"{len(document):,} tokens, {document.num_supervised:,} supervised", style="dim")
@@ -87,14 +87,14 @@ def _lines(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> list[s
     ]
 
 
-def _first_rows(dataset: PackedDataset, num_rows: int) -> Iterator[tuple[Document, str]]:
-    """Documents of the first rows, in the order of the data, each with the place it is from."""
-    rows = groupby(range(len(dataset.lengths)), key=dataset.row_of)
-    for _, (row, indices) in zip(range(num_rows), rows, strict=False):
+def _first_examples(dataset: PackedDataset, num_examples: int) -> Iterator[tuple[Document, str]]:
+    """Documents of the first examples, in the order of the data, each with the place it is from."""
+    examples = groupby(range(len(dataset.lengths)), key=dataset.example_of)
+    for _, (example, indices) in zip(range(num_examples), examples, strict=False):
         pieces = [dataset.document(index) for index in indices]
         for number, document in enumerate(pieces, start=1):
             part = f" (part {number} of {len(pieces)})" if len(pieces) > 1 else ""
-            yield document, dataset.rows.describe_row(row) + part
+            yield document, dataset.examples.describe_example(example) + part
 
 
 def as_text(document: Document, tokenizer: PreTrainedTokenizerBase, *, marked: bool) -> Text:

@@ -11,7 +11,7 @@ from qlora_train.data.chat import ChatNote
 
 
 class Note(StrEnum):
-    """Something that happened to a row, with an amount. Notes of a row are kept with it, so that each side
+    """Something that happened to an example, with an amount. Notes of an example are kept with it, so that each side
     of the data counts its own."""
 
     PROMPT_CUT = "prompt cut"  # amount: tokens
@@ -25,7 +25,7 @@ class Note(StrEnum):
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of rows before they were tokens. `skipped`: the first few that could not be used, in
+    """What became of examples before they were tokens. `skipped`: the first few that could not be used, in
     words; `remarks`: how files were read, where that may surprise."""
 
     num_empty: int = 0
@@ -40,26 +40,26 @@ class Reading:
         if self.unread_columns:
             lines.append(f"columns not read: {', '.join(self.unread_columns)}")
         if self.num_empty:
-            lines.append(f"{_rows(self.num_empty)} empty, skipped")
+            lines.append(f"{_examples(self.num_empty)} empty, skipped")
         if self.num_rejected:
-            lines.append(f"{_rows(self.num_rejected)} labelled as bad answers, left out")
+            lines.append(f"{_examples(self.num_rejected)} labelled as bad answers, left out")
         if self.num_skipped:
             more = self.num_skipped - len(self.skipped)
             named = [*self.skipped, *([f"... and {more:,} more"] if more else [])]
-            lines.append(f"{_rows(self.num_skipped)} skipped (data.on_bad_row: skip):")
+            lines.append(f"{_examples(self.num_skipped)} skipped (data.on_bad_row: skip):")
             lines += [f"  {problem}" for problem in named]
         return lines
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """One side (train or eval) of the data: rows, tokens and bins.
+    """One side (train or eval) of the data: examples, tokens and bins.
 
-    `notes`: rows per note; `amounts`: their amounts, summed. `num_rows_also_in_train`: of an evaluation
-    side. `num_left_in`: rows whose source has a weight below 1 and that are not among the chosen.
+    `notes`: examples per note; `amounts`: their amounts, summed. `num_examples_also_in_train`: of an evaluation
+    side. `num_left_in`: examples whose source has a weight below 1 and that are not among the chosen.
     """
 
-    num_rows: int
+    num_examples: int
     num_documents: int
     num_tokens: int
     num_supervised: int
@@ -69,7 +69,7 @@ class DatasetReport:
     notes: Mapping[str, int] = field(default_factory=Counter)
     amounts: Mapping[str, int] = field(default_factory=Counter)
     reading: Reading = Reading()
-    num_rows_also_in_train: int = 0
+    num_examples_also_in_train: int = 0
     weighted: tuple[str, ...] = ()
 
     @property
@@ -86,7 +86,7 @@ class DatasetReport:
         seen twice.
         """
         return [
-            f"{self.num_rows:,} rows -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
+            f"{self.num_examples:,} rows -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
             f"{self.num_supervised:,} supervised ({self.supervised_share:.1%})",
             self._bins_line(),
             *self.weighted,
@@ -106,29 +106,29 @@ class DatasetReport:
         return f": {self.num_tokens / (self.num_tokens - self.amounts[note]):.2f} times the tokens"
 
     def _note_lines(self) -> list[str]:
-        rows, amounts = Counter(self.notes), Counter(self.amounts)
+        examples, amounts = Counter(self.notes), Counter(self.amounts)
         lines = []
-        cut = rows[Note.PROMPT_CUT] or rows[Note.ANSWER_CUT]
-        if cut or rows[Note.SPLIT]:
+        cut = examples[Note.PROMPT_CUT] or examples[Note.ANSWER_CUT]
+        if cut or examples[Note.SPLIT]:
             lost = amounts[Note.PROMPT_CUT] + amounts[Note.ANSWER_CUT]
             lines.append(
-                f"longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost the beginning of the "
-                f"prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
-                f"{lost / (self.num_tokens + lost):.1%} of all); {rows[Note.SPLIT]:,} split into "
+                f"longer than sequence_length: {_examples(examples[Note.PROMPT_CUT])} lost the beginning of the "
+                f"prompt, {examples[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
+                f"{lost / (self.num_tokens + lost):.1%} of all); {examples[Note.SPLIT]:,} split into "
                 f"{amounts[Note.SPLIT]:,} documents"
             )
-        if rows[Note.TOO_LONG]:
+        if examples[Note.TOO_LONG]:
             lines.append(
-                f"{_rows(rows[Note.TOO_LONG])} longer than sequence_length left out "
+                f"{_examples(examples[Note.TOO_LONG])} longer than sequence_length left out "
                 f"({amounts[Note.TOO_LONG]:,} tokens)"
             )
-        if rows[Note.UNSUPERVISED]:
-            lines.append(f"{_rows(rows[Note.UNSUPERVISED])} without a supervised token left out")
-        others = sorted(note for note in rows if rows[note] and note not in _SAID_TOGETHER)
-        lines += [f"{_rows(rows[note])} {note}{self._more_tokens(note)}" for note in others]
-        if self.num_rows_also_in_train:
+        if examples[Note.UNSUPERVISED]:
+            lines.append(f"{_examples(examples[Note.UNSUPERVISED])} without a supervised token left out")
+        others = sorted(note for note in examples if examples[note] and note not in _SAID_TOGETHER)
+        lines += [f"{_examples(examples[note])} {note}{self._more_tokens(note)}" for note in others]
+        if self.num_examples_also_in_train:
             lines.append(
-                f"{self.num_rows_also_in_train:,} evaluation rows are also training rows, word for word"
+                f"{self.num_examples_also_in_train:,} evaluation rows are also training rows, word for word"
             )
         return lines
 
@@ -136,5 +136,5 @@ class DatasetReport:
 _SAID_TOGETHER = frozenset({Note.PROMPT_CUT, Note.ANSWER_CUT, Note.SPLIT, Note.TOO_LONG, Note.UNSUPERVISED})
 
 
-def _rows(number: int) -> str:
+def _examples(number: int) -> str:
     return f"{number:,} row{'s' if number != 1 else ''}"

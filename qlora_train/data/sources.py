@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from qlora_train.data.arrow_tables import ArrowTable, HubTable, ParquetTable
 from qlora_train.data.csv_table import CsvTable
 from qlora_train.data.json_tables import JsonTable
-from qlora_train.data.tables import RowTable, TextTable
+from qlora_train.data.tables import ExampleTable, TextTable
 from qlora_train.data.text_files import PACKED_SUFFIXES, data_suffix
 from qlora_train.errors import DataError
 
@@ -37,7 +37,7 @@ _SAME_SPLIT = {
     "val": "validation",
     "dev": "validation",
 }
-_READERS: dict[str, Callable[[str], RowTable]] = {
+_READERS: dict[str, Callable[[str], ExampleTable]] = {
     ".jsonl": JsonTable,
     ".ndjson": JsonTable,
     ".json": JsonTable,
@@ -56,13 +56,13 @@ _METADATA = re.compile(
 )
 
 
-def load_tables(sources: Sequence[DataSource]) -> list[RowTable]:
-    """Opens every source, in order, and reads the first rows. Raises DataError for what is missing,
+def load_tables(sources: Sequence[DataSource]) -> list[ExampleTable]:
+    """Opens every source, in order, and reads the first examples. Raises DataError for what is missing,
     unreadable or empty."""
     return [table for source in sources for table in load_source(source)]
 
 
-def load_source(source: DataSource) -> list[RowTable]:
+def load_source(source: DataSource) -> list[ExampleTable]:
     """The tables of one source. Raises DataError like `load_tables`."""
     tables = _tables_of(source)
     for table in tables:
@@ -71,7 +71,7 @@ def load_source(source: DataSource) -> list[RowTable]:
     return tables
 
 
-def _tables_of(source: DataSource) -> list[RowTable]:
+def _tables_of(source: DataSource) -> list[ExampleTable]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         return [_load_file(file) for file in _files_of(path, source.split)]
@@ -126,7 +126,7 @@ def _split_of(file: Path) -> str:
     return "train"
 
 
-def _load_file(path: Path) -> RowTable:
+def _load_file(path: Path) -> ExampleTable:
     reader = _READERS.get(data_suffix(path))
     if reader is None:
         kind = "".join(path.suffixes[-2:]) or "(none)"
@@ -145,7 +145,7 @@ def _supported() -> str:
     return f"{' '.join(_READERS)}, text also packed ({' '.join(PACKED_SUFFIXES)})"
 
 
-def _load_hub(name: str, split: str) -> RowTable:
+def _load_hub(name: str, split: str) -> ExampleTable:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 

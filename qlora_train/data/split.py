@@ -15,7 +15,7 @@ from qlora_train.errors import DataError
 
 
 def content_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows say the same. keys: uint8 [R, 32]. Returns (group of each row [R], first row of each group
+    """Which examples say the same. keys: uint8 [R, 32]. Returns (group of each example [R], first example of each group
     [G]); groups are in the order of their keys."""
     words = np.ascontiguousarray(keys).view(">u8")
     order = np.lexsort(words.T[::-1])
@@ -28,24 +28,24 @@ def content_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_by_content(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """bool [R]: the rows for evaluation, at most round(share x R). keys: content keys, uint8 [R, 32].
+    """bool [R]: the examples for evaluation, at most round(share x R). keys: content keys, uint8 [R, 32].
 
     Raises DataError where a side would be empty.
     """
-    groups, first_rows = content_groups(keys)
-    num_rows = np.bincount(groups, minlength=len(first_rows))
+    groups, first_examples = content_groups(keys)
+    num_examples = np.bincount(groups, minlength=len(first_examples))
     num_wanted = round(share * len(keys))
-    is_chosen = np.zeros(len(first_rows), dtype=bool)
+    is_chosen = np.zeros(len(first_examples), dtype=bool)
     num_chosen = 0
-    for group in _order(keys[first_rows], seed).tolist():
+    for group in _order(keys[first_examples], seed).tolist():
         if num_chosen == num_wanted:
             break
-        if num_chosen + num_rows[group] <= num_wanted:
+        if num_chosen + num_examples[group] <= num_wanted:
             is_chosen[group] = True
-            num_chosen += int(num_rows[group])
+            num_chosen += int(num_examples[group])
     if not 0 < num_chosen < len(keys):
         raise DataError(
-            f"data.eval: {share} of {len(keys)} rows ({len(first_rows)} different ones) leaves "
+            f"data.eval: {share} of {len(keys)} rows ({len(first_examples)} different ones) leaves "
             f"{num_chosen} for evaluation and {len(keys) - num_chosen} for training. Use another share, "
             "or more rows."
         )
@@ -53,18 +53,18 @@ def split_by_content(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def chosen_by_weight(keys: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
-    """How often each row is seen in an epoch, int64 [R]: its weight, rounded up for as many rows as make the
+    """How often each example is seen in an epoch, int64 [R]: its weight, rounded up for as many examples as make the
     sum right. Which these are depends on their contents and the seed. weights: [R]."""
     times = np.floor(weights).astype(np.int64)
     for weight in np.unique(weights[weights != times]):
-        rows = np.flatnonzero(weights == weight)
-        order = rows[_order(keys[rows], seed)]
-        times[order[: round(float(weight % 1) * len(rows))]] += 1
+        examples = np.flatnonzero(weights == weight)
+        order = examples[_order(keys[examples], seed)]
+        times[order[: round(float(weight % 1) * len(examples))]] += 1
     return times
 
 
 def _order(keys: np.ndarray, seed: int) -> np.ndarray:
-    """The rows of `keys`, sorted by a hash keyed with the seed."""
+    """The examples of `keys`, sorted by a hash keyed with the seed."""
     prefix = b"%d " % seed
     digests = b"".join(hashlib.sha256(prefix + key.tobytes()).digest() for key in keys)
     return np.lexsort(np.frombuffer(digests, dtype=">u8").reshape(-1, 4).T[::-1])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.dataset import PackedDataset, row_size
+from qlora_train.data.dataset import PackedDataset, padded_length
 from qlora_train.data.split import content_groups
 
 if TYPE_CHECKING:
@@ -18,25 +18,25 @@ _BAR_CHARACTERS = 40
 _NUM_CLASSES = 10
 _LENGTH_STEP = 64  # advised lengths are multiples of it
 _SHARE_TO_HOLD = 0.99
-_ROWS_LOOKED_AT = 2000  # for stop tokens
+_EXAMPLES_LOOKED_AT = 2000  # for stop tokens
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each row's longest text before anything was cut, sorted."""
+    """Tokens of each example's longest text before anything was cut, sorted."""
 
     values: np.ndarray
 
     @staticmethod
     def of(dataset: PackedDataset) -> Lengths:
-        return Lengths(np.sort(dataset.rows.row_lengths[dataset.is_of_row]))
+        return Lengths(np.sort(dataset.examples.example_lengths[dataset.is_of_example]))
 
     @property
     def longest(self) -> int:
         return int(self.values[-1])
 
     def percentile(self, share: float) -> int:
-        """The smallest length that at least this share of the rows does not exceed."""
+        """The smallest length that at least this share of the examples does not exceed."""
         return int(self.values[max(int(np.ceil(share * len(self.values))) - 1, 0)])
 
     def share_longer_than(self, length: int) -> float:
@@ -48,7 +48,7 @@ class Lengths:
         )
 
     def histogram(self) -> list[str]:
-        """A line per class of lengths: bounds, a bar, rows."""
+        """A line per class of lengths: bounds, a bar, examples."""
         shortest = int(self.values[0])
         width = -(-(self.longest - shortest + 1) // _NUM_CLASSES)
         counts = np.bincount((self.values - shortest) // width)
@@ -63,15 +63,15 @@ class Lengths:
 
 
 def num_duplicates(dataset: PackedDataset) -> int:
-    """Rows that say word for word what another row of this side says, but for the first of each."""
-    keys = dataset.rows.row_keys[dataset.is_of_row]
+    """Examples that say word for word what another example of this side says, but for the first of each."""
+    keys = dataset.examples.example_keys[dataset.is_of_example]
     return len(keys) - len(content_groups(keys)[1])
 
 
 def stop_tokens(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """Which tokens the last answers end with, most frequent first."""
     ends: Counter[int] = Counter()
-    for index in range(min(len(dataset.lengths), _ROWS_LOOKED_AT)):
+    for index in range(min(len(dataset.lengths), _EXAMPLES_LOOKED_AT)):
         document = dataset.document(index)
         ends[int(document.token_ids[np.flatnonzero(document.supervised)[-1]])] += 1
     total = sum(ends.values())
@@ -92,7 +92,7 @@ def packing_line(dataset: PackedDataset) -> str:
             f"{dataset.report.filling:.1%} full; one document a bin would be {num_documents:,} bins, "
             f"{alone:.1%} full"
         )
-    computed = int(row_size(dataset.lengths, length).sum())
+    computed = int(padded_length(dataset.lengths, length).sum())
     return (
         f"packing is off: a bin holds one document, {alone:.1%} of sequence_length on average; what is empty "
         f"is not computed ({tokens / computed:.1%} of what is computed are tokens of the data)"

@@ -26,37 +26,37 @@ from typing import Any, NamedTuple, Protocol
 from qlora_train.data.text_files import numbered_lines, undecoded
 from qlora_train.errors import DataError
 
-Row = dict[str, Any]
-BATCH_ROWS = 1000
+Example = dict[str, Any]
+BATCH_EXAMPLES = 1000
 MAX_LISTED_PROBLEMS = 5
 
 
-class RowProblem(Exception):
-    """A row that cannot be used, in words. Where rows are read it is counted, or becomes a DataError."""
+class ExampleProblem(Exception):
+    """An example that cannot be used, in words. Where examples are read it is counted, or becomes a DataError."""
 
 
-NumberedRow = tuple[int, Row | RowProblem]
+NumberedExample = tuple[int, Example | ExampleProblem]
 
 
-class RowBatch(Protocol):
-    """Some rows of a table, not parsed yet. Iterating gives (line or row number from 1, row); a row that
-    cannot be parsed is its RowProblem. It can be pickled."""
+class ExampleBatch(Protocol):
+    """Some examples of a table, not parsed yet. Iterating gives (line or row number from 1, example); an example that
+    cannot be parsed is its ExampleProblem. It can be pickled."""
 
-    def __iter__(self) -> Iterator[NumberedRow]: ...
+    def __iter__(self) -> Iterator[NumberedExample]: ...
 
 
 @dataclass(frozen=True)
-class ParsedRows:
-    """A batch of rows that are values already."""
+class ParsedExamples:
+    """A batch of examples that are values already."""
 
-    rows: Sequence[NumberedRow]
+    examples: Sequence[NumberedExample]
 
-    def __iter__(self) -> Iterator[NumberedRow]:
-        return iter(self.rows)
+    def __iter__(self) -> Iterator[NumberedExample]:
+        return iter(self.examples)
 
 
-class RowTable(ABC):
-    """`name`: path or id. `unit`: what the numbers of rows count, "line" or "row"."""
+class ExampleTable(ABC):
+    """`name`: path or id. `unit`: what the numbers of examples count, "line" or "row"."""
 
     unit = "row"
 
@@ -64,56 +64,58 @@ class RowTable(ABC):
         self.name = name
         self.asked_for: tuple[str, ...] | None = None
         self.share_read = 0.0  # of the file, so far
-        self._begun: tuple[ParsedRows | None, Iterator[RowBatch]] | None = None
+        self._begun: tuple[ParsedExamples | None, Iterator[ExampleBatch]] | None = None
 
     @abstractmethod
-    def _read(self) -> Iterator[RowBatch]:
+    def _read(self) -> Iterator[ExampleBatch]:
         """Opens the file and scans it."""
 
-    def batches(self) -> Iterator[RowBatch]:
-        """All rows, in order. The first time this goes on from `head`; later the file is read anew."""
+    def batches(self) -> Iterator[ExampleBatch]:
+        """All examples, in order. The first time this goes on from `head`; later the file is read anew."""
         first, rest = self._begin()
         self._begun = None
         return rest if first is None else chain([first], rest)
 
     @property
-    def head(self) -> Sequence[NumberedRow]:
-        """The rows of the first batch."""
+    def head(self) -> Sequence[NumberedExample]:
+        """The examples of the first batch."""
         first, _ = self._begin()
-        return [] if first is None else first.rows
+        return [] if first is None else first.examples
 
     @property
     def is_empty(self) -> bool:
         return not self.head
 
     @property
-    def first_row(self) -> str:
-        """The first row in words."""
+    def first_example(self) -> str:
+        """The first example in words."""
         return self.describe(next((number for number, _ in self.head), 1))
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Column names, in order of first appearance, as far as the head tells."""
-        return tuple(dict.fromkeys(name for _, row in self.head if isinstance(row, dict) for name in row))
+        return tuple(
+            dict.fromkeys(name for _, example in self.head if isinstance(example, dict) for name in example)
+        )
 
     def first_value(self, column: str) -> Any:
         """The first value in the head that is not null; None where there is none."""
-        values = (row.get(column) for _, row in self.head if isinstance(row, dict))
+        values = (example.get(column) for _, example in self.head if isinstance(example, dict))
         return next((value for value in values if value is not None), None)
 
     def ask_for(self, columns: Iterable[str]) -> None:
-        """From here on rows need hold only these columns. Raises DataError for one whose name is doubled."""
+        """From here on examples need hold only these columns. Raises DataError for one whose name is doubled."""
         self.asked_for = tuple(columns)
 
     def describe(self, number: int) -> str:
         return f"{self.name} {self.unit} {number}"
 
-    def __iter__(self) -> Iterator[tuple[int, Row]]:
-        """(number, row) of every row. Raises DataError for a row that cannot be parsed."""
-        for number, row in chain.from_iterable(self.batches()):
-            if isinstance(row, RowProblem):
-                raise DataError(f"{self.describe(number)} {row}")
-            yield number, row
+    def __iter__(self) -> Iterator[tuple[int, Example]]:
+        """(number, example) of every example. Raises DataError for an example that cannot be parsed."""
+        for number, example in chain.from_iterable(self.batches()):
+            if isinstance(example, ExampleProblem):
+                raise DataError(f"{self.describe(number)} {example}")
+            yield number, example
 
     def _lines(self) -> Iterator[tuple[int, str]]:
         """Of a text file."""
@@ -123,26 +125,26 @@ class RowTable(ABC):
 
         return numbered_lines(self.name, read_on)
 
-    def _begin(self) -> tuple[ParsedRows | None, Iterator[RowBatch]]:
+    def _begin(self) -> tuple[ParsedExamples | None, Iterator[ExampleBatch]]:
         if self._begun is None:
             rest = self._read()
             first = next(rest, None)
-            self._begun = (None if first is None else ParsedRows(list(first)), rest)
+            self._begun = (None if first is None else ParsedExamples(list(first)), rest)
         return self._begun
 
 
 class Origin(NamedTuple):
-    """Where a row is from."""
+    """Where an example is from."""
 
-    table: RowTable
+    table: ExampleTable
     number: int
 
     def describe(self) -> str:
         return self.table.describe(self.number)
 
 
-class TextTable(RowTable):
-    """A .txt file: every line is a row with one column, `text`."""
+class TextTable(ExampleTable):
+    """A .txt file: every line is an example with one column, `text`."""
 
     unit = "line"
 
@@ -150,17 +152,17 @@ class TextTable(RowTable):
     def columns(self) -> tuple[str, ...]:
         return ("text",)
 
-    def _read(self) -> Iterator[RowBatch]:
-        return map(ParsedRows, batched(map(_text_row, self._lines())))
+    def _read(self) -> Iterator[ExampleBatch]:
+        return map(ParsedExamples, batched(map(_text_example, self._lines())))
 
 
-def _text_row(numbered: tuple[int, str]) -> NumberedRow:
+def _text_example(numbered: tuple[int, str]) -> NumberedExample:
     number, line = numbered
     problem = undecoded(line)
-    return number, RowProblem(problem) if problem else {"text": line.rstrip("\r\n")}
+    return number, ExampleProblem(problem) if problem else {"text": line.rstrip("\r\n")}
 
 
-def batched(items: Iterable[Any], size: int = BATCH_ROWS) -> Iterator[list[Any]]:
+def batched(items: Iterable[Any], size: int = BATCH_EXAMPLES) -> Iterator[list[Any]]:
     """Lists of `size` items, the last one shorter."""
     batch = []
     for item in items:

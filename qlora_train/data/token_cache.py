@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from qlora_train.data.arrow_tables import HubTable
-from qlora_train.data.tables import RowTable
-from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.data.tables import ExampleTable
+from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.errors import DataError, QloraTrainError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from qlora_train.recipe import DataSection
 
-VERSION = 2
+VERSION = 3
 LEAST_BYTES = 2**20
 """Of the files of data that are kept."""
 _READ_BYTES = 2**20
@@ -42,8 +42,8 @@ _NOT_IN_TOKENS = {"train", "eval", "packing"}
 _LIBRARIES = ("qlora-train", "tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
 
 
-def files_of(tables: Sequence[RowTable]) -> list[Path] | None:
-    """The files that hold the rows; None where some rows are in none."""
+def files_of(tables: Sequence[ExampleTable]) -> list[Path] | None:
+    """The files that hold the examples; None where some examples are in none."""
     files: list[Path] = []
     for table in tables:
         if isinstance(table, HubTable):
@@ -57,7 +57,7 @@ def files_of(tables: Sequence[RowTable]) -> list[Path] | None:
 
 
 def fingerprint(
-    tables: Sequence[RowTable],
+    tables: Sequence[ExampleTable],
     files: Sequence[Path],
     weights: Sequence[float],
     data: DataSection,
@@ -74,12 +74,12 @@ def fingerprint(
     return digest.hexdigest()[:24]
 
 
-def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> TokenizedRows:
-    """The rows of the cache folder `name`, built first by build(folder) where they are not there. Raises
+def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> TokenizedExamples:
+    """The examples of the cache folder `name`, built first by build(folder) where they are not there. Raises
     DataError where the cache cannot be written, QloraTrainError where its disk is full."""
     folder = root / f"tokens-{name}"
     try:
-        return TokenizedRows.opened(folder)
+        return TokenizedExamples.opened(folder)
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         pass
     making = root / f"making-tokens-{name}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -88,7 +88,7 @@ def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> Tokeni
         if folder.exists():  # built by somebody else meanwhile, or damaged
             shutil.rmtree(folder)
         making.rename(folder)
-        return TokenizedRows.opened(folder)
+        return TokenizedExamples.opened(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise QloraTrainError(

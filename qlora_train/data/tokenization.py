@@ -30,7 +30,7 @@ from qlora_train.data.encoding import TextEncoder
 from qlora_train.data.fitting import Document, Text, TooLong, fit
 from qlora_train.data.long_chats import LongChats
 from qlora_train.data.report import Note
-from qlora_train.data.tables import RowProblem
+from qlora_train.data.tables import ExampleProblem
 from qlora_train.data.tokenizer import BosRule
 from qlora_train.errors import DataError
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class TokenizedRow:
-    """One row's documents; none where it has nothing to learn from. `num_tokens`: of its longest text, before
+class TokenizedExample:
+    """One example's documents; none where it has nothing to learn from. `num_tokens`: of its longest text, before
     anything was cut."""
 
     documents: list[Document] = field(default_factory=list)
@@ -48,7 +48,7 @@ class TokenizedRow:
     notes: Counter[str] = field(default_factory=Counter)
 
 
-class RowTokenizer:
+class ExampleTokenizer:
     """Turns contents into documents of at most `sequence_length` tokens.
 
     chat_format: how conversations are written; None where there are none. supervise: `completions`;
@@ -74,23 +74,25 @@ class RowTokenizer:
         self._encoder = TextEncoder(tokenizer)
         self._chats = None if chat_format is None else ChatTokenizer(tokenizer, chat_format, supervise)
 
-    def tokenize(self, contents: Sequence[Content]) -> list[TokenizedRow | RowProblem]:
+    def tokenize(self, contents: Sequence[Content]) -> list[TokenizedExample | ExampleProblem]:
         """One result for each content, in order. Raises DataError for a tokenizer without EOS, where one is
         needed."""
         notes = [Counter[str]() for _ in contents]
-        rows = zip(contents, self._texts(contents, notes), notes, strict=True)
+        examples = zip(contents, self._texts(contents, notes), notes, strict=True)
         return [
-            RowProblem(str(texts)) if isinstance(texts, ChatProblem) else self._row(content, texts, noted)
-            for content, texts, noted in rows
+            ExampleProblem(str(texts))
+            if isinstance(texts, ChatProblem)
+            else self._example(content, texts, noted)
+            for content, texts, noted in examples
         ]
 
     def _texts(
         self, contents: Sequence[Content], notes: Sequence[Counter[str]]
     ) -> Iterator[list[Tokens] | ChatProblem]:
         """Of each content, in order."""
-        rows = list(zip(contents, notes, strict=True))
-        chats = [(content, noted) for content, noted in rows if isinstance(content, Chat)]
-        others = [(content, noted) for content, noted in rows if not isinstance(content, Chat)]
+        examples = list(zip(contents, notes, strict=True))
+        chats = [(content, noted) for content, noted in examples if isinstance(content, Chat)]
+        others = [(content, noted) for content, noted in examples if not isinstance(content, Chat)]
         found: Iterator[list[Tokens] | ChatProblem] = iter(())
         if chats:
             assert self._chats is not None, "conversations need a chat format"
@@ -117,29 +119,31 @@ class RowTokenizer:
                 num, ids = len(before.token_ids), np.concatenate([before.token_ids, behind]).astype(np.int32)
             yield [Tokens(ids, [(num, len(ids))], adds_eos=True)]
 
-    def _row(self, content: Content, found: list[Tokens], notes: Counter[str]) -> TokenizedRow | RowProblem:
+    def _example(
+        self, content: Content, found: list[Tokens], notes: Counter[str]
+    ) -> TokenizedExample | ExampleProblem:
         texts = [self._text(tokens) for tokens in found]
         for text in texts:
             if problem := self._unknown_token(text.document.token_ids):
                 return problem
         lengths = [len(text.document) for text in texts]
-        row = TokenizedRow(notes=notes, num_tokens=max(lengths, default=0))
+        example = TokenizedExample(notes=notes, num_tokens=max(lengths, default=0))
         parts = [texts]
-        if row.num_tokens > self._sequence_length:
+        if example.num_tokens > self._sequence_length:
             if self._too_long == "drop":
                 notes[Note.TOO_LONG] += sum(lengths)
-                return row
+                return example
             if isinstance(content, Chat):
                 parts = self._shorter_chats(content, found, texts, notes)
         for part in parts:
             documents = [self._fitted(text, content, notes) for text in part]
-            row.documents += [document for of_text in documents for document in of_text]
+            example.documents += [document for of_text in documents for document in of_text]
             if len(part) > 1:
                 sizes = [sum(map(len, of_text)) for of_text in documents]
                 notes[ChatNote.SEVERAL_TEXTS] += sum(sizes) - max(sizes)
-        if not row.documents:
+        if not example.documents:
             notes[Note.UNSUPERVISED] += 1
-        return row
+        return example
 
     def _fitted(self, text: Text, content: Content, notes: Counter[str]) -> list[Document]:
         too_long: TooLong = "split" if isinstance(content, PlainText) else self._too_long
@@ -214,12 +218,12 @@ class RowTokenizer:
         (start, end), *others = tokens.answers
         return np.append(tokens.ids, np.int32(eos_id)), [(start, end + 1), *others]
 
-    def _unknown_token(self, token_ids: np.ndarray) -> RowProblem | None:
+    def _unknown_token(self, token_ids: np.ndarray) -> ExampleProblem | None:
         largest = int(token_ids.max(initial=0))
         if self.vocabulary_size is None or largest < self.vocabulary_size:
             return None
         token = self.tokenizer.convert_ids_to_tokens(largest)
-        return RowProblem(
+        return ExampleProblem(
             f"it holds the token {token!r}, number {largest} of the tokenizer, and the model's embedding has "
             f"{self.vocabulary_size} rows: check that tokenizer and weights belong together."
         )

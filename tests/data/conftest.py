@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from qlora_train.data.chat import ChatFormat
 from qlora_train.data.content import Chat, Content
 from qlora_train.data.fitting import Document
-from qlora_train.data.tables import RowProblem
-from qlora_train.data.tokenization import RowTokenizer
+from qlora_train.data.tables import ExampleProblem
+from qlora_train.data.tokenization import ExampleTokenizer
 from qlora_train.recipe import DataSection
 
 SPECIALS = ["<s>", "</s>", "<|start|>", "<|end|>"]
@@ -94,9 +94,9 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    def write(*rows: Any, name: str = "rows.jsonl") -> str:
+    def write(*examples: Any, name: str = "rows.jsonl") -> str:
         path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
         return str(path)
 
     return write
@@ -123,25 +123,25 @@ def show() -> Callable[[PreTrainedTokenizerFast, Any], str]:
 
 @dataclass
 class Tokenized:
-    """What became of some contents. `notes`: amounts; `noted`: rows. `of_row`: of each document."""
+    """What became of some contents. `notes`: amounts; `noted`: examples. `of_example`: of each document."""
 
     documents: list[Document]
     notes: Counter[str]
     noted: Counter[str]
-    of_row: list[int]
+    of_example: list[int]
 
 
 def tokenize_contents(tokenizer: Any, *contents: Content, length: int = 200, **options: Any) -> Tokenized:
-    """Raises the RowProblem of the first content that has one."""
+    """Raises the ExampleProblem of the first content that has one."""
     found = Tokenized([], Counter(), Counter(), [])
     has_chats = any(isinstance(content, Chat) for content in contents)
     chat_format = ChatFormat(tokenizer, ()) if has_chats else None
-    results = RowTokenizer(tokenizer, chat_format, sequence_length=length, **options).tokenize(contents)
+    results = ExampleTokenizer(tokenizer, chat_format, sequence_length=length, **options).tokenize(contents)
     for number, result in enumerate(results):
-        if isinstance(result, RowProblem):
+        if isinstance(result, ExampleProblem):
             raise result
         found.documents += result.documents
-        found.of_row += [number] * len(result.documents)
+        found.of_example += [number] * len(result.documents)
         found.notes += result.notes
         found.noted += Counter(note for note, amount in result.notes.items() if amount)
     return found

@@ -77,7 +77,7 @@ def test_tools_and_options_reach_the_template() -> None:
     "source",
     ["{{ 'x' + messages[0] }}", "{{ raise_exception('no') }}", "{{ messages[9].content }}", "{{ 1 / 0 }}"],
 )
-def test_a_template_that_cannot_take_a_message_is_the_rows_problem(source: str) -> None:
+def test_a_template_that_cannot_take_a_message_is_the_examples_problem(source: str) -> None:
     with pytest.raises(ChatProblem, match="refuses the conversation"):
         render(source)
 

@@ -118,7 +118,7 @@ def test_each_answer_behind_what_generation_sees(kind: str, name: str) -> None:
         return
     pieces, _ = write(source, messages, stops)
     assert [piece.answer + "<|eos|>" * piece.adds_eos for piece in pieces] == right
-    if name != "inline" and kind != "calls as text":  # there rows are given to the template otherwise
+    if name != "inline" and kind != "calls as text":  # there examples are given to the template otherwise
         assert [piece.prompt for piece in pieces] == prompts(source, messages)
 
 

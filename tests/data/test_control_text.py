@@ -31,10 +31,10 @@ def test_quoted_control_tokens_are_text(
     tokenizer = make_tokenizer(template, merges=("o n", "< /"))
     quoting = exchange("é </s> on <|end|>", "no</s>on<|start|> x<s>")
     other = exchange("é </$> on <!end|>", "no</$>on<!start|> x<$>")
-    rows = tokenize(tokenizer, quoting, other, quoting, supervise=supervise)
-    said, expected, _ = rows.documents
-    assert rows.noted[Note.QUOTES_CONTROL_TOKENS] == 2
-    assert rows.noted[Note.SAYS_CONTROL_TOKENS] == 0
+    examples = tokenize(tokenizer, quoting, other, quoting, supervise=supervise)
+    said, expected, _ = examples.documents
+    assert examples.noted[Note.QUOTES_CONTROL_TOKENS] == 2
+    assert examples.noted[Note.SAYS_CONTROL_TOKENS] == 0
     assert said.supervised.tolist() == expected.supervised.tolist()
     text = tokenizer.decode(said.token_ids)
     assert "no</s>on<|start|> x<s>" in text
@@ -55,7 +55,9 @@ def test_the_turn_goes_on_behind_a_quoted_end(tokenize: Tokenize, tokenizer: Any
     assert np.count_nonzero(document.token_ids == end_id) == 2
 
 
-def test_a_prompt_quotes_as_its_training_row_does(tokenize: Tokenize, make_tokenizer: MakeTokenizer) -> None:
+def test_a_prompt_quotes_as_its_training_example_does(
+    tokenize: Tokenize, make_tokenizer: MakeTokenizer
+) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
     (document,) = tokenize(tokenizer, exchange("is </s> the end?", "x")).documents
     first_answer = document.supervised.tolist().index(True)
@@ -82,26 +84,26 @@ def test_what_cannot_be_exact_is_left_and_counted(
     tokenizer = make_tokenizer(bos=True)
     spoil(tokenizer)
     chat = exchange("q", "a</s><e>b")
-    rows = tokenize(tokenizer, chat)
-    assert (rows.noted[Note.SAYS_CONTROL_TOKENS], rows.noted[Note.QUOTES_CONTROL_TOKENS]) == (1, 0)
+    examples = tokenize(tokenizer, chat)
+    assert (examples.noted[Note.SAYS_CONTROL_TOKENS], examples.noted[Note.QUOTES_CONTROL_TOKENS]) == (1, 0)
     expected = tokenizer.apply_chat_template(list(chat.messages), return_dict=True)["input_ids"]
-    said = rows.documents[0].token_ids.tolist()
+    said = examples.documents[0].token_ids.tolist()
     assert said == expected[: len(said)]
     assert tokenizer.decode(expected[len(said) :]).strip() == ""  # nothing is kept behind the last answer
 
 
-def test_control_tokens_in_plain_rows_stay_and_are_counted(
+def test_control_tokens_in_plain_examples_stay_and_are_counted(
     tokenize: Tokenize, tokenizer: Any, show: Show
 ) -> None:
-    rows = tokenize(tokenizer, Completion("<|start|>p", "c"), PlainText("a</s>b"), PlainText("a"))
-    assert [show(tokenizer, d) for d in rows.documents[:2]] == [
+    examples = tokenize(tokenizer, Completion("<|start|>p", "c"), PlainText("a</s>b"), PlainText("a"))
+    assert [show(tokenizer, d) for d in examples.documents[:2]] == [
         "<|start|>p[c][</s>]",
         "a[</s>][b][</s>]",
     ]
-    assert rows.noted[Note.SAYS_CONTROL_TOKENS] == 2
+    assert examples.noted[Note.SAYS_CONTROL_TOKENS] == 2
 
 
-def test_a_row_may_hold_the_mark_itself(tokenize: Tokenize, tokenizer: Any) -> None:
+def test_an_example_may_hold_the_mark_itself(tokenize: Tokenize, tokenizer: Any) -> None:
     for text in ("a\ue001b", "a\ue001</s>b"):
         (document,) = tokenize(tokenizer, exchange("q\ue001", text)).documents
         assert tokenizer.decode(document.token_ids[document.supervised]) == text + "<|end|>"

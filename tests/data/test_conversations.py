@@ -10,7 +10,7 @@ import pytest
 
 from qlora_train.data.arrow_tables import ParquetTable
 from qlora_train.data.conversations import read_messages, read_tools
-from qlora_train.data.tables import RowProblem
+from qlora_train.data.tables import ExampleProblem
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 S = {"role": "system", "content": "s"}
@@ -92,7 +92,7 @@ def test_what_messages_mean(written: Any, expected: list[dict]) -> None:
     ],
 )
 def test_what_is_no_conversation(written: Any, problem: str) -> None:
-    with pytest.raises(RowProblem, match=problem):
+    with pytest.raises(ExampleProblem, match=problem):
         read_messages(written, "the messages")
 
 
@@ -106,7 +106,7 @@ def test_tools_as_lists_text_and_functions() -> None:
     for written in ([tool], json.dumps([tool]), [json.dumps(tool)], tool, [{"name": "f"}]):
         assert read_tools(written, "tools") == [tool]
     for wrong, problem in (("{", "not valid JSON"), (["f"], "not a list of objects"), (3, "not a list")):
-        with pytest.raises(RowProblem, match=problem):
+        with pytest.raises(ExampleProblem, match=problem):
             read_tools(wrong, "tools")
 
 
@@ -116,13 +116,13 @@ def test_nulls_that_parquet_fills_in_are_dropped_at_every_depth(tmp_path: Path) 
     def call(**arguments: Any) -> list[dict]:
         return [{"function": {"name": "f", "arguments": arguments}}]
 
-    rows = [
+    examples = [
         {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": call(**arguments)}]}
         for arguments in ({"x": 1}, {"y": [{"z": "z"}, {"w": "w"}]})
     ]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(examples).to_parquet(tmp_path / "rows.parquet")
     table = ParquetTable(str(tmp_path / "rows.parquet"))
-    assert [read_messages(row["messages"], "the messages")[1] for _, row in table] == [
+    assert [read_messages(example["messages"], "the messages")[1] for _, example in table] == [
         {"role": "assistant", "tool_calls": call(x=1)},
         {"role": "assistant", "tool_calls": call(y=[{"z": "z"}, {"w": "w"}])},
     ]

@@ -9,11 +9,11 @@ import pytest
 from qlora_train.data.building import build_dataset
 from qlora_train.data.chat import ChatNote, lost
 from qlora_train.data.content import PlainText, content_key
-from qlora_train.data.dataset import PackedDataset, epoch_order, row_size
+from qlora_train.data.dataset import PackedDataset, epoch_order, padded_length
 from qlora_train.data.fitting import Document
 from qlora_train.data.report import DatasetReport, Note, Reading
 from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content
-from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSection
 
@@ -23,17 +23,17 @@ Section = Callable[..., DataSection]
 
 def dataset(*documents: str, length: int = 8, packing: bool = True, shuffle: bool = False) -> PackedDataset:
     """Documents as letters: capitals are supervised, token ids are the letters' codes."""
-    rows = TokenizedRows.of(
+    examples = TokenizedExamples.of(
         [
             Document(np.array([ord(c) for c in text], dtype=np.int32), np.array([c.isupper() for c in text]))
             for text in documents
         ]
     )
-    return PackedDataset(rows, sequence_length=length, packing=packing, seed=3, shuffle=shuffle)
+    return PackedDataset(examples, sequence_length=length, packing=packing, seed=3, shuffle=shuffle)
 
 
 def test_a_micro_batch_by_hand() -> None:
-    """Bins without what is empty in them, then as many dummies as make the row of a usual size."""
+    """Bins without what is empty in them, then as many dummies as make the example of a usual size."""
     data = dataset("abCD", "eF", "gHiJK", "l")
     assert [sorted(data.bins[i]) for i in range(2)] == [[1, 2, 3], [0]]
     batch = data.micro_batch([1, None, 0])
@@ -52,13 +52,13 @@ def test_a_micro_batch_by_hand() -> None:
     assert batch.cu_seqlens.dtype == np.int32
 
 
-def test_row_sizes_are_few_and_hold_few_dummies() -> None:
+def test_example_sizes_are_few_and_hold_few_dummies() -> None:
     numbers = np.arange(0, 5000)
-    sizes = row_size(numbers, 4096 * 2)
+    sizes = padded_length(numbers, 4096 * 2)
     assert (sizes >= numbers).all() and (sizes[64:] <= 1.25 * numbers[64:]).all()
     assert sorted(set(sizes[:129].tolist())) == [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]
-    assert row_size(np.array([60, 61, 64]), 62).tolist() == [62, 62, 62]
-    assert row_size(np.array(2048), 2048) == 2048  # a full bin is a full bin
+    assert padded_length(np.array([60, 61, 64]), 62).tolist() == [62, 62, 62]
+    assert padded_length(np.array(2048), 2048) == 2048  # a full bin is a full bin
 
 
 def test_an_empty_micro_batch_is_dummies_alone() -> None:
@@ -93,11 +93,11 @@ def test_short_documents_without_packing_cost_no_full_bins() -> None:
 def test_no_micro_batch_has_more_documents() -> None:
     """Exactly as many, dummy bins at the end included."""
     data = dataset(*("a" * (n % 7 + 1) + "B" for n in range(60)), length=24, shuffle=True)
-    for size, num_rows in ((1, data.num_bins), (2, 3 * data.num_bins - 1), (3, 7), (5, 2), (64, 40)):
-        rows = [*range(num_rows), *[None] * size]
-        batches = [data.micro_batch(rows[i : i + size]) for i in range(0, num_rows, size)]
+    for size, num_examples in ((1, data.num_bins), (2, 3 * data.num_bins - 1), (3, 7), (5, 2), (64, 40)):
+        examples = [*range(num_examples), *[None] * size]
+        batches = [data.micro_batch(examples[i : i + size]) for i in range(0, num_examples, size)]
         numbers = [len(batch.cu_seqlens) - 1 for batch in batches]
-        assert data.most_documents(size, num_rows) == max(numbers)
+        assert data.most_documents(size, num_examples) == max(numbers)
 
 
 def test_the_order_is_a_pure_function_and_each_epoch_sees_all_bins_once() -> None:
@@ -128,10 +128,10 @@ def keys_of(*texts: str) -> np.ndarray:
     return np.frombuffer(keys, dtype=np.uint8).reshape(-1, 32)
 
 
-def test_rows_that_say_the_same_are_one_group() -> None:
-    groups, first_rows = content_groups(keys_of("b", "a", "b", "c", "a"))
+def test_examples_that_say_the_same_are_one_group() -> None:
+    groups, first_examples = content_groups(keys_of("b", "a", "b", "c", "a"))
     assert groups[0] == groups[2] and groups[1] == groups[4] and len(set(groups.tolist())) == 3
-    assert sorted(first_rows.tolist()) == [0, 1, 3]
+    assert sorted(first_examples.tolist()) == [0, 1, 3]
 
 
 def test_the_split_is_by_content_seeded_and_independent_of_the_order() -> None:
@@ -146,7 +146,7 @@ def test_the_split_is_by_content_seeded_and_independent_of_the_order() -> None:
 
 
 def test_the_split_is_the_same_for_ever() -> None:
-    """Written down: a change would move rows between training and evaluation in every run under way."""
+    """Written down: a change would move examples between training and evaluation in every run under way."""
     chosen = np.flatnonzero(split_by_content(keys_of(*map(str, range(40))), 0.1, 7))
     assert chosen.tolist() == [0, 2, 23, 24]
 
@@ -157,7 +157,7 @@ def test_no_side_of_the_split_may_be_empty(texts: list[str], share: float) -> No
         split_by_content(keys_of(*texts), share, seed=0)
 
 
-def test_weights_are_how_often_rows_are_seen() -> None:
+def test_weights_are_how_often_examples_are_seen() -> None:
     keys = keys_of(*map(str, range(100)))
     weights = np.repeat([0.3, 1.0, 2.0, 2.5], 25)
     times = chosen_by_weight(keys, weights, 0).reshape(4, 25)
@@ -174,7 +174,7 @@ def test_sources_with_weights(tokenizer: Any, jsonl: Write, section: Section) ->
     train, _ = build_dataset(section(sources), tokenizer, seed=0)
     said = [tokenizer.decode(document.token_ids) for document in train.documents]
     assert sum("often" in text for text in said) == 20 and sum("seldom" in text for text in said) == 5
-    assert train.report.num_documents == 25 and train.report.num_rows == 15
+    assert train.report.num_documents == 25 and train.report.num_examples == 15
     assert any("a.jsonl: weight 2, its rows are seen 2 times" in line for line in train.report.lines())
     train, evaluation = build_dataset(section(sources, eval=0.2), tokenizer, seed=0)
     assert evaluation is not None and evaluation.report.num_documents == 4  # each once
@@ -185,9 +185,9 @@ def test_build_dataset_end_to_end(tokenizer: Any, jsonl: Write, section: Section
     eval_path = jsonl(*({"prompt": "p", "completion": f"{n}"} for n in range(38, 45)), name="eval.jsonl")
     train, evaluation = build_dataset(section(train_path, eval=eval_path), tokenizer, seed=0)
     assert evaluation is not None
-    assert train.report.num_rows == 40
+    assert train.report.num_examples == 40
     assert train.report.num_supervised == 10 * 2 + 30 * 3
-    assert evaluation.report.num_rows_also_in_train == 2
+    assert evaluation.report.num_examples_also_in_train == 2
     assert "2 evaluation rows are also training rows" in evaluation.report.lines()[-1]
     seen = [train.micro_batch([p]) for p in range(train.num_bins)]
     said = "".join(tokenizer.decode(batch.labels[batch.labels != -100]) for batch in seen)
@@ -202,7 +202,7 @@ def test_build_dataset_splits_a_share_and_joins_sources(
     data = section([{"path": first}, {"path": second}], eval=0.2)
     train, evaluation = build_dataset(data, tokenizer, seed=0)
     assert evaluation is not None
-    assert (train.report.num_rows, evaluation.report.num_rows) == (16, 4)
+    assert (train.report.num_examples, evaluation.report.num_examples) == (16, 4)
     assert build_dataset(section(first), tokenizer, seed=0)[1] is None
 
 
@@ -213,18 +213,18 @@ def test_what_a_recipe_says_of_conversations_reaches_them(
         "{% for m in messages %}<|start|>{{ m.role[0] }} {{ m.content.split('(/t)')[-1] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|start|>a {{ '(t)' if think else '' }}{% endif %}"
     )
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}] * 2}
+    example = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}] * 2}
     for keys, expected in (
         ({}, ["x<|end|>x<|end|>"]),
         ({"supervise": "last_turn"}, ["x<|end|>"]),
         ({"chat_template_kwargs": {"think": True}}, ["(/t)\n\nx<|end|>"] * 2),
     ):
-        data, _ = build_dataset(section(jsonl(row), **keys), tokenizer, seed=0, stop_ids=(3,))
+        data, _ = build_dataset(section(jsonl(example), **keys), tokenizer, seed=0, stop_ids=(3,))
         assert [tokenizer.decode(d.token_ids[d.supervised]) for d in data.documents] == expected
         assert ("make several texts" in "\n".join(data.report.lines())) == (len(expected) > 1)
     keys = {"chat_template_kwargs": {"think": True}, "open_thought": "refuse"}
     with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*open_thought: refuse"):
-        build_dataset(section(jsonl(row), **keys), tokenizer, seed=0)
+        build_dataset(section(jsonl(example), **keys), tokenizer, seed=0)
     with pytest.raises(DataError, match="chat_template_kwargs is for conversations"):
         build_dataset(section(jsonl({"text": "t"}), **keys), tokenizer, seed=0)
 

@@ -15,7 +15,7 @@ from qlora_train.data.content import Chat, Completion, Content
 from qlora_train.data.encoding import TextEncoder
 from qlora_train.data.fitting import Document
 from qlora_train.data.prompts import encode_prompt, encode_raw
-from qlora_train.data.tokenization import RowTokenizer, TokenizedRow
+from qlora_train.data.tokenization import ExampleTokenizer, TokenizedExample
 
 MakeTokenizer = Callable[..., Any]
 
@@ -27,9 +27,9 @@ HEADER = (
 
 def documents(tokenizer: Any, content: Content) -> list[Document]:
     chat_format = ChatFormat(tokenizer, (3,)) if isinstance(content, Chat) else None
-    (row,) = RowTokenizer(tokenizer, chat_format, sequence_length=500).tokenize([content])
-    assert isinstance(row, TokenizedRow)
-    return row.documents
+    (example,) = ExampleTokenizer(tokenizer, chat_format, sequence_length=500).tokenize([content])
+    assert isinstance(example, TokenizedExample)
+    return example.documents
 
 
 def exchange(*turns: str) -> Chat:

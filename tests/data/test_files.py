@@ -21,12 +21,12 @@ from qlora_train.data.building import build_dataset
 from qlora_train.data.csv_table import CsvTable
 from qlora_train.data.json_tables import JsonTable
 from qlora_train.data.sources import load_tables
-from qlora_train.data.tables import RowProblem, RowTable
+from qlora_train.data.tables import ExampleProblem, ExampleTable
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSource
 
-ROWS = [{"text": f"row {n} é"} for n in range(2500)]
-LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+EXAMPLES = [{"text": f"row {n} é"} for n in range(2500)]
+LINES = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in EXAMPLES).encode()
 
 
 def zstd(content: bytes) -> bytes:
@@ -47,20 +47,20 @@ def written(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def load(path: Path, split: str | None = None) -> list[RowTable]:
+def load(path: Path, split: str | None = None) -> list[ExampleTable]:
     return load_tables([DataSource(path=str(path), split=split)])
 
 
-def rows_of(path: Path) -> list[dict]:
-    return [row for table in load(path) for _, row in table]
+def examples_of(path: Path) -> list[dict]:
+    return [example for table in load(path) for _, example in table]
 
 
 @pytest.mark.parametrize("kind", PACKERS)
-def test_packed_files_are_the_rows_whatever_their_name(tmp_path: Path, kind: str) -> None:
+def test_packed_files_are_the_examples_whatever_their_name(tmp_path: Path, kind: str) -> None:
     packed = PACKERS[kind](LINES)
-    assert rows_of(written(tmp_path / f"rows.jsonl.{kind}", packed)) == ROWS
-    assert rows_of(written(tmp_path / "rows.jsonl", packed)) == ROWS
-    assert rows_of(written(tmp_path / f"plain.jsonl.{kind}", LINES)) == ROWS
+    assert examples_of(written(tmp_path / f"rows.jsonl.{kind}", packed)) == EXAMPLES
+    assert examples_of(written(tmp_path / "rows.jsonl", packed)) == EXAMPLES
+    assert examples_of(written(tmp_path / f"plain.jsonl.{kind}", LINES)) == EXAMPLES
 
 
 @pytest.mark.parametrize("kind", PACKERS)
@@ -69,7 +69,7 @@ def test_damaged_archives_are_named(tmp_path: Path, kind: str) -> None:
     for damaged in (packed[: len(packed) // 2], packed[:40] + bytes(40) + packed[80:]):
         path = written(tmp_path / f"rows.jsonl.{kind}", damaged)
         with pytest.raises(DataError, match=r"rows\.jsonl\.\w+ (cannot be unpacked|line \d+ is not)"):
-            rows_of(path)
+            examples_of(path)
 
 
 def test_each_file_is_opened_once_and_scanned_once(
@@ -90,7 +90,7 @@ def test_each_file_is_opened_once_and_scanned_once(
     )
     build_dataset(section(str(path)), tokenizer, seed=0)
     assert opened.count(str(path)) == 1
-    assert len(parsed) == len(ROWS) + 1  # the first line tells which kind of JSON it is
+    assert len(parsed) == len(EXAMPLES) + 1  # the first line tells which kind of JSON it is
 
 
 @pytest.mark.parametrize(
@@ -106,27 +106,27 @@ def test_each_file_is_opened_once_and_scanned_once(
     ],
 )
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_ways_to_write_rows_as_json(
+def test_ways_to_write_examples_as_json(
     tmp_path: Path, name: str, content: str, expected: list[tuple[int, int]]
 ) -> None:
     (table,) = load(written(tmp_path / name, content))
-    assert [(line, row["a"]) for line, row in table] == expected
+    assert [(line, example["a"]) for line, example in table] == expected
 
 
-def test_an_object_with_messages_is_a_row_and_no_wrapper(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "q"}]}
+def test_an_object_with_messages_is_an_example_and_no_wrapper(tmp_path: Path) -> None:
+    example = {"messages": [{"role": "user", "content": "q"}]}
     for indent in (None, 1):
-        assert rows_of(written(tmp_path / "rows.json", json.dumps(row, indent=indent))) == [row]
+        assert examples_of(written(tmp_path / "rows.json", json.dumps(example, indent=indent))) == [example]
 
 
 def test_a_long_list_is_read_value_by_value(tmp_path: Path) -> None:
-    rows = [{"text": "x" * (n % 997) + '"[{', "n": [n, {"m": -1.5e3}]} for n in range(3000)]
-    path = written(tmp_path / "rows.json", json.dumps(rows, indent=1))
+    examples = [{"text": "x" * (n % 997) + '"[{', "n": [n, {"m": -1.5e3}]} for n in range(3000)]
+    path = written(tmp_path / "rows.json", json.dumps(examples, indent=1))
     (table,) = load(path)
-    assert [row for _, row in table] == rows
+    assert [example for _, example in table] == examples
     assert len(list(JsonTable(str(path)).batches())) == 3
     longest = [{"text": "y" * 300_000}, {"text": "z"}]
-    assert rows_of(written(tmp_path / "long.json", json.dumps(longest))) == longest
+    assert examples_of(written(tmp_path / "long.json", json.dumps(longest))) == longest
 
 
 @pytest.mark.parametrize(
@@ -146,19 +146,19 @@ def test_a_long_list_is_read_value_by_value(tmp_path: Path) -> None:
 )
 def test_damaged_json_is_named_by_line(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        rows_of(written(tmp_path / "rows.json", content))
+        examples_of(written(tmp_path / "rows.json", content))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
 def test_late_bytes_that_are_not_utf8_are_named_by_line(tmp_path: Path, name: str) -> None:
-    rows = {
+    examples = {
         "rows.jsonl": b'{"text": "abc"}\n' * 2000 + b'{"text": "caf\xe9"}\n',
         "rows.json": b'[{"text": "a"},\n' + b'{"text": "abc"},\n' * 1999 + b'{"text": "caf\xe9"}]',
         "rows.csv": b"text\n" + b"abc\n" * 1999 + b"caf\xe9\n",
         "rows.txt": b"abc\n" * 2000 + b"caf\xe9\n",
     }
     with pytest.raises(DataError, match=r"line 2001 is not UTF-8: its character \d+ is the byte 0xe9"):
-        rows_of(written(tmp_path / name, rows[name]))
+        examples_of(written(tmp_path / name, examples[name]))
 
 
 @pytest.mark.parametrize(
@@ -179,22 +179,22 @@ def test_csv_dialects(
 ) -> None:
     (table,) = load(written(tmp_path / "rows.csv", content))
     assert isinstance(table, CsvTable)
-    assert [(row["q"], row["a"]) for _, row in table] == expected
+    assert [(example["q"], example["a"]) for _, example in table] == expected
     assert (table.dialect.in_words or "").startswith(said or "") and bool(table.dialect.in_words) == bool(
         said
     )
 
 
 def test_a_header_of_one_column_with_a_semicolon_in_its_name_is_one_column(tmp_path: Path) -> None:
-    assert rows_of(written(tmp_path / "rows.csv", "text; plain\nx\ny\n")) == [
+    assert examples_of(written(tmp_path / "rows.csv", "text; plain\nx\ny\n")) == [
         {"text; plain": "x"}, {"text; plain": "y"}
     ]  # fmt: skip
 
 
 def test_tsv_is_separated_by_tabs(tmp_path: Path) -> None:
-    assert rows_of(written(tmp_path / "rows.tsv", "q\ta\nx, y\tz\n")) == [{"q": "x, y", "a": "z"}]
+    assert examples_of(written(tmp_path / "rows.tsv", "q\ta\nx, y\tz\n")) == [{"q": "x, y", "a": "z"}]
     packed = gzip.compress(b"q\ta\nx\ty\n")
-    assert rows_of(written(tmp_path / "rows.tsv.gz", packed)) == [{"q": "x", "a": "y"}]
+    assert examples_of(written(tmp_path / "rows.tsv.gz", packed)) == [{"q": "x", "a": "y"}]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_tsv_is_separated_by_tabs(tmp_path: Path) -> None:
 )
 def test_damaged_csv_is_named_by_line(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        rows_of(written(tmp_path / "rows.csv", content))
+        examples_of(written(tmp_path / "rows.csv", content))
 
 
 def test_doubled_columns_are_refused_where_they_are_read(
@@ -234,22 +234,22 @@ def test_columns_that_nobody_asked_for_are_not_read(tmp_path: Path, section: Any
     far = pa.array([2**40], pa.int64()).cast(pa.timestamp("s"))
     pq.write_table(pa.table({"text": ["ab"], "when": far}), tmp_path / "rows.parquet")
     (train, _) = build_dataset(section(str(tmp_path / "rows.parquet")), tokenizer, seed=0)
-    assert train.report.num_rows == 1
+    assert train.report.num_examples == 1
     data = section(str(tmp_path / "rows.parquet"), columns={"text": "when"})
     with pytest.raises(DataError, match=r"row 1 cannot be read: its column 'when'"):
         build_dataset(data, tokenizer, seed=0)
 
 
-def test_one_value_that_cannot_be_read_is_one_row(tmp_path: Path) -> None:
+def test_one_value_that_cannot_be_read_is_one_example(tmp_path: Path) -> None:
     when = pa.array([0, 2**40], pa.int64()).cast(pa.timestamp("s"))
     pq.write_table(pa.table({"when": when}), tmp_path / "rows.parquet")
     (first, second) = ParquetTable(str(tmp_path / "rows.parquet")).head
     assert first[1]["when"].date() == date(1970, 1, 1)  # type: ignore[index]
-    assert second[0] == 2 and isinstance(second[1], RowProblem)
+    assert second[0] == 2 and isinstance(second[1], ExampleProblem)
 
 
 def test_arrow_files_as_streams_and_with_an_index(tmp_path: Path) -> None:
-    table = pa.table({"text": [row["text"] for row in ROWS], "n": list(range(2500))})
+    table = pa.table({"text": [example["text"] for example in EXAMPLES], "n": list(range(2500))})
     with (tmp_path / "a.arrow").open("wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
     with (tmp_path / "b.feather").open("wb") as file, pa.ipc.new_file(file, table.schema) as indexed:
@@ -257,26 +257,26 @@ def test_arrow_files_as_streams_and_with_an_index(tmp_path: Path) -> None:
     for name in ("a.arrow", "b.feather"):
         found = ArrowTable(str(tmp_path / name))
         found.ask_for(["text"])
-        assert [row for _, row in found] == ROWS
+        assert [example for _, example in found] == EXAMPLES
         assert [number for number, _ in found] == list(range(1, 2501))  # read again
 
 
 def test_saved_data_sets_and_clones_of_the_hub_are_read_without_their_metadata(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
-    data = Dataset.from_list(ROWS)
+    data = Dataset.from_list(EXAMPLES)
     data.save_to_disk(tmp_path / "saved", num_shards=3)
-    assert rows_of(tmp_path / "saved") == ROWS
+    assert examples_of(tmp_path / "saved") == EXAMPLES
     DatasetDict(train=data, test=data.select([0])).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match=r"several splits \(test, train\)"):
         load(tmp_path / "splits")
-    assert [row for table in load(tmp_path / "splits", "test") for _, row in table] == ROWS[:1]
+    assert [example for table in load(tmp_path / "splits", "test") for _, example in table] == EXAMPLES[:1]
     clone = tmp_path / "clone"
     (clone / "data").mkdir(parents=True)
     data.to_parquet(clone / "data" / "train-00000-of-00001.parquet")
     for name in ("dataset_infos.json", "croissant.json", "LICENSE.txt", "README.txt", "notice-2.txt"):
         written(clone / name, '{"default": {}}')
-    assert rows_of(clone) == ROWS
+    assert examples_of(clone) == EXAMPLES
     only_metadata = tmp_path / "only"
     only_metadata.mkdir()
     written(only_metadata / "dataset_info.json", "{}")

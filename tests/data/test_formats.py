@@ -9,9 +9,9 @@ import pytest
 
 from qlora_train.data.building import build_dataset
 from qlora_train.data.content import Chat, Completion, PlainText, content_key
-from qlora_train.data.formats import EmptyRow, RejectedRow, resolve_format
+from qlora_train.data.formats import EmptyExample, RejectedExample, resolve_format
 from qlora_train.data.sources import load_tables
-from qlora_train.data.tables import RowProblem
+from qlora_train.data.tables import ExampleProblem
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSection
 
@@ -20,14 +20,14 @@ Section = Callable[..., DataSection]
 
 
 def contents(data: DataSection) -> list[Any]:
-    """Of every row of all tables; a row that cannot be used is a DataError that names it."""
+    """Of every example of all tables; an example that cannot be used is a DataError that names it."""
     found = []
     for table in load_tables(data.train):
-        row_format = resolve_format(data, table)
-        for number, row in table:
+        example_format = resolve_format(data, table)
+        for number, example in table:
             try:
-                found.append(row_format.read(row))
-            except RowProblem as problem:
+                found.append(example_format.read(example))
+            except ExampleProblem as problem:
                 raise DataError(f"{table.describe(number)}: {problem}") from problem
     return found
 
@@ -42,8 +42,8 @@ def test_auto_finds_each_format(jsonl: Write, section: Section) -> None:
         ({"instruction": "do", "input": "", "output": "o"}, Chat((_user("do"), _assistant("o")))),
         ({"instruction": "do", "input": "this", "output": "o"}, Chat((_user("do\n\nthis"), _assistant("o")))),
     ]
-    for number, (row, expected) in enumerate(cases):
-        assert contents(section(jsonl(row, name=f"{number}.jsonl"))) == [expected]
+    for number, (example, expected) in enumerate(cases):
+        assert contents(section(jsonl(example, name=f"{number}.jsonl"))) == [expected]
 
 
 def _user(text: str) -> dict:
@@ -94,7 +94,7 @@ def test_wrong_sections(jsonl: Write, section: Section, keys: dict, message: str
         contents(data)
 
 
-def test_bad_rows_are_named_by_line_up_to_five_at_once(
+def test_bad_examples_are_named_by_line_up_to_five_at_once(
     jsonl: Write, section: Section, tokenizer: Any
 ) -> None:
     good = {"prompt": "p", "completion": "c"}
@@ -114,20 +114,20 @@ def test_bad_rows_are_named_by_line_up_to_five_at_once(
     ]
     assert lines[-1] == "... and 3 more"
     (train, _) = build_dataset(section(path, on_bad_row="skip"), tokenizer, seed=0)
-    assert train.report.num_rows == 2
+    assert train.report.num_examples == 2
     said = train.report.lines()
     assert said[2] == "8 rows skipped (data.on_bad_row: skip):"
     assert [line.split("rows.jsonl ")[1] for line in said[3:8]] == named
     assert said[8] == "  ... and 3 more"
 
 
-def test_skipping_takes_lines_that_are_no_json_too_but_not_all_rows(
+def test_skipping_takes_lines_that_are_no_json_too_but_not_all_examples(
     tmp_path: Path, section: Section, tokenizer: Any
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a b"}\n{"text": \n["text"]\n{"text": "\xe9"}\n{"text": "a", "text": "b"}\n')
     (train, _) = build_dataset(section(str(path), on_bad_row="skip"), tokenizer, seed=0)
-    assert (train.report.num_rows, train.report.reading.num_skipped) == (1, 4)
+    assert (train.report.num_examples, train.report.reading.num_skipped) == (1, 4)
     problems = [line.split("rows.jsonl ")[1] for line in train.report.reading.skipped]
     assert problems[0].startswith("line 2 is not valid JSON")
     assert problems[1].startswith("line 3 holds a list where a row")
@@ -139,7 +139,7 @@ def test_skipping_takes_lines_that_are_no_json_too_but_not_all_rows(
 
 
 @pytest.mark.parametrize(
-    "row",
+    "example",
     [
         {"text": "a\udc00"},
         {"prompt": "p", "completion": "\ud83d"},
@@ -147,11 +147,11 @@ def test_skipping_takes_lines_that_are_no_json_too_but_not_all_rows(
     ],
 )
 def test_half_characters_are_refused_and_whole_ones_are_not(
-    jsonl: Write, section: Section, row: dict
+    jsonl: Write, section: Section, example: dict
 ) -> None:
-    whole = dict.fromkeys(row, "\U0001f642")  # json writes it as two halves
+    whole = dict.fromkeys(example, "\U0001f642")  # json writes it as two halves
     with pytest.raises(DataError, match=r"rows\.jsonl line 2: .* holds .*half a character"):
-        contents(section(jsonl(whole, row)))
+        contents(section(jsonl(whole, example)))
 
 
 def test_content_key_is_by_value() -> None:
@@ -164,7 +164,7 @@ def test_content_key_is_by_value() -> None:
 
 
 def test_alpaca_with_system_history_and_empty_parts(jsonl: Write, section: Section) -> None:
-    row = {"instruction": "do", "input": "", "output": "o"}
+    example = {"instruction": "do", "input": "", "output": "o"}
     history = [["q", "a"], ["r", "b"]]
     before = (_user("q"), _assistant("a"), _user("r"), _assistant("b"))
     system = {"role": "system", "content": "S"}
@@ -178,25 +178,27 @@ def test_alpaca_with_system_history_and_empty_parts(jsonl: Write, section: Secti
             ({"instruction": "a", "input": " \n"}, (_user("a"), _assistant("o"))),
         )
     ):
-        assert contents(section(jsonl({**row, **extra}, name=f"{number}.jsonl"))) == [Chat(expected)]
+        assert contents(section(jsonl({**example, **extra}, name=f"{number}.jsonl"))) == [Chat(expected)]
     with pytest.raises(DataError, match="'history' is not a list of"):
-        contents(section(jsonl({**row, "history": [["q"]]})))
+        contents(section(jsonl({**example, "history": [["q"]]})))
     with pytest.raises(DataError, match="the column 'instruction' is empty"):
-        contents(section(jsonl({**row, "instruction": ""})))
+        contents(section(jsonl({**example, "instruction": ""})))
 
 
 def test_an_optional_column_may_appear_late(jsonl: Write, section: Section) -> None:
-    rows = [{"instruction": "do", "output": "o"}] * 1500
-    late = contents(section(jsonl(*rows, {"instruction": "do", "input": "it", "output": "o"})))[-1]
+    examples = [{"instruction": "do", "output": "o"}] * 1500
+    late = contents(section(jsonl(*examples, {"instruction": "do", "input": "it", "output": "o"})))[-1]
     assert late == Chat((_user("do\n\nit"), _assistant("o")))
 
 
 def test_a_system_column_is_the_first_message(jsonl: Write, section: Section) -> None:
     system = {"role": "system", "content": "S"}
-    row = {"system": "S", "messages": [_user("q"), _assistant("a")]}
-    same = {"system": "S", "messages": [system, *row["messages"]]}
-    assert contents(section(jsonl(row, same))) == [Chat((system, _user("q"), _assistant("a")))] * 2
-    assert contents(section(jsonl(row), columns={"system": None})) == [Chat((_user("q"), _assistant("a")))]
+    example = {"system": "S", "messages": [_user("q"), _assistant("a")]}
+    same = {"system": "S", "messages": [system, *example["messages"]]}
+    assert contents(section(jsonl(example, same))) == [Chat((system, _user("q"), _assistant("a")))] * 2
+    assert contents(section(jsonl(example), columns={"system": None})) == [
+        Chat((_user("q"), _assistant("a")))
+    ]
     mapped = {"prompt_text": "S", "conversations": [{"from": "human", "value": "q"}]}
     assert contents(section(jsonl(mapped), columns={"system": "prompt_text"})) == [Chat((system, _user("q")))]
     with pytest.raises(DataError, match="line 1: .*two different system prompts"):
@@ -207,15 +209,15 @@ def test_prompts_and_completions_may_be_conversations(jsonl: Write, section: Sec
     prompt = [_user("q"), _assistant("old"), _user("r")]
     expected = Chat((_user("q"), {**_assistant("old"), "train": False}, _user("r"), _assistant("a")))
     answer = [_assistant("a")]
-    row = {"prompt": prompt, "completion": answer}
+    example = {"prompt": prompt, "completion": answer}
     as_text = {"prompt": json.dumps(prompt), "completion": json.dumps(answer)}
     for number, (written, keys) in enumerate(
         (
-            (row, {}),
+            (example, {}),
             (as_text, {}),
             ({"prompt": prompt, "completion": "a"}, {}),
-            (row, {"format": "prompt_completion"}),
-            (row, {"format": "messages"}),
+            (example, {"format": "prompt_completion"}),
+            (example, {"format": "messages"}),
             ({"p": prompt, "c": answer}, {"columns": {"prompt": "p", "completion": "c"}}),
         )
     ):
@@ -232,37 +234,37 @@ def test_answers_labelled_as_bad_are_left_out(
     good, bad = ({"prompt": "p", "completion": text} for text in ("good", "bad"))
     path = jsonl({**good, "label": True}, {**bad, "label": label}, {**bad, "label": None})
     (train, _) = build_dataset(section(path), tokenizer, seed=0)
-    assert (train.report.num_rows, train.report.reading.num_rejected) == (2, 1)
+    assert (train.report.num_examples, train.report.reading.num_rejected) == (2, 1)
     assert "1 row labelled as bad answers, left out" in train.report.lines()
     with pytest.raises(DataError, match="None of the 1 rows .*: 1 are labelled as bad answers"):
         build_dataset(section(jsonl({**bad, "label": label}, name="bad.jsonl")), tokenizer, seed=0)
 
 
 def test_a_label_of_numbers_is_asked_about(jsonl: Write, section: Section) -> None:
-    rows = [{"prompt": "p", "completion": "c", "label": label} for label in (0, 1)]
-    path = jsonl(*rows)
+    examples = [{"prompt": "p", "completion": "c", "label": label} for label in (0, 1)]
+    path = jsonl(*examples)
     with pytest.raises(DataError, match=r"line 1: .*'label' holds 0: .*\{label: label\}.*\{label: null\}"):
         contents(section(path))
     assert len(contents(section(path, columns={"label": None}))) == 2
-    with pytest.raises(RejectedRow):
+    with pytest.raises(RejectedExample):
         contents(section(path, columns={"label": "label"}))
-    assert len(contents(section(jsonl({**rows[1], "label": "positive"})))) == 1  # a class: not read
+    assert len(contents(section(jsonl({**examples[1], "label": "positive"})))) == 1  # a class: not read
 
 
-def test_rows_that_say_nothing_are_skipped_and_counted(
+def test_examples_that_say_nothing_are_skipped_and_counted(
     jsonl: Write, section: Section, tokenizer: Any
 ) -> None:
     (train, _) = build_dataset(
         section(jsonl({"text": ""}, {"text": "ab"}, {"text": " \n"}, {"text": None})), tokenizer, seed=0
     )
-    assert (train.report.num_rows, train.report.reading.num_empty) == (1, 3)
+    assert (train.report.num_examples, train.report.reading.num_empty) == (1, 3)
     pair = jsonl({"prompt": "p", "completion": "c"}, {"prompt": "", "completion": ""}, name="pairs.jsonl")
     assert build_dataset(section(pair), tokenizer, seed=0)[0].report.reading.num_empty == 1
-    with pytest.raises(EmptyRow):
+    with pytest.raises(EmptyExample):
         contents(section(pair))
 
 
-def test_what_nobody_could_have_meant_is_a_problem_of_its_row(
+def test_what_nobody_could_have_meant_is_a_problem_of_its_example(
     jsonl: Write, section: Section, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_train.data import content
@@ -277,7 +279,7 @@ def test_what_nobody_could_have_meant_is_a_problem_of_its_row(
         contents(section(jsonl({"text": "x" * 11})))
 
 
-def test_where_no_row_can_be_parsed_the_first_is_named(jsonl: Write, section: Section) -> None:
+def test_where_no_example_can_be_parsed_the_first_is_named(jsonl: Write, section: Section) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl line 1 is not valid JSON: it is nested too deeply"):
         path = Path(jsonl({}))
         path.write_text('{"text": ' + "[" * 9000 + "]" * 9000 + "}\n")

@@ -27,7 +27,7 @@ def shown(tmp_path: Path, tokenizer: Any) -> Callable[..., list[str]]:
     """The lines of a preview without colours."""
     tokenizer.save_pretrained(tmp_path / "base")
 
-    def show(data: DataSection, num_rows: int = 2, **options: Any) -> list[str]:
+    def show(data: DataSection, num_examples: int = 2, **options: Any) -> list[str]:
         recipe = SimpleNamespace(
             model=SimpleNamespace(base=str(tmp_path / "base"), revision=None, chat_template=None),
             data=data,
@@ -35,15 +35,15 @@ def shown(tmp_path: Path, tokenizer: Any) -> Callable[..., list[str]]:
         )
         with open("/dev/null", "w") as nowhere:
             console = Console(record=True, width=200, color_system=None, file=nowhere)
-            preview(recipe, num_rows, console, **options)  # type: ignore[arg-type]
+            preview(recipe, num_examples, console, **options)  # type: ignore[arg-type]
         return [line.rstrip() for line in console.export_text().splitlines()]
 
     return show
 
 
 def test_preview(jsonl: Write, section: Section, shown: Callable[..., list[str]]) -> None:
-    rows = [{"prompt": f"[b]{n}", "completion": "yes", "id": n} for n in (0, 1, 1, 2)]
-    lines = shown(section(jsonl(*rows), packing=False), remarks=["a remark"])
+    examples = [{"prompt": f"[b]{n}", "completion": "yes", "id": n} for n in (0, 1, 1, 2)]
+    lines = shown(section(jsonl(*examples), packing=False), remarks=["a remark"])
     assert lines[0].endswith("rows.jsonl line 1") and lines[3].endswith("rows.jsonl line 2")
     assert lines[1:3] == ["[b]0[[yes</s>]]", "8 tokens, 4 supervised"]
     assert lines[6:] == [
@@ -102,7 +102,7 @@ def test_lengths_duplicates_and_stop_tokens(tokenizer: Any, jsonl: Write, sectio
     ]
 
 
-def test_advice_where_rows_are_short(tokenizer: Any, jsonl: Write, section: Section) -> None:
+def test_advice_where_examples_are_short(tokenizer: Any, jsonl: Write, section: Section) -> None:
     path = jsonl(*({"text": "x" * n} for n in range(1, 50)))
     data, _ = build_dataset(section(path, sequence_length=1024), tokenizer, seed=0)
     (advice,) = length_advice(data)

@@ -20,7 +20,7 @@ MakeTokenizer = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
-    ("row", "keys"),
+    ("example", "keys"),
     [
         ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}, {}),
         ({"instruction": "hi", "output": "x"}, {}),
@@ -28,10 +28,10 @@ MakeTokenizer = Callable[..., Any]
         ({"q": "hi", "a": "x"}, {"columns": {"completion": "a"}, "prompt_template": "Q: {q}\nA:"}),
     ],
 )
-def test_a_prompt_is_how_the_training_row_begins(
-    jsonl: Write, section: Section, make_tokenizer: MakeTokenizer, row: dict, keys: dict
+def test_a_prompt_is_how_the_training_example_begins(
+    jsonl: Write, section: Section, make_tokenizer: MakeTokenizer, example: dict, keys: dict
 ) -> None:
-    data = section(jsonl(row), **keys)
+    data = section(jsonl(example), **keys)
     for tokenizer in (make_tokenizer(), make_tokenizer(adds_bos=True), make_tokenizer(bos=False)):
         (document,) = build_dataset(data, tokenizer, seed=0)[0].documents
         first_answer = document.supervised.tolist().index(True)
@@ -87,8 +87,8 @@ def test_prompts_when_auto_cannot_tell(section: Section, tokenizer: Any) -> None
 def test_sources_of_several_formats_stay_auto(jsonl: Write, section: Section, tokenizer: Any) -> None:
     messages = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}
     chat, text, pair = (
-        jsonl(row, name=f"{number}.jsonl")
-        for number, row in enumerate((messages, {"text": "t"}, {"prompt": "p", "completion": "c"}))
+        jsonl(example, name=f"{number}.jsonl")
+        for number, example in enumerate((messages, {"text": "t"}, {"prompt": "p", "completion": "c"}))
     )
     for sources, eval_sources, found in (
         ([text, pair], None, "auto"),

@@ -8,17 +8,17 @@ import pytest
 
 from qlora_train.data import sources
 from qlora_train.data.sources import load_tables
-from qlora_train.data.tables import RowTable
+from qlora_train.data.tables import ExampleTable
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSource
 
 
-def load(path: Path | str, split: str | None = None) -> list[RowTable]:
+def load(path: Path | str, split: str | None = None) -> list[ExampleTable]:
     return load_tables([DataSource(path=str(path), split=split)])
 
 
-def rows_of(tables: list[RowTable]) -> list[dict]:
-    return [row for table in tables for _, row in table]
+def examples_of(tables: list[ExampleTable]) -> list[dict]:
+    return [example for table in tables for _, example in table]
 
 
 def test_jsonl_keeps_values_as_they_are_and_names_physical_lines(tmp_path: Path) -> None:
@@ -36,25 +36,32 @@ def test_json_list_names_the_line_of_the_object(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n {"t": "a, [b"},\n {"t":\n   "c"} ,\n\n {"t": "d"}]')
     (table,) = load(path)
-    assert [(line, row["t"]) for line, row in table] == [(2, "a, [b"), (3, "c"), (6, "d")]
+    assert [(line, example["t"]) for line, example in table] == [(2, "a, [b"), (3, "c"), (6, "d")]
 
 
 def test_json_file_may_hold_one_object_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"t": "a"}\n{"t": "b"}\n')
-    assert rows_of(load(tmp_path / "a.json")) == [{"t": "a"}, {"t": "b"}]
+    assert examples_of(load(tmp_path / "a.json")) == [{"t": "a"}, {"t": "b"}]
 
 
 def test_csv_values_are_text_and_records_may_span_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('q,a\n"two\nlines",007\n\nx,NA\ny,\n')
     (table,) = load(path)
-    assert rows_of([table]) == [{"q": "two\nlines", "a": "007"}, {"q": "x", "a": "NA"}, {"q": "y", "a": ""}]
+    assert examples_of([table]) == [
+        {"q": "two\nlines", "a": "007"},
+        {"q": "x", "a": "NA"},
+        {"q": "y", "a": ""},
+    ]
     assert [table.describe(line).rsplit(" ", 1)[1] for line, _ in table] == ["2", "5", "6"]
 
 
 def test_a_short_csv_record_ends_in_empty_texts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("q,a,b\nx\ny,1\n")
-    assert rows_of(load(tmp_path / "a.csv")) == [{"q": "x", "a": "", "b": ""}, {"q": "y", "a": "1", "b": ""}]
+    assert examples_of(load(tmp_path / "a.csv")) == [
+        {"q": "x", "a": "", "b": ""},
+        {"q": "y", "a": "1", "b": ""},
+    ]
 
 
 def test_a_csv_column_without_a_name_is_no_obstacle(tmp_path: Path) -> None:
@@ -62,14 +69,14 @@ def test_a_csv_column_without_a_name_is_no_obstacle(tmp_path: Path) -> None:
     path.write_text(",q,\n0,x,1\n1,y,2\n")  # pandas writes its index so
     (table,) = load(path)
     assert table.columns == ("column 1", "q", "column 3")
-    assert [row["q"] for row in rows_of([table])] == ["x", "y"]
+    assert [example["q"] for example in examples_of([table])] == ["x", "y"]
 
 
 def test_csv_fields_may_be_long(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"q,a\n{'long ' * 40_000},1\nx,2\n")
     (table,) = load(path)
-    assert [(line, len(row["q"])) for line, row in table] == [(2, 200_000), (3, 1)]
+    assert [(line, len(example["q"])) for line, example in table] == [(2, 200_000), (3, 1)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
@@ -84,7 +91,7 @@ def test_a_changed_file_is_read_again_though_its_time_is_the_same(tmp_path: Path
             lines = {"a.csv": f"text\n{value}\n", "a.txt": f"{value}\n"}
             path.write_text(lines.get(name, f'{{"text": "{value}"}}\n'))
         os.utime(path, ns=(10**18, 10**18))
-        assert rows_of(load(path)) == [{"text": value}]
+        assert examples_of(load(path)) == [{"text": value}]
 
 
 def test_parquet_and_text(tmp_path: Path) -> None:
@@ -93,7 +100,7 @@ def test_parquet_and_text(tmp_path: Path) -> None:
     Dataset.from_dict({"m": [[{"role": "user", "content": "hi"}], []]}).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text("one\n\n  two \n")
     parquet, text = load_tables([DataSource(path=str(tmp_path / n)) for n in ("a.parquet", "b.txt")])
-    assert rows_of([parquet]) == [{"m": [{"role": "user", "content": "hi"}]}, {"m": []}]
+    assert examples_of([parquet]) == [{"m": [{"role": "user", "content": "hi"}]}, {"m": []}]
     assert parquet.describe(2).endswith("a.parquet row 2")
     assert list(text) == [(1, {"text": "one"}), (2, {"text": ""}), (3, {"text": "  two "})]
 
@@ -108,7 +115,7 @@ def test_a_folder_joins_its_files_in_sorted_order_and_nothing_is_written_beside_
     (folder / ".hidden" / "z.jsonl").write_text('{"t": "no"}\n')
     (folder / "README.md").write_text("not data")
     before = sorted(folder.rglob("*"))
-    assert [row["t"] for row in rows_of(load(folder))] == ["1", "2", "3"]
+    assert [example["t"] for example in examples_of(load(folder))] == ["1", "2", "3"]
     assert sorted(folder.rglob("*")) == before
 
 
@@ -119,8 +126,8 @@ def test_a_folder_with_several_splits_wants_to_know_which(tmp_path: Path) -> Non
     (folder / "dev.jsonl").write_text('{"t": "2"}\n')
     with pytest.raises(DataError, match=r"several splits \(validation, train\)"):
         load(folder)
-    assert rows_of(load(folder, "train")) == [{"t": "1"}]
-    assert rows_of(load(folder, "validation")) == [{"t": "2"}]
+    assert examples_of(load(folder, "train")) == [{"t": "1"}]
+    assert examples_of(load(folder, "validation")) == [{"t": "2"}]
     with pytest.raises(DataError, match="no split 'test'"):
         load(folder, "test")
 
@@ -148,7 +155,7 @@ def test_a_folder_with_several_splits_wants_to_know_which(tmp_path: Path) -> Non
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        rows_of(load(tmp_path / name))
+        examples_of(load(tmp_path / name))
 
 
 def test_missing_files(tmp_path: Path) -> None:
@@ -182,8 +189,11 @@ def test_hub_ids_get_the_split_and_failures_become_messages(monkeypatch: pytest.
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (table,) = load("org/name")
-    assert rows_of([table]) == [{"t": "a"}, {"t": "b"}]
-    assert [table.describe(row) for row, _ in table] == ["org/name [train] row 1", "org/name [train] row 2"]
+    assert examples_of([table]) == [{"t": "a"}, {"t": "b"}]
+    assert [table.describe(example) for example, _ in table] == [
+        "org/name [train] row 1",
+        "org/name [train] row 2",
+    ]
     load("name", "validation")
     assert asked == [("org/name", "train"), ("name", "validation")]
     for name, split, message in (

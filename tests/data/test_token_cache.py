@@ -18,7 +18,7 @@ import pytest
 
 from qlora_train.data import building, open_sources, token_cache, workers
 from qlora_train.data.building import build_dataset
-from qlora_train.data.tokenized_rows import RowsWriter, TokenizedRows
+from qlora_train.data.tokenized_examples import ExamplesWriter, TokenizedExamples
 from qlora_train.data.workers import Workers
 from qlora_train.errors import DataError, OutOfMemory, QloraTrainError
 from qlora_train.recipe import DataSection
@@ -27,16 +27,20 @@ Section = Callable[..., DataSection]
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", 450)
+def examples(tmp_path: Path) -> Path:
+    return write_examples(tmp_path / "rows.jsonl", 450)
 
 
-def write_rows(path: Path, number: int) -> Path:
-    """Rows of three kinds: good ones, some too long, some that cannot be used."""
+def write_examples(path: Path, number: int) -> Path:
+    """Examples of three kinds: good ones, some too long, some that cannot be used."""
     with path.open("w") as file:
         for n in range(number):
-            row: dict[str, Any] = {"prompt": f"question {n}: ", "completion": "answer " * (n % 9), "id": n}
-            file.write(json.dumps(row) + "\n")
+            example: dict[str, Any] = {
+                "prompt": f"question {n}: ",
+                "completion": "answer " * (n % 9),
+                "id": n,
+            }
+            file.write(json.dumps(example) + "\n")
     return path
 
 
@@ -55,7 +59,7 @@ def in_processes(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def test_processes_give_what_one_process_gives(
     tmp_path: Path, section: Section, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = section(str(write_rows(tmp_path / "rows.jsonl", 5400)), on_bad_row="skip", eval=0.1)
+    data = section(str(write_examples(tmp_path / "rows.jsonl", 5400)), on_bad_row="skip", eval=0.1)
     found = []
     for number in (1, 3):
         in_processes(monkeypatch, number)
@@ -67,13 +71,13 @@ def test_processes_give_what_one_process_gives(
     assert found[0] == found[1]
     assert "600 rows skipped (data.on_bad_row: skip):" in found[0][2]
     assert "columns not read: id" in found[0][2]
-    assert train.rows.describe_row(train.row_of(0)).endswith("rows.jsonl line 2")
+    assert train.examples.describe_example(train.example_of(0)).endswith("rows.jsonl line 2")
 
 
 def test_a_second_start_maps_what_the_first_has_kept(
-    rows: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, cache = section(str(rows), on_bad_row="skip", eval=0.1), tmp_path / "cache"
+    data, cache = section(str(examples), on_bad_row="skip", eval=0.1), tmp_path / "cache"
     plain, _ = build_dataset(data, tokenizer, seed=0)
     first, _ = build_dataset(data, tokenizer, seed=0, cache=cache)
     monkeypatch.setattr(open_sources, "read_batch", None)  # nothing is read again
@@ -81,20 +85,20 @@ def test_a_second_start_maps_what_the_first_has_kept(
     assert evaluation is not None
     assert plain.fingerprint() == first.fingerprint() == again.fingerprint()
     assert plain.report == first.report == again.report
-    assert isinstance(again.rows.tokens.base, memoryview) or not again.rows.tokens.flags.owndata
+    assert isinstance(again.examples.tokens.base, memoryview) or not again.examples.tokens.flags.owndata
     batches = [data.micro_batch([0, 3]) for data in (plain, again)]
     for name in ("token_ids", "labels", "cu_seqlens"):
         np.testing.assert_array_equal(getattr(batches[0], name), getattr(batches[1], name))
-    again.rows.give_pages_back()
+    again.examples.give_pages_back()
     np.testing.assert_array_equal(again.micro_batch([0, 3]).token_ids, batches[0].token_ids)
     assert [path.name.startswith("tokens-") for path in cache.iterdir()] == [True]
 
 
 def test_what_the_tokens_follow_from_is_in_the_name(
-    rows: Path, section: Section, make_tokenizer: Any, tmp_path: Path
+    examples: Path, section: Section, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     cache, tokenizer = tmp_path / "cache", make_tokenizer()
-    path = str(rows)
+    path = str(examples)
 
     def number_kept(data: DataSection, tokenizer: Any = tokenizer, **options: Any) -> int:
         build_dataset(data, tokenizer, seed=0, cache=cache, **options)
@@ -109,25 +113,25 @@ def test_what_the_tokens_follow_from_is_in_the_name(
     assert number_kept(section(path, **keys), make_tokenizer(adds_bos=True)) == 4
     assert number_kept(section(path, **keys), make_tokenizer("plain turns")) == 5
     assert number_kept(section(path, **keys), vocabulary_size=9999) == 6
-    text = rows.read_text()
-    stat = rows.stat()
-    rows.write_text(text.replace("question 5:", "question X:"))
-    os.utime(rows, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time
+    text = examples.read_text()
+    stat = examples.stat()
+    examples.write_text(text.replace("question 5:", "question X:"))
+    os.utime(examples, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time
     assert number_kept(section(path, **keys)) == 7
 
 
 def test_small_data_and_no_cache_leave_nothing(
-    rows: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "LEAST_BYTES", 10**9)
-    build_dataset(section(str(rows), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "cache")
+    build_dataset(section(str(examples), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_damaged_or_half_written_folder_is_made_again(
-    rows: Path, section: Section, tokenizer: Any, tmp_path: Path
+    examples: Path, section: Section, tokenizer: Any, tmp_path: Path
 ) -> None:
-    data, cache = section(str(rows), on_bad_row="skip"), tmp_path / "cache"
+    data, cache = section(str(examples), on_bad_row="skip"), tmp_path / "cache"
     expected = build_dataset(data, tokenizer, seed=0, cache=cache)[0].fingerprint()
     (folder,) = cache.iterdir()
     for damage in (
@@ -137,33 +141,33 @@ def test_a_damaged_or_half_written_folder_is_made_again(
     ):
         damage()
         with pytest.raises((OSError, ValueError)):
-            TokenizedRows.opened(folder)
+            TokenizedExamples.opened(folder)
         assert build_dataset(data, tokenizer, seed=0, cache=cache)[0].fingerprint() == expected
-    bad = section(str(rows))
+    bad = section(str(examples))
     with pytest.raises(DataError, match="cannot be used"):
         build_dataset(bad, tokenizer, seed=0, cache=cache)
     assert list(cache.iterdir()) == [folder]
 
 
 def test_a_cache_that_cannot_be_written_is_named(
-    rows: Path, section: Section, tokenizer: Any, tmp_path: Path
+    examples: Path, section: Section, tokenizer: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
         DataError, match=r"token cache .*file cannot be written.*QLORA_TRAIN_CACHE.*--no-cache"
     ):
-        build_dataset(section(str(rows), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "file")
+        build_dataset(section(str(examples), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "file")
 
 
 def test_a_full_disk_is_a_failure_of_the_run(
-    rows: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Any, facts: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(RowsWriter, "finish", full)
+    monkeypatch.setattr(ExamplesWriter, "finish", full)
     with pytest.raises(QloraTrainError, match="disk of the token cache .* is full") as caught:
-        build_dataset(section(str(rows), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "cache")
+        build_dataset(section(str(examples), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "cache")
     assert caught.value.exit_code == 1 and list((tmp_path / "cache").iterdir()) == []
 
 

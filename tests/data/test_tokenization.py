@@ -11,7 +11,7 @@ from qlora_train.data.chat import ChatNote
 from qlora_train.data.content import Chat, Completion, PlainText
 from qlora_train.data.prompts import encode_raw
 from qlora_train.data.report import Note
-from qlora_train.data.tables import RowProblem
+from qlora_train.data.tables import ExampleProblem
 from qlora_train.errors import DataError
 
 MakeTokenizer = Callable[..., Any]
@@ -27,13 +27,13 @@ def chat(*turns: str) -> Chat:
 
 def test_chat_mask_token_by_token(tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show) -> None:
     tokenizer = make_tokenizer(bos=True)
-    rows = tokenize(tokenizer, chat("s:S", "u:q", "a:no", "u:r", "a:y\n"))
-    assert [show(tokenizer, document) for document in rows.documents] == [
+    examples = tokenize(tokenizer, chat("s:S", "u:q", "a:no", "u:r", "a:y\n"))
+    assert [show(tokenizer, document) for document in examples.documents] == [
         "<s><|start|>system\nS<|end|>\n<|start|>user\nq<|end|>\n<|start|>assistant\n[n][o][<|end|>]\n"
         "<|start|>user\nr<|end|>\n<|start|>assistant\n[y][\n][<|end|>]"
     ]
-    assert rows.documents[0].token_ids.dtype == np.int32
-    assert rows.documents[0].supervised.dtype == bool
+    assert examples.documents[0].token_ids.dtype == np.int32
+    assert examples.documents[0].supervised.dtype == bool
 
 
 def test_chat_tokens_are_the_templates_own(tokenize: Tokenize, tokenizer: Any) -> None:
@@ -61,56 +61,56 @@ def test_bos_only_where_the_tokenizer_puts_it(
 ) -> None:
     """A tokenizer may define one and put it before no text."""
     for tokenizer in (make_tokenizer(bos=False), make_tokenizer(bos=True)):
-        rows = tokenize(tokenizer, Completion("p", "c"), PlainText("xy"))
-        assert [show(tokenizer, d) for d in rows.documents] == ["p[c][</s>]", "x[y][</s>]"]
+        examples = tokenize(tokenizer, Completion("p", "c"), PlainText("xy"))
+        assert [show(tokenizer, d) for d in examples.documents] == ["p[c][</s>]", "x[y][</s>]"]
     adding = make_tokenizer(adds_bos=True)
-    rows = tokenize(adding, Completion("p", "c"), PlainText("xy"))
-    assert [show(adding, d) for d in rows.documents] == ["<s>p[c][</s>]", "<s>[x][y][</s>]"]
+    examples = tokenize(adding, Completion("p", "c"), PlainText("xy"))
+    assert [show(adding, d) for d in examples.documents] == ["<s>p[c][</s>]", "<s>[x][y][</s>]"]
 
 
 def test_whatever_the_tokenizer_puts_before_a_text(tokenize: Tokenize, tokenizer: Any, show: Show) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|start|> <s> $A <|end|>", special_tokens=[("<s>", 0), ("<|start|>", 2), ("<|end|>", 3)]
     )
-    rows = tokenize(tokenizer, Completion("p", "c"), Completion("<|start|><s>p", "c"))
-    assert [show(tokenizer, d) for d in rows.documents] == ["<|start|><s>p[c][</s>]"] * 2
+    examples = tokenize(tokenizer, Completion("p", "c"), Completion("<|start|><s>p", "c"))
+    assert [show(tokenizer, d) for d in examples.documents] == ["<|start|><s>p[c][</s>]"] * 2
 
 
 def test_each_answer_has_a_text_of_its_own_where_turns_do_not_end(
     tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show
 ) -> None:
     tokenizer = make_tokenizer("plain turns")
-    rows = tokenize(tokenizer, chat("u:q", "a:x", "u:r", "a:y"), chat("u:q", "a:x", "u:r"))
-    assert [show(tokenizer, document) for document in rows.documents] == [
+    examples = tokenize(tokenizer, chat("u:q", "a:x", "u:r", "a:y"), chat("u:q", "a:x", "u:r"))
+    assert [show(tokenizer, document) for document in examples.documents] == [
         "<s>u:q\na:[x][</s>]",
         "<s>u:q\na:x\nu:r\na:[y][</s>]",
         "<s>u:q\na:[x][</s>]",
     ]
-    assert rows.of_row == [0, 0, 1]
-    assert rows.noted == {ChatNote.SEVERAL_TEXTS: 1, ChatNote.NO_STOP_TOKEN: 2, ChatNote.UNANSWERED: 1}
-    assert rows.notes[ChatNote.SEVERAL_TEXTS] == 9  # tokens of the shorter text
-    assert rows.notes[ChatNote.NO_STOP_TOKEN] == 3
+    assert examples.of_example == [0, 0, 1]
+    assert examples.noted == {ChatNote.SEVERAL_TEXTS: 1, ChatNote.NO_STOP_TOKEN: 2, ChatNote.UNANSWERED: 1}
+    assert examples.notes[ChatNote.SEVERAL_TEXTS] == 9  # tokens of the shorter text
+    assert examples.notes[ChatNote.NO_STOP_TOKEN] == 3
 
 
 def test_turns_that_the_template_rewrites_are_trained_as_they_were_asked_for(
     tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show
 ) -> None:
     tokenizer = make_tokenizer("thinking", bos=False)
-    rows = tokenize(tokenizer, chat("u:q", "a:e", "u:r", "a:y"))
-    assert [show(tokenizer, document) for document in rows.documents] == [
+    examples = tokenize(tokenizer, chat("u:q", "a:e", "u:r", "a:y"))
+    assert [show(tokenizer, document) for document in examples.documents] == [
         "<|start|>u q<|end|>\n<|start|>a [(][t][h][i][n][k][)][e][<|end|>]",
         "<|start|>u q<|end|>\n<|start|>a e<|end|>\n<|start|>u r<|end|>\n<|start|>a "
         "[(][t][h][i][n][k][)][y][<|end|>]",
     ]
     (last,) = tokenize(tokenizer, chat("u:q", "a:e", "u:r", "a:y"), supervise="last_turn").documents
-    assert show(tokenizer, last) == show(tokenizer, rows.documents[1])
+    assert show(tokenizer, last) == show(tokenizer, examples.documents[1])
 
 
 def test_a_template_without_a_header_needs_marks(
     tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show
 ) -> None:
     conversation = chat("u:q", "a:xy", "u:r", "a:z")
-    with pytest.raises(RowProblem, match=r"(?s)\{% generation %\}.*supervise: all"):
+    with pytest.raises(ExampleProblem, match=r"(?s)\{% generation %\}.*supervise: all"):
         tokenize(make_tokenizer("counting"), conversation)
     marked = make_tokenizer("counting, marked", bos=False)
     assert [show(marked, document) for document in tokenize(marked, conversation).documents] == [
@@ -133,65 +133,65 @@ def test_turns_that_are_not_trained_are_context(tokenize: Tokenize, tokenizer: A
         "<s><|start|>user\nq<|end|>\n<|start|>assistant\nx<|end|>\n"
         "<|start|>user\nr<|end|>\n<|start|>assistant\n[y][<|end|>]"
     )
-    with pytest.raises(RowProblem, match="not to be trained on.*which data.supervise: all contradicts"):
+    with pytest.raises(ExampleProblem, match="not to be trained on.*which data.supervise: all contradicts"):
         tokenize(tokenizer, silenced, supervise="all")
-    with pytest.raises(RowProblem, match=r"message 1 \(user\) is to be trained on"):
+    with pytest.raises(ExampleProblem, match=r"message 1 \(user\) is to be trained on"):
         tokenize(tokenizer, Chat(({**messages[0], "train": True}, messages[1])))
-    rows = tokenize(tokenizer, silenced, chat("u:q", "a:x"), supervise="last_turn")
-    assert (len(rows.documents), rows.noted[Note.UNSUPERVISED]) == (1, 1)
+    examples = tokenize(tokenizer, silenced, chat("u:q", "a:x"), supervise="last_turn")
+    assert (len(examples.documents), examples.noted[Note.UNSUPERVISED]) == (1, 1)
 
 
 def test_completion_mask_and_no_token_on_the_boundary(
     tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show
 ) -> None:
     tokenizer = make_tokenizer(merges=("b c", "Ġ d"))
-    rows = tokenize(tokenizer, Completion("ab", "cd "), Completion("a ", "d"), Completion("a", "b</s>"))
-    assert [show(tokenizer, d) for d in rows.documents] == [
+    examples = tokenize(tokenizer, Completion("ab", "cd "), Completion("a ", "d"), Completion("a", "b</s>"))
+    assert [show(tokenizer, d) for d in examples.documents] == [
         "ab[c][d][ ][</s>]",
         "a [d][</s>]",
         "a[b][</s>]",
     ]
-    assert rows.documents[0].token_ids[:2].tolist() == encode_raw("ab", tokenizer)
+    assert examples.documents[0].token_ids[:2].tolist() == encode_raw("ab", tokenizer)
 
 
 def test_supervise_all(tokenize: Tokenize, tokenizer: Any, make_tokenizer: MakeTokenizer, show: Show) -> None:
-    rows = tokenize(tokenizer, Completion("p", "c"), chat("u:q"), supervise="all")
-    assert show(tokenizer, rows.documents[0]) == "p[c][</s>]"
-    assert show(tokenizer, rows.documents[1]) == "<s>[<|start|>][u][s][e][r][\n][q][<|end|>]"
+    examples = tokenize(tokenizer, Completion("p", "c"), chat("u:q"), supervise="all")
+    assert show(tokenizer, examples.documents[0]) == "p[c][</s>]"
+    assert show(tokenizer, examples.documents[1]) == "<s>[<|start|>][u][s][e][r][\n][q][<|end|>]"
     plain = make_tokenizer("plain turns", bos=False)
     (document,) = tokenize(plain, chat("u:q", "a:x"), supervise="all").documents
     assert show(plain, document) == "u[:][q][\n][a][:][x][</s>]"
 
 
 def test_an_answer_that_nothing_asks_for_is_context(tokenize: Tokenize, tokenizer: Any, show: Show) -> None:
-    rows = tokenize(tokenizer, chat("a:hi", "u:q", "a:x"))
-    assert show(tokenizer, rows.documents[0]) == (
+    examples = tokenize(tokenizer, chat("a:hi", "u:q", "a:x"))
+    assert show(tokenizer, examples.documents[0]) == (
         "<s><|start|>assistant\nhi<|end|>\n<|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]"
     )
-    assert rows.noted == {ChatNote.ANSWER_FIRST: 1}
-    rows = tokenize(tokenizer, chat("a:x", "u:q"), chat("u:q", "a:x"))
-    assert (len(rows.documents), rows.noted[Note.UNSUPERVISED]) == (1, 1)
+    assert examples.noted == {ChatNote.ANSWER_FIRST: 1}
+    examples = tokenize(tokenizer, chat("a:x", "u:q"), chat("u:q", "a:x"))
+    assert (len(examples.documents), examples.noted[Note.UNSUPERVISED]) == (1, 1)
 
 
 def test_prompt_is_cut_before_the_answer(
     tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show
 ) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
-    rows = tokenize(tokenizer, Completion("12345", "ab"), Completion("12345", "abcdefgh"), length=6)
-    assert [show(tokenizer, d) for d in rows.documents] == ["<s>45[a][b][</s>]", "<s>[a][b][c][d][e]"]
-    assert rows.noted == {Note.PROMPT_CUT: 2, Note.ANSWER_CUT: 1}
-    assert rows.notes[Note.PROMPT_CUT] + rows.notes[Note.ANSWER_CUT] == 3 + 9
+    examples = tokenize(tokenizer, Completion("12345", "ab"), Completion("12345", "abcdefgh"), length=6)
+    assert [show(tokenizer, d) for d in examples.documents] == ["<s>45[a][b][</s>]", "<s>[a][b][c][d][e]"]
+    assert examples.noted == {Note.PROMPT_CUT: 2, Note.ANSWER_CUT: 1}
+    assert examples.notes[Note.PROMPT_CUT] + examples.notes[Note.ANSWER_CUT] == 3 + 9
     without_bos = make_tokenizer(bos=False)
-    rows = tokenize(without_bos, Completion("12345", "abcdefgh"), length=6)
-    assert show(without_bos, rows.documents[0]) == "5[a][b][c][d][e]"
+    examples = tokenize(without_bos, Completion("12345", "abcdefgh"), length=6)
+    assert show(without_bos, examples.documents[0]) == "5[a][b][c][d][e]"
 
 
-def test_a_token_without_a_row_in_the_embedding_is_a_problem_of_its_row(
+def test_a_token_without_an_example_in_the_embedding_is_a_problem_of_its_example(
     tokenize: Tokenize, tokenizer: Any
 ) -> None:
     number = tokenizer.convert_tokens_to_ids("<|start|>")
     tokenize(tokenizer, Completion("a", "b"), vocabulary_size=number + 1000)
-    with pytest.raises(RowProblem, match=rf"token '~', number \d+ .*embedding has {number + 1} rows"):
+    with pytest.raises(ExampleProblem, match=rf"token '~', number \d+ .*embedding has {number + 1} rows"):
         tokenize(tokenizer, Completion("~", "<|start|>"), vocabulary_size=number + 1)
 
 
@@ -200,20 +200,20 @@ def test_long_texts_are_split_and_nothing_is_lost(
     tokenize: Tokenize, make_tokenizer: MakeTokenizer, bos: bool, show: Show
 ) -> None:
     tokenizer = make_tokenizer(adds_bos=bos)
-    rows = tokenize(tokenizer, PlainText("abcdefg"), PlainText("xy"), length=4)
-    shown = [show(tokenizer, d) for d in rows.documents]
+    examples = tokenize(tokenizer, PlainText("abcdefg"), PlainText("xy"), length=4)
+    shown = [show(tokenizer, d) for d in examples.documents]
     if bos:
         assert shown == ["<s>[a][b][c]", "<s>[d][e][f]", "<s>[g][</s>]", "<s>[x][y][</s>]"]
     else:
         assert shown == ["a[b][c][d]", "d[e][f][g]", "g[</s>]", "x[y][</s>]"]
-    assert (rows.noted, rows.notes) == ({Note.SPLIT: 1}, {Note.SPLIT: 3})
-    assert rows.of_row == [0, 0, 0, 1]
+    assert (examples.noted, examples.notes) == ({Note.SPLIT: 1}, {Note.SPLIT: 3})
+    assert examples.of_example == [0, 0, 0, 1]
 
 
-def test_rows_without_supervised_tokens_are_counted(tokenize: Tokenize, tokenizer: Any) -> None:
-    rows = tokenize(tokenizer, chat("u:q"), chat("u:q", "a:x"))
-    assert len(rows.documents) == 1
-    assert rows.noted == {Note.UNSUPERVISED: 1}
+def test_examples_without_supervised_tokens_are_counted(tokenize: Tokenize, tokenizer: Any) -> None:
+    examples = tokenize(tokenizer, chat("u:q"), chat("u:q", "a:x"))
+    assert len(examples.documents) == 1
+    assert examples.noted == {Note.UNSUPERVISED: 1}
 
 
 def test_chat_template_missing_or_refusing(tokenize: Tokenize, make_tokenizer: MakeTokenizer) -> None:
@@ -221,7 +221,7 @@ def test_chat_template_missing_or_refusing(tokenize: Tokenize, make_tokenizer: M
     with pytest.raises(DataError, match="no chat template.*prompt_completion"):
         tokenize(tokenizer, chat("u:q", "a:x"))
     tokenizer.chat_template = "{{ raise_exception('turns must alternate') }}"
-    with pytest.raises(RowProblem, match="turns must alternate"):
+    with pytest.raises(ExampleProblem, match="turns must alternate"):
         tokenize(tokenizer, chat("u:q", "a:x"))
 
 
@@ -232,7 +232,7 @@ def test_without_eos(tokenize: Tokenize, make_tokenizer: MakeTokenizer) -> None:
         tokenize(tokenizer, Completion("p", "c"))
 
 
-def test_many_rows_in_several_batches_keep_their_order(tokenize: Tokenize, tokenizer: Any) -> None:
-    rows = tokenize(tokenizer, *(Completion("p", f"{n}") for n in range(1100)))
-    said = [tokenizer.decode(d.token_ids[d.supervised]) for d in rows.documents]
+def test_many_examples_in_several_batches_keep_their_order(tokenize: Tokenize, tokenizer: Any) -> None:
+    examples = tokenize(tokenizer, *(Completion("p", f"{n}") for n in range(1100)))
+    said = [tokenizer.decode(d.token_ids[d.supervised]) for d in examples.documents]
     assert said == [f"{n}</s>" for n in range(1100)]

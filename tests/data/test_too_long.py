@@ -26,31 +26,31 @@ def chat(*turns: str) -> Chat:
 def test_a_cut_conversation_keeps_its_system_prompt_and_the_role_headers(
     tokenize: Tokenize, tokenizer: Any, show: Show
 ) -> None:
-    rows = tokenize(tokenizer, chat("s:S", "u:" + "0123456789" * 8, "a:xyz"), length=80)
-    assert show(tokenizer, rows.documents[0]) == (
+    examples = tokenize(tokenizer, chat("s:S", "u:" + "0123456789" * 8, "a:xyz"), length=80)
+    assert show(tokenizer, examples.documents[0]) == (
         "<s><|start|>system\nS<|end|>\n<|start|>user\n" + ("0123456789" * 8)[-45:] + "<|end|>\n"
         "<|start|>assistant\n[x][y][z][<|end|>]"
     )
-    assert len(rows.documents[0]) == 80 and rows.noted == {Note.PROMPT_CUT: 1}
-    assert rows.notes[Note.PROMPT_CUT] == 35
-    rows = tokenize(tokenizer, chat("u:0123456789", "a:xyz"), length=10)  # too short for its headers
-    assert show(tokenizer, rows.documents[0]) == "<s>tant\n[x][y][z][<|end|>]"
+    assert len(examples.documents[0]) == 80 and examples.noted == {Note.PROMPT_CUT: 1}
+    assert examples.notes[Note.PROMPT_CUT] == 35
+    examples = tokenize(tokenizer, chat("u:0123456789", "a:xyz"), length=10)  # too short for its headers
+    assert show(tokenizer, examples.documents[0]) == "<s>tant\n[x][y][z][<|end|>]"
 
 
 def test_of_several_turns_the_end_is_cut_where_the_first_answer_fits(
     tokenize: Tokenize, tokenizer: Any, show: Show
 ) -> None:
-    rows = tokenize(tokenizer, chat("u:q", "a:x", "u:" + "r" * 50, "a:y" * 20), length=60)
-    shown = show(tokenizer, rows.documents[0])
+    examples = tokenize(tokenizer, chat("u:q", "a:x", "u:" + "r" * 50, "a:y" * 20), length=60)
+    shown = show(tokenizer, examples.documents[0])
     assert shown.startswith(
         "<s><|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]\n<|start|>user\nrrr"
     )
-    assert rows.noted == {Note.ANSWER_CUT: 1}
+    assert examples.noted == {Note.ANSWER_CUT: 1}
 
 
-def test_too_long_drop_leaves_rows_out_and_counts_them(tokenize: Tokenize, tokenizer: Any) -> None:
-    rows = tokenize(tokenizer, Completion("1", "ab"), PlainText("x" * 9), length=6, too_long="drop")
-    assert rows.of_row == [0] and rows.notes == {Note.TOO_LONG: 10}
+def test_too_long_drop_leaves_examples_out_and_counts_them(tokenize: Tokenize, tokenizer: Any) -> None:
+    examples = tokenize(tokenizer, Completion("1", "ab"), PlainText("x" * 9), length=6, too_long="drop")
+    assert examples.of_example == [0] and examples.notes == {Note.TOO_LONG: 10}
 
 
 def test_too_long_split_gives_each_part_of_a_conversation_its_system_prompt(
@@ -59,28 +59,28 @@ def test_too_long_split_gives_each_part_of_a_conversation_its_system_prompt(
     """A part is rendered as if it were a conversation of its own."""
     turns = [turn for n in range(6) for turn in (f"u:question {n}", f"a:answer {n}")]
     whole = tokenize(tokenizer, chat("s:S", *turns), length=1000).documents[0]
-    rows = tokenize(tokenizer, chat("s:S", *turns), length=len(whole) // 2, too_long="split")
-    parts = [tokenizer.decode(d.token_ids) for d in rows.documents]
+    examples = tokenize(tokenizer, chat("s:S", *turns), length=len(whole) // 2, too_long="split")
+    parts = [tokenizer.decode(d.token_ids) for d in examples.documents]
     assert all(part.startswith("<s><|start|>system\nS<|end|>\n<|start|>user\nquestion") for part in parts)
-    assert len(parts) == 3 and rows.of_row == [0] * 3
-    said = [tokenizer.decode(d.token_ids[d.supervised]) for d in rows.documents]
+    assert len(parts) == 3 and examples.of_example == [0] * 3
+    said = [tokenizer.decode(d.token_ids[d.supervised]) for d in examples.documents]
     assert "".join(said) == "".join(f"answer {n}<|end|>" for n in range(6))
-    assert rows.noted[Note.SPLIT] == 1 and not rows.notes[Note.ANSWER_CUT]
+    assert examples.noted[Note.SPLIT] == 1 and not examples.notes[Note.ANSWER_CUT]
 
 
 def test_too_long_split_of_one_answer_gives_pieces_and_every_target_once(
     tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show
 ) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
-    rows = tokenize(tokenizer, Completion("123", "abcdefgh"), length=5, too_long="split")
-    assert [show(tokenizer, d) for d in rows.documents] == [
+    examples = tokenize(tokenizer, Completion("123", "abcdefgh"), length=5, too_long="split")
+    assert [show(tokenizer, d) for d in examples.documents] == [
         "<s>3[a][b][c]", "<s>[d][e][f][g]", "<s>[h][</s>]"
     ]  # fmt: skip
-    assert rows.notes == {Note.SPLIT: 3, Note.PROMPT_CUT: 2}
-    rows = tokenize(tokenizer, Completion("1234567", "abc"), length=7, too_long="split")
-    assert [show(tokenizer, d) for d in rows.documents] == ["<s>67[a][b][c][</s>]"]
-    rows = tokenize(tokenizer, chat("u:q", "a:" + "x" * 60), length=40, too_long="split")
-    assert sum(d.num_supervised for d in rows.documents) == 61
+    assert examples.notes == {Note.SPLIT: 3, Note.PROMPT_CUT: 2}
+    examples = tokenize(tokenizer, Completion("1234567", "abc"), length=7, too_long="split")
+    assert [show(tokenizer, d) for d in examples.documents] == ["<s>67[a][b][c][</s>]"]
+    examples = tokenize(tokenizer, chat("u:q", "a:" + "x" * 60), length=40, too_long="split")
+    assert sum(d.num_supervised for d in examples.documents) == 61
 
 
 ASKED = ["Why is it so?", "And what comes then, after all that?", "How long will that take?"]
@@ -100,14 +100,14 @@ def test_shorter_conversations_are_still_the_templates(
     shows_system = all("Short." in tokenizer.decode(d.token_ids) for d in whole)
     longest = max(map(len, whole))
     for length in (longest - 4, longest * 2 // 3, longest // 2):
-        rows = tokenize(
+        examples = tokenize(
             tokenizer, chat("s:Short.", *turns), length=length, supervise=supervise, too_long=too_long
         )
-        said = [tokenizer.decode(d.token_ids[d.supervised]) for d in rows.documents]
-        assert max(map(len, rows.documents)) <= length
+        said = [tokenizer.decode(d.token_ids[d.supervised]) for d in examples.documents]
+        assert max(map(len, examples.documents)) <= length
         assert not any(word in text for text in said for word in ("it", "all", "take", "?", "Short"))
         if shows_system:
-            assert all("Short." in tokenizer.decode(d.token_ids) for d in rows.documents)
+            assert all("Short." in tokenizer.decode(d.token_ids) for d in examples.documents)
         trained = [n for n in range(3) for text in said if f"Ok{n}." in text]
         if too_long == "split" or supervise == "last_turn":
             assert trained == ([2] if supervise == "last_turn" else [0, 1, 2])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.fitting import Document
-from qlora_train.data.tokenized_rows import TokenizedRows
+from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
@@ -36,7 +36,7 @@ def dataset() -> PackedDataset:
         supervised = np.zeros(length, dtype=bool)
         supervised[1 + (number * 7) % (length - 1) :] = True
         documents.append(Document(rng.integers(3, VOCABULARY_SIZE, length).astype(np.int32), supervised))
-    rows = TokenizedRows.of(documents)
+    rows = TokenizedExamples.of(documents)
     return PackedDataset(rows, sequence_length=64, packing=True, seed=1, shuffle=True)
 
 

@@ -43,8 +43,8 @@ class CannotAlign(ChatProblem):
 
 @dataclass(frozen=True)
 class Aligned:
-    """`answer`: what follows the prompt, with all that F has behind it. `thought`: "filled" from the row,
-    "closed" where the row has none, else None."""
+    """`answer`: what follows the prompt, with all that F has behind it. `thought`: "filled" from the example,
+    "closed" where the example has none, else None."""
 
     answer: str
     thought: str | None = None

@@ -6,7 +6,7 @@ from collections import Counter
 from enum import StrEnum
 
 Notes = Counter[str]
-"""By note, how often it happened in a row: answers, mostly; tokens for SEVERAL_TEXTS."""
+"""By note, how often it happened in an example: answers, mostly; tokens for SEVERAL_TEXTS."""
 
 
 class ChatNote(StrEnum):

@@ -107,7 +107,7 @@ class ChatWriter:
         return moved
 
     def render(self, messages: Messages, tools: Tools = (), *, prompt: bool = False) -> str:
-        """The template's text of messages as rows have them."""
+        """The template's text of messages as examples have them."""
         return self.template.render(self.messages(messages, Notes()), tools, prompt=prompt)
 
     def pieces(self, messages: Messages, tools: Tools, trained: Sequence[int], notes: Notes) -> list[Piece]:
@@ -137,7 +137,7 @@ class ChatWriter:
 
 
 class _Conversation:
-    """One row's messages while they are taken apart."""
+    """One example's messages while they are taken apart."""
 
     def __init__(self, writer: ChatWriter, messages: Messages, tools: Tools, notes: Notes) -> None:
         self.writer, self.template, self.notes = writer, writer.template, notes

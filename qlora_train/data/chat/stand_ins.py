@@ -29,7 +29,7 @@ def stand_in(number: int) -> str:
 
 
 def free_stand_in(text: str) -> str:
-    """One that a row's text does not hold: people may write anything."""
+    """One that an example's text does not hold: people may write anything."""
     return next(mark for mark in map(stand_in, count()) if mark not in text)
 
 
@@ -107,7 +107,7 @@ def shape(message: Message) -> str:
     if message.keys() <= {"role", "content"} and "content" in message:
         return f"{message['role']}:{'blank' if is_blank(message['content']) else 'said'}"
     reduced = without_ids(with_texts(message, lambda _, text: "blank" if is_blank(text) else "said"))
-    if "tool_calls" in reduced:  # numbers differ from row to row, too
+    if "tool_calls" in reduced:  # numbers differ from example to example, too
         calls = _with_leaves(reduced["tool_calls"], lambda leaf: type(leaf).__name__, (int, float))
         reduced = {**reduced, "tool_calls": calls}
     return json.dumps(reduced, sort_keys=True, default=str)

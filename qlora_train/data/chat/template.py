@@ -40,7 +40,7 @@ _TAG = r"</?[A-Za-z_][^<>\s]{0,60}>|\[/?[A-Za-z_][^\[\]\s]{0,60}\]|\(/?[A-Za-z_]
 
 
 class ChatProblem(Exception):
-    """A conversation that the template refuses or hides; becomes a DataError that names the row."""
+    """A conversation that the template refuses or hides; becomes a DataError that names the example."""
 
 
 class ChatTemplate:
@@ -75,7 +75,7 @@ class ChatTemplate:
         return self._render(messages, tools, marks=True)
 
     def _names_read(self) -> frozenset[str]:
-        """Variables that the template looks up, but those that rows fill."""
+        """Variables that the template looks up, but those that examples fill."""
         from jinja2 import meta
 
         return frozenset(meta.find_undeclared_variables(self._tree)) - _HANDED_OVER

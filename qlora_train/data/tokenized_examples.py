@@ -41,13 +41,13 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype(np.int32),
     "supervised": np.dtype(np.bool_),
     "document_starts": np.dtype(np.int64),
-    "document_rows": np.dtype(np.int64),
+    "document_examples": np.dtype(np.int64),
     "document_targets": np.dtype(np.int32),
-    "row_tables": np.dtype(np.int32),
-    "row_numbers": np.dtype(np.int64),
-    "row_keys": np.dtype(np.uint8),
-    "row_lengths": np.dtype(np.int64),
-    "note_rows": np.dtype(np.int64),
+    "example_tables": np.dtype(np.int32),
+    "example_numbers": np.dtype(np.int64),
+    "example_keys": np.dtype(np.uint8),
+    "example_lengths": np.dtype(np.int64),
+    "note_examples": np.dtype(np.int64),
     "note_kinds": np.dtype(np.int32),
     "note_amounts": np.dtype(np.int64),
 }
@@ -55,7 +55,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of all rows together. tables: (name, unit of its numbers) each. weights: of the tables'
+    """What is known of all examples together. tables: (name, unit of its numbers) each. weights: of the tables'
     sources. note_names: of the kinds. digest: of the tokens and masks in order."""
 
     tables: tuple[tuple[str, str], ...] = ()
@@ -66,47 +66,50 @@ class Facts:
     digest: str = ""
 
 
-class TokenizedRows:
+class TokenizedExamples:
     """See the module docstring. `arrays`: by name."""
 
     def __init__(self, arrays: dict[str, np.ndarray], facts: Facts, maps: Sequence[mmap.mmap] = ()) -> None:
         self.facts = facts
         self.tokens, self.supervised = arrays["tokens"], arrays["supervised"]
-        self.document_starts, self.document_rows = arrays["document_starts"], arrays["document_rows"]
+        self.document_starts, self.document_examples = arrays["document_starts"], arrays["document_examples"]
         self.document_targets = arrays["document_targets"]
-        self.row_tables, self.row_numbers = arrays["row_tables"], arrays["row_numbers"]
-        self.row_keys, self.row_lengths = arrays["row_keys"].reshape(-1, KEY_BYTES), arrays["row_lengths"]
-        self.note_rows, self.note_kinds = arrays["note_rows"], arrays["note_kinds"]
+        self.example_tables, self.example_numbers = arrays["example_tables"], arrays["example_numbers"]
+        self.example_keys, self.example_lengths = (
+            arrays["example_keys"].reshape(-1, KEY_BYTES),
+            arrays["example_lengths"],
+        )
+        self.note_examples, self.note_kinds = arrays["note_examples"], arrays["note_kinds"]
         self.note_amounts = arrays["note_amounts"]
         self._maps, self._num_bytes_read = maps, 0
 
     @staticmethod
-    def of(documents: Sequence[Document]) -> TokenizedRows:
-        """Documents that are at hand, each a row."""
+    def of(documents: Sequence[Document]) -> TokenizedExamples:
+        """Documents that are at hand, each an example."""
         number = len(documents)
         empty = np.zeros(0, dtype=np.int64)
         arrays = {
             "tokens": np.concatenate([d.token_ids for d in documents]).astype(np.int32),
             "supervised": np.concatenate([d.supervised for d in documents]),
             "document_starts": np.cumsum([0, *map(len, documents)]),
-            "document_rows": np.arange(number),
+            "document_examples": np.arange(number),
             "document_targets": np.array([d.num_supervised for d in documents], dtype=np.int32),
-            "row_tables": np.zeros(number, dtype=np.int32),
-            "row_numbers": np.arange(1, number + 1),
-            "row_keys": np.zeros(number * KEY_BYTES, dtype=np.uint8),
-            "row_lengths": np.array([len(d) for d in documents], dtype=np.int64),
-            "note_rows": empty,
+            "example_tables": np.zeros(number, dtype=np.int32),
+            "example_numbers": np.arange(1, number + 1),
+            "example_keys": np.zeros(number * KEY_BYTES, dtype=np.uint8),
+            "example_lengths": np.array([len(d) for d in documents], dtype=np.int64),
+            "note_examples": empty,
             "note_kinds": empty.astype(np.int32),
             "note_amounts": empty,
         }
-        writer = RowsWriter()
+        writer = ExamplesWriter()
         writer.add(arrays)
-        rows = writer.finish(Facts(tables=(("documents", "row"),), weights=(1.0,)))
-        assert rows is not None
-        return rows
+        examples = writer.finish(Facts(tables=(("documents", "row"),), weights=(1.0,)))
+        assert examples is not None
+        return examples
 
     @staticmethod
-    def opened(folder: Path) -> TokenizedRows:
+    def opened(folder: Path) -> TokenizedExamples:
         """Those of a folder of the token cache, memory-mapped. Raises OSError or ValueError for a folder that
         is not complete."""
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -122,15 +125,15 @@ class TokenizedRows:
             with file.open("rb") as opened:
                 maps.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
             arrays[name] = np.frombuffer(maps[-1], dtype=dtype)
-        return TokenizedRows(arrays, _facts_of(meta["facts"]), maps)
+        return TokenizedExamples(arrays, _facts_of(meta["facts"]), maps)
 
     @property
-    def num_rows(self) -> int:
-        return len(self.row_tables)
+    def num_examples(self) -> int:
+        return len(self.example_tables)
 
     @property
     def num_documents(self) -> int:
-        return len(self.document_rows)
+        return len(self.document_examples)
 
     @property
     def document_lengths(self) -> np.ndarray:
@@ -151,14 +154,14 @@ class TokenizedRows:
             if hasattr(mapped, "madvise"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def describe_row(self, row: int) -> str:
+    def describe_example(self, example: int) -> str:
         """Where it is from, in words."""
-        name, unit = self.facts.tables[int(self.row_tables[row])]
-        return f"{name} {unit} {int(self.row_numbers[row])}"
+        name, unit = self.facts.tables[int(self.example_tables[example])]
+        return f"{name} {unit} {int(self.example_numbers[example])}"
 
 
-class RowsWriter:
-    """Takes rows part by part; keeps them in memory, or writes them to files below `folder`."""
+class ExamplesWriter:
+    """Takes examples part by part; keeps them in memory, or writes them to files below `folder`."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """Raises OSError where the folder cannot be made."""
@@ -167,24 +170,24 @@ class RowsWriter:
         self._files: dict[str, IO[bytes]] = {}
         self._folder = folder
         self._digests = {name: hashlib.sha256() for name in _DIGESTED}
-        self.num_rows = self.num_documents = self.num_tokens = 0
+        self.num_examples = self.num_documents = self.num_tokens = 0
         if folder is not None:
             folder.mkdir(parents=True)
             self._files = {name: (folder / name).open("wb") for name in ARRAYS}
         self._append("document_starts", np.zeros(1, dtype=np.int64))
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
-        """The next rows. Starts, rows and notes in `arrays` count from the part's own first token and row."""
+        """The next examples. Starts, examples and notes in `arrays` count from the part's own first token and example."""
         starts = arrays["document_starts"] + self.num_tokens
         moved = {
             "document_starts": starts[1:],
-            "document_rows": arrays["document_rows"] + self.num_rows,
-            "note_rows": arrays["note_rows"] + self.num_rows,
+            "document_examples": arrays["document_examples"] + self.num_examples,
+            "note_examples": arrays["note_examples"] + self.num_examples,
         }
         for name in ARRAYS:
             self._append(name, moved.get(name, arrays[name]))
-        self.num_rows += len(arrays["row_tables"])
-        self.num_documents += len(arrays["document_rows"])
+        self.num_examples += len(arrays["example_tables"])
+        self.num_documents += len(arrays["document_examples"])
         self.num_tokens = int(starts[-1])
 
     def _append(self, name: str, array: np.ndarray) -> None:
@@ -197,12 +200,14 @@ class RowsWriter:
         else:
             self._parts[name].append(array)
 
-    def finish(self, facts: Facts) -> TokenizedRows | None:
-        """The rows; None where they were written to files, which are now complete."""
+    def finish(self, facts: Facts) -> TokenizedExamples | None:
+        """The examples; None where they were written to files, which are now complete."""
         parts = "".join(digest.hexdigest() for digest in self._digests.values())
         facts = replace(facts, digest=hashlib.sha256(parts.encode()).hexdigest())
         if self._folder is None:
-            return TokenizedRows({name: np.concatenate(parts) for name, parts in self._parts.items()}, facts)
+            return TokenizedExamples(
+                {name: np.concatenate(parts) for name, parts in self._parts.items()}, facts
+            )
         self.close()
         meta = {"sizes": self._sizes, "facts": _plain(facts)}
         (self._folder / META).write_text(json.dumps(meta), encoding="utf-8")
