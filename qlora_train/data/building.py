@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenData:
-    """The sources of a data section, opened: their formats are known, their examples not read yet. Each is read
-    once, by `build_dataset`."""
+    """The sources of a data section, opened: their formats are known, their examples not read yet. Each is
+    read once, by `build_dataset`."""
 
     section: DataSection
     train: OpenSources
@@ -68,10 +68,10 @@ def build_dataset(
     """Reads, tokenises and packs `data.train` and `data.eval`: (train, eval or None).
 
     `data.eval` as a share is split off the training examples by content (see `split`); as sources it is read
-    with the same format and columns, and examples that are also in train are counted. stop_ids: what the model's
-    generation_config.json says ends an answer; empty where it has none. vocabulary_size: rows of the model's
-    embedding, where it is known. cache: the folder that holds the token cache; None: nothing is kept. Raises
-    DataError for every kind of bad data.
+    with the same format and columns, and examples that are also in train are counted. stop_ids: what the
+    model's generation_config.json says ends an answer; empty where it has none. vocabulary_size: rows of the
+    model's embedding, where it is known. cache: the folder that holds the token cache; None: nothing is kept.
+    Raises DataError for every kind of bad data.
     """
     opened = data if isinstance(data, OpenData) else open_data(data)
     section = opened.section

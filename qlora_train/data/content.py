@@ -49,8 +49,8 @@ def content_key(content: Content) -> bytes:
 
 
 def check_texts(content: Content) -> None:
-    """Raises ExampleProblem for half a character in any text of the content, a text that no tokenizer could take
-    at once, and for what is nested so deeply that nobody could have meant it."""
+    """Raises ExampleProblem for half a character in any text of the content, a text that no tokenizer could
+    take at once, and for what is nested so deeply that nobody could have meant it."""
     if isinstance(content, Chat):
         for number, message in enumerate(content.messages, start=1):
             _check(message, f"message {number}")

@@ -33,8 +33,8 @@ class OpenTable:
 
 @dataclass
 class Part:
-    """The examples of a batch. `arrays`: see `TokenizedExamples`, without note_kinds; `note_names` has them in words.
-    `problems`: examples that cannot be used, in words. `columns`: names that occur."""
+    """The examples of a batch. `arrays`: see `TokenizedExamples`, without note_kinds; `note_names` has them
+    in words. `problems`: examples that cannot be used, in words. `columns`: names that occur."""
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     note_names: list[str] = field(default_factory=list)

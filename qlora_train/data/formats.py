@@ -96,8 +96,8 @@ class ExampleFormat:
         return tuple(dict.fromkeys([*self.columns.values(), *template]))
 
     def read(self, example: Example) -> Content:
-        """Raises ExampleProblem for an example that lacks a column or holds what cannot be used there, EmptyExample and
-        RejectedExample for an example that is left out."""
+        """Raises ExampleProblem for an example that lacks a column or holds what cannot be used there,
+        EmptyExample and RejectedExample for an example that is left out."""
         if all(_is_blank(example.get(column)) for column in self._said_columns):
             if any(column in example for column in self._said_columns):
                 raise EmptyExample
@@ -245,8 +245,8 @@ def _text_or_messages(
 
 
 def _check_head(table: ExampleTable) -> None:
-    """Where not one of the first examples can be parsed, what is wrong with the first tells more than a format
-    that does not fit."""
+    """Where not one of the first examples can be parsed, what is wrong with the first tells more than a
+    format that does not fit."""
     if not table.columns:
         number, problem = next(iter(table.head), (1, "has no columns."))
         raise DataError(

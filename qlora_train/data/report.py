@@ -11,8 +11,8 @@ from qlora_train.data.chat import ChatNote
 
 
 class Note(StrEnum):
-    """Something that happened to an example, with an amount. Notes of an example are kept with it, so that each side
-    of the data counts its own."""
+    """Something that happened to an example, with an amount. Notes of an example are kept with it, so that
+    each side of the data counts its own."""
 
     PROMPT_CUT = "prompt cut"  # amount: tokens
     ANSWER_CUT = "answer cut"  # amount: tokens
@@ -55,8 +55,9 @@ class Reading:
 class DatasetReport:
     """One side (train or eval) of the data: examples, tokens and bins.
 
-    `notes`: examples per note; `amounts`: their amounts, summed. `num_examples_also_in_train`: of an evaluation
-    side. `num_left_in`: examples whose source has a weight below 1 and that are not among the chosen.
+    `notes`: examples per note; `amounts`: their amounts, summed. `num_examples_also_in_train`: of an
+    evaluation side. `num_left_in`: examples whose source has a weight below 1 and that are not among the
+    chosen.
     """
 
     num_examples: int

@@ -15,8 +15,8 @@ from qlora_train.errors import DataError
 
 
 def content_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples say the same. keys: uint8 [R, 32]. Returns (group of each example [R], first example of each group
-    [G]); groups are in the order of their keys."""
+    """Which examples say the same. keys: uint8 [R, 32]. Returns (group of each example [R], first example of
+    each group [G]); groups are in the order of their keys."""
     words = np.ascontiguousarray(keys).view(">u8")
     order = np.lexsort(words.T[::-1])
     in_order = words[order]
@@ -53,8 +53,8 @@ def split_by_content(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def chosen_by_weight(keys: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
-    """How often each example is seen in an epoch, int64 [R]: its weight, rounded up for as many examples as make the
-    sum right. Which these are depends on their contents and the seed. weights: [R]."""
+    """How often each example is seen in an epoch, int64 [R]: its weight, rounded up for as many examples as
+    make the sum right. Which these are depends on their contents and the seed. weights: [R]."""
     times = np.floor(weights).astype(np.int64)
     for weight in np.unique(weights[weights != times]):
         examples = np.flatnonzero(weights == weight)

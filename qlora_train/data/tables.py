@@ -32,15 +32,16 @@ MAX_LISTED_PROBLEMS = 5
 
 
 class ExampleProblem(Exception):
-    """An example that cannot be used, in words. Where examples are read it is counted, or becomes a DataError."""
+    """An example that cannot be used, in words. Where examples are read it is counted, or becomes a
+    DataError."""
 
 
 NumberedExample = tuple[int, Example | ExampleProblem]
 
 
 class ExampleBatch(Protocol):
-    """Some examples of a table, not parsed yet. Iterating gives (line or row number from 1, example); an example that
-    cannot be parsed is its ExampleProblem. It can be pickled."""
+    """Some examples of a table, not parsed yet. Iterating gives (line or row number from 1, example); an
+    example that cannot be parsed is its ExampleProblem. It can be pickled."""
 
     def __iter__(self) -> Iterator[NumberedExample]: ...
 
@@ -104,7 +105,8 @@ class ExampleTable(ABC):
         return next((value for value in values if value is not None), None)
 
     def ask_for(self, columns: Iterable[str]) -> None:
-        """From here on examples need hold only these columns. Raises DataError for one whose name is doubled."""
+        """From here on examples need hold only these columns. Raises DataError for one whose name is
+        doubled."""
         self.asked_for = tuple(columns)
 
     def describe(self, number: int) -> str:

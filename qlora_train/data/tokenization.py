@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenizedExample:
-    """One example's documents; none where it has nothing to learn from. `num_tokens`: of its longest text, before
-    anything was cut."""
+    """One example's documents; none where it has nothing to learn from. `num_tokens`: of its longest text,
+    before anything was cut."""
 
     documents: list[Document] = field(default_factory=list)
     num_tokens: int = 0

@@ -55,8 +55,8 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of all examples together. tables: (name, unit of its numbers) each. weights: of the tables'
-    sources. note_names: of the kinds. digest: of the tokens and masks in order."""
+    """What is known of all examples together. tables: (name, unit of its numbers) each. weights: of the
+    tables' sources. note_names: of the kinds. digest: of the tokens and masks in order."""
 
     tables: tuple[tuple[str, str], ...] = ()
     weights: tuple[float, ...] = ()
@@ -177,7 +177,8 @@ class ExamplesWriter:
         self._append("document_starts", np.zeros(1, dtype=np.int64))
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
-        """The next examples. Starts, examples and notes in `arrays` count from the part's own first token and example."""
+        """The next examples. Starts, examples and notes in `arrays` count from the part's own first token and
+        example."""
         starts = arrays["document_starts"] + self.num_tokens
         moved = {
             "document_starts": starts[1:],
