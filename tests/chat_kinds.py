@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_train.data.chat import ChatFormat, Notes, Piece
+from qlora_train.data.chat.chat_format import ChatFormat
+from qlora_train.data.chat.pieces import Piece
+from qlora_train.data.notes import Notes
 
 Message = dict[str, Any]
 

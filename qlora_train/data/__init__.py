@@ -10,24 +10,3 @@ contents: `chat` tells what an assistant must say behind which prompt, `chat_tok
 (`split`) and packs (`packing`) them, `dataset` hands out micro-batches, `report` says what happened,
 `preview` shows it. Numpy only, no torch.
 """
-
-from __future__ import annotations
-
-from qlora_train.data.building import build_dataset
-from qlora_train.data.dataset import MicroBatch, PackedDataset
-from qlora_train.data.fitting import Document
-from qlora_train.data.preview import preview
-from qlora_train.data.prompts import encode_prompt
-from qlora_train.data.report import DatasetReport
-from qlora_train.data.tokenizer import load_tokenizer
-
-__all__ = [
-    "DatasetReport",
-    "Document",
-    "MicroBatch",
-    "PackedDataset",
-    "build_dataset",
-    "encode_prompt",
-    "load_tokenizer",
-    "preview",
-]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_train.data.tables import (
     BATCH_EXAMPLES,
-    ExampleBatch,
+    Batch,
     ExampleProblem,
     ExampleTable,
     NumberedExample,
@@ -122,7 +122,7 @@ class ColumnarTable(ExampleTable):
                 f"{self.name} has two columns of the name {doubled[0]!r}. Rename or drop one of them."
             )
 
-    def _read(self) -> Iterator[ExampleBatch]:
+    def _read(self) -> Iterator[Batch]:
         self._refuse_doubled()
         names = self.columns if self.asked_for is None else self.asked_for
         first = 0

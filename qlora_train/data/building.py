@@ -6,18 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.chat import ChatFormat
+from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.formats import CHAT_FORMATS
 from qlora_train.data.open_sources import OpenSources
-from qlora_train.data.reading_progress import reading_progress
 from qlora_train.data.report import Reading
 from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content
-from qlora_train.data.token_cache import LEAST_BYTES, files_of, fingerprint, kept_or_built
+from qlora_train.data.token_cache import tokenized_or_kept
 from qlora_train.data.tokenization import ExampleTokenizer
 from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.errors import DataError
@@ -85,7 +84,7 @@ def build_dataset(
         vocabulary_size=vocabulary_size,
     )
     settings = [vocabulary_size, list(stop_ids)]
-    examples = _examples_of(opened.train, example_tokenizer, section, settings, cache)
+    examples = tokenized_or_kept(opened.train, example_tokenizer, section, settings, cache)
 
     def pack(
         examples: TokenizedExamples, side: str, times: np.ndarray, reading: Reading, also: int = 0
@@ -115,7 +114,7 @@ def build_dataset(
         return train, pack(examples, "eval", is_eval.astype(np.int64), Reading())
     if opened.evaluation is None:
         return train, None
-    others = _examples_of(opened.evaluation, example_tokenizer, section, settings, cache)
+    others = tokenized_or_kept(opened.evaluation, example_tokenizer, section, settings, cache)
     once = np.ones(others.num_examples, dtype=np.int64)
     return train, pack(others, "eval", once, others.facts.reading, _num_also_in(examples, others))
 
@@ -135,25 +134,6 @@ def _chat_format(
             "messages, sharegpt or alpaca."
         )
     return None
-
-
-def _examples_of(
-    sources: OpenSources, tokenizer: ExampleTokenizer, section: DataSection, settings: Any, cache: Path | None
-) -> TokenizedExamples:
-    """settings: what the tokens follow from besides the sources, the section and the tokenizer."""
-    files = files_of(sources.tables) if cache is not None else None
-    if cache is None or files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
-        with reading_progress() as progress:
-            examples = sources.tokenized(tokenizer, progress=progress)
-        assert examples is not None, "no folder was given"
-        return examples
-    name = fingerprint(sources.tables, files, sources.weights, section, tokenizer.tokenizer, settings)
-
-    def build(folder: Path) -> None:
-        with reading_progress() as progress:
-            sources.tokenized(tokenizer, folder=folder, progress=progress)
-
-    return kept_or_built(cache, name, build)
 
 
 def _times(examples: TokenizedExamples, seed: int) -> np.ndarray:

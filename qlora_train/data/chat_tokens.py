@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from qlora_train.data.chat import ChatFormat, ChatProblem, Notes, Piece
+from qlora_train.data.chat.chat_format import ChatFormat
+from qlora_train.data.chat.pieces import Piece
+from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.content import Chat
 from qlora_train.data.control_text import ControlText, Encoded, without_marks
 from qlora_train.data.encoding import CannotEncode, TextEncoder
-from qlora_train.data.report import Note
+from qlora_train.data.notes import Note, Notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,11 +22,10 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from qlora_train.data.tables import (
-    ExampleBatch,
+    Batch,
     ExampleProblem,
     ExampleTable,
     NumberedExample,
-    ParsedExamples,
     batched,
 )
 from qlora_train.data.text_files import data_suffix, undecoded
@@ -66,7 +65,7 @@ class CsvTable(ExampleTable):
         _ = self.head
         return self._header
 
-    def _read(self) -> Iterator[ExampleBatch]:
+    def _read(self) -> Iterator[Batch]:
         lines = self._lines()
         sample = [numbered for numbered, _ in zip(lines, range(_SAMPLE_LINES), strict=False)]
         is_tsv = data_suffix(Path(self.name)) == ".tsv"
@@ -78,7 +77,7 @@ class CsvTable(ExampleTable):
         if not header:
             raise DataError(f"{self.name} is empty: it needs a header line and at least one row.")
         self._header = tuple(name or f"column {number}" for number, name in enumerate(header, start=1))
-        return map(ParsedExamples, batched(self._examples(records)))
+        return batched(self._examples(records))
 
     def _examples(
         self, records: Iterator[tuple[int, list[str] | ExampleProblem]]

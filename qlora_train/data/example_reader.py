@@ -1,116 +1,95 @@
-"""From a batch of raw rows to arrays of tokens: what a worker process does with each batch.
+"""From a batch of examples to arrays of tokens: what a worker process does with each batch.
 
-Nothing here depends on which rows came before, so batches can be worked on anywhere, in any order.
+Nothing here depends on which examples came before, so batches can be worked on anywhere, in any order.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_train.data.content import Content, content_key
+from qlora_train.data.content import content_key
 from qlora_train.data.formats import EmptyExample, ExampleFormat, RejectedExample
-from qlora_train.data.tables import ExampleBatch, ExampleProblem, NumberedExample
+from qlora_train.data.tables import Batch, ExampleProblem, ExampleTable
 from qlora_train.data.tokenization import ExampleTokenizer, TokenizedExample
-from qlora_train.data.tokenized_examples import KEY_BYTES
-
-
-@dataclass(frozen=True)
-class OpenTable:
-    """A table whose examples are about to be read: its number among all, its format, its name and unit."""
-
-    number: int
-    example_format: ExampleFormat
-    name: str
-    unit: str
-
-    def describe(self, number: int) -> str:
-        return f"{self.name} {self.unit} {number}"
 
 
 @dataclass
-class Part:
-    """The examples of a batch. `arrays`: see `TokenizedExamples`, without note_kinds; `note_names` has them
-    in words. `problems`: examples that cannot be used, in words. `columns`: names that occur."""
+class TokenizedBatch:
+    """The examples of a batch of one table. `arrays`: see `TokenizedExamples`, without note_kinds, which
+    `note_names` has in words. `problems`: examples that cannot be used, in words. `columns`: names that
+    occur.
+    """
 
+    table: int
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     note_names: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)
     num_read: int = 0
     num_empty: int = 0
     num_rejected: int = 0
 
 
-def read_batch(table: OpenTable, batch: ExampleBatch, tokenizer: ExampleTokenizer) -> Part:
-    """Parses, reads and tokenises a batch. Raises DataError for what is wrong with every example."""
-    part = Part()
-    read = _read_contents(table, batch, part)
-    results = tokenizer.tokenize([content for _, content in read])
-    examples: list[tuple[int, Content, TokenizedExample]] = []
-    for (number, content), result in zip(read, results, strict=True):
-        if isinstance(result, ExampleProblem):
-            part.problems.append(f"{table.describe(number)}: {result}")
-        else:
-            examples.append((number, content, result))
-    part.arrays = _arrays_of(table.number, examples, part.note_names)
-    return part
-
-
-def _read_contents(table: OpenTable, batch: ExampleBatch, part: Part) -> list[tuple[int, Content]]:
+def read_batch(
+    table: ExampleTable, number: int, example_format: ExampleFormat, batch: Batch, tokenizer: ExampleTokenizer
+) -> TokenizedBatch:
+    """Parses, reads and tokenises a batch. number: of the table, among all. Raises DataError for what is
+    wrong with every example."""
+    found = TokenizedBatch(number)
     contents = []
-    columns: dict[str, None] = {}
-    for number, example in batch:
-        part.num_read += 1
-        if isinstance(example, dict):
-            columns.update(dict.fromkeys(example))
+    for place, example in batch:
+        found.num_read += 1
+        if isinstance(example, ExampleProblem):  # goes on from the name of the line
+            found.problems.append(f"{table.describe(place)} {example}")
+            continue
+        found.columns.update(dict.fromkeys(example))
         try:
-            contents.append((number, _content_of(table.example_format, (number, example))))
+            contents.append((place, example_format.read(example)))
         except EmptyExample:
-            part.num_empty += 1
+            found.num_empty += 1
         except RejectedExample:
-            part.num_rejected += 1
+            found.num_rejected += 1
         except ExampleProblem as problem:
-            is_raw = isinstance(example, ExampleProblem)  # these go on from the name of the line
-            part.problems.append(f"{table.describe(number)}{' ' if is_raw else ': '}{problem}")
-    part.columns = list(columns)
-    return contents
+            found.problems.append(f"{table.describe(place)}: {problem}")
+    kept = []
+    results = tokenizer.tokenize([content for _, content in contents])
+    for (place, content), result in zip(contents, results, strict=True):
+        if isinstance(result, ExampleProblem):
+            found.problems.append(f"{table.describe(place)}: {result}")
+        else:
+            kept.append((place, content_key(content), result))
+    found.arrays, found.note_names = arrays_of(number, kept)
+    return found
 
 
-def _content_of(example_format: ExampleFormat, numbered: NumberedExample) -> Content:
-    example = numbered[1]
-    if isinstance(example, ExampleProblem):
-        raise example
-    return example_format.read(example)
-
-
-def _arrays_of(
-    table: int, examples: Sequence[tuple[int, Content, TokenizedExample]], note_names: list[str]
-) -> dict[str, np.ndarray]:
-    documents = [document for _, _, example in examples for document in example.documents]
-    notes: list[tuple[int, int]] = []
-    for index, (_, _, example) in enumerate(examples):
-        for name, amount in Counter(example.notes).items():
-            if amount:
-                notes.append((index, amount))
-                note_names.append(name)
-    noted = np.array(notes, dtype=np.int64).reshape(-1, 2)
-    keys = b"".join(content_key(content) for _, content, _ in examples)
-    return {
-        "tokens": np.concatenate([d.token_ids for d in documents]) if documents else np.zeros(0, np.int32),
-        "supervised": np.concatenate([d.supervised for d in documents]) if documents else np.zeros(0, bool),
+def arrays_of(
+    table: int, examples: Sequence[tuple[int, bytes, TokenizedExample]]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(arrays, note names) as in `TokenizedBatch`. examples: (place in the table, content key, tokens)
+    each."""
+    places, keys, tokenized = zip(*examples, strict=True) if examples else ((), (), ())
+    documents = [document for example in tokenized for document in example.documents]
+    notes = [
+        (index, name, amount)
+        for index, example in enumerate(tokenized)
+        for name, amount in example.notes.items()
+        if amount
+    ]
+    number = len(examples)
+    arrays = {
+        "tokens": np.concatenate([np.zeros(0, np.int32), *(d.token_ids for d in documents)]),
+        "supervised": np.concatenate([np.zeros(0, bool), *(d.supervised for d in documents)]),
         "document_starts": np.cumsum([0, *map(len, documents)]),
-        "document_examples": np.repeat(
-            np.arange(len(examples)), [len(example.documents) for _, _, example in examples]
-        ),
-        "document_targets": np.array([document.num_supervised for document in documents], dtype=np.int32),
-        "example_tables": np.full(len(examples), table, dtype=np.int32),
-        "example_numbers": np.array([number for number, _, _ in examples], dtype=np.int64),
-        "example_keys": np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES),
-        "example_lengths": np.array([example.num_tokens for _, _, example in examples], dtype=np.int64),
-        "note_examples": noted[:, 0],
-        "note_amounts": noted[:, 1],
+        "document_examples": np.repeat(np.arange(number), [len(each.documents) for each in tokenized]),
+        "document_targets": np.array([document.num_supervised for document in documents]),
+        "example_tables": np.full(number, table),
+        "example_numbers": np.array(places),
+        "example_keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
+        "example_lengths": np.array([each.num_tokens for each in tokenized]),
+        "note_examples": np.array([index for index, _, _ in notes], dtype=np.int64),
+        "note_amounts": np.array([amount for _, _, amount in notes]),
     }
+    return arrays, [name for _, name, _ in notes]

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from qlora_train.data.report import Note
+from qlora_train.data.notes import Note
 
 TooLong = Literal["cut", "drop", "split"]
 

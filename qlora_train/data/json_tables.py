@@ -20,12 +20,11 @@ from itertools import chain, islice
 from typing import Any
 
 from qlora_train.data.tables import (
+    Batch,
     Example,
-    ExampleBatch,
     ExampleProblem,
     ExampleTable,
     NumberedExample,
-    ParsedExamples,
     batched,
     type_name,
 )
@@ -56,14 +55,15 @@ class JsonTable(ExampleTable):
 
     unit = "line"
 
-    def _read(self) -> Iterator[ExampleBatch]:
+    def _read(self) -> Iterator[Batch]:
         filled = ((number, line) for number, line in self._lines() if not line.isspace())
         begin = list(islice(filled, 2))
+        first = _object_in(begin[0][1]) if begin else None
+        is_wrapper = len(begin) == 1 and _wrapped_examples(first) is not None
         lines = chain(begin, filled)
-        is_wrapper = len(begin) == 1 and _wrapped_examples(_object_in(begin[0][1])) is not None
-        if begin and _object_in(begin[0][1]) is not None and not is_wrapper:
+        if first is not None and not is_wrapper:
             return map(JsonLines, batched(lines))
-        return map(ParsedExamples, batched(_values_as_examples(self.name, lines)))
+        return batched(_values_as_examples(self.name, lines))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qlora_train.data.chat import ChatProblem
+from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.chat_tokens import ChatTokenizer, Tokens
 from qlora_train.data.content import Chat
 

@@ -12,19 +12,19 @@ most two batches a worker are on their way, so memory does not grow with the dat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qlora_train.data.csv_table import CsvTable
-from qlora_train.data.example_reader import OpenTable, Part, read_batch
+from qlora_train.data.example_reader import TokenizedBatch, read_batch
 from qlora_train.data.formats import resolve_format
 from qlora_train.data.reading_progress import Told
 from qlora_train.data.report import Reading
 from qlora_train.data.sources import load_source
-from qlora_train.data.tables import MAX_LISTED_PROBLEMS, ExampleBatch, ExampleTable
+from qlora_train.data.tables import MAX_LISTED_PROBLEMS, Batch, ExampleTable
 from qlora_train.data.tokenization import ExampleTokenizer
 from qlora_train.data.tokenized_examples import ExamplesWriter, Facts, TokenizedExamples
 from qlora_train.data.workers import Workers, num_processors
@@ -44,24 +44,21 @@ class OpenSources:
     """
 
     def __init__(self, sources: Sequence[DataSource], data: DataSection) -> None:
-        self._data = data
+        self._skips_bad_examples = data.on_bad_row == "skip"
         self.tables: list[ExampleTable] = []
         self.weights: list[float] = []
         for source in sources:
             tables = load_source(source)
             self.tables += tables
             self.weights += [source.weight] * len(tables)
-        self._open = [
-            OpenTable(number, resolve_format(data, table), table.name, table.unit)
-            for number, table in enumerate(self.tables)
-        ]
-        self._all_columns = [table.columns for table in self.tables]
-        for table, opened in zip(self.tables, self._open, strict=True):
-            table.ask_for(name for name in opened.example_format.columns_read if name in table.columns)
+        self._formats = [resolve_format(data, table) for table in self.tables]
+        self._columns = [dict.fromkeys(table.columns) for table in self.tables]  # those met so far
+        for table, example_format in zip(self.tables, self._formats, strict=True):
+            table.ask_for(name for name in example_format.columns_read if name in table.columns)
 
     @property
     def formats(self) -> frozenset[str]:
-        return frozenset(opened.example_format.name for opened in self._open)
+        return frozenset(example_format.name for example_format in self._formats)
 
     def tokenized(
         self,
@@ -75,94 +72,76 @@ class OpenSources:
 
         Raises DataError for examples that cannot be used, unless `data.on_bad_row` skips them.
         """
-        gathering = _Gathering(self._data.on_bad_row == "skip", ExamplesWriter(folder))
+        writer, count, note_kinds = ExamplesWriter(folder), _Count(), dict[str, int]()
         try:
-            for part in self._parts(tokenizer):
-                gathering.add(part)
-                progress(gathering.num_read, self._share_read)
-            return gathering.finish(self._facts(gathering))
+            for batch in self._batches(tokenizer):
+                count.add(batch)
+                if batch.problems and not self._skips_bad_examples:
+                    raise DataError(count.problems_in_words())
+                kinds = [note_kinds.setdefault(name, len(note_kinds)) for name in batch.note_names]
+                writer.add({**batch.arrays, "note_kinds": np.array(kinds)})
+                if len(batch.arrays["example_tables"]):
+                    self._columns[batch.table] |= batch.columns
+                progress(count.num_read, self._share_read)
+            if not writer.num_documents:
+                raise DataError(count.why_nothing_is_left(writer.num_examples))
+            return writer.finish(
+                Facts(
+                    tables=tuple((table.name, table.unit) for table in self.tables),
+                    weights=tuple(self.weights),
+                    note_names=tuple(note_kinds),
+                    reading=self._reading(count),
+                )
+            )
         finally:
-            gathering.writer.close()
+            writer.close()
 
-    def _parts(self, tokenizer: ExampleTokenizer) -> Iterator[Part]:
-        batches = self._batches()
+    def _batches(self, tokenizer: ExampleTokenizer) -> Iterator[TokenizedBatch]:
+        def read(item: tuple[int, Batch]) -> TokenizedBatch:
+            number, batch = item
+            return read_batch(self.tables[number], number, self._formats[number], batch, tokenizer)
+
+        batches = ((n, batch) for n, table in enumerate(self.tables) for batch in table.batches())
         first = list(islice(batches, SERIAL_BATCHES + 1))
         if len(first) <= SERIAL_BATCHES or num_processors() == 1:
-            for table, batch in first:
-                yield read_batch(table, batch, tokenizer)
-            for table, batch in batches:
-                yield read_batch(table, batch, tokenizer)
+            yield from map(read, chain(first, batches))
             return
-        with Workers(lambda item: read_batch(item[0], item[1], tokenizer)) as workers:
-            yield from workers.map(first)
-            yield from workers.map(batches)
-
-    def _batches(self) -> Iterator[tuple[OpenTable, ExampleBatch]]:
-        for opened, table in zip(self._open, self.tables, strict=True):
-            for batch in table.batches():
-                yield opened, batch
+        with Workers(read) as workers:
+            yield from workers.map(chain(first, batches))
 
     @property
     def _share_read(self) -> float:
         return sum(table.share_read for table in self.tables) / len(self.tables)
 
-    def _facts(self, gathering: _Gathering) -> Facts:
-        unread: dict[str, None] = {}
-        for opened, known in zip(self._open, self._all_columns, strict=True):
-            found = {**dict.fromkeys(known), **gathering.columns.get(opened.number, {})}
-            unread |= dict.fromkeys(name for name in found if name not in opened.example_format.columns_read)
-        remarks = [
-            f"{table.name}: {table.dialect.in_words}"
-            for table in self.tables
-            if isinstance(table, CsvTable) and table.dialect.in_words
-        ]
-        return Facts(
-            tables=tuple((opened.name, opened.unit) for opened in self._open),
-            weights=tuple(self.weights),
-            formats=tuple(opened.example_format.name for opened in self._open),
-            note_names=tuple(gathering.note_kinds),
-            reading=Reading(
-                num_empty=gathering.num_empty,
-                num_rejected=gathering.num_rejected,
-                num_skipped=gathering.num_problems,
-                skipped=tuple(gathering.problems),
-                unread_columns=tuple(unread),
-                remarks=tuple(remarks),
-            ),
+    def _reading(self, count: _Count) -> Reading:
+        pairs = zip(self._formats, self._columns, strict=True)
+        unread = [name for known, found in pairs for name in found if name not in known.columns_read]
+        dialects = [(t.name, t.dialect.in_words) for t in self.tables if isinstance(t, CsvTable)]
+        return Reading(
+            num_empty=count.num_empty,
+            num_rejected=count.num_rejected,
+            num_skipped=count.num_problems,
+            skipped=tuple(count.problems),
+            unread_columns=tuple(dict.fromkeys(unread)),
+            remarks=tuple(f"{name}: {words}" for name, words in dialects if words),
         )
 
 
-class _Gathering:
-    """Adds up parts."""
+class _Count:
+    """What became of the examples of all batches so far; the first few problems in words."""
 
-    def __init__(self, skips_bad_examples: bool, writer: ExamplesWriter) -> None:
-        self._skips_bad_examples, self.writer = skips_bad_examples, writer
-        self.note_kinds: dict[str, int] = {}
+    def __init__(self) -> None:
+        self.num_read = self.num_empty = self.num_rejected = self.num_problems = 0
         self.problems: list[str] = []
-        self.num_problems = self.num_read = self.num_empty = self.num_rejected = 0
-        self.columns: dict[int, dict[str, None]] = {}
 
-    def add(self, part: Part) -> None:
-        """Raises DataError for problems that are not skipped, naming the first ones of the batch at once."""
-        self.num_read += part.num_read
-        self.num_empty += part.num_empty
-        self.num_rejected += part.num_rejected
-        self.num_problems += len(part.problems)
-        self.problems += part.problems[: MAX_LISTED_PROBLEMS - len(self.problems)]
-        if part.problems and not self._skips_bad_examples:
-            raise DataError(self._problems_in_words())
-        kinds = [self.note_kinds.setdefault(name, len(self.note_kinds)) for name in part.note_names]
-        self.writer.add({**part.arrays, "note_kinds": np.array(kinds, dtype=np.int32)})
-        if len(part.arrays["example_tables"]):
-            table = int(part.arrays["example_tables"][0])
-            self.columns.setdefault(table, {}).update(dict.fromkeys(part.columns))
+    def add(self, batch: TokenizedBatch) -> None:
+        self.num_read += batch.num_read
+        self.num_empty += batch.num_empty
+        self.num_rejected += batch.num_rejected
+        self.num_problems += len(batch.problems)
+        self.problems += batch.problems[: MAX_LISTED_PROBLEMS - len(self.problems)]
 
-    def finish(self, facts: Facts) -> TokenizedExamples | None:
-        if not self.writer.num_documents:
-            raise DataError(self._why_nothing_is_left())
-        return self.writer.finish(facts)
-
-    def _problems_in_words(self) -> str:
+    def problems_in_words(self) -> str:
         hint = "(data.on_bad_row: skip leaves such rows out)"
         if self.num_problems == 1:
             return f"{self.problems[0]} {hint}"
@@ -171,19 +150,16 @@ class _Gathering:
         head = f"{self.num_problems} of the first {self.num_read:,} rows cannot be used {hint}:"
         return "\n".join([head, *self.problems, *tail])
 
-    def _why_nothing_is_left(self) -> str:
-        reasons = [
-            f"{number:,} {what}"
-            for number, what in (
-                (self.num_empty, "are empty"),
-                (self.num_rejected, "are labelled as bad answers"),
-                (self.num_problems, "cannot be used"),
-                (self.writer.num_examples, "have no supervised token or are too long"),
-            )
-            if number
-        ]
+    def why_nothing_is_left(self, num_without_target: int) -> str:
+        reasons = (
+            (self.num_empty, "are empty"),
+            (self.num_rejected, "are labelled as bad answers"),
+            (self.num_problems, "cannot be used"),
+            (num_without_target, "have no supervised token or are too long"),
+        )
+        said = ", ".join(f"{number:,} {what}" for number, what in reasons if number)
         first = f" The first that cannot be used: {self.problems[0]}" if self.problems else ""
         return (
-            f"None of the {self.num_read:,} rows can be trained on: {', '.join(reasons)}. Conversations need "
-            f"assistant messages, or set data.supervise: all.{first}"
+            f"None of the {self.num_read:,} rows can be trained on: {said}. Conversations need assistant "
+            f"messages, or set data.supervise: all.{first}"
         )

@@ -8,15 +8,17 @@ look bad.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, cast
 
-from qlora_train.data.chat import ChatFormat, ChatProblem, ChatWriter
+from qlora_train.data.building import open_data
+from qlora_train.data.chat.chat_format import ChatFormat
+from qlora_train.data.chat.pieces import ChatWriter
+from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.content import LONE_SURROGATE
 from qlora_train.data.control_text import ControlText, without_marks
 from qlora_train.data.encoding import CannotEncode, TextEncoder
-from qlora_train.data.formats import CHAT_FORMATS, ROLES, PromptTemplate, resolve_format
-from qlora_train.data.sources import load_tables
+from qlora_train.data.formats import CHAT_FORMATS, ROLES, PromptTemplate
 from qlora_train.data.tokenizer import BosRule
 from qlora_train.data.tokenizing import tokenize
 from qlora_train.errors import DataError
@@ -40,17 +42,8 @@ def encode_prompt(prompt: str, data: DataSection | None, tokenizer: PreTrainedTo
     if _is_chat(data, tokenizer):
         return _encode_as_chat(prompt, data, tokenizer)
     if data is not None and data.prompt_template is not None:
-        text = _fill(PromptTemplate(data.prompt_template), prompt)
-    else:
-        text = prompt
-    return _encode(text, tokenizer)
-
-
-def encode_raw(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the text as it is, behind what the tokenizer puts before a text. Raises DataError for a
-    prompt without a token.
-    """
-    return _encode(prompt, tokenizer)
+        prompt = _fill(PromptTemplate(data.prompt_template), prompt)
+    return encode_raw(prompt, tokenizer)
 
 
 def _encode_as_chat(prompt: str, data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -79,10 +72,12 @@ def _writer(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> Cha
     return ChatFormat(tokenizer, (), options=options).writer(with_tools=False)
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    _refuse_half_characters(text)
-    token_ids = tokenize(tokenizer, text).input_ids
-    token_ids = BosRule(tokenizer).apply(token_ids)
+def encode_raw(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the text as it is, behind what the tokenizer puts before a text. Raises DataError for a
+    prompt without a token.
+    """
+    _refuse_half_characters(prompt)
+    token_ids = BosRule(tokenizer).apply(tokenize(tokenizer, prompt).input_ids)
     if not token_ids:
         raise DataError("The prompt is empty.")
     return token_ids
@@ -113,14 +108,13 @@ def stop_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
-def _formats_of_sources(data: DataSection) -> set[str]:
+def _formats_of_sources(data: DataSection) -> Set[str]:
     if data.prompt_template is not None:
         return {"prompt_completion"}
     mapped = [name for name, roles in ROLES.items() if set(data.columns) <= set(roles)]
     if len(mapped) == 1:
         return set(mapped)
-    sources = data.train if data.eval is None or isinstance(data.eval, float) else (*data.train, *data.eval)
-    return {resolve_format(data, table).name for table in load_tables(sources)}
+    return open_data(data).formats
 
 
 def _is_chat(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> bool:

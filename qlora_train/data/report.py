@@ -5,22 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from qlora_train.data.chat import ChatNote
-
-
-class Note(StrEnum):
-    """Something that happened to an example, with an amount. Notes of an example are kept with it, so that
-    each side of the data counts its own."""
-
-    PROMPT_CUT = "prompt cut"  # amount: tokens
-    ANSWER_CUT = "answer cut"  # amount: tokens
-    SPLIT = "split"  # amount: documents
-    TOO_LONG = "too long, dropped"  # amount: tokens
-    UNSUPERVISED = "no supervised token"
-    SAYS_CONTROL_TOKENS = "hold the text of special tokens, read as these tokens"
-    QUOTES_CONTROL_TOKENS = "hold the text of special tokens, read as plain text"
+from qlora_train.data.notes import Note
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,6 @@ class DatasetReport:
     amounts: Mapping[str, int] = field(default_factory=Counter)
     reading: Reading = Reading()
     num_examples_also_in_train: int = 0
-    weighted: tuple[str, ...] = ()
 
     @property
     def filling(self) -> float:
@@ -90,7 +75,6 @@ class DatasetReport:
             f"{self.num_examples:,} rows -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
             f"{self.num_supervised:,} supervised ({self.supervised_share:.1%})",
             self._bins_line(),
-            *self.weighted,
             *self.reading.lines(),
             *self._note_lines(),
         ]
@@ -102,7 +86,7 @@ class DatasetReport:
         return f"{self.num_bins:,} bins of one document each (packing: false), {mean:,.0f} tokens on average"
 
     def _more_tokens(self, note: str) -> str:
-        if note != ChatNote.SEVERAL_TEXTS:
+        if note != Note.SEVERAL_TEXTS:
             return ""
         return f": {self.num_tokens / (self.num_tokens - self.amounts[note]):.2f} times the tokens"
 

@@ -12,7 +12,7 @@ test/a.jsonl) the source must say which one it means, because test rows must not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,14 +56,8 @@ _METADATA = re.compile(
 )
 
 
-def load_tables(sources: Sequence[DataSource]) -> list[ExampleTable]:
-    """Opens every source, in order, and reads the first examples. Raises DataError for what is missing,
-    unreadable or empty."""
-    return [table for source in sources for table in load_source(source)]
-
-
 def load_source(source: DataSource) -> list[ExampleTable]:
-    """The tables of one source. Raises DataError like `load_tables`."""
+    """The tables of one source, opened. Raises DataError for what is missing, unreadable or empty."""
     tables = _tables_of(source)
     for table in tables:
         if table.is_empty:

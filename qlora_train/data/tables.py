@@ -12,19 +12,18 @@ line numbers. Importing pandas would cost every run 90 MB besides.
 
 A table is opened once and scanned once, batch by batch, and never held: the first batch (`head`) tells which
 columns there are, and then is the beginning of the scan. A batch is raw (lines, Arrow data), so that it can
-be parsed elsewhere, by a worker process. Columns that nobody asked for are not turned into values.
+be pickled and parsed elsewhere, by a worker process. Columns that nobody asked for are not turned into
+values.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from qlora_train.data.text_files import numbered_lines, undecoded
-from qlora_train.errors import DataError
 
 Example = dict[str, Any]
 BATCH_EXAMPLES = 1000
@@ -39,21 +38,8 @@ class ExampleProblem(Exception):
 NumberedExample = tuple[int, Example | ExampleProblem]
 
 
-class ExampleBatch(Protocol):
-    """Some examples of a table, not parsed yet. Iterating gives (line or row number from 1, example); an
-    example that cannot be parsed is its ExampleProblem. It can be pickled."""
-
-    def __iter__(self) -> Iterator[NumberedExample]: ...
-
-
-@dataclass(frozen=True)
-class ParsedExamples:
-    """A batch of examples that are values already."""
-
-    examples: Sequence[NumberedExample]
-
-    def __iter__(self) -> Iterator[NumberedExample]:
-        return iter(self.examples)
+Batch = Iterable[NumberedExample]
+"""Some examples of a table. One that is not parsed yet (lines, Arrow data) is parsed while it is iterated."""
 
 
 class ExampleTable(ABC):
@@ -65,23 +51,22 @@ class ExampleTable(ABC):
         self.name = name
         self.asked_for: tuple[str, ...] | None = None
         self.share_read = 0.0  # of the file, so far
-        self._begun: tuple[ParsedExamples | None, Iterator[ExampleBatch]] | None = None
+        self._begun: tuple[list[NumberedExample], Iterator[Batch]] | None = None
 
     @abstractmethod
-    def _read(self) -> Iterator[ExampleBatch]:
+    def _read(self) -> Iterator[Batch]:
         """Opens the file and scans it."""
 
-    def batches(self) -> Iterator[ExampleBatch]:
+    def batches(self) -> Iterator[Batch]:
         """All examples, in order. The first time this goes on from `head`; later the file is read anew."""
         first, rest = self._begin()
         self._begun = None
-        return rest if first is None else chain([first], rest)
+        return chain([first], rest)
 
     @property
     def head(self) -> Sequence[NumberedExample]:
         """The examples of the first batch."""
-        first, _ = self._begin()
-        return [] if first is None else first.examples
+        return self._begin()[0]
 
     @property
     def is_empty(self) -> bool:
@@ -112,13 +97,6 @@ class ExampleTable(ABC):
     def describe(self, number: int) -> str:
         return f"{self.name} {self.unit} {number}"
 
-    def __iter__(self) -> Iterator[tuple[int, Example]]:
-        """(number, example) of every example. Raises DataError for an example that cannot be parsed."""
-        for number, example in chain.from_iterable(self.batches()):
-            if isinstance(example, ExampleProblem):
-                raise DataError(f"{self.describe(number)} {example}")
-            yield number, example
-
     def _lines(self) -> Iterator[tuple[int, str]]:
         """Of a text file."""
 
@@ -127,22 +105,11 @@ class ExampleTable(ABC):
 
         return numbered_lines(self.name, read_on)
 
-    def _begin(self) -> tuple[ParsedExamples | None, Iterator[ExampleBatch]]:
+    def _begin(self) -> tuple[list[NumberedExample], Iterator[Batch]]:
         if self._begun is None:
             rest = self._read()
-            first = next(rest, None)
-            self._begun = (None if first is None else ParsedExamples(list(first)), rest)
+            self._begun = list(next(rest, ())), rest
         return self._begun
-
-
-class Origin(NamedTuple):
-    """Where an example is from."""
-
-    table: ExampleTable
-    number: int
-
-    def describe(self) -> str:
-        return self.table.describe(self.number)
 
 
 class TextTable(ExampleTable):
@@ -154,8 +121,8 @@ class TextTable(ExampleTable):
     def columns(self) -> tuple[str, ...]:
         return ("text",)
 
-    def _read(self) -> Iterator[ExampleBatch]:
-        return map(ParsedExamples, batched(map(_text_example, self._lines())))
+    def _read(self) -> Iterator[Batch]:
+        return batched(map(_text_example, self._lines()))
 
 
 def _text_example(numbered: tuple[int, str]) -> NumberedExample:

@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from qlora_train.data.arrow_tables import HubTable
+from qlora_train.data.open_sources import OpenSources
+from qlora_train.data.reading_progress import reading_progress
 from qlora_train.data.tables import ExampleTable
+from qlora_train.data.tokenization import ExampleTokenizer
 from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.errors import DataError, QloraTrainError
 
@@ -40,6 +43,30 @@ LEAST_BYTES = 2**20
 _READ_BYTES = 2**20
 _NOT_IN_TOKENS = {"train", "eval", "packing"}
 _LIBRARIES = ("qlora-train", "tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
+
+
+def tokenized_or_kept(
+    sources: OpenSources,
+    tokenizer: ExampleTokenizer,
+    section: DataSection,
+    settings: Any,
+    root: Path | None,
+) -> TokenizedExamples:
+    """The examples of the sources. root: the folder that holds the token cache; None: nothing is kept.
+    settings: what the tokens follow from besides the sources, the section and the tokenizer, as plain values.
+    """
+    files = files_of(sources.tables) if root is not None else None
+    if root is None or files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+        with reading_progress() as progress:
+            examples = sources.tokenized(tokenizer, progress=progress)
+        assert examples is not None, "no folder was given"
+        return examples
+
+    def build(folder: Path) -> None:
+        with reading_progress() as progress:
+            sources.tokenized(tokenizer, folder=folder, progress=progress)
+
+    return kept_or_built(root, fingerprint(sources, files, section, tokenizer.tokenizer, settings), build)
 
 
 def files_of(tables: Sequence[ExampleTable]) -> list[Path] | None:
@@ -57,16 +84,15 @@ def files_of(tables: Sequence[ExampleTable]) -> list[Path] | None:
 
 
 def fingerprint(
-    tables: Sequence[ExampleTable],
+    sources: OpenSources,
     files: Sequence[Path],
-    weights: Sequence[float],
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     settings: Any,
 ) -> str:
-    """See the module docstring. settings: whatever else the tokens follow from, as plain values."""
+    """See the module docstring."""
     keys = {k: v for k, v in data.model_dump(mode="json").items() if k not in _NOT_IN_TOKENS}
-    contents = [[table.name for table in tables], list(weights), [_content_hash(file) for file in files]]
+    contents = [[t.name for t in sources.tables], sources.weights, [_content_hash(file) for file in files]]
     versions = [version(name) for name in _LIBRARIES]
     plain = json.dumps([VERSION, versions, keys, contents, settings], sort_keys=True)
     digest = hashlib.sha256(plain.encode())

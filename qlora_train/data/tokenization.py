@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.chat import ChatFormat, ChatNote, ChatProblem
+from qlora_train.data.chat.chat_format import ChatFormat
+from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.chat_tokens import ChatTokenizer, Supervise, Tokens
 from qlora_train.data.content import Chat, Completion, Content, PlainText
 from qlora_train.data.control_text import ControlText
 from qlora_train.data.encoding import TextEncoder
 from qlora_train.data.fitting import Document, Text, TooLong, fit
 from qlora_train.data.long_chats import LongChats
-from qlora_train.data.report import Note
+from qlora_train.data.notes import Note
 from qlora_train.data.tables import ExampleProblem
 from qlora_train.data.tokenizer import BosRule
 from qlora_train.errors import DataError
@@ -140,7 +141,7 @@ class ExampleTokenizer:
             example.documents += [document for of_text in documents for document in of_text]
             if len(part) > 1:
                 sizes = [sum(map(len, of_text)) for of_text in documents]
-                notes[ChatNote.SEVERAL_TEXTS] += sum(sizes) - max(sizes)
+                notes[Note.SEVERAL_TEXTS] += sum(sizes) - max(sizes)
         if not example.documents:
             notes[Note.UNSUPERVISED] += 1
         return example

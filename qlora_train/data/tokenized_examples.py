@@ -20,14 +20,17 @@ they stay in the system's page cache.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from qlora_train.data.fitting import Document
 from qlora_train.data.report import Reading
@@ -60,72 +63,44 @@ class Facts:
 
     tables: tuple[tuple[str, str], ...] = ()
     weights: tuple[float, ...] = ()
-    formats: tuple[str, ...] = ()
     note_names: tuple[str, ...] = ()
     reading: Reading = field(default_factory=Reading)
     digest: str = ""
 
 
-class TokenizedExamples:
-    """See the module docstring. `arrays`: by name."""
+_FACTS = TypeAdapter(Facts)
 
-    def __init__(self, arrays: dict[str, np.ndarray], facts: Facts, maps: Sequence[mmap.mmap] = ()) -> None:
+
+class TokenizedExamples:
+    """See the module docstring. buffers: the bytes of each array."""
+
+    def __init__(self, buffers: Mapping[str, bytes | mmap.mmap], facts: Facts) -> None:
+        arrays = {name: np.frombuffer(buffers[name] or b"", dtype) for name, dtype in ARRAYS.items()}
         self.facts = facts
         self.tokens, self.supervised = arrays["tokens"], arrays["supervised"]
         self.document_starts, self.document_examples = arrays["document_starts"], arrays["document_examples"]
         self.document_targets = arrays["document_targets"]
         self.example_tables, self.example_numbers = arrays["example_tables"], arrays["example_numbers"]
-        self.example_keys, self.example_lengths = (
-            arrays["example_keys"].reshape(-1, KEY_BYTES),
-            arrays["example_lengths"],
-        )
+        self.example_keys = arrays["example_keys"].reshape(-1, KEY_BYTES)
+        self.example_lengths = arrays["example_lengths"]
         self.note_examples, self.note_kinds = arrays["note_examples"], arrays["note_kinds"]
         self.note_amounts = arrays["note_amounts"]
-        self._maps, self._num_bytes_read = maps, 0
-
-    @staticmethod
-    def of(documents: Sequence[Document]) -> TokenizedExamples:
-        """Documents that are at hand, each an example."""
-        number = len(documents)
-        empty = np.zeros(0, dtype=np.int64)
-        arrays = {
-            "tokens": np.concatenate([d.token_ids for d in documents]).astype(np.int32),
-            "supervised": np.concatenate([d.supervised for d in documents]),
-            "document_starts": np.cumsum([0, *map(len, documents)]),
-            "document_examples": np.arange(number),
-            "document_targets": np.array([d.num_supervised for d in documents], dtype=np.int32),
-            "example_tables": np.zeros(number, dtype=np.int32),
-            "example_numbers": np.arange(1, number + 1),
-            "example_keys": np.zeros(number * KEY_BYTES, dtype=np.uint8),
-            "example_lengths": np.array([len(d) for d in documents], dtype=np.int64),
-            "note_examples": empty,
-            "note_kinds": empty.astype(np.int32),
-            "note_amounts": empty,
-        }
-        writer = ExamplesWriter()
-        writer.add(arrays)
-        examples = writer.finish(Facts(tables=(("documents", "row"),), weights=(1.0,)))
-        assert examples is not None
-        return examples
+        self._maps = [buffer for buffer in buffers.values() if isinstance(buffer, mmap.mmap)]
+        self._num_bytes_read = 0
 
     @staticmethod
     def opened(folder: Path) -> TokenizedExamples:
         """Those of a folder of the token cache, memory-mapped. Raises OSError or ValueError for a folder that
         is not complete."""
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        maps: list[mmap.mmap] = []
-        arrays = {}
-        for name, dtype in ARRAYS.items():
-            file, size = folder / name, int(meta["sizes"][name])
-            if file.stat().st_size != size * dtype.itemsize:
-                raise ValueError(f"{file} is not complete")
-            if not size:
-                arrays[name] = np.zeros(0, dtype=dtype)
-                continue
-            with file.open("rb") as opened:
-                maps.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-            arrays[name] = np.frombuffer(maps[-1], dtype=dtype)
-        return TokenizedExamples(arrays, _facts_of(meta["facts"]), maps)
+        buffers: dict[str, bytes | mmap.mmap] = {}
+        for name in ARRAYS:
+            with (folder / name).open("rb") as file:
+                num_bytes = file.seek(0, os.SEEK_END)
+                if num_bytes != meta["num_bytes"][name]:
+                    raise ValueError(f"{folder / name} is not complete")
+                buffers[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
+        return TokenizedExamples(buffers, _FACTS.validate_python(meta["facts"]))
 
     @property
     def num_examples(self) -> int:
@@ -161,19 +136,18 @@ class TokenizedExamples:
 
 
 class ExamplesWriter:
-    """Takes examples part by part; keeps them in memory, or writes them to files below `folder`."""
+    """Takes examples batch by batch; keeps them in memory, or writes them to files below `folder`."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """Raises OSError where the folder cannot be made."""
-        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
-        self._sizes = dict.fromkeys(ARRAYS, 0)
-        self._files: dict[str, IO[bytes]] = {}
         self._folder = folder
-        self._digests = {name: hashlib.sha256() for name in _DIGESTED}
-        self.num_examples = self.num_documents = self.num_tokens = 0
         if folder is not None:
             folder.mkdir(parents=True)
-            self._files = {name: (folder / name).open("wb") for name in ARRAYS}
+        self._files: dict[str, IO[bytes]] = {
+            name: io.BytesIO() if folder is None else (folder / name).open("wb") for name in ARRAYS
+        }
+        self._digests = {name: hashlib.sha256() for name in _DIGESTED}
+        self.num_examples = self.num_documents = self.num_tokens = 0
         self._append("document_starts", np.zeros(1, dtype=np.int64))
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
@@ -192,46 +166,26 @@ class ExamplesWriter:
         self.num_tokens = int(starts[-1])
 
     def _append(self, name: str, array: np.ndarray) -> None:
-        array = np.ascontiguousarray(array, dtype=ARRAYS[name]).reshape(-1)
-        self._sizes[name] += len(array)
+        content = np.ascontiguousarray(array, dtype=ARRAYS[name]).reshape(-1).data
         if name in _DIGESTED:
-            self._digests[name].update(array.data)
-        if self._folder is not None:
-            self._files[name].write(array.data)
-        else:
-            self._parts[name].append(array)
+            self._digests[name].update(content)
+        self._files[name].write(content)
 
     def finish(self, facts: Facts) -> TokenizedExamples | None:
         """The examples; None where they were written to files, which are now complete."""
         parts = "".join(digest.hexdigest() for digest in self._digests.values())
         facts = replace(facts, digest=hashlib.sha256(parts.encode()).hexdigest())
         if self._folder is None:
-            return TokenizedExamples(
-                {name: np.concatenate(parts) for name, parts in self._parts.items()}, facts
-            )
+            buffers = {name: file.getvalue() for name, file in self._files.items()}  # type: ignore[attr-defined]
+            return TokenizedExamples(buffers, facts)
+        meta = {
+            "num_bytes": {name: file.tell() for name, file in self._files.items()},
+            "facts": _FACTS.dump_python(facts),
+        }
         self.close()
-        meta = {"sizes": self._sizes, "facts": _plain(facts)}
         (self._folder / META).write_text(json.dumps(meta), encoding="utf-8")
         return None
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-
-
-def _plain(facts: Facts) -> dict[str, Any]:
-    return {**vars(facts), "reading": vars(facts.reading)}
-
-
-def _facts_of(plain: dict[str, Any]) -> Facts:
-    reading: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in plain["reading"].items()
-    }
-    return Facts(
-        tables=tuple((name, unit) for name, unit in plain["tables"]),
-        weights=tuple(plain["weights"]),
-        formats=tuple(plain["formats"]),
-        note_names=tuple(plain["note_names"]),
-        digest=plain["digest"],
-        reading=Reading(**reading),
-    )

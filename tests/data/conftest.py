@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data.chat import ChatFormat
+from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.content import Chat, Content
 from qlora_train.data.fitting import Document
 from qlora_train.data.tables import ExampleProblem

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from chat_kinds import CONVERSATIONS, TEMPLATES, bot, call, make_tokenizer, user, write
 
-from qlora_train.data.chat import ChatFormat, ChatProblem, Notes, choose_chat_template
-from qlora_train.data.chat.choice import BUILT_IN
-from qlora_train.data.chat.template import ChatTemplate, _with_fixed_day
+from qlora_train.data.chat.chat_format import ChatFormat
+from qlora_train.data.chat.choice import BUILT_IN, choose_chat_template
+from qlora_train.data.chat.template import ChatProblem, ChatTemplate, _with_fixed_day
+from qlora_train.data.notes import Notes
 from qlora_train.data.prompts import stop_token_ids
 from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.errors import BaseModelError, DataError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from chat_kinds import CONVERSATIONS, TEMPLATES, call, prompts, user, write
 
-from qlora_train.data.chat import ChatNote, ChatProblem, lost
+from qlora_train.data.chat.template import ChatProblem
+from qlora_train.data.notes import Note, lost
 
 ONE, TWO = "One.<|end|>", "Two.<|end|>"
 SPACED = ["\n One. \n<|end|>", "  Two.\n<|end|>"]
@@ -160,10 +161,10 @@ def test_further_fields_of_a_message_that_are_not_shown_are_counted() -> None:
 
 def test_a_thought_that_the_prompt_opens_is_closed_or_refused() -> None:
     source, messages = TEMPLATES["opens a thought, turns lose it"], CONVERSATIONS["two turns"]
-    assert write(source, messages)[1][ChatNote.THOUGHT_CLOSED] == 2
+    assert write(source, messages)[1][Note.THOUGHT_CLOSED] == 2
     with pytest.raises(ChatProblem, match="open_thought: refuse"):
         write(source, messages, open_thought="refuse")
-    assert write(source, CONVERSATIONS["inline"], open_thought="refuse")[1][ChatNote.THOUGHT_FILLED] == 2
+    assert write(source, CONVERSATIONS["inline"], open_thought="refuse")[1][Note.THOUGHT_FILLED] == 2
 
 
 def test_options_reach_the_template() -> None:
@@ -235,8 +236,8 @@ def test_marks_count_only_where_nothing_else_tells() -> None:
         pieces, notes = write(opening, CONVERSATIONS["two turns"])
         assert [piece.answer for piece in pieces] == [ONE, TWO]
         assert pieces[1].text == "<|user|>Q1?<|end|><|bot|>One.<|end|><|user|>Q2?<|end|><|bot|>Two.<|end|>"
-        assert notes[ChatNote.BY_MARKS] == 2
-        assert write(source, CONVERSATIONS["two turns"])[1][ChatNote.BY_MARKS] == 0
+        assert notes[Note.BY_MARKS] == 2
+        assert write(source, CONVERSATIONS["two turns"])[1][Note.BY_MARKS] == 0
     unmarked = TEMPLATES["plain"].replace("<|bot|>{% endif %}", "<|bot|>(x){% endif %}")
     with pytest.raises(
         ChatProblem, match=r"ends the prompt with '\(x\)'.*\{% generation %\}.*supervise: all"

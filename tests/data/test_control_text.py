@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from qlora_train.data import encode_prompt
 from qlora_train.data.content import Chat, Completion, PlainText
-from qlora_train.data.report import Note
+from qlora_train.data.notes import Note
+from qlora_train.data.prompts import encode_prompt
 
 MakeTokenizer = Callable[..., Any]
 Show = Callable[[Any, Any], str]

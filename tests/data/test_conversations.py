@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_data import examples_in
 
 from qlora_train.data.arrow_tables import ParquetTable
 from qlora_train.data.conversations import read_messages, read_tools
@@ -122,7 +123,7 @@ def test_nulls_that_parquet_fills_in_are_dropped_at_every_depth(tmp_path: Path) 
     ]
     Dataset.from_list(examples).to_parquet(tmp_path / "rows.parquet")
     table = ParquetTable(str(tmp_path / "rows.parquet"))
-    assert [read_messages(example["messages"], "the messages")[1] for _, example in table] == [
+    assert [read_messages(example["messages"], "the messages")[1] for _, example in examples_in(table)] == [
         {"role": "assistant", "tool_calls": call(x=1)},
         {"role": "assistant", "tool_calls": call(y=[{"z": "z"}, {"w": "w"}])},
     ]

@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_data import packed
 
 from qlora_train.data.building import build_dataset
-from qlora_train.data.chat import ChatNote, lost
 from qlora_train.data.content import PlainText, content_key
 from qlora_train.data.dataset import PackedDataset, epoch_order, padded_length
 from qlora_train.data.fitting import Document
-from qlora_train.data.report import DatasetReport, Note, Reading
+from qlora_train.data.notes import Note, lost
+from qlora_train.data.report import DatasetReport, Reading
 from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content
-from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSection
 
@@ -23,13 +23,11 @@ Section = Callable[..., DataSection]
 
 def dataset(*documents: str, length: int = 8, packing: bool = True, shuffle: bool = False) -> PackedDataset:
     """Documents as letters: capitals are supervised, token ids are the letters' codes."""
-    examples = TokenizedExamples.of(
-        [
-            Document(np.array([ord(c) for c in text], dtype=np.int32), np.array([c.isupper() for c in text]))
-            for text in documents
-        ]
-    )
-    return PackedDataset(examples, sequence_length=length, packing=packing, seed=3, shuffle=shuffle)
+    letters = [
+        Document(np.array([ord(c) for c in text], dtype=np.int32), np.array([c.isupper() for c in text]))
+        for text in documents
+    ]
+    return packed(letters, length=length, packing=packing, seed=3, shuffle=shuffle)
 
 
 def test_a_micro_batch_by_hand() -> None:
@@ -232,9 +230,9 @@ def test_what_a_recipe_says_of_conversations_reaches_them(
 def test_report_lines() -> None:
     notes = {Note.PROMPT_CUT: 2, Note.ANSWER_CUT: 1, Note.SPLIT: 1, Note.TOO_LONG: 3, Note.UNSUPERVISED: 4}
     notes |= {Note.SAYS_CONTROL_TOKENS: 6, Note.QUOTES_CONTROL_TOKENS: 1, "are odd": 8}
-    notes |= {ChatNote.SEVERAL_TEXTS: 10, lost("name"): 1}
+    notes |= {Note.SEVERAL_TEXTS: 10, lost("name"): 1}
     amounts = {Note.PROMPT_CUT: 10, Note.ANSWER_CUT: 70, Note.SPLIT: 3, Note.TOO_LONG: 900}
-    amounts |= {ChatNote.SEVERAL_TEXTS: 2000}
+    amounts |= {Note.SEVERAL_TEXTS: 2000}
     reading = Reading(2, 1, 3, ("a line 1: x",), ("id", "url"), ("a.csv: fields separated by tabs",))
     report = DatasetReport(2000, 2001, 8000, 2000, 10, 1000, True, notes, amounts, reading, 9)
     assert report.lines() == [
@@ -255,7 +253,7 @@ def test_report_lines() -> None:
         "1 row hold the text of special tokens, read as plain text",
         "6 rows hold the text of special tokens, read as these tokens",
         "1 row lose 'name': the chat template does not show it",
-        f"10 rows {ChatNote.SEVERAL_TEXTS}: 1.33 times the tokens",
+        f"10 rows {Note.SEVERAL_TEXTS}: 1.33 times the tokens",
         "9 evaluation rows are also training rows, word for word",
     ]
     one_each = DatasetReport(3, 3, 300, 30, 3, 1000, packing=False)

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data.chat import ChatFormat
+from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.content import Chat, Completion, Content
 from qlora_train.data.encoding import TextEncoder
 from qlora_train.data.fitting import Document

@@ -15,12 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_data import examples_in
 
 from qlora_train.data.arrow_tables import ArrowTable, ParquetTable
 from qlora_train.data.building import build_dataset
 from qlora_train.data.csv_table import CsvTable
 from qlora_train.data.json_tables import JsonTable
-from qlora_train.data.sources import load_tables
+from qlora_train.data.sources import load_source
 from qlora_train.data.tables import ExampleProblem, ExampleTable
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSource
@@ -48,11 +49,11 @@ def written(path: Path, content: bytes | str) -> Path:
 
 
 def load(path: Path, split: str | None = None) -> list[ExampleTable]:
-    return load_tables([DataSource(path=str(path), split=split)])
+    return load_source(DataSource(path=str(path), split=split))
 
 
 def examples_of(path: Path) -> list[dict]:
-    return [example for table in load(path) for _, example in table]
+    return [example for table in load(path) for _, example in examples_in(table)]
 
 
 @pytest.mark.parametrize("kind", PACKERS)
@@ -110,7 +111,7 @@ def test_ways_to_write_examples_as_json(
     tmp_path: Path, name: str, content: str, expected: list[tuple[int, int]]
 ) -> None:
     (table,) = load(written(tmp_path / name, content))
-    assert [(line, example["a"]) for line, example in table] == expected
+    assert [(line, example["a"]) for line, example in examples_in(table)] == expected
 
 
 def test_an_object_with_messages_is_an_example_and_no_wrapper(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_a_long_list_is_read_value_by_value(tmp_path: Path) -> None:
     examples = [{"text": "x" * (n % 997) + '"[{', "n": [n, {"m": -1.5e3}]} for n in range(3000)]
     path = written(tmp_path / "rows.json", json.dumps(examples, indent=1))
     (table,) = load(path)
-    assert [example for _, example in table] == examples
+    assert [example for _, example in examples_in(table)] == examples
     assert len(list(JsonTable(str(path)).batches())) == 3
     longest = [{"text": "y" * 300_000}, {"text": "z"}]
     assert examples_of(written(tmp_path / "long.json", json.dumps(longest))) == longest
@@ -179,7 +180,7 @@ def test_csv_dialects(
 ) -> None:
     (table,) = load(written(tmp_path / "rows.csv", content))
     assert isinstance(table, CsvTable)
-    assert [(example["q"], example["a"]) for _, example in table] == expected
+    assert [(example["q"], example["a"]) for _, example in examples_in(table)] == expected
     assert (table.dialect.in_words or "").startswith(said or "") and bool(table.dialect.in_words) == bool(
         said
     )
@@ -257,8 +258,8 @@ def test_arrow_files_as_streams_and_with_an_index(tmp_path: Path) -> None:
     for name in ("a.arrow", "b.feather"):
         found = ArrowTable(str(tmp_path / name))
         found.ask_for(["text"])
-        assert [example for _, example in found] == EXAMPLES
-        assert [number for number, _ in found] == list(range(1, 2501))  # read again
+        assert [example for _, example in examples_in(found)] == EXAMPLES
+        assert [number for number, _ in examples_in(found)] == list(range(1, 2501))  # read again
 
 
 def test_saved_data_sets_and_clones_of_the_hub_are_read_without_their_metadata(tmp_path: Path) -> None:
@@ -270,7 +271,9 @@ def test_saved_data_sets_and_clones_of_the_hub_are_read_without_their_metadata(t
     DatasetDict(train=data, test=data.select([0])).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match=r"several splits \(test, train\)"):
         load(tmp_path / "splits")
-    assert [example for table in load(tmp_path / "splits", "test") for _, example in table] == EXAMPLES[:1]
+    assert [
+        example for table in load(tmp_path / "splits", "test") for _, example in examples_in(table)
+    ] == EXAMPLES[:1]
     clone = tmp_path / "clone"
     (clone / "data").mkdir(parents=True)
     data.to_parquet(clone / "data" / "train-00000-of-00001.parquet")

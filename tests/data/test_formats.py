@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_data import examples_in
 
 from qlora_train.data.building import build_dataset
 from qlora_train.data.content import Chat, Completion, PlainText, content_key
 from qlora_train.data.formats import EmptyExample, RejectedExample, resolve_format
-from qlora_train.data.sources import load_tables
-from qlora_train.data.tables import ExampleProblem
+from qlora_train.data.sources import load_source
+from qlora_train.data.tables import ExampleProblem, ExampleTable
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSection
 
@@ -19,12 +20,16 @@ Write = Callable[..., str]
 Section = Callable[..., DataSection]
 
 
+def tables_of(data: DataSection) -> list[ExampleTable]:
+    return [table for source in data.train for table in load_source(source)]
+
+
 def contents(data: DataSection) -> list[Any]:
     """Of every example of all tables; an example that cannot be used is a DataError that names it."""
     found = []
-    for table in load_tables(data.train):
+    for table in tables_of(data):
         example_format = resolve_format(data, table)
-        for number, example in table:
+        for number, example in examples_in(table):
             try:
                 found.append(example_format.read(example))
             except ExampleProblem as problem:
@@ -223,7 +228,7 @@ def test_prompts_and_completions_may_be_conversations(jsonl: Write, section: Sec
     ):
         data = section(jsonl(written, name=f"{number}.jsonl"), **keys)
         assert contents(data) == [expected]
-        assert {resolve_format(data, table).name for table in load_tables(data.train)} == {"messages"}
+        assert {resolve_format(data, table).name for table in tables_of(data)} == {"messages"}
     assert contents(section(jsonl({"prompt": "[{", "completion": "c"}))) == [Completion("[{", "c")]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_train.data import build_dataset, encode_prompt, load_tokenizer
-from qlora_train.data.building import open_data
-from qlora_train.data.prompts import encode_raw, stop_token_ids
+from qlora_train.data.building import build_dataset, open_data
+from qlora_train.data.prompts import encode_prompt, encode_raw, stop_token_ids
+from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.errors import BaseModelError, DataError
 from qlora_train.recipe import DataSection
 

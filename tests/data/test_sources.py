@@ -5,20 +5,21 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny_data import examples_in
 
 from qlora_train.data import sources
-from qlora_train.data.sources import load_tables
+from qlora_train.data.sources import load_source
 from qlora_train.data.tables import ExampleTable
 from qlora_train.errors import DataError
 from qlora_train.recipe import DataSource
 
 
 def load(path: Path | str, split: str | None = None) -> list[ExampleTable]:
-    return load_tables([DataSource(path=str(path), split=split)])
+    return load_source(DataSource(path=str(path), split=split))
 
 
 def examples_of(tables: list[ExampleTable]) -> list[dict]:
-    return [example for table in tables for _, example in table]
+    return [example for table in tables for _, example in examples_in(table)]
 
 
 def test_jsonl_keeps_values_as_they_are_and_names_physical_lines(tmp_path: Path) -> None:
@@ -27,7 +28,10 @@ def test_jsonl_keeps_values_as_they_are_and_names_physical_lines(tmp_path: Path)
         '{"d": "2020-01-01", "n": 7}\n\n  \n{"d": "x\u2028y", "m": [1, "a"]}\n', encoding="utf-8-sig"
     )
     (table,) = load(path)
-    assert list(table) == [(1, {"d": "2020-01-01", "n": 7}), (4, {"d": "x\u2028y", "m": [1, "a"]})]
+    assert list(examples_in(table)) == [
+        (1, {"d": "2020-01-01", "n": 7}),
+        (4, {"d": "x\u2028y", "m": [1, "a"]}),
+    ]
     assert table.columns == ("d", "n", "m")
     assert table.describe(4) == f"{path} line 4"
 
@@ -36,7 +40,11 @@ def test_json_list_names_the_line_of_the_object(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n {"t": "a, [b"},\n {"t":\n   "c"} ,\n\n {"t": "d"}]')
     (table,) = load(path)
-    assert [(line, example["t"]) for line, example in table] == [(2, "a, [b"), (3, "c"), (6, "d")]
+    assert [(line, example["t"]) for line, example in examples_in(table)] == [
+        (2, "a, [b"),
+        (3, "c"),
+        (6, "d"),
+    ]
 
 
 def test_json_file_may_hold_one_object_a_line(tmp_path: Path) -> None:
@@ -53,7 +61,7 @@ def test_csv_values_are_text_and_records_may_span_lines(tmp_path: Path) -> None:
         {"q": "x", "a": "NA"},
         {"q": "y", "a": ""},
     ]
-    assert [table.describe(line).rsplit(" ", 1)[1] for line, _ in table] == ["2", "5", "6"]
+    assert [table.describe(line).rsplit(" ", 1)[1] for line, _ in examples_in(table)] == ["2", "5", "6"]
 
 
 def test_a_short_csv_record_ends_in_empty_texts(tmp_path: Path) -> None:
@@ -76,7 +84,7 @@ def test_csv_fields_may_be_long(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"q,a\n{'long ' * 40_000},1\nx,2\n")
     (table,) = load(path)
-    assert [(line, len(example["q"])) for line, example in table] == [(2, 200_000), (3, 1)]
+    assert [(line, len(example["q"])) for line, example in examples_in(table)] == [(2, 200_000), (3, 1)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
@@ -99,10 +107,10 @@ def test_parquet_and_text(tmp_path: Path) -> None:
 
     Dataset.from_dict({"m": [[{"role": "user", "content": "hi"}], []]}).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text("one\n\n  two \n")
-    parquet, text = load_tables([DataSource(path=str(tmp_path / n)) for n in ("a.parquet", "b.txt")])
+    (parquet,), (text,) = load(tmp_path / "a.parquet"), load(tmp_path / "b.txt")
     assert examples_of([parquet]) == [{"m": [{"role": "user", "content": "hi"}]}, {"m": []}]
     assert parquet.describe(2).endswith("a.parquet row 2")
-    assert list(text) == [(1, {"text": "one"}), (2, {"text": ""}), (3, {"text": "  two "})]
+    assert list(examples_in(text)) == [(1, {"text": "one"}), (2, {"text": ""}), (3, {"text": "  two "})]
 
 
 def test_a_folder_joins_its_files_in_sorted_order_and_nothing_is_written_beside_them(tmp_path: Path) -> None:
@@ -190,7 +198,7 @@ def test_hub_ids_get_the_split_and_failures_become_messages(monkeypatch: pytest.
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (table,) = load("org/name")
     assert examples_of([table]) == [{"t": "a"}, {"t": "b"}]
-    assert [table.describe(example) for example, _ in table] == [
+    assert [table.describe(example) for example, _ in examples_in(table)] == [
         "org/name [train] row 1",
         "org/name [train] row 2",
     ]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_train.data import building, open_sources, token_cache, workers
+from qlora_train.data import open_sources, token_cache, workers
 from qlora_train.data.building import build_dataset
 from qlora_train.data.tokenized_examples import ExamplesWriter, TokenizedExamples
 from qlora_train.data.workers import Workers
@@ -47,7 +47,6 @@ def write_examples(path: Path, number: int) -> Path:
 @pytest.fixture(autouse=True)
 def small_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "LEAST_BYTES", 100)
-    monkeypatch.setattr(building, "LEAST_BYTES", 100)
 
 
 def in_processes(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -123,7 +122,7 @@ def test_what_the_tokens_follow_from_is_in_the_name(
 def test_small_data_and_no_cache_leave_nothing(
     examples: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "LEAST_BYTES", 10**9)
+    monkeypatch.setattr(token_cache, "LEAST_BYTES", 10**9)
     build_dataset(section(str(examples), on_bad_row="skip"), tokenizer, seed=0, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from qlora_train.data.chat import ChatNote
 from qlora_train.data.content import Chat, Completion, PlainText
+from qlora_train.data.notes import Note
 from qlora_train.data.prompts import encode_raw
-from qlora_train.data.report import Note
 from qlora_train.data.tables import ExampleProblem
 from qlora_train.errors import DataError
 
@@ -87,9 +86,9 @@ def test_each_answer_has_a_text_of_its_own_where_turns_do_not_end(
         "<s>u:q\na:[x][</s>]",
     ]
     assert examples.of_example == [0, 0, 1]
-    assert examples.noted == {ChatNote.SEVERAL_TEXTS: 1, ChatNote.NO_STOP_TOKEN: 2, ChatNote.UNANSWERED: 1}
-    assert examples.notes[ChatNote.SEVERAL_TEXTS] == 9  # tokens of the shorter text
-    assert examples.notes[ChatNote.NO_STOP_TOKEN] == 3
+    assert examples.noted == {Note.SEVERAL_TEXTS: 1, Note.NO_STOP_TOKEN: 2, Note.UNANSWERED: 1}
+    assert examples.notes[Note.SEVERAL_TEXTS] == 9  # tokens of the shorter text
+    assert examples.notes[Note.NO_STOP_TOKEN] == 3
 
 
 def test_turns_that_the_template_rewrites_are_trained_as_they_were_asked_for(
@@ -168,7 +167,7 @@ def test_an_answer_that_nothing_asks_for_is_context(tokenize: Tokenize, tokenize
     assert show(tokenizer, examples.documents[0]) == (
         "<s><|start|>assistant\nhi<|end|>\n<|start|>user\nq<|end|>\n<|start|>assistant\n[x][<|end|>]"
     )
-    assert examples.noted == {ChatNote.ANSWER_FIRST: 1}
+    assert examples.noted == {Note.ANSWER_FIRST: 1}
     examples = tokenize(tokenizer, chat("a:x", "u:q"), chat("u:q", "a:x"))
     assert (len(examples.documents), examples.noted[Note.UNSUPERVISED]) == (1, 1)
 

@@ -10,7 +10,7 @@ from chat_kinds import TEMPLATES
 from chat_kinds import make_tokenizer as tokenizer_of
 
 from qlora_train.data.content import Chat, Completion, PlainText
-from qlora_train.data.report import Note
+from qlora_train.data.notes import Note
 
 MakeTokenizer = Callable[..., Any]
 Show = Callable[[Any, Any], str]

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_data import packed
 from tiny_models import VOCABULARY_SIZE, load_tiny, resident_plan, write_checkpoint
 from torch import Tensor
 
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.fitting import Document
-from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers
@@ -36,8 +36,7 @@ def dataset() -> PackedDataset:
         supervised = np.zeros(length, dtype=bool)
         supervised[1 + (number * 7) % (length - 1) :] = True
         documents.append(Document(rng.integers(3, VOCABULARY_SIZE, length).astype(np.int32), supervised))
-    rows = TokenizedExamples.of(documents)
-    return PackedDataset(rows, sequence_length=64, packing=True, seed=1, shuffle=True)
+    return packed(documents, length=64, packing=True, seed=1, shuffle=True)
 
 
 def gradients_of(

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_data import packed
 from torch import Tensor
 
-from qlora_train.data.dataset import MicroBatch, PackedDataset
+from qlora_train.data.dataset import MicroBatch
 from qlora_train.data.fitting import Document
-from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.uploads import Uploads
@@ -33,8 +33,7 @@ class Maker:
         for length in (20, 7, 31, 12, 25, 9, 16, 30):
             tokens = rng.integers(3, 90, length).astype(np.int32)
             documents.append(Document(tokens, np.arange(length) > 2))
-        rows = TokenizedExamples.of(documents)
-        self.data = PackedDataset(rows, sequence_length=32, packing=True, seed=1, shuffle=True)
+        self.data = packed(documents, length=32, packing=True, seed=1, shuffle=True)
         self.made: list[int] = []
         self.threads: set[str] = set()
         self._fails_at, self._changed = fails_at, threading.Condition()

@@ -26,12 +26,12 @@ from typing import Literal
 from qlora_train.data.chat.align import Aligned, CannotAlign, Turn, align
 from qlora_train.data.chat.calls import CallWriter
 from qlora_train.data.chat.frame import places_to_cut
-from qlora_train.data.chat.notes import ChatNote, Notes, ends_in, lost
 from qlora_train.data.chat.stand_ins import REASONING, free_stand_in, is_blank, shape, with_texts
 from qlora_train.data.chat.stops import StopTokens, control_token_at_end, find_stop_tokens, first_of
 from qlora_train.data.chat.template import ChatProblem, ChatTemplate, Message, Messages, Span, Tools
 from qlora_train.data.chat.thoughts import Thoughts, find_thoughts, with_thoughts_in_field
 from qlora_train.data.chat.turn_facts import ShapeFacts, TurnFacts, following_messages
+from qlora_train.data.notes import Note, Notes, ends_in, lost
 
 OpenThought = Literal["close", "refuse"]
 _THOUGHTS = ("thinking", "reasoning")
@@ -103,7 +103,7 @@ class ChatWriter:
         if not any(m["role"] == "assistant" and _BRACKET.search(m.get("content") or "") for m in plain):
             return written
         moved, num_moved = with_thoughts_in_field(written, self.thoughts)
-        notes[ChatNote.THOUGHT_MOVED] += num_moved
+        notes[Note.THOUGHT_MOVED] += num_moved
         return moved
 
     def render(self, messages: Messages, tools: Tools = (), *, prompt: bool = False) -> str:
@@ -153,13 +153,13 @@ class _Conversation:
             if message["role"] != "assistant":
                 continue
             if turn == 0:
-                self.notes[ChatNote.ANSWER_FIRST] += 1
+                self.notes[Note.ANSWER_FIRST] += 1
             else:
                 self._check_shown(turn, previous)
             previous = turn
             yield turn
         if previous >= 0:
-            self.notes[ChatNote.UNANSWERED] += len(self.messages) - 1 - previous
+            self.notes[Note.UNANSWERED] += len(self.messages) - 1 - previous
 
     def piece(self, turn: int) -> Piece:
         history, message = self.messages[:turn], self.messages[turn]
@@ -193,7 +193,7 @@ class _Conversation:
         asks = self.writer.stops.asks
         token = control_token_at_end(self.template, tail, afters[-1], (), asks)
         if token is None:
-            self.notes[ChatNote.NO_STOP_TOKEN] += 1
+            self.notes[Note.NO_STOP_TOKEN] += 1
             return Piece(prompt, answer.rstrip(), adds_eos=True)
         self.notes[ends_in(token)] += 1
         behind = tail if token in tail else afters[-1]
@@ -225,7 +225,7 @@ class _Conversation:
         start = next((start for start, end in spans if end > len(before)), None)
         if start is None or marked != text:
             raise ChatProblem(f"the chat template marks no text of message {turn + 1} as generated")
-        self.notes[ChatNote.BY_MARKS] += 1
+        self.notes[Note.BY_MARKS] += 1
         return text[:start], Aligned(text[start:])
 
     def _first_text(self, turn: int, text: str) -> int:
@@ -307,8 +307,8 @@ class _Conversation:
                 "refuse). Give it one in 'reasoning_content', or set data.open_thought: close to train an "
                 "empty one"
             )
-        self.notes[ChatNote.THOUGHT_CLOSED] += aligned.thought == "closed"
-        self.notes[ChatNote.THOUGHT_FILLED] += aligned.thought == "filled"
+        self.notes[Note.THOUGHT_CLOSED] += aligned.thought == "closed"
+        self.notes[Note.THOUGHT_FILLED] += aligned.thought == "filled"
 
     def _count_lost(self, turn: int, answer: str, thought_is_filled: bool) -> None:
         facts, message = self._facts(turn), self.messages[turn]
@@ -317,7 +317,7 @@ class _Conversation:
                 self.notes[lost(name)] += 1
         content = str(message.get("content") or "").strip()
         if "content" in facts.shown and content and not thought_is_filled:
-            self.notes[ChatNote.REWRITTEN] += content not in answer
+            self.notes[Note.REWRITTEN] += content not in answer
 
     def _count_tools(self, prompt: str) -> None:
         """Once a conversation: whether the first prompt names any of its tools."""

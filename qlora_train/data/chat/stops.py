@@ -75,11 +75,7 @@ def control_token_at_end(
     `StopTokens`."""
     tail = _without_question(tail, asks, template)
     in_tail, in_after = template.control_tokens.findall(tail), template.control_tokens.findall(after)
-    num_common = next(
-        (n for n, (a, b) in enumerate(zip(in_tail, in_after, strict=False)) if a != b),
-        min(len(in_tail), len(in_after)),
-    )
-    common = in_tail[:num_common]
+    common = commonprefix([in_tail, in_after])
 
     def known(tokens: list[str]) -> list[str]:
         return [token for token in tokens if token in named][:1]

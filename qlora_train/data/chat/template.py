@@ -17,6 +17,7 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from qlora_train.data.tables import ExampleProblem
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ _HANDED_OVER = frozenset({"messages", "tools", "documents", "add_generation_prom
 _TAG = r"</?[A-Za-z_][^<>\s]{0,60}>|\[/?[A-Za-z_][^\[\]\s]{0,60}\]|\(/?[A-Za-z_][^()\s]{0,60}\)"
 
 
-class ChatProblem(Exception):
-    """A conversation that the template refuses or hides; becomes a DataError that names the example."""
+class ChatProblem(ExampleProblem):
+    """A conversation that the template refuses or hides."""
 
 
 class ChatTemplate:

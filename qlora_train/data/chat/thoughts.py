@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from qlora_train.data.chat.stand_ins import REASONING, is_blank, stand_in
 from qlora_train.data.chat.template import ChatTemplate, Message
@@ -109,10 +110,7 @@ def _around_a_thought(template: ChatTemplate) -> tuple[str | None, str | None]:
         return None, None
     header = before.rpartition(question)[2]
     usual = prompt.rpartition(question)[2]
-    num_same = next(
-        (i for i, (a, b) in enumerate(zip(header, usual, strict=False)) if a != b),
-        min(len(header), len(usual)),
-    )
+    num_same = len(commonprefix([header, usual]))
     opening = header[template.at_edge(header, num_same) :]
     return opening or _last_tag(header), between
 

@@ -13,7 +13,6 @@ For the answer m behind the history H, with stand-ins for all texts:
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -30,6 +29,7 @@ from qlora_train.data.chat.template import ChatProblem, ChatTemplate, Message, T
 
 _MAX_SHAPES = 4096
 _ASKED, _SAID = stand_in(0), stand_in(1)
+_Numbered = tuple[Message, dict[str, str]]  # a message and the stand-in of each of its fields
 QUESTION: Message = {"role": "user", "content": _ASKED}
 ANSWER: Message = {"role": "assistant", "content": _SAID}
 
@@ -61,7 +61,7 @@ def ask(template: ChatTemplate, messages: Sequence[Message], *, prompt: bool = F
 
 def is_shown(text: str, mark: str) -> bool:
     """Whether a rendering holds a stand-in, as it is or escaped as JSON."""
-    return mark in text or json.dumps(mark)[1:-1] in text
+    return any(form in text for form in _forms(mark))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ShapeFacts:
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
-        self._known: OrderedDict[tuple[object, ...], TurnFacts] = OrderedDict()
+        self._known: dict[tuple[object, ...], TurnFacts] = {}
 
     def turn(
         self, history: Sequence[Message], shapes: Sequence[str], message: Message, tools: Tools
@@ -93,13 +93,16 @@ class ShapeFacts:
         """
         key = (*shapes, bool(tools))
         if (facts := self._known.get(key)) is None:
+            numbers = count(2)
             try:
-                facts = self._look(history, message, tools)
-            except ChatProblem:  # a template that asks what a text says
-                facts = self._look_behind(history, message, tools)
+                replaced = [numbered(without_ids(each), numbers) for each in history]
+                facts = self._look(replaced, *numbered(without_ids(message), numbers), tools)
+            except ChatProblem:  # a template that asks what a text says: the history keeps its own
+                untouched: list[_Numbered] = [(each, {}) for each in history]
+                facts = self._look(untouched, *numbered(without_ids(message), numbers), tools)
+            if len(self._known) == _MAX_SHAPES:
+                self._known.clear()
             self._known[key] = facts
-            if len(self._known) > _MAX_SHAPES:
-                self._known.popitem(last=False)
         return facts
 
     def after(
@@ -111,40 +114,29 @@ class ShapeFacts:
             facts.afters[key] = self._look_after(history, message, following, tools)
         return facts.afters[key]
 
-    def _look(self, history: Sequence[Message], message: Message, tools: Tools) -> TurnFacts:
-        numbers = count(2)
-        replaced = [numbered(without_ids(each), numbers) for each in history]
-        said, fields = numbered(without_ids(message), numbers)
-        before = [each for each, _ in replaced]
-        prompt = self.template.render(before, tools, prompt=True)
-        text = self.template.render([*before, said], tools)
+    def _look(
+        self, history: Sequence[_Numbered], message: Message, fields: dict[str, str], tools: Tools
+    ) -> TurnFacts:
+        """history: with the stand-ins of each message; none where it has its own texts, which tell little."""
+        before = [each for each, _ in history]
+        all_before = [mark for _, marks in history for mark in marks.values()]
+        prompt = self.template.render(before, tools, prompt=True) if all_before else ""
+        text = self.template.render([*before, message], tools)
         unseen = tuple(
             index
-            for index, (each, marks) in enumerate(replaced)
-            if not is_blank(each.get("content"))
+            for index, (each, marks) in enumerate(history)
+            if marks
+            and not is_blank(each.get("content"))
             and not any(is_shown(prompt, mark) for mark in marks.values())
         )
-        all_before = [mark for _, marks in replaced for mark in marks.values()]
+        of_turn = list(fields.values())
         return TurnFacts(
             header=_behind_last(prompt, all_before),
-            between=_behind_last(_before_first(text, list(fields.values())), all_before),
-            tail=_behind_last(text, list(fields.values())),
+            between=_behind_last(_before_first(text, of_turn), all_before),
+            tail=_behind_last(text, of_turn),
             fields=tuple(fields),
             shown=frozenset(name for name, mark in fields.items() if is_shown(text, mark)),
             unseen=unseen,
-        )
-
-    def _look_behind(self, history: Sequence[Message], message: Message, tools: Tools) -> TurnFacts:
-        """What can be told with the history's own texts."""
-        said, fields = numbered(without_ids(message), count(2))
-        text = self.template.render([*history, said], tools)
-        return TurnFacts(
-            header=None,
-            between=None,
-            tail=_behind_last(text, list(fields.values())),
-            fields=tuple(fields),
-            shown=frozenset(name for name, mark in fields.items() if is_shown(text, mark)),
-            unseen=(),
         )
 
     def _look_after(

@@ -1,4 +1,4 @@
-"""What happened to a conversation on its way through the template, each note in words behind "N rows"."""
+"""What can happen to an example on its way to tokens: each note in words behind "N rows"."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from collections import Counter
 from enum import StrEnum
 
 Notes = Counter[str]
-"""By note, how often it happened in an example: answers, mostly; tokens for SEVERAL_TEXTS."""
+"""By note, the amount in one example: answers or messages where the note says nothing else."""
 
 
-class ChatNote(StrEnum):
+class Note(StrEnum):
+    """Notes of an example are kept with it, so that each side of the data counts its own."""
+
+    PROMPT_CUT = "prompt cut"  # amount: tokens
+    ANSWER_CUT = "answer cut"  # amount: tokens
+    SPLIT = "split"  # amount: documents
+    TOO_LONG = "too long, dropped"  # amount: tokens
+    UNSUPERVISED = "no supervised token"
+    SAYS_CONTROL_TOKENS = "hold the text of special tokens, read as these tokens"
+    QUOTES_CONTROL_TOKENS = "hold the text of special tokens, read as plain text"
     SEVERAL_TEXTS = (
         "make several texts: the chat template writes earlier turns otherwise than generation meets them "
         "(data.supervise: last_turn makes one of each)"
