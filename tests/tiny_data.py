@@ -8,8 +8,8 @@ from itertools import chain
 import numpy as np
 
 from qlora_train.data.dataset import PackedDataset
+from qlora_train.data.documents import Document
 from qlora_train.data.example_reader import arrays_of
-from qlora_train.data.fitting import Document
 from qlora_train.data.tables import Example, ExampleProblem, ExampleTable
 from qlora_train.data.tokenization import TokenizedExample
 from qlora_train.data.tokenized_examples import KEY_BYTES, ExamplesWriter, Facts

@@ -18,9 +18,11 @@ from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.chat.pieces import Piece
 from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.content import Chat
-from qlora_train.data.control_text import ControlText, Encoded, without_marks
+from qlora_train.data.control_text import ControlText, without_marks
+from qlora_train.data.documents import Text, TextEnds
 from qlora_train.data.encoding import CannotEncode, TextEncoder
 from qlora_train.data.notes import Note, Notes
+from qlora_train.data.tokenizing import Encoded, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,21 +42,12 @@ class Written(NamedTuple):
     is_marked: bool
 
 
-class Tokens(NamedTuple):
-    """ids int32 [n]; answers: (first token, past the last) of each answer. adds_eos: EOS is to follow.
-    written: None for what is no conversation, or all of one."""
-
-    ids: np.ndarray
-    answers: list[tuple[int, int]]
-    adds_eos: bool = False
-    written: Written | None = None
-
-
 class _Prepared(NamedTuple):
     """groups: each a text's pieces, the one that is the whole text first. plain: the same without marks,
     where the texts have some, should these not be exact."""
 
     chat: Chat
+    notes: Notes
     groups: list[list[Piece]]
     plain: list[list[Piece]] | None = None
 
@@ -63,43 +56,46 @@ class ChatTokenizer:
     """Writes and tokenises conversations. supervise: which of their answers (`all`: everything is one)."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, supervise: Supervise
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_format: ChatFormat,
+        supervise: Supervise,
+        ends: TextEnds,
     ) -> None:
-        self._format, self._supervise = chat_format, supervise
+        self._tokenizer, self._format = tokenizer, chat_format
+        self._supervise, self._ends = supervise, ends
         self._control_text = ControlText(tokenizer)
         self._encoder = TextEncoder(tokenizer)
         self._encoder_of_marked = TextEncoder(tokenizer, self._control_text)
 
-    def tokenize(self, chats: Sequence[Chat], notes: Sequence[Notes]) -> list[list[Tokens] | ChatProblem]:
-        """The texts of each conversation, earlier answers first; none where it has no answer to train. What
-        happened to it is added to its notes."""
+    def tokenize(self, chats: Sequence[Chat]) -> list[tuple[list[Text], Notes] | ChatProblem]:
+        """The texts of each conversation, earlier answers first (none where it has no answer to train), and
+        what happened to it."""
         prepared: list[_Prepared | ChatProblem] = []
-        for chat, noted in zip(chats, notes, strict=True):
+        for chat in chats:
             try:
-                prepared.append(self._prepare(self.asked_for(chat), noted))
+                prepared.append(self._prepare(self.asked_for(chat)))
             except ChatProblem as problem:
                 prepared.append(problem)
-        unmarked = [
-            example for example in prepared if isinstance(example, _Prepared) and example.plain is None
-        ]
-        plain = [group[0].text for example in unmarked for group in example.groups]
-        encoded = dict(zip(plain, self._encoder.batch(plain), strict=True)) if plain else {}
+        unmarked = [each for each in prepared if isinstance(each, _Prepared) and each.plain is None]
+        plain = [group[0].text for each in unmarked for group in each.groups]
+        encoded = dict(zip(plain, encode(self._tokenizer, plain), strict=True))
         return [
-            example if isinstance(example, ChatProblem) else self._tokens_of_example(example, encoded, noted)
-            for example, noted in zip(prepared, notes, strict=True)
+            each if isinstance(each, ChatProblem) else (self._texts_of(each, encoded), each.notes)
+            for each in prepared
         ]
 
-    def again(self, chat: Chat) -> list[Tokens]:
+    def again(self, chat: Chat) -> list[Text]:
         """The texts of a part of a conversation that was tokenised before. Raises ChatProblem."""
-        (found,) = self.tokenize([chat], [Notes()])
+        (found,) = self.tokenize([chat])
         if isinstance(found, ChatProblem):
             raise found
-        return found
+        return found[0]
 
-    def tokens_to_cut(self, text: Tokens) -> np.ndarray:
-        """Tokens of its prompt that may be cut (see `frame`), int64, ascending; empty where nothing tells."""
+    def cuttable(self, text: Text) -> Text:
+        """The text, knowing which tokens of its prompt may be cut (see `frame`), where the template tells."""
         if text.written is None:
-            return np.zeros(0, dtype=np.int64)
+            return text
         chat, turns, prompt, encoded, is_marked = text.written
         messages, tools = chat.messages, chat.tools
         if is_marked:
@@ -108,7 +104,10 @@ class ChatTokenizer:
         is_cut = np.zeros(len(encoded.token_ids), dtype=bool)
         for start, end in writer.places_to_cut(messages, tools, turns[0], prompt):
             is_cut |= (encoded.starts >= start) & (encoded.ends <= end)
-        return np.flatnonzero(is_cut)
+        if not is_cut.any():
+            return text
+        places = np.flatnonzero(is_cut) + text.shift
+        return replace(text, cuttable=places[places >= max(text.shift, 0)])
 
     def asked_for(self, chat: Chat) -> Chat:
         """With flags for what `last_turn` leaves out, so that parts of it ask for the same answers."""
@@ -123,10 +122,11 @@ class ChatTokenizer:
             ),
         )
 
-    def _prepare(self, chat: Chat, notes: Notes) -> _Prepared:
+    def _prepare(self, chat: Chat) -> _Prepared:
+        notes = Notes()
         pieces = self._pieces(chat, notes)
         if not self._control_text.is_in([chat.messages, chat.tools]):
-            return _Prepared(chat, _grouped(pieces))
+            return _Prepared(chat, notes, _grouped(pieces))
         mark = self._control_text.mark
         try:
             marked = self._pieces(Chat(mark(chat.messages), mark(chat.tools)), Notes())
@@ -134,8 +134,8 @@ class ChatTokenizer:
             marked = []
         if [_unmarked(piece) for piece in marked] != pieces:
             notes[Note.SAYS_CONTROL_TOKENS] += 1
-            return _Prepared(chat, _grouped(pieces))
-        return _Prepared(chat, _grouped(marked), plain=_grouped(pieces))
+            return _Prepared(chat, notes, _grouped(pieces))
+        return _Prepared(chat, notes, _grouped(marked), plain=_grouped(pieces))
 
     def _pieces(self, chat: Chat, notes: Notes) -> list[Piece]:
         writer = self._format.writer(with_tools=bool(chat.tools))
@@ -156,46 +156,31 @@ class ChatTokenizer:
             )
         return writer.pieces(messages, chat.tools, trained, notes)
 
-    def _tokens_of_example(
-        self, example: _Prepared, encoded: Mapping[str, Encoded], notes: Notes
-    ) -> list[Tokens]:
-        if example.plain is None:
-            return self._all_texts(example.chat, example.groups, self._encoder, encoded)
+    def _texts_of(self, prepared: _Prepared, encoded: Mapping[str, Encoded]) -> list[Text]:
+        chat, notes, groups, plain = prepared
+        if plain is None:
+            return self._all_texts(chat, groups, self._encoder, encoded)
         try:
-            texts = self._all_texts(example.chat, example.groups, self._encoder_of_marked)
+            texts = self._all_texts(chat, groups, self._encoder_of_marked, {})
             notes[Note.QUOTES_CONTROL_TOKENS] += 1
         except CannotEncode:
-            texts = self._all_texts(example.chat, example.plain, self._encoder)
+            texts = self._all_texts(chat, plain, self._encoder, {})
             notes[Note.SAYS_CONTROL_TOKENS] += 1
         return texts
 
     def _all_texts(
-        self,
-        chat: Chat,
-        groups: Sequence[list[Piece]],
-        encoder: TextEncoder,
-        encoded: Mapping[str, Encoded] | None = None,
-    ) -> list[Tokens]:
+        self, chat: Chat, groups: Sequence[list[Piece]], encoder: TextEncoder, encoded: Mapping[str, Encoded]
+    ) -> list[Text]:
         return [text for group in groups for text in self._texts(chat, group, encoder, encoded)]
 
     def _texts(
-        self,
-        chat: Chat,
-        group: Sequence[Piece],
-        encoder: TextEncoder,
-        encoded: Mapping[str, Encoded] | None = None,
-    ) -> Iterator[Tokens]:
+        self, chat: Chat, group: Sequence[Piece], encoder: TextEncoder, encoded: Mapping[str, Encoded]
+    ) -> Iterator[Text]:
         """The group's text and, before it, texts of their own for pieces whose tokens are not how the text's
         begin. encoded: texts whose tokens are known."""
         last, *others = group
-        text = last.text
-        whole = encoded[text] if encoded and text in encoded else encoder.one(text)
-        num_prompt = encoder.num_tokens_of_start(whole, text, len(last.prompt)) if last.prompt else 0
-        ids = whole.token_ids
-        if num_prompt is None:
-            whole, answer_ids = encoder.joined(last.prompt, last.answer)
-            text, num_prompt = last.prompt, len(whole.token_ids)
-            ids = np.concatenate([whole.token_ids, answer_ids]).astype(np.int32)
+        whole = encoded[last.text] if last.text in encoded else encoder.one(last.text)
+        ids, num_prompt, text, whole = encoder.at_edge(last.prompt, last.answer, whole)
         answers, said, left = [(num_prompt, len(ids))], [last], []
         for piece in others:
             start = encoder.num_tokens_of_start(whole, text, len(piece.prompt))
@@ -206,11 +191,11 @@ class ChatTokenizer:
                 answers.append((start, end))
                 said.append(piece)
         for piece in reversed(left):
-            yield from self._texts(chat, [piece], encoder)
+            yield from self._texts(chat, [piece], encoder, {})
         turns = tuple(piece.turn for piece in reversed(said) if piece.turn is not None)
         is_marked = encoder is self._encoder_of_marked
         written = Written(chat, turns, said[-1].prompt, whole, is_marked) if turns else None
-        yield Tokens(ids, answers, last.adds_eos, written)
+        yield self._ends.text(ids, answers, adds_eos=last.adds_eos, written=written)
 
 
 def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -17,25 +17,17 @@ tokenised as it is and counted.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_train.data.tokenizer import special_token_ids
-from qlora_train.data.tokenizing import tokenize
+from qlora_train.data.tokenizing import Encoded, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "\ue001"
-
-
-class Encoded(NamedTuple):
-    """token_ids int32 [n]; starts, ends int64 [n]: the characters of each token."""
-
-    token_ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
 
 
 class ControlText:
@@ -104,9 +96,7 @@ class ControlText:
         return Encoded(run.token_ids, places[run.starts], places[np.maximum(run.ends, 1) - 1] + 1)
 
     def _encode(self, text: str, **options: bool) -> Encoded:
-        encoded = tokenize(self._tokenizer, text, return_offsets_mapping=True, **options)
-        bounds = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return Encoded(np.asarray(encoded["input_ids"], dtype=np.int32), bounds[:, 0], bounds[:, 1])
+        return encode(self._tokenizer, [text], **options)[0]
 
 
 def without_marks(text: str) -> str:

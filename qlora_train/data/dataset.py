@@ -29,7 +29,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.data.packing import Bins, one_per_bin, pack_best_fit
 from qlora_train.data.report import DatasetReport, Reading
 from qlora_train.data.tokenized_examples import TokenizedExamples

@@ -15,19 +15,18 @@ covers the edge, and is the prompt's: tok(P) ends in it, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.control_text import ControlText, Encoded
-from qlora_train.data.tokenizing import tokenize
+from qlora_train.data.control_text import ControlText
+from qlora_train.data.tokenizing import Encoded, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MAX_REMEMBERED = 4096  # ends of prompts
-_LONGEST_REMEMBERED = 200  # characters
+_MAX_REMEMBERED = 256  # ends of prompts; those of conversations are few
 _NUM_ANCHORS = 4  # added tokens that are tried in front of an answer
 
 
@@ -45,21 +44,12 @@ class TextEncoder:
         self._added = {int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
         self._is_added = np.zeros(max(self._added, default=0) + 2, dtype=bool)
         self._is_added[list(self._added)] = True
-        self._ends: dict[tuple[int, str], np.ndarray] = {}
-
-    def batch(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokens of texts without marks, and which characters they cover."""
-        encoded = tokenize(self._tokenizer, list(texts), return_offsets_mapping=True)
-        found = []
-        for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-            found.append(Encoded(np.asarray(ids, dtype=np.int32), bounds[:, 0], bounds[:, 1]))
-        return found
+        self._tokens_of_end = lru_cache(_MAX_REMEMBERED)(self._tokens_behind)
 
     def one(self, text: str) -> Encoded:
         """Tokens of one text. Raises CannotEncode."""
         if self._control_text is None or not self._control_text.is_marked(text):
-            return self.batch([text])[0]
+            return encode(self._tokenizer, [text])[0]
         encoded = self._control_text.encode(text)
         if encoded is None:
             raise CannotEncode
@@ -81,9 +71,22 @@ class TextEncoder:
                 return (
                     last + 1 if text.find(content, int(encoded.starts[last])) + len(content) <= at else None
                 )
-        ids = self._tokens_behind(int(before[last]) if last >= 0 else -1, text[behind:at])
+        if behind == at:
+            return last + 1
+        ids = self._tokens_of_end(int(before[last]) if last >= 0 else -1, text[behind:at])
         num = last + 1 + len(ids)
         return num if np.array_equal(encoded.token_ids[last + 1 : num], ids) else None
+
+    def at_edge(self, prompt: str, answer: str, whole: Encoded) -> tuple[np.ndarray, int, str, Encoded]:
+        """(token ids of prompt + answer, how many are the prompt's, a text that begins with the prompt, its
+        tokens). whole: the tokens of prompt + answer."""
+        text = prompt + answer
+        num_prompt = self.num_tokens_of_start(whole, text, len(prompt)) if prompt else 0
+        if num_prompt is not None:
+            return whole.token_ids, num_prompt, text, whole
+        before, answer_ids = self.joined(prompt, answer)
+        ids = np.concatenate([before.token_ids, answer_ids]).astype(np.int32)
+        return ids, len(before.token_ids), prompt, before
 
     def joined(self, prompt: str, answer: str) -> tuple[Encoded, np.ndarray]:
         """(tok(P), tok(A)), A's tokens being those of a text's middle."""
@@ -102,14 +105,7 @@ class TextEncoder:
 
     def _tokens_behind(self, added_id: int, text: str) -> np.ndarray:
         """Tokens of a text behind an added token (-1: at the beginning)."""
-        if not text:
-            return np.zeros(0, dtype=np.int32)
-        key = (added_id, text)
-        if (ids := self._ends.get(key)) is None:
-            ids = self.one(self._added.get(added_id, "") + text).token_ids[int(added_id >= 0) :]
-            if len(text) <= _LONGEST_REMEMBERED and len(self._ends) < _MAX_REMEMBERED:
-                self._ends[key] = ids
-        return ids
+        return self.one(self._added.get(added_id, "") + text).token_ids[int(added_id >= 0) :]
 
     def _decode(self, ids: np.ndarray) -> str:
         return str(

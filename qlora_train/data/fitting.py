@@ -16,47 +16,17 @@ Token 0 of a document is never supervised: nothing predicts it. What is cut is c
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from qlora_train.data.notes import Note
+from qlora_train.data.documents import Document, Text
+from qlora_train.data.notes import Note, Notes
 
 TooLong = Literal["cut", "drop", "split"]
 
 
-@dataclass(frozen=True)
-class Document:
-    """token_ids int32 [n]; supervised bool [n]: token i is a target. supervised[0] is always False."""
-
-    token_ids: np.ndarray
-    supervised: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def num_supervised(self) -> int:
-        return int(np.count_nonzero(self.supervised))
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document that may be too long.
-
-    num_prompt: tokens before the first answer. num_before: the first of these, which belong to the tokenizer
-    (BOS) and stay. cuttable: those that may be cut, int64, ascending; None: all others.
-    """
-
-    document: Document
-    num_prompt: int = 0
-    num_before: int = 0
-    cuttable: np.ndarray | None = None
-
-
-def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Counter[str]) -> list[Document]:
+def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Notes) -> list[Document]:
     """The text as documents; `notes` counts what had to be done, in the notes' own units."""
     document = text.document
     if len(document) <= sequence_length:
@@ -67,7 +37,7 @@ def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Counter[str]
     return [kept for kept in [_cut(text, sequence_length, notes)] if kept.num_supervised]
 
 
-def _cut(text: Text, sequence_length: int, notes: Counter[str]) -> Document:
+def _cut(text: Text, sequence_length: int, notes: Notes) -> Document:
     document = text.document
     excess = len(document) - sequence_length
     spare = _places(text, sequence_length)
@@ -80,7 +50,7 @@ def _cut(text: Text, sequence_length: int, notes: Counter[str]) -> Document:
     return Document(shorter.token_ids[:sequence_length], shorter.supervised[:sequence_length])
 
 
-def _without(document: Document, places: np.ndarray, notes: Counter[str]) -> Document:
+def _without(document: Document, places: np.ndarray, notes: Notes) -> Document:
     """Without these tokens of the prompt."""
     if len(places):
         notes[Note.PROMPT_CUT] += len(places)
@@ -109,7 +79,7 @@ def _end_of_first_answer(document: Document) -> int:
     return int(last) + 1
 
 
-def _split(text: Text, sequence_length: int, notes: Counter[str]) -> list[Document]:
+def _split(text: Text, sequence_length: int, notes: Notes) -> list[Document]:
     """Pieces of sequence_length - 1 new tokens behind one token of context: BOS, or the token before them.
     Pieces without a target are left out. The prompt is not worth a piece of its own: it is cut where the rest
     fits then, else to half of the first piece."""

@@ -13,27 +13,29 @@ One exchange that is too long alone is cut inside, by tokens (see `fitting`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from qlora_train.data.chat.template import ChatProblem
-from qlora_train.data.chat_tokens import ChatTokenizer, Tokens
+from qlora_train.data.chat_tokens import ChatTokenizer
 from qlora_train.data.content import Chat
+from qlora_train.data.documents import Text
 
 
 class LongChats:
-    """fits: whether a text, with what is put before and behind it, is short enough."""
+    def __init__(self, chats: ChatTokenizer, sequence_length: int) -> None:
+        self._chats, self._sequence_length = chats, sequence_length
 
-    def __init__(self, chats: ChatTokenizer, fits: Callable[[Tokens], bool]) -> None:
-        self._chats, self._fits = chats, fits
+    def _fits(self, text: Text) -> bool:
+        return len(text) <= self._sequence_length
 
-    def split(self, chat: Chat, texts: list[Tokens]) -> list[list[Tokens]]:
+    def split(self, chat: Chat, texts: list[Text]) -> list[list[Text]]:
         """The texts of each part. chat: as it is asked for (see `ChatTokenizer`). texts: of the whole."""
         edges = _beginnings(chat.messages)
         if not edges or all(map(self._fits, texts)):
             return [texts]
-        if len(texts) == 1 and len(texts[0].answers) == 1:
+        if len(texts) == 1 and texts[0].num_answers == 1:
             return [[self.without_first_exchanges(texts[0])]]
         try:
             first, edge = self._longest_beginning(chat, edges)
@@ -43,7 +45,7 @@ class LongChats:
             return [texts]
         return [part for part in (first, *others) if part]
 
-    def _longest_beginning(self, chat: Chat, edges: Sequence[int]) -> tuple[list[Tokens], int]:
+    def _longest_beginning(self, chat: Chat, edges: Sequence[int]) -> tuple[list[Text], int]:
         """The texts of as many exchanges as fit, one at least, and where the next one begins."""
         found, edge = self._chats.again(replace(chat, messages=chat.messages[: edges[0]])), edges[0]
         low, high = 1, len(edges) - 1
@@ -56,7 +58,7 @@ class LongChats:
                 high = middle - 1
         return found, edge
 
-    def without_first_exchanges(self, text: Tokens) -> Tokens:
+    def without_first_exchanges(self, text: Text) -> Text:
         """The text without as many of the exchanges before its first answer's own as it takes to fit; without
         all of them where it takes more."""
         if text.written is None:
@@ -76,7 +78,7 @@ class LongChats:
                 found = self._chats.again(part)
             except ChatProblem:
                 break
-            if len(found) != 1 or len(found[0].answers) != len(turns):
+            if len(found) != 1 or found[0].num_answers != len(turns):
                 break
             if self._fits(found[0]):
                 longest, high = found[0], middle - 1

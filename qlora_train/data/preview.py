@@ -17,7 +17,7 @@ from rich.text import Text
 
 from qlora_train.data.building import build_dataset
 from qlora_train.data.dataset import PackedDataset
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.data.statistics import Lengths, length_advice, num_duplicates, packing_line, stop_tokens
 from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 

@@ -32,7 +32,7 @@ from typing import IO, Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.data.report import Reading
 
 KEY_BYTES = 32

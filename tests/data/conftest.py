@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.content import Chat, Content
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.data.tables import ExampleProblem
 from qlora_train.data.tokenization import ExampleTokenizer
 from qlora_train.recipe import DataSection
@@ -136,7 +137,9 @@ def tokenize_contents(tokenizer: Any, *contents: Content, length: int = 200, **o
     found = Tokenized([], Counter(), Counter(), [])
     has_chats = any(isinstance(content, Chat) for content in contents)
     chat_format = ChatFormat(tokenizer, ()) if has_chats else None
-    results = ExampleTokenizer(tokenizer, chat_format, sequence_length=length, **options).tokenize(contents)
+    tokenizing = ExampleTokenizer(tokenizer, chat_format, sequence_length=length, **options)
+    kinds = groupby(contents, key=lambda content: isinstance(content, Chat))
+    results = [result for _, of_a_kind in kinds for result in tokenizing.tokenize(list(of_a_kind))]
     for number, result in enumerate(results):
         if isinstance(result, ExampleProblem):
             raise result

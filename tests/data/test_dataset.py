@@ -10,7 +10,7 @@ from tiny_data import packed
 from qlora_train.data.building import build_dataset
 from qlora_train.data.content import PlainText, content_key
 from qlora_train.data.dataset import PackedDataset, epoch_order, padded_length
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.data.notes import Note, lost
 from qlora_train.data.report import DatasetReport, Reading
 from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content

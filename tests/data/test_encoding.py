@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.content import Chat, Completion, Content
+from qlora_train.data.documents import Document
 from qlora_train.data.encoding import TextEncoder
-from qlora_train.data.fitting import Document
 from qlora_train.data.prompts import encode_prompt, encode_raw
 from qlora_train.data.tokenization import ExampleTokenizer, TokenizedExample
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from qlora_train.data.building import build_dataset
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.data.preview import as_text, preview
 from qlora_train.data.statistics import Lengths, length_advice, num_duplicates, packing_line, stop_tokens
 from qlora_train.recipe import DataSection

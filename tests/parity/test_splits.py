@@ -12,7 +12,7 @@ from tiny_models import VOCABULARY_SIZE, load_tiny, resident_plan, write_checkpo
 from torch import Tensor
 
 from qlora_train.data.dataset import PackedDataset
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.factors import FactorBuffers

@@ -14,7 +14,7 @@ from tiny_data import packed
 from torch import Tensor
 
 from qlora_train.data.dataset import MicroBatch
-from qlora_train.data.fitting import Document
+from qlora_train.data.documents import Document
 from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.memory.host_memory import HostMemory
 from qlora_train.memory.uploads import Uploads

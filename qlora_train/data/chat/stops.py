@@ -75,7 +75,7 @@ def control_token_at_end(
     `StopTokens`."""
     tail = _without_question(tail, asks, template)
     in_tail, in_after = template.control_tokens.findall(tail), template.control_tokens.findall(after)
-    common = commonprefix([in_tail, in_after])
+    common = list(commonprefix([in_tail, in_after]))
 
     def known(tokens: list[str]) -> list[str]:
         return [token for token in tokens if token in named][:1]
