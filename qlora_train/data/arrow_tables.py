@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_train.data.tables import (
@@ -25,7 +24,7 @@ from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pyarrow import RecordBatch, Schema
+    from pyarrow import NativeFile, RecordBatch, RecordBatchFileReader, RecordBatchReader, Schema
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,11 @@ def without_nulls(value: Any) -> Any:
 class ColumnarTable(ExampleTable):
     """A table whose columns are known from its schema."""
 
-    _schema: Schema | None = None
+    schema: Schema
+
+    @abstractmethod
+    def _record_batches(self, columns: list[str]) -> Iterator[tuple[float, RecordBatch]]:
+        """(share of the table that is read with it, batch) each; `columns` is what a batch must hold."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,33 +83,17 @@ class ColumnarTable(ExampleTable):
     @property
     def is_empty(self) -> bool:
         with self._reading():
-            return self._num_examples() == 0
+            return not any(batch.num_rows for _, batch in self._record_batches([]))
 
     @property
     def first_example(self) -> str:
         return self.describe(1)
 
-    @property
-    def schema(self) -> Schema:
-        if self._schema is None:
-            with self._reading():
-                self._schema = self._read_schema()
-        return self._schema
-
-    @abstractmethod
-    def _read_schema(self) -> Schema: ...
-
-    @abstractmethod
-    def _num_examples(self) -> int: ...
-
-    @abstractmethod
-    def _record_batches(self, columns: list[str]) -> Iterable[RecordBatch]: ...
-
     def first_value(self, column: str) -> Any:
         if self.columns.count(column) != 1:
             return None
         with self._reading():
-            batch = next(iter(self._record_batches([column])), None)
+            _, batch = next(self._record_batches([column]), (1.0, None))
         examples = ArrowBatch(0, batch) if batch is not None else ()
         values = (example[column] for _, example in examples if isinstance(example, dict))
         return next((value for value in values if value is not None), None)
@@ -127,10 +114,10 @@ class ColumnarTable(ExampleTable):
         names = self.columns if self.asked_for is None else self.asked_for
         first = 0
         with self._reading():
-            for batch in self._record_batches([name for name in names if name in self.columns]):
+            for share, batch in self._record_batches([name for name in names if name in self.columns]):
+                self.share_read = share
                 yield ArrowBatch(first, batch)
                 first += batch.num_rows
-                self.share_read = first / self._num_examples()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -146,43 +133,39 @@ class ColumnarTable(ExampleTable):
 class ParquetTable(ColumnarTable):
     """A .parquet file."""
 
-    def _read_schema(self) -> Schema:
+    def __init__(self, name: str) -> None:
         from pyarrow import parquet
 
-        self._file = parquet.ParquetFile(self.name)
-        return self._file.schema_arrow
+        super().__init__(name)
+        with self._reading():
+            self._file = parquet.ParquetFile(name)
+        self.schema = self._file.schema_arrow
 
-    def _num_examples(self) -> int:
-        _ = self.schema
-        return int(self._file.metadata.num_rows)
-
-    def _record_batches(self, columns: list[str]) -> Iterable[RecordBatch]:
-        _ = self.schema
-        return self._file.iter_batches(batch_size=BATCH_EXAMPLES, columns=columns)
+    def _record_batches(self, columns: list[str]) -> Iterator[tuple[float, RecordBatch]]:
+        num_read, num_rows = 0, self._file.metadata.num_rows
+        for batch in self._file.iter_batches(batch_size=BATCH_EXAMPLES, columns=columns):
+            num_read += batch.num_rows
+            yield num_read / num_rows, batch
 
 
 class ArrowTable(ColumnarTable):
     """An .arrow file, as a stream (what `datasets` writes) or as a file with an index (Feather)."""
 
-    def _read_schema(self) -> Schema:
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        with self._reading():
+            self.schema = self._opened()[1].schema
+
+    def _opened(self) -> tuple[NativeFile, RecordBatchReader | RecordBatchFileReader]:
         from pyarrow import OSFile, ipc
 
-        with OSFile(self.name) as file:
-            is_indexed = file.read(6) == b"ARROW1"
-        source = OSFile(self.name)
-        self._reader = ipc.open_file(source) if is_indexed else ipc.open_stream(source)
-        return self._reader.schema
+        file = OSFile(self.name)
+        is_indexed = file.read(6) == b"ARROW1"
+        file.seek(0)
+        return file, ipc.open_file(file) if is_indexed else ipc.open_stream(file)
 
-    @cached_property
-    def _count(self) -> int:
-        return sum(batch.num_rows for batch in self._record_batches([]))
-
-    def _num_examples(self) -> int:
-        return self._count
-
-    def _record_batches(self, columns: list[str]) -> Iterator[RecordBatch]:
-        _ = self.schema
-        reader, self._schema = self._reader, None  # a stream is read once
+    def _record_batches(self, columns: list[str]) -> Iterator[tuple[float, RecordBatch]]:
+        file, reader = self._opened()
         if hasattr(reader, "num_record_batches"):
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:
@@ -190,7 +173,7 @@ class ArrowTable(ColumnarTable):
         for batch in batches:
             chosen = batch.select(columns) if columns else batch
             for start in range(0, chosen.num_rows, BATCH_EXAMPLES):
-                yield chosen.slice(start, BATCH_EXAMPLES)
+                yield file.tell() / file.size(), chosen.slice(start, BATCH_EXAMPLES)
 
 
 class HubTable(ColumnarTable):
@@ -198,15 +181,16 @@ class HubTable(ColumnarTable):
 
     def __init__(self, name: str, dataset: Dataset) -> None:
         super().__init__(name)
-        self.dataset = dataset
+        self.dataset, self.schema = dataset, dataset.features.arrow_schema
 
-    def _read_schema(self) -> Schema:
-        return self.dataset.features.arrow_schema
+    @property
+    def is_empty(self) -> bool:
+        return len(self.dataset) == 0
 
-    def _num_examples(self) -> int:
-        return len(self.dataset)
-
-    def _record_batches(self, columns: list[str]) -> Iterator[RecordBatch]:
+    def _record_batches(self, columns: list[str]) -> Iterator[tuple[float, RecordBatch]]:
+        num_read = 0
         chosen = self.dataset.select_columns(columns).with_format("arrow")
         for table in chosen.iter(batch_size=BATCH_EXAMPLES):
-            yield from table.combine_chunks().to_batches()
+            num_read += table.num_rows
+            for batch in table.combine_chunks().to_batches():
+                yield num_read / len(self.dataset), batch

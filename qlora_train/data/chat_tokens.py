@@ -158,20 +158,19 @@ class ChatTokenizer:
 
     def _texts_of(self, prepared: _Prepared, encoded: Mapping[str, Encoded]) -> list[Text]:
         chat, notes, groups, plain = prepared
+
+        def texts(groups: list[list[Piece]], encoder: TextEncoder) -> list[Text]:
+            return [text for group in groups for text in self._texts(chat, group, encoder, encoded)]
+
         if plain is None:
-            return self._all_texts(chat, groups, self._encoder, encoded)
+            return texts(groups, self._encoder)
         try:
-            texts = self._all_texts(chat, groups, self._encoder_of_marked, {})
+            found = texts(groups, self._encoder_of_marked)
             notes[Note.QUOTES_CONTROL_TOKENS] += 1
         except CannotEncode:
-            texts = self._all_texts(chat, plain, self._encoder, {})
+            found = texts(plain, self._encoder)
             notes[Note.SAYS_CONTROL_TOKENS] += 1
-        return texts
-
-    def _all_texts(
-        self, chat: Chat, groups: Sequence[list[Piece]], encoder: TextEncoder, encoded: Mapping[str, Encoded]
-    ) -> list[Text]:
-        return [text for group in groups for text in self._texts(chat, group, encoder, encoded)]
+        return found
 
     def _texts(
         self, chat: Chat, group: Sequence[Piece], encoder: TextEncoder, encoded: Mapping[str, Encoded]

@@ -142,10 +142,10 @@ def _message(message: Any, number: int) -> Message:
 
 def _without_unset_keys(message: Message) -> Message:
     """Without keys that are null, in the message and its calls; what a call's arguments say is kept."""
-    said = {key: item for key, item in message.items() if item is not None}
+    said = _set(message)
     if isinstance(calls := said.get("tool_calls"), list):
         said["tool_calls"] = [
-            {k: _set(v) if k == "function" else v for k, v in call.items() if v is not None}
+            {k: _set(v) if k == "function" else v for k, v in _set(call).items()}
             if isinstance(call, dict)
             else call
             for call in calls
@@ -153,8 +153,9 @@ def _without_unset_keys(message: Message) -> Message:
     return said
 
 
-def _set(function: Any) -> Any:
-    return {k: v for k, v in function.items() if v is not None} if isinstance(function, dict) else function
+def _set(keys: Any) -> Any:
+    """An object without the keys that are null; what is no object, as it is."""
+    return {k: v for k, v in keys.items() if v is not None} if isinstance(keys, dict) else keys
 
 
 def _role_and_content(said: Message, number: int) -> tuple[str, Any]:

@@ -33,7 +33,7 @@ from qlora_train.errors import DataError
 
 csv.field_size_limit(2**31 - 1)  # the module's own 128 KiB are less than a long document
 _SAMPLE_LINES = 1000
-_SEPARATORS = (";", "\t", "|")
+_SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar", ",": "comma"}
 _BACKSLASHED_QUOTE = re.compile(r"""(?<!\\)(?:\\\\)*\\"[^",;|\t\r\n]""")
 _BACKSLASHED = re.compile(r"""\\([\\"])""")
 
@@ -48,8 +48,7 @@ class Dialect:
     @property
     def in_words(self) -> str | None:
         """What is not as everybody expects; None if nothing is."""
-        names = {";": "semicolons", "\t": "tabs", "|": "bars"}
-        parts = [f"fields separated by {names[self.separator]}"] if self.separator in names else []
+        parts = [] if self.separator == "," else [f"fields separated by {_SEPARATORS[self.separator]}s"]
         parts += ['quotes escaped with a backslash (\\")'] if self.backslashes else []
         return " and ".join(parts) or None
 
@@ -87,13 +86,11 @@ class CsvTable(ExampleTable):
             if isinstance(record, ExampleProblem):
                 yield line, record
             elif len(record) > len(names):
-                yield (
-                    line,
-                    ExampleProblem(
-                        f"has {len(record)} fields, the header names {len(names)} columns. Quote fields that "
-                        f'hold a {_name_of(self.dialect.separator)} ("like this").'
-                    ),
+                problem = (
+                    f"has {len(record)} fields, the header names {len(names)} columns. Quote fields that "
+                    f'hold a {_SEPARATORS[self.dialect.separator]} ("like this").'
                 )
+                yield line, ExampleProblem(problem)
             else:
                 yield line, dict(zip_longest(names, record, fillvalue=""))
 
@@ -164,9 +161,7 @@ def _dialect_of(lines: list[str]) -> Dialect:
     backslashes = any(map(_BACKSLASHED_QUOTE.search, lines))
     filled = [line for line in lines if not line.isspace()]
     header = filled[0] if filled else ""
-    if "," in header:
-        return Dialect(",", backslashes)
-    for separator in _SEPARATORS:
+    for separator in _SEPARATORS if "," not in header else ():
         if separator not in header:
             continue
         try:
@@ -176,7 +171,3 @@ def _dialect_of(lines: list[str]) -> Dialect:
         if len(first) < 2 or len(first[0]) == len(first[1]):
             return Dialect(separator, backslashes)
     return Dialect(",", backslashes)
-
-
-def _name_of(separator: str) -> str:
-    return {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}[separator]

@@ -115,11 +115,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object_without_twins)
 
 def _object_in(line: str) -> Example | None:
     """The object that the line is; an empty one where it is damaged (one over several lines only begins)."""
+    text = line.strip()
+    if not text.startswith("{"):
+        return None
     try:
-        value = json.loads(line)
+        found: Example = json.loads(text)
+        return found
     except (ValueError, RecursionError):
-        return {} if line.lstrip().startswith("{") and line.rstrip().endswith("}") else None
-    return value if isinstance(value, dict) else None
+        return {} if text.endswith("}") else None
 
 
 def _wrapped_examples(value: Example | ExampleProblem | None) -> list[Any] | None:

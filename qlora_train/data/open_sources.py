@@ -27,7 +27,7 @@ from qlora_train.data.sources import load_source
 from qlora_train.data.tables import MAX_LISTED_PROBLEMS, Batch, ExampleTable
 from qlora_train.data.tokenization import ExampleTokenizer
 from qlora_train.data.tokenized_examples import ExamplesWriter, Facts, TokenizedExamples
-from qlora_train.data.workers import Workers, num_processors
+from qlora_train.data.workers import in_processes, num_processors
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ class OpenSources:
         if len(first) <= SERIAL_BATCHES or num_processors() == 1:
             yield from map(read, chain(first, batches))
             return
-        with Workers(read) as workers:
-            yield from workers.map(chain(first, batches))
+        yield from in_processes(read, chain(first, batches))
 
     @property
     def _share_read(self) -> float:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from qlora_train.errors import OutOfMemory
@@ -33,50 +34,47 @@ def num_processors() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
-class Workers:
-    """A context manager; the processes are those of its scope."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __enter__(self) -> Workers:
-        global _function
-        _function = self._function
-        self._number = num_processors()
-        self._pool = ProcessPoolExecutor(
-            self._number, mp_context=multiprocessing.get_context("fork"), initializer=_begin
-        )
-        before = os.environ.get("TOKENIZERS_PARALLELISM")
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read at the fork: no threads come along
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-                self._pool.submit(os.getpid).result()  # all start with the first
-        finally:
-            if before is None:
-                del os.environ["TOKENIZERS_PARALLELISM"]
-            else:
-                os.environ["TOKENIZERS_PARALLELISM"] = before
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """function(item) for each, in order. Raises what it raises; OutOfMemory where a process is killed."""
-        under_way: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                under_way.append(self._pool.submit(_apply, item))
-                if len(under_way) > _AHEAD * self._number:
-                    yield under_way.popleft().result()
-            while under_way:
+def in_processes(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """function(item) for each, in order. Raises what it raises; OutOfMemory where a process is killed."""
+    global _function
+    _function = function
+    number = num_processors()
+    context = multiprocessing.get_context("fork")
+    under_way: deque[Future[Any]] = deque()
+    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin)
+    try:
+        with _forks_without_threads():
+            pool.submit(os.getpid).result()  # all start with the first
+        for item in items:
+            under_way.append(pool.submit(_apply, item))
+            if len(under_way) > _AHEAD * number:
                 yield under_way.popleft().result()
-        except BrokenProcessPool as error:
-            raise OutOfMemory(
-                "a process that tokenises was killed, most likely because memory ran out. Close other "
-                "programs, or run with fewer processors (taskset -c 0)."
-            ) from error
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise OutOfMemory(
+            "a process that tokenises was killed, most likely because memory ran out. Close other "
+            "programs, or run with fewer processors (taskset -c 0)."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _forks_without_threads() -> Iterator[None]:
+    """Tokenizers read at the fork that they are to start no threads; Python's warning of forks beside threads
+    is not for these, which use none."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _begin() -> None:

@@ -18,6 +18,7 @@ from qlora_train.data.chat.template import ChatProblem, ChatTemplate, Message
 from qlora_train.data.chat.turn_facts import QUESTION, ask, is_shown
 
 _VALUE = stand_in(5)
+_ARGUMENTS = {"key": _VALUE}
 _BESIDE: dict[str, Message] = {"empty": {"content": ""}, "missing": {}, "null": {"content": None}}
 
 
@@ -61,26 +62,21 @@ class CallWriter:
 
     @cached_property
     def _as_text(self) -> bool:
-        return not self._beside_shown({"key": _VALUE}) and bool(self._beside_shown(_as_text({"key": _VALUE})))
+        return not self._beside_shown(_ARGUMENTS) and bool(self._beside_shown(_as_text(_ARGUMENTS)))
 
     @cached_property
-    def _shown(self) -> tuple[str, ...]:
+    def _shown(self) -> list[str]:
         """With what beside it the template shows a call."""
-        arguments = {"key": _VALUE}
-        return self._beside_shown(_as_text(arguments) if self._as_text else arguments)
+        return self._beside_shown(_as_text(_ARGUMENTS) if self._as_text else _ARGUMENTS)
 
-    def _beside_shown(self, arguments: Any) -> tuple[str, ...]:
+    def _beside_shown(self, arguments: Any) -> list[str]:
         function = {"name": "look", "arguments": arguments}
         calls = [{"id": "abcdefghi", "type": "function", "function": function}]
-        return tuple(
-            name
+        texts = {
+            name: ask(self._template, [QUESTION, {"role": "assistant", **said, "tool_calls": calls}])
             for name, said in _BESIDE.items()
-            if self._shows({"role": "assistant", **said, "tool_calls": calls})
-        )
-
-    def _shows(self, message: Message) -> bool:
-        text = ask(self._template, [QUESTION, message])
-        return text is not None and is_shown(text, _VALUE)
+        }
+        return [name for name, text in texts.items() if text is not None and is_shown(text, _VALUE)]
 
 
 def _as_text(arguments: Any) -> str:

@@ -186,7 +186,8 @@ class _Conversation:
         if stop := first_of(behind, named):
             self._check_ended(turn, behind[: stop[0]])
             return Piece(prompt, said + behind[: stop[0] + len(stop[1])])
-        afters = [self._after(turn, following) for following in self._following(turn)]
+        following = following_messages(self.messages[turn], self.messages[turn + 1 : turn + 2])
+        afters = [self._after(turn, each) for each in following]
         for after in afters:
             if stop := first_of(after, named):
                 return Piece(prompt, said + after[: stop[0] + len(stop[1])])
@@ -259,10 +260,6 @@ class _Conversation:
     def _after(self, turn: int, following: Message) -> str:
         history, message = self.messages[:turn], self.messages[turn]
         return self.writer.shapes.after(self._facts(turn), history, message, following, self.tools)
-
-    def _following(self, turn: int) -> list[Message]:
-        real = self.messages[turn + 1] if turn + 1 < len(self.messages) else None
-        return following_messages(self.messages[turn], real)
 
     def _check_shown(self, turn: int, previous: int) -> None:
         """Refuses what would vanish whole: a message, a call."""

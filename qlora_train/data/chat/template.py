@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_train.data.tables import ExampleProblem
@@ -35,6 +35,10 @@ _FIXED_DATE = _FIXED_DAY.strftime("%d %b %Y")
 _DATE_CODES = [f"%{code}" for code in "aAbBcCdDeFGgHhIjklmMnpPrRStTuUVwWxXyYzZ"] + [
     f"%-{code}" for code in "deHIjklmMSUVWy"
 ]
+# What a template's own expressions raise: adding text to an object, an index too far, int('x').
+_RAISED_BY_EXPRESSIONS = (
+    TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError
+)  # fmt: skip
 _HANDED_OVER = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 # `<think>`, `[INST]`, `(note)`: what a template may use like a control token, unknown to the tokenizer.
 _TAG = r"</?[A-Za-z_][^<>\s]{0,60}>|\[/?[A-Za-z_][^\[\]\s]{0,60}\]|\(/?[A-Za-z_][^()\s]{0,60}\)"
@@ -53,9 +57,11 @@ class ChatTemplate:
         self, source: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
     ) -> None:
         """options: `data.chat_template_kwargs`. Raises DataError for a template that is none."""
-        self.source = source
+        from jinja2 import meta
+
+        self.source = source  # `names_read`: variables that it looks up, but those that examples fill
         self._source_with_fixed_day = _with_fixed_day(source)
-        self.names_read = self._names_read()
+        self.names_read = frozenset(meta.find_undeclared_variables(self._tree)) - _HANDED_OVER
         self._variables = {"date_string": _FIXED_DATE, **tokenizer.special_tokens_map, **(options or {})}
         added = tokenizer.added_tokens_decoder
         special = {str(token.content) for token in added.values() if token.special}
@@ -74,12 +80,6 @@ class ChatTemplate:
     def render_marked(self, messages: Messages, tools: Tools = ()) -> tuple[str, list[Span]]:
         """The text, and the characters inside the template's `{% generation %}` blocks, in order."""
         return self._render(messages, tools, marks=True)
-
-    def _names_read(self) -> frozenset[str]:
-        """Variables that the template looks up, but those that examples fill."""
-        from jinja2 import meta
-
-        return frozenset(meta.find_undeclared_variables(self._tree)) - _HANDED_OVER
 
     @cached_property
     def has_marks(self) -> bool:
@@ -123,16 +123,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marks,
                 **self._variables,
             )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            # what a template's own expressions raise: adding text to an object, an index too far, int('x')
+        except (TemplateError, *_RAISED_BY_EXPRESSIONS) as error:
             raise ChatProblem(f"the chat template refuses the conversation: {error}") from error
         texts, spans = rendered  # of one conversation
         return texts[0], spans[0] if marks else []
@@ -150,7 +141,6 @@ class ChatTemplate:
             ) from error
 
 
-@lru_cache(maxsize=16)
 def _with_fixed_day(template: str) -> str:
     """The template with its `strftime_now`, if it calls one, telling a fixed day.
 

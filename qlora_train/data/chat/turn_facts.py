@@ -173,7 +173,7 @@ def _forms(mark: str) -> tuple[str, str]:
     return mark, json.dumps(mark)[1:-1]
 
 
-def following_messages(message: Message, real: Message | None) -> list[Message]:
+def following_messages(message: Message, real: Sequence[Message]) -> list[Message]:
     """What may come after a turn: what does, then a question or the result of its call."""
     calls = message.get("tool_calls") or []
     if calls:
@@ -183,4 +183,4 @@ def following_messages(message: Message, real: Message | None) -> list[Message]:
             usual["tool_call_id"] = calls[0]["id"]
     else:
         usual = QUESTION
-    return [usual] if real is None else [real, usual]
+    return [*real, usual]
