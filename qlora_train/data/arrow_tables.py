@@ -1,4 +1,4 @@
-"""Rows of columnar data: .parquet, .arrow (also what `save_to_disk` writes), and splits of the hub.
+"""Tables of columnar data: .parquet, .arrow (also what `save_to_disk` writes), and splits of the hub.
 
 Only the columns that were asked for are read: a date out of range in a column that nobody needs is no error,
 and an image column is not unpacked. An object in a column has every key that any object there has, with null
@@ -61,7 +61,7 @@ def _value(name: str, column: Any, index: int, unreadable: tuple[type[Exception]
 
 
 def without_nulls(value: Any) -> Any:
-    """Without the keys that are null, at any depth."""
+    """The value without the keys that are null, at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -15,10 +15,10 @@ from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.formats import CHAT_FORMATS
 from qlora_train.data.open_sources import OpenSources
 from qlora_train.data.report import Reading
-from qlora_train.data.split import chosen_by_weight, content_groups, split_by_content
+from qlora_train.data.split import chosen_by_weight, num_also_in, split_by_content
 from qlora_train.data.token_cache import tokenized_or_kept
 from qlora_train.data.tokenization import ExampleTokenizer
-from qlora_train.data.tokenized_examples import TokenizedExamples
+from qlora_train.data.tokenized_examples import Facts, TokenizedExamples
 from qlora_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class OpenData:
 
     @property
     def formats(self) -> frozenset[str]:
-        """Of all sources."""
+        """The formats of all sources."""
         return self.train.formats | (self.evaluation.formats if self.evaluation else frozenset())
 
     @property
@@ -49,7 +49,8 @@ class OpenData:
 
 
 def open_data(section: DataSection) -> OpenData:
-    """Opens all files. Raises DataError for what is missing, unreadable, empty or of no format."""
+    """Opens all files of a data section. Raises DataError for what is missing, unreadable, empty or of no
+    format."""
     has_sources = section.eval is not None and not isinstance(section.eval, float)
     evaluation = OpenSources(section.eval, section) if has_sources else None  # type: ignore[arg-type]
     return OpenData(section, OpenSources(section.train, section), evaluation)
@@ -84,7 +85,9 @@ def build_dataset(
         vocabulary_size=vocabulary_size,
     )
     settings = [vocabulary_size, list(stop_ids)]
-    examples = tokenized_or_kept(opened.train, example_tokenizer, section, settings, cache)
+
+    def read(sources: OpenSources) -> TokenizedExamples:
+        return tokenized_or_kept(sources, example_tokenizer, section, settings, cache)
 
     def pack(
         examples: TokenizedExamples, side: str, times: np.ndarray, reading: Reading, also: int = 0
@@ -102,27 +105,29 @@ def build_dataset(
             num_examples_also_in_train=also,
         )
 
-    is_eval = np.zeros(examples.num_examples, dtype=bool)
+    examples = read(opened.train)
+    keys, facts = examples.example_keys, examples.facts
+    is_eval = np.zeros(len(keys), dtype=bool)
     if isinstance(section.eval, float):
-        is_eval = split_by_content(examples.example_keys, section.eval, seed)
-    times = np.where(is_eval, 0, _times(examples, seed))
+        is_eval = split_by_content(keys, section.eval, seed)
+    times = chosen_by_weight(keys, np.array(facts.weights)[examples.example_tables], seed)
     said = chat_format.remarks() if chat_format is not None else []
-    remarks = (*examples.facts.reading.remarks, *_weights_in_words(examples), *said)
-    reading = replace(examples.facts.reading, remarks=remarks)
-    train = pack(examples, "train", times, reading)
+    remarks = (*facts.reading.remarks, *_weights_in_words(facts), *said)
+    train = pack(examples, "train", np.where(is_eval, 0, times), replace(facts.reading, remarks=remarks))
     if isinstance(section.eval, float):
         return train, pack(examples, "eval", is_eval.astype(np.int64), Reading())
     if opened.evaluation is None:
         return train, None
-    others = tokenized_or_kept(opened.evaluation, example_tokenizer, section, settings, cache)
+    others = read(opened.evaluation)
     once = np.ones(others.num_examples, dtype=np.int64)
-    return train, pack(others, "eval", once, others.facts.reading, _num_also_in(examples, others))
+    num_also = num_also_in(others.example_keys, keys)
+    return train, pack(others, "eval", once, others.facts.reading, num_also)
 
 
 def _chat_format(
     opened: OpenData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> ChatFormat | None:
-    """How conversations are written; None where there are none."""
+    """The chat format of the data; None where no example is a conversation."""
     section = opened.section
     if not opened.formats.isdisjoint(CHAT_FORMATS):
         return ChatFormat(
@@ -136,22 +141,9 @@ def _chat_format(
     return None
 
 
-def _times(examples: TokenizedExamples, seed: int) -> np.ndarray:
-    weights = np.array(examples.facts.weights)[examples.example_tables]
-    return chosen_by_weight(examples.example_keys, weights, seed)
-
-
-def _weights_in_words(examples: TokenizedExamples) -> list[str]:
-    tables = zip(examples.facts.tables, examples.facts.weights, strict=True)
+def _weights_in_words(facts: Facts) -> list[str]:
     return [
         f"{name}: weight {weight:g}, its rows are seen {weight:g} times an epoch on average"
-        for (name, _), weight in tables
+        for (name, _), weight in zip(facts.tables, facts.weights, strict=True)
         if weight != 1
     ]
-
-
-def _num_also_in(train: TokenizedExamples, evaluation: TokenizedExamples) -> int:
-    groups, _ = content_groups(np.concatenate([train.example_keys, evaluation.example_keys]))
-    is_in_train = np.zeros(groups.max() + 1, dtype=bool)
-    is_in_train[groups[: train.num_examples]] = True
-    return int(np.count_nonzero(is_in_train[groups[train.num_examples :]]))

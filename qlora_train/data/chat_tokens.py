@@ -43,8 +43,8 @@ class Written(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """groups: each a text's pieces, the one that is the whole text first. plain: the same without marks,
-    where the texts have some, should these not be exact."""
+    """A conversation ready to be tokenised. groups: each a text's pieces, the one that is the whole text
+    first. plain: the same without marks, where the texts have some, should these not be exact."""
 
     chat: Chat
     notes: Notes
@@ -110,7 +110,8 @@ class ChatTokenizer:
         return replace(text, cuttable=places[places >= max(text.shift, 0)])
 
     def asked_for(self, chat: Chat) -> Chat:
-        """With flags for what `last_turn` leaves out, so that parts of it ask for the same answers."""
+        """The conversation with flags for what `last_turn` leaves out, so that parts of it ask for the same
+        answers."""
         turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if self._supervise != "last_turn" or len(turns) < 2:
             return chat
@@ -198,7 +199,7 @@ class ChatTokenizer:
 
 
 def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """From the last piece back, each with the first text that begins with its own."""
+    """The pieces by text: from the last one back, each goes to the first text that begins with its own."""
     groups: list[list[Piece]] = []
     for piece in reversed(pieces):
         fitting = (group for group in groups if not piece.adds_eos and group[0].text.startswith(piece.text))

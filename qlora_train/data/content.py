@@ -1,4 +1,4 @@
-"""What a row says, once its columns are read: a conversation, a completion or a text."""
+"""The content of an example, once its columns are read: a conversation, a completion or a text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ MAX_CHARACTERS = 16_000_000
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """`messages`: as OpenAI writes them (role, content, tool_calls, reasoning_content, name, tool_call_id);
-    `train` false in one: it is context only. `tools`: descriptions that the chat template may show.
+    """A conversation. `messages`: as OpenAI writes them (role, content, tool_calls, reasoning_content, name,
+    tool_call_id); `train` false in one: it is context only. `tools`: descriptions that the chat template may
+    show.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -42,15 +43,15 @@ Content = Chat | Completion | PlainText
 
 
 def content_key(content: Content) -> bytes:
-    """Equal for two examples that say the same, whatever file they are in: 32 bytes."""
+    """A key that is equal for two examples that say the same, whatever file they are in: 32 bytes."""
     fields = {name: value for name in content.__slots__ if (value := getattr(content, name))}
     canonical = json.dumps([type(content).__name__, fields], sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).digest()
 
 
 def check_texts(content: Content) -> None:
-    """Raises ExampleProblem for half a character in any text of the content, a text that no tokenizer could
-    take at once, and for what is nested so deeply that nobody could have meant it."""
+    """Checks a content. Raises ExampleProblem for half a character in any text of the content, a text that no
+    tokenizer could take at once, and for what is nested so deeply that nobody could have meant it."""
     if isinstance(content, Chat):
         for number, message in enumerate(content.messages, start=1):
             _check(message, f"message {number}")

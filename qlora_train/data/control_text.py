@@ -1,17 +1,17 @@
 """Text of special tokens inside what people wrote: `</s>` in an answer about HTML or tokenizers.
 
 A tokenizer takes the text "</s>" for the token EOS wherever it stands. In a rendered conversation only the
-template may say control tokens: the same text in a message is content, and tokenised as such, or a row could
-end a turn in the middle of it. (In `text` and `prompt_completion` rows there is no telling them apart, and
-people do write templates by hand there: they stay tokens, and are counted.)
+template may say control tokens: the same text in a message is content, and tokenised as such, or an example
+could end a turn in the middle of it. (In `text` and `prompt_completion` examples there is no telling them
+apart, and people do write templates by hand there: they stay tokens, and are counted.)
 
 How, without knowing the template: a mark, one character that no text has, goes behind the first character of
 each such text in the messages, which are then rendered. Now the tokenizer finds the template's own control
 tokens only. They cut the text into runs, which a tokenizer treats apart from each other; the runs that hold a
 mark are tokenised again without it, with special tokens switched off (`split_special_tokens`). Not all
 tokenizers and templates can do that (one strips the mark, another asks what a content is, a third tokenises a
-run alone differently than behind a control token). Each of these is checked, and where it fails the row is
-tokenised as it is and counted.
+run alone differently than behind a control token). Each of these is checked, and where it fails the example
+is tokenised as it is and counted.
 """
 
 from __future__ import annotations
@@ -104,5 +104,5 @@ def without_marks(text: str) -> str:
 
 
 def _places_of_unmarked(text: str) -> np.ndarray:
-    """int64: where in the text each of its characters without the marks stands, and its end."""
+    """Positions, int64: where in the text each of its characters without the marks stands, and its end."""
     return np.array([i for i, character in enumerate(text) if character != _MARK] + [len(text)])

@@ -10,9 +10,9 @@ What is read, alone or mixed:
     {"role": ["user", ...], "content": ["...", ...]}        turned inside out, as `datasets` stores sequences
     weight, loss, train: 0 | false                          turns that are read and not trained on
 
-What comes out has `role` (system, user, assistant, tool), `content`, and where the row says so `tool_calls`,
-`reasoning_content`, `name`, `tool_call_id`, and `train` (bool). Every other key of a message is kept as it
-is, for the template. What cannot be said in these words is a RowProblem, never left out.
+What comes out has `role` (system, user, assistant, tool), `content`, and where the example says so
+`tool_calls`, `reasoning_content`, `name`, `tool_call_id`, and `train` (bool). Every other key of a message is
+kept as it is, for the template. What cannot be said in these words is a ExampleProblem, never left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def read_messages(value: Any, place: str) -> list[Message]:
 
 
 def read_history(value: Any) -> list[Message]:
-    """Earlier turns: pairs of question and answer (as LLaMA-Factory has them), or messages."""
+    """The messages of earlier turns: pairs of question and answer (as LLaMA-Factory has them), or
+    messages."""
     value = decoded(value, "the column 'history'") if value not in (None, "") else []
     if not isinstance(value, list):
         raise ExampleProblem(f"the column 'history' is {type_name(value)}, not a list of pairs.")
@@ -66,8 +67,8 @@ def read_history(value: Any) -> list[Message]:
 
 
 def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
-    """A list of objects, or (where one column must hold tools of all kinds) that list as JSON text. OpenAI's
-    older `functions` get the wrapping that templates look for."""
+    """Tool descriptions: a list of objects, or (where one column must hold tools of all kinds) that list as
+    JSON text. OpenAI's older `functions` get the wrapping that templates look for."""
     tools = decoded(value, place) if value not in (None, "") else []
     if isinstance(tools, dict):
         tools = [tools]
@@ -141,7 +142,8 @@ def _message(message: Any, number: int) -> Message:
 
 
 def _without_unset_keys(message: Message) -> Message:
-    """Without keys that are null, in the message and its calls; what a call's arguments say is kept."""
+    """The message without keys that are null, in itself and its calls; what a call's arguments say is
+    kept."""
     said = _set(message)
     if isinstance(calls := said.get("tool_calls"), list):
         said["tool_calls"] = [
@@ -159,7 +161,8 @@ def _set(keys: Any) -> Any:
 
 
 def _role_and_content(said: Message, number: int) -> tuple[str, Any]:
-    """Takes both out of `said`, whatever they are called there; calls become `tool_calls`, flags `train`."""
+    """Takes role and content out of `said`, whatever they are called there; calls become `tool_calls`, flags
+    `train`."""
     for key, other in (("role", "from"), ("content", "value")):
         if key in said and other in said:
             raise ExampleProblem(f"message {number} has both {key!r} and {other!r}.")

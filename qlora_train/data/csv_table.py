@@ -2,7 +2,7 @@
 
 The standard library's reader in strict mode does the work; here is what it does not know:
 
-    separator   of a .csv: the comma, unless the header has none and splits as evenly as the first row at
+    separator   of a .csv: the comma, unless the header has none and splits as evenly as the first example at
                 semicolons, tabs or bars; of a .tsv: the tab
     escapes     a quote inside a quoted field is doubled ("") by the standard (RFC 4180); writers that put a
                 backslash before it (\\") are recognised by a quote that could not stand there otherwise
@@ -47,14 +47,14 @@ class Dialect:
 
     @property
     def in_words(self) -> str | None:
-        """What is not as everybody expects; None if nothing is."""
+        """The settings that are not as everybody expects; None if all are."""
         parts = [] if self.separator == "," else [f"fields separated by {_SEPARATORS[self.separator]}s"]
         parts += ['quotes escaped with a backslash (\\")'] if self.backslashes else []
         return " and ".join(parts) or None
 
 
 class CsvTable(ExampleTable):
-    """See the module docstring."""
+    """A .csv or .tsv file."""
 
     unit = "line"
     dialect = Dialect()
@@ -100,7 +100,7 @@ class CsvTable(ExampleTable):
             raise DataError(f"{self.name} names the column {doubled[0]!r} twice. Rename one of them.")
 
     def _records(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str] | ExampleProblem]]:
-        """(first line, fields) of each record; blank lines are no records."""
+        """The records of the file, (first line, fields) each; blank lines are no records."""
         source = _Lines(lines, unescape=self.dialect.backslashes)
         reader = csv.reader(source, delimiter=self.dialect.separator, strict=True)
         while True:

@@ -12,10 +12,10 @@ A micro-batch is ONE sequence of T tokens, the bins one after another without wh
     labels     b c d - | f - | h i j k - | - - -     `-` is -100: unsupervised, or no next token
 
 T is at most len(positions) x sequence_length, which is what memory is planned for. Tokens that are nobody's
-would be computed for nothing, so there are only as many as bring T to the next of a few lengths (`row_size`),
-four to each doubling: few shapes, which allocators and compiled kernels like, and less than a quarter of
-dummies at most. What a token contributes does not depend on T: its document, its labels and its dropout
-masks, which are keyed by bin and place in the bin, stay the same.
+would be computed for nothing, so there are only as many as bring T to the next of a few lengths
+(`padded_length`), four to each doubling: few shapes, which allocators and compiled kernels like, and less
+than a quarter of dummies at most. What a token contributes does not depend on T: its document, its labels and
+its dropout masks, which are keyed by bin and place in the bin, stay the same.
 
 Labels are shifted here, once: labels[t] is what the model should say after token t.
 """
@@ -62,8 +62,8 @@ class MicroBatch:
 
 
 def padded_length(num_tokens: np.ndarray, limit: int) -> np.ndarray:
-    """T for that many tokens, for each: the next of 16, 20, 24, 28, 32, 40, 48, ... (4 to 7 times a power of
-    two), and never more than `limit`, what full bins would be."""
+    """The length T of a micro-batch of that many tokens, for each: the next of 16, 20, 24, 28, 32, 40, 48,
+    ... (4 to 7 times a power of two), and never more than `limit`, what full bins would be."""
     number = np.maximum(num_tokens, _LEAST_TOKENS)
     _, bit_length = np.frexp((number - 1).astype(np.float64))
     step = 1 << np.maximum(bit_length.astype(np.int64) - 3, 2)
@@ -141,12 +141,12 @@ class PackedDataset:
 
     @property
     def is_of_example(self) -> np.ndarray:
-        """bool [R]: the examples of `examples` that are on this side."""
+        """Mask of the examples that are on this side, bool [R]."""
         return self._times > 0
 
     @property
     def documents(self) -> list[Document]:
-        """All of them, in example order, as arrays: for data that fit in memory."""
+        """All documents of this side, in example order, as arrays: for data that fit in memory."""
         return [self.document(index) for index in range(len(self._documents))]
 
     def document(self, index: int) -> Document:
@@ -175,7 +175,8 @@ class PackedDataset:
         return sum(int(self._bin_tokens[self.bin_at(p)]) for p in positions if p is not None)
 
     def most_documents(self, micro_batch_size: int, num_positions: int) -> int:
-        """In any micro-batch of the first `num_positions` positions; a dummy tail counts as one."""
+        """The largest number of documents in any micro-batch of the first `num_positions` positions; a dummy
+        tail counts as one."""
         limit = micro_batch_size * self.sequence_length
         in_bins = np.diff(self.bins.starts)
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """token_ids int32 [n]; supervised bool [n]: token i is a target. supervised[0] is always False."""
+    """Tokens that are one sequence for the model. token_ids int32 [n]; supervised bool [n]: token i is a
+    target. supervised[0] is always False."""
 
     token_ids: np.ndarray
     supervised: np.ndarray
@@ -70,8 +71,8 @@ class TextEnds:
     def text(
         self, ids: np.ndarray, answers: Sequence[tuple[int, int]], *, adds_eos: bool, written: Any = None
     ) -> Text:
-        """answers: (first token, past the last) of each, the last one first. Raises DataError for a tokenizer
-        without EOS, where one is to be added."""
+        """The finished text. answers: (first token, past the last) of each, the last one first. Raises
+        DataError for a tokenizer without EOS, where one is to be added."""
         supervised = np.full(len(ids), self._supervises_all)
         for first, last in answers:
             supervised[first:last] = True

@@ -9,8 +9,8 @@ generation never meets. So a text's ids are
 
 Tokenising every prompt again to compare would double the work. An added token (all control tokens are) cuts a
 text in two that a tokenizer treats apart, so only what stands between the last of them and the edge has to be
-looked at again: "assistant\\n", the same for all rows. A token that swallows white space around it (rstrip)
-covers the edge, and is the prompt's: tok(P) ends in it, too.
+looked at again: "assistant\\n", the same for all examples. A token that swallows white space around it
+(rstrip) covers the edge, and is the prompt's: tok(P) ends in it, too.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class TextEncoder:
         return num if np.array_equal(encoded.token_ids[last + 1 : num], ids) else None
 
     def at_edge(self, prompt: str, answer: str, whole: Encoded) -> tuple[np.ndarray, int, str, Encoded]:
-        """(token ids of prompt + answer, how many are the prompt's, a text that begins with the prompt, its
-        tokens). whole: the tokens of prompt + answer."""
+        """Tokens of a prompt and its answer: (their ids, how many are the prompt's, a text that begins with
+        the prompt, its tokens). whole: the tokens of prompt + answer."""
         text = prompt + answer
         num_prompt = self.num_tokens_of_start(whole, text, len(prompt)) if prompt else 0
         if num_prompt is not None:
@@ -89,7 +89,7 @@ class TextEncoder:
         return ids, len(before.token_ids), prompt, before
 
     def joined(self, prompt: str, answer: str) -> tuple[Encoded, np.ndarray]:
-        """(tok(P), tok(A)), A's tokens being those of a text's middle."""
+        """Tokens of prompt and answer apart, (tok(P), tok(A)), A's tokens being those of a text's middle."""
         before = self.one(prompt)
         whole = self._decode(self.one(prompt + answer).token_ids)
         fallback = None

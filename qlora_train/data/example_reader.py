@@ -68,7 +68,7 @@ def read_batch(
 def arrays_of(
     table: int, examples: Sequence[tuple[int, bytes, TokenizedExample]]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(arrays, note names) as in `TokenizedBatch`. examples: (place in the table, content key, tokens)
+    """The arrays and note names of `TokenizedBatch`. examples: (place in the table, content key, tokens)
     each."""
     places, keys, tokenized = zip(*examples, strict=True) if examples else ((), (), ())
     documents = [document for example in tokenized for document in example.documents]

@@ -3,10 +3,10 @@
     cut      the beginning of the prompt goes first (of a conversation: of what was asked, so that system
              prompt and headers stay); where that is not enough, the end. Of a conversation whose first answer
              fits with its prompt, only the end goes
-    drop     the row is left out, which is not decided here
+    drop     the example is left out, which is not decided here
     split    the prompt is cut where the answer fits then; else consecutive pieces, each behind BOS or the
-             token before it, so that every token is a target as often as in the row: once. Plain texts, which
-             have no prompt, are always split
+             token before it, so that every token is a target as often as in the example: once. Plain texts,
+             which have no prompt, are always split
 
 Conversations are cut and split between exchanges, where they have several, before they come here (see
 `long_chats`).
@@ -51,7 +51,7 @@ def _cut(text: Text, sequence_length: int, notes: Notes) -> Document:
 
 
 def _without(document: Document, places: np.ndarray, notes: Notes) -> Document:
-    """Without these tokens of the prompt."""
+    """The document without these tokens of its prompt."""
     if len(places):
         notes[Note.PROMPT_CUT] += len(places)
     supervised = np.delete(document.supervised, places)
@@ -60,8 +60,8 @@ def _without(document: Document, places: np.ndarray, notes: Notes) -> Document:
 
 
 def _places(text: Text, sequence_length: int) -> np.ndarray:
-    """Tokens that a cut may take, the first ones first. One of the prompt always stays: the answer's first
-    token is predicted from it."""
+    """Positions of the tokens that a cut may take, the first ones first. One of the prompt always stays: the
+    answer's first token is predicted from it."""
     places = text.cuttable
     if places is not None:
         fits = len(text.document) - len(places) <= sequence_length

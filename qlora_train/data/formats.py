@@ -1,9 +1,9 @@
-"""What the columns of a row mean: messages, sharegpt, alpaca, prompt_completion or text.
+"""The meaning of an example's columns: messages, sharegpt, alpaca, prompt_completion or text.
 
 A format is a set of *roles* (instruction, completion, ...); `data.columns` maps a role to a column, an
 unmapped role is the column of its own name, and an optional role that is mapped to null is not read. `auto`
-takes the one format whose needed roles the table has. A row becomes one of three contents, and everything
-behind this file knows only those:
+takes the one format whose needed roles the table has. An example becomes one of three contents, and
+everything behind this file knows only those:
 
     messages           messages; or prompt and completion that hold messages      -> Chat
     sharegpt           conversations                                              -> Chat
@@ -12,7 +12,7 @@ behind this file knows only those:
     text               text                                                       -> PlainText
 
 Read where a table has them, with every chat: `system` (the first message), `tools` or `functions`. With
-every format but text: `label`; a row whose label is false (KTO) shows a bad answer and is left out. How
+every format but text: `label`; an example whose label is false (KTO) shows a bad answer and is left out. How
 messages may be written is in `conversations`. Without `prompt_template` a prompt is followed by its
 completion exactly as the two columns are: no space or line is put between them, because for the model that
 is a different text. To get a line, say
@@ -57,7 +57,8 @@ class RejectedExample(Exception):
 
 
 class PromptTemplate:
-    """`"Describe: {mr}\\n"`: literal text and column names; `{{` and `}}` are braces."""
+    """A prompt template, like `"Describe: {mr}\\n"`: literal text and column names; `{{` and `}}` are
+    braces."""
 
     def __init__(self, template: str) -> None:
         try:
@@ -91,13 +92,13 @@ class ExampleFormat:
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """Every column that an example's meaning may depend on."""
+        """The columns that an example's meaning may depend on."""
         template = self.template.columns if self.template else ()
         return tuple(dict.fromkeys([*self.columns.values(), *template]))
 
     def read(self, example: Example) -> Content:
-        """Raises ExampleProblem for an example that lacks a column or holds what cannot be used there,
-        EmptyExample and RejectedExample for an example that is left out."""
+        """The content of an example. Raises ExampleProblem for an example that lacks a column or holds what
+        cannot be used there, EmptyExample and RejectedExample for an example that is left out."""
         if all(_is_blank(example.get(column)) for column in self._said_columns):
             if any(column in example for column in self._said_columns):
                 raise EmptyExample
@@ -217,7 +218,8 @@ def resolve_format(data: DataSection, table: ExampleTable) -> ExampleFormat:
 
 
 def _roles_of(name: str, mapped: Mapping[str, str], table: ExampleTable) -> tuple[str, ...]:
-    """Of messages there are two kinds: one column of them, or prompt and completion that hold them."""
+    """The roles of a format. Of messages there are two kinds: one column of them, or prompt and completion
+    that hold them."""
     if name != "messages":
         return ROLES[name]
     in_one_column = mapped.get("messages", "messages") in table.columns or not _has_pair(mapped, table)
@@ -237,7 +239,8 @@ def _is_label(value: Any) -> bool:
 def _text_or_messages(
     name: str, mapped: Mapping[str, str], template: PromptTemplate | None, table: ExampleTable
 ) -> str:
-    """`messages` where prompt or completion are conversations, whatever they were called."""
+    """The format's name: `messages` where prompt or completion are conversations, whatever they were
+    called."""
     if name == "messages" or template is not None or not _has_pair(mapped, table):
         return name
     values = [table.first_value(mapped.get(role, role)) for role in ("prompt", "completion")]
@@ -245,8 +248,8 @@ def _text_or_messages(
 
 
 def _check_head(table: ExampleTable) -> None:
-    """Where not one of the first examples can be parsed, what is wrong with the first tells more than a
-    format that does not fit."""
+    """Checks the first batch: where not one of the first examples can be parsed, what is wrong with the first
+    tells more than a format that does not fit."""
     if not table.columns:
         number, problem = next(iter(table.head), (1, "has no columns."))
         raise DataError(

@@ -1,4 +1,4 @@
-"""Rows of JSON files: one object a line, or any other way in which people write rows as JSON.
+"""Tables of JSON files: one object a line, or any other way in which people write examples as JSON.
 
     {"a": 1}\\n{"a": 2}\\n            one object a line: lines are parsed one by one, by whoever has time
     [{"a": 1}, {"a": 2}]            a list, in a .json or a .jsonl file
@@ -51,7 +51,7 @@ _LONGEST_WORD = 16  # characters of what may be cut in two: true, \\u1234, -Infi
 
 
 class JsonTable(ExampleTable):
-    """See the module docstring."""
+    """A .json, .jsonl or .ndjson file."""
 
     unit = "line"
 
@@ -68,7 +68,7 @@ class JsonTable(ExampleTable):
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Lines that hold an object each."""
+    """A batch of lines that hold an object each, parsed when it is iterated."""
 
     lines: list[tuple[int, str]]
 
@@ -125,7 +125,7 @@ def _object_in(line: str) -> Example | None:
         return {} if text.endswith("}") else None
 
 
-def _wrapped_examples(value: Example | ExampleProblem | None) -> list[Any] | None:
+def _wrapped_examples(value: Any) -> list[Any] | None:
     """The list of objects under the only key that has one; None for an object that is an example itself."""
     if not isinstance(value, dict) or _PARTS_OF_EXAMPLES & set(value):
         return None
@@ -138,21 +138,11 @@ def _values_as_examples(name: str, lines: Iterator[tuple[int, str]]) -> Iterator
     reader = _ValueReader(name, lines)
     first = reader.peek()
     values = reader.elements() if first == "[" else reader.values()
-    alone = first == "{"  # an object may be a wrapper, if nothing follows
-    held: NumberedExample | None = None
-    for number, value in values:
-        if held is not None:
-            yield held
-            alone = False
-        held = number, _example_or_problem(value)
-    if held is None:
-        return
-    wrapped = _wrapped_examples(held[1]) if alone else None
-    if wrapped is None:
-        yield held
-        return
-    for example in wrapped:  # the lines inside are not known any more
-        yield held[0], _example_or_problem(example)
+    begin = list(islice(values, 2))
+    if first == "{" and len(begin) == 1 and (wrapped := _wrapped_examples(begin[0][1])) is not None:
+        begin = [(begin[0][0], example) for example in wrapped]  # the lines inside are not known any more
+    for number, value in chain(begin, values):
+        yield number, _example_or_problem(value)
 
 
 class _ValueReader:
@@ -174,12 +164,12 @@ class _ValueReader:
                 return self._text[self._at : self._at + 1]
 
     def values(self) -> Iterator[tuple[int, Any]]:
-        """(line, value) of each, to the end of the file."""
+        """The values to the end of the file, (line, value) each."""
         while self.peek():
             yield self._value()
 
     def elements(self) -> Iterator[tuple[int, Any]]:
-        """(line, value) of each element of the list that begins here, and of lists behind it."""
+        """The elements of the list that begins here, and of lists behind it, (line, value) each."""
         while self.peek():
             self._take("[")
             if self.peek() == "]":
@@ -221,7 +211,8 @@ class _ValueReader:
         return not error.msg.startswith("Unterminated") and error.pos < len(self._text) - _LONGEST_WORD
 
     def _more(self) -> bool:
-        """Reads on; twice as much each time for one value: a long one is not scanned over and over."""
+        """Reads on in the file, twice as much each time for one value: a long one is not scanned over and
+        over."""
         if self._is_over:
             return False
         wanted = max(_BUFFER_CHARACTERS, len(self._text) - self._at)

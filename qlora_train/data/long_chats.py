@@ -92,7 +92,7 @@ def _system(chat: Chat) -> tuple[dict[str, Any], ...]:
 
 
 def _beginnings(messages: Sequence[dict[str, Any]]) -> list[int]:
-    """The questions that follow an answer."""
+    """Indices of the messages that begin an exchange: questions that follow an answer."""
     roles = [message["role"] for message in messages]
     first = roles.index("assistant") if "assistant" in roles else len(roles)
     return [i for i in range(first + 1, len(roles)) if roles[i] == "user" and roles[i - 1] != "user"]

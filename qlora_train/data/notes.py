@@ -10,7 +10,8 @@ Notes = Counter[str]
 
 
 class Note(StrEnum):
-    """Notes of an example are kept with it, so that each side of the data counts its own."""
+    """Something that happened to an example. Notes of an example are kept with it, so that each side of the
+    data counts its own."""
 
     PROMPT_CUT = "prompt cut"  # amount: tokens
     ANSWER_CUT = "answer cut"  # amount: tokens

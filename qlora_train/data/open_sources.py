@@ -1,8 +1,8 @@
-"""All rows of some sources as tokens: read once, batch by batch, tokenised by as many processes as there are
-processors, and, where the data are large, kept in the token cache.
+"""All examples of some sources as tokens: read once, batch by batch, tokenised by as many processes as there
+are processors, and, where the data are large, kept in the token cache.
 
-    this process    files -> raw batches of 1,000 rows ..... parts in order -> arrays
-    workers                        batch -> parsed rows -> text -> tokens -> part
+    this process    files -> raw batches of 1,000 examples ..... parts in order -> arrays
+    workers                        batch -> parsed examples -> text -> tokens -> part
 
 Workers are forks: they share the tokenizer and everything imported with this process, so each costs some tens
 of megabytes, and none is started for what this process does in a few seconds. A part comes back as arrays. At

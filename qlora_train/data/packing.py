@@ -18,7 +18,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bins:
-    """Bin b holds documents[starts[b] : starts[b + 1]], int64 both."""
+    """Documents by bin: bin b holds documents[starts[b] : starts[b + 1]], int64 both."""
 
     starts: np.ndarray
     documents: np.ndarray
@@ -30,7 +30,7 @@ class Bins:
         return self.documents[self.starts[index] : self.starts[index + 1]]
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Per bin the sum of its documents' values, int64."""
+        """The sum of the documents' values in each bin, int64."""
         return np.add.reduceat(values[self.documents], self.starts[:-1], dtype=np.int64)
 
 

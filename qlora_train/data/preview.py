@@ -1,4 +1,5 @@
-"""Shows what the model will see: the first rows' tokens, supervised ones marked, and what the data are like.
+"""Shows what the model will see: the first examples' tokens, supervised ones marked, and what the data are
+like.
 
 On a terminal supervised text is green and underlined, special tokens (the stop token is one) are reversed,
 and every other token has a darker ground, so that each can be told from its neighbours; piped into a file (or
@@ -18,7 +19,14 @@ from rich.text import Text
 from qlora_train.data.building import build_dataset
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.documents import Document
-from qlora_train.data.statistics import Lengths, length_advice, num_duplicates, packing_line, stop_tokens
+from qlora_train.data.statistics import (
+    length_advice,
+    length_lines,
+    lengths_of,
+    num_duplicates,
+    packing_line,
+    stop_tokens,
+)
 from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 
 if TYPE_CHECKING:
@@ -75,15 +83,14 @@ def preview(
 
 
 def _lines(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    lengths, duplicates = Lengths.of(dataset), num_duplicates(dataset)
+    duplicates = num_duplicates(dataset)
     repeated = f"{duplicates:,} rows say word for word what another one says"
     return [
         *dataset.report.lines(),
         *([repeated] if duplicates else []),
         stop_tokens(dataset, tokenizer),
         packing_line(dataset),
-        lengths.line(),
-        *(f"  {line}" for line in lengths.histogram()),
+        *length_lines(lengths_of(dataset)),
     ]
 
 

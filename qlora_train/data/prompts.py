@@ -1,5 +1,5 @@
-"""A prompt as training saw prompts: the tokens that a training row with this question begins with, and the
-tokens that end its answer.
+"""A prompt as training saw prompts: the tokens that a training example with this question begins with, and
+the tokens that end its answer.
 
 Generation that formats a prompt otherwise than training did is the commonest way to make a good adapter
 look bad.

@@ -1,4 +1,4 @@
-"""What became of the rows, in numbers: nothing is cut, split or left out without being counted here."""
+"""What became of the examples, in numbers: nothing is cut, split or left out without being counted here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_train.data.notes import Note
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of examples before they were tokens. `skipped`: the first few that could not be used, in
+    """The fate of examples before they were tokens. `skipped`: the first few that could not be used, in
     words; `remarks`: how files were read, where that may surprise."""
 
     num_empty: int = 0
@@ -26,13 +26,13 @@ class Reading:
         if self.unread_columns:
             lines.append(f"columns not read: {', '.join(self.unread_columns)}")
         if self.num_empty:
-            lines.append(f"{_examples(self.num_empty)} empty, skipped")
+            lines.append(f"{_rows(self.num_empty)} empty, skipped")
         if self.num_rejected:
-            lines.append(f"{_examples(self.num_rejected)} labelled as bad answers, left out")
+            lines.append(f"{_rows(self.num_rejected)} labelled as bad answers, left out")
         if self.num_skipped:
             more = self.num_skipped - len(self.skipped)
             named = [*self.skipped, *([f"... and {more:,} more"] if more else [])]
-            lines.append(f"{_examples(self.num_skipped)} skipped (data.on_bad_row: skip):")
+            lines.append(f"{_rows(self.num_skipped)} skipped (data.on_bad_row: skip):")
             lines += [f"  {problem}" for problem in named]
         return lines
 
@@ -68,7 +68,7 @@ class DatasetReport:
         return self.num_supervised / self.num_tokens
 
     def lines(self) -> list[str]:
-        """For the log: two lines always, more for each thing that was cut, split, left out, not read or
+        """Lines for the log: two always, more for each thing that was cut, split, left out, not read or
         seen twice.
         """
         return [
@@ -91,26 +91,26 @@ class DatasetReport:
         return f": {self.num_tokens / (self.num_tokens - self.amounts[note]):.2f} times the tokens"
 
     def _note_lines(self) -> list[str]:
-        examples, amounts = Counter(self.notes), Counter(self.amounts)
+        rows, amounts = Counter(self.notes), Counter(self.amounts)
         lines = []
-        cut = examples[Note.PROMPT_CUT] or examples[Note.ANSWER_CUT]
-        if cut or examples[Note.SPLIT]:
+        cut = rows[Note.PROMPT_CUT] or rows[Note.ANSWER_CUT]
+        if cut or rows[Note.SPLIT]:
             lost = amounts[Note.PROMPT_CUT] + amounts[Note.ANSWER_CUT]
             lines.append(
-                f"longer than sequence_length: {_examples(examples[Note.PROMPT_CUT])} lost the beginning of the "
-                f"prompt, {examples[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
-                f"{lost / (self.num_tokens + lost):.1%} of all); {examples[Note.SPLIT]:,} split into "
+                f"longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost the beginning of the "
+                f"prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
+                f"{lost / (self.num_tokens + lost):.1%} of all); {rows[Note.SPLIT]:,} split into "
                 f"{amounts[Note.SPLIT]:,} documents"
             )
-        if examples[Note.TOO_LONG]:
+        if rows[Note.TOO_LONG]:
             lines.append(
-                f"{_examples(examples[Note.TOO_LONG])} longer than sequence_length left out "
+                f"{_rows(rows[Note.TOO_LONG])} longer than sequence_length left out "
                 f"({amounts[Note.TOO_LONG]:,} tokens)"
             )
-        if examples[Note.UNSUPERVISED]:
-            lines.append(f"{_examples(examples[Note.UNSUPERVISED])} without a supervised token left out")
-        others = sorted(note for note in examples if examples[note] and note not in _SAID_TOGETHER)
-        lines += [f"{_examples(examples[note])} {note}{self._more_tokens(note)}" for note in others]
+        if rows[Note.UNSUPERVISED]:
+            lines.append(f"{_rows(rows[Note.UNSUPERVISED])} without a supervised token left out")
+        others = sorted(note for note in rows if rows[note] and note not in _SAID_TOGETHER)
+        lines += [f"{_rows(rows[note])} {note}{self._more_tokens(note)}" for note in others]
         if self.num_examples_also_in_train:
             lines.append(
                 f"{self.num_examples_also_in_train:,} evaluation rows are also training rows, word for word"
@@ -121,5 +121,5 @@ class DatasetReport:
 _SAID_TOGETHER = frozenset({Note.PROMPT_CUT, Note.ANSWER_CUT, Note.SPLIT, Note.TOO_LONG, Note.UNSUPERVISED})
 
 
-def _examples(number: int) -> str:
+def _rows(number: int) -> str:
     return f"{number:,} row{'s' if number != 1 else ''}"

@@ -4,9 +4,9 @@ Files are read where they lie and nothing is written beside them; only data sets
 `datasets` library and its cache. How each file type is read is in `tables`.
 
 A folder is read with its sub-folders, in sorted order, and all its data files are joined: a clone of a hub
-data set, or what `save_to_disk` wrote. What such folders hold beside their rows (dataset_infos.json,
+data set, or what `save_to_disk` wrote. What such folders hold beside their examples (dataset_infos.json,
 state.json, a licence) is no data. Where file or folder names tell several splits apart (train-00000.parquet,
-test/a.jsonl) the source must say which one it means, because test rows must not slip into training.
+test/a.jsonl) the source must say which one it means, because test examples must not slip into training.
 """
 
 from __future__ import annotations

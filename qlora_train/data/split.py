@@ -1,4 +1,4 @@
-"""Splits off an evaluation share by content: rows that say the same are never on both sides.
+"""Splits off an evaluation share by content: examples that say the same are never on both sides.
 
 Contents are sorted by a hash keyed with the seed and taken from the front until the share is reached. A
 content's place therefore depends on nothing but the seed and itself: not on the order of the file, nor on
@@ -15,8 +15,8 @@ from qlora_train.errors import DataError
 
 
 def content_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples say the same. keys: uint8 [R, 32]. Returns (group of each example [R], first example of
-    each group [G]); groups are in the order of their keys."""
+    """Groups of examples that say the same. keys: uint8 [R, 32]. Returns (group of each example [R], first
+    example of each group [G]); groups are in the order of their keys."""
     words = np.ascontiguousarray(keys).view(">u8")
     order = np.lexsort(words.T[::-1])
     in_order = words[order]
@@ -27,8 +27,15 @@ def content_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return groups, order[is_new]
 
 
+def num_also_in(keys: np.ndarray, others: np.ndarray) -> int:
+    """How many of the examples with these keys say the same as one of the others."""
+    groups, _ = content_groups(np.concatenate([keys, others]))
+    return int(np.count_nonzero(np.isin(groups[: len(keys)], groups[len(keys) :])))
+
+
 def split_by_content(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """bool [R]: the examples for evaluation, at most round(share x R). keys: content keys, uint8 [R, 32].
+    """Mask of the examples for evaluation, bool [R], at most round(share x R). keys: content keys, uint8 [R,
+    32].
 
     Raises DataError where a side would be empty.
     """
@@ -53,8 +60,9 @@ def split_by_content(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def chosen_by_weight(keys: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
-    """How often each example is seen in an epoch, int64 [R]: its weight, rounded up for as many examples as
-    make the sum right. Which these are depends on their contents and the seed. weights: [R]."""
+    """The number of times that each example is seen in an epoch, int64 [R]: its weight, rounded up for as
+    many examples as make the sum right. Which these are depends on their contents and the seed. weights:
+    [R]."""
     times = np.floor(weights).astype(np.int64)
     for weight in np.unique(weights[weights != times]):
         examples = np.flatnonzero(weights == weight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,45 +20,30 @@ _SHARE_TO_HOLD = 0.99
 _EXAMPLES_LOOKED_AT = 2000  # for stop tokens
 
 
-@dataclass(frozen=True)
-class Lengths:
+def lengths_of(dataset: PackedDataset) -> np.ndarray:
     """Tokens of each example's longest text before anything was cut, sorted."""
+    return np.sort(dataset.examples.example_lengths[dataset.is_of_example])
 
-    values: np.ndarray
 
-    @staticmethod
-    def of(dataset: PackedDataset) -> Lengths:
-        return Lengths(np.sort(dataset.examples.example_lengths[dataset.is_of_example]))
+def percentile(lengths: np.ndarray, share: float) -> int:
+    """The smallest of the sorted lengths that at least this share of them does not exceed."""
+    return int(lengths[max(int(np.ceil(share * len(lengths))) - 1, 0)])
 
-    @property
-    def longest(self) -> int:
-        return int(self.values[-1])
 
-    def percentile(self, share: float) -> int:
-        """The smallest length that at least this share of the examples does not exceed."""
-        return int(self.values[max(int(np.ceil(share * len(self.values))) - 1, 0)])
-
-    def share_longer_than(self, length: int) -> float:
-        return float(np.mean(self.values > length))
-
-    def line(self) -> str:
-        return (
-            f"tokens a row: p50 {self.percentile(0.5):,}, p95 {self.percentile(0.95):,}, max {self.longest:,}"
-        )
-
-    def histogram(self) -> list[str]:
-        """A line per class of lengths: bounds, a bar, examples."""
-        shortest = int(self.values[0])
-        width = -(-(self.longest - shortest + 1) // _NUM_CLASSES)
-        counts = np.bincount((self.values - shortest) // width)
-        digits = len(f"{self.longest + width:,}")
-        lines = []
-        for i, number in enumerate(counts.tolist()):
-            first = shortest + i * width
-            bar = "█" * round(number * _BAR_CHARACTERS / counts.max()) or ("▏" if number else "")
-            bounds = f"{first:>{digits},} to {first + width - 1:>{digits},}"
-            lines.append(f"{bounds}  {bar:<{_BAR_CHARACTERS}} {number:,}")
-        return lines
+def length_lines(lengths: np.ndarray) -> list[str]:
+    """Lines about sorted lengths: percentiles, and a bar per class with its bounds and examples."""
+    shortest, longest = int(lengths[0]), int(lengths[-1])
+    width = -(-(longest - shortest + 1) // _NUM_CLASSES)
+    counts = np.bincount((lengths - shortest) // width)
+    digits = len(f"{longest + width:,}")
+    middle, most = percentile(lengths, 0.5), percentile(lengths, 0.95)
+    lines = [f"tokens a row: p50 {middle:,}, p95 {most:,}, max {longest:,}"]
+    for i, number in enumerate(counts.tolist()):
+        first = shortest + i * width
+        bar = "█" * round(number * _BAR_CHARACTERS / counts.max()) or ("▏" if number else "")
+        bounds = f"{first:>{digits},} to {first + width - 1:>{digits},}"
+        lines.append(f"  {bounds}  {bar:<{_BAR_CHARACTERS}} {number:,}")
+    return lines
 
 
 def num_duplicates(dataset: PackedDataset) -> int:
@@ -69,7 +53,7 @@ def num_duplicates(dataset: PackedDataset) -> int:
 
 
 def stop_tokens(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Which tokens the last answers end with, most frequent first."""
+    """A line about the tokens that the last answers end with, most frequent first."""
     ends: Counter[int] = Counter()
     for index in range(min(len(dataset.lengths), _EXAMPLES_LOOKED_AT)):
         document = dataset.document(index)
@@ -83,7 +67,7 @@ def stop_tokens(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def packing_line(dataset: PackedDataset) -> str:
-    """What packing makes of the documents, or would make."""
+    """A line about what packing makes of the documents, or would make."""
     tokens, length, num_documents = int(dataset.lengths.sum()), dataset.sequence_length, len(dataset.lengths)
     alone = tokens / (num_documents * length)
     if dataset.report.packing:
@@ -100,12 +84,12 @@ def packing_line(dataset: PackedDataset) -> str:
 
 
 def length_advice(dataset: PackedDataset) -> list[str]:
-    """What another sequence_length would change."""
-    lengths, length = Lengths.of(dataset), dataset.sequence_length
-    longer = lengths.share_longer_than(length)
-    holds_all = _rounded_up(lengths.longest)
+    """Lines about what another sequence_length would change."""
+    lengths, length = lengths_of(dataset), dataset.sequence_length
+    longer = float(np.mean(lengths > length))
+    holds_all = _rounded_up(int(lengths[-1]))
     if longer:
-        most = _rounded_up(lengths.percentile(_SHARE_TO_HOLD))
+        most = _rounded_up(percentile(lengths, _SHARE_TO_HOLD))
         more = f"{most:,} would hold 99 % of them, " if length < most < holds_all else ""
         return [
             f"advice: {longer:.1%} of the rows are longer than sequence_length {length:,}; {more}"

@@ -1,9 +1,9 @@
-"""Rows of one file or hub split that remember where they come from.
+"""Tables: the examples of one file or hub split, which remember where they come from.
 
-    .jsonl .json        `json_tables`     rows are named by their line
-    .csv .tsv           `csv_table`       rows are named by their first line; every field is text
-    .txt                here              a line is a row
-    .parquet .arrow     `arrow_tables`    rows are named by their number
+    .jsonl .json        `json_tables`     examples are named by their line
+    .csv .tsv           `csv_table`       examples are named by their first line; every field is text
+    .txt                here              a line is an example
+    .parquet .arrow     `arrow_tables`    examples are named by their number
     hub split           `arrow_tables`    the `datasets` library
 
 A value stays what the file says. A reader that infers one type per column (as pandas does, and the JSON and
@@ -43,7 +43,8 @@ Batch = Iterable[NumberedExample]
 
 
 class ExampleTable(ABC):
-    """`name`: path or id. `unit`: what the numbers of examples count, "line" or "row"."""
+    """The examples of one file or hub split. `name`: path or id. `unit`: what the numbers of examples count,
+    "line" or "row"."""
 
     unit = "row"
 
@@ -74,7 +75,7 @@ class ExampleTable(ABC):
 
     @property
     def first_example(self) -> str:
-        """The first example in words."""
+        """The place of the first example, in words."""
         return self.describe(next((number for number, _ in self.head), 1))
 
     @property
@@ -90,15 +91,15 @@ class ExampleTable(ABC):
         return next((value for value in values if value is not None), None)
 
     def ask_for(self, columns: Iterable[str]) -> None:
-        """From here on examples need hold only these columns. Raises DataError for one whose name is
-        doubled."""
+        """Asks for columns: from here on examples need hold only these columns. Raises DataError for one
+        whose name is doubled."""
         self.asked_for = tuple(columns)
 
     def describe(self, number: int) -> str:
         return f"{self.name} {self.unit} {number}"
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        """Of a text file."""
+        """The numbered lines of a text file."""
 
         def read_on(share: float) -> None:
             self.share_read = share
@@ -144,7 +145,7 @@ def batched(items: Iterable[Any], size: int = BATCH_EXAMPLES) -> Iterator[list[A
 
 
 def type_name(value: Any) -> str:
-    """What JSON calls it."""
+    """The name of a value's type, as JSON calls it."""
     if value is None:
         return "null"
     if isinstance(value, bool):

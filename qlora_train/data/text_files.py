@@ -4,7 +4,7 @@ How a file is packed is told by its first bytes, not by its name: gzip, bzip2, x
 brings) are unpacked while they are read, so a .jsonl that somebody has gzipped reads as one.
 
 Bytes that are not UTF-8 do not end the reading: they arrive as lone surrogates (`surrogateescape`), so that
-the line they are on can be named, and skipped where rows may be.
+the line they are on can be named, and skipped where examples may be.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def data_suffix(path: Path) -> str:
 def numbered_lines(
     path: str, read_on: Callable[[float], None] = lambda share: None
 ) -> Iterator[tuple[int, str]]:
-    """(number from 1, line with its end) of every line. Bytes that are no UTF-8 are left for
+    """The lines of a file, (number from 1, line with its end) each. Bytes that are no UTF-8 are left for
     `undecoded`. read_on: told now and then which share of the file has been read. Raises DataError for a
     file that cannot be opened or unpacked.
     """
@@ -56,7 +56,7 @@ def numbered_lines(
 
 
 def undecoded(line: str) -> str | None:
-    """What is wrong with a line that holds bytes that are not UTF-8; None for a good one."""
+    """The problem of a line that holds bytes that are not UTF-8; None for a good one."""
     if line.isascii() or not (found := _UNDECODED.search(line)):
         return None
     if line.startswith(_UTF16_MARKS):
@@ -68,7 +68,7 @@ def undecoded(line: str) -> str | None:
 
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """Damaged archives and unreadable files as a DataError."""
+    """Turns the errors of damaged archives and unreadable files into a DataError."""
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError) as error:

@@ -90,7 +90,7 @@ def fingerprint(
     tokenizer: PreTrainedTokenizerBase,
     settings: Any,
 ) -> str:
-    """See the module docstring."""
+    """The name of a cache folder (see the module docstring)."""
     keys = {k: v for k, v in data.model_dump(mode="json").items() if k not in _NOT_IN_TOKENS}
     contents = [[t.name for t in sources.tables], sources.weights, [_content_hash(file) for file in files]]
     versions = [version(name) for name in _LIBRARIES]

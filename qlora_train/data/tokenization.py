@@ -87,7 +87,7 @@ class ExampleTokenizer:
         ]
 
     def _plain_texts(self, contents: Sequence[Completion | PlainText]) -> list[tuple[list[Text], Notes]]:
-        """Of completions and plain texts, which have no prompt."""
+        """The texts of completions and plain texts."""
         pairs = [
             (content.prompt, content.completion) if isinstance(content, Completion) else ("", content.text)
             for content in contents

@@ -1,20 +1,20 @@
-"""Rows as tokens: flat arrays, in memory or memory-mapped from the token cache.
+"""Examples as tokens: flat arrays, in memory or memory-mapped from the token cache.
 
     tokens            [N] int32     of all documents, one after another
     supervised        [N] bool
     document_starts   [D + 1]       document d is tokens[starts[d] : starts[d + 1]]
-    document_rows     [D]           the row it is from
+    document_examples     [D]           the example it is from
     document_targets  [D] int32     its supervised tokens
-    row_tables        [R] int32     which table the row is from ...
-    row_numbers       [R]           ... and its line or row number there
-    row_keys          [R, 32] bytes its content's hash
-    row_lengths       [R]           tokens of its longest text before anything was cut
-    note_rows, note_kinds, note_amounts  [M]   what happened to which row (see `report.Note`)
+    example_tables        [R] int32     which table the example is from ...
+    example_numbers       [R]           ... and its line or example number there
+    example_keys          [R, 32] bytes its content's hash
+    example_lengths       [R]           tokens of its longest text before anything was cut
+    note_examples, note_kinds, note_amounts  [M]   what happened to which example (see `report.Note`)
 
-A million rows of 100 tokens are 500 MB of tokens and masks and 60 MB of the rest. As arrays of a file they
-are read where they lie: nothing is loaded at the start. What has been looked at counts as resident memory
-until the system takes it back, so after every `_READ_BYTES` the pages are given back by hand (`madvise`):
-they stay in the system's page cache.
+A million examples of 100 tokens are 500 MB of tokens and masks and 60 MB of the rest. As arrays of a file
+they are read where they lie: nothing is loaded at the start. What has been looked at counts as resident
+memory until the system takes it back, so after every `_READ_BYTES` the pages are given back by hand
+(`madvise`): they stay in the system's page cache.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of all examples together. tables: (name, unit of its numbers) each. weights: of the
+    """Facts about all examples together. tables: (name, unit of its numbers) each. weights: of the
     tables' sources. note_names: of the kinds. digest: of the tokens and masks in order."""
 
     tables: tuple[tuple[str, str], ...] = ()
@@ -72,7 +72,7 @@ _FACTS = TypeAdapter(Facts)
 
 
 class TokenizedExamples:
-    """See the module docstring. buffers: the bytes of each array."""
+    """Examples as arrays of tokens (see the module docstring). buffers: the bytes of each array."""
 
     def __init__(self, buffers: Mapping[str, bytes | mmap.mmap], facts: Facts) -> None:
         arrays = {name: np.frombuffer(buffers[name] or b"", dtype) for name, dtype in ARRAYS.items()}
@@ -90,8 +90,8 @@ class TokenizedExamples:
 
     @staticmethod
     def opened(folder: Path) -> TokenizedExamples:
-        """Those of a folder of the token cache, memory-mapped. Raises OSError or ValueError for a folder that
-        is not complete."""
+        """The examples of a folder of the token cache, memory-mapped. Raises OSError or ValueError for a
+        folder that is not complete."""
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         buffers: dict[str, bytes | mmap.mmap] = {}
         for name in ARRAYS:
@@ -112,7 +112,7 @@ class TokenizedExamples:
 
     @property
     def document_lengths(self) -> np.ndarray:
-        """int64 [D]."""
+        """Tokens of each document, int64 [D]."""
         return np.diff(self.document_starts)
 
     def document(self, index: int) -> Document:
@@ -123,14 +123,14 @@ class TokenizedExamples:
         return Document(self.tokens[start:stop], self.supervised[start:stop])
 
     def give_pages_back(self) -> None:
-        """What was read of mapped files is not resident any more."""
+        """Gives the pages of mapped files that were read back to the system."""
         self._num_bytes_read = 0
         for mapped in self._maps:
             if hasattr(mapped, "madvise"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def describe_example(self, example: int) -> str:
-        """Where it is from, in words."""
+        """The place that an example is from, in words."""
         name, unit = self.facts.tables[int(self.example_tables[example])]
         return f"{name} {unit} {int(self.example_numbers[example])}"
 
@@ -151,8 +151,8 @@ class ExamplesWriter:
         self._append("document_starts", np.zeros(1, dtype=np.int64))
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
-        """The next examples. Starts, examples and notes in `arrays` count from the part's own first token and
-        example."""
+        """Adds the next examples. Starts, examples and notes in `arrays` count from the part's own first
+        token and example."""
         starts = arrays["document_starts"] + self.num_tokens
         moved = {
             "document_starts": starts[1:],

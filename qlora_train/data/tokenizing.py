@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """token_ids int32 [n]; starts, ends int64 [n]: the characters of each token."""
+    """Tokens of one text. token_ids int32 [n]; starts, ends int64 [n]: the characters of each token."""
 
     token_ids: np.ndarray
     starts: np.ndarray

@@ -35,7 +35,8 @@ def num_processors() -> int:
 
 
 def in_processes(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """function(item) for each, in order. Raises what it raises; OutOfMemory where a process is killed."""
+    """The results function(item) of all items, in order, from forked processes. Raises what it raises;
+    OutOfMemory where a process is killed."""
     global _function
     _function = function
     number = num_processors()

@@ -14,7 +14,14 @@ from rich.console import Console
 from qlora_train.data.building import build_dataset
 from qlora_train.data.documents import Document
 from qlora_train.data.preview import as_text, preview
-from qlora_train.data.statistics import Lengths, length_advice, num_duplicates, packing_line, stop_tokens
+from qlora_train.data.statistics import (
+    length_advice,
+    length_lines,
+    lengths_of,
+    num_duplicates,
+    packing_line,
+    stop_tokens,
+)
 from qlora_train.recipe import DataSection
 
 Write = Callable[..., str]
@@ -86,11 +93,9 @@ def test_colours_tell_each_token_from_its_neighbours(tokenizer: Any) -> None:
 def test_lengths_duplicates_and_stop_tokens(tokenizer: Any, jsonl: Write, section: Section) -> None:
     texts = ["x" * n for n in [*range(1, 20), 300, 300, 300]]
     data, _ = build_dataset(section(jsonl(*({"text": text} for text in texts))), tokenizer, seed=0)
-    lengths = Lengths.of(data)
-    assert (lengths.percentile(0.5), lengths.percentile(0.95), lengths.longest) == (12, 301, 301)
-    assert lengths.line() == "tokens a row: p50 12, p95 301, max 301"
-    histogram = lengths.histogram()
-    assert histogram[0] == "  2 to  31  " + "█" * 40 + " 19" and histogram[-1].endswith(" 3")
+    summary, *histogram = length_lines(lengths_of(data))
+    assert summary == "tokens a row: p50 12, p95 301, max 301"
+    assert histogram[0] == "    2 to  31  " + "█" * 40 + " 19" and histogram[-1].endswith(" 3")
     assert [int(line.rsplit(" ", 1)[1]) for line in histogram] == [19, *[0] * 8, 3]
     assert num_duplicates(data) == 2
     assert stop_tokens(data, tokenizer).startswith(

@@ -12,12 +12,12 @@ P has behind the history's last text. What is left of P, p, and of F, f, decides
     p is white space                                   f
     f begins with the end of p                         f without it
     p stands behind the history in F                   what is behind it: F closes the last message otherwise
-    p closes a thought                                 f, if it holds no thought, else the row is refused
+    p closes a thought                                 f, if it holds no thought, else the example is refused
     p is (part of) the header of any answer            f
     f begins with what closes a thought                f
-    p opens a thought                                  the row's thought and what closes it, then f; where
-                                                       the row has none, what closes it, then f
-                                                       (`open_thought: refuse` refuses the row)
+    p opens a thought                                  the example's thought and what closes it, then f; where
+                                                       the example has none, what closes it, then f
+                                                       (`open_thought: refuse` refuses the example)
 
 Where the cut lies before the header, the history itself is rendered otherwise once it is answered (tools only
 in the last question): then f is what F has behind the header's longest end that it has before the turn's
@@ -38,13 +38,14 @@ _MAX_HEADER = 4000  # characters; searching its ends takes time with their numbe
 
 
 class CannotAlign(ChatProblem):
-    """The turn cannot be made to follow its prompt; the template's marks may still tell."""
+    """A turn that cannot be made to follow its prompt; the template's marks may still tell where it
+    begins."""
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """`answer`: what follows the prompt, with all that F has behind it. `thought`: "filled" from the example,
-    "closed" where the example has none, else None."""
+    """An answer that follows its prompt. `answer`: what follows the prompt, with all that F has behind it.
+    `thought`: "filled" from the example, "closed" where the example has none, else None."""
 
     answer: str
     thought: str | None = None
@@ -52,10 +53,10 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Turn:
-    """message: of which the text is rendered. prompt, text: P and F. before: what F has before the message's
-    own first text. header: see the top of the file. between: what F has between the history's last text and
-    the message's first; None where that is not known. behind_a_thought: what F would have behind a thought
-    of this message; None where the template shows none.
+    """A rendered turn and its prompt. message: of which the text is rendered. prompt, text: P and F. before:
+    what F has before the message's own first text. header: see the top of the file. between: what F has
+    between the history's last text and the message's first; None where that is not known. behind_a_thought:
+    what F would have behind a thought of this message; None where the template shows none.
     """
 
     message: Message
@@ -76,7 +77,8 @@ class Turn:
 
 
 def align(turn: Turn, template: ChatTemplate, thoughts: Thoughts) -> Aligned:
-    """What follows the prompt. Raises CannotAlign, and ChatProblem for a thought that the prompt forbids."""
+    """Finds what follows the prompt of a turn. Raises CannotAlign, and ChatProblem for a thought that the
+    prompt forbids."""
     left_of_prompt, left_of_text = _cut(turn, template)
     if not left_of_prompt.strip():
         return Aligned(left_of_text)
@@ -97,7 +99,8 @@ def align(turn: Turn, template: ChatTemplate, thoughts: Thoughts) -> Aligned:
 
 
 def _cut(turn: Turn, template: ChatTemplate) -> tuple[str, str]:
-    """(p, f); p is empty where f was found behind the header's end."""
+    """What is left of prompt and text behind their common start: (p, f). p is empty where f was found behind
+    the header's end."""
     prompt, text, header = turn.prompt, turn.text, turn.header
     if not header or not prompt.endswith(header) or len(header) > _MAX_HEADER:
         raise CannotAlign(_why(turn, "has no beginning that its prompt shares"))
@@ -134,7 +137,7 @@ def _overlap(first: str, second: str) -> str:
 
 
 def _behind_header(rest: str, said: str, template: ChatTemplate, thoughts: Thoughts) -> str:
-    """f of a template without thoughts: p must be header, or tags that enclose nothing."""
+    """The answer (f) by a template without thoughts: p must be header, or tags that enclose nothing."""
     if thoughts.is_plain_header(rest) or is_closed_pair(rest):
         return said
     first = template.first_tag(said.lstrip())
@@ -147,7 +150,7 @@ def _behind_header(rest: str, said: str, template: ChatTemplate, thoughts: Thoug
 
 
 def _without_thought(message: Message, rest: str, said: str, thoughts: Thoughts) -> str:
-    """f where the prompt says that there is no thought."""
+    """The answer (f) where the prompt says that there is no thought."""
     thought = (message.get(REASONING) or "").strip()
     close = (thoughts.close or "").strip()
     if close in said or (thought and thought in said):
@@ -160,7 +163,7 @@ def _without_thought(message: Message, rest: str, said: str, thoughts: Thoughts)
 
 
 def _filled(turn: Turn, rest: str, said: str, thoughts: Thoughts) -> Aligned:
-    """f behind the thought that the prompt opens."""
+    """The answer (f) behind the thought that the prompt opens."""
     content = turn.message.get("content") or ""
     thought = (turn.message.get(REASONING) or "").strip()
     end = next((mark for mark in thoughts.marks if mark in content), None)
@@ -180,7 +183,8 @@ def _filled(turn: Turn, rest: str, said: str, thoughts: Thoughts) -> Aligned:
 
 
 def _closed(close: str, said: str, content: str) -> str:
-    """What closes a thought, then f; white space that both have, where it is not the answer's own, once."""
+    """What closes a thought, then the answer (f); white space that both have, where it is not the answer's
+    own, once."""
     if content.strip() and said.startswith(content):
         return close + said
     shared = _overlap(close, said)

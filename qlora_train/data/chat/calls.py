@@ -1,9 +1,9 @@
 """Tool calls as a template can show them: arguments as objects or as JSON text, and what is beside a call.
 
-Rows have arguments as objects, or as the JSON text in which OpenAI sends them. Most templates turn objects
-into JSON themselves, and would quote a text a second time; some join texts, and fail on an object. A call
-that nothing is said beside has an empty content, a null or none at all, and some templates show calls in one
-of these cases only. A template is asked once which of them it shows, and rows are written so.
+Examples have arguments as objects, or as the JSON text in which OpenAI sends them. Most templates turn
+objects into JSON themselves, and would quote a text a second time; some join texts, and fail on an object. A
+call that nothing is said beside has an empty content, a null or none at all, and some templates show calls in
+one of these cases only. A template is asked once which of them it shows, and examples are written so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class CallWriter:
         self._template = template
 
     def written(self, messages: Sequence[Message]) -> list[Message]:
-        """Raises ChatProblem for arguments that are neither an object nor the JSON text of one."""
+        """The messages with their calls as the template wants them. Raises ChatProblem for arguments that are
+        neither an object nor the JSON text of one."""
         return [
             self._message(message, number) if message.get("tool_calls") else message
             for number, message in enumerate(messages, start=1)
@@ -66,7 +67,7 @@ class CallWriter:
 
     @cached_property
     def _shown(self) -> list[str]:
-        """With what beside it the template shows a call."""
+        """The keys of `_BESIDE` with which the template shows a call."""
         return self._beside_shown(_as_text(_ARGUMENTS) if self._as_text else _ARGUMENTS)
 
     def _beside_shown(self, arguments: Any) -> list[str]:

@@ -57,7 +57,7 @@ class ChatFormat:
         return tuple(dict.fromkeys(found))
 
     def remarks(self) -> list[str]:
-        """What is to be said about the choice of the template, and about ends of answers that the model's
+        """Lines for the log about the choice of the template, and about ends of answers that the model's
         files do not name."""
         lines = [line] if (line := said_choice(self._tokenizer)) else []
         lines += [

@@ -2,7 +2,7 @@
 
 `model.chat_template` is the name of a template written here, a Jinja file, or, where the tokenizer has
 several templates, the name of one of them. Without it the tokenizer's own counts; of several it takes, as
-the library does, `default`, and `tool_use` for rows with tools.
+the library does, `default`, and `tool_use` for examples with tools.
 
 Of the templates written here, only `chatml` needs tokens that a tokenizer may lack, and is refused without
 them. In the others an answer ends in EOS, so nothing else has to be learned or listed as a stop token.

@@ -46,7 +46,7 @@ def places_to_cut(template: ChatTemplate, history: Messages, tools: Tools, promp
 
 
 def _in_order(asked: list[str], between: list[str], prompt: str) -> list[Span]:
-    """Where the texts stand, if the prompt is these between those, and nothing else."""
+    """Spans of the texts in the prompt, if the prompt is these between those, and nothing else."""
     spans: list[Span] = []
     at = 0
     for before, text in zip(between, asked, strict=False):

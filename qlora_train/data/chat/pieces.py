@@ -7,8 +7,8 @@ For the assistant's message i,
     A = F without P, up to and with the token that stops generation (`stops`)
 
 which is right by construction wherever F begins with P (six of seven turns of real templates). Elsewhere
-`align` tells what follows P, or the row is refused. Nothing is known by name and no family of templates has
-code of its own: a template is only ever asked for texts.
+`align` tells what follows P, or the example is refused. Nothing is known by name and no family of templates
+has code of its own: a template is only ever asked for texts.
 
 A plain turn takes these two renderings. What else is asked of a template depends on the shape of the
 conversation alone (`turn_facts`), or on nothing (`stops`, `thoughts`), and is remembered.
@@ -40,8 +40,8 @@ _BRACKET = re.compile(r"[<\[(]")  # without one there is no mark of a thought
 
 @dataclass(frozen=True)
 class Piece:
-    """One answer. `adds_eos`: the template writes nothing that stops generation, so EOS is to follow. `turn`:
-    the message that is the answer; None for a whole conversation."""
+    """One answer with its prompt. `adds_eos`: the template writes nothing that stops generation, so EOS is to
+    follow. `turn`: the message that is the answer; None for a whole conversation."""
 
     prompt: str
     answer: str
@@ -96,8 +96,8 @@ class ChatWriter:
         return self.template.control_tokens.findall(piece.answer)[-1]
 
     def messages(self, messages: Messages, notes: Notes) -> list[Message]:
-        """As the template is given them: no null fields, no flags, arguments of calls as it wants them,
-        thoughts where it looks for them."""
+        """The messages as the template is given them: no null fields, no flags, arguments of calls as it
+        wants them, thoughts where it looks for them."""
         plain = [_plain(message) for message in messages]
         written = self._calls.written(plain)
         if not any(m["role"] == "assistant" and _BRACKET.search(m.get("content") or "") for m in plain):
@@ -121,7 +121,7 @@ class ChatWriter:
         return [chat.piece(turn) for turn in chat.checked_turns() if turn in trained and turn > 0]
 
     def places_to_cut(self, messages: Messages, tools: Tools, turn: int, prompt: str) -> list[Span]:
-        """See `frame`; for the prompt of the answer `turn`."""
+        """Spans of the prompt of the answer `turn` that may be cut (see `frame`)."""
         return places_to_cut(self.template, self.messages(messages, Notes())[:turn], tools, prompt)
 
     def whole(self, messages: Messages, tools: Tools, notes: Notes) -> Piece:
@@ -230,21 +230,21 @@ class _Conversation:
         return text[:start], Aligned(text[start:])
 
     def _first_text(self, turn: int, text: str) -> int:
-        """Where in the text the turn's own first text begins."""
+        """Position in the text at which the turn's own first text begins."""
         mark = free_stand_in(text)
         said = with_texts(self.messages[turn], lambda *_: mark)
         at = self.template.render([*self.messages[:turn], said], self.tools).find(mark)
         return min(at, len(text)) if at >= 0 else len(text)
 
     def _behind_a_thought(self, turn: int, text: str) -> str | None:
-        """What the template would put behind a thought of this turn, which has none."""
+        """Text that the template would put behind a thought of this turn, which has none."""
         thought = free_stand_in(text)
         message = {**self.messages[turn], REASONING: thought}
         thinking = self.template.render([*self.messages[:turn], message], self.tools)
         return thinking.rpartition(thought)[2] if thought in thinking else None
 
     def _header(self, turn: int, prompt: str) -> str | None:
-        """What the prompt has behind the history's last text."""
+        """The text that the prompt has behind the history's last text."""
         header = self._facts(turn).header
         if header is not None and prompt.endswith(header):
             return header
@@ -262,7 +262,7 @@ class _Conversation:
         return self.writer.shapes.after(self._facts(turn), history, message, following, self.tools)
 
     def _check_shown(self, turn: int, previous: int) -> None:
-        """Refuses what would vanish whole: a message, a call."""
+        """Refuses a conversation of which a whole message or call would vanish."""
         facts, message = self._facts(turn), self.messages[turn]
         hidden = [i for i in facts.unseen if i > previous and self.messages[i]["role"] != "assistant"]
         if hidden:
@@ -317,7 +317,7 @@ class _Conversation:
             self.notes[Note.REWRITTEN] += content not in answer
 
     def _count_tools(self, prompt: str) -> None:
-        """Once a conversation: whether the first prompt names any of its tools."""
+        """Notes, once a conversation, whether the first prompt names any of its tools."""
         if not self._tools_are_checked:
             names = [str(tool.get("function", tool).get("name", "")) for tool in self.tools]
             self.notes[lost("tools")] += not any(name and name in prompt for name in names)

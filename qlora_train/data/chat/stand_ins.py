@@ -3,7 +3,7 @@
 Rendered so, a conversation tells where its texts stand, and with it everything a template does that does not
 depend on what is said: what it writes before and behind a text, and which texts it leaves out. Roles, ids,
 the names of arguments and values that are no text stay as they are, because templates ask for them. Two
-conversations of the same *shape* give the same, so it is looked at once per shape, not once per row.
+conversations of the same *shape* give the same, so it is looked at once per shape, not once per example.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def stand_in(number: int) -> str:
 
 
 def free_stand_in(text: str) -> str:
-    """One that an example's text does not hold: people may write anything."""
+    """A stand-in that an example's text does not hold: people may write anything."""
     return next(mark for mark in map(stand_in, count()) if mark not in text)
 
 
@@ -103,7 +103,8 @@ def numbered(message: Message, numbers: Iterator[int]) -> tuple[Message, dict[st
 
 
 def shape(message: Message) -> str:
-    """Equal for messages that differ in nothing but their texts (and the characters of their ids)."""
+    """A key that is equal for messages that differ in nothing but their texts (and the characters of their
+    ids)."""
     if message.keys() <= {"role", "content"} and "content" in message:
         return f"{message['role']}:{'blank' if is_blank(message['content']) else 'said'}"
     reduced = without_ids(with_texts(message, lambda _, text: "blank" if is_blank(text) else "said"))

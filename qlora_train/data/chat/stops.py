@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StopTokens:
-    """`texts`: all of E, t included. `found`: t, or None. `is_new`: nothing but the template names t. `asks`:
-    what stands behind a question in a template that always asks for an answer, empty in all others.
-    `next_turn`: the control token behind t where another turn follows; None where that is not known.
+    """The tokens that end answers. `texts`: all of E, t included. `found`: t, or None. `is_new`: nothing but
+    the template names t. `asks`: what stands behind a question in a template that always asks for an answer,
+    empty in all others. `next_turn`: the control token behind t where another turn follows; None where that
+    is not known.
     """
 
     texts: tuple[str, ...]
@@ -55,7 +56,8 @@ def model_stop_texts(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 
 
 def find_stop_tokens(template: ChatTemplate, named: Sequence[str]) -> StopTokens:
-    """`named` and what the template puts behind a plain answer (see the top of the file)."""
+    """The tokens `named` by the model, and the one that the template puts behind a plain answer (see the top
+    of the file)."""
     tail, after = _around_plain_answer(template)
     asks = _always_asks(template)
     found = control_token_at_end(template, tail, after, named, asks)
@@ -71,8 +73,8 @@ def find_stop_tokens(template: ChatTemplate, named: Sequence[str]) -> StopTokens
 def control_token_at_end(
     template: ChatTemplate, tail: str, after: str, named: Sequence[str], asks: str
 ) -> str | None:
-    """t of what is behind an answer at the end of a conversation and before the next message. asks: see
-    `StopTokens`."""
+    """The control token (t) in what is behind an answer at the end of a conversation and before the next
+    message. asks: see `StopTokens`."""
     tail = _without_question(tail, asks, template)
     in_tail, in_after = template.control_tokens.findall(tail), template.control_tokens.findall(after)
     common = list(commonprefix([in_tail, in_after]))
@@ -112,7 +114,8 @@ def first_of(text: str, tokens: Sequence[str]) -> tuple[int, str] | None:
 
 
 def _around_plain_answer(template: ChatTemplate) -> tuple[str, str]:
-    """(tail, after); empty where the template takes no such conversation."""
+    """What is behind a plain answer: (tail, after), both empty where the template takes no such
+    conversation."""
     said, then = ANSWER["content"], stand_in(2)
     texts = []
     for messages in ([QUESTION, ANSWER], [QUESTION, ANSWER, {**QUESTION, "content": then}]):

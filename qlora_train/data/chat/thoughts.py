@@ -28,8 +28,9 @@ _BRACKETED = re.compile(r"<[^<>]{1,60}>|\[[^\[\]]{1,60}\]|\([^()]{1,60}\)")
 
 @dataclass(frozen=True)
 class Thoughts:
-    """`opening` is what is between the prompt's usual header and a thought; None, like `close`, where the
-    template has no thoughts. `plain_header`: what an answer follows where nothing is said about thoughts."""
+    """How a template writes thoughts. `opening` is what is between the prompt's usual header and a thought;
+    None, like `close`, where the template has no thoughts. `plain_header`: what an answer follows where
+    nothing is said about thoughts."""
 
     opening: str | None
     close: str | None
@@ -50,7 +51,7 @@ class Thoughts:
 
 
 def find_thoughts(template: ChatTemplate) -> Thoughts:
-    """Asks a template, in at most 2 x `_MAX_TRIED` + 3 renderings."""
+    """Asks a template how it writes thoughts, in at most 2 x `_MAX_TRIED` + 3 renderings."""
     plain_header = _plain_header(template)
     cuts = tuple(mark for mark in _worth_trying(template.literals) if _looks_for(template, mark))
     opening, close = _around_a_thought(template)
@@ -88,8 +89,8 @@ def _moved(message: Message, opening: str, close: str) -> Message:
 
 
 def is_closed_pair(text: str) -> bool:
-    """`<think></think>`, `[THINK] [/THINK]`, `<|START_THINKING|><|END_THINKING|>`: two tags of one name, of
-    which the second closes."""
+    """Whether a text is two tags of one name, of which the second closes: `<think></think>`,
+    `[THINK] [/THINK]`, `<|START_THINKING|><|END_THINKING|>`."""
     tags = _BRACKETED.findall(text)
     if len(tags) != 2 or _CLOSING.search(tags[0].upper()) or not _CLOSING.search(tags[1].upper()):
         return False
@@ -98,7 +99,8 @@ def is_closed_pair(text: str) -> bool:
 
 
 def _around_a_thought(template: ChatTemplate) -> tuple[str | None, str | None]:
-    """(what is between the header and a thought, what is between the thought and its answer)."""
+    """The texts around a thought: (what is between the header and the thought, what is between the thought
+    and its answer)."""
     question = QUESTION["content"]
     thinking = {**ANSWER, "content": _SECOND, REASONING: _FIRST}
     text, prompt = ask(template, [QUESTION, thinking]), ask(template, [QUESTION], prompt=True)
@@ -116,7 +118,7 @@ def _around_a_thought(template: ChatTemplate) -> tuple[str | None, str | None]:
 
 
 def _last_tag(header: str) -> str | None:
-    """The opening that a prompt holds already is the last bracketed text before the thought."""
+    """What opens a thought where the prompt holds it already: the last bracketed text before the thought."""
     tags = _BRACKETED.findall(header)
     return tags[-1] if tags and header.rstrip().endswith(tags[-1]) else None
 
@@ -140,7 +142,7 @@ def _looks_for(template: ChatTemplate, mark: str) -> bool:
 
 
 def _plain_header(template: ChatTemplate) -> str | None:
-    """What a prompt has behind a question, if an answer is rendered behind it as it is."""
+    """The text that a prompt has behind a question, if an answer is rendered behind it as it is."""
     prompt, text = ask(template, [QUESTION], prompt=True), ask(template, [QUESTION, ANSWER])
     if prompt is None or text is None or not text.startswith(prompt):
         return None

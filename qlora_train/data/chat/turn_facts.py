@@ -49,7 +49,7 @@ _TOOL = {
 
 
 def ask(template: ChatTemplate, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
-    """What the template makes of messages of our own; with a tool, where it cannot do without. None where it
+    """The template's text of messages of our own; with a tool, where it cannot do without. None where it
     takes no such conversation."""
     for tools in ((), (_TOOL,)):
         try:
@@ -66,8 +66,9 @@ def is_shown(text: str, mark: str) -> bool:
 
 @dataclass(frozen=True)
 class TurnFacts:
-    """See the top of the file. `fields` are all fields of the turn; `header` is None where no text of the
-    history is shown, `tail` where none of the turn's is, `between` in both cases."""
+    """What the template does with one turn (see the top of the file). `fields` are all fields of the turn;
+    `header` is None where no text of the history is shown, `tail` where none of the turn's is, `between` in
+    both cases."""
 
     header: str | None
     between: str | None
@@ -79,7 +80,7 @@ class TurnFacts:
 
 
 class ShapeFacts:
-    """Answers questions about one template; remembers `_MAX_SHAPES` shapes."""
+    """The turn facts of one template, looked up once per shape; remembers `_MAX_SHAPES` shapes."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
@@ -108,7 +109,8 @@ class ShapeFacts:
     def after(
         self, facts: TurnFacts, history: Sequence[Message], message: Message, following: Message, tools: Tools
     ) -> str:
-        """See the top of the file; empty where the template takes no such conversation."""
+        """The text between the turn and the message that follows; empty where the template takes no such
+        conversation."""
         key = shape(following)
         if key not in facts.afters:
             facts.afters[key] = self._look_after(history, message, following, tools)
@@ -117,7 +119,8 @@ class ShapeFacts:
     def _look(
         self, history: Sequence[_Numbered], message: Message, fields: dict[str, str], tools: Tools
     ) -> TurnFacts:
-        """history: with the stand-ins of each message; none where it has its own texts, which tell little."""
+        """Renders the turn with its stand-ins. history: with the stand-ins of each message; none where it has
+        its own texts, which tell little."""
         before = [each for each, _ in history]
         all_before = [mark for _, marks in history for mark in marks.values()]
         prompt = self.template.render(before, tools, prompt=True) if all_before else ""
@@ -158,13 +161,13 @@ class ShapeFacts:
 
 
 def _behind_last(text: str, marks: Sequence[str]) -> str | None:
-    """What is behind the last of the marks; None where there is none."""
+    """The part of the text behind the last of the marks; None where there is none."""
     ends = [text.rfind(form) + len(form) for mark in marks for form in _forms(mark) if form in text]
     return text[max(ends) :] if ends else None
 
 
 def _before_first(text: str, marks: Sequence[str]) -> str:
-    """What is before the first of the marks; nothing where there is none."""
+    """The part of the text before the first of the marks; nothing where there is none."""
     starts = [text.find(form) for mark in marks for form in _forms(mark) if form in text]
     return text[: min(starts)] if starts else ""
 
@@ -174,7 +177,7 @@ def _forms(mark: str) -> tuple[str, str]:
 
 
 def following_messages(message: Message, real: Sequence[Message]) -> list[Message]:
-    """What may come after a turn: what does, then a question or the result of its call."""
+    """Messages that may come after a turn: the one that does, then a question or the result of its call."""
     calls = message.get("tool_calls") or []
     if calls:
         function = calls[0].get("function", calls[0])
