@@ -56,11 +56,9 @@ def check_texts(content: Content) -> None:
         for number, message in enumerate(content.messages, start=1):
             _check(message, f"message {number}")
         _check(content.tools, "a tool description")
-    elif isinstance(content, Completion):
-        _check(content.prompt, "the prompt")
-        _check(content.completion, "the completion")
     else:
-        _check(content.text, "the text")
+        for name in content.__slots__:
+            _check(getattr(content, name), f"the {name}")
 
 
 def _check(value: Any, place: str, depth: int = 0) -> None:

@@ -202,38 +202,31 @@ class PackedDataset:
 
     def micro_batch(self, positions: Sequence[int | None]) -> MicroBatch:
         """The bins at these positions as one flat sequence; None is an empty bin (nothing but dummies)."""
-        num_tokens = self.num_tokens(positions)
+        by_bin = [[] if p is None else self.bins[self.bin_at(p)].tolist() for p in positions]
+        documents = [self.document(index) for of_bin in by_bin for index in of_bin]
+        bin_tokens = [self.num_tokens([position]) for position in positions]
+        num_tokens = sum(bin_tokens)
         size = int(padded_length(np.array(num_tokens), len(positions) * self.sequence_length))
-        token_ids = np.full(size, DUMMY_ID, dtype=np.int64)
-        position_ids = np.empty(size, dtype=np.int64)
+        if num_dummies := size - num_tokens:
+            documents.append(Document(np.full(num_dummies, DUMMY_ID), np.zeros(num_dummies, dtype=bool)))
+        lengths = [len(document) for document in documents]
+        bounds = np.cumsum([0, *lengths])
+        places = np.arange(size, dtype=np.int64)
+        token_ids = np.concatenate([d.token_ids for d in documents]).astype(np.int64)
+        supervised = np.concatenate([d.supervised for d in documents])
         labels = np.full(size, IGNORED_LABEL, dtype=np.int64)
-        row_ids = np.full(size, -1, dtype=np.int64)
-        token_offsets = np.arange(size, dtype=np.int64) % self.sequence_length
-        bounds = [0]
-        at = 0
-        for position in positions:
-            first = at
-            for index in self.bins[self.bin_at(position)].tolist() if position is not None else ():
-                document = self.document(index)
-                stop = at + len(document)
-                token_ids[at:stop] = document.token_ids
-                position_ids[at:stop] = np.arange(len(document))
-                labels[at : stop - 1] = np.where(
-                    document.supervised[1:], document.token_ids[1:], IGNORED_LABEL
-                )
-                bounds.append(stop)
-                at = stop
-            row_ids[first:at] = -1 if position is None else position
-            token_offsets[first:at] = np.arange(at - first)
-        if at < size:
-            position_ids[at:] = np.arange(size - at)
-            bounds.append(size)
+        labels[:-1] = np.where(supervised[1:], token_ids[1:], IGNORED_LABEL)
         supervised_positions = np.flatnonzero(labels != IGNORED_LABEL)
+        row_ids = np.full(size, -1, dtype=np.int64)
+        row_ids[:num_tokens] = np.repeat([-1 if p is None else p for p in positions], bin_tokens)
+        token_offsets = places % self.sequence_length
+        bin_starts = np.cumsum([0, *bin_tokens[:-1]])
+        token_offsets[:num_tokens] = places[:num_tokens] - np.repeat(bin_starts, bin_tokens)
         return MicroBatch(
             token_ids=token_ids,
-            position_ids=position_ids,
+            position_ids=places - np.repeat(bounds[:-1], lengths),
             labels=labels,
-            cu_seqlens=np.array(bounds, dtype=np.int32),
+            cu_seqlens=bounds.astype(np.int32),
             supervised_positions=supervised_positions,
             row_ids=row_ids,
             token_offsets=token_offsets,

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,7 @@ class PromptTemplate:
             parts = list(Formatter().parse(template))
         except ValueError as error:
             raise DataError(f"data.prompt_template: {error} (write {{{{ and }}}} for braces).") from error
-        if any(spec or conversion for _, _, spec, conversion in parts) or any(
-            name == "" for _, name, _, _ in parts
-        ):
+        if any(spec or conversion or name == "" for _, name, spec, conversion in parts):
             raise DataError(
                 "data.prompt_template: write plain column names, like {question}, between the braces."
             )
@@ -90,7 +89,7 @@ class ExampleFormat:
     template: PromptTemplate | None = None
     label_is_asked_for: bool = False
 
-    @property
+    @cached_property
     def columns_read(self) -> tuple[str, ...]:
         """The columns that an example's meaning may depend on."""
         template = self.template.columns if self.template else ()
@@ -108,7 +107,7 @@ class ExampleFormat:
         check_texts(content)
         return content
 
-    @property
+    @cached_property
     def _said_columns(self) -> tuple[str, ...]:
         label = self.columns.get("label")
         return tuple(column for column in self.columns_read if column != label)
@@ -183,9 +182,8 @@ class ExampleFormat:
     def _prompt(self, example: Example) -> str:
         if self.template is None:
             return _text(example, self.columns["prompt"])
-        return self.template.fill(
-            {name: _text(example, name, may_be_empty=True) for name in self.template.columns}
-        )
+        names = self.template.columns
+        return self.template.fill({name: _text(example, name, may_be_empty=True) for name in names})
 
 
 def resolve_format(data: DataSection, table: ExampleTable) -> ExampleFormat:
@@ -258,13 +256,9 @@ def _check_head(table: ExampleTable) -> None:
 
 
 def _check_roles(data: DataSection) -> None:
-    known = (
-        sorted({role for roles in ROLES.values() for role in roles})
-        if data.format == "auto"
-        else ROLES[data.format]
-    )
-    unknown = [role for role in data.columns if role not in known]
-    if unknown:
+    of_any = sorted({role for roles in ROLES.values() for role in roles})
+    known = of_any if data.format == "auto" else ROLES[data.format]
+    if unknown := [role for role in data.columns if role not in known]:
         raise DataError(
             f"data.columns: unknown role {unknown[0]!r} for format {data.format}; roles: {', '.join(known)}."
         )

@@ -108,21 +108,21 @@ def stop_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
-def _formats_of_sources(data: DataSection) -> Set[str]:
-    if data.prompt_template is not None:
-        return {"prompt_completion"}
-    mapped = [name for name, roles in ROLES.items() if set(data.columns) <= set(roles)]
-    if len(mapped) == 1:
-        return set(mapped)
-    return open_data(data).formats
-
-
 def _is_chat(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether prompts are conversations; they are where only some of the training data was."""
     if data is None:
         return bool(tokenizer.chat_template)
-    formats = {data.format} if data.format != "auto" else _formats_of_sources(data)
-    return not formats.isdisjoint(CHAT_FORMATS)
+    return not _formats(data).isdisjoint(CHAT_FORMATS)
+
+
+def _formats(data: DataSection) -> Set[str]:
+    """The formats of the data, from its files only where the section does not tell."""
+    if data.format != "auto":
+        return {data.format}
+    if data.prompt_template is not None:
+        return {"prompt_completion"}
+    mapped = {name for name, roles in ROLES.items() if set(data.columns) <= set(roles)}
+    return mapped if len(mapped) == 1 else open_data(data).formats
 
 
 def _fill(template: PromptTemplate, prompt: str) -> str:

@@ -56,17 +56,16 @@ def tokenized_or_kept(
     settings: what the tokens follow from besides the sources, the section and the tokenizer, as plain values.
     """
     files = files_of(sources.tables) if root is not None else None
-    if root is None or files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+
+    def read(folder: Path | None = None) -> TokenizedExamples | None:
         with reading_progress() as progress:
-            examples = sources.tokenized(tokenizer, progress=progress)
+            return sources.tokenized(tokenizer, folder=folder, progress=progress)
+
+    if root is None or files is None or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+        examples = read()
         assert examples is not None, "no folder was given"
         return examples
-
-    def build(folder: Path) -> None:
-        with reading_progress() as progress:
-            sources.tokenized(tokenizer, folder=folder, progress=progress)
-
-    return kept_or_built(root, fingerprint(sources, files, section, tokenizer.tokenizer, settings), build)
+    return kept_or_built(root, fingerprint(sources, files, section, tokenizer.tokenizer, settings), read)
 
 
 def files_of(tables: Sequence[ExampleTable]) -> list[Path] | None:
