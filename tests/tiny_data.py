@@ -1,4 +1,4 @@
-"""Examples as files hold them, and packed data sets of documents that are at hand."""
+"""Examples as files hold them, conversations in short, and packed data sets of documents that are at hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import chain
 
 import numpy as np
 
+from qlora_train.data.content import Chat
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.documents import Document
 from qlora_train.data.example_reader import arrays_of
@@ -22,6 +23,12 @@ def examples_in(table: ExampleTable) -> Iterator[tuple[int, Example]]:
         if isinstance(example, ExampleProblem):
             raise DataError(f"{table.describe(number)} {example}")
         yield number, example
+
+
+def chat(*turns: str) -> Chat:
+    """Turns as "u:text", "a:text", "s:text"."""
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    return Chat(tuple({"role": roles[turn[0]], "content": turn[2:]} for turn in turns))
 
 
 def packed(

@@ -132,11 +132,18 @@ class Tokenized:
     of_example: list[int]
 
 
-def tokenize_contents(tokenizer: Any, *contents: Content, length: int = 200, **options: Any) -> Tokenized:
-    """Raises the ExampleProblem of the first content that has one."""
+def tokenize_contents(
+    tokenizer: Any,
+    *contents: Content,
+    length: int = 200,
+    chat_format: ChatFormat | None = None,
+    **options: Any,
+) -> Tokenized:
+    """Raises the ExampleProblem of the first content that has one. chat_format: None: one of the
+    tokenizer."""
     found = Tokenized([], Counter(), Counter(), [])
-    has_chats = any(isinstance(content, Chat) for content in contents)
-    chat_format = ChatFormat(tokenizer, ()) if has_chats else None
+    if chat_format is None and any(isinstance(content, Chat) for content in contents):
+        chat_format = ChatFormat(tokenizer, ())
     tokenizing = ExampleTokenizer(tokenizer, chat_format, sequence_length=length, **options)
     kinds = groupby(contents, key=lambda content: isinstance(content, Chat))
     results = [result for _, of_a_kind in kinds for result in tokenizing.tokenize(list(of_a_kind))]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_data import chat
 from tokenizers import processors
 
 from qlora_train.data.content import Chat, Completion, PlainText
@@ -16,12 +17,6 @@ from qlora_train.errors import DataError
 MakeTokenizer = Callable[..., Any]
 Show = Callable[[Any, Any], str]
 Tokenize = Callable[..., Any]
-
-
-def chat(*turns: str) -> Chat:
-    """Turns as "u:text", "a:text", "s:text"."""
-    roles = {"u": "user", "a": "assistant", "s": "system"}
-    return Chat(tuple({"role": roles[turn[0]], "content": turn[2:]} for turn in turns))
 
 
 def test_chat_mask_token_by_token(tokenize: Tokenize, make_tokenizer: MakeTokenizer, show: Show) -> None:

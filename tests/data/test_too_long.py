@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 from chat_kinds import TEMPLATES
 from chat_kinds import make_tokenizer as tokenizer_of
+from tiny_data import chat
 
+from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.content import Chat, Completion, PlainText
 from qlora_train.data.notes import Note
 
 MakeTokenizer = Callable[..., Any]
 Show = Callable[[Any, Any], str]
 Tokenize = Callable[..., Any]
-
-
-def chat(*turns: str) -> Chat:
-    """Turns as "u:text", "a:text", "s:text"."""
-    roles = {"u": "user", "a": "assistant", "s": "system"}
-    return Chat(tuple({"role": roles[turn[0]], "content": turn[2:]} for turn in turns))
 
 
 def test_a_cut_conversation_keeps_its_system_prompt_and_the_role_headers(
@@ -87,30 +84,28 @@ ASKED = ["Why is it so?", "And what comes then, after all that?", "How long will
 
 
 @pytest.mark.parametrize("kind", sorted(TEMPLATES.keys() - {"drops the system message"}))
-@pytest.mark.parametrize("supervise", ["completions", "last_turn"])
-@pytest.mark.parametrize("too_long", ["cut", "split"])
-def test_shorter_conversations_are_still_the_templates(
-    tokenize: Tokenize, kind: str, supervise: str, too_long: str
-) -> None:
+def test_shorter_conversations_are_still_the_templates(tokenize: Tokenize, kind: str) -> None:
     """Whatever the template: no word of a question is trained, each part shows the system prompt and ends in
     an answer behind what generation would be handed, and `split` trains every answer once."""
     tokenizer = tokenizer_of(TEMPLATES[kind])
-    turns = [turn for n in range(3) for turn in (f"u:{ASKED[n]}", f"a:Ok{n}.")]
-    whole = tokenize(tokenizer, chat("s:Short.", *turns), length=1000, supervise=supervise).documents
-    shows_system = all("Short." in tokenizer.decode(d.token_ids) for d in whole)
-    longest = max(map(len, whole))
-    for length in (longest - 4, longest * 2 // 3, longest // 2):
-        examples = tokenize(
-            tokenizer, chat("s:Short.", *turns), length=length, supervise=supervise, too_long=too_long
-        )
-        said = [tokenizer.decode(d.token_ids[d.supervised]) for d in examples.documents]
-        assert max(map(len, examples.documents)) <= length
-        assert not any(word in text for text in said for word in ("it", "all", "take", "?", "Short"))
-        if shows_system:
-            assert all("Short." in tokenizer.decode(d.token_ids) for d in examples.documents)
-        trained = [n for n in range(3) for text in said if f"Ok{n}." in text]
-        if too_long == "split" or supervise == "last_turn":
-            assert trained == ([2] if supervise == "last_turn" else [0, 1, 2])
+    said = chat("s:Short.", *(turn for n in range(3) for turn in (f"u:{ASKED[n]}", f"a:Ok{n}.")))
+    options: dict[str, Any] = {"chat_format": ChatFormat(tokenizer, ())}
+    for options["supervise"] in ("completions", "last_turn"):
+        whole = tokenize(tokenizer, said, length=1000, **options).documents
+        shows_system = all("Short." in tokenizer.decode(d.token_ids) for d in whole)
+        longest = max(map(len, whole))
+        for length, too_long in product((longest - 4, longest * 2 // 3, longest // 2), ("cut", "split")):
+            documents = tokenize(tokenizer, said, length=length, too_long=too_long, **options).documents
+            texts = [tokenizer.decode(d.token_ids[d.supervised]) for d in documents]
+            assert max(map(len, documents)) <= length
+            assert not any(word in text for text in texts for word in ("it", "all", "take", "?", "Short"))
+            if shows_system:
+                assert all("Short." in tokenizer.decode(d.token_ids) for d in documents)
+            trained = [n for n in range(3) for text in texts if f"Ok{n}." in text]
+            if options["supervise"] == "last_turn":
+                assert trained == [2]
+            elif too_long == "split":
+                assert trained == [0, 1, 2]
 
 
 def test_a_cut_question_keeps_headers_and_calls(tokenize: Tokenize) -> None:
