@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, cast
 
 from qlora_train.data.building import open_data
 from qlora_train.data.chat.chat_format import ChatFormat
-from qlora_train.data.chat.pieces import ChatWriter
 from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.content import LONE_SURROGATE
 from qlora_train.data.control_text import ControlText, without_marks
@@ -48,7 +47,8 @@ def encode_prompt(prompt: str, data: DataSection | None, tokenizer: PreTrainedTo
 
 def _encode_as_chat(prompt: str, data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _refuse_half_characters(prompt)
-    control_text, writer = ControlText(tokenizer), _writer(data, tokenizer)
+    control_text, options = ControlText(tokenizer), {} if data is None else data.chat_template_kwargs
+    writer = ChatFormat(tokenizer, (), options=options).writer(with_tools=False)
 
     def text_of(question: str) -> str:
         return writer.render([{"role": "user", "content": question}], prompt=True)
@@ -65,11 +65,6 @@ def _encode_as_chat(prompt: str, data: DataSection | None, tokenizer: PreTrained
     except CannotEncode:
         encoded = TextEncoder(tokenizer).one(text)
     return BosRule(tokenizer).apply(encoded.token_ids.tolist())
-
-
-def _writer(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> ChatWriter:
-    options = {} if data is None else data.chat_template_kwargs
-    return ChatFormat(tokenizer, (), options=options).writer(with_tools=False)
 
 
 def encode_raw(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

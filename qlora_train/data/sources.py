@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from qlora_train.data.arrow_tables import ArrowTable, HubTable, ParquetTable
 from qlora_train.data.csv_table import CsvTable
 from qlora_train.data.json_tables import JsonTable
-from qlora_train.data.tables import ExampleTable, TextTable
+from qlora_train.data.tables import ExampleTable, TextTable, first_line
 from qlora_train.data.text_files import PACKED_SUFFIXES, data_suffix
 from qlora_train.errors import DataError
 
@@ -148,18 +148,14 @@ def _load_hub(name: str, split: str) -> ExampleTable:
     except DatasetNotFoundError as error:
         raise DataError(
             f"There is no file or folder {name}, and no data set of that name on the hub that you may read: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     except OSError as error:
         raise DataError(
             f"There is no file or folder {name}, and the hub cannot be reached to look for a data set of "
-            f"that name ({_first_line(error)}). Check the path, or the network."
+            f"that name ({first_line(error)}). Check the path, or the network."
         ) from error
     except (DatasetsError, ValueError) as error:
         raise DataError(
-            f"The hub data set {name} cannot be read: {_first_line(error.__cause__ or error)}"
+            f"The hub data set {name} cannot be read: {first_line(error.__cause__ or error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

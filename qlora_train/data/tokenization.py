@@ -67,7 +67,9 @@ class ExampleTokenizer:
         self._ends = TextEnds(tokenizer, supervises_all=supervise == "all")
         self._control_text = ControlText(tokenizer)
         self._encoder = TextEncoder(tokenizer)
-        self._chats = chat_format and ChatTokenizer(tokenizer, chat_format, supervise, self._ends)
+        self._chats = None
+        if chat_format is not None:
+            self._chats = ChatTokenizer(tokenizer, chat_format, supervise, self._ends)
 
     def tokenize(self, contents: Sequence[Content]) -> list[TokenizedExample | ExampleProblem]:
         """One result for each content, in order; either all or none are conversations. Raises DataError for a

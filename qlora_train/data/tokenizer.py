@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_train.boundary import parsing, read_json
 from qlora_train.data.chat.choice import choose_chat_template
+from qlora_train.data.tables import first_line
 from qlora_train.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def read_stop_ids(base: str, revision: str | None = None) -> tuple[int, ...]:
                 base, _GENERATION_CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False
             )
         except OSError as error:
-            raise BaseModelError(f"{_GENERATION_CONFIG} of {base}: {_first_line(error)}") from error
+            raise BaseModelError(f"{_GENERATION_CONFIG} of {base}: {first_line(error)}") from error
     if found is None or not Path(found).is_file():
         return ()
     listed = read_json(Path(found), BaseModelError, "Download it again, or remove it.").get("eos_token_id")
@@ -121,7 +122,3 @@ class BosRule:
     def apply(self, token_ids: list[int]) -> list[int]:
         num_drop, before = self.to_drop_and_add(token_ids)
         return [*before, *token_ids[num_drop:]]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -86,14 +86,12 @@ class ChatWriter:
             ]
             try:
                 (piece,) = self.pieces(messages, (), [1], Notes())
-                break
             except ChatProblem:
                 continue
-        else:
-            return None
-        if piece.adds_eos or piece.answer.endswith(self.stops.texts):
-            return None
-        return self.template.control_tokens.findall(piece.answer)[-1]
+            if piece.adds_eos or piece.answer.endswith(self.stops.texts):
+                return None
+            return self.template.control_tokens.findall(piece.answer)[-1]
+        return None
 
     def messages(self, messages: Messages, notes: Notes) -> list[Message]:
         """The messages as the template is given them: no null fields, no flags, arguments of calls as it
