@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -80,7 +81,10 @@ def test_a_child_that_hangs_is_ended_with_its_children(make_piece: MakePiece) ->
     assert outcome.error is not None and outcome.error.startswith("not finished after 10 s\nchild ")
     pid = int(outcome.error.split("\n")[1].split()[1])
     assert "hangs.py" in outcome.error and "in measure" in outcome.error  # where it was
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends a moment after it is told to
+        child = psutil.Process(pid)
+        gone, _ = psutil.wait_procs([child], timeout=10)
+        assert gone or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_what_a_piece_prints_is_kept_and_its_launcher_is_whatever_starts_modules(
@@ -99,4 +103,7 @@ def test_pieces_that_a_piece_has_started_end_with_it(make_piece: MakePiece) -> N
     outcome = run_piece(make_piece("outer", body), {}, timeout_seconds=10)
     assert outcome.error is not None
     pid = int(outcome.error.split("\n")[1].split()[1])
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends a moment after it is told to
+        child = psutil.Process(pid)
+        gone, _ = psutil.wait_procs([child], timeout=10)
+        assert gone or child.status() == psutil.STATUS_ZOMBIE
