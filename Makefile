@@ -1,6 +1,7 @@
 # make demo: install and run the quickstart    make test: install and run every test
 # make mutants: takes each wait for a copy out of the product in turn; the simulated GPU must find it
-# make gpu-suite: everything that needs a GPU, in stages; see qlora_train/bench/gpu_suite/command.py
+# make bench: speed and memory beside other trainers; make bench ARGS="--list" names the cases
+# make gpu-suite: everything that needs a GPU, in stages; see tests/benchmarks/gpu_suite/command.py
 # make offline-wheels: what a GPU machine without a network may lack, into build/wheels, to be taken there
 # Another interpreter: make PYTHON=python3.12 demo
 PYTHON ?= python3
@@ -13,10 +14,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 WHEELS := build/wheels
 SITE := build/gpu-site
 OUT := build/gpu-suite
-SUITE := -m qlora_train.bench.gpu_suite --out $(OUT) $(if $(ONLY),--only $(ONLY)) \
+SUITE := -m benchmarks.gpu_suite --out $(OUT) $(if $(ONLY),--only $(ONLY)) \
   $(if $(AGAIN),--again) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER)) $(if $(DRY),--dry)
 
-.PHONY: demo test mutants lint clean gpu-suite offline-wheels
+.PHONY: demo test mutants lint clean bench gpu-suite offline-wheels
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/demo.py
@@ -27,6 +28,9 @@ test: $(VENV)/.installed-dev
 mutants: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/simulated_runs/test_mutants.py -v
 
+bench: $(VENV)/.installed-dev
+	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,10 +38,10 @@ lint: $(VENV)/.installed-dev
 
 ifeq ($(wildcard $(WHEELS)/*.whl),)
 gpu-suite: $(VENV)/.installed-dev
-	$(BIN)/python $(SUITE)
+	PYTHONPATH=tests $(BIN)/python $(SUITE)
 else
 gpu-suite: $(SITE)/.installed
-	PATH="$(CURDIR)/$(SITE)/bin:$$PATH" PYTHONPATH="$(CURDIR):$(CURDIR)/$(SITE)" \
+	PATH="$(CURDIR)/$(SITE)/bin:$$PATH" PYTHONPATH="$(CURDIR):$(CURDIR)/tests:$(CURDIR)/$(SITE)" \
 	  $(PYTHON) $(SUITE) --commit "$$(cat $(WHEELS)/COMMIT)"
 endif
 

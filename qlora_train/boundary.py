@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _MISTAKES = (AssertionError, NameError, AttributeError, TypeError, NotImplemente
 _PANIC = "PanicException"  # each Rust library has a class of its own of this name
 _PACKAGE = __name__.partition(".")[0]
 _MAX_REASON_LETTERS = 300
+SPARE_DISK_BYTES = 64 * 2**20  # file headers, overhead of the filesystem
 
 
 @contextlib.contextmanager
@@ -88,6 +90,20 @@ def read_json(file: Path, refusal: type[UserError], remedy: str) -> dict[str, An
     if not isinstance(values, dict):
         raise refusal(f"{file}: must hold a JSON object. {remedy}")
     return values
+
+
+def require_free_disk(
+    folder: Path, num_bytes: int, what: str, refusal: type[QloraTrainError], remedy: str
+) -> None:
+    """Raise `refusal` unless the disk of `folder`, which need not exist yet, has room for `what` of so many
+    bytes and some to spare."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    needed_bytes, free_bytes = num_bytes + SPARE_DISK_BYTES, shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise refusal(
+            f"{folder}: {what} needs {needed_bytes / 1e9:.2f} GB, the disk has {free_bytes / 1e9:.2f} GB "
+            f"free. Make room, or {remedy}."
+        )
 
 
 def is_disk_failure(error: OSError) -> bool:

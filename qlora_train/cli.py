@@ -1,5 +1,4 @@
-"""The commands: `qlora-train train | plan | preview | generate | export | recipes | cache | bench`; others
-are to come.
+"""The commands: `qlora-train train | plan | preview | generate | export | recipes | cache`.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes`
 answer without torch) and calls one function of a lower floor. Whatever the user can mend, and every failure
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import os
 import shutil
@@ -29,20 +27,13 @@ from qlora_train import __version__
 from qlora_train.boundary import os_error
 from qlora_train.cli_types import count, count_or_none, not_negative, seed, share, size
 from qlora_train.device.system import require_unix
-from qlora_train.errors import Interrupted, NotYetError, QloraTrainError, RecipeError, UserError
+from qlora_train.errors import Interrupted, QloraTrainError, RecipeError, UserError
 from qlora_train.interrupts import RaisesInterrupted
-from qlora_train.recipe import PARTS, bundled_recipes, load_recipe
+from qlora_train.recipe import bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
 
-NEED_UNIX = {"train", "generate", "export", "cache", "bench"}
+NEED_UNIX = {"train", "generate", "export", "cache"}
 CHECKPOINT_HELP = "of a run (default: the finished adapter, else the last checkpoint)"
-NOT_YET = {
-    "chat": ("D", "talk to a run or a model"),
-    "eval": ("D", "score a run on held-out data"),
-    "report": ("D", "show a run's curves and samples"),
-    "init": ("D", "write a recipe for a model and a card"),
-    "verify": ("E", "check that a run's promises hold"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     parser = _parser()
     args, leftovers = parser.parse_known_args(argv)
-    if args.command in NOT_YET:
-        return _fail(_not_yet_error(args.command, NOT_YET[args.command][0]))
     if "overrides" in args:  # argparse ends a list of positionals at the first option
         args.overrides += [text for text in leftovers if _is_override(text)]
         leftovers = [text for text in leftovers if not _is_override(text)]
@@ -77,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail(QloraTrainError("out of memory"))
     except RuntimeError as error:
-        from qlora_train.memory.tighten import is_out_of_memory
+        from qlora_train.walk.oom_fallback import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -120,11 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train LoRA factors as a recipe says", run=_train)
     _add_recipe(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    train.add_argument("--no-cache", action="store_true", help="keep no packed base and no tokens")
+    train.add_argument("--no-cache", action="store_true", help="keep no quantized base and no tokens")
 
     plan = command("plan", "show what fits where, before anything is loaded", run=_plan)
     _add_recipe(plan)
     plan.add_argument("--vram", metavar="SIZE", help="a card's memory, such as 8GiB (memory.vram)")
+    plan.add_argument("--card", metavar="NAME", help='plan for another card, such as "RTX 4090"')
+    plan.add_argument("--ram", type=size, metavar="SIZE", help="of another machine, such as 64GiB")
+    plan.add_argument("--disk", type=size, metavar="SIZE", help="free on another machine's disk")
+    plan.add_argument("--details", action="store_true", help="a table of bytes by phase, place and cause")
     plan.add_argument("--json", action="store_true", help="for programs: what a run writes as plan.json")
 
     preview = command("preview", "print the tokens the model will see, supervised ones marked", run=_preview)
@@ -152,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", "write a run as a model that other tools load", run=_export)
     export.add_argument("run_dir", metavar="RUN", type=Path)
-    export.add_argument("--to", choices=("merged", "adapter", "gguf"), default="merged")
+    export.add_argument("--to", choices=("merged",), default="merged")
     export.add_argument(
         "--base",
         choices=("original", "dequantized"),
@@ -192,28 +185,13 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("."))
     copy.set_defaults(run=_copy_recipe)
 
-    cache = command("cache", "list the packed bases that are kept on disk, or make room", run=_list_cache)
+    cache = command("cache", "list the quantized bases that are kept on disk, or make room", run=_list_cache)
     cache_actions = cache.add_subparsers(metavar="list | clear")
     cache_list = cache_actions.add_parser("list", help="name, size and base of each")
     cache_list.set_defaults(run=_list_cache)
-    clear = cache_actions.add_parser("clear", help="remove packed bases that no run is using")
+    clear = cache_actions.add_parser("clear", help="remove quantized bases that no run is using")
     clear.add_argument("names", metavar="NAME", nargs="*", help="as `cache list` shows them (default: all)")
     clear.set_defaults(run=_clear_cache)
-
-    bench = command("bench", "measure speed and memory beside other trainers", run=_bench)
-    bench.add_argument("names", metavar="NAME", nargs="*", help="cases (default: all)")
-    bench.add_argument("--list", action="store_true", help="show the cases")
-    bench.add_argument("--runs", type=count, default=3, metavar="N", help="of each contender (default: 3)")
-    bench.add_argument(
-        "--record",
-        type=Path,
-        default=Path("bench-results"),
-        metavar="DIR",
-        help="add figures, machine and versions to the files here (default: ./bench-results)",
-    )
-
-    for name, (part, help_text) in NOT_YET.items():
-        command(name, f"{help_text} (not yet: part {part}, {PARTS[part]})")
     return parser
 
 
@@ -239,43 +217,38 @@ def _train(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     overrides = [*args.overrides, *([f"memory.vram={args.vram}"] if args.vram else [])]
     recipe = load_recipe(args.recipe, overrides)
-    from qlora_train.memory.plan.from_recipe import plan_command
+    from qlora_train.plan.command import plan_command
 
-    plan, device_text = plan_command(recipe)
-    if args.json:
-        print(json.dumps(plan.to_dict(recipe.training.max_steps), indent=1))
-    else:
-        from rich.console import Console
-
-        from qlora_train.memory.plan.report import print_plan
-
-        print_plan(plan, Console(), device_text, recipe.training.max_steps)
-    if not plan.fits:
-        plan.require_fit()
+    plan_command(
+        recipe,
+        card=args.card,
+        ram_bytes=args.ram,
+        disk_bytes=args.disk,
+        as_json=args.json,
+        details=args.details,
+    )
 
 
 def _preview(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     from qlora_train.data.preview import preview
-    from qlora_train.memory.cache_key import cache_root
-    from qlora_train.memory.plan.model_shape import find_shape
-    from qlora_train.memory.plan.report import positions_line
+    from qlora_train.plan.base_config import find_config
+    from qlora_train.plan.words import positions_line
+    from qlora_train.weights.cache_key import cache_root
 
-    try:
-        shape = find_shape(recipe.model.base, recipe.model.revision)
-    except UserError:  # a model that cannot be trained has a tokenizer all the same
-        shape = None
+    config = find_config(recipe.model.base, recipe.model.revision)
+    positions = config.get("max_position_embeddings")
     preview(
         recipe,
         args.num_rows,
-        vocabulary_size=shape.vocabulary if shape else None,
+        vocabulary_size=config.get("vocab_size"),
         cache=None if args.no_cache else cache_root(),
-        remarks=positions_line(recipe.data.sequence_length, shape.max_positions) if shape else (),
+        remarks=positions_line(recipe.data.sequence_length, positions) if positions else (),
     )
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from qlora_train.infer.generate import generate_command
+    from qlora_train.generate.command import generate_command
 
     generate_command(
         args.target,
@@ -291,8 +264,6 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    if args.to != "merged":
-        raise _not_yet_error(f"export --to {args.to}", "D")
     from qlora_train.export import export
 
     folder = export(
@@ -304,7 +275,7 @@ def _export(args: argparse.Namespace) -> None:
         checkpoint=args.checkpoint,
         receipt=args.receipt,
         loaders=args.loaders,
-        say=print,
+        log=print,
     )
     print(folder)
 
@@ -341,8 +312,8 @@ def _copy_recipe(args: argparse.Namespace) -> None:
 
 
 def _list_cache(args: argparse.Namespace) -> None:
-    from qlora_train.memory.cache_command import list_cache
-    from qlora_train.memory.cache_key import cache_root
+    from qlora_train.weights.cache_command import list_cache
+    from qlora_train.weights.cache_key import cache_root
 
     entries = list_cache(cache_root())
     for entry in entries:
@@ -351,8 +322,8 @@ def _list_cache(args: argparse.Namespace) -> None:
 
 
 def _clear_cache(args: argparse.Namespace) -> None:
-    from qlora_train.memory.cache_command import clear_cache
-    from qlora_train.memory.cache_key import cache_root
+    from qlora_train.weights.cache_command import clear_cache
+    from qlora_train.weights.cache_key import cache_root
 
     removed, kept = clear_cache(cache_root(), args.names)
     for entry in kept:
@@ -366,22 +337,6 @@ def _bundled(name: str) -> Path:
         known = ", ".join(recipes)
         raise UserError(f"{name}: no such bundled recipe; there are {known}{nearest(name, recipes)}")
     return recipes[name]
-
-
-def _bench(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from qlora_train.bench.command import list_cases, run_bench
-
-    console = Console(highlight=False)
-    if args.list:
-        list_cases(console)
-    else:
-        run_bench(args.names, num_runs=args.runs, records=args.record, console=console)
-
-
-def _not_yet_error(what: str, part: str) -> NotYetError:
-    return NotYetError(f"{what}: not yet: part {part} ({PARTS[part]}) brings this")
 
 
 def _fail(error: QloraTrainError | Interrupted) -> int:

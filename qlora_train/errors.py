@@ -30,10 +30,6 @@ class RecipeError(UserError):
         super().__init__("\n".join(self.problems))
 
 
-class NotYetError(UserError):
-    """A key or command of the contract whose part is not built yet."""
-
-
 class DataError(UserError):
     """Data that cannot be read, mapped or tokenised."""
 

@@ -43,21 +43,18 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from qlora_train.errors import RecipeError
-from qlora_train.recipe_checks import FOUR_BIT, contradictions, parse_size, with_dependent_defaults
+from qlora_train.recipe_checks import (
+    FOUR_BIT,
+    MOST_BINS,
+    MOST_TOKENS,
+    as_alpha,
+    auto_or_bins,
+    auto_or_count,
+    contradictions,
+    parse_size,
+    with_dependent_defaults,
+)
 from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
-
-PARTS = {"B": "memory", "C": "speed", "D": "journey", "E": "trust"}
-
-
-def _not_yet(part: str, *refused: str) -> AfterValidator:
-    """Refuse a key unless it is at its default, or only its values `refused`, until `part` is built."""
-
-    def check(value: Any) -> Any:
-        if (value in refused) if refused else (value not in (None, (), "auto")):
-            raise ValueError(f"not yet: part {part} ({PARTS[part]}) brings this")
-        return value
-
-    return AfterValidator(check)
 
 
 def _as_sources(value: Any) -> Any:
@@ -77,19 +74,6 @@ def _as_targets(value: Any) -> str | tuple[str, ...]:
 def _auto_or_bool(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):  # a Literal would take 1 for True
         raise ValueError(f"must be auto, true or false, got {show(value)}")
-    return value
-
-
-def _as_alpha(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"must be a number greater than 0, got {show(value)}")
-    return value
-
-
-def _auto_or_count(value: Any) -> Any:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is not None and value != "auto" and not is_count:
-        raise ValueError(f"must be auto, null or a whole number of 1 or more, got {show(value)}")
     return value
 
 
@@ -139,6 +123,7 @@ Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_nameable), AfterValidator(_expanded)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
 Count = Annotated[int, Field(ge=1)]
+Bins = Annotated[int, Field(ge=1, le=MOST_BINS)]
 Positive = Annotated[float, Field(gt=0)]
 LARGEST_FACTOR = 1e6
 """Of what an update is multiplied with: beyond it the optimizers' float32 arithmetic overflows."""
@@ -156,14 +141,13 @@ class ModelSection(_Section):
     double_quant: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     chat_template: Text | None = None
-    add_tokens: Annotated[Texts, _not_yet("D")] = ()
 
 
 class LoraSection(_Section):
     """The trained factors: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
 
-    rank: Count = 16
-    alpha: Annotated[int | float, BeforeValidator(_as_alpha)] = 32
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    alpha: Annotated[int | float, BeforeValidator(as_alpha)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
     use_rslora: bool = False
@@ -204,20 +188,22 @@ class DataSection(_Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     on_bad_row: Literal["stop", "skip"] = "stop"
     too_long: Literal["cut", "drop", "split"] = "cut"
-    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    sequence_length: Annotated[int, Field(ge=2, le=MOST_TOKENS)] = 2048
     packing: bool = True
 
 
 class TrainingSection(_Section):
     """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps
-    (`save_every: auto`: about every 10 minutes; null: at the end and when stopped)."""
+    (`save_every: auto`: about every 10 minutes; null: at the end and when stopped). `batch_size` counts bins
+    of all processes in a step (None: the product of the other two and their number)."""
 
     output_dir: Annotated[PathText, AfterValidator(_not_root)] = "runs/my-run"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     epochs: Positive | None = 1.0
     max_steps: Count | None = None
-    micro_batch_size: Count = 4
-    gradient_accumulation_steps: Count = 4
+    batch_size: Bins | None = None
+    micro_batch_size: Annotated[Literal["auto"] | Bins, BeforeValidator(auto_or_bins)] = "auto"
+    gradient_accumulation_steps: Bins | None = None
     learning_rate: PositiveBounded = 2.0e-4
     lora_b_lr_ratio: PositiveBounded = 1.0
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -229,10 +215,8 @@ class TrainingSection(_Section):
     deterministic: AutoOrBool = "auto"
     log_every: Count = 1
     eval_every: Count | None = None
-    save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(_auto_or_count)] = "auto"
+    save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
-    early_stopping: Annotated[Count | None, _not_yet("E")] = None
-    samples: Annotated[Texts, _not_yet("D")] = ()
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
 
 
@@ -365,9 +349,9 @@ _MESSAGES = {
     "string_too_short": "must not be empty",
     "too_short": "must not be empty",
     "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be {ge:g} or more",
+    "greater_than_equal": "must be {ge:,.12g} or more",
     "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be {le:g} or less",
+    "less_than_equal": "must be {le:,.12g} or less",
     "literal_error": "must be one of {expected}",
     "value_error": "{error}",
 }

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_train.recipe_yaml import KeyPath, nearest
+from qlora_train.recipe_yaml import KeyPath, nearest, show
 
 FOUR_BIT = ("nf4", "fp4")
 COLUMN_ROLES = {
@@ -27,6 +27,9 @@ OPTIONAL_ROLES = frozenset({"input", "system", "history", "tools", "functions", 
 """Read where a table has them, unless they are mapped to null."""
 
 
+DEFAULT_BATCH_SIZE = 16
+MOST_BINS, MOST_TOKENS = 2**20, 2**22
+"""Of a step, and of a sequence or a micro-batch: more than any machine holds, and little enough to plan."""
 _SIZE_UNITS = {"B": 1} | {
     prefix + unit: base**power
     for unit, base in (("B", 1000), ("iB", 1024))
@@ -47,6 +50,28 @@ def parse_size(text: Any) -> int:
     return num_bytes
 
 
+def as_alpha(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"must be a number greater than 0, got {show(value)}")
+    return value
+
+
+def auto_or_count(value: Any) -> Any:
+    if value is not None and value != "auto" and not _is_count(value):
+        raise ValueError(f"must be auto, null or a whole number of 1 or more, got {show(value)}")
+    return value
+
+
+def auto_or_bins(value: Any) -> Any:
+    if value != "auto" and not (_is_count(value) and value <= MOST_BINS):
+        raise ValueError(f"must be auto or a whole number from 1 to {MOST_BINS:,}, got {show(value)}")
+    return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _sections(values: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:
     """Copies of sections; one that is no mapping counts as empty (the type check reports it)."""
     return [dict(values[name]) if isinstance(values[name], dict) else {} for name in names]
@@ -61,6 +86,10 @@ def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         data["format"] = "prompt_completion"
     if training.get("max_steps") is not None:
         training["epochs"] = None
+    if training.get("micro_batch_size") is None:
+        training["micro_batch_size"] = "auto"
+    if training.get("batch_size") is None and training.get("gradient_accumulation_steps") is None:
+        training["batch_size"] = DEFAULT_BATCH_SIZE
     filled = {"model": model, "data": data, "training": training}
     return {k: filled[k] if k in filled and isinstance(v, dict) else v for k, v in values.items()}
 
@@ -80,6 +109,7 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         yield ("training", "max_steps"), "contradicts training.epochs: write one of them"
     if "epochs" in training and training["epochs"] is None and training.get("max_steps") is None:
         yield ("training", "epochs"), "epochs and max_steps are both null: write one of them"
+    yield from _batch_contradictions(training, data)
     if training.get("eval_every") is not None and data.get("eval") is None:
         yield ("training", "eval_every"), "there is nothing to evaluate: write data.eval too"
     for i, source in enumerate(data["eval"] if isinstance(data.get("eval"), list) else []):
@@ -101,6 +131,40 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
                 yield ("data", "columns", role), f"format {format_name} has {', '.join(roles)}" + guess
             elif columns[role] is None and role not in OPTIONAL_ROLES:
                 yield ("data", "columns", role), "null (not read) is only for roles that are optional"
+
+
+def _batch_contradictions(
+    training: Mapping[str, Any], data: Mapping[str, Any]
+) -> Iterator[tuple[KeyPath, str]]:
+    """What the keys that divide a step say about each other, and the size of a micro-batch."""
+    names = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
+    batch_size, micro_batch_size, steps = (
+        training[name] if _is_count(training.get(name)) else None for name in names
+    )
+    if steps is not None and micro_batch_size is None and batch_size is None:
+        yield (
+            ("training", "gradient_accumulation_steps"),
+            "says how many micro-batches a step has, not how large one is: write training.batch_size "
+            "instead, or training.micro_batch_size beside it",
+        )
+        return
+    if batch_size is None and steps is None:
+        batch_size = DEFAULT_BATCH_SIZE
+    divisor = (micro_batch_size or 1) * (steps or 1)
+    if batch_size is not None and batch_size % divisor:
+        written = " x ".join(name for name in names[1:] if _is_count(training.get(name)))
+        yield (
+            ("training", names[1] if micro_batch_size else names[2]),
+            f"training.batch_size is {batch_size}, which is no multiple of {written} = {divisor}: write "
+            "training.batch_size alone, or two that agree",
+        )
+    length = data.get("sequence_length", 2048)
+    if micro_batch_size is not None and _is_count(length) and micro_batch_size * length > MOST_TOKENS:
+        yield (
+            ("training", "micro_batch_size"),
+            f"makes a micro-batch of {micro_batch_size * length:,} tokens with data.sequence_length {length}"
+            f"; at most {MOST_TOKENS:,} are planned for",
+        )
 
 
 def _template_problems(template: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ from qlora_train.boundary import reason_of
 from qlora_train.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
-Place = tuple[int, str]  # (order in the report, text): (12, "recipe.yaml:12")
+Placement = tuple[int, str]  # (order in the report, text): (12, "recipe.yaml:12")
 
 READ_PATHS: tuple[KeyPath, ...] = (
     ("model", "base"),
@@ -37,6 +37,8 @@ _NAME_OR_FILE: tuple[KeyPath, ...] = (("model", "chat_template"),)
 _INSTEAD_OF: dict[KeyPath, KeyPath] = {
     ("training", "max_steps"): ("training", "epochs"),
     ("training", "epochs"): ("training", "max_steps"),
+    ("training", "batch_size"): ("training", "gradient_accumulation_steps"),
+    ("training", "gradient_accumulation_steps"): ("training", "batch_size"),
 }
 _AFTER_THE_FILE = 1_000_000  # overrides are reported last
 _MAX_INTEGER_BITS = 64  # larger than any setting; Python refuses to write one of 4,300 digits
@@ -48,7 +50,7 @@ class Draft:
     """Values as written, the place of each key, and the problems found so far."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[KeyPath, Place] = field(default_factory=dict)
+    places: dict[KeyPath, Placement] = field(default_factory=dict)
     problems: list[tuple[KeyPath, str]] = field(default_factory=list)
 
     @classmethod
@@ -100,7 +102,7 @@ class Draft:
                 self._replace(path, value_text, place, folders, written)
 
     def _replace(
-        self, path: KeyPath, value_text: str, place: Place, folders: Sequence[Path], written: set[KeyPath]
+        self, path: KeyPath, value_text: str, place: Placement, folders: Sequence[Path], written: set[KeyPath]
     ) -> None:
         """Parse the value of one override and put it in the place of what the file says."""
         for old in [p for p in self.places if p[: len(path)] == path]:
@@ -130,7 +132,7 @@ class Draft:
             for (_, text), key, message in found
         ]
 
-    def _place(self, path: KeyPath) -> Place:
+    def _place(self, path: KeyPath) -> Placement:
         known = (path[:length] for length in range(len(path), -1, -1))
         return next(self.places[prefix] for prefix in known if prefix in self.places)
 
@@ -153,7 +155,7 @@ class Draft:
             if isinstance(values, dict) and key in values:
                 values[key] = _anchored(values[key], folders, (section, key))
 
-    def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Place]) -> Any:
+    def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Placement]) -> Any:
         """Plain values of a node, noting the place of every key and each duplicate."""
         if len(path) > _MAX_DEPTH:
             self.problems.append((path, "nested too deeply"))
@@ -192,7 +194,7 @@ class Draft:
             return None
 
     def _item(
-        self, node: Node, path: KeyPath, place_of: Callable[[Node], Place], marked: Node | None = None
+        self, node: Node, path: KeyPath, place_of: Callable[[Node], Placement], marked: Node | None = None
     ) -> Any:
         self.places[path] = place_of(marked or node)
         return self._build(node, path, place_of)
@@ -258,7 +260,7 @@ def _anchored(value: Any, folders: Sequence[Path], path: KeyPath) -> Any:
     return value if found is None else os.path.abspath(found)
 
 
-def _order(problem: tuple[Place, str, str]) -> int:
+def _order(problem: tuple[Placement, str, str]) -> int:
     return problem[0][0]
 
 

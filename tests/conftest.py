@@ -1,10 +1,13 @@
-"""For all tests: packed bases go to a folder of the session, never to the user's own cache."""
+"""For all tests: quantized bases go to a folder of the session, never to the user's own cache."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,3 +80,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/runs/golden_losses.json from this code"
     )
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[[str], ModuleType]:
+    """Module name -> a second copy of the module, whose kernels the interpreter runs.
+
+    Triton decides that when a kernel is decorated, so the setting is on while the copy is made and no longer.
+    Kernels meant for this use no helpers that triton.language itself decorates (cdiv, sum, ...): those were
+    decorated before. The interpreter cuts off where hardware rounds to bfloat16.
+    """
+    triton = pytest.importorskip("triton")
+
+    def load(name: str) -> ModuleType:
+        found = importlib.util.find_spec(name)
+        assert found is not None and found.origin is not None
+        spec = importlib.util.spec_from_file_location(f"{name}_interpreted", found.origin)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look for their module there
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,22 +1,28 @@
-"""One decoder layer's bytes, by the meter and by the plan."""
+"""One decoder layer's bytes under a meter, on the CPU and on the meta device; small configs of families."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from tiny_models import packed_row
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from qlora_train.device.compute import THE_CPU
-from qlora_train.device.description import DeviceDescription
-from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan.byte_model import layer_bytes
-from qlora_train.memory.plan.layer_settings import LayerSettings
-from qlora_train.memory.plan.model_shape import ModelShape
-from qlora_train.memory.plan.packed_sizes import PackingSizes
+from qlora_train.device.description import CPU, DeviceDescription
+from qlora_train.device.memory_tracker import StorageMeter
+from qlora_train.model.base import MetaModel
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.lora_parameters import LoraParameters
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.vocab_matrix import ResidentMatrix
+from qlora_train.model.weight_store import ResidentWeights
+from qlora_train.plan.model_shape import shape_of
+from qlora_train.plan.workload import Workload
+from qlora_train.quant.formats import Quantization
+from qlora_train.quant.weight import QuantizedWeight, quantized_layout
 
 RANK = 4
 
@@ -33,32 +39,37 @@ class LayerPeaks:
     recompute: int
 
 
-def measured(decoder: FrozenDecoder, index: int, documents: list[int]) -> LayerPeaks:
-    """Layer `index` of a decoder on the CPU whose weights are not packed."""
-    x, arguments = decoder.embed_packed(packed_row(documents))
+def measured(
+    decoder: FrozenDecoder,
+    index: int,
+    tokens: PackedTokens,
+    new_meter: Callable[[], StorageMeter] = lambda: StorageMeter("cpu"),
+) -> LayerPeaks:
+    """Layer `index`, run for real."""
+    x, arguments = decoder.embed_packed(tokens)
     gradient = torch.zeros_like(x)
 
     def forward(leaf: torch.Tensor) -> torch.Tensor:
-        return decoder.run_layer(index, leaf, arguments[index])
+        y: torch.Tensor = decoder.layers[index](leaf, **arguments[index])
+        return y
 
     def peak_of(run: Callable[[], None]) -> int:
-        gc.collect()
-        with DeviceMeter(THE_CPU) as meter:
+        with new_meter() as meter:
             run()
-            return meter.peak_bytes
+        return meter.peak_bytes
 
     def without_graph() -> None:
         with torch.no_grad():
             forward(x)
 
     def recompute() -> None:
-        with decoder.skipping_tail(index):
+        with decoder.skipping_output(index):
             y = forward(x.detach().requires_grad_())
         y.backward(gradient)
 
     without_graph()  # whatever is made once
     gc.collect()
-    with DeviceMeter(THE_CPU) as meter:
+    with new_meter() as meter:
         y = forward(x.detach().requires_grad_())
         kept_forward, live = meter.peak_bytes, meter.live_bytes
         meter.reset_peak()
@@ -69,32 +80,77 @@ def measured(decoder: FrozenDecoder, index: int, documents: list[int]) -> LayerP
     )
 
 
-def planned(
-    shape: ModelShape,
-    index: int,
-    documents: list[int],
-    itemsize: int,
-    target: DeviceDescription,
-    *,
-    deterministic: bool = False,
-) -> LayerPeaks:
-    """The same by the planner."""
-    settings = LayerSettings(
+def workload_for(
+    config: PretrainedConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    documents: tuple[int, ...] = (200,),
+    quantization: Quantization = Quantization("none"),  # noqa: B008  # frozen
+    target: DeviceDescription = CPU,
+    **changes: Any,
+) -> Workload:
+    """All linears with factors, all tokens supervised, one micro-batch."""
+    shape = shape_of(config)
+    options: dict[str, Any] = {
+        "rank": RANK, "targets": tuple(shape.linear_shapes), "dropout": False, "num_micro_batches": 1,
+        "num_supervised": sum(documents), "optimizer": "adamw_8bit", "deterministic": False,
+    }  # fmt: skip
+    return Workload(
         shape=shape,
-        packing=PackingSizes("none", False, itemsize),
-        rank=RANK,
-        targets=frozenset(shape.linear_shapes()),
-        dropout=False,
-        documents=tuple(documents),
+        quantization=quantization,
+        dtype=dtype,
+        documents=documents,
         target=target,
-        deterministic=deterministic,
-        skip_tail=shape.may_skip_tail,
+        **(options | changes),
     )
-    found = layer_bytes(settings, shape.windows[index], True)
-    return LayerPeaks(
-        sum(found.forward_first.values()),
-        sum(found.saved.values()),
-        sum(found.kept_forward_first.values()),
-        sum(found.kept_backward_first.values()),
-        sum(found.recompute_first.values()),
-    )
+
+
+def cpu_model(workload: Workload) -> tuple[FrozenDecoder, LoraParameters]:
+    """The workload's model on the CPU, full of zeros."""
+    shape, dtype, quantization = workload.shape, workload.dtype, workload.quantization
+    meta_model = MetaModel(shape.config, dtype)
+    source = ResidentWeights(meta_model.layouts(quantization), THE_CPU.description.dequantize_kernel)
+    for index, path in enumerate(meta_model.layer_paths):
+        for name, size in meta_model.linear_shapes(index).items():
+            layout = quantized_layout(quantization, size, dtype)
+            tensors = {key: torch.zeros(of, dtype=kind) for key, (kind, of) in layout.items()}
+            source.quantized[f"{path}.{name}"] = QuantizedWeight(quantization, size, tensors)
+    plain = {name: torch.ones(size, dtype=dtype) for name, size in meta_model.plain_shapes.items()}
+    matrix = ResidentMatrix(torch.zeros(meta_model.matrix_shape, dtype=dtype), 40)
+    decoder = meta_model.materialize(source, plain, matrix, matrix, THE_CPU)
+    decoder.skippable_linear, found = shape.probed.skippable_linear, shape.probed
+    if not workload.reference:
+        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
+    lora = LoraParameters(
+        decoder.linears, rank=workload.rank, scaling=1.0, dropout=0.5 if workload.dropout else 0.0, seed=0,
+        dtype=dtype, device="cpu",
+    )  # fmt: skip
+    return decoder, lora
+
+
+def small_config(family: str, num_layers: int = 2, **changes: Any) -> PretrainedConfig:
+    """A config of a family with 128 numbers a token, sliding windows of 40 tokens, layers of all kinds."""
+    default = CONFIG_MAPPING[family]()
+    known = default.to_dict()
+    options: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 128, "intermediate_size": 224, "num_hidden_layers": num_layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    heads = default.num_attention_heads
+    if heads == (getattr(default, "num_key_value_heads", None) or heads):
+        options["num_key_value_heads"] = 4
+    if "head_dim" in known:
+        options["head_dim"] = 32
+    if family == "minicpm3":
+        options |= {"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
+        options |= {"v_head_dim": 32, "num_key_value_heads": 4}
+        options.pop("head_dim", None)
+    if family == "moshi":
+        options["ffn_dim"] = 448
+    if family == "phi4_multimodal":
+        options |= {"vision_config": {"num_hidden_layers": 1}, "audio_config": {"num_blocks": 1}}
+    if known.get("sliding_window") is not None:
+        options["sliding_window"] = 40
+    if "use_sliding_window" in known:
+        options |= {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": num_layers // 2}
+    return CONFIG_MAPPING[family](**(options | changes))

@@ -24,16 +24,16 @@ from tiny_runs import recipe_values
 from qlora_train.device.compute import THE_CPU, ComputeDevice
 from qlora_train.device.description import CPU, planned_gpu
 from qlora_train.errors import QloraTrainError, UserError
-from qlora_train.memory import machine_plan
-from qlora_train.memory.execution import Activation, Place, everything_resident
-from qlora_train.memory.load import load_base
-from qlora_train.memory.plan.placement import placed
-from qlora_train.memory.plan.time_model import Rates
-from qlora_train.memory.ranks import Ranks, find_ranks
-from qlora_train.model.quantize import Packing
+from qlora_train.plan import machine_plan
+from qlora_train.plan.placement import placed
+from qlora_train.plan.time_model import Rates
+from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import Recipe
+from qlora_train.weights.execution_plan import ActivationPolicy, Placement, everything_resident
+from qlora_train.weights.load import load_base
+from qlora_train.weights.ranks import Ranks, find_ranks
 
-UNPACKED = Packing("none", False)
+UNQUANTIZED = Quantization("none", False)
 TIMEOUT_SECONDS = 120
 
 
@@ -100,20 +100,23 @@ def load_in_ram(ranks: Ranks, base: Path, cache: Path | None, *, shares: bool) -
         ranks = Ranks(ranks.index, ranks.number, ranks.here, group=ranks.group)
     num_layers = 4
     plan = placed(
-        everything_resident(num_layers, activation=Activation.RECOMPUTE), Place.RAM, num_layers, is_tied=False
+        everything_resident(num_layers, activation=ActivationPolicy.RECOMPUTE),
+        Placement.RAM,
+        num_layers,
+        is_tied=False,
     )
     said: list[str] = []
     ranks.wait()
     before = _proportional_bytes()
     decoder = load_base(
-        base, UNPACKED, torch.float32, THE_CPU, plan=plan, cache=cache, ranks=ranks, say=said.append
+        base, UNQUANTIZED, torch.float32, THE_CPU, plan=plan, cache=cache, ranks=ranks, log=said.append
     )
     sums = []
-    decoder.weights.expect(range(num_layers))
+    decoder.weights.set_schedule(range(num_layers))
     for layer in range(num_layers):
-        with decoder.weights.visit(layer):
-            packed = decoder.weights.packed.values()
-            sums += [float(t.double().abs().sum()) for weight in packed for t in weight.tensors.values()]
+        with decoder.weights.layer_on_device(layer):
+            quantized = decoder.weights.quantized.values()
+            sums += [float(t.double().abs().sum()) for weight in quantized for t in weight.tensors.values()]
     ranks.wait()  # a page counts for each by the number of those that have touched it
     after = _proportional_bytes()
     ranks.wait()
@@ -133,8 +136,8 @@ def plan(ranks: Ranks, base: Path, ram_bytes: list[int], copy_rates: list[float]
     rates = Rates(1e11, 1e10, copy_rates[ranks.index], 1e9, "for tests")
     machine_plan.rates_of = lambda device, dtype, cache, num_ranks: rates
     recipe = Recipe.from_dict(recipe_values(base, base / "rows.jsonl", base / "run"))
-    made = machine_plan.plan_here(recipe, base, torch.float32, THE_CPU, 1, ranks)
-    return made.to_dict() | {"ram_budget_bytes": made.host_budget.ram_bytes}
+    made = machine_plan.plan_here(recipe, base, torch.float32, THE_CPU, lambda size: size, ranks)
+    return made.to_dict()
 
 
 def describe(ranks: Ranks, devices: list[str]) -> dict[str, Any]:

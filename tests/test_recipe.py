@@ -52,7 +52,6 @@ def test_defaults_are_those_of_the_contract() -> None:
             "double_quant": True,
             "compute_dtype": "auto",
             "chat_template": None,
-            "add_tokens": [],
         },
         "lora": {
             "rank": 16,
@@ -81,8 +80,9 @@ def test_defaults_are_those_of_the_contract() -> None:
             "seed": 0,
             "epochs": 1.0,
             "max_steps": None,
-            "micro_batch_size": 4,
-            "gradient_accumulation_steps": 4,
+            "batch_size": 16,
+            "micro_batch_size": "auto",
+            "gradient_accumulation_steps": None,
             "learning_rate": 2e-4,
             "lora_b_lr_ratio": 1.0,
             "lr_schedule": "cosine",
@@ -96,8 +96,6 @@ def test_defaults_are_those_of_the_contract() -> None:
             "eval_every": None,
             "save_every": "auto",
             "keep_checkpoints": 2,
-            "early_stopping": None,
-            "samples": [],
             "report_to": [],
         },
         "memory": {"vram": "auto", "weights": "auto", "activations": "auto"},
@@ -229,20 +227,6 @@ def test_values_out_of_type_or_range(key: str, value: Any, message: str) -> None
     (problem,) = caught.value.problems
     assert problem.startswith(f"recipe: {key.replace('__', '.')}")
     assert f": {message}" in problem
-
-
-NOT_YET = [
-    ("model__add_tokens", ["<tool>"], "D"),
-    ("training__early_stopping", 3, "E"),
-    ("training__samples", ["Hello"], "D"),
-]
-
-
-@pytest.mark.parametrize(("key", "value", "part"), NOT_YET)
-def test_keys_of_later_parts_are_refused(key: str, value: Any, part: str) -> None:
-    with pytest.raises(RecipeError, match=rf"not yet: part {part} \(\w+\) brings this") as caught:
-        Recipe.from_dict(with_keys(**{key: value}))
-    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize(

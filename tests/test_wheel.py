@@ -47,11 +47,10 @@ def test_the_wheel_holds_every_file_of_the_recipes(installed: Path) -> None:
     assert (installed / "qlora_train" / "py.typed").is_file()
 
 
-def test_the_wheel_leaves_out_the_figures_of_the_bench(installed: Path) -> None:
-    bench = Path("qlora_train") / "bench"
-    assert any((REPOSITORY / bench / "results").iterdir())
-    assert (installed / bench / "command.py").is_file()
-    assert not (installed / bench / "results").exists()
+def test_the_wheel_has_no_benchmarks_and_no_tests(installed: Path) -> None:
+    top = {path.name for path in installed.iterdir() if path.is_dir() and "." not in path.name}
+    assert not top & {"tests", "benchmarks", "recipes"}
+    assert not (installed / "qlora_train" / "bench").exists()
 
 
 def test_the_installed_command_lists_and_shows_the_recipes(installed: Path) -> None:

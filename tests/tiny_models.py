@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,19 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_train.device.compute import THE_CPU
-from qlora_train.memory.execution import Activation, ExecutionPlan, everything_resident
-from qlora_train.memory.load import load_base
+from qlora_train.micro_batch import MicroBatch
 from qlora_train.model.attention import NAME
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.probe import probe
-from qlora_train.model.quantize import Packing
+from qlora_train.quant.formats import Quantization
+from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, everything_resident
+from qlora_train.weights.load import load_base
 
 VOCABULARY_SIZE = 96
-NF4 = Packing("nf4", double_quant=True)
+NF4 = Quantization("nf4", double_quant=True)
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -102,14 +102,14 @@ def write_checkpoint(folder: Path, family: str = "llama", seed: int = 0, **chang
     return folder
 
 
-def pack_with_head(plain: Path, folder: Path, packing: Packing) -> Path:
-    """Let transformers and bitsandbytes pack the checkpoint `plain`, its head too, into `folder`."""
+def quantize_with_head(plain: Path, folder: Path, quantization: Quantization) -> Path:
+    """Let transformers and bitsandbytes quantize the checkpoint `plain`, its head too, into `folder`."""
     kinds: dict[str, Any] = {"load_in_8bit": True}
-    if packing.is_4bit:
+    if quantization.is_4bit:
         kinds = {
             "load_in_4bit": True,
-            "bnb_4bit_quant_type": packing.format,
-            "bnb_4bit_use_double_quant": packing.double_quant,
+            "bnb_4bit_quant_type": quantization.format,
+            "bnb_4bit_use_double_quant": quantization.double_quant,
         }
     asked = BitsAndBytesConfig(llm_int8_skip_modules=["nothing"], **kinds)
     model = AutoModelForCausalLM.from_pretrained(
@@ -121,32 +121,32 @@ def pack_with_head(plain: Path, folder: Path, packing: Packing) -> Path:
 
 def load_tiny(
     folder: Path,
-    packing: Packing = NF4,
+    quantization: Quantization = NF4,
     dtype: torch.dtype = torch.float32,
     *,
     rank: int = 4,
     dropout: float = 0.0,
     seed: int = 0,
     plan: ExecutionPlan | None = None,
-) -> tuple[FrozenDecoder, FactorBuffers]:
+) -> tuple[FrozenDecoder, LoraParameters]:
     """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears."""
-    decoder = load_base(folder, packing, dtype, THE_CPU, plan=plan, poison=True)
-    decoder.tail_name = _tail_name(str(folder))
-    factors = FactorBuffers(
+    decoder = load_base(folder, quantization, dtype, THE_CPU, plan=plan, poison=True)
+    decoder.skippable_linear = _tail_name(str(folder))
+    lora = LoraParameters(
         decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu"
     )
     generator = torch.Generator().manual_seed(seed + 1)
-    factors.masters.copy_(0.1 * torch.randn(factors.masters.shape, generator=generator))
-    factors.refresh_working()
-    return decoder, factors
+    lora.masters.copy_(0.1 * torch.randn(lora.masters.shape, generator=generator))
+    lora.refresh_working()
+    return decoder, lora
 
 
 @cache
 def _tail_name(folder: str) -> str | None:
-    return probe(read_config(Path(folder))).tail_name
+    return probe(read_config(Path(folder))).skippable_linear
 
 
-def resident_plan(*activations: Activation, **changes: Any) -> ExecutionPlan:
+def resident_plan(*activations: ActivationPolicy, **changes: Any) -> ExecutionPlan:
     """Everything on the device, several tiles and blocks in the loss; one policy per layer."""
     plan = everything_resident(len(activations))
     return replace(plan, **({"activations": activations, "loss_tokens": 16, "head_tile_rows": 40} | changes))
@@ -164,12 +164,11 @@ def packed_row(lengths: list[int], seed: int = 0, first_row: int = 0, unsupervis
         labels[first_label : start + length - 1] = token_ids[first_label + 1 : start + length]
         start += length
     return PackedTokens.from_host(
-        SimpleNamespace(
+        MicroBatch(
             token_ids=token_ids,
             position_ids=np.concatenate([np.arange(n) for n in lengths]),
             labels=labels,
             cu_seqlens=np.cumsum([0, *lengths]),
-            supervised_positions=np.flatnonzero(labels >= 0),
             row_ids=np.full(total, first_row),
             token_offsets=np.arange(total),
         ),
@@ -177,7 +176,7 @@ def packed_row(lengths: list[int], seed: int = 0, first_row: int = 0, unsupervis
     )
 
 
-class UnpackedLinear(nn.Linear):
+class DequantizedLinear(nn.Linear):
     """nn.Linear plus LoRA in plain autograd: y = x W^T + b + s (x A^T) B^T, the yardstick of the parity
     tests."""
 
@@ -191,10 +190,10 @@ class UnpackedLinear(nn.Linear):
 
 
 def library_model(
-    folder: Path, decoder: FrozenDecoder, factors: FactorBuffers, dtype: torch.dtype, attention: str = NAME
+    folder: Path, decoder: FrozenDecoder, lora: LoraParameters, dtype: torch.dtype, attention: str = NAME
 ) -> PreTrainedModel:
-    """transformers' own model of the checkpoint, with the unpacked weights and the factors of `decoder` in
-    plain linears; what bitsandbytes has packed besides, it unpacks."""
+    """transformers' own model of the checkpoint, with the dequantized weights and the factors of `decoder` in
+    plain linears; what bitsandbytes has quantized besides, it dequantizes."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, device_map="cpu"
     )
@@ -203,22 +202,22 @@ def library_model(
         for parameter in model.parameters():  # the library leaves the others as they are stored
             parameter.data = parameter.data.to(dtype)
     model.eval().requires_grad_(False)
-    working = factors.views(factors.working)
+    working = lora.views(lora.working)
     for name, frozen in decoder.linears.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        linear.weight.data = frozen.source.unpack(name, dtype).clone()
+        linear.weight.data = frozen.source.dequantize(name, dtype).clone()
         if name in working:
-            linear.__class__ = UnpackedLinear
-            assert isinstance(linear, UnpackedLinear)
+            linear.__class__ = DequantizedLinear
+            assert isinstance(linear, DequantizedLinear)
             linear.a = nn.Parameter(working[name][0].clone())
             linear.b = nn.Parameter(working[name][1].clone())
-            linear.scaling = factors.scaling
+            linear.scaling = lora.scaling
     return model
 
 
 def autograd_gradients(
-    model: nn.Module, factors: FactorBuffers, tokens: PackedTokens, num_supervised: int
+    model: nn.Module, lora: LoraParameters, tokens: PackedTokens, num_supervised: int
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Loss sum and factor gradients by one graph through the whole library model."""
     for parameter in model.parameters():
@@ -232,7 +231,7 @@ def autograd_gradients(
     loss_sum = F.cross_entropy(logits[0].float(), tokens.labels, ignore_index=-100, reduction="sum")
     (loss_sum / num_supervised).backward()
     pairs = {
-        name: (model.get_submodule(name).a.grad, model.get_submodule(name).b.grad) for name in factors.names
+        name: (model.get_submodule(name).a.grad, model.get_submodule(name).b.grad) for name in lora.names
     }
     return loss_sum.detach(), pairs
 

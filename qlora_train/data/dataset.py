@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -33,32 +32,11 @@ from qlora_train.data.documents import Document
 from qlora_train.data.packing import Bins, one_per_bin, pack_best_fit
 from qlora_train.data.report import DatasetReport, Reading
 from qlora_train.data.tokenized_examples import TokenizedExamples
+from qlora_train.micro_batch import IGNORED_LABEL, MicroBatch
 
-IGNORED_LABEL = -100
 DUMMY_ID = 0
 """Dummy tokens are a document of their own and have no loss: any id of the vocabulary does."""
 _LEAST_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One flat sequence of T tokens.
-
-    token_ids, position_ids, labels int64 [T]; cu_seqlens int32 [documents + 1], the dummy tail included;
-    supervised_positions int64 [S], where labels are not -100; row_ids int64 [T], the position in the data
-    order of the token's bin (-1: a dummy); token_offsets int64 [T], 0 .. sequence_length - 1 within the bin;
-    num_tokens counts no dummies.
-    """
-
-    token_ids: np.ndarray
-    position_ids: np.ndarray
-    labels: np.ndarray
-    cu_seqlens: np.ndarray
-    supervised_positions: np.ndarray
-    row_ids: np.ndarray
-    token_offsets: np.ndarray
-    num_tokens: int
-    num_supervised: int
 
 
 def padded_length(num_tokens: np.ndarray, limit: int) -> np.ndarray:
@@ -216,7 +194,6 @@ class PackedDataset:
         supervised = np.concatenate([d.supervised for d in documents])
         labels = np.full(size, IGNORED_LABEL, dtype=np.int64)
         labels[:-1] = np.where(supervised[1:], token_ids[1:], IGNORED_LABEL)
-        supervised_positions = np.flatnonzero(labels != IGNORED_LABEL)
         row_ids = np.full(size, -1, dtype=np.int64)
         row_ids[:num_tokens] = np.repeat([-1 if p is None else p for p in positions], bin_tokens)
         token_offsets = places % self.sequence_length
@@ -227,9 +204,6 @@ class PackedDataset:
             position_ids=places - np.repeat(bounds[:-1], lengths),
             labels=labels,
             cu_seqlens=bounds.astype(np.int32),
-            supervised_positions=supervised_positions,
             row_ids=row_ids,
             token_offsets=token_offsets,
-            num_tokens=num_tokens,
-            num_supervised=len(supervised_positions),
         )

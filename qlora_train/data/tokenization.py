@@ -67,7 +67,7 @@ class ExampleTokenizer:
         self._ends = TextEnds(tokenizer, supervises_all=supervise == "all")
         self._control_text = ControlText(tokenizer)
         self._encoder = TextEncoder(tokenizer)
-        self._chats = None
+        self._chats: ChatTokenizer | None = None
         if chat_format is not None:
             self._chats = ChatTokenizer(tokenizer, chat_format, supervise, self._ends)
 

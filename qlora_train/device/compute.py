@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -33,6 +33,8 @@ class ComputeDevice:
     """A device that is here. description: with its index, unless it is the CPU."""
 
     description: DeviceDescription
+    is_planned: ClassVar[bool] = False
+    """Whether it is only planned for (planned.py)."""
 
     def __post_init__(self) -> None:
         assert (self.description.index is None) == (self.description.type == "cpu"), self.description

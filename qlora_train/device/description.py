@@ -28,11 +28,11 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
+from qlora_train.device.cards import ASSUMED_CARD, CARDS, MOST_MULTIPROCESSORS, Capability, known_card
 from qlora_train.device.system import is_wsl
 
-Capability = tuple[int, int]
 Varlen = Literal["none", "equal heads", "grouped heads"]
-UnpackKernel = Literal["triton", "library", "parts"]
+DequantizeKernel = Literal["triton", "library", "parts"]
 """What torch's `varlen_attn` can do beside a scale and a window, if it has those at all."""
 
 NO_CAPABILITY, FLASH_CAPABILITY = (0, 0), (8, 0)
@@ -95,7 +95,7 @@ class DeviceDescription:
         return self.type != "cpu"
 
     @property
-    def unpack_kernel(self) -> UnpackKernel:
+    def dequantize_kernel(self) -> DequantizeKernel:
         """What writes a 4-bit weight out as numbers; see quantize.py."""
         if not self.is_accelerator:
             return "parts"
@@ -157,27 +157,6 @@ CPU = DeviceDescription(
     "cpu", NO_CAPABILITY, 0, "none", has_liger=False, cublas_workspace=None, blocks_documents=True
 )
 
-CARDS: dict[str, tuple[Capability, int]] = {
-    "RTX 5090": ((12, 0), 170),
-    "RTX 4090": ((8, 9), 128),
-    "RTX 4080": ((8, 9), 80),
-    "RTX 4070": ((8, 9), 66),
-    "RTX 4060": ((8, 9), 34),
-    "RTX 3090": ((8, 6), 84),
-    "RTX 3080": ((8, 6), 80),
-    "RTX 3070": ((8, 6), 48),
-    "RTX 3060": ((8, 6), 38),
-    "T4": ((7, 5), 40),
-    "L4": ((8, 9), 60),
-    "A10": ((8, 6), 72),
-    "A100": ((8, 0), 108),
-    "H100": ((9, 0), 132),
-    "H200": ((9, 0), 132),
-}
-"""By part of the name that the driver gives: capability, and multiprocessors of the largest variant."""
-ASSUMED_CARD = "RTX 3060"
-MOST_MULTIPROCESSORS = 192
-
 
 def least_capable(devices: Sequence[DeviceDescription]) -> DeviceDescription:
     """What all of them can do, several of one type: kernels that each has, the smallest memory, the most
@@ -197,27 +176,22 @@ def least_capable(devices: Sequence[DeviceDescription]) -> DeviceDescription:
     )
 
 
-def known_card(gpu_name: str | None) -> str | None:
-    """The entry of CARDS that a driver's name for a GPU stands for."""
-    names = sorted(CARDS, key=len, reverse=True)
-    return next((name for name in names if re.search(rf"\b{name}\b", gpu_name or "")), None)
-
-
 def planned_gpu(gpu_name: str | None, capability: Capability | None) -> DeviceDescription:
     """The GPU to plan for without torch; see the module docstring. gpu_name, capability: as the driver says
     them; None: no card is here."""
     name = known_card(gpu_name or ASSUMED_CARD)
-    stated_capability, num_multiprocessors = CARDS[name or ASSUMED_CARD]
+    card = CARDS[name or ASSUMED_CARD]
+    capability = capability or card.capability
     has_triton = find_spec("triton") is not None
     return DeviceDescription(
         type="cuda",
-        capability=capability or stated_capability,
-        num_multiprocessors=num_multiprocessors if name else MOST_MULTIPROCESSORS,
+        capability=capability,
+        num_multiprocessors=card.num_multiprocessors if name else MOST_MULTIPROCESSORS,
         varlen=varlen_of_version(metadata.version("torch")),
         has_liger=find_spec("liger_kernel") is not None and has_triton,
         cublas_workspace=cublas_workspace(),
         has_triton=has_triton,
-        has_bfloat16=(capability or stated_capability) >= BFLOAT16_CAPABILITY,
+        has_bfloat16=capability >= BFLOAT16_CAPABILITY,
         name=gpu_name or "",
         has_expandable_segments=segments_may_expand(),
     )

@@ -1,6 +1,6 @@
 """From a run folder to a model that other tools load, with a receipt of how near it is (export_run.py).
 
-`merge` alone needs no transformers, so the other function is imported when it is called.
+Imports are made when a function is called: they take seconds.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.device.system import require_unix
-from qlora_train.export.merge import MergeReport, merge
+from qlora_train.export.merge import merge
 
-__all__ = ["MergeReport", "export", "merge"]
+__all__ = ["export", "merge"]
 
 
 def export(run: Path | str, *arguments: Any, **options: Any) -> Path:

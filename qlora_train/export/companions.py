@@ -24,7 +24,7 @@ import torch
 from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
 from qlora_train.model.base_folder import ADAPTER_FILES, MERGED_KEY, read_plain_config
-from qlora_train.model.quantize import Packing
+from qlora_train.quant.formats import Quantization
 
 COPIED = re.compile(
     r".*\.(json|jinja|model|txt|tiktoken|md)|tokenizer\..*|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|AUTHORS)[^/]*",
@@ -34,7 +34,7 @@ TEMPLATES = "additional_chat_templates"
 _NOT_COPIED = {"config.json", *ADAPTER_FILES, "quantize_config.json", "quantization_config.json"}
 
 
-def copy_companions(base_folder: Path, folder: Path, say: Callable[[str], None]) -> None:
+def copy_companions(base_folder: Path, folder: Path, log: Callable[[str], None]) -> None:
     """say: told which files are left out because they lie outside the base."""
     within = _homes(base_folder)
     for path in [*sorted(base_folder.iterdir()), *_templates(base_folder)]:
@@ -42,7 +42,7 @@ def copy_companions(base_folder: Path, folder: Path, say: Callable[[str], None])
         if not path.is_file() or not _is_companion(path):
             continue
         if not any(path.resolve().is_relative_to(home) for home in within):
-            say(f"not copied: {name}, a link to a file outside the base ({path.resolve()})")
+            log(f"not copied: {name}, a link to a file outside the base ({path.resolve()})")
             continue
         target = folder / name
         target.parent.mkdir(exist_ok=True)
@@ -81,18 +81,18 @@ def _leave_out_code(file: Path) -> None:
 
 
 def merged_config(
-    config: Mapping[str, Any], dtype: torch.dtype, packing: Packing | None, *, unties_head: bool
+    config: Mapping[str, Any], dtype: torch.dtype, quantization: Quantization | None, *, unties_head: bool
 ) -> str:
-    """config.json. packing: of the weights that were merged onto; None: the original ones. unties_head: the
-    head has become another matrix than the embedding."""
+    """config.json. quantization: of the weights that were merged onto; None: the original ones. unties_head:
+    the head has become another matrix than the embedding."""
     # transformers 5 calls it dtype, most other tools still read torch_dtype
     name = str(dtype).removeprefix("torch.")
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     if unties_head:
         kept["tie_word_embeddings"] = False
     mark: dict[str, Any] = {"merged_onto": "original"}
-    if packing is not None and packing.format != "none":
-        mark = {"merged_onto": "dequantized", "quantization": packing.format}
+    if quantization is not None and quantization.is_quantized:
+        mark = {"merged_onto": "dequantized", "quantization": quantization.format}
     return json.dumps(kept | {"dtype": name, "torch_dtype": name, MERGED_KEY: mark}, indent=2) + "\n"
 
 

@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
-from qlora_train.memory.disk_file import PAGE_BYTES
+from qlora_train.weights.disk_file import PAGE_BYTES
 
 BUFFER_BYTES = 8 * 2**20
 

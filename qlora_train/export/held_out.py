@@ -11,7 +11,7 @@ import numpy as np
 from qlora_train.data.building import build_dataset
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.export.walked_model import HeldOut
-from qlora_train.memory.cache_key import cache_root
+from qlora_train.weights.cache_key import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """The written folder through the loaders that its users have: really loaded, then compared.
 
 transformers loads it in the dtype it was written in, `bnb-4bit` lets bitsandbytes quantize it to NF4 with
-double quantisation on the way. The whole model is in memory here, which is why it is asked for by name. What
+double quantization on the way. The whole model is in memory here, which is why it is asked for by name. What
 goes into its head is taken, so that vocabularies are compared tile by tile as everywhere (receipt.py).
 """
 

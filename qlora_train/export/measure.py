@@ -8,60 +8,59 @@ from pathlib import Path
 
 import torch
 
+from qlora_train.adapter.adapter_config import HEAD
+from qlora_train.adapter.adapter_files import load_adapter, load_fitting
+from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.errors import ExportError
 from qlora_train.export.loaders import LOADERS, load_and_run
 from qlora_train.export.merge import MergedReader, MergedWeights
-from qlora_train.export.packed_layers import PackedLayers
+from qlora_train.export.quantized_layers import QuantizedLayers
 from qlora_train.export.receipt import Figures, Receipt, compare
 from qlora_train.export.walked_model import HeldOut, LargestValue, WalkedModel, walk_model
 from qlora_train.kernels.on_device import find_device
-from qlora_train.model.adapter_config import HEAD
-from qlora_train.model.adapter_files import load_adapter, load_fitting
-from qlora_train.model.base import linear_names, read_config
-from qlora_train.model.base_folder import read_plain_config
-from qlora_train.model.hub import dtype_name, resolve_dtype
-from qlora_train.model.quantize import Packing
-from qlora_train.model.shards import ShardReader
+from qlora_train.model.base import MetaModel, linear_names, read_config
+from qlora_train.quant.formats import UNQUANTIZED, Quantization
+from qlora_train.weights.base_checkpoint import BaseCheckpoint
 
-NF4 = Packing("nf4", double_quant=True)
+NF4 = Quantization("nf4", double_quant=True)
 CHEAP_BYTES = 4 * 10**9  # weights up to this size are also walked in 4 bits, and merged onto the other base
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported. trained_packing: of the base while training. packing: of what is merged onto; None:
-    the original weights. compute_dtype: the run's."""
+    """What is exported. trained_quantization: of the base while training. quantization: of what is merged
+    onto; None: the original weights. compute_dtype: the run's."""
 
     base_folder: Path
     adapter: Path
-    trained_packing: Packing
-    packing: Packing | None
+    trained_quantization: Quantization
+    quantization: Quantization | None
     compute_dtype: str
 
     @property
     def merged_onto(self) -> str:
-        return "original" if self.packing is None else "dequantized"
+        return "original" if self.quantization is None else "dequantized"
 
 
 class Measure:
-    """The trained model on the documents, walked when this is made. cached: the layers that training packed;
-    None: they are packed again. say: told what takes time.
+    """The trained model on the documents, walked when this is made. cached: the layers that training
+    quantized; None: they are quantized again. say: told what takes time.
 
     On a CPU all arithmetic is fp32, so that what differs is the weights; on an accelerator each model
     computes in its own dtype.
     """
 
     def __init__(
-        self, source: Source, documents: HeldOut, cached: PackedLayers | None, say: Callable[[str], None]
+        self, source: Source, documents: HeldOut, cached: QuantizedLayers | None, log: Callable[[str], None]
     ) -> None:
-        self._source, self._documents, self._say = source, documents, say
+        self._source, self._documents, self._log = source, documents, log
         self._device = find_device()
-        say(f"measuring on {len(documents.all_labels):,} supervised tokens {documents.source}")
+        log(f"measuring on {len(documents.all_labels):,} supervised tokens {documents.source}")
         names = [*linear_names(read_config(source.base_folder)), HEAD]
         self._trained = walk_model(
             source.base_folder,
             documents,
-            source.trained_packing,
+            source.trained_quantization,
             self._arithmetic(resolve_dtype(source.compute_dtype, self._device.description)),
             self._device,
             fill=None if cached is None else cached.read_layer,
@@ -94,7 +93,7 @@ class Measure:
     ) -> Iterator[tuple[str, WalkedModel]]:
         source, arithmetic = self._source, self._arithmetic(dtype)
         name = f"merged onto {source.merged_onto} weights, {dtype_name(dtype)} (written)"
-        yield name, walk_model(written, self._documents, Packing("none"), arithmetic, self._device)
+        yield name, walk_model(written, self._documents, UNQUANTIZED, arithmetic, self._device)
         is_cheap = sum(path.stat().st_size for path in written.glob("*.safetensors")) <= CHEAP_BYTES
         if is_cheap:
             model = walk_model(written, self._documents, NF4, arithmetic, self._device)
@@ -112,24 +111,25 @@ class Measure:
         """Merged on the fly, not written."""
         source = self._source
         other, name = (
-            (source.trained_packing, "dequantized") if source.packing is None else (None, "original")
+            (source.trained_quantization, "dequantized")
+            if source.quantization is None
+            else (None, "original")
         )
-        with ShardReader(source.base_folder) as reader:
+        meta_model = MetaModel(read_config(source.base_folder), arithmetic)
+        with BaseCheckpoint(source.base_folder, meta_model) as checkpoint:
             try:
-                weights = MergedWeights(reader, other, None, load_adapter(source.adapter))
+                weights = MergedWeights(checkpoint, other, None, load_adapter(source.adapter))
             except ExportError:  # the original weights are not there
                 return
-            if source.trained_packing.format == "none" or weights.changes_head:
+            if not source.trained_quantization.is_quantized or weights.changes_head:
                 return
-            if read_plain_config(source.base_folder).get("tie_word_embeddings"):
-                weights.tie_head()
             merged = MergedReader(source.base_folder, weights, dtype)
-            for packing, what in (
-                (Packing("none"), f"merged onto {name} weights, {dtype_name(dtype)} (not written)"),
+            for quantization, what in (
+                (UNQUANTIZED, f"merged onto {name} weights, {dtype_name(dtype)} (not written)"),
                 (NF4, "  the same, quantized to nf4 when loaded"),
             ):
                 model = walk_model(
-                    source.base_folder, self._documents, packing, arithmetic, self._device, reader=merged
+                    source.base_folder, self._documents, quantization, arithmetic, self._device, reader=merged
                 )
                 yield what, model
 

@@ -3,14 +3,14 @@
 One tensor at a time, a few rows at a time: rows are read, computed in fp32, cast and appended to the shard.
 A safetensors header holds only dtypes, shapes and offsets, and those follow from the base's shapes, so it
 is written first and no shard is ever held. Memory: one block of rows (4 MiB as read, twice that in fp32),
-what waits to be written (disk_writer.py) and, in `dequantized` mode, one packed weight and the quantiser's
+what waits to be written (disk_writer.py) and, in `dequantized` mode, one quantized weight and the quantizer's
 scratch. `peft.merge_and_unload` needs the whole 16-bit model.
 
-Which base? The factors were trained against the packed weights, errors included: on top of those they are
-exact up to the final cast (`packing` given: each weight is unpacked from training's cache, or packed and
-unpacked again, as training did). On top of the original weights the quantisation error goes, and so does
-whatever the factors learned to make up for it. `packing: none` has no error to keep: its weights are the
-original ones.
+Which base? The factors were trained against the quantized weights, errors included: on top of those they are
+exact up to the final cast (`quantization` given: each weight is dequantized from training's cache, or
+quantized and dequantized again, as training did). On top of the original weights the quantization error goes,
+and so does whatever the factors learned to make up for it. `quantization: none` has no error to keep: its
+weights are the original ones.
 
 Tied embeddings stay tied: nothing is written that the base does not have, nor a head that repeats them.
 """
@@ -19,66 +19,43 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
+from qlora_train.adapter.adapter_files import Factors, load_adapter
+from qlora_train.boundary import require_free_disk
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export.companions import copy_companions, list_end_ids, merged_config
 from qlora_train.export.disk_writer import DiskWriter
-from qlora_train.model.adapter_config import HEAD as HEAD_PATH
-from qlora_train.model.adapter_config import AdapterConfig, match_modules
-from qlora_train.model.adapter_files import Factors, load_adapter
-from qlora_train.model.atomic_folder import atomic_folder
-from qlora_train.model.base_folder import read_plain_config
-from qlora_train.model.bitsandbytes_checkpoint import (
-    bitsandbytes_shape,
-    is_bitsandbytes_constant,
-    read_bitsandbytes_weight,
-)
-from qlora_train.model.quantize import PackedWeight, Packing, pack
-from qlora_train.model.shards import (
+from qlora_train.export.quantized_layers import QuantizedLayers
+from qlora_train.files.atomic_folder import atomic_folder
+from qlora_train.files.shards import (
     INDEX_FILE,
     SINGLE_FILE,
-    ShardReader,
     TensorInfo,
     tensor_bytes,
     write_header,
 )
+from qlora_train.model.base import MetaModel, read_config
+from qlora_train.model.base_folder import read_plain_config
+from qlora_train.quant.formats import Quantization
+from qlora_train.quant.quantize import quantize
+from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.weights.base_checkpoint import BaseCheckpoint
+from qlora_train.weights.bitsandbytes_checkpoint import (
+    bitsandbytes_quantization,
+    bitsandbytes_shape,
+    is_bitsandbytes_constant,
+    read_bitsandbytes_weight,
+)
 
 BLOCK_BYTES = 4 * 2**20  # of rows as read: in fp32 still in the processor's cache, and in recycled memory
 MAX_SHARD_BYTES = 5 * 10**9
-SPARE_DISK_BYTES = 64 * 2**20  # headers, tokenizer, file system overhead
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-LAYER_NAME = re.compile(r"(^|\.)layers\.\d+\.")
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-
-
-class PackedWeights(Protocol):
-    """Weights that are packed already."""
-
-    def get(self, name: str) -> PackedWeight | None:
-        """By the name of a tensor; None: not among them. Valid until the next is asked for."""
-        ...
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What was written. `num_merged`: weights that took factors; `num_dequantized`: weights packed and
-    unpacked."""
-
-    folder: Path
-    num_tensors: int
-    num_merged: int
-    num_dequantized: int
-    num_shards: int
-    num_bytes: int
 
 
 def merge(
@@ -86,20 +63,20 @@ def merge(
     adapter_folder: Path,
     out: Path,
     *,
-    packing: Packing | None,
+    quantization: Quantization | None,
     dtype: torch.dtype,
-    cached: PackedWeights | None = None,
+    cached: QuantizedLayers | None = None,
     end_ids: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     check: Callable[[Path], None] = lambda folder: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> MergeReport:
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
     """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
 
-    packing: None starts from the original weights; else every matrix of a decoder layer is packed and
-    unpacked as in training. cached: what training has packed so. end_ids: tokens that end an answer, which
-    generation_config.json is to list for other tools. check: called with the complete folder before it gets
-    its name; what it raises undoes the export. say: told of files that are left out.
+    quantization: None starts from the original weights; else every matrix of a decoder layer is quantized and
+    dequantized as in training. cached: what training has quantized so. end_ids: tokens that end an answer,
+    which generation_config.json is to list for other tools. check: called with the complete folder before it
+    gets its name; what it raises undoes the export. say: told of files that are left out.
 
     Raises `ExportError` (out not empty, disk too small,
     adapter that does not fit, values `dtype` cannot hold) and `BaseModelError` (unusable base or adapter);
@@ -107,27 +84,22 @@ def merge(
     """
     base_folder, out = Path(base_folder), Path(out)
     require_new_folder(out)
-    with ShardReader(base_folder) as reader:
+    with BaseCheckpoint(base_folder, MetaModel(read_config(base_folder), dtype)) as checkpoint:
         model_config = read_plain_config(base_folder)
-        weights = MergedWeights(reader, packing, cached, load_adapter(adapter_folder))
-        if model_config.get("tie_word_embeddings"):
-            weights.tie_head()
+        weights = MergedWeights(checkpoint, quantization, cached, load_adapter(adapter_folder))
         shards = _plan_shards(weights.shapes, dtype, max_shard_bytes)
         num_bytes = sum(_num_bytes(shape, dtype) for shape in weights.shapes.values())
-        _check_disk(out, num_bytes)
+        require_free_disk(out, num_bytes, "the merged model", ExportError, "give an --out on another disk")
         with atomic_folder(out) as partial:
             for file_name, names in shards.items():
                 _write_shard(partial / file_name, names, weights, dtype)
             if len(shards) > 1:
                 _write_index(partial, shards, num_bytes)
-            text = merged_config(model_config, dtype, packing, unties_head=weights.changes_head)
+            text = merged_config(model_config, dtype, quantization, unties_head=weights.changes_head)
             (partial / "config.json").write_text(text, "utf-8")
-            copy_companions(base_folder, partial, say)
+            copy_companions(base_folder, partial, log)
             list_end_ids(partial, end_ids)
             check(partial)
-    return MergeReport(
-        out, len(weights.shapes), weights.num_merged, len(weights.dequantized), len(shards), num_bytes
-    )
 
 
 def require_new_folder(out: Path) -> None:
@@ -145,46 +117,35 @@ class MergedWeights:
 
     def __init__(
         self,
-        reader: ShardReader,
-        packing: Packing | None,
-        cached: PackedWeights | None,
+        checkpoint: BaseCheckpoint,
+        quantization: Quantization | None,
+        cached: QuantizedLayers | None,
         adapter: tuple[AdapterConfig, Factors],
     ) -> None:
-        self._reader = reader
-        self._packing, self._cached = packing, cached
-        self._config, factors = adapter
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._is_packed_already: set[str] = set()
-        self._head_source = HEAD
-        for name in reader.names():
-            if not is_bitsandbytes_constant(name):
-                self.shapes[name] = self._shape_of(name)
-        if HEAD not in self.shapes and any(path.rpartition(".")[2] == HEAD_PATH for path in factors):
-            self._head_source = next(name for name in self.shapes if name.endswith(EMBEDDING))
-            self.shapes[HEAD] = self.shapes[self._head_source]
-        if self._is_packed_already and packing is None:
+        self._checkpoint, self._reader = checkpoint, checkpoint.reader
+        self._quantization, self._cached = quantization, cached
+        self._config, lora = adapter
+        self._is_quantized_already: set[str] = set()
+        names = (name for name in self._reader.names() if not is_bitsandbytes_constant(name))
+        self.shapes = {name: self._shape_of(name) for name in names}
+        if self._is_quantized_already and quantization is None:
             raise ExportError(
-                f"{reader.folder}: the base is already packed by bitsandbytes, its original weights are not"
-                " there. Export with --base dequantized."
+                f"{checkpoint.folder}: the base is already quantized by bitsandbytes, its original weights "
+                "are not there. Export with --base dequantized."
             )
-        self._factors = self._match(factors)
-        self.dequantized = self._is_packed_already | {
-            name for name, shape in self.shapes.items() if self._is_packed_in_training(name, shape)
-        }
-
-    @property
-    def num_merged(self) -> int:
-        """Weights that take factors."""
-        return len(self._factors)
+        meta_model = checkpoint.meta_model
+        self._head, self._head_source = meta_model.own_head_name, checkpoint.find(meta_model.head_name)
+        if meta_model.is_tied:
+            self.shapes.pop(self._head, None)  # it repeats the embedding
+            if any(path.rpartition(".")[2] == HEAD for path in lora):
+                self.shapes[self._head] = self.shapes[self._head_source]
+        self._factors = self._match(lora)
+        is_quantized = quantization is not None and quantization.is_quantized
+        self.dequantized = self._is_quantized_already | (checkpoint.linears.keys() if is_quantized else set())
 
     @property
     def changes_head(self) -> bool:
-        return HEAD in self._factors
-
-    def tie_head(self) -> None:
-        """Of a tied base: a head that repeats the embedding is not written, unless the adapter changes it."""
-        if not self.changes_head and _head_is_embedding(self._reader):
-            del self.shapes[HEAD]
+        return self._head in self._factors
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """The merged tensor, in fp32, some rows [rows, ...] at a time and in order; each valid until the
@@ -192,7 +153,7 @@ class MergedWeights:
         if not self.shapes[name]:
             yield self._reader.read(name).float()
             return
-        for start, stop, block in self._base_rows(self._head_source if name == HEAD else name):
+        for start, stop, block in self._base_rows(self._head_source if name == self._head else name):
             values = block.float()
             if name in self._factors:
                 a, b, scaling = self._factors[name]
@@ -203,59 +164,54 @@ class MergedWeights:
         if name not in self.dequantized:
             yield from self._reader.row_blocks(name, BLOCK_BYTES)
             return
-        packed = self._pack(name)
-        num_rows = max(1, BLOCK_BYTES // 2 // packed.shape[1])
-        for start in range(0, packed.shape[0], num_rows):
-            stop = min(start + num_rows, packed.shape[0])
-            yield start, stop, packed.unpack_rows(start, stop, torch.float32)
+        quantized = self._quantize(name)
+        num_rows = max(1, BLOCK_BYTES // 2 // quantized.shape[1])
+        for start in range(0, quantized.shape[0], num_rows):
+            stop = min(start + num_rows, quantized.shape[0])
+            yield start, stop, quantized.dequantize_rows(start, stop, torch.float32)
 
-    def _pack(self, name: str) -> PackedWeight:
-        if name in self._is_packed_already:
-            packed = read_bitsandbytes_weight(self._reader, name)
-            assert packed is not None
-            return packed
-        cached = self._cached.get(name) if self._cached is not None else None
-        if cached is not None:
-            return cached
-        assert self._packing is not None
+    def _quantize(self, name: str) -> QuantizedWeight:
+        if name in self._is_quantized_already:
+            quantized = read_bitsandbytes_weight(self._reader, name)
+            assert quantized is not None
+            return quantized
+        if self._cached is not None:
+            return self._cached.get(*self._checkpoint.linears[name])
+        assert self._quantization is not None
         out_features, in_features = self.shapes[name]
         blocks = (rows for _, _, rows in self._reader.row_blocks(name, BLOCK_BYTES))
-        return pack(blocks, (out_features, in_features), self._packing, name=name)
+        return quantize(blocks, (out_features, in_features), self._quantization, name=name)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         info = self._reader.info(name)
         shape = bitsandbytes_shape(self._reader, name)
-        if shape is not None or name.removesuffix("weight") + "SCB" in self._reader:
-            self._is_packed_already.add(name)
+        if shape is not None or bitsandbytes_quantization(self._reader, name) is not None:
+            self._is_quantized_already.add(name)
             return shape or info.shape
         if info.dtype not in MERGEABLE_DTYPES:
             raise BaseModelError(
-                f"{self._reader.folder}: {name} has the dtype {info.dtype}, which cannot be merged. "
+                f"{self._checkpoint.folder}: {name} has the dtype {info.dtype}, which cannot be merged. "
                 "Convert the checkpoint to bfloat16 first."
             )
         return info.shape
 
-    def _is_packed_in_training(self, name: str, shape: tuple[int, ...]) -> bool:
-        if self._packing is None or self._packing.format == "none":
-            return False
-        return len(shape) == 2 and name.endswith(".weight") and LAYER_NAME.search(name) is not None
-
-    def _match(self, factors: Factors) -> dict[str, tuple[Tensor, Tensor, float]]:
+    def _match(self, lora: Factors) -> dict[str, tuple[Tensor, Tensor, float]]:
         """A, B and scaling by tensor name."""
         modules = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
-        names = match_modules(factors, modules)
+        names = match_modules(lora, modules)
         matched: dict[str, tuple[Tensor, Tensor, float]] = {}
-        for path, (a, b) in factors.items():
+        for path, (a, b) in lora.items():
             if path not in names:
                 raise ExportError(
-                    f"the adapter trains {path}, but {self._reader.folder} has no tensor {path}.weight. "
+                    f"the adapter trains {path}, but {self._checkpoint.folder} has no tensor {path}.weight. "
                     "Is this the base it was trained on?"
                 )
             name = f"{names[path]}.weight"
             if self.shapes[name] != (len(b), a.shape[1]):
                 raise ExportError(
                     f"the adapter's factors for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
-                    f"{self._reader.folder} is {list(self.shapes[name])}. Is this the base it was trained on?"
+                    f"{self._checkpoint.folder} is {list(self.shapes[name])}. Is this the base it was "
+                    "trained on?"
                 )
             matched[name] = (a, b, self._config.scaling_of(path))
         return matched
@@ -280,9 +236,7 @@ class MergedReader:
     def read(self, name: str) -> Tensor:
         return torch.cat([rows.to(self._dtype) for rows in self._weights.rows(name)])
 
-    def row_blocks(
-        self, name: str, max_bytes: int = 0, multiple_of_rows: int = 1
-    ) -> Iterator[tuple[int, int, Tensor]]:
+    def row_blocks(self, name: str, max_bytes: int = 0) -> Iterator[tuple[int, int, Tensor]]:
         """In blocks of the size that merging makes."""
         start = 0
         for rows in self._weights.rows(name):
@@ -336,28 +290,6 @@ def _write_index(folder: Path, shards: Mapping[str, list[str]], num_bytes: int) 
     weight_map = {name: file_name for file_name, names in shards.items() for name in names}
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _check_disk(out: Path, num_bytes: int) -> None:
-    existing = next(parent for parent in out.resolve().parents if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < num_bytes + SPARE_DISK_BYTES:
-        raise ExportError(
-            f"{out}: the merged model needs {(num_bytes + SPARE_DISK_BYTES) / 1e9:.2f} GB, the disk has "
-            f"{free_bytes / 1e9:.2f} GB free. Make room, or give an --out on another disk."
-        )
-
-
-def _head_is_embedding(reader: ShardReader) -> bool:
-    """Whether the checkpoint of a tied model holds its one matrix twice, byte for byte."""
-    embedding = next((name for name in reader.names() if name.endswith(EMBEDDING)), None)
-    if HEAD not in reader or embedding is None:
-        return False
-    head_info, embedding_info = reader.info(HEAD), reader.info(embedding)
-    if (head_info.dtype, head_info.shape) != (embedding_info.dtype, embedding_info.shape):
-        return False
-    pairs = zip(reader.row_blocks(HEAD, BLOCK_BYTES), reader.row_blocks(embedding, BLOCK_BYTES), strict=True)
-    return all(tensor_bytes(a) == tensor_bytes(b) for (_, _, a), (_, _, b) in pairs)
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -1,14 +1,14 @@
 """A model walked once over a few documents with one layer of it in memory: what a receipt compares.
 
-    embedding rows of the documents' tokens -> layer 0, packed into one slab -> layer 1, into the same -> ...
-    -> final norm -> hidden states [S, D] at the places whose next token is supervised
+    embedding rows of the documents' tokens -> layer 0, quantized into one layer buffer -> layer 1, into the
+    same -> ... -> final norm -> hidden states [S, D] at the places whose next token is supervised
 
 No logits: S x V of them would be 1 GB. Two models are compared by their hidden states and their heads, tile
-by tile (receipt.py). Weights come from a checkpoint in any packing, from training's cache, or from a merge
-that is made on the fly (`merge.MergedReader`).
+by tile (receipt.py). Weights come from a checkpoint in any quantization, from training's cache, or from a
+merge that is made on the fly (`merge.MergedReader`).
 
-Memory: one layer's slab and its unpacked largest weight, the documents' hidden states, a block of rows. Time:
-each weight is read, and packed if it has to be, once.
+Memory: one layer buffer and its dequantized largest weight, the documents' hidden states, a block of rows.
+Time: each weight is read, and quantized if it has to be, once.
 
 On the way the largest absolute value is noted that any module of a layer takes in or gives out: what has to
 fit into fp16, whose range ends at 65,504.
@@ -26,22 +26,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlora_train.adapter.adapter_config import HEAD, AdapterConfig
+from qlora_train.adapter.adapter_files import Factors
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.export.merge import MergedReader
-from qlora_train.memory.execution import HEAD_TILE_ROWS
-from qlora_train.model.adapter_config import HEAD, AdapterConfig
-from qlora_train.model.adapter_files import Factors
+from qlora_train.files.shards import ShardReader
 from qlora_train.model.attention import DocumentLayout
-from qlora_train.model.base import Skeleton, read_config
-from qlora_train.model.checkpoint import BaseCheckpoint
+from qlora_train.model.base import MetaModel, read_config
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.factors import FactorBuffers
-from qlora_train.model.packed_matrix import RowFormat
-from qlora_train.model.quantize import Packing
-from qlora_train.model.shards import ShardReader
-from qlora_train.model.slab import SlabLayout
-from qlora_train.model.token_matrix import TokenIds
-from qlora_train.model.weights import PresentWeights, by_path
+from qlora_train.model.layer_buffer import LayerBufferLayout
+from qlora_train.model.lora_parameters import LoraParameters
+from qlora_train.model.quantized_matrix import RowLayout
+from qlora_train.model.vocab_matrix import TokenIds
+from qlora_train.model.weight_store import PresentWeights, by_path
+from qlora_train.quant.formats import Quantization
+from qlora_train.weights.base_checkpoint import BaseCheckpoint
+from qlora_train.weights.execution_plan import HEAD_TILE_ROWS
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class WalkedModel:
 def walk_model(
     folder: Path,
     documents: HeldOut,
-    packing: Packing,
+    quantization: Quantization,
     dtype: torch.dtype,
     device: ComputeDevice,
     *,
@@ -113,36 +113,36 @@ def walk_model(
 ) -> WalkedModel:
     """Walk the model in `folder` over the documents.
 
-    packing: of its layers while walking. dtype: of the computation. reader: of other weights than the
-    folder's. fill: puts a layer's packed bytes into a slab; None: it is packed from the reader. adapter: with
-    the base's own module paths.
+    quantization: of its layers while walking. dtype: of the computation. reader: of other weights than the
+    folder's. fill: puts a layer's quantized bytes into a layer buffer; None: it is quantized from the reader.
+    adapter: with the base's own module paths.
     """
     config = read_config(folder)
-    shape_of_all = Skeleton(config, dtype)  # stays; the other one comes alive and is used up
+    shape_of_all = MetaModel(config, dtype)  # stays; the other one comes alive and is used up
     checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike
-    skeleton = Skeleton(config, dtype)
-    layouts = skeleton.layouts(packing)
+    meta_model = MetaModel(config, dtype)
+    layouts = meta_model.layouts(quantization)
     weights = _OneLayer(
-        skeleton.layer_paths,
+        meta_model.layer_paths,
         layouts,
-        fill or (lambda i, slab: checkpoint.pack_layer(i, layouts[i], slab)),
+        fill or (lambda i, layer_buffer: checkpoint.quantize_layer(i, layouts[i], layer_buffer)),
         device,
     )
     embedding = _Gathered.of(
-        checkpoint.matrix_rows(skeleton.embedding_name), np.concatenate(documents.token_ids), device.torch
+        checkpoint.matrix_rows(meta_model.embedding_name), np.concatenate(documents.token_ids), device.torch
     )
-    head_name = skeleton.head_name
-    decoder = skeleton.come_alive(weights, checkpoint.plain(device.torch), embedding, embedding, device)
+    head_name = meta_model.head_name
+    decoder = meta_model.materialize(weights, checkpoint.plain(device.torch), embedding, embedding, device)
     head = _attach(decoder, adapter, dtype, device) if adapter is not None else None
     largest = LargestValue()
     hidden = _hidden_states(decoder, documents, largest)
-    weights.let_go()
+    weights.release()
 
     def head_rows() -> Iterator[Tensor]:
-        row_format = RowFormat(checkpoint.head_packing, shape_of_all.matrix_shape[1], dtype)
+        row_format = RowLayout(checkpoint.head_quantization, shape_of_all.matrix_shape[1], dtype)
         start = 0
         for stored in checkpoint.matrix_rows(head_name):
-            rows = row_format.packed(stored).unpack(dtype) if row_format.is_packed else stored
+            rows = row_format.quantized(stored).dequantize(dtype) if row_format.is_quantized else stored
             if head is not None:
                 (a, b), scaling = head
                 part = b[start : start + len(rows)]
@@ -162,7 +162,7 @@ def _attach(
     """The factors, on the linears; returns those of the head and their scaling, if there are any."""
     config, pairs = adapter[0], dict(adapter[1])
     head = pairs.pop(HEAD, None)
-    FactorBuffers.of_adapter(decoder.linears, config, pairs, dtype=dtype, device=device.torch)
+    LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=dtype, device=device.torch)
     return None if head is None else (head, config.scaling_of(HEAD))
 
 
@@ -209,36 +209,36 @@ def _noting(layer: nn.Module, name: str, largest: LargestValue) -> Iterator[None
 
 
 class _OneLayer(PresentWeights):
-    """A `LayerSource` that fills one slab with the layer that is visited."""
+    """A `WeightStore` that fills one buffer with the layer that is visited."""
 
     def __init__(
         self,
         layer_paths: Sequence[str],
-        layouts: list[SlabLayout],
+        layouts: list[LayerBufferLayout],
         fill: Callable[[int, Tensor], None],
         device: ComputeDevice,
     ) -> None:
-        super().__init__(layouts, device.description.unpack_kernel)
+        super().__init__(layouts, device.description.dequantize_kernel)
         self._paths, self._layouts, self._fill = layer_paths, layouts, fill
         largest = max(layout.num_bytes for layout in layouts)
         self._slab = torch.empty(largest, dtype=torch.uint8, device=device.torch)
 
-    def expect(self, order: object) -> None:
+    def set_schedule(self, order: object) -> None:
         """Nothing to prepare."""
 
-    def visit(self, layer: int) -> AbstractContextManager[None]:
+    def layer_on_device(self, layer: int) -> AbstractContextManager[None]:
         layout = self._layouts[layer]
         self._fill(layer, self._slab[: layout.num_bytes])
-        self.packed = by_path(layout.weights(self._slab), self._paths[layer])
+        self.quantized = by_path(layout.weights(self._slab), self._paths[layer])
         return self.holding()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """No layer is visited any more."""
-        self.packed, self._slab, self._buffer = {}, torch.empty(0), torch.empty(0)
+        self.quantized, self._slab, self._buffer = {}, torch.empty(0), torch.empty(0)
 
 
 class _Gathered:
-    """A `TokenMatrix` of those rows only that the documents use."""
+    """A `VocabMatrix` of those rows only that the documents use."""
 
     items: tuple[int, ...] = ()
 

@@ -85,7 +85,7 @@ def _weights(block: Tensor, keys: Tensor, rows: slice, scale: float) -> Tensor:
     """P of one block of queries [N Hkv, G rows, d] against the keys up to its end, fp32."""
     scores = torch.bmm(block.float(), keys.transpose(1, 2)).mul_(scale)
     num_rows = rows.stop - rows.start
-    later = torch.ones(num_rows, num_rows, dtype=torch.bool).triu_(1)
+    later = torch.ones(num_rows, num_rows, dtype=torch.bool, device=block.device).triu_(1)
     on_diagonal = scores.view(scores.shape[0], -1, num_rows, rows.stop)[..., rows.start :]
     on_diagonal.masked_fill_(later, float("-inf"))
     return torch.softmax(scores, dim=-1)

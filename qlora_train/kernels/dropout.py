@@ -22,7 +22,7 @@ _MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class TokenKeys:
+class DropoutKeys:
     """Identity of the tokens of a micro-batch for dropout.
 
     seed, step: of the run and of the optimizer step. rows, offsets: int64 [T], position of the token's row in
@@ -58,7 +58,7 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 16, 32)
 
 
-def keep_mask(keys: TokenKeys, module_id: int, num_features: int, probability: float) -> Tensor:
+def keep_mask(keys: DropoutKeys, module_id: int, num_features: int, probability: float) -> Tensor:
     """Which inputs survive: bool [T, num_features], True with probability 1 - `probability`."""
     golden = _signed(0x9E3779B97F4A7C15)
     token = torch.full_like(keys.rows, _signed(keys.seed))
@@ -70,7 +70,7 @@ def keep_mask(keys: TokenKeys, module_id: int, num_features: int, probability: f
     return (bits ^ -(1 << 31)) >= threshold
 
 
-def dropout(x: Tensor, keys: TokenKeys, module_id: int, probability: float) -> Tensor:
+def dropout(x: Tensor, keys: DropoutKeys, module_id: int, probability: float) -> Tensor:
     """x [..., T, D] with dropped features zeroed and the others divided by 1 - probability."""
     mask = keep_mask(keys, module_id, x.shape[-1], probability)
     return x * mask.to(x.dtype).mul_(1.0 / (1.0 - probability)).view(x.shape)

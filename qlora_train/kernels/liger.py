@@ -36,10 +36,11 @@ from inspect import signature
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from qlora_train.device.description import DeviceDescription
+from qlora_train.device.compute import ComputeDevice
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Liger:
         """dL/dx [..., D]. Not in place of the gradient: with a residual sum behind the norm (gemma2) that is
         somebody else's too."""
         rows = x.contiguous().view(-1, x.shape[-1])
-        dx, _ = self.norms.rms_norm_backward(
+        grad_input, _ = self.norms.rms_norm_backward(
             gradient.contiguous(), rows, weight, scale, offset, *launch, False, None, needs_dw=False
         )
-        return dx
+        return grad_input
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, all [T, I], contiguous: the kernels know one stride for all."""
@@ -83,9 +84,33 @@ class Liger:
         increment_version((gate, up))  # a Triton kernel writes behind autograd's back
 
 
-def liger_for(device: DeviceDescription) -> Liger | None:
+class PlannedLiger(Liger):
+    """Takes the memory that liger-kernel's functions take, and computes nothing: for a plan."""
+
+    def __init__(self) -> None:
+        """Needs no module."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Any]:
+        x = x.contiguous()
+        return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32), None
+
+    def rms_norm_backward(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, offset: float, launch: Any
+    ) -> Tensor:
+        _rows, gradient = x.contiguous(), gradient.contiguous()
+        return torch.empty_like(gradient)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return torch.empty_like(gate)
+
+    def silu_mul_backward_(self, gate: Tensor, up: Tensor, gradient: Tensor) -> None: ...
+
+
+def liger_for(device: ComputeDevice) -> Liger | None:
     """liger-kernel for tensors of this device; None: plain torch."""
-    return import_liger() if device.has_liger else None
+    if not device.description.has_liger:
+        return None
+    return PlannedLiger() if device.is_planned else import_liger()
 
 
 @cache

@@ -51,11 +51,11 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, scale, weight = ctx.saved_tensors
         plus = ctx.offset
-        dx = gradient.float() * (weight.float() + plus) if plus else (gradient * weight).float()
+        grad_input = gradient.float() * (weight.float() + plus) if plus else (gradient * weight).float()
         normed = x.float() * scale
-        inner = (dx * normed).mean(-1, keepdim=True)
-        dx = dx.sub_(normed.mul_(inner)).mul_(scale)
-        return dx.to(x.dtype), None, None, None
+        inner = (grad_input * normed).mean(-1, keepdim=True)
+        grad_input = grad_input.sub_(normed.mul_(inner)).mul_(scale)
+        return grad_input.to(x.dtype), None, None, None
 
 
 class _LigerRmsNorm(torch.autograd.Function):
@@ -69,5 +69,5 @@ class _LigerRmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, scale, weight = ctx.saved_tensors
-        dx = ctx.liger.rms_norm_backward(gradient, x, weight, scale, ctx.offset, ctx.launch)
-        return dx, None, None, None, None
+        grad_input = ctx.liger.rms_norm_backward(gradient, x, weight, scale, ctx.offset, ctx.launch)
+        return grad_input, None, None, None, None

@@ -1,1 +1,1 @@
-"""The frozen base model: reading it, packing it, and the parts that a training step walks over."""
+"""The frozen base model: reading it, quantizing it, and the parts that a training step walks over."""

@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 
 from qlora_train.errors import BaseModelError
-from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles
+from qlora_train.model.vocab_matrix import TokenIds, VocabMatrix, tiles
 
 
 class AdaptedHead:
-    """A `TokenMatrix` [V, D] over another one. a [R, D], b [V, R]: fp32, on the device of the rows."""
+    """A `VocabMatrix` [V, D] over another one. a [R, D], b [V, R]: fp32, on the device of the rows."""
 
-    def __init__(self, stored: TokenMatrix, a: Tensor, b: Tensor, scaling: float) -> None:
+    def __init__(self, stored: VocabMatrix, a: Tensor, b: Tensor, scaling: float) -> None:
         self._stored, self._a, self._b, self._scaling = stored, a, b, scaling
         self.num_rows, self.tile_rows, self.items = stored.num_rows, stored.tile_rows, stored.items
 
     @staticmethod
     def of(
-        stored: TokenMatrix,
-        factors: tuple[Tensor, Tensor],
+        stored: VocabMatrix,
+        lora: tuple[Tensor, Tensor],
         scaling: float,
         device: torch.device,
         made_for: Tensor | None,
     ) -> AdaptedHead:
         """See `FrozenDecoder.adapt_head`."""
-        a, b = (factor.to(device, torch.float32) for factor in factors)
+        a, b = (factor.to(device, torch.float32) for factor in lora)
         for start, rows in tiles(stored):
             theirs = None if made_for is None else made_for[start : start + len(rows)].to(rows)
             if len(b) != stored.num_rows or a.shape[1] != rows.shape[1]:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.description import CPU, NO_CAPABILITY, DeviceDescription
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.kernels.blocked_attention import LONGEST, causal_attention
-from qlora_train.kernels.document_batches import put_together, take_apart
+from qlora_train.kernels.document_gather import gather_documents, scatter_documents
+from qlora_train.kernels.planned_sdpa import planned_sdpa
 from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_for
 
 NAME = "qlora_train_packed"
@@ -54,17 +57,21 @@ _INERT_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "cache_pos
 @dataclass(frozen=True)
 class AttentionKernels:
     """What attends to packed documents on a device. varlen: takes all documents in one call, where it serves
-    the layer; None: never. blocks_documents: short ones go through kernels/blocked_attention.py."""
+    the layer; None: never. blocks_documents: short ones go through kernels/blocked_attention.py. sdpa:
+    torch's, or its stand-in in a plan (kernels/planned_sdpa.py)."""
 
     device: DeviceDescription
     varlen: VarlenAttention | None
     blocks_documents: bool
+    sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     @staticmethod
-    def on(device: DeviceDescription, dtype: torch.dtype) -> AttentionKernels:
+    def on(device: ComputeDevice, dtype: torch.dtype) -> AttentionKernels:
         """The fastest there are."""
-        is_slow = dtype == torch.float16  # its products, on a CPU
-        return AttentionKernels(device, varlen_for(device), device.blocks_documents and not is_slow)
+        card = device.description
+        blocks_documents = card.blocks_documents and dtype != torch.float16  # whose products are slow there
+        sdpa = partial(planned_sdpa, card) if device.is_planned else F.scaled_dot_product_attention
+        return AttentionKernels(card, varlen_for(card), blocks_documents, sdpa)
 
     def plain(self) -> AttentionKernels:
         """SDPA for everything: the reference."""
@@ -209,13 +216,13 @@ def _by_document(
     kernels: AttentionKernels,
 ) -> Tensor:
     indices, places = documents.buckets, documents.inverse
-    parts = [take_apart(t.squeeze(0).transpose(0, 1), indices, places) for t in (query, key, value)]
+    parts = [gather_documents(t.squeeze(0).transpose(0, 1), indices, places) for t in (query, key, value)]
     outputs = []
     for q, k, v in zip(*parts, strict=True):  # [documents, length, heads, d]
         attended = _causal(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rule, kernels)
         outputs.append(attended.transpose(1, 2))
     del parts
-    return put_together(outputs, indices, places).unsqueeze(0)
+    return scatter_documents(outputs, indices, places).unsqueeze(0)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: AttentionKernels) -> Tensor:
@@ -266,7 +273,7 @@ def _sdpa(
     if shares_heads and not kernels.sdpa_shares_heads(q, v, mask):
         k, v = _written_out(q, k, v)
         shares_heads = False
-    return F.scaled_dot_product_attention(
+    return kernels.sdpa(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=rule.scaling, enable_gqa=shares_heads
     )
 

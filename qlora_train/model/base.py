@@ -1,14 +1,14 @@
-"""The frozen base's skeleton: config -> meta-device model -> packed linears in place of nn.Linear.
+"""The frozen base's skeleton: config -> meta-device model -> quantized linears in place of nn.Linear.
 
 The model is built from its config with all parameters on the meta device (no bytes); only the small computed
 buffers (rotary frequencies, embedding scales) are real. Each nn.Linear of a decoder layer becomes a
-`FrozenLinear`, which asks a `LayerSource` for its weight. What the checkpoint then has to provide is the
-`Skeleton`'s list: per layer the linears' weights (packed, into a slab), the embedding and the head (rows in
-the compute dtype), and plain parameters (norms, biases). checkpoint.py reads them, memory/load.py decides
-where they go.
+`FrozenLinear`, which asks a `WeightStore` for its weight. What the checkpoint then has to provide is the
+`MetaModel`'s list: per layer the linears' weights (quantized, into a layer buffer), the embedding and the
+head (rows in the compute dtype), and plain parameters (norms, biases). weights/base_checkpoint.py reads them,
+weights/load.py decides where they go.
 
-Embedding and head stay unpacked, as in QLoRA (arXiv:2305.14314) and PEFT, unless the checkpoint has the head
-packed (packed_matrix.py); a tied matrix exists once.
+Embedding and head stay unquantized, as in QLoRA (arXiv:2305.14314) and PEFT, unless the checkpoint has the
+head quantized (quantized_matrix.py); a tied matrix exists once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -29,12 +29,13 @@ from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
 from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.layer_buffer import LayerBufferLayout
 from qlora_train.model.linear import FrozenLinear
-from qlora_train.model.quantize import Packing
-from qlora_train.model.slab import SlabLayout
-from qlora_train.model.token_matrix import TokenMatrix
-from qlora_train.model.weights import LayerSource
+from qlora_train.model.vocab_matrix import VocabMatrix
+from qlora_train.model.weight_store import WeightStore
+from qlora_train.quant.formats import Quantization
 
+Decoder = TypeVar("Decoder", bound=FrozenDecoder)
 _MOST = {
     "num_hidden_layers": 10**3,
     "hidden_size": 10**6,
@@ -109,12 +110,12 @@ def linear_names(config: PretrainedConfig) -> list[str]:
     return [module.name for module in model.modules() if isinstance(module, FrozenLinear)]
 
 
-class Skeleton:
+class MetaModel:
     """A model without weights, its decoder layers' linears replaced, and what it needs to come alive.
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
-    tied). plain_shapes: every other parameter outside the slabs. Raises `UnsupportedModelError` where layers
-    hold matrices that are not linears.
+    tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
+    layer buffers. Raises `UnsupportedModelError` where layers hold matrices that are not linears.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -126,6 +127,8 @@ class Skeleton:
         names = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
         self.embedding_name = names[id(self.model.get_input_embeddings().weight)]
         self.head_name = names[id(self.model.get_output_embeddings().weight)]
+        head = self.model.get_output_embeddings()
+        self.own_head_name = next(f"{name}.weight" for name, m in self.model.named_modules() if m is head)
         matrices = {self.embedding_name, self.head_name}
         self.plain_shapes = {
             name: tuple(p.shape) for name, p in self.model.named_parameters() if name not in matrices
@@ -150,23 +153,36 @@ class Skeleton:
             if isinstance(linear, FrozenLinear)
         }
 
-    def layouts(self, packing: Packing) -> list[SlabLayout]:
-        """The slab of every layer; layers of equal shapes share one object."""
-        known: dict[SlabLayout, SlabLayout] = {}
+    def layouts(self, quantization: Quantization) -> list[LayerBufferLayout]:
+        """The layer buffer of every layer; layers of equal shapes share one object."""
+        known: dict[LayerBufferLayout, LayerBufferLayout] = {}
         layouts = [
-            SlabLayout.of(self.linear_shapes(i), packing, self.dtype) for i in range(len(self.layer_paths))
+            LayerBufferLayout.of(self.linear_shapes(i), quantization, self.dtype)
+            for i in range(len(self.layer_paths))
         ]
         return [known.setdefault(layout, layout) for layout in layouts]
 
-    def come_alive(
+    def materialize(
         self,
-        source: LayerSource,
+        source: WeightStore,
         plain: dict[str, Tensor],
-        embedding: TokenMatrix,
-        head: TokenMatrix,
+        embedding: VocabMatrix,
+        head: VocabMatrix,
         device: ComputeDevice,
     ) -> FrozenDecoder:
         """The decoder with its plain parameters, buffers and matrices; the skeleton is used up."""
+        return self.come_alive_as(FrozenDecoder, source, plain, embedding, head, device)
+
+    def come_alive_as(
+        self,
+        kind: type[Decoder],
+        source: WeightStore,
+        plain: dict[str, Tensor],
+        embedding: VocabMatrix,
+        head: VocabMatrix,
+        device: ComputeDevice,
+    ) -> Decoder:
+        """The same as a class of its own."""
         for name in self.plain_shapes:
             owner, _, attribute = name.rpartition(".")
             parameter = nn.Parameter(plain[name], requires_grad=False)
@@ -176,7 +192,7 @@ class Skeleton:
                 module.source = source
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device.torch))
-        return FrozenDecoder(self.model, source, embedding, head, self.dtype, device)
+        return kind(self.model, source, embedding, head, self.dtype, device)
 
 
 def swap_linears(model: PreTrainedModel) -> str:
@@ -202,6 +218,6 @@ def swap_linears(model: PreTrainedModel) -> str:
         raise UnsupportedModelError(
             f"{model.config.model_type}: its layers hold weights that are not linear layers "
             f"({surplus[0].split('.', 1)[-1]}), "
-            "such as fused experts, which qlora_train cannot pack"
+            "such as fused experts, which qlora_train cannot quantize"
         )
     return path

@@ -3,17 +3,19 @@ refuse alike.
 
 Torch-free, since `plan` is. Each refusal is a folder that would load, and be another model than it seems: an
 adapter beside the weights, which transformers applies without a word wherever peft is installed; a merged
-folder whose weights lie on a quantisation grid and would be rounded back onto it; a model of which only a
-part is text.
+folder whose weights lie on a quantization grid and would be rounded back onto it; weights in a quantized
+format that is not read here; a model of which only a part is text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
+from qlora_train.quant.formats import UNQUANTIZED, FormatName, Quantization
 
 CONFIG_REMEDY = "Download the model's config.json again."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -36,12 +38,24 @@ def read_plain_config(folder: Path) -> dict[str, Any]:
     return read_json(path, BaseModelError, CONFIG_REMEDY)
 
 
+def stored_quantization(stored: Mapping[str, Any]) -> Quantization:
+    """How a checkpoint with this quantization_config stores its linears: `UNQUANTIZED`, or as bitsandbytes
+    quantized them."""
+    if stored.get("load_in_8bit"):
+        return Quantization("int8")
+    if stored.get("load_in_4bit"):
+        form: FormatName = "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+        return Quantization(form, bool(stored.get("bnb_4bit_use_double_quant")))
+    return UNQUANTIZED
+
+
 def check_base(folder: Path, quantization: str = "none") -> None:
     """Raise `BaseModelError` unless the folder can be a base that is quantized so (`model.quantization`)."""
     config = read_plain_config(folder)
     _refuse_adapter(folder)
     _refuse_dangling_weights(folder)
     _refuse_wrapper(folder, config)
+    _refuse_other_formats(folder, config)
     _refuse_requantizing(folder, config, quantization)
 
 
@@ -73,6 +87,17 @@ def _refuse_wrapper(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: {family} is a model of several parts, of which only one is text ({text}). Such "
             f"models cannot be trained here; use a checkpoint of the text part alone, with {text}'s own "
             "config.json."
+        )
+
+
+def _refuse_other_formats(folder: Path, config: dict[str, Any]) -> None:
+    """Of quantized weights only bitsandbytes' can be read."""
+    stored = config.get("quantization_config") or config.get("compression_config")
+    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else "bitsandbytes"
+    if method != "bitsandbytes":
+        raise BaseModelError(
+            f"{folder}: its weights are quantized by {method}; only bitsandbytes' can be trained. "
+            "Take the same model with weights in 16 bits: model.quantization quantizes them here."
         )
 
 

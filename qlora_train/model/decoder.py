@@ -31,16 +31,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_train.device.compute import ComputeDevice
-from qlora_train.kernels.liger import liger_for
 from qlora_train.model.adapted_head import AdaptedHead
-from qlora_train.model.attention import AttentionKernels
 from qlora_train.model.fused import fuse_mlps, fuse_norms
+from qlora_train.model.kernel_choice import KernelChoice
 from qlora_train.model.linear import DropoutContext, FrozenLinear
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.shared_input import SharedLinear, fuse_qkv
 from qlora_train.model.tiled_mlp import TiledMlp
-from qlora_train.model.token_matrix import TokenIds, TokenMatrix, tiles, whole
-from qlora_train.model.weights import LayerSource
+from qlora_train.model.vocab_matrix import TokenIds, VocabMatrix, tiles, whole
+from qlora_train.model.weight_store import WeightStore
 
 LayerArguments = dict[str, Any]
 
@@ -49,20 +48,22 @@ class FrozenDecoder:
     """The parts of a model whose linears are `FrozenLinear`s.
 
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
-    where those find their packed weights. embedding, head: [V, D], the same object where tied. dtype, device:
-    of the computation. tail_name: name within a layer of the linear whose output goes straight into the
-    residual sum, if the probe found that it does. fingerprint: of the packed base's content.
-    attention_kernels: what attends to packed documents; the fastest there is until it is replaced. The given
-    model is taken over and cannot be called as a whole afterwards; its embedding and head weights are
-    dropped.
+    where those find their quantized weights. embedding, head: [V, D], the same object where tied. dtype,
+    device: of the computation. skippable_linear: name within a layer of the linear whose output goes straight
+    into the residual sum, if the probe found that it does. fingerprint: of the quantized base's content.
+    kernels: the fastest there are until others are chosen. The given model is taken over and cannot be called
+    as a whole afterwards; its embedding and head weights are dropped.
     """
+
+    tiled_mlp: type[TiledMlp] = TiledMlp
+    """What MLPs are put into that take some tokens at a time."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        weights: LayerSource,
-        embedding: TokenMatrix,
-        head: TokenMatrix,
+        weights: WeightStore,
+        embedding: VocabMatrix,
+        head: VocabMatrix,
         dtype: torch.dtype,
         device: ComputeDevice,
     ) -> None:
@@ -71,15 +72,15 @@ class FrozenDecoder:
         )  # the library's own dropouts never run: ours is a pure function of the token
         self.config = model.config
         self.weights, self.embedding = weights, embedding
-        self.head: TokenMatrix = head
+        self.head: VocabMatrix = head
         self.dtype, self.device = dtype, device
         self.linears = {m.name: m for m in model.modules() if isinstance(m, FrozenLinear)}
         self._decoder = model.get_decoder()
         self.layers = list(self._decoder.layers)
         self.norm: nn.Module = self._decoder.norm
-        self.tail_name: str | None = None
+        self.skippable_linear: str | None = None
         self.fingerprint = ""
-        self.attention_kernels = AttentionKernels.on(device.description, dtype)
+        self.run_with(KernelChoice.on(device, dtype))
         self.at_close: list[Callable[[], object]] = []
         self._tiled_mlps: list[TiledMlp] = []
         self._calls: list[LayerArguments] = []
@@ -94,6 +95,13 @@ class FrozenDecoder:
         model.set_output_embeddings(self._head_product)
         self._causal_lm = model
         setattr(model, model.base_model_prefix, _HandBack())
+
+    def run_with(self, kernels: KernelChoice) -> None:
+        """Run with these kernels from now on; before anything is fused."""
+        self.kernels = kernels
+        self.weights.copies_dequantized = kernels.is_reference
+        for linear in self.linears.values():
+            linear.use_autograd = kernels.is_reference
 
     def close(self) -> None:
         """Let go of threads and files of weights that stream; no layer can be run afterwards."""
@@ -112,7 +120,7 @@ class FrozenDecoder:
             input_ids=row_of_token,
             position_ids=position_ids,
             use_cache=False,
-            attention_kernels=self.attention_kernels,
+            attention_kernels=self.kernels.attention,
             **attention_arguments,
         )
         self._decoder.embed_tokens.weight = self._no_rows
@@ -132,9 +140,9 @@ class FrozenDecoder:
         """One forward pass: visits each layer in turn and yields its index. What comes after it is announced
         too: the head, and the first layers of another pass."""
         order = range(len(self.layers))
-        self.weights.expect([*order, *self.head.items, *order])
+        self.weights.set_schedule([*order, *self.head.items, *order])
         for index in order:
-            with self.weights.visit(index):
+            with self.weights.layer_on_device(index):
                 yield index
 
     def tile_logits(self, hidden: Tensor, start: int, rows: Tensor) -> Tensor:
@@ -160,24 +168,21 @@ class FrozenDecoder:
         """Put fused operations (fused.py, shared_input.py) in place of the layers' norms, MLPs and
         projections, as the probe found they may be; before MLPs are tiled."""
         assert not self._tiled_mlps
-        liger = liger_for(self.device.description)
         if norms:
-            fuse_norms(self.layers, liger)
+            fuse_norms(self.layers, self.kernels.liger)
         if mlps:
-            fuse_mlps(self.layers, liger)
+            fuse_mlps(self.layers, self.kernels.liger)
         if qkv:
             fuse_qkv(self.layers)
 
-    def adapt_head(
-        self, factors: tuple[Tensor, Tensor], scaling: float, made_for: Tensor | None = None
-    ) -> None:
+    def adapt_head(self, lora: tuple[Tensor, Tensor], scaling: float, made_for: Tensor | None = None) -> None:
         """Let the head be W + scaling B A from now on.
 
         factors: (A [R, D], B [V, R]). made_for: the head they were trained on, where it is known. Raises
         `BaseModelError` where shapes or heads differ."""
-        self.head = AdaptedHead.of(self.head, factors, scaling, self.device.torch, made_for)
+        self.head = AdaptedHead.of(self.head, lora, scaling, self.device.torch, made_for)
 
-    def forget_shared(self) -> None:
+    def release_shared(self) -> None:
         """After an exception out of a layer: let go of what one of its linears had computed for others."""
         for layer in self.layers:
             for module in layer.modules():
@@ -191,34 +196,34 @@ class FrozenDecoder:
             return
         if not self._tiled_mlps:
             for index, layer in enumerate(self.layers):
-                layer.mlp = TiledMlp(layer.mlp, context, self._tail(index))
+                layer.mlp = self.tiled_mlp(layer.mlp, context, self._tail(index))
                 self._tiled_mlps.append(layer.mlp)
         for mlp in self._tiled_mlps:
             mlp.tile_tokens = tile_tokens
 
     @contextmanager
-    def skipping_tail(self, index: int) -> Iterator[None]:
+    def skipping_output(self, index: int) -> Iterator[None]:
         """Inside, the value that layer `index` adds to the residual sum last is not computed: the layer's
         output is wrong, its gradients are right. Does nothing for families where that is not so, and in
         reference mode."""
         tail: FrozenLinear | TiledMlp | None = self._tail(index)
-        if tail is not None and tail.use_autograd:
+        if self.kernels.is_reference:
             tail = None
         elif tail is not None and self._tiled_mlps and self._tiled_mlps[index].tile_tokens is not None:
             tail = self._tiled_mlps[index]
         if tail is not None:
-            tail.skips_value = True
+            tail.skip_output = True
         try:
             yield
         finally:
             if tail is not None:
-                tail.skips_value = False
+                tail.skip_output = False
 
     def _tail(self, index: int) -> FrozenLinear | None:
         """The linear whose value recomputation may skip."""
-        if self.tail_name is None:
+        if self.skippable_linear is None:
             return None
-        return next(m for m in self.linears_of(index) if m.name.endswith(f".{self.tail_name}"))
+        return next(m for m in self.linears_of(index) if m.name.endswith(f".{self.skippable_linear}"))
 
     def linears_of(self, index: int) -> list[FrozenLinear]:
         """The FrozenLinears of decoder layer `index`."""

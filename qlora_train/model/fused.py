@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from qlora_train.device.description import MAX_LIGER_COLUMNS
-from qlora_train.kernels.dropout import TokenKeys
+from qlora_train.kernels.dropout import DropoutKeys
 from qlora_train.kernels.liger import Liger
 from qlora_train.kernels.rms_norm import rms_norm
 from qlora_train.model.linear import FrozenLinear, linear_backward, linear_forward
@@ -68,15 +69,15 @@ class FusedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, D] -> [..., T, D]."""
         linears = (self.gate_proj, self.up_proj, self.down_proj)
-        factors = [linear.factors.A for linear in linears if linear.factors is not None]
-        return _FusedMlpFunction.apply(x, self, *factors)
+        lora = [linear.lora.A for linear in linears if linear.lora is not None]
+        return _FusedMlpFunction.apply(x, self, *lora)
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up, all [T, I]."""
         return self.act_fn(gate).mul_(up) if self.liger is None else self.liger.silu_mul(gate, up)
 
     def before_down(
-        self, gradient: Tensor, gate: Tensor, up: Tensor, down_tokens: TokenKeys | None
+        self, gradient: Tensor, gate: Tensor, up: Tensor, down_tokens: DropoutKeys | None
     ) -> tuple[Tensor, Tensor]:
         """From gradient = dL/dy [T, D] to (d_gate, d_up), through down, whose factors get theirs. gate, up:
         overwritten."""
@@ -92,7 +93,7 @@ class FusedMlp(nn.Module):
         (d_gate,) = torch.autograd.grad(activated, leaf, d_product.mul_(up))
         return d_gate, d_up
 
-    def _through_down(self, gradient: Tensor, product: Tensor, tokens: TokenKeys | None) -> Tensor:
+    def _through_down(self, gradient: Tensor, product: Tensor, tokens: DropoutKeys | None) -> Tensor:
         d_product = linear_backward(self.down_proj, gradient, product, None, tokens)
         assert d_product is not None
         return d_product
@@ -102,13 +103,13 @@ class _FusedMlpFunction(torch.autograd.Function):
     """The factors' A are passed so that autograd sees that something needs a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mlp: FusedMlp, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mlp: FusedMlp, *lora: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         (gate, up), hs = forward_of_all((mlp.gate_proj, mlp.up_proj), flat)
         ctx.mlp = mlp
         ctx.tokens = dropped_tokens((mlp.gate_proj, mlp.up_proj)), dropped_tokens((mlp.down_proj,))
         ctx.save_for_backward(x, gate, up, *hs)
-        if mlp.down_proj.skips_value:
+        if mlp.down_proj.skip_output:
             return x.new_zeros(()).expand(x.shape)
         y, _ = linear_forward(mlp.down_proj, mlp.product(gate, up))
         return y.view(x.shape)
@@ -123,8 +124,12 @@ class _FusedMlpFunction(torch.autograd.Function):
         # because backward runs once; a second time autograd would miss their values, and say so
         d_gate, d_up = mlp.before_down(g, gate, up, down_tokens)
         both, needs_dx = (mlp.gate_proj, mlp.up_proj), ctx.needs_input_grad[0]
-        dx = backward_of_all(both, (d_gate, d_up), flat, hs, tokens, needs_dx=needs_dx)
-        return (None if dx is None else dx.view(x.shape)), None, *([None] * (len(ctx.needs_input_grad) - 2))
+        grad_input = backward_of_all(both, (d_gate, d_up), flat, hs, tokens, needs_dx=needs_dx)
+        return (
+            (None if grad_input is None else grad_input.view(x.shape)),
+            None,
+            *([None] * (len(ctx.needs_input_grad) - 2)),
+        )
 
 
 def fuse_mlps(layers: Iterable[nn.Module], liger: Liger | None = None) -> None:
@@ -161,7 +166,9 @@ def _eps_of(norm: nn.Module) -> float:
 
 @torch.no_grad()
 def _offset_of(norm: nn.Module) -> float | None:
-    """The offset with which ours, in plain torch, gives the bits of this module, None if none does."""
+    """The offset with which ours, in plain torch, gives the bits of this module on a CPU, None if none
+    does."""
+    norm = _twin(norm, torch.device("cpu"))
     x, expected = _tried_out(norm)
     matching = (o for o in (0.0, 1.0) if torch.equal(FusedNorm(norm, o)(x), expected))
     return next(matching, None)
@@ -170,6 +177,9 @@ def _offset_of(norm: nn.Module) -> float | None:
 @torch.no_grad()
 def _is_near(norm: nn.Module, offset: float, liger: Liger) -> bool:
     """Whether liger's kernels give the results of this module; warns if not."""
+    if norm.weight.is_meta:  # a plan: they are taken to
+        return True
+    norm = _twin(norm, norm.weight.device)  # type: ignore[arg-type]
     x, expected = _tried_out(norm)
     difference = (FusedNorm(norm, offset, liger)(x) - expected).abs().max() / expected.abs().max()
     is_near = bool(difference <= NEAR[x.dtype])  # NaN is not
@@ -180,6 +190,16 @@ def _is_near(norm: nn.Module, offset: float, liger: Liger) -> bool:
             stacklevel=3,
         )
     return is_near
+
+
+def _twin(norm: nn.Module, device: torch.device) -> nn.Module:
+    """The same module with a weight of its own on `device`. No two numbers of it are alike, so that what is
+    found out holds for every weight: a norm of ones rounds alike in every family."""
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    twin = copy(norm)
+    numbers = torch.linspace(0.5, 1.5, len(weight), device=device).to(weight.dtype)
+    twin._parameters = {**norm._parameters, "weight": nn.Parameter(numbers, requires_grad=False)}
+    return twin
 
 
 def _tried_out(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The frozen linear with its LoRA factors: y = x W^T + b + s (x A^T) B^T, W packed and frozen.
+"""The frozen linear with its LoRA factors: y = x W^T + b + s (x A^T) B^T, W quantized and frozen.
 
 Shapes: x [..., T, in], W [out, in], A [R, in], B [out, R], s = alpha / R (or alpha / sqrt(R), rank-stabilised
 LoRA, Kalajdzievski 2023, arXiv:2312.03732). QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
@@ -6,7 +6,7 @@ LoRA, Kalajdzievski 2023, arXiv:2312.03732). QLoRA: Dettmers et al. 2023, arXiv:
 Two paths, chosen by `training.kernels`:
 
 - `reference` writes the formula with library operations and lets autograd do the rest. Autograd saves the
-  unpacked W (2 in*out bytes in 16 bits) until backward, and puts the factor gradients into `.grad` in the
+  dequantized W (2 in*out bytes in 16 bits) until backward, and puts the factor gradients into `.grad` in the
   compute dtype.
 - `auto` is one autograd.Function. Saved for backward: x and h = x A^T, i.e. T (in + R) elements; never W.
   Backward asks the weight source again, so a weight may have left the device in between. With g = dL/dy:
@@ -16,7 +16,7 @@ Two paths, chosen by `training.kernels`:
   dA and dB (cheap: 2 T R (in + out) FLOPs each way) are added to the flat fp32 gradient right here, and
   autograd is handed None for them: micro-batches accumulate in fp32, with no gradient tensors of their own.
 
-Why not bitsandbytes' own MatMul4Bit: it keeps the packed tensor itself on ctx. Once weights stream through
+Why not bitsandbytes' own MatMul4Bit: it keeps the quantized tensor itself on ctx. Once weights stream through
 recycled slots that tensor is overwritten before backward, and the gradient is silently wrong.
 
 With dropout, x in the LoRA branch is dropout(x); its mask is a pure function of the token
@@ -31,18 +31,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_train.kernels.dropout import TokenKeys, dropout, keep_mask
-from qlora_train.model.weights import LayerSource
+from qlora_train.kernels.dropout import DropoutKeys, dropout, keep_mask
+from qlora_train.model.weight_store import WeightStore
 
 
 class DropoutContext:
     """The micro-batch that passes through the layers now; None while evaluating. Shared by all factors."""
 
     def __init__(self) -> None:
-        self.tokens: TokenKeys | None = None
+        self.tokens: DropoutKeys | None = None
 
 
-class LoraFactors(nn.Module):
+class LinearLora(nn.Module):
     """One module's A and B: views of the flat working copy, with views of the flat fp32 gradient.
 
     A [R, in] and B [out, R] are the only trainable parameters of a model.
@@ -69,7 +69,7 @@ class LoraFactors(nn.Module):
         self.module_id = module_id
         self.context = context
 
-    def tokens_to_drop(self) -> TokenKeys | None:
+    def tokens_to_drop(self) -> DropoutKeys | None:
         """Keys for dropout, or None where nothing is dropped (evaluation, probability 0)."""
         return self.context.tokens if self.dropout_probability > 0 else None
 
@@ -86,15 +86,15 @@ class LoraFactors(nn.Module):
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer whose weight is asked from a `LayerSource` at each use.
+    """A linear layer whose weight is asked from a `WeightStore` at each use.
 
-    name: the module path in the model; `source.unpack(name, dtype)` gives [out_features, in_features]. source
-    is set when the model comes alive. skips_value: the output is zeros, while backward stays what it is;
-    right only where the output goes straight into the residual sum and only its gradient is wanted.
+    name: the module path in the model; `source.dequantize(name, dtype)` gives [out_features, in_features].
+    source is set when the model comes alive. skip_output: the output is zeros, while backward stays what it
+    is; right only where the output goes straight into the residual sum and only its gradient is wanted.
     """
 
     bias: nn.Parameter | None
-    source: LayerSource
+    source: WeightStore
 
     def __init__(self, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -102,47 +102,47 @@ class FrozenLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", None)
-        self.factors: LoraFactors | None = None
+        self.lora: LinearLora | None = None
         self.use_autograd = False
-        self.skips_value = False
+        self.skip_output = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         if not self.use_autograd:
-            factors = self.factors
-            a, b = (factors.A, factors.B) if factors is not None else (None, None)
+            lora = self.lora
+            a, b = (lora.A, lora.B) if lora is not None else (None, None)
             return _FrozenLinearFunction.apply(x, a, b, self)
-        y = F.linear(x, self.source.unpack(self.name, x.dtype), self.bias)
-        if self.factors is None:
+        y = F.linear(x, self.source.dequantize(self.name, x.dtype), self.bias)
+        if self.lora is None:
             return y
-        branch = _dropped(x, self.factors)
-        return y + F.linear(F.linear(branch, self.factors.A), self.factors.B) * self.factors.scaling
+        branch = _dropped(x, self.lora)
+        return y + F.linear(F.linear(branch, self.lora.A), self.lora.B) * self.lora.scaling
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.in_features} -> {self.out_features}"
 
 
-def _dropped(x: Tensor, factors: LoraFactors) -> Tensor:
-    tokens = factors.tokens_to_drop()
+def _dropped(x: Tensor, lora: LinearLora) -> Tensor:
+    tokens = lora.tokens_to_drop()
     if tokens is None:
         return x
-    return dropout(x, tokens, factors.module_id, factors.dropout_probability)
+    return dropout(x, tokens, lora.module_id, lora.dropout_probability)
 
 
 def linear_forward(linear: FrozenLinear, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x [T, in] -> (y [T, out], h [T, R] for `linear_backward`, None without factors). For use inside a
-    Function: nothing is recorded. Where `skips_value` is set, y is zeros. h: x A^T where it is known."""
-    if linear.skips_value:
+    Function: nothing is recorded. Where `skip_output` is set, y is zeros. h: x A^T where it is known."""
+    if linear.skip_output:
         y = x.new_zeros(()).expand(len(x), linear.out_features)
     else:
-        y = F.linear(x, linear.source.unpack(linear.name, x.dtype), linear.bias)
-    factors = linear.factors
-    if factors is None:
+        y = F.linear(x, linear.source.dequantize(linear.name, x.dtype), linear.bias)
+    lora = linear.lora
+    if lora is None:
         return y, None
     if h is None:
-        h = F.linear(_dropped(x, factors), factors.A)
-    if not linear.skips_value:
-        y.addmm_(h, factors.B.t(), alpha=factors.scaling)
+        h = F.linear(_dropped(x, lora), lora.A)
+    if not linear.skip_output:
+        y.addmm_(h, lora.B.t(), alpha=lora.scaling)
     return y, h
 
 
@@ -151,10 +151,10 @@ def linear_backward(
     gradient: Tensor,
     x: Tensor,
     h: Tensor | None,
-    tokens: TokenKeys | None,
+    tokens: DropoutKeys | None,
     *,
     needs_dx: bool = True,
-    onto: Tensor | None = None,
+    add_to: Tensor | None = None,
 ) -> Tensor | None:
     """From gradient = dL/dy [T, out] to dL/dx [T, in], None where it is not needed; factor gradients are
     added where they belong.
@@ -162,35 +162,35 @@ def linear_backward(
     x [T, in]: the input. h: what `linear_forward` returned, or None: computed again. tokens: those of the
     forward pass, if anything was dropped. onto: a tensor that dL/dx is added to and that is returned.
     """
-    dx = through_weight(linear, gradient, onto) if needs_dx else None
-    factors = linear.factors
-    if factors is None:
-        return dx
-    a, kept = factors.A.detach(), None
+    grad_input = grad_input_of_weight(linear, gradient, add_to) if needs_dx else None
+    lora = linear.lora
+    if lora is None:
+        return grad_input
+    a, kept = lora.A.detach(), None
     if tokens is not None:
-        mask = keep_mask(tokens, factors.module_id, linear.in_features, factors.dropout_probability)
-        kept = mask.to(x.dtype).mul_(1.0 / (1.0 - factors.dropout_probability))
+        mask = keep_mask(tokens, lora.module_id, linear.in_features, lora.dropout_probability)
+        kept = mask.to(x.dtype).mul_(1.0 / (1.0 - lora.dropout_probability))
         x = x * kept
     if h is None:
         h = F.linear(x, a)
-    dh, gradient_b = through_b(factors, gradient, h)
-    factors.add_gradients(dh.t() @ x, gradient_b)
+    dh, gradient_b = grad_of_low_rank(lora, gradient, h)
+    lora.add_gradients(dh.t() @ x, gradient_b)
     del gradient_b
-    if dx is not None:
-        dx = dx.addmm_(dh, a) if kept is None else dx.add_((dh @ a).mul_(kept))
-    return dx
+    if grad_input is not None:
+        grad_input = grad_input.addmm_(dh, a) if kept is None else grad_input.add_((dh @ a).mul_(kept))
+    return grad_input
 
 
-def through_weight(linear: FrozenLinear, gradient: Tensor, onto: Tensor | None) -> Tensor:
-    """gradient W [T, in], added to `onto` where it is given."""
-    weight = linear.source.unpack(linear.name, gradient.dtype)
-    return gradient @ weight if onto is None else onto.addmm_(gradient, weight)
+def grad_input_of_weight(linear: FrozenLinear, gradient: Tensor, add_to: Tensor | None) -> Tensor:
+    """gradient W [T, in], added to `add_to` where it is given."""
+    weight = linear.source.dequantize(linear.name, gradient.dtype)
+    return gradient @ weight if add_to is None else add_to.addmm_(gradient, weight)
 
 
-def through_b(factors: LoraFactors, gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def grad_of_low_rank(lora: LinearLora, gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """From gradient = dL/dy [T, out] and h [T, R]: dL/dh [T, R], dL/dB [out, R]."""
-    dh = (gradient @ factors.B.detach()).mul_(factors.scaling)
-    return dh, (gradient.t() @ h).mul_(factors.scaling)
+    dh = (gradient @ lora.B.detach()).mul_(lora.scaling)
+    return dh, (gradient.t() @ h).mul_(lora.scaling)
 
 
 def as_own(y: Tensor, x: Tensor) -> Tensor:
@@ -207,8 +207,8 @@ class _FrozenLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, linear: FrozenLinear) -> Tensor:
         y, h = linear_forward(linear, x.reshape(-1, x.shape[-1]))
         ctx.linear = linear
-        ctx.tokens = linear.factors.tokens_to_drop() if linear.factors is not None else None
-        if linear.factors is not None:
+        ctx.tokens = linear.lora.tokens_to_drop() if linear.lora is not None else None
+        if linear.lora is not None:
             ctx.save_for_backward(x, h)
         return as_own(y, x)
 
@@ -216,7 +216,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, h = ctx.saved_tensors or (gradient, None)  # without factors, x is not asked for
         g = gradient.reshape(-1, gradient.shape[-1])
-        dx = linear_backward(
+        grad_input = linear_backward(
             ctx.linear, g, x.reshape(-1, x.shape[-1]), h, ctx.tokens, needs_dx=ctx.needs_input_grad[0]
         )
-        return (None if dx is None else dx.view(*gradient.shape[:-1], -1)), None, None, None
+        return (None if grad_input is None else grad_input.view(*gradient.shape[:-1], -1)), None, None, None

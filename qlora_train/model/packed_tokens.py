@@ -4,33 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_train.micro_batch import MicroBatch
 from qlora_train.model.attention import DocumentLayout
-from qlora_train.model.token_matrix import TokenIds
-
-
-class HostMicroBatch(Protocol):
-    """What `data` hands over: numpy arrays, all [T] unless said otherwise."""
-
-    @property
-    def token_ids(self) -> np.ndarray: ...
-    @property
-    def position_ids(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def cu_seqlens(self) -> np.ndarray: ...  # [num_documents + 1]
-    @property
-    def supervised_positions(self) -> np.ndarray: ...  # [S]
-    @property
-    def row_ids(self) -> np.ndarray: ...
-    @property
-    def token_offsets(self) -> np.ndarray: ...
+from qlora_train.model.vocab_matrix import TokenIds
 
 
 @dataclass(frozen=True)
@@ -52,19 +33,20 @@ class PackedTokens:
     offsets: Tensor
 
     @staticmethod
-    def from_host(batch: HostMicroBatch, device: torch.device | str) -> PackedTokens:
+    def from_host(batch: MicroBatch, device: torch.device | str) -> PackedTokens:
         """Copy a micro-batch to the device."""
 
         def put(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device, non_blocking=True)
 
+        supervised = batch.supervised_positions
         return PackedTokens(
             TokenIds.of(batch.token_ids, device),
             put(batch.position_ids)[None],
             DocumentLayout.of(batch.cu_seqlens, device),
             put(batch.labels),
-            put(batch.supervised_positions),
-            TokenIds.of(batch.labels[batch.supervised_positions], device),
+            put(supervised),
+            TokenIds.of(batch.labels[supervised], device),
             put(batch.row_ids),
             put(batch.token_offsets),
         )

@@ -30,15 +30,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from qlora_train.boundary import reason_of
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UnsupportedModelError
-from qlora_train.model.base import Skeleton, tie_head
+from qlora_train.micro_batch import IGNORED_LABEL, MicroBatch
+from qlora_train.model.base import MetaModel, tie_head
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.loss import TiledLoss
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.model.quantize import Packing, pack
-from qlora_train.model.token_matrix import ResidentMatrix
-from qlora_train.model.weights import ResidentWeights
+from qlora_train.model.vocab_matrix import ResidentMatrix
+from qlora_train.model.weight_store import ResidentWeights
+from qlora_train.quant.formats import UNQUANTIZED
+from qlora_train.quant.quantize import quantize
 
 TOLERANCE = 2e-4  # relative, fp32, against the largest value
 DOCUMENT_LENGTHS = (13, 9)
@@ -48,16 +50,16 @@ TILE_ROWS, BLOCK_TOKENS = 24, 8  # several of both, the last ones ragged
 WINDOW = 5  # shorter than the documents, so that a sliding window is at work
 
 
-_Walked = tuple[FrozenDecoder, FactorBuffers]
+_Walked = tuple[FrozenDecoder, LoraParameters]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """tail_name: name within a layer of the linear whose value recomputation may skip, None where it may
-    not. fuses_norms, fuses_mlps, fuses_qkv: whether the layers may run with those of
+    """skippable_linear: name within a layer of the linear whose value recomputation may skip, None where it
+    may not. fuses_norms, fuses_mlps, fuses_qkv: whether the layers may run with those of
     fused.py and shared_input.py."""
 
-    tail_name: str | None
+    skippable_linear: str | None
     fuses_norms: bool
     fuses_mlps: bool
     fuses_qkv: bool
@@ -143,12 +145,12 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
         parameter.data = 1 + 0.2 * noise if parameter.dim() == 1 else 0.1 * noise
     tie_head(reference)
 
-    decoder, factors = _walked_copy(reference)
+    decoder, lora = _walked_copy(reference)
     fused_norms, fused_mlps, fused_qkv = (_walked_copy(reference) for _ in range(3))
     fused_norms[0].fuse(norms=True, mlps=False, qkv=False)
     fused_mlps[0].fuse(norms=False, mlps=True, qkv=False)
     fused_qkv[0].fuse(norms=False, mlps=False, qkv=True)
-    pairs = factors.views(factors.masters)
+    pairs = lora.views(lora.masters)
     for name, (a, b) in pairs.items():
         reference.get_parameter(f"{name}.weight").data += FACTOR_SCALING * b @ a
 
@@ -156,7 +158,7 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
     packed = _packed(tokens)
     expected_logits, expected_loss = _run_alone(reference, tokens)
     x, arguments = decoder.embed_packed(packed)
-    for index in range(len(decoder.layers)):
+    for index in decoder.layers_in_turn():
         x = decoder.run_layer(index, x, arguments[index])
     logits = decoder.logits(decoder.norm(x.detach()))[0]
     loss, (gradient,) = TiledLoss(decoder, block_tokens=BLOCK_TOKENS)(
@@ -165,17 +167,17 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
     x.backward(gradient)
 
     result = {"logits": _relative(logits, expected_logits), "loss": _relative(loss, expected_loss)}
-    for name, (gradient_a, gradient_b) in factors.views(factors.gradient).items():
+    for name, (gradient_a, gradient_b) in lora.views(lora.gradient).items():
         weight_gradient = reference.get_parameter(f"{name}.weight").grad
         assert weight_gradient is not None
         a, b = pairs[name]
         result[f"{name} A gradient"] = _relative(gradient_a, FACTOR_SCALING * b.t() @ weight_gradient)
         result[f"{name} B gradient"] = _relative(gradient_b, FACTOR_SCALING * weight_gradient @ a.t())
     return result, ProbeResult(
-        tail_name=_find_tail(decoder, factors, packed),
-        fuses_norms=_same_layers((decoder, factors), fused_norms, packed),
-        fuses_mlps=_same_layers((decoder, factors), fused_mlps, packed),
-        fuses_qkv=_same_layers((decoder, factors), fused_qkv, packed),
+        skippable_linear=_find_skippable_linear(decoder, lora, packed),
+        fuses_norms=_same_layers((decoder, lora), fused_norms, packed),
+        fuses_mlps=_same_layers((decoder, lora), fused_mlps, packed),
+        fuses_qkv=_same_layers((decoder, lora), fused_qkv, packed),
     )
 
 
@@ -188,15 +190,15 @@ def _same_layers(plain: _Walked, fused: _Walked, packed: PackedTokens) -> bool:
     return True
 
 
-def _find_tail(decoder: FrozenDecoder, factors: FactorBuffers, packed: PackedTokens) -> str | None:
+def _find_skippable_linear(decoder: FrozenDecoder, lora: LoraParameters, packed: PackedTokens) -> str | None:
     """The linear that a layer runs last, if leaving out its value changes no gradient, in any layer."""
     tails: set[str] = set()
     for index in range(len(decoder.layers)):
-        _, *whole = _layer_results(decoder, factors, packed, index)
+        _, *whole = _layer_results(decoder, lora, packed, index)
         tail = _linear_run_last(decoder, packed, index)
-        tail.skips_value = True
-        _, *skipped = _layer_results(decoder, factors, packed, index)
-        tail.skips_value = False
+        tail.skip_output = True
+        _, *skipped = _layer_results(decoder, lora, packed, index)
+        tail.skip_output = False
         if not all(torch.equal(ours, theirs) for ours, theirs in zip(whole, skipped, strict=True)):
             return None
         tails.add(tail.name.split(f".{index}.", 1)[1])
@@ -217,41 +219,40 @@ def _linear_run_last(decoder: FrozenDecoder, packed: PackedTokens, index: int) -
 
 
 def _layer_results(
-    decoder: FrozenDecoder, factors: FactorBuffers, packed: PackedTokens, index: int
+    decoder: FrozenDecoder, lora: LoraParameters, packed: PackedTokens, index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer's output, and the gradients of its input and of the factors for a random gradient of it."""
     generator = torch.Generator().manual_seed(1)
     x, arguments = decoder.embed_packed(packed)
     leaf = (x + 0.1 * torch.randn(x.shape, generator=generator)).requires_grad_()
-    factors.gradient.zero_()
+    lora.gradient.zero_()
     y = decoder.run_layer(index, leaf, arguments[index])
     y.backward(torch.randn(y.shape, generator=generator))
     assert leaf.grad is not None
-    return y, leaf.grad, factors.gradient.clone()
+    return y, leaf.grad, lora.gradient.clone()
 
 
 def _walked_copy(reference: PreTrainedModel) -> _Walked:
     """The same weights, taken apart, with random factors on every linear."""
-    skeleton = Skeleton(reference.config, torch.float32)
+    meta_model = MetaModel(reference.config, torch.float32)
     parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
-    packing = Packing("none")
-    source = ResidentWeights(skeleton.layouts(packing), THE_CPU.description.unpack_kernel)
-    for i, path in enumerate(skeleton.layer_paths):
-        for name, shape in skeleton.linear_shapes(i).items():
+    source = ResidentWeights(meta_model.layouts(UNQUANTIZED), THE_CPU.description.dequantize_kernel)
+    for i, path in enumerate(meta_model.layer_paths):
+        for name, shape in meta_model.linear_shapes(i).items():
             weight = parameters[f"{path}.{name}.weight"]
-            source.packed[f"{path}.{name}"] = pack([weight], shape, packing, dtype=torch.float32)
-    embedding = ResidentMatrix(parameters[skeleton.embedding_name], TILE_ROWS)
-    head = embedding if skeleton.is_tied else ResidentMatrix(parameters[skeleton.head_name], TILE_ROWS)
-    decoder = skeleton.come_alive(source, parameters, embedding, head, THE_CPU)
+            source.quantized[f"{path}.{name}"] = quantize([weight], shape, UNQUANTIZED, dtype=torch.float32)
+    embedding = ResidentMatrix(parameters[meta_model.embedding_name], TILE_ROWS)
+    head = embedding if meta_model.is_tied else ResidentMatrix(parameters[meta_model.head_name], TILE_ROWS)
+    decoder = meta_model.materialize(source, parameters, embedding, head, THE_CPU)
     options: dict[str, Any] = {"rank": 4, "scaling": FACTOR_SCALING, "dropout": 0.0, "seed": 0}
-    factors = FactorBuffers(decoder.linears, dtype=torch.float32, device="cpu", **options)
-    factors.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    return decoder, factors
+    lora = LoraParameters(decoder.linears, dtype=torch.float32, device="cpu", **options)
+    lora.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    return decoder, lora
 
 
 def _labels(tokens: Tensor) -> Tensor:
     """Next-token labels within each document."""
-    labels = torch.full_like(tokens, -100)
+    labels = torch.full_like(tokens, IGNORED_LABEL)
     start = 0
     for length in DOCUMENT_LENGTHS:
         labels[start : start + length - 1] = tokens[start + 1 : start + length]
@@ -261,19 +262,15 @@ def _labels(tokens: Tensor) -> Tensor:
 
 def _packed(tokens: Tensor) -> PackedTokens:
     """Both documents in one row."""
-    labels = _labels(tokens)
-
-    class Row:
-        token_ids = tokens.numpy()
-        position_ids = np.concatenate([np.arange(n) for n in DOCUMENT_LENGTHS])
-        cu_seqlens = np.cumsum((0, *DOCUMENT_LENGTHS))
-        supervised_positions = np.flatnonzero(labels.numpy() >= 0)
-        row_ids = np.zeros(len(tokens))
-        token_offsets = np.arange(len(tokens))
-
-    row = Row()
-    row.labels = labels.numpy()  # type: ignore[attr-defined]
-    return PackedTokens.from_host(row, "cpu")  # type: ignore[arg-type]
+    row = MicroBatch(
+        token_ids=tokens.numpy(),
+        position_ids=np.concatenate([np.arange(n) for n in DOCUMENT_LENGTHS]),
+        labels=_labels(tokens).numpy(),
+        cu_seqlens=np.cumsum((0, *DOCUMENT_LENGTHS)),
+        row_ids=np.zeros(len(tokens)),
+        token_offsets=np.arange(len(tokens)),
+    )
+    return PackedTokens.from_host(row, "cpu")
 
 
 def _run_alone(reference: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:

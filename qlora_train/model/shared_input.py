@@ -8,8 +8,8 @@ product instead of n on the way there, two instead of 2 n on the way back. With 
     dh_i = s g_i B_i      dA = dh^T x      dx = sum_i g_i W_i + dh A
 
 dx is one buffer that all products are added to; autograd would allocate n and add them up. Saved for
-backward: x and h, once, T (in + n R) elements. Each weight is unpacked once on each way, when its turn comes:
-never more than one is there.
+backward: x and h, once, T (in + n R) elements. Each weight is dequantized once on each way, when its turn
+comes: never more than one is there.
 
 With dropout each module has a mask of its own, so each has another x in its branch, and where only some of
 the linears have factors, or they lie in another order, there is nothing to stack: then factors are taken one
@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_train.kernels.dropout import TokenKeys
+from qlora_train.kernels.dropout import DropoutKeys
 from qlora_train.model.linear import (
     FrozenLinear,
-    LoraFactors,
+    LinearLora,
     as_own,
+    grad_input_of_weight,
+    grad_of_low_rank,
     linear_backward,
     linear_forward,
-    through_b,
-    through_weight,
 )
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -42,12 +42,12 @@ QKV = ("q_proj", "k_proj", "v_proj")
 def forward_of_all(linears: Sequence[FrozenLinear], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """x [T, in] -> (every y [T, out], what `backward_of_all` wants: h [T, n R], or those of the linears with
     factors one by one). For use inside a Function: nothing is recorded."""
-    factors = _stackable(linears)
-    if factors is None:
+    lora = _stackable(linears)
+    if lora is None:
         results = [linear_forward(linear, x) for linear in linears]
         return [y for y, _ in results], [h for _, h in results if h is not None]
-    stacked = F.linear(x, _stacked([f.A.detach() for f in factors]))
-    parts = stacked.split(len(factors[0].A), dim=1)
+    stacked = F.linear(x, _stacked([f.A.detach() for f in lora]))
+    parts = stacked.split(len(lora[0].A), dim=1)
     ys = [linear_forward(linear, x, h)[0] for linear, h in zip(linears, parts, strict=True)]
     return ys, [stacked]
 
@@ -57,49 +57,53 @@ def backward_of_all(
     gradients: Sequence[Tensor],
     x: Tensor,
     hs: Sequence[Tensor],
-    tokens: TokenKeys | None,
+    tokens: DropoutKeys | None,
     *,
     needs_dx: bool,
 ) -> Tensor | None:
     """From every dL/dy [T, out] to dL/dx [T, in], None where it is not needed; factor gradients are added
     where they belong. hs: what `forward_of_all` returned. tokens: those of the forward pass, if anything was
     dropped."""
-    dx: Tensor | None = None
-    factors = _stackable(linears) if tokens is None else None
-    if factors is None:
+    grad_input: Tensor | None = None
+    lora = _stackable(linears) if tokens is None else None
+    if lora is None:
         waiting = list(hs)
         for linear, gradient in zip(linears, gradients, strict=True):
-            h = waiting.pop(0) if linear.factors is not None else None
-            dx = linear_backward(linear, gradient, x, h, tokens, needs_dx=needs_dx, onto=dx)
-        return dx
-    rank = len(factors[0].A)
+            h = waiting.pop(0) if linear.lora is not None else None
+            grad_input = linear_backward(linear, gradient, x, h, tokens, needs_dx=needs_dx, add_to=grad_input)
+        return grad_input
+    rank = len(lora[0].A)
     low = []
-    for linear, module, gradient, h in zip(linears, factors, gradients, hs[0].split(rank, 1), strict=True):
+    for linear, module, gradient, h in zip(linears, lora, gradients, hs[0].split(rank, 1), strict=True):
         if needs_dx:
-            dx = through_weight(linear, gradient, dx)
-        low.append(through_b(module, gradient, h))
+            grad_input = grad_input_of_weight(linear, gradient, grad_input)
+        low.append(grad_of_low_rank(module, gradient, h))
     dh = torch.cat([d for d, _ in low], dim=1)
-    for module, gradient_a, (_, gradient_b) in zip(factors, (dh.t() @ x).split(rank), low, strict=True):
+    for module, gradient_a, (_, gradient_b) in zip(lora, (dh.t() @ x).split(rank), low, strict=True):
         module.add_gradients(gradient_a, gradient_b)
-    return None if dx is None else dx.addmm_(dh, _stacked([module.A.detach() for module in factors]))
+    return (
+        None
+        if grad_input is None
+        else grad_input.addmm_(dh, _stacked([module.A.detach() for module in lora]))
+    )
 
 
-def dropped_tokens(linears: Iterable[FrozenLinear]) -> TokenKeys | None:
+def dropped_tokens(linears: Iterable[FrozenLinear]) -> DropoutKeys | None:
     """Keys for the dropout of these linears, None where nothing is dropped."""
-    keys = (linear.factors.tokens_to_drop() for linear in linears if linear.factors is not None)
+    keys = (linear.lora.tokens_to_drop() for linear in linears if linear.lora is not None)
     return next(keys, None)
 
 
-def _stackable(linears: Sequence[FrozenLinear]) -> list[LoraFactors] | None:
+def _stackable(linears: Sequence[FrozenLinear]) -> list[LinearLora] | None:
     """The factors of all linears, or None: some have none, something is dropped, or they do not lie side by
     side, with one rank."""
-    factors = [linear.factors for linear in linears if linear.factors is not None]
-    if len(factors) < len(linears) or dropped_tokens(linears) is not None:
+    lora = [linear.lora for linear in linears if linear.lora is not None]
+    if len(lora) < len(linears) or dropped_tokens(linears) is not None:
         return None
-    first = factors[0].A
-    places = [first.storage_offset() + i * first.numel() for i in range(len(factors))]
-    alike = all(module.A.shape == first.shape for module in factors)
-    return factors if alike and [module.A.storage_offset() for module in factors] == places else None
+    first = lora[0].A
+    places = [first.storage_offset() + i * first.numel() for i in range(len(lora))]
+    alike = all(module.A.shape == first.shape for module in lora)
+    return lora if alike and [module.A.storage_offset() for module in lora] == places else None
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -122,8 +126,8 @@ class SharedInputs:
         another x, computes all again."""
         if x is not self._x or self._ys[index] is None:
             self.forget()
-            factors = [linear.factors.A for linear in self.linears if linear.factors is not None]
-            self._x, self._ys = x, list(_SharedInputFunction.apply(x, self.linears, *factors))
+            lora = [linear.lora.A for linear in self.linears if linear.lora is not None]
+            self._x, self._ys = x, list(_SharedInputFunction.apply(x, self.linears, *lora))
         y, self._ys[index] = self._ys[index], None
         if all(rest is None for rest in self._ys):
             self.forget()
@@ -162,9 +166,7 @@ class _SharedInputFunction(torch.autograd.Function):
     """The factors' A are passed so that autograd sees that something needs a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, linears: tuple[FrozenLinear, ...], *factors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, linears: tuple[FrozenLinear, ...], *lora: Tensor) -> tuple[Tensor, ...]:
         ys, hs = forward_of_all(linears, x.reshape(-1, x.shape[-1]))
         ctx.linears, ctx.tokens = linears, dropped_tokens(linears)
         if hs:
@@ -176,6 +178,8 @@ class _SharedInputFunction(torch.autograd.Function):
         rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
         x, *hs = ctx.saved_tensors or rows  # without factors, x is not asked for
         needs_dx = ctx.needs_input_grad[0]
-        dx = backward_of_all(ctx.linears, rows, x.reshape(-1, x.shape[-1]), hs, ctx.tokens, needs_dx=needs_dx)
+        grad_input = backward_of_all(
+            ctx.linears, rows, x.reshape(-1, x.shape[-1]), hs, ctx.tokens, needs_dx=needs_dx
+        )
         rest = [None] * (len(ctx.needs_input_grad) - 1)
-        return (None if dx is None else dx.view(*gradients[0].shape[:-1], -1)), *rest
+        return (None if grad_input is None else grad_input.view(*gradients[0].shape[:-1], -1)), *rest

@@ -6,7 +6,7 @@ intermediate width instead of T. At 32,768 tokens with D = 4,096, I = 14,336 in 
 gate, up, activation and product; with C = 2,048, 59 MB.
 
 FLOPs: one more MLP forward where the layer is kept; none where it is recomputed anyway and the value of its
-output is not needed (`skips_value`), since then the forward pass inside backward computes nothing. Why not a
+output is not needed (`skip_output`), since then the forward pass inside backward computes nothing. Why not a
 checkpoint of the whole MLP: it bounds what is kept, not what is alive while a layer is taken back.
 
 Factor gradients are sums over tokens; tiles add them in fp32 one after another. Dropout is a function of the
@@ -28,13 +28,13 @@ from qlora_train.model.linear import DropoutContext, FrozenLinear
 
 class TiledMlp(nn.Module):
     """Stands where a layer's MLP stood. tile_tokens: C, None for all at once. tail: its last linear, where
-    the value of the MLP's output may be skipped in recomputation (see `FrozenLinear.skips_value`)."""
+    the value of the MLP's output may be skipped in recomputation (see `FrozenLinear.skip_output`)."""
 
     def __init__(self, mlp: nn.Module, context: DropoutContext, tail: FrozenLinear | None) -> None:
         super().__init__()
         self.mlp = mlp
         self.tile_tokens: int | None = None
-        self.skips_value = False
+        self.skip_output = False
         self.context = context
         self.tail = tail
         self.linears = [m for m in mlp.modules() if isinstance(m, FrozenLinear)]
@@ -43,8 +43,8 @@ class TiledMlp(nn.Module):
         """x [1, T, D] -> [1, T, D]."""
         if self.tile_tokens is None:
             return self.mlp(x)
-        factors = [linear.factors.A for linear in self.linears if linear.factors is not None]
-        return _TiledMlpFunction.apply(x, self, *factors)
+        lora = [linear.lora.A for linear in self.linears if linear.lora is not None]
+        return _TiledMlpFunction.apply(x, self, *lora)
 
     def tiles(self, num_tokens: int) -> list[slice]:
         """Ranges of tokens."""
@@ -68,12 +68,12 @@ class TiledMlp(nn.Module):
     def skipping(self) -> Iterator[None]:
         """Inside, the value of the last linear is not computed, if it need not be."""
         if self.tail is not None:
-            self.tail.skips_value = True
+            self.tail.skip_output = True
         try:
             yield
         finally:
             if self.tail is not None:
-                self.tail.skips_value = False
+                self.tail.skip_output = False
 
 
 class _TiledMlpFunction(torch.autograd.Function):
@@ -81,10 +81,10 @@ class _TiledMlpFunction(torch.autograd.Function):
     gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: TiledMlp, *factors: Tensor) -> Tensor:
-        ctx.module, ctx.keys, ctx.num_factors = module, module.context.tokens, len(factors)
+    def forward(ctx: Any, x: Tensor, module: TiledMlp, *lora: Tensor) -> Tensor:
+        ctx.module, ctx.keys, ctx.num_factors = module, module.context.tokens, len(lora)
         ctx.save_for_backward(x)
-        if module.skips_value:
+        if module.skip_output:
             return x.new_zeros(()).expand(x.shape)
         y = torch.empty_like(x)
         for tile in module.tiles(x.shape[1]):
@@ -97,15 +97,15 @@ class _TiledMlpFunction(torch.autograd.Function):
         module: TiledMlp = ctx.module
         (x,) = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
-        dx = torch.empty_like(x) if needs_dx else None
+        grad_input = torch.empty_like(x) if needs_dx else None
         for tile in module.tiles(x.shape[1]):
             leaf = x[:, tile].detach().requires_grad_(needs_dx)
             with torch.enable_grad(), module.of_tile(ctx.keys, tile), module.skipping():
                 module.mlp(leaf).backward(gradient[:, tile])
             for linear in module.linears:
-                if linear.factors is not None:
-                    linear.factors.collect_autograd()  # reference mode: into the fp32 sum, tile by tile
-            if dx is not None:
+                if linear.lora is not None:
+                    linear.lora.collect_autograd()  # reference mode: into the fp32 sum, tile by tile
+            if grad_input is not None:
                 assert leaf.grad is not None
-                dx[:, tile] = leaf.grad
-        return dx, None, *[None] * ctx.num_factors
+                grad_input[:, tile] = leaf.grad
+        return grad_input, None, *[None] * ctx.num_factors

@@ -5,7 +5,7 @@
 
 One step ahead and no further: what is held beside the current step's batches is one step's, some 70 bytes
 per token. A step's batches follow from its number alone (loop.py), so who makes them, and when, changes no
-bit. The host memory is memory/uploads.py's.
+bit. The host memory is weights/uploads.py's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlora_train.device.compute import ComputeDevice
-from qlora_train.memory.uploads import Staged, Uploads
-from qlora_train.model.packed_tokens import HostMicroBatch, PackedTokens
+from qlora_train.micro_batch import MicroBatch
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.weights.uploads import Staged, Uploads
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class _StagedBatch:
     staged: Staged
 
 
-class BatchesAhead:
+class BatchPrefetcher:
     """A context manager; the thread ends with it."""
 
     def __init__(
         self,
-        make: Callable[[int], Sequence[HostMicroBatch]],
+        make: Callable[[int], Sequence[MicroBatch]],
         steps: range,
         device: ComputeDevice,
         uploads: Uploads,
@@ -45,7 +46,7 @@ class BatchesAhead:
         self._worker = ThreadPoolExecutor(1, "qlora_train-batches", device.make_current)
         self._ahead: Future[list[_StagedBatch]] | None = None
 
-    def __enter__(self) -> BatchesAhead:
+    def __enter__(self) -> BatchPrefetcher:
         if self._steps:
             self._prepare(self._steps.start)
         return self

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from qlora_train.boundary import parsing, reason_of
 from qlora_train.errors import RunFolderError
-from qlora_train.model.atomic_folder import atomic_folder
-from qlora_train.model.hashed_file import FileEntry, HashingFile, entry_of
-from qlora_train.model.sealed_json import seal, unseal
-from qlora_train.model.shards import write_tensors
+from qlora_train.files.atomic_folder import atomic_folder
+from qlora_train.files.hashed_file import FileEntry, HashingFile, entry_of
+from qlora_train.files.sealed_json import seal, unseal
+from qlora_train.files.shards import write_tensors
 
 _STATE, _TENSORS, _ADAPTER = "state.json", "state.safetensors", "adapter"
 _MASTERS, _OPTIMIZER = "masters", "optimizer."
@@ -106,7 +106,7 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def newest_valid(folder: Path, expected: Expected, say: Callable[[str], None]) -> Checkpoint | None:
+def newest_valid(folder: Path, expected: Expected, log: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is whole and fits the run; None where there is none at all.
 
     say: told of those that were passed over. Raises `RunFolderError` where there are some and none is
@@ -120,7 +120,7 @@ def newest_valid(folder: Path, expected: Expected, say: Callable[[str], None]) -
             refused.append(str(error))
             continue
         for reason in refused:
-            say(f"{reason} Going on from step-{step} instead.")
+            log(f"{reason} Going on from step-{step} instead.")
         return checkpoint
     if refused:
         listed = "\n".join(refused)

@@ -1,9 +1,9 @@
 """The loop: batches in the order of the data, steps, evaluations, checkpoints, and a way back after any stop.
 
-Step n (from 1) takes the rows [(n - 1) R, n R) of the data order, R = micro_batch_size *
-gradient_accumulation_steps * ranks; micro-batch k of rank r takes the (k * ranks + r)-th group of
-micro_batch_size rows. What a step computes depends on (recipe, n) and the masters alone, so after a resume
-the bytes are those of the straight run."""
+Step n (from 1) takes the rows [(n - 1) R, n R) of the data order, R = batch_size; micro-batch k of rank r
+takes the (k * ranks + r)-th group of micro_batch_size rows, which is empty where the rows are used up. What a
+step computes depends on (recipe, n) and the masters alone, so after a resume the bytes are those of the
+straight run. Neither R nor the order depends on the split or on the number of ranks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ from pathlib import Path
 
 import torch
 
-from qlora_train.data.dataset import MicroBatch
+from qlora_train.adapter.adapter_files import save_adapter
+from qlora_train.adapter.trained_on import FILE_NAME
+from qlora_train.device.memory_tracker import MemoryTracker, peak_bytes
 from qlora_train.errors import Interrupted, OutOfMemory, TrainingFailure
-from qlora_train.infer.evaluate import loss_sum
-from qlora_train.memory import meter
-from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan.plan import largest_causes
-from qlora_train.memory.plan.time_model import step_time
-from qlora_train.memory.uploads import Uploads
-from qlora_train.model.adapter_files import save_adapter
-from qlora_train.model.trained_on import FILE_NAME
-from qlora_train.train.batches import BatchesAhead
+from qlora_train.micro_batch import MicroBatch
+from qlora_train.plan.plan import largest_causes
+from qlora_train.plan.time_model import step_time
+from qlora_train.train.batches import BatchPrefetcher
 from qlora_train.train.checkpoint import (
     Expected,
     TrainState,
@@ -33,17 +29,21 @@ from qlora_train.train.checkpoint import (
     newest_valid,
     save_checkpoint,
 )
-from qlora_train.train.optimizer import FlatOptimizer
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
 from qlora_train.train.resumed import refuse_shorter, require_same_inputs
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.schedule import LossScale, learning_rate, num_rows, rows_per_step
+from qlora_train.train.schedule import learning_rate, num_rows
 from qlora_train.train.setup import Prepared
 from qlora_train.train.signals import StopSignal
-from qlora_train.train.step import StepOutcome, StepRunner
-from qlora_train.train.walk import LayerWalk
+from qlora_train.walk.evaluate import loss_sum
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.walk.loss_scale import LossScale
+from qlora_train.walk.optimizer import FlatOptimizer
+from qlora_train.walk.step import StepOutcome, StepRunner
+from qlora_train.weights.execution_plan import ExecutionPlan
+from qlora_train.weights.uploads import Uploads
 
 STEPS_METERED = 2
 SAVE_SECONDS = 600.0  # between checkpoints with `save_every: auto`
@@ -57,7 +57,7 @@ class TrainLoop:
         prepared: Prepared,
         folder: RunFolder,
         plan_log: PlanLog,
-        meter: DeviceMeter,
+        meter: MemoryTracker,
         stop_metering: Callable[[], None],
         on_step: Callable[[Mapping[str, float | int | bool]], None] = lambda row: None,
     ) -> None:
@@ -66,16 +66,16 @@ class TrainLoop:
         self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
         self._meter, self._stop_metering = meter, stop_metering
         self._on_step = on_step
-        self._say: Callable[[str], None] = print
+        self._log: Callable[[str], None] = print
         self._saved_at = self._step_began = time.monotonic()
         self._step_seconds: float | None = None
         self._prepared, self._accelerator = prepared, prepared.accelerator
-        self._decoder, self._factors = prepared.decoder, prepared.factors
-        self._uploads = Uploads(self._decoder.device, prepared.host)
+        self._decoder, self._factors = prepared.model.decoder, prepared.model.lora
+        self._uploads = Uploads(self._decoder.device, prepared.model.host)
         training = self._recipe.training
-        num_processes = self._accelerator.num_processes
-        self._rows_per_step = rows_per_step(training, num_processes)
-        self._num_rows = num_rows(training, prepared.train_data.num_bins, num_processes)
+        assert training.batch_size is not None, "of a resolved recipe"
+        self._split, self._rows_per_step = prepared.model.plan.workload.split, training.batch_size
+        self._num_rows = num_rows(training, prepared.train_data.num_bins)
         self.num_steps = math.ceil(self._num_rows / self._rows_per_step)
         self._optimizer = FlatOptimizer(
             training.optimizer,
@@ -88,9 +88,9 @@ class TrainLoop:
             LayerWalk(
                 self._decoder,
                 self._factors,
-                prepared.execution,
+                prepared.model.execution,
                 reference=training.kernels == "reference",
-                host=prepared.host,
+                host=prepared.model.host,
             ),
             self._decoder,
             self._factors,
@@ -99,12 +99,12 @@ class TrainLoop:
             self._accelerator,
             max_grad_norm=training.max_grad_norm,
             seed=training.seed,
-            on_tighter_plan=self._tighten,
+            on_tighter_plan=self._fall_back,
         )
-        self._pace = Pace(self._decoder.device.description, prepared.host, STEPS_METERED)
+        self._pace = Pace(self._decoder.device.description, prepared.model.host, STEPS_METERED)
         self._state = TrainState(
             data_fingerprint=prepared.train_data.fingerprint(),
-            base_fingerprint=prepared.decoder.fingerprint,
+            base_fingerprint=prepared.model.decoder.fingerprint,
         )
 
     @property
@@ -112,12 +112,12 @@ class TrainLoop:
         """How steps run now."""
         return self._runner.walk.plan
 
-    def resume(self, say: Callable[[str], None] = print) -> int:
+    def resume(self, log: Callable[[str], None] = print) -> int:
         """Put the newest valid checkpoint back, if there is one; returns its step. say: told of damaged
         ones."""
         refuse_shorter(self._folder, self.num_steps)
         expected = Expected(self.num_steps, self._factors.masters.numel(), self._optimizer.layout())
-        found = newest_valid(self._folder.checkpoints, expected, say)
+        found = newest_valid(self._folder.checkpoints, expected, log)
         if found is not None:
             require_same_inputs(self._folder, found.state, self._prepared)
             self._state = found.state
@@ -144,9 +144,9 @@ class TrainLoop:
         with (
             StopSignal(self._stopping_line) as stop,
             TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
-            BatchesAhead(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
+            BatchPrefetcher(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
         ):
-            self._say = progress.say
+            self._log = progress.log
             if first == 0 and self._prepared.eval_data is not None:
                 self._evaluate(0, progress)
             self._meter.reset_peak()
@@ -182,28 +182,28 @@ class TrainLoop:
         except OutOfMemory as error:
             if self._state.step > 0:
                 self._save()
-            held = largest_causes(self._prepared.plan)
-            knobs = "; ".join(self._prepared.plan.advice)
+            held = largest_causes(self._prepared.model.plan)
+            knobs = "; ".join(self._prepared.model.plan.advice)
             raise OutOfMemory(
                 f"{error}. By the plan, the device held {held}. What would save memory: "
                 f"{knobs or 'nothing'}. The state after step {self._state.step} is saved."
             ) from error
 
-    def _tighten(self, step: int, plan: ExecutionPlan, change: str) -> None:
+    def _fall_back(self, step: int, plan: ExecutionPlan, change: str) -> None:
         self._plan_log.change(step, plan, change)
-        self._say(f"step {step}: out of memory; tried again with less: {change}")
+        self._log(f"step {step}: out of memory; tried again with less: {change}")
 
     def _compare_with_plan(self, num_steps_done: int) -> None:
         """After the first steps: what was predicted and what was."""
         if num_steps_done != min(STEPS_METERED, self.num_steps):
             return
-        predicted = self._prepared.plan.step_vram_bytes
+        predicted = self._prepared.model.plan.step_vram_bytes
         measured = self._meter.peak_bytes + self._optimizer.managed_bytes
         self._stop_metering()
         device = self._decoder.device
         reserved = device.peak_reserved_bytes if device.is_accelerator else None
         self._plan_log.measured(measured, reserved)
-        self._say(
+        self._log(
             f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
             f"({measured / predicted - 1:+.1%})"
             + ("" if reserved is None else f"; reserved by the allocator {reserved / 2**30:.2f} GiB")
@@ -211,18 +211,18 @@ class TrainLoop:
 
     def _watch_pace(self, seconds: float) -> None:
         """Whether steps take far longer than planned."""
-        plan = self._prepared.plan
+        plan = self._prepared.model.plan
         planned_seconds = step_time(plan.workload, self.plan, plan.rates).total_seconds
         line = self._pace.slow_line(seconds, planned_seconds)
         if line is not None:
-            self._say(line)
+            self._log(line)
 
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
         started = self._step_began = time.monotonic()
         _, plan = self._plan_log.in_force(step)
         if plan != self.plan:
-            self._runner.walk.follow(plan)
+            self._runner.walk.set_plan(plan)
         positions = self._positions(step)
         batches = self._batches.take(step)
         num_supervised = data.num_supervised([p for p in positions if p is not None])
@@ -235,13 +235,16 @@ class TrainLoop:
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
         return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
-            "peak_bytes": meter.peak_bytes(self._decoder.device),
+            "peak_bytes": peak_bytes(self._decoder.device),
             "plan": self._plan_log.in_force(step)[0],
         }
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
         """Those of this rank."""
-        groups = list(_groups(self._positions(step), self._recipe.training.micro_batch_size))
+        size, number = self._split.micro_batch_size, self._split.num_micro_batches
+        positions = self._positions(step)
+        empty = [None] * (size * number * self._accelerator.num_processes - len(positions))
+        groups = list(_groups([*positions, *empty], size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
         return [self._prepared.train_data.micro_batch(group) for group in mine]
 
@@ -259,21 +262,21 @@ class TrainLoop:
         if step % self._recipe.training.log_every == 0 or step == self.num_steps:
             self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         if row.get("overflowed"):
-            progress.say(
+            progress.log(
                 f"step {step}: fp16 overflow, not applied; loss scale is now {self._runner.scale.value:g}"
             )
         elif not row["applied"]:
-            progress.say(f"step {step}: the gradient is not finite; the step is skipped")
+            progress.log(f"step {step}: the gradient is not finite; the step is skipped")
         progress.step(step, row["loss"], row["tokens_per_second"], int(row["peak_bytes"]), seconds_left)
 
     def _evaluate(self, step: int, progress: TrainProgress) -> bool:
         """Loss on the evaluation data, logged; True if it is the best so far."""
         data = self._prepared.eval_data
         assert data is not None
-        groups = list(_groups(list(range(data.num_bins)), self._recipe.training.micro_batch_size))
+        groups = list(_groups(list(range(data.num_bins)), self._split.micro_batch_size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
-        group_size = math.ceil(self._recipe.training.gradient_accumulation_steps / self.plan.num_groups)
-        with BatchesAhead(
+        group_size = math.ceil(self._split.num_micro_batches / self.plan.num_groups)
+        with BatchPrefetcher(
             lambda i: [data.micro_batch(mine[i])], range(len(mine)), self._decoder.device, self._uploads
         ) as ahead:
             total = loss_sum(
@@ -284,7 +287,7 @@ class TrainLoop:
         if self._accelerator.is_main_process:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
         self._accelerator.log({"eval_loss": eval_loss}, step=step)
-        progress.say(f"step {step}: eval loss {eval_loss:.4f}")
+        progress.log(f"step {step}: eval loss {eval_loss:.4f}")
         best = self._state.best_eval_loss
         if best is not None and eval_loss >= best:
             return False
@@ -310,10 +313,10 @@ class TrainLoop:
         )
 
     def _write_adapter(self, folder: Path) -> None:
-        trained, step = self._prepared.adapter, self._state.step
-        factors = self._factors.views(self._factors.masters) | trained.kept
+        trained, step = self._prepared.model.adapter, self._state.step
+        lora = self._factors.views(self._factors.masters) | trained.kept
         said = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
-        save_adapter(folder, trained.config, factors, said)
+        save_adapter(folder, trained.config, lora, said)
 
     def _save_is_due(self, step: int, is_best: bool) -> bool:
         """Rank 0 alone saves, so ranks need not agree on the time."""

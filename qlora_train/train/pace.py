@@ -1,6 +1,6 @@
 """Whether steps take far longer than the plan says, and what that is likely to come from. Said once.
 
-The plan's seconds follow from rates that were measured on this machine (memory/plan/time_model.py), so a
+The plan's seconds follow from rates that were measured on this machine (plan/time_model.py), so a
 factor of three is not their error. Short steps are left out: what the host takes to queue a kernel, some
 microseconds each, is not in the plan.
 """
@@ -12,8 +12,8 @@ from statistics import median
 
 from qlora_train.device.description import DeviceDescription
 from qlora_train.device.system import is_wsl
-from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.plan.plan import duration, gib
+from qlora_train.plan.words import duration, gib
+from qlora_train.weights.host_memory import HostMemory
 
 STEPS_LOOKED_AT = 5
 SLOW_FACTOR = 3.0

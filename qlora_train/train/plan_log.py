@@ -1,34 +1,106 @@
 """plan.json of a run: what was planned, what was measured, and every change since.
 
-A run begins with one execution plan; running out of memory may change it (memory/tighten.py). A change can
-alter the order of sums, so a resume must make it at the same step: it is written here, before the step is
-tried again, and rows of metrics.jsonl say by number which plan they ran by (0: the first). The file is sealed
-(model/sealed_json.py), as a resume does what it says.
+A run begins with one execution plan; running out of memory may change it (walk/oom_fallback.py), and so does
+a resume on another machine (`Setting`), which plans anew. A change can alter the order of sums, so a resume
+must make it at the same step: it is written here, before the step is tried again, and rows of metrics.jsonl
+say by number which plan they ran by (0: the first). The file is sealed (files/sealed_json.py), as a resume
+does what it says.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from qlora_train.boundary import reason_of
+from qlora_train.device.description import DeviceDescription
 from qlora_train.errors import RunFolderError
-from qlora_train.memory.execution import ExecutionPlan
-from qlora_train.model.sealed_json import seal, unseal
+from qlora_train.files.sealed_json import seal, unseal
+from qlora_train.plan.split import Split
+from qlora_train.plan.words import gib
+from qlora_train.recipe import Recipe
 from qlora_train.train.checkpoint import list_checkpoints
+from qlora_train.weights.execution_plan import ExecutionPlan
+
+RUN_FORMAT = 2
+"""Of all files in a run's folder; a run of another one is not gone on with."""
+TELLABLE_SHARE = 0.03
+"""Of memory: systems report a little more or less of it from one start to the next."""
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """What a run follows. execution: its first, before any running out of memory."""
+
+    execution: ExecutionPlan
+    split: Split
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"execution": self.execution.to_dict(), "split": asdict(self.split)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> SavedPlan:
+        return SavedPlan(ExecutionPlan.from_dict(values["execution"]), Split(**values["split"]))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan was made for. device: its name, or its type. memory: the recipe's keys of this section and
+    training.micro_batch_size, which may change in a resume. Bytes are all that is there."""
+
+    device: str
+    device_bytes: int
+    ram_bytes: int
+    num_ranks: int
+    memory: dict[str, str]
+
+    @staticmethod
+    def of(recipe: Recipe, device: DeviceDescription, num_ranks: int) -> Setting:
+        """Of this machine."""
+        sizes = (device.memory_bytes, psutil.virtual_memory().total)
+        keys = {f"memory.{key}": value for key, value in recipe.memory.model_dump().items()}
+        keys["training.micro_batch_size"] = str(recipe.training.micro_batch_size)
+        return Setting(device.name or device.type, *sizes, num_ranks, keys)
+
+    def differences(self, before: Setting) -> list[str]:
+        """What is not as before, in words."""
+        found = []
+        if self.device != before.device:
+            found.append(f"{self.device} instead of {before.device}")
+        for name, now, then in (
+            ("device memory", self.device_bytes, before.device_bytes),
+            ("RAM", self.ram_bytes, before.ram_bytes),
+        ):
+            if abs(now - then) > TELLABLE_SHARE * max(now, then):
+                found.append(f"{gib(now)} of {name} instead of {gib(then)}")
+        if self.num_ranks != before.num_ranks:
+            found.append(f"processes: {self.num_ranks} instead of {before.num_ranks}")
+        return found + [
+            f"{key}={value} instead of {before.memory.get(key)}"
+            for key, value in self.memory.items()
+            if value != before.memory.get(key)
+        ]
 
 
 class PlanLog:
-    """checkpoints: the folder of the run's. writes: False on ranks that only read."""
+    """checkpoints: the folder of the run's. setting: what is planned for now. writes: False on ranks that
+    only read. moved: what a resume finds otherwise than before, so that it plans anew; empty: nothing."""
 
-    def __init__(self, file: Path, checkpoints: Path, *, writes: bool = True) -> None:
+    def __init__(self, file: Path, checkpoints: Path, setting: Setting, *, writes: bool = True) -> None:
         self._file, self._checkpoints, self._writes = file, checkpoints, writes
+        self._setting = setting
         self._content: dict[str, Any] = {}
+        self.moved: list[str] = []
 
-    def read(self) -> ExecutionPlan | None:
-        """The plan that an earlier part of this run began with, if it came so far.
+    def read(self) -> SavedPlan | None:
+        """The plan to follow: that of an earlier part of this run, if it came so far and was made for the
+        same setting.
 
-        Raises `RunFolderError` where plan.json does not read, or is gone from a run that has checkpoints."""
+        Raises `RunFolderError` where plan.json does not read, is of another format, or is gone from a run
+        that has checkpoints."""
         if not self._file.is_file() and not list_checkpoints(self._checkpoints):
             return None
         try:
@@ -38,12 +110,38 @@ class PlanLog:
                 f"{self._file}: does not read ({reason_of(error)}), and without it a resume could not "
                 "repeat the order of sums. Start a new run."
             ) from error
-        return ExecutionPlan.from_dict(self._content["execution"])
+        if self._content.get("run_format") != RUN_FORMAT:
+            raise RunFolderError(
+                f"{self._file.parent}: another version of qlora_train began this run (run format "
+                f"{self._content.get('run_format', 1)}, this version has {RUN_FORMAT}) and cannot be "
+                "resumed. Start a new run; with lora.init_from it goes on from this run's adapter."
+            )
+        newest = self._newest()
+        self.moved = self._setting.differences(Setting(**newest["setting"]))
+        return None if self.moved else SavedPlan.from_dict(newest)
 
-    def begin(self, plan: dict[str, Any], execution: ExecutionPlan) -> None:
-        """plan: `Plan.to_dict`. What an earlier part of the run wrote stays as it is."""
+    def _newest(self) -> dict[str, Any]:
+        """What holds the newest plan that was not made by running out of memory."""
+        return ([self._content] + [c for c in self._content["changes"] if "setting" in c])[-1]
+
+    def begin(self, plan: dict[str, Any], saved: SavedPlan, first_step: int = 1) -> None:
+        """plan: `Plan.to_dict`; saved: what of it is followed from `first_step` on. Where that is what an
+        earlier part of the run followed, its changes stay."""
+        made_for = saved.to_dict() | {"setting": asdict(self._setting)}
         if not self._content:
-            self._content = plan | {"execution": execution.to_dict(), "changes": []}
+            self._content = plan | made_for | {"run_format": RUN_FORMAT, "changes": []}
+            self._write()
+        elif self.moved:
+            change = {"from_step": first_step, "reason": f"planned anew: {', '.join(self.moved)}"} | made_for
+            began = {key: self._content[key] for key in ("run_format", "execution", "split", "setting")}
+            changes = [c for c in self._content["changes"] if c["from_step"] < first_step]
+            self._content = plan | began | {"changes": [*changes, change]}
+            self._write()
+        elif first_step < (newest := self._newest()).get("from_step", 0):  # a checkpoint was damaged
+            later = self._content["changes"].index(newest)
+            changes = [c for c in self._content["changes"][:later] if c["from_step"] < first_step]
+            newest["from_step"] = first_step
+            self._content["changes"] = changes + self._content["changes"][later:]
             self._write()
 
     def change(self, from_step: int, execution: ExecutionPlan, reason: str) -> None:

@@ -39,7 +39,7 @@ class TrainProgress:
     ) -> None:
         self._bar.stop()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line that stays."""
         self._console.print(line, markup=False, soft_wrap=True)
 
@@ -50,7 +50,7 @@ class TrainProgress:
         status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  peak {peak_bytes / GIB:.2f} GiB"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._num_steps):
-            self.say(f"step {step}/{self._num_steps}  {status}  ETA {_clock(seconds_left)}")
+            self.log(f"step {step}/{self._num_steps}  {status}  ETA {_clock(seconds_left)}")
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,7 @@ from qlora_train.errors import RunFolderError
 from qlora_train.recipe import Recipe
 from qlora_train.train.checkpoint import TrainState, list_checkpoints
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.schedule import learning_rate, num_rows, rows_per_step
+from qlora_train.train.schedule import learning_rate, num_rows
 from qlora_train.train.setup import Prepared
 
 
@@ -24,23 +24,17 @@ def refuse_shorter(folder: RunFolder, num_steps: int) -> None:
 
 
 def require_same_inputs(folder: RunFolder, state: TrainState, prepared: Prepared) -> None:
-    """Raise `RunFolderError` where data, base or the number of processes are not those of the run."""
+    """Raise `RunFolderError` where data or base are not those of the run."""
     if state.data_fingerprint != prepared.train_data.fingerprint():
         raise RunFolderError(
             f"{folder.path}: the training data are not those the run began with "
             "(their tokens differ). Put data, tokenizer and chat template back, or start a new run."
         )
-    if state.base_fingerprint != prepared.decoder.fingerprint:
+    if state.base_fingerprint != prepared.model.decoder.fingerprint:
         raise RunFolderError(
-            f"{folder.path}: the base model's packed weights are not those the run began "
-            "with: the checkpoint's files differ, or another version of qlora_train packed them. "
+            f"{folder.path}: the base model's quantized weights are not those the run began "
+            "with: the checkpoint's files differ, or another version of qlora_train quantized them. "
             "Put them back, or start a new run."
-        )
-    rows = rows_per_step(prepared.recipe.training, prepared.accelerator.num_processes)
-    if state.data_position != state.step * rows:
-        raise RunFolderError(
-            f"{folder.path}: the run took {state.data_position // state.step} rows a step, "
-            f"here a step is {rows} rows. Resume it with as many processes as it began with."
         )
 
 
@@ -49,11 +43,8 @@ def lengthened_line(begun: Recipe, prepared: Prepared, num_steps: int, next_step
 
     begun: the recipe of the run so far. num_steps: that it has now."""
     training = prepared.recipe.training
-    num_bins, num_processes = prepared.train_data.num_bins, prepared.accelerator.num_processes
-    rows, rows_before = (
-        rows_per_step(training, num_processes),
-        num_rows(begun.training, num_bins, num_processes),
-    )
+    rows, rows_before = training.batch_size, num_rows(begun.training, prepared.train_data.num_bins)
+    assert rows is not None, "of a resolved recipe"
     before = math.ceil(rows_before / rows)
     if before == num_steps or next_step > num_steps:
         return None

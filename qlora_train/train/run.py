@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,24 +12,24 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from qlora_train.data.building import open_data
+from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.device.settings import determinism_of_before, require_deterministic_products
 from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
-from qlora_train.memory.machine_plan import device_of_all
-from qlora_train.memory.meter import DeviceMeter
-from qlora_train.memory.plan.report import positions_line, residency_lines
-from qlora_train.memory.ranks import find_ranks
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.plan.machine_plan import device_of_all
+from qlora_train.plan.report import residency_lines
+from qlora_train.plan.words import duration, gib, positions_line
 from qlora_train.recipe import Recipe
 from qlora_train.train.loop import TrainLoop
-from qlora_train.train.optimizer import paging_lines
-from qlora_train.train.overflow import require_range
-from qlora_train.train.plan_log import PlanLog
+from qlora_train.train.plan_log import PlanLog, SavedPlan, Setting
 from qlora_train.train.resumed import lengthened_line
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.schedule import rows_per_step
 from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
+from qlora_train.walk.optimizer import paging_lines
+from qlora_train.walk.overflow import require_range
+from qlora_train.weights.ranks import find_ranks
 
 OnStep = Callable[[Mapping[str, float | int | bool]], None]
 
@@ -55,8 +55,8 @@ def train(
 ) -> TrainResult:
     """Train as the recipe says; with `resume`, go on from the newest checkpoint of its output folder.
 
-    use_cache: keep the packed base for later starts. on_step: told what metrics.jsonl has of a step, between
-    that step and the next, on every rank. Raises a `UserError` for bad input and for a plan that
+    use_cache: keep the quantized base for later starts. on_step: told what metrics.jsonl has of a step,
+    between that step and the next, on every rank. Raises a `UserError` for bad input and for a plan that
     does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
     `Interrupted` after SIGINT, SIGTERM or SIGHUP, with the state saved."""
     require_unix("train")
@@ -64,7 +64,7 @@ def train(
     with determinism_of_before():
         accelerator = make_accelerator(recipe)
         console = Console(quiet=not accelerator.is_main_process, highlight=False)
-        claim = folder.claimed(partial(_say, console)) if accelerator.is_main_process else nullcontext()
+        claim = folder.claimed(partial(_log, console)) if accelerator.is_main_process else nullcontext()
         with claim:
             return _train(recipe, folder, accelerator, console, on_step, resume=resume, use_cache=use_cache)
 
@@ -84,14 +84,15 @@ def _train(
     device = find_device(accelerator.device)
     require_deterministic_products(device.torch)
     target = device_of_all(device, ranks)
-    recipe, base, dtype = resolve(recipe, target)
+    recipe, base, dtype = resolve(recipe, target, ranks.number)
     data = open_data(recipe.data)
     recipe = recipe.model_copy(update={"data": data.section_with_format})
     folder.check(recipe, resume=resume)
-    plan_log = PlanLog(folder.plan_file, folder.checkpoints, writes=accelerator.is_main_process)
+    setting = Setting(**ranks.gather(asdict(Setting.of(recipe, target, ranks.number)))[0])
+    plan_log = PlanLog(folder.plan_file, folder.checkpoints, setting, writes=accelerator.is_main_process)
     with ExitStack() as limits, ExitStack() as metering:
         limits.callback(device.limit_allocator, None)  # a notebook goes on
-        meter = metering.enter_context(DeviceMeter(device))
+        meter = metering.enter_context(MemoryTracker(device))
         prepared = prepare(
             recipe,
             base,
@@ -101,84 +102,104 @@ def _train(
             device,
             ranks=ranks,
             target=target,
-            saved_execution=plan_log.read() if resume else None,
+            saved=plan_log.read() if resume else None,
             use_cache=use_cache,
-            say=partial(_say, console),
+            log=partial(_log, console),
         )
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
-        first = loop.resume(partial(_say, console)) if resume else 0
-        near = require_range(prepared.decoder, _first_micro_batch(prepared))
+        first = loop.resume(partial(_log, console)) if resume else 0
+        near = require_range(prepared.model.decoder, _first_micro_batch(prepared))
         _introduce(console, prepared, loop, first, resume=resume)
         if near is not None:
-            _say(console, near)
+            _log(console, near)
         begun = folder.begun_recipe() if first else None
         if begun is not None and (line := lengthened_line(begun, prepared, loop.num_steps, first + 1)):
-            _say(console, line)
+            _log(console, line)
         ranks.wait()  # no rank may still be checking the folder
         if accelerator.is_main_process:
             folder.begin(recipe)
-        plan_log.begin(prepared.plan.to_dict(loop.num_steps), prepared.execution)
+        if plan_log.moved:
+            _log(console, f"planned anew from step {first + 1} on ({', '.join(plan_log.moved)})")
+        followed = SavedPlan(prepared.model.execution, prepared.model.plan.workload.split)
+        values = prepared.model.plan.to_dict() | {
+            "seconds_to_the_end": _planned_seconds(prepared, loop.num_steps)
+        }
+        plan_log.begin(values, followed, first + 1)
         accelerator.init_trackers("qlora_train", config=_flat(recipe))
         try:
             loop.run()
         finally:
-            prepared.decoder.close()
+            prepared.model.decoder.close()
             accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
-    _say(console, f"done: adapter in {folder.adapter}")
+    _log(console, f"done: adapter in {folder.adapter}")
     return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
 
 
-def _say(console: Console, line: str) -> None:
+def _log(console: Console, line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
 def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> None:
     """What is about to happen, in a few lines."""
-    recipe, decoder, factors = prepared.recipe, prepared.decoder, prepared.factors
+    recipe, decoder, lora = prepared.recipe, prepared.model.decoder, prepared.model.lora
+    plan = prepared.model.plan
     if resume and not first:
-        _say(console, f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
+        _log(console, f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
     lines = [
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device.torch}",
-        f"LoRA rank {_ranks(factors)} on {len(factors.names)} linears: {factors.masters.numel():,} "
+        f"LoRA rank {_ranks(lora)} on {len(lora.names)} linears: {lora.masters.numel():,} "
         "trainable parameters",
         *(
-            f"the factors on {', '.join(prepared.adapter.kept)} are applied and kept as they are, not trained"
-            for _ in prepared.adapter.kept
+            f"the factors on {', '.join(kept)} are applied and kept as they are, not trained"
+            for kept in [prepared.model.adapter.kept]
+            if kept
         ),
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *positions_line(recipe.data.sequence_length, decoder.config.max_position_embeddings),
-        *residency_lines(prepared.execution),
+        *residency_lines(prepared.model.execution),
         *paging_lines(recipe.training.optimizer, decoder.device.description),
-        f"planned peak of a step: {prepared.plan.step_vram_bytes / 2**30:.2f} GiB on the device",
+        f"planned: {gib(plan.step_vram_bytes)} of tensors on the device at the peak of a step, "
+        f"{duration(plan.step_seconds)} a step, "
+        f"{duration(_planned_seconds(prepared, loop.num_steps))} for all steps and evaluations",
         f"{loop.num_steps} optimizer steps of {_rows_of_a_step(prepared)}"
         + (f", going on after step {first}" if first else ""),
     ]
     for line in lines:
-        _say(console, line)
+        _log(console, line)
+
+
+def _planned_seconds(prepared: Prepared, num_steps: int) -> float:
+    """Of all steps and evaluations."""
+    plan, every, data = prepared.model.plan, prepared.recipe.training.eval_every, prepared.eval_data
+    if data is None:
+        return num_steps * plan.step_seconds
+    num_evaluations = 2 + ((num_steps - 1) // every if every else 0)
+    tokens = num_evaluations * data.num_bins * data.sequence_length
+    return num_steps * plan.step_seconds + tokens / 1e6 * plan.evaluation_seconds_per_million_tokens
 
 
 def _rows_of_a_step(prepared: Prepared) -> str:
-    """How many a step takes, and how many processes share them."""
-    training, number = prepared.recipe.training, prepared.accelerator.num_processes
-    factors = [
+    """How many a step takes, and how they are divided."""
+    split, number = prepared.model.plan.workload.split, prepared.accelerator.num_processes
+    lora = [
         f"{number} process" + ("es" if number > 1 else ""),
-        f"{training.gradient_accumulation_steps} x {training.micro_batch_size} in each",
+        f"{split.num_micro_batches} x {split.micro_batch_size} in each",
     ]
-    return f"{rows_per_step(training, number)} rows ({', '.join(factors)})"
+    return f"{prepared.recipe.training.batch_size} rows ({', '.join(lora)})"
 
 
 def _first_micro_batch(prepared: Prepared) -> PackedTokens:
     """The same on every rank."""
-    batch = prepared.train_data.micro_batch(range(prepared.recipe.training.micro_batch_size))
-    return PackedTokens.from_host(batch, prepared.decoder.device.torch)
+    batch = prepared.train_data.micro_batch(range(prepared.model.plan.workload.micro_batch_size))
+    return PackedTokens.from_host(batch, prepared.model.decoder.device.torch)
 
 
-def _ranks(factors: FactorBuffers) -> str:
-    ranks = [len(a) for a, _ in factors.views(factors.masters).values()]
+def _ranks(lora: LoraParameters) -> str:
+    ranks = [len(a) for a, _ in lora.views(lora.masters).values()]
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 

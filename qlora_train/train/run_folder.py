@@ -24,12 +24,13 @@ from typing import Any
 
 from qlora_train.boundary import is_disk_failure, reason_of
 from qlora_train.errors import RunFolderError
-from qlora_train.model.folder_lock import lock_folder, remove_leftovers
+from qlora_train.files.folder_lock import lock_folder, remove_leftovers
 from qlora_train.recipe import Recipe, load_recipe
 
 MAY_CHANGE = {
     *("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir"),
     *("base", "revision"),  # the weights themselves are compared: a base may move
+    *("vram", "weights", "activations", "micro_batch_size"),  # planned anew (plan_log.py)
 }
 LENGTH = {"epochs", "max_steps"}
 """May become more: that extends the run (`resumed.lengthened_line`)."""
@@ -48,7 +49,7 @@ class RunFolder:
         self.adapter = path / "adapter"
 
     @contextmanager
-    def claimed(self, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    def claimed(self, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
         """Keep the folder for this process alone while the block runs. It is made for that; where nothing was
         written into it, it is removed again. say: told where the filesystem has no locks.
 
@@ -75,7 +76,7 @@ class RunFolder:
             ) from error
         with lock:
             if not lock.is_certain:
-                say(
+                log(
                     f"{self.path}: this filesystem has no locks, so nothing keeps a second run out of this "
                     "folder"
                 )

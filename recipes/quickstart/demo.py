@@ -2,7 +2,7 @@
 
     python recipes/quickstart/demo.py [OUTPUT_DIR]        (default runs/demo, replaced if it is there)
 
-The same held-out prompts are answered by the packed base, by base + adapter, and by the merged fp16 folder
+The same held-out prompts are answered by the quantized base, by base + adapter, and by the merged fp16 folder
 loaded with nothing but transformers. An answer counts when it is exactly right.
 """
 
@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from qlora_train import export, load_recipe, train
-from qlora_train.infer.decoding import Sampling
-from qlora_train.infer.model_folder import load_run
+from qlora_train.generate.decoding import Sampling
+from qlora_train.generate.model_folder import load_run
 from qlora_train.kernels.on_device import find_device
 from qlora_train.recipe import Recipe
 
@@ -42,7 +42,7 @@ def main(output_dir: Path) -> None:
     recipe = load_recipe(HERE / "recipe.yaml", [f"training.output_dir={output_dir}"])
     prompts, expected = held_out()
 
-    console.rule("1. the packed base, before training")
+    console.rule("1. the quantized base, before training")
     before = answers(output_dir, recipe, prompts, with_adapter=False)
     console.print(f"exact: {score(before, expected)}")
     console.rule("2. training")
@@ -51,7 +51,7 @@ def main(output_dir: Path) -> None:
     after = answers(output_dir, recipe, prompts, with_adapter=True)
     console.print(f"exact: {score(after, expected)}")
     console.rule("4. merged fp16 weights, loaded with plain transformers")
-    merged_dir = export(output_dir, say=lambda line: console.print(line, markup=False, soft_wrap=True))
+    merged_dir = export(output_dir, log=lambda line: console.print(line, markup=False, soft_wrap=True))
     merged = answers_with_transformers(merged_dir, prompts)
     console.print(f"exact: {score(merged, expected)}")
 
@@ -75,7 +75,7 @@ def held_out() -> tuple[list[str], list[str]]:
 
 
 def answers(run: Path, recipe: Recipe, prompts: list[str], *, with_adapter: bool) -> list[str]:
-    """Greedy answers of the packed base, with the run's adapter or without."""
+    """Greedy answers of the quantized base, with the run's adapter or without."""
     model = load_run(run, recipe, find_device(), with_adapter=with_adapter)
     return model.answer(prompts, Sampling(MAX_NEW_TOKENS))
 

@@ -43,7 +43,7 @@ def test_a_micro_batch_by_hand() -> None:
     assert batch.supervised_positions.tolist() == sorted(labels)
     assert batch.row_ids.tolist() == [1] * 4 + [0] * 8 + [-1] * 4
     assert batch.token_offsets.tolist()[:12] == [*range(4), *range(8)]
-    assert (batch.num_tokens, batch.num_supervised) == (12, 6)
+    assert len(batch.supervised_positions) == 6
     assert data.num_supervised([1, None, 0]) == 6
     arrays = (batch.token_ids, batch.position_ids, batch.labels, batch.supervised_positions, batch.row_ids)
     assert {array.dtype for array in arrays} == {np.dtype(np.int64)}
@@ -61,7 +61,7 @@ def test_example_sizes_are_few_and_hold_few_dummies() -> None:
 
 def test_an_empty_micro_batch_is_dummies_alone() -> None:
     batch = dataset("aB").micro_batch([None, None])
-    assert batch.cu_seqlens.tolist() == [0, 16] and batch.num_tokens == batch.num_supervised == 0
+    assert batch.cu_seqlens.tolist() == [0, 16] and not len(batch.supervised_positions)
 
 
 def test_what_a_token_is_does_not_depend_on_what_stands_beside_it() -> None:
@@ -76,9 +76,8 @@ def test_what_a_token_is_does_not_depend_on_what_stands_beside_it() -> None:
     positions = [3, 0, None, data.num_bins + 1]
     whole, parts = data.micro_batch(positions), [data.micro_batch([p]) for p in positions]
     assert tokens_of(whole) == {k: v for part in parts for k, v in tokens_of(part).items()}
-    assert (
-        whole.num_supervised == sum(part.num_supervised for part in parts) == data.num_supervised(positions)
-    )
+    in_whole, *in_parts = (len(batch.supervised_positions) for batch in (whole, *parts))
+    assert in_whole == sum(in_parts) == data.num_supervised(positions)
 
 
 def test_short_documents_without_packing_cost_no_full_bins() -> None:

@@ -43,7 +43,7 @@ def test_it_is_read_off_the_device(
     found = find_device(torch.device("sim")).description
     assert (found.type, found.index, found.capability) == ("sim", 0, capability)
     assert (found.has_bfloat16, found.varlen) == (has_bfloat16, varlen)
-    assert not found.has_triton and not found.has_liger and found.unpack_kernel == "library"
+    assert not found.has_triton and not found.has_liger and found.dequantize_kernel == "library"
     assert found.memory_bytes == 8 * 2**30 and found.num_multiprocessors == 16
     assert not found.blocks_documents and found.name == "Simulated GPU"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qlora_train.export.companions import copy_companions, merged_config
-from qlora_train.model.quantize import Packing
+from qlora_train.quant.formats import Quantization
 
 COPIED = {
     *(
@@ -81,10 +81,10 @@ def test_code_is_left_out_and_so_is_what_names_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text("utf-8")) == {"bos_token": "é"}
     assert (tmp_path / "out" / "broken.json").read_text() == "{"
     config = {"model_type": "x", "auto_map": {"AutoConfig": "c.C"}, "quantization_config": {}}
-    merged = json.loads(merged_config(config, torch.float16, Packing("nf4"), unties_head=False))
+    merged = json.loads(merged_config(config, torch.float16, Quantization("nf4"), unties_head=False))
     mark = {"merged_onto": "dequantized", "quantization": "nf4"}
     assert merged == {"model_type": "x", "dtype": "float16", "torch_dtype": "float16", "qlora_train": mark}
     untied = json.loads(
-        merged_config({"tie_word_embeddings": True}, torch.float16, Packing("none"), unties_head=True)
+        merged_config({"tie_word_embeddings": True}, torch.float16, Quantization("none"), unties_head=True)
     )
     assert untied["tie_word_embeddings"] is False and untied["qlora_train"] == {"merged_onto": "original"}

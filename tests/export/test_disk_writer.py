@@ -15,7 +15,7 @@ import pytest
 
 from qlora_train.export import disk_writer
 from qlora_train.export.disk_writer import BUFFER_BYTES, DiskWriter
-from qlora_train.memory.disk_file import PAGE_BYTES
+from qlora_train.weights.disk_file import PAGE_BYTES
 
 SIZES = (0, 1, PAGE_BYTES - 1, PAGE_BYTES, BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 1)
 Pwrite = Callable[[int, memoryview, int], int]

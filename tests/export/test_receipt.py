@@ -14,19 +14,19 @@ from tiny_models import random_model, tiny_config
 from tiny_runs import byte_tokenizer, recipe_values, reversal_rows, write_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
+from qlora_train.adapter.adapter_config import AdapterConfig
+from qlora_train.adapter.adapter_files import save_adapter
+from qlora_train.adapter.trained_on import TrainedOn
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export import export, measure, walked_model
 from qlora_train.export.receipt import compare
 from qlora_train.export.walked_model import HeldOut, walk_model
-from qlora_train.infer.model_folder import find_model
-from qlora_train.model.adapter_config import AdapterConfig
-from qlora_train.model.adapter_files import save_adapter
-from qlora_train.model.quantize import Packing
-from qlora_train.model.trained_on import TrainedOn
+from qlora_train.generate.model_folder import find_model
+from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import load_recipe
 
-UNPACKED = Packing("none")
+UNQUANTIZED = Quantization("none")
 
 
 def write_run(
@@ -43,7 +43,7 @@ def write_run(
     values = recipe_values(folder / "base", rows, run, data={"eval": 0.5}, model={"compute_dtype": "float32"})
     write_recipe(run / "recipe.yaml", values)
     generator = torch.Generator().manual_seed(2)
-    factors = {
+    lora = {
         name: (
             torch.randn(4, module.in_features, generator=generator) * scale,
             torch.randn(module.out_features, 4, generator=generator) * scale,
@@ -54,7 +54,7 @@ def write_run(
     recipe = load_recipe(run / "recipe.yaml")
     trained_on = TrainedOn.of(recipe.model, folder / "base", run, byte_tokenizer())
     said = {"trained_on.json": trained_on.to_json(3, 3)}
-    save_adapter(run / "adapter", AdapterConfig("base", 4, 8), factors, said)
+    save_adapter(run / "adapter", AdapterConfig("base", 4, 8), lora, said)
     return run
 
 
@@ -87,7 +87,7 @@ def test_figures_are_those_of_whole_logits(
         with torch.no_grad():
             parts = [model(torch.from_numpy(ids)[None]).logits[0] for ids in documents.token_ids]
         logits.append(torch.cat([part[p] for part, p in zip(parts, documents.places, strict=True)]))
-        walked.append(walk_model(folder, documents, UNPACKED, torch.float32, THE_CPU))
+        walked.append(walk_model(folder, documents, UNQUANTIZED, torch.float32, THE_CPU))
     loss, found = compare(walked[0], walked[1], documents, "other")
     p, q = (torch.log_softmax(part.double(), -1) for part in logits)
     labels = torch.from_numpy(documents.all_labels)[:, None]
@@ -99,10 +99,10 @@ def test_figures_are_those_of_whole_logits(
 
 
 def test_the_default_survives_quantizing_and_the_other_base_does_not(tmp_path: Path) -> None:
-    """An adapter that is small beside the quantisation's steps, through real loaders too."""
+    """An adapter that is small beside the quantization's steps, through real loaders too."""
     run = write_run(tmp_path)
     said: list[str] = []
-    folder = export(run, loaders=["transformers", "bnb-4bit"], say=said.append)
+    folder = export(run, loaders=["transformers", "bnb-4bit"], log=said.append)
     found = figures_of(folder)
     written = found["merged onto original weights, float16 (written)"]
     assert found["the same, loaded by transformers"]["kl"] == pytest.approx(written["kl"], rel=0.02, abs=1e-6)
@@ -147,7 +147,7 @@ def test_values_beyond_fp16_choose_the_bases_dtype(tmp_path: Path) -> None:
     save_file(tensors | large, weights, metadata={"format": "pt"})
     (run / "adapter" / "trained_on.json").unlink()  # it was another base
     said: list[str] = []
-    folder = export(run, say=said.append)
+    folder = export(run, log=said.append)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert any(line.startswith("written in bfloat16, not float16: layer") for line in said)
     logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[1, 5, 9]])).logits

@@ -21,7 +21,7 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
 @pytest.fixture
 def flash(device: ComputeDevice) -> AttentionKernels:
-    kernels = AttentionKernels.on(device.description, torch.bfloat16)
+    kernels = AttentionKernels.on(device, torch.bfloat16)
     if kernels.varlen is None:
         pytest.skip("needs flash attention")
     return kernels
@@ -112,7 +112,7 @@ def test_by_document_attends_as_defined(gpu, device, lengths, rule, heads, kv_he
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability(gpu) < (8, 0):
         pytest.skip("no bfloat16 units")
     qkv = random_qkv(gpu, sum(lengths), heads, kv_heads, 64)
-    by_document = AttentionKernels.on(device.description, dtype).plain()
+    by_document = AttentionKernels.on(device, dtype).plain()
     found = results(qkv, ours(lengths, rule, dtype, by_document))
     check(found, results(qkv, defined(lengths, rule)), TOLERANCES[dtype])
 
@@ -121,7 +121,7 @@ def test_by_document_attends_as_defined(gpu, device, lengths, rule, heads, kv_he
 @pytest.mark.parametrize("rule", [{}, {"sliding_window": 512}], ids=str)
 def test_no_path_writes_all_scores(gpu, dtype, rule) -> None:
     """8,192 tokens, 8 heads: the scores alone would be 1 or 2 GiB."""
-    fast = AttentionKernels.on(find_device(gpu).description, torch.bfloat16)
+    fast = AttentionKernels.on(find_device(gpu), torch.bfloat16)
     for kernels in (fast, fast.plain()):
         leaves = [
             torch.randn(1, heads, 8192, 64, device=gpu, dtype=dtype, requires_grad=True)

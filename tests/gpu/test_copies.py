@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qlora_train.kernels.on_device import find_device
-from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.offload import HostPark
-from qlora_train.memory.ring import Ring
-from qlora_train.memory.stores import STAGING_BYTES, FilePart, ItemReader
+from qlora_train.walk.host_offload import HostOffloader
+from qlora_train.weights.host_memory import HostMemory
+from qlora_train.weights.ring import Ring
+from qlora_train.weights.stores import STAGING_BYTES, FilePart, ItemReader
 
 pytestmark = pytest.mark.gpu
 CYCLES = 20_000_000  # about 10 ms
@@ -50,7 +50,7 @@ def test_a_slot_holds_its_item_for_as_long_as_it_is_used(
     order = [*range(num_items), *reversed(range(num_items))] * 2
     reader = Counted(HostMemory(find_device(gpu)), num_items, slow=slow in ("copies", "both"))
     ring = Ring(reader, num_slots, NUM_BYTES, find_device(gpu), poison=poison)
-    ring.expect(order)
+    ring.set_schedule(order)
     seen = []
     for item in order:
         _, slot = ring.acquire(item)
@@ -65,11 +65,11 @@ def test_a_slot_holds_its_item_for_as_long_as_it_is_used(
 
 def test_an_order_that_is_broken_off_leaves_the_ring_usable(gpu: torch.device) -> None:
     ring = Ring(Counted(HostMemory(find_device(gpu)), 4, slow=True), 2, NUM_BYTES, find_device(gpu))
-    ring.expect(range(4))
+    ring.set_schedule(range(4))
     ring.acquire(0)
     sleep()
     ring.release(0)
-    ring.expect([3, 1])
+    ring.set_schedule([3, 1])
     for item in (3, 1):
         _, slot = ring.acquire(item)
         assert int(slot[:NUM_BYTES].amin()) == item + 1
@@ -96,9 +96,9 @@ def test_a_file_passes_through_the_staging_pieces(
     reader.close()
 
 
-def slow_down(park: HostPark) -> None:
-    assert park.stream is not None
-    with torch.cuda.stream(park.stream):
+def slow_down(offload: HostOffloader) -> None:
+    assert offload.stream is not None
+    with torch.cuda.stream(offload.stream):
         sleep()
 
 
@@ -108,18 +108,18 @@ def numbered(value: int, gpu: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_parked_tensors_come_back_whatever_is_written_where_they_were(gpu: torch.device, slow: bool) -> None:
-    park = HostPark(find_device(gpu), HostMemory(find_device(gpu)))
-    parked = []
+    offload = HostOffloader(find_device(gpu), HostMemory(find_device(gpu)))
+    offloaded = []
     for value in range(8):
         if slow:
-            slow_down(park)
+            slow_down(offload)
         x = numbered(value, gpu)
-        parked.append(park.park(x))
+        offloaded.append(offload.offload(x))
         del x
         numbered(-1, gpu)  # what is freed is taken again, and written
-    for value, one in enumerate(parked):
+    for value, one in enumerate(offloaded):
         if slow:
-            slow_down(park)
+            slow_down(offload)
         one.fetch()
         back = one.take()
         assert torch.equal(back, numbered(value, gpu)), value
@@ -128,18 +128,18 @@ def test_parked_tensors_come_back_whatever_is_written_where_they_were(gpu: torch
 
 
 def test_a_host_buffer_that_is_used_again_is_not_overtaken(gpu: torch.device) -> None:
-    park = HostPark(find_device(gpu), HostMemory(find_device(gpu)))
-    first = park.park(numbered(1, gpu))
-    slow_down(park)
+    offload = HostOffloader(find_device(gpu), HostMemory(find_device(gpu)))
+    first = offload.offload(numbered(1, gpu))
+    slow_down(offload)
     first.fetch()  # gives the buffer back while the copy from it waits
-    second = park.park(numbered(2, gpu))
+    second = offload.offload(numbered(2, gpu))
     assert torch.equal(first.take(), numbered(1, gpu))
     assert torch.equal(second.take(), numbered(2, gpu))
 
 
 def test_things_that_leave_together_come_back_apart(gpu: torch.device) -> None:
-    park = HostPark(find_device(gpu), HostMemory(find_device(gpu)))
-    first, second = park.park_all([numbered(1, gpu), numbered(2, gpu)[: NUM_BYTES // 8]])
+    offload = HostOffloader(find_device(gpu), HostMemory(find_device(gpu)))
+    first, second = offload.offload_all([numbered(1, gpu), numbered(2, gpu)[: NUM_BYTES // 8]])
     assert torch.equal(second.take(), numbered(2, gpu)[: NUM_BYTES // 8])
     assert torch.equal(first.take(), numbered(1, gpu))
 

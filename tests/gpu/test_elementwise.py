@@ -25,7 +25,7 @@ SILU_SHAPES = [(1, 3), (7, 130), (33, 11008), (129, 14336), (2, 53248)]
 @pytest.fixture
 def liger(device: ComputeDevice) -> Liger:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (extra gpu)")
-    found = liger_for(device.description)
+    found = liger_for(device)
     if found is None:
         pytest.skip("liger-kernel is installed but cannot be used here; the warning says why")
     return found

@@ -1,5 +1,5 @@
 """The plan's attention against the allocator, deterministic and not; whole steps are compared in
-tests/memory/plan/test_plan_matches_meter.py."""
+tests/plan/test_plan_matches_meter.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_train.memory.plan.ghost import Ledger, backward
-from qlora_train.memory.plan.ghost_attention import AttentionRule
-from qlora_train.memory.plan.ghost_attention import packed_attention as ghost_attention
+from qlora_train.device.planned import PlannedDevice
+from qlora_train.kernels.planned_sdpa import attention_scratch
 from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
+from qlora_train.plan.planned_meter import PlannedMeter
 
 pytestmark = pytest.mark.gpu
 ROWS = [[2048], [700, 31, 293, 1024], [16] * 64]
@@ -44,7 +44,7 @@ def test_attention(gpu, device, lengths, window, dtype, deterministic) -> None:
             torch.cuda.reset_peak_memory_stats(gpu)
             out, _ = packed_attention(
                 nn.Identity(), *leaves, None, documents=layout,
-                attention_kernels=AttentionKernels.on(device.description, dtype),
+                attention_kernels=AttentionKernels.on(device, dtype),
                 sliding_window=window,
             )  # fmt: skip
             forward = requested(gpu, "peak") - before
@@ -53,18 +53,17 @@ def test_attention(gpu, device, lengths, window, dtype, deterministic) -> None:
             whole = requested(gpu, "peak") - before
     finally:
         torch.use_deterministic_algorithms(False)
-    rule = AttentionRule(
-        tuple(lengths), window, has_softcap=False, heads_outside=False, reference=False,
-        target=device.description, deterministic=deterministic, most_documents=len(lengths),
-    )  # fmt: skip
-    ledger = Ledger()
-    ghosts = [ledger.tensor(t.shape, t.itemsize).leaf() for t in leaves]
-    ghost_gradient = ledger.tensor((1, num_tokens, 1024), dtype.itemsize)
-    before = ledger.live_bytes
-    result = ghost_attention(*ghosts, rule)
-    assert ledger.peak_bytes - before > 0.98 * forward
-    backward(result, ghost_gradient)
-    assert ledger.peak_bytes - before > 0.98 * whole
-    is_varlen = rule.target.varlen_serves(dtype.itemsize, 128, grouped=True, has_softcap=False)
-    if is_varlen:
-        assert ledger.peak_bytes - before < 1.05 * whole
+    planned = AttentionKernels.on(PlannedDevice(device.description), dtype)
+    on_meta = [torch.empty(leaf.shape, dtype=dtype, device="meta").requires_grad_() for leaf in leaves]
+    gradient = torch.empty(1, num_tokens, 8, 128, dtype=dtype, device="meta")
+    scratch = attention_scratch(device.description, deterministic=deterministic, most_documents=0)
+    with PlannedMeter(scratch, may_write_scores=False) as meter:
+        out, _ = packed_attention(
+            nn.Identity(), *on_meta, None, documents=DocumentLayout.of(np.cumsum([0, *lengths]), "meta"),
+            attention_kernels=planned, sliding_window=window,
+        )  # fmt: skip
+        assert meter.peak_bytes > 0.98 * forward
+        out.backward(gradient)
+    assert meter.peak_bytes > 0.98 * whole
+    if device.description.varlen_serves(dtype.itemsize, 128, grouped=True, has_softcap=False):
+        assert meter.peak_bytes < 1.05 * whole

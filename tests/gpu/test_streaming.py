@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,26 +19,27 @@ from torch import Tensor
 
 from qlora_train.device.context import make_workspaces
 from qlora_train.kernels.on_device import find_device
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place
-from qlora_train.memory.load import load_base
+from qlora_train.micro_batch import MicroBatch
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.train.optimizer import FlatOptimizer
-from qlora_train.train.schedule import LossScale
-from qlora_train.train.step import StepRunner
-from qlora_train.train.walk import LayerWalk
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.walk.loss_scale import LossScale
+from qlora_train.walk.optimizer import FlatOptimizer
+from qlora_train.walk.step import StepRunner
+from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
+from qlora_train.weights.load import load_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic")]
-KEEP, RECOMPUTE, OFFLOAD = Activation.KEEP, Activation.RECOMPUTE, Activation.OFFLOAD
-RESIDENT, RAM, DISK = Place.RESIDENT, Place.RAM, Place.DISK
+KEEP, RECOMPUTE, OFFLOAD = ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE, ActivationPolicy.OFFLOAD
+DEVICE, RAM, DISK = Placement.DEVICE, Placement.RAM, Placement.DISK
 NUM_LAYERS, NUM_STEPS = 6, 3
 LENGTHS = [120, 1, 63, 100, 17, 64] * 3
 PLACES: dict[str, dict[str, Any]] = {
     "resident": {},
     "ram": {"weights": (RAM,) * 6, "num_slots": 2},
     "disk": {"weights": (DISK,) * 6, "num_slots": 3},
-    "some": {"weights": (RESIDENT, RAM, RESIDENT, DISK, DISK, RAM), "num_slots": 2},
+    "some": {"weights": (DEVICE, RAM, DEVICE, DISK, DISK, RAM), "num_slots": 2},
     "all in ram": {"weights": (RAM,) * 6, "num_slots": 2, "head": RAM, "embedding": RAM, "inputs": RAM},
     "all on disk": {"weights": (DISK,) * 6, "num_slots": 2, "head": DISK, "embedding": DISK, "inputs": RAM},
 }
@@ -68,44 +68,49 @@ def batches_on(device: torch.device, number: int, lengths: list[int]) -> list[Pa
 
 
 def _on(device: torch.device, tokens: PackedTokens) -> PackedTokens:
-    host = SimpleNamespace(
+    host = MicroBatch(
         token_ids=tokens.ids.host,
         position_ids=tokens.position_ids[0].numpy(),
         labels=tokens.labels.numpy(),
         cu_seqlens=torch.tensor(tokens.documents.boundaries).numpy(),
-        supervised_positions=tokens.supervised.numpy(),
         row_ids=tokens.rows.numpy(),
         token_offsets=tokens.offsets.numpy(),
     )
     return PackedTokens.from_host(host, device)
 
 
-def loaded(folder: Path, plan: ExecutionPlan, gpu: torch.device) -> tuple[FrozenDecoder, FactorBuffers]:
+def loaded(folder: Path, plan: ExecutionPlan, gpu: torch.device) -> tuple[FrozenDecoder, LoraParameters]:
     decoder = load_base(
-        folder, NF4, torch.bfloat16, find_device(gpu), plan=plan, cache=folder.parent / "packed", poison=True
+        folder,
+        NF4,
+        torch.bfloat16,
+        find_device(gpu),
+        plan=plan,
+        cache=folder.parent / "quantized",
+        poison=True,
     )
-    decoder.tail_name = "mlp.down_proj"
+    decoder.skippable_linear = "mlp.down_proj"
     decoder.fuse(norms=True, mlps=True, qkv=True)
-    factors = FactorBuffers(
+    lora = LoraParameters(
         decoder.linears, rank=8, scaling=2.0, dropout=0.1, seed=0, dtype=torch.bfloat16, device=gpu
     )
     draw = torch.Generator().manual_seed(1)
-    factors.masters.copy_(0.1 * torch.randn(factors.masters.shape, generator=draw))
-    factors.refresh_working()
-    return decoder, factors
+    lora.masters.copy_(0.1 * torch.randn(lora.masters.shape, generator=draw))
+    lora.refresh_working()
+    return decoder, lora
 
 
 def steps(folder: Path, plan: ExecutionPlan, gpu: torch.device) -> Tensor:
     """Loss and gradient of several steps with the same factors, one after another without a wait."""
-    decoder, factors = loaded(folder, plan, gpu)
+    decoder, lora = loaded(folder, plan, gpu)
     batches = batches_on(gpu, 4, LENGTHS)
-    walk = LayerWalk(decoder, factors, plan, reference=False)
+    walk = LayerWalk(decoder, lora, plan, reference=False)
     num_supervised = sum(len(batch.supervised) for batch in batches)
     found = []
     for step in range(NUM_STEPS):
-        factors.gradient.zero_()
+        lora.gradient.zero_()
         loss = walk.accumulate(batches, seed=3, step=step, num_supervised=num_supervised)
-        found += [loss[None], factors.gradient.clone()]
+        found += [loss[None], lora.gradient.clone()]
     decoder.close()
     return torch.cat(found)
 
@@ -133,7 +138,7 @@ def test_the_same_bits_from_anywhere(
 def test_the_same_bits_with_tiles_and_held_weights(
     gpu: torch.device, folder: Path, hold: bool, tile: int | None
 ) -> None:
-    changes = {"hold_unpacked": hold, "mlp_tile_tokens": tile}
+    changes = {"hold_dequantized": hold, "mlp_tile_tokens": tile}
     resident = steps(folder, plan_of("recompute", "resident", mlp_tile_tokens=tile), gpu)
     assert torch.equal(steps(folder, plan_of("recompute", "all in ram", **changes), gpu), resident)
 
@@ -167,15 +172,13 @@ def one_step(
         torch.cuda.set_per_process_memory_fraction(limit_bytes / total_bytes, gpu)
     try:
         torch.cuda.reset_peak_memory_stats(gpu)
-        decoder, factors = loaded(folder, plan, gpu)
+        decoder, lora = loaded(folder, plan, gpu)
         changes: list[str] = []
-        optimizer = FlatOptimizer(
-            "adamw_8bit", factors, find_device(gpu), lora_b_lr_ratio=1.0, weight_decay=0.0
-        )
+        optimizer = FlatOptimizer("adamw_8bit", lora, find_device(gpu), lora_b_lr_ratio=1.0, weight_decay=0.0)
         runner = StepRunner(
-            LayerWalk(decoder, factors, plan, reference=False),
+            LayerWalk(decoder, lora, plan, reference=False),
             decoder,
-            factors,
+            lora,
             optimizer,
             LossScale(),
             Accelerator(),
@@ -187,6 +190,6 @@ def one_step(
         outcome = runner.run(1, batches, sum(len(batch.supervised) for batch in batches), 1e-4)
         assert outcome.applied
         decoder.close()
-        return factors.gradient.cpu(), torch.cuda.max_memory_reserved(gpu), changes
+        return lora.gradient.cpu(), torch.cuda.max_memory_reserved(gpu), changes
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, gpu)

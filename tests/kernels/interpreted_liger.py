@@ -73,9 +73,9 @@ def norm_case(liger: Liger, shape: tuple[int, ...], dtype: torch.dtype, offset: 
         y = rms_norm(leaf, weight, 1e-4, offset, kernels)
         y.backward(gradient)
         results.append((y.detach(), leaf.grad))
-    (y, dx), (found_y, found_dx) = results
+    (y, grad_input), (found_y, found_dx) = results
     assert torch.equal(gradient, before)
-    return {"y": distance(found_y, y), "dx": distance(found_dx, dx)}
+    return {"y": distance(found_y, y), "dx": distance(found_dx, grad_input)}
 
 
 def silu_case(liger: Liger, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.kernels.document_batches import put_together, take_apart
+from qlora_train.kernels.document_gather import gather_documents, scatter_documents
 from qlora_train.model.attention import DocumentLayout
 
 LENGTHS = {
@@ -37,11 +37,11 @@ def test_as_plain_indexing_does(lengths: list[int], dtype: torch.dtype) -> None:
     gradient = torch.randn(sum(lengths), 3, 5, generator=generator).to(dtype)
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
 
-    batches = take_apart(ours, layout.buckets, layout.inverse)
+    batches = gather_documents(ours, layout.buckets, layout.inverse)
     plain = [theirs[index] for index in layout.buckets]
     assert all(torch.equal(a, b) for a, b in zip(batches, plain, strict=True))
 
-    result = put_together(scaled(batches, layout), layout.buckets, layout.inverse)
+    result = scatter_documents(scaled(batches, layout), layout.buckets, layout.inverse)
     rows = [batch.flatten(0, 1) for batch in scaled(tuple(plain), layout)]
     expected = torch.cat(rows)[layout.inverse]
     assert torch.equal(result, expected)
@@ -59,7 +59,7 @@ def test_what_padded_places_hold_is_dropped_and_gets_no_gradient() -> None:
     flat[layout.inverse] = 1.0
     sizes = [batch.shape[0] * batch.shape[1] for batch in filled]
     parts = [p.view(b.shape).requires_grad_() for p, b in zip(flat.split(sizes), filled, strict=True)]
-    result = put_together(parts, layout.buckets, layout.inverse)
+    result = scatter_documents(parts, layout.buckets, layout.inverse)
     assert torch.equal(result, torch.ones(20, 1, 1))
     gradients = torch.autograd.grad(result, parts, torch.ones_like(result))
     assert sum(float(g.sum()) for g in gradients) == 20
@@ -68,6 +68,6 @@ def test_what_padded_places_hold_is_dropped_and_gets_no_gradient() -> None:
 def test_equal_unpadded_documents_are_views() -> None:
     layout = DocumentLayout.of(np.array([0, 32, 64]), "cpu")
     x = torch.randn(64, 2, 4)
-    (batch,) = take_apart(x, layout.buckets, layout.inverse)
+    (batch,) = gather_documents(x, layout.buckets, layout.inverse)
     assert batch.data_ptr() == x.data_ptr()
-    assert put_together([batch], layout.buckets, layout.inverse).data_ptr() == x.data_ptr()
+    assert scatter_documents([batch], layout.buckets, layout.inverse).data_ptr() == x.data_ptr()

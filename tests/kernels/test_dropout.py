@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.kernels.dropout import TokenKeys, dropout, keep_mask
+from qlora_train.kernels.dropout import DropoutKeys, dropout, keep_mask
 
 NUM_ROWS, LENGTH, NUM_FEATURES = 8, 64, 256
 
 
-def keys(seed: int = 0, step: int = 1, rows: range = range(NUM_ROWS)) -> TokenKeys:
+def keys(seed: int = 0, step: int = 1, rows: range = range(NUM_ROWS)) -> DropoutKeys:
     row_ids = torch.tensor(list(rows)).repeat_interleave(LENGTH)
-    return TokenKeys(seed, step, row_ids, torch.arange(LENGTH).repeat(len(rows)))
+    return DropoutKeys(seed, step, row_ids, torch.arange(LENGTH).repeat(len(rows)))
 
 
 def mask(probability: float = 0.5, module: int = 0, **identity) -> Tensor:
@@ -29,7 +29,7 @@ def test_the_mask_does_not_depend_on_the_split() -> None:
 
 def test_the_mask_does_not_depend_on_the_order() -> None:
     order = torch.randperm(NUM_ROWS * LENGTH, generator=torch.Generator().manual_seed(0))
-    shuffled = TokenKeys(0, 1, keys().rows[order], keys().offsets[order])
+    shuffled = DropoutKeys(0, 1, keys().rows[order], keys().offsets[order])
     assert torch.equal(keep_mask(shuffled, 0, NUM_FEATURES, 0.5), mask()[order])
 
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from qlora_train.kernels.triton_probe import add_one
-from qlora_train.kernels.unpack_4bit import LAUNCH_OPTIONS, unpack_4bit_kernel
+from qlora_train.quant.dequantize_4bit import LAUNCH_OPTIONS, dequantize_4bit_kernel
 
 CAPABILITIES = [75, 80, 86, 89, 90, 120]
 ROWS = {"W_row_stride": 1, "RSTD_row_stride": 1, "elementwise_affine": True, "BLOCK_SIZE": 4096}
@@ -41,12 +41,12 @@ def compiled(kernel, capability: int, types: dict[str, str], constants: dict, **
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def unpack(capability: int, out: str, nested: bool = True, wide: bool = False) -> CompiledKernel:
+def dequantize(capability: int, out: str, nested: bool = True, wide: bool = False) -> CompiledKernel:
     scales = ("code", "nested_code", "nested_absmax", "nested_offset")
     types = {"data": "*u8", "absmax": "*u8" if nested else "*fp32"} | dict.fromkeys(scales, "*fp32")
     types |= {"out": out} | dict.fromkeys(("start", "stop", "num_bytes"), "i64" if wide else "i32")
     constants = {"BLOCK_SIZE": 64, "NESTED": nested, "WIDE": wide}
-    return compiled(unpack_4bit_kernel, capability, types, constants, **LAUNCH_OPTIONS)
+    return compiled(dequantize_4bit_kernel, capability, types, constants, **LAUNCH_OPTIONS)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -56,8 +56,8 @@ def test_the_probe_compiles(capability) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("out", ["*bf16", "*fp16", "*fp32"])
-def test_unpack_4bit_compiles(capability, out) -> None:
-    asm = unpack(capability, out).asm
+def test_dequantize_4bit_compiles(capability, out) -> None:
+    asm = dequantize(capability, out).asm
     assert len(asm["cubin"]) > 0
     # absmax = code * scale + offset, each operation rounded: as bitsandbytes does it
     assert "fma" not in asm["ptx"]
@@ -71,7 +71,7 @@ def test_unpack_4bit_compiles(capability, out) -> None:
 
 @pytest.mark.parametrize(("nested", "wide"), [(False, False), (False, True), (True, True)])
 def test_other_layouts_compile(nested, wide) -> None:
-    asm = unpack(80, "*bf16", nested, wide).asm
+    asm = dequantize(80, "*bf16", nested, wide).asm
     assert len(asm["cubin"]) > 0 and "st.global.v4" in asm["ptx"]
 
 

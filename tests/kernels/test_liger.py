@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from qlora_train.device.description import CPU, planned_gpu
+from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.device.description import planned_gpu
 from qlora_train.kernels.liger import liger_for, usable_liger
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
@@ -48,10 +49,10 @@ def test_used_where_it_can_be() -> None:
 
 
 def test_the_description_of_the_device_decides() -> None:
-    gpu = planned_gpu("RTX 3060", None)
-    assert liger_for(CPU) is None and liger_for(replace(gpu, has_liger=False)) is None
+    gpu = replace(planned_gpu("RTX 3060", None), index=0)
+    assert liger_for(THE_CPU) is None and liger_for(ComputeDevice(replace(gpu, has_liger=False))) is None
     is_installed = find_spec("liger_kernel") is not None and find_spec("triton") is not None
-    assert (liger_for(replace(gpu, has_liger=True)) is not None) == is_installed
+    assert (liger_for(ComputeDevice(replace(gpu, has_liger=True))) is not None) == is_installed
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ given and attends by the definition. What the kernel itself computes is for test
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from qlora_train.device.description import CPU, DeviceDescription, Varlen
 from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_for, what_works
 from qlora_train.kernels.varlen_attention import _plain as plain_attention
 from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
-from qlora_train.train.walk import LayerWalk
+from qlora_train.walk.layer_walk import LayerWalk
 
 TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)
 LENGTHS = [5, 1, 12, 3, 17]
@@ -185,10 +186,10 @@ def test_a_walk_asks_it_once_per_layer_and_pass_but_not_in_reference_mode(tmp_pa
     tokens = packed_row([9, 20, 4, 15])
     losses = []
     for reference in (False, True):
-        decoder, factors = load_tiny(folder, dtype=torch.bfloat16)
+        decoder, lora = load_tiny(folder, dtype=torch.bfloat16)
         recorder = Recorder()
-        decoder.attention_kernels = kernels(recorder)
-        walk = LayerWalk(decoder, factors, resident_plan(*["recompute"] * 3), reference=reference)
+        decoder.run_with(replace(decoder.kernels, attention=kernels(recorder)))
+        walk = LayerWalk(decoder, lora, resident_plan(*["recompute"] * 3), reference=reference)
         losses.append(walk.accumulate([tokens], seed=0, step=0, num_supervised=30).item())
         expected = {"max_q": 20, "max_k": 20, "scale": 0.25, "window_size": (7, 0), "gqa": True}
         assert recorder.calls == ([] if reference else [expected] * 6)

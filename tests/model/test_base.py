@@ -16,17 +16,17 @@ from torch import Tensor
 
 from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.errors import BaseModelError, UnsupportedModelError
-from qlora_train.memory.load import load_base
 from qlora_train.model.base import read_config
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.quantize import Packing
+from qlora_train.quant.formats import Quantization
+from qlora_train.weights.load import load_base
 
-NF4 = Packing("nf4", double_quant=True)
+NF4 = Quantization("nf4", double_quant=True)
 UP = "model.layers.1.mlp.up_proj"
 
 
-def load(folder: Path, packing: Packing = NF4, dtype: torch.dtype = torch.float32) -> FrozenDecoder:
-    return load_base(folder, packing, dtype, CPU)
+def load(folder: Path, quantization: Quantization = NF4, dtype: torch.dtype = torch.float32) -> FrozenDecoder:
+    return load_base(folder, quantization, dtype, CPU)
 
 
 def rewrite(folder: Path, change) -> dict[str, Tensor]:
@@ -48,10 +48,10 @@ def replaced(name: str, value: Tensor):
 def test_every_weight_arrives(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "qwen2")
     tensors = load_file(folder / "model.safetensors")
-    decoder = load(folder, Packing("none"), torch.bfloat16)
+    decoder = load(folder, Quantization("none"), torch.bfloat16)
     assert len(decoder.linears) == 21
     for name, linear in decoder.linears.items():
-        weight = linear.source.unpack(name, torch.bfloat16)
+        weight = linear.source.dequantize(name, torch.bfloat16)
         assert torch.equal(weight, tensors[f"{name}.weight"].bfloat16()), name
         bias = tensors.get(f"{name}.bias")
         assert (linear.bias is None) == (bias is None)
@@ -103,8 +103,8 @@ def test_names_without_the_models_prefix_are_found(tmp_path: Path) -> None:
     rewrite(folder, lambda tensors: {n.removeprefix("model."): t for n, t in tensors.items()})
     decoder = load(folder)
     for name, linear in decoder.linears.items():
-        theirs = expected.linears[name].source.unpack(name, torch.float32)
-        assert torch.equal(linear.source.unpack(name, torch.float32), theirs)
+        theirs = expected.linears[name].source.dequantize(name, torch.float32)
+        assert torch.equal(linear.source.dequantize(name, torch.float32), theirs)
     assert torch.equal(decoder.norm.weight, expected.norm.weight)
 
 
@@ -144,21 +144,21 @@ def test_a_family_that_is_no_causal_decoder(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def pack_with_bitsandbytes(folder: Path, packing: Packing) -> None:
+def quantize_with_bitsandbytes(folder: Path, quantization: Quantization) -> None:
     """Replace every linear of the layers by what bitsandbytes saves for it."""
 
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name in [n for n in tensors if n.endswith("_proj.weight")]:
             weight = tensors.pop(name)
-            if packing.format == "int8":
+            if quantization.format == "int8":
                 codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
                 tensors |= {name: codes, name.replace("weight", "SCB"): scales}
                 continue
             data, state = bnb.quantize_4bit(
                 weight,
-                blocksize=packing.block_size,
-                quant_type=packing.format,
-                compress_statistics=packing.double_quant,
+                blocksize=quantization.block_size,
+                quant_type=quantization.format,
+                compress_statistics=quantization.double_quant,
             )
             tensors[name] = data
             tensors |= {f"{name}.{k}": v.contiguous() for k, v in state.as_dict(packed=True).items()}
@@ -168,18 +168,20 @@ def pack_with_bitsandbytes(folder: Path, packing: Packing) -> None:
 
 
 @pytest.mark.parametrize(
-    "packing", [NF4, Packing("fp4"), Packing("nf4", False, 128), Packing("int8")], ids=lambda p: p.format
+    "quantization",
+    [NF4, Quantization("fp4"), Quantization("nf4", False, 128), Quantization("int8")],
+    ids=lambda p: p.format,
 )
-def test_packed_checkpoints_load_as_they_are(tmp_path: Path, packing: Packing) -> None:
+def test_quantized_checkpoints_load_as_they_are(tmp_path: Path, quantization: Quantization) -> None:
     folder = write_checkpoint(tmp_path, "llama", intermediate_size=128)
-    expected = None if packing.block_size != 64 else load(folder, packing)
-    pack_with_bitsandbytes(folder, packing)
-    decoder = load(folder, packing)
+    expected = None if quantization.block_size != 64 else load(folder, quantization)
+    quantize_with_bitsandbytes(folder, quantization)
+    decoder = load(folder, quantization)
     for name, linear in decoder.linears.items():
-        weight = linear.source.packed[name]
-        assert weight.packing == packing
+        weight = linear.source.quantized[name]
+        assert weight.quantization == quantization
         if expected is not None:
-            for key, tensor in expected.linears[name].source.packed[name].tensors.items():
+            for key, tensor in expected.linears[name].source.quantized[name].tensors.items():
                 assert torch.equal(weight.tensors[key], tensor), f"{name} {key}"
 
 
@@ -188,29 +190,29 @@ def test_packed_checkpoints_load_as_they_are(tmp_path: Path, packing: Packing) -
     [
         (
             NF4,
-            Packing("nf4"),
-            "packed as nf4 with double quantisation, block size 64, the recipe asks for nf4, block",
+            Quantization("nf4"),
+            "quantized as nf4 with double quantization, block size 64, the recipe asks for nf4, block",
         ),
         (
-            Packing("fp4"),
+            Quantization("fp4"),
             NF4,
-            "packed as fp4, block size 64, the recipe asks for nf4 with double quantisation",
+            "quantized as fp4, block size 64, the recipe asks for nf4 with double quantization",
         ),
-        (Packing("int8"), Packing("none"), "packed as int8, the recipe asks for none"),
+        (Quantization("int8"), Quantization("none"), "quantized as int8, the recipe asks for none"),
     ],
 )
-def test_a_packed_checkpoint_must_be_packed_as_the_recipe_says(
-    tmp_path: Path, found: Packing, asked: Packing, words: str
+def test_a_quantized_checkpoint_must_be_quantized_as_the_recipe_says(
+    tmp_path: Path, found: Quantization, asked: Quantization, words: str
 ) -> None:
     folder = write_checkpoint(tmp_path, "llama", intermediate_size=128)
-    pack_with_bitsandbytes(folder, found)
+    quantize_with_bitsandbytes(folder, found)
     with pytest.raises(BaseModelError, match=words):
         load(folder, asked)
 
 
-def test_a_packed_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llama", intermediate_size=128)
-    pack_with_bitsandbytes(folder, NF4)
+    quantize_with_bitsandbytes(folder, NF4)
     config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 192}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
@@ -226,15 +228,15 @@ from pathlib import Path
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from qlora_train.device.compute import THE_CPU
-from qlora_train.memory.load import load_base
-from qlora_train.model.quantize import Packing
+from qlora_train.weights.load import load_base
+from qlora_train.quant.formats import Quantization
 
 def high_water_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 before = high_water_bytes()
-decoder = load_base(Path(sys.argv[1]), Packing("nf4", double_quant=True), torch.bfloat16, THE_CPU)
+decoder = load_base(Path(sys.argv[1]), Quantization("nf4", double_quant=True), torch.bfloat16, THE_CPU)
 grown = high_water_bytes() - before
 source = next(iter(decoder.linears.values())).source
 plain = {p.data_ptr(): p.nbytes for p in [decoder.embedding.weight, decoder.head.weight]}
@@ -244,7 +246,7 @@ print(grown, source.num_bytes + sum(plain.values()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_memory_while_loading(tmp_path: Path) -> None:
-    """106M parameters, 423 MB in fp32: at most the packed size + 256 MB on top of the imports."""
+    """106M parameters, 423 MB in fp32: at most the quantized size + 256 MB on top of the imports."""
     folder = write_checkpoint(tmp_path, num_hidden_layers=1, vocab_size=96)
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_size": 2048, "intermediate_size": 7168, "num_hidden_layers": 2, "head_dim": 128}

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from qlora_train.device.description import MAX_LIGER_COLUMNS
-from qlora_train.kernels.dropout import TokenKeys
+from qlora_train.kernels.dropout import DropoutKeys
 from qlora_train.kernels.liger import Liger
-from qlora_train.model.factors import FactorBuffers
 from qlora_train.model.fused import FusedMlp, FusedNorm, fuse_mlps, fuse_norms
 from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.lora_parameters import LoraParameters
 
 SHAPES = [(1, 3, 5, 1), (7, 6, 11, 2), (33, 48, 80, 4)]  # T, D, I, R
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -29,7 +29,7 @@ class Weights:
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.weights = weights
 
-    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.weights[name]
 
 
@@ -76,26 +76,26 @@ class Case:
         self.plain = PlainMlp(shape, dtype, activation, bias)
         self.fused = FusedMlp(self.plain)
         linears = {name: getattr(self.plain, name) for name in targets}
-        self.factors = None
+        self.lora = None
         if linears:
             options: dict[str, Any] = {"rank": rank, "scaling": 0.75, "dropout": dropout, "seed": 0}
-            self.factors = FactorBuffers(linears, dtype=dtype, device="cpu", **options)
-            self.factors.masters.normal_(generator=generator)
-            self.factors.refresh_working()
+            self.lora = LoraParameters(linears, dtype=dtype, device="cpu", **options)
+            self.lora.masters.normal_(generator=generator)
+            self.lora.refresh_working()
             rows = torch.zeros(num_tokens, dtype=torch.int64)
-            self.factors.dropout_context.tokens = TokenKeys(3, 5, rows, torch.arange(num_tokens))
+            self.lora.dropout_context.tokens = DropoutKeys(3, 5, rows, torch.arange(num_tokens))
         self.x, self.direction = (
             torch.randn(1, num_tokens, hidden, generator=generator).to(dtype) for _ in range(2)
         )
 
     def run(self, mlp: nn.Module, *, x_needs_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """(y, dL/dx, flat gradient of the factors)."""
-        if self.factors is not None:
-            self.factors.gradient.zero_()
+        if self.lora is not None:
+            self.lora.gradient.zero_()
         x = self.x.clone().requires_grad_(x_needs_gradient)
         y = mlp(x)
         y.backward(self.direction)
-        gradient = torch.zeros(1) if self.factors is None else self.factors.gradient.clone()
+        gradient = torch.zeros(1) if self.lora is None else self.lora.gradient.clone()
         return y.detach(), torch.zeros(1) if x.grad is None else x.grad, gradient
 
     def check(self) -> None:
@@ -131,7 +131,7 @@ def test_an_input_that_needs_no_gradient() -> None:
 def test_skipping_the_value_changes_no_gradient() -> None:
     case = Case(dropout=0.2)
     y, *expected = case.run(case.fused)
-    case.fused.down_proj.skips_value = True
+    case.fused.down_proj.skip_output = True
     skipped, *found = case.run(case.fused)
     assert not torch.equal(y, skipped) and not skipped.any()
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_train.kernels.dropout import TokenKeys, dropout
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.kernels.dropout import DropoutKeys, dropout
 from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.lora_parameters import LoraParameters
 
 SHAPES = [(1, 6, 3, 1), (7, 5, 3, 2), (33, 48, 17, 4), (2, 130, 65, 8)]  # T, in, out, R
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -23,7 +23,7 @@ class OneWeight:
         self.weight = weight
         self.num_asked = 0
 
-    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         self.num_asked += 1
         return self.weight.to(dtype).clone()
 
@@ -41,7 +41,7 @@ class Case:
         self.linear.source = self.source
         if bias:
             self.linear.bias = nn.Parameter(randn(num_out).to(dtype), requires_grad=False)
-        self.factors = FactorBuffers(
+        self.lora = LoraParameters(
             {"layer.proj": self.linear},
             rank=rank,
             scaling=SCALING,
@@ -50,28 +50,28 @@ class Case:
             dtype=dtype,
             device="cpu",
         )
-        self.factors.masters.copy_(randn(len(self.factors.masters)))
-        self.factors.refresh_working()
+        self.lora.masters.copy_(randn(len(self.lora.masters)))
+        self.lora.refresh_working()
         rows = torch.zeros(self.num_tokens, dtype=torch.int64)
-        self.keys = TokenKeys(seed=3, step=5, rows=rows, offsets=torch.arange(self.num_tokens))
-        self.factors.dropout_context.tokens = self.keys
+        self.keys = DropoutKeys(seed=3, step=5, rows=rows, offsets=torch.arange(self.num_tokens))
+        self.lora.dropout_context.tokens = self.keys
         self.x = randn(1, self.num_tokens, num_in).to(dtype)
         self.direction = randn(1, self.num_tokens, num_out).to(dtype)
 
     def run(self, reference: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(y, dL/dx, flat gradient) by one of the linear's two paths."""
-        self.factors.gradient.zero_()
+        self.lora.gradient.zero_()
         self.linear.use_autograd = reference
         x = self.x.clone().requires_grad_()
         y = self.linear(x)
         y.backward(self.direction)
         if reference:
-            self.linear.factors.collect_autograd()
-        return y.detach(), x.grad, self.factors.gradient.clone()
+            self.linear.lora.collect_autograd()
+        return y.detach(), x.grad, self.lora.gradient.clone()
 
     def formula(self, p: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(y, dx, dA, dB) in fp64 with plain autograd."""
-        (a, b) = (t.double().requires_grad_() for t in self.factors.views(self.factors.working)["layer.proj"])
+        (a, b) = (t.double().requires_grad_() for t in self.lora.views(self.lora.working)["layer.proj"])
         x = self.x.double().requires_grad_()
         bias = None if self.linear.bias is None else self.linear.bias.double()
         branch = dropout(x, self.keys, 0, p) if p else x
@@ -90,13 +90,13 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("p", [0.0, DROPOUT])
 def test_output_and_every_gradient(shape, dtype, bias, p) -> None:
     case = Case(shape, dtype, bias, p)
-    y, dx, da, db = case.formula(p)
+    y, grad_input, da, db = case.formula(p)
     for reference in (False, True):
         case.source.num_asked = 0
         ours_y, ours_dx, flat = case.run(reference)
-        ours_a, ours_b = case.factors.views(flat)["layer.proj"]
+        ours_a, ours_b = case.lora.views(flat)["layer.proj"]
         assert ours_y.dtype == ours_dx.dtype == dtype and flat.dtype == torch.float32
-        for ours, expected in ((ours_y, y), (ours_dx, dx), (ours_a, da), (ours_b, db)):
+        for ours, expected in ((ours_y, y), (ours_dx, grad_input), (ours_a, da), (ours_b, db)):
             assert relative(ours, expected) <= TOLERANCES[dtype], reference
         assert case.source.num_asked == (1 if reference else 2)  # fused: asked again in backward
 
@@ -106,8 +106,8 @@ def test_micro_batches_add_up_in_fp32() -> None:
     _, _, once = case.run(reference=False)
     x = case.x.clone().requires_grad_()
     case.linear(x).backward(case.direction)  # a second time, on top
-    assert torch.equal(case.factors.gradient, 2 * once)
-    assert case.linear.factors.A.grad is None and case.linear.factors.B.grad is None
+    assert torch.equal(case.lora.gradient, 2 * once)
+    assert case.linear.lora.A.grad is None and case.linear.lora.B.grad is None
 
 
 def saved_tensors(linear: FrozenLinear, x: Tensor) -> list[Tensor]:
@@ -149,17 +149,17 @@ def test_without_factors_nothing_is_saved() -> None:
 def test_the_first_layer_needs_no_input_gradient() -> None:
     case = Case(SHAPES[2], torch.float32, False, 0.0)
     _, _, expected = case.run(reference=False)
-    case.factors.gradient.zero_()
+    case.lora.gradient.zero_()
     case.source.num_asked = 0
     case.linear(case.x).backward(case.direction)  # x is no leaf that wants a gradient
-    assert torch.equal(case.factors.gradient, expected)
+    assert torch.equal(case.lora.gradient, expected)
     assert case.source.num_asked == 1
 
 
 def test_nothing_is_dropped_in_evaluation() -> None:
     case = Case(SHAPES[2], torch.float32, False, DROPOUT)
     y_without_dropout = case.formula(0.0)[0]
-    case.factors.dropout_context.tokens = None
+    case.lora.dropout_context.tokens = None
     for case.linear.use_autograd in (False, True):
         assert relative(case.linear(case.x).detach(), y_without_dropout) <= 1e-5
 
@@ -167,11 +167,11 @@ def test_nothing_is_dropped_in_evaluation() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_skipped_value_is_zero_and_changes_no_gradient(p: float) -> None:
     case = Case((7, 12, 20, 3), torch.float32, bias=True, p=p)
-    _, dx, gradient = case.run(reference=False)
+    _, grad_input, gradient = case.run(reference=False)
     num_asked = case.source.num_asked
-    case.factors.gradient.zero_()
-    case.linear.skips_value = True
+    case.lora.gradient.zero_()
+    case.linear.skip_output = True
     y, skipped_dx, skipped_gradient = case.run(reference=False)
     assert y.count_nonzero() == 0 and y.shape == (1, 7, 20)
-    assert torch.equal(skipped_dx, dx) and torch.equal(skipped_gradient, gradient)
+    assert torch.equal(skipped_dx, grad_input) and torch.equal(skipped_gradient, gradient)
     assert case.source.num_asked == num_asked + 1  # for dx only

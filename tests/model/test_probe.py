@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model import probe as probe_module
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.linear import LoraFactors
+from qlora_train.model.linear import LinearLora
 from qlora_train.model.probe import WINDOW, probe, tiny_config
 from qlora_train.model.rope_lengths import refuse_length_dependent_rope
 
@@ -57,12 +57,12 @@ def test_the_config_itself_is_left_alone() -> None:
 def test_families_beyond_the_tested_list_are_measured_too(family: str) -> None:
     found = probe(config_of(family, head_dim=16) if family != "starcoder2" else config_of(family))
     # Where a norm follows the MLP, its gradient needs the MLP's value.
-    assert found.tail_name == ("mlp.c_proj" if family == "starcoder2" else None)
+    assert found.skippable_linear == ("mlp.c_proj" if family == "starcoder2" else None)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma", "granite", "cohere"])
 def test_the_tail_is_found_where_it_goes_straight_into_the_residual_sum(family: str) -> None:
-    assert probe(config_of(family)).tail_name == "mlp.down_proj"
+    assert probe(config_of(family)).skippable_linear == "mlp.down_proj"
 
 
 def test_the_global_random_state_is_not_needed() -> None:
@@ -80,18 +80,18 @@ def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(self: LoraFactors, gradient_a: torch.Tensor, gradient_b: torch.Tensor) -> None:
+    def add(self: LinearLora, gradient_a: torch.Tensor, gradient_b: torch.Tensor) -> None:
         self.gradient_a.add_(gradient_a)
         self.gradient_b.add_(1.001 * gradient_b)
 
-    monkeypatch.setattr(LoraFactors, "add_gradients", add)
+    monkeypatch.setattr(LinearLora, "add_gradients", add)
 
 
 def nan_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(self: LoraFactors, gradient_a: torch.Tensor, gradient_b: torch.Tensor) -> None:
+    def add(self: LinearLora, gradient_a: torch.Tensor, gradient_b: torch.Tensor) -> None:
         self.gradient_a.fill_(float("nan"))
 
-    monkeypatch.setattr(LoraFactors, "add_gradients", add)
+    monkeypatch.setattr(LinearLora, "add_gradients", add)
 
 
 @pytest.mark.parametrize(

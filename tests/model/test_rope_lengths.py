@@ -10,10 +10,10 @@ from tiny_models import random_model, tiny_config
 
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UnsupportedModelError
-from qlora_train.infer.decoding import Sampling, generate_tokens
-from qlora_train.memory.load import load_base
-from qlora_train.model.quantize import Packing
+from qlora_train.generate.decoding import Sampling, generate_tokens
 from qlora_train.model.rope_lengths import batches_by_table
+from qlora_train.quant.formats import Quantization
+from qlora_train.weights.load import load_base
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -46,7 +46,7 @@ def test_each_prompt_is_answered_as_alone(tmp_path: Path) -> None:
     """By the library too, whose table follows the longest sequence of a call."""
     model = random_model(phi3())
     model.save_pretrained(tmp_path)
-    decoder = load_base(tmp_path, Packing("none"), torch.float32, THE_CPU)
+    decoder = load_base(tmp_path, Quantization("none"), torch.float32, THE_CPU)
     prompts = [list(range(5, 27)), [7, 9, 8], list(range(30, 49))]
     together = generate_tokens(decoder, prompts, Sampling(6), frozenset())
     for prompt, answer in zip(prompts, together, strict=True):

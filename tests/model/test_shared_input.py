@@ -12,9 +12,9 @@ from tiny_models import FAMILIES, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qlora_train.kernels.dropout import TokenKeys
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.kernels.dropout import DropoutKeys
 from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.shared_input import QKV, SharedLinear, fuse_qkv
 
 SHAPES = [(1, 3, (5, 2, 2), 1), (7, 6, (11, 4, 4), 2), (33, 48, (80, 16, 24), 4)]  # T, D, widths, R
@@ -25,10 +25,10 @@ class CountingWeights:
     """Hands weights out, and counts how often."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
-        self.weights, self.num_unpacked = weights, 0
+        self.weights, self.num_dequantized = weights, 0
 
-    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
-        self.num_unpacked += 1
+    def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
+        self.num_dequantized += 1
         return self.weights[name]
 
 
@@ -58,15 +58,15 @@ class Case:
             linears[name].source = self.source  # type: ignore[assignment]  # all that is used of a source
             if bias:
                 linears[name].bias = nn.Parameter(random(width), requires_grad=False)
-        self.factors = None
+        self.lora = None
         if targets:
             options: dict[str, Any] = {"rank": rank, "scaling": 0.75, "dropout": dropout, "seed": 0}
             chosen = {name: linears[name] for name in targets}
-            self.factors = FactorBuffers(chosen, dtype=dtype, device="cpu", **options)
-            self.factors.masters.normal_(generator=generator)
-            self.factors.refresh_working()
+            self.lora = LoraParameters(chosen, dtype=dtype, device="cpu", **options)
+            self.lora.masters.normal_(generator=generator)
+            self.lora.refresh_working()
             rows = torch.zeros(num_tokens, dtype=torch.int64)
-            self.factors.dropout_context.tokens = TokenKeys(3, 5, rows, torch.arange(num_tokens))
+            self.lora.dropout_context.tokens = DropoutKeys(3, 5, rows, torch.arange(num_tokens))
         self.plain = SimpleNamespace(**linears)
         self.fused = SimpleNamespace(**linears)
         fuse_qkv([SimpleNamespace(self_attn=self.fused)])  # type: ignore[list-item]
@@ -75,13 +75,13 @@ class Case:
 
     def run(self, attention: Any, *, needs_dx: bool = True, order: tuple[str, ...] = QKV) -> list[Tensor]:
         """The three outputs, dL/dx, the flat gradient of the factors."""
-        if self.factors is not None:
-            self.factors.gradient.zero_()
+        if self.lora is not None:
+            self.lora.gradient.zero_()
         x = self.x.clone().requires_grad_(needs_dx)
         called = {name: getattr(attention, name)(x) for name in order}
         ys = [called[name] for name in QKV]
         torch.autograd.backward(ys, self.directions)
-        gradient = torch.zeros(1) if self.factors is None else self.factors.gradient.clone()
+        gradient = torch.zeros(1) if self.lora is None else self.lora.gradient.clone()
         return [*(y.detach() for y in ys), torch.zeros(1) if x.grad is None else x.grad, gradient]
 
     def check(self, **options: Any) -> None:
@@ -113,10 +113,10 @@ def test_in_any_order_of_calls(order: tuple[str, ...]) -> None:
     Case(bias=True).check(order=order)
 
 
-def test_each_weight_is_unpacked_once_on_each_way() -> None:
+def test_each_weight_is_dequantized_once_on_each_way() -> None:
     case = Case()
     case.run(case.fused)
-    assert case.source.num_unpacked == 6
+    assert case.source.num_dequantized == 6
 
 
 def test_what_is_saved() -> None:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_train.device.compute import THE_CPU
-from qlora_train.kernels.dropout import TokenKeys
-from qlora_train.memory.meter import DeviceMeter
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.device.memory_tracker import MemoryTracker
+from qlora_train.kernels.dropout import DropoutKeys
 from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.tiled_mlp import TiledMlp
 
 NUM_TOKENS, WIDTH, INNER = 23, 12, 31
@@ -30,7 +30,7 @@ class Weights:
         }
         self.asked: list[str] = []
 
-    def unpack(self, name: str, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         self.asked.append(name)
         return self.weights[name].to(dtype)
 
@@ -72,7 +72,7 @@ class Case:
         self.linears = list(linears.values())
         for linear in self.linears:
             linear.use_autograd = use_autograd
-        self.factors = FactorBuffers(
+        self.lora = LoraParameters(
             {name: linears[name] for name in targets},
             rank=3,
             scaling=0.5,
@@ -81,29 +81,29 @@ class Case:
             dtype=torch.float32,
             device="cpu",
         )
-        self.factors.masters.copy_(0.3 * randn(len(self.factors.masters)))
+        self.lora.masters.copy_(0.3 * randn(len(self.lora.masters)))
         rows = torch.arange(NUM_TOKENS) // 9
-        self.keys = TokenKeys(3, 5, rows, torch.arange(NUM_TOKENS) % 9)
-        self.factors.dropout_context.tokens = self.keys if dropout else None
-        self.tiled = TiledMlp(self.mlp, self.factors.dropout_context, linears["down"] if with_tail else None)
+        self.keys = DropoutKeys(3, 5, rows, torch.arange(NUM_TOKENS) % 9)
+        self.lora.dropout_context.tokens = self.keys if dropout else None
+        self.tiled = TiledMlp(self.mlp, self.lora.dropout_context, linears["down"] if with_tail else None)
         self.x, self.direction = randn(1, NUM_TOKENS, WIDTH), randn(1, NUM_TOKENS, WIDTH)
 
     def run(
         self, tile_tokens: int | None, *, needs_dx: bool = True, skips: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(y, dx, flat gradient)"""
-        self.tiled.tile_tokens, self.tiled.skips_value = tile_tokens, skips
-        self.factors.gradient.zero_()
+        self.tiled.tile_tokens, self.tiled.skip_output = tile_tokens, skips
+        self.lora.gradient.zero_()
         x = self.x.clone().requires_grad_(needs_dx)
         y = self.tiled(x)
-        keys = self.factors.dropout_context.tokens
-        self.factors.dropout_context.tokens = None  # backward has the forward's keys
+        keys = self.lora.dropout_context.tokens
+        self.lora.dropout_context.tokens = None  # backward has the forward's keys
         y.backward(self.direction)
-        self.factors.dropout_context.tokens = keys
+        self.lora.dropout_context.tokens = keys
         for linear in self.linears:
-            if linear.factors is not None:
-                linear.factors.collect_autograd()
-        return y.detach(), x.grad, self.factors.gradient.clone()
+            if linear.lora is not None:
+                linear.lora.collect_autograd()
+        return y.detach(), x.grad, self.lora.gradient.clone()
 
 
 def assert_close(ours: Tensor | None, expected: Tensor | None) -> None:
@@ -141,8 +141,8 @@ def test_factors_on_some_linears(targets: list[str], needs_dx: bool, use_autogra
 
 def test_an_mlp_without_factors() -> None:
     case = Case(targets=["down"])
-    case.mlp.down.factors = None
-    tiled = TiledMlp(case.mlp, case.factors.dropout_context, case.mlp.down)
+    case.mlp.down.lora = None
+    tiled = TiledMlp(case.mlp, case.lora.dropout_context, case.mlp.down)
     gradients = []
     for tiled.tile_tokens in (None, 5):
         x = case.x.clone().requires_grad_()
@@ -156,12 +156,14 @@ def test_an_mlp_without_factors() -> None:
 @pytest.mark.parametrize("tile_tokens", TILES)
 def test_a_skipped_value_changes_no_gradient(tile_tokens: int, needs_dx: bool, dropout: float) -> None:
     case = Case(dropout)
-    _, dx, gradient = case.run(tile_tokens, needs_dx=needs_dx)
+    _, grad_input, gradient = case.run(tile_tokens, needs_dx=needs_dx)
     case.mlp.num_tokens.clear()
     y, skipped_dx, skipped_gradient = case.run(tile_tokens, needs_dx=needs_dx, skips=True)
     assert y.shape == case.x.shape and y.count_nonzero() == 0
     assert torch.equal(skipped_gradient, gradient)
-    assert (dx is None and skipped_dx is None) if not needs_dx else torch.equal(skipped_dx, dx)
+    assert (
+        (grad_input is None and skipped_dx is None) if not needs_dx else torch.equal(skipped_dx, grad_input)
+    )
     assert len(case.mlp.num_tokens) == -(-NUM_TOKENS // tile_tokens)  # in backward only
     assert_close(case.run(None, needs_dx=needs_dx)[0], case.run(tile_tokens, needs_dx=needs_dx)[0])
 
@@ -174,7 +176,7 @@ def test_backward_leaves_out_the_tails_value_where_it_may(with_tail: bool) -> No
     # Once in forward, once for its input's gradient; and its value again if that may not be skipped.
     assert case.mlp.source.asked.count("down") == num_tiles * (2 if with_tail else 3)
     assert case.mlp.source.asked.count("gate") == num_tiles * 3
-    assert not case.mlp.down.skips_value
+    assert not case.mlp.down.skip_output
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_tokens_pass_a_tile_at_a_time(tile_tokens: int, sizes: list[int]) -> Non
 
 def test_dropout_keys_are_what_they_were_afterwards() -> None:
     case = Case(DROPOUT)
-    context = case.factors.dropout_context
+    context = case.lora.dropout_context
     case.run(5)
     assert context.tokens is case.keys
 
@@ -201,12 +203,12 @@ def test_dropout_keys_are_what_they_were_afterwards() -> None:
     case.mlp.forward = fail
     with pytest.raises(MemoryError):
         case.tiled(case.x)
-    assert context.tokens is case.keys and not case.mlp.down.skips_value
+    assert context.tokens is case.keys and not case.mlp.down.skip_output
 
 
 def test_nothing_is_dropped_in_evaluation() -> None:
     case, without = Case(DROPOUT), Case(0.0)
-    case.factors.dropout_context.tokens = None
+    case.lora.dropout_context.tokens = None
     assert torch.equal(case.run(5)[0], without.run(5)[0])
 
 
@@ -214,7 +216,7 @@ def test_micro_batches_add_up() -> None:
     case = Case()
     once = case.run(5)[2]
     case.tiled(case.x.clone().requires_grad_()).backward(case.direction)
-    assert_close(case.factors.gradient, 2 * once)
+    assert_close(case.lora.gradient, 2 * once)
 
 
 def test_tiles_of_a_reference_run_add_up_in_fp32() -> None:
@@ -222,8 +224,8 @@ def test_tiles_of_a_reference_run_add_up_in_fp32() -> None:
     case = Case(use_autograd=True)
     case.tiled.tile_tokens = 5
     case.tiled(case.x).backward(case.direction)
-    assert all(p.grad is None for linear in case.linears for p in linear.factors.parameters())
-    assert case.factors.gradient.count_nonzero() > 0.9 * case.factors.gradient.numel()
+    assert all(p.grad is None for linear in case.linears for p in linear.lora.parameters())
+    assert case.lora.gradient.count_nonzero() > 0.9 * case.lora.gradient.numel()
 
 
 @pytest.mark.parametrize("skips", [False, True])
@@ -231,9 +233,9 @@ def test_only_the_input_is_kept_and_one_tile_is_alive(skips: bool) -> None:
     def peaks(tile_tokens: int | None) -> tuple[int, int, int]:
         """Bytes: kept after forward besides y, and the peaks of forward and backward."""
         case = Case()
-        case.tiled.tile_tokens, case.tiled.skips_value = tile_tokens, skips
+        case.tiled.tile_tokens, case.tiled.skip_output = tile_tokens, skips
         x = case.x.clone().requires_grad_()
-        with DeviceMeter(THE_CPU) as meter:
+        with MemoryTracker(THE_CPU) as meter:
             y = case.tiled(x)
             kept, forward = meter.live_bytes - y.untyped_storage().nbytes(), meter.peak_bytes
             meter.reset_peak()

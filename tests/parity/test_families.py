@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_train.errors import UnsupportedModelError
-from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.probe import probe
-from qlora_train.model.quantize import Packing
 from qlora_train.model.rope_lengths import refuse_length_dependent_rope
-from qlora_train.train.walk import LayerWalk
+from qlora_train.quant.formats import Quantization
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.weights.execution_plan import ActivationPolicy
 
 # Windows are 8 tokens: 3x the window is 24. llama3's original maximum is 16: most documents are longer.
 LENGTHS = [25, 3, 40, 1, 16, 33]
@@ -56,10 +56,10 @@ def test_packed_logits_and_gradients_are_the_library_models_on_documents_alone(
     tmp_path: Path, family: str
 ) -> None:
     folder = write_checkpoint(tmp_path, family)
-    decoder, factors = load_tiny(folder, Packing("none"))
+    decoder, lora = load_tiny(folder, Quantization("none"))
     assert len(decoder.layers) == 3
     tokens = packed_row(LENGTHS)
-    model = library_model(folder, decoder, factors, torch.float32, attention="eager")
+    model = library_model(folder, decoder, lora, torch.float32, attention="eager")
 
     expected = each_document_alone(model, tokens)
     logits = walked_logits(decoder, tokens)
@@ -68,13 +68,13 @@ def test_packed_logits_and_gradients_are_the_library_models_on_documents_alone(
     num_supervised = len(tokens.supervised)
     loss_sum = F.cross_entropy(expected, tokens.labels, ignore_index=-100, reduction="sum")
     (loss_sum / num_supervised).backward()
-    policy = (Activation.RECOMPUTE, Activation.KEEP, Activation.RECOMPUTE)
+    policy = (ActivationPolicy.RECOMPUTE, ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE)
     for reference in (False, True):
-        factors.gradient.zero_()
-        walk = LayerWalk(decoder, factors, resident_plan(*policy), reference=reference)
+        lora.gradient.zero_()
+        walk = LayerWalk(decoder, lora, resident_plan(*policy), reference=reference)
         walked_loss = walk.accumulate([tokens], seed=0, step=1, num_supervised=num_supervised)
         torch.testing.assert_close(walked_loss, loss_sum.detach(), rtol=TOLERANCE, atol=0)
-        for name, (a, b) in factors.views(factors.gradient).items():
+        for name, (a, b) in lora.views(lora.gradient).items():
             linear = model.get_submodule(name)
             assert relative(a, linear.a.grad) <= TOLERANCE, f"{name} A, reference={reference}"
             assert relative(b, linear.b.grad) <= TOLERANCE, f"{name} B, reference={reference}"
@@ -87,8 +87,8 @@ def test_the_probe_accepts(family: str) -> None:
 
 def test_the_tests_own_yardstick_can_tell_documents_apart(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llama")
-    decoder, factors = load_tiny(folder, Packing("none"))
-    model = library_model(folder, decoder, factors, torch.float32, attention="eager")
+    decoder, lora = load_tiny(folder, Quantization("none"))
+    model = library_model(folder, decoder, lora, torch.float32, attention="eager")
     tokens = packed_row(LENGTHS)
     alone = each_document_alone(model, tokens)
     together = model(input_ids=tokens.token_ids, use_cache=False).logits[0]
@@ -102,8 +102,8 @@ def test_llama3_rope_scaling_is_at_work(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "scaled", "llama3-rope")
     plain = write_checkpoint(tmp_path / "plain", "llama")  # same seed, same shapes: the same weights
     tokens = packed_row(LENGTHS)
-    scaled_logits = walked_logits(load_tiny(folder, Packing("none"))[0], tokens)
-    plain_logits = walked_logits(load_tiny(plain, Packing("none"))[0], tokens)
+    scaled_logits = walked_logits(load_tiny(folder, Quantization("none"))[0], tokens)
+    plain_logits = walked_logits(load_tiny(plain, Quantization("none"))[0], tokens)
     assert (scaled_logits - plain_logits).abs().max() > 0.1
 
 
@@ -159,8 +159,8 @@ def test_other_rope_types_may_go_beyond_their_original_length() -> None:
 
 def test_longrope_within_its_original_length_equals_the_library(tmp_path: Path) -> None:
     random_model(longrope_config(64)).save_pretrained(tmp_path)
-    decoder, factors = load_tiny(tmp_path, Packing("none"))
-    model = library_model(tmp_path, decoder, factors, torch.float32, attention="eager")
+    decoder, lora = load_tiny(tmp_path, Quantization("none"))
+    model = library_model(tmp_path, decoder, lora, torch.float32, attention="eager")
     tokens = packed_row(LENGTHS)
     expected = each_document_alone(model, tokens).detach()
     assert (walked_logits(decoder, tokens) - expected).abs().max() <= TOLERANCE * expected.abs().max()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.documents import Document
-from qlora_train.memory.execution import Activation
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.train.walk import LayerWalk
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.weights.execution_plan import ActivationPolicy
 
 SPLITS: dict[str, list[tuple[int | None, ...]]] = {
     "4x1": [(4, 5, 6, 7)],
@@ -41,7 +41,7 @@ def dataset() -> PackedDataset:
 
 def gradients_of(
     decoder: FrozenDecoder,
-    factors: FactorBuffers,
+    lora: LoraParameters,
     groups: list[tuple[int | None, ...]],
     reference: bool,
     seed: int = 0,
@@ -49,10 +49,10 @@ def gradients_of(
     data = dataset()
     batches = [PackedTokens.from_host(data.micro_batch(group), "cpu") for group in groups]
     num_supervised = sum(data.num_supervised(group) for group in groups)
-    factors.gradient.zero_()
-    walk = LayerWalk(decoder, factors, resident_plan(*[Activation.RECOMPUTE] * 3), reference=reference)
+    lora.gradient.zero_()
+    walk = LayerWalk(decoder, lora, resident_plan(*[ActivationPolicy.RECOMPUTE] * 3), reference=reference)
     loss_sum = walk.accumulate(batches, seed=seed, step=3, num_supervised=num_supervised)
-    return loss_sum, factors.views(factors.gradient.clone())
+    return loss_sum, lora.views(lora.gradient.clone())
 
 
 def largest_difference(
@@ -71,9 +71,9 @@ def largest_difference(
 def test_any_split_gives_the_same_loss_and_gradients(
     tmp_path: Path, dtype: torch.dtype, tolerance: float, dropout: float, reference: bool
 ) -> None:
-    decoder, factors = load_tiny(write_checkpoint(tmp_path), dtype=dtype, dropout=dropout)
+    decoder, lora = load_tiny(write_checkpoint(tmp_path), dtype=dtype, dropout=dropout)
     results = {
-        name: gradients_of(decoder, factors, groups, reference) for name, groups in (SPLITS | PADDED).items()
+        name: gradients_of(decoder, lora, groups, reference) for name, groups in (SPLITS | PADDED).items()
     }
     loss, expected = results.pop("1x4")
     assert loss > 0 and all(part.norm() > 0 for pair in expected.values() for part in pair)
@@ -86,10 +86,10 @@ def test_dropout_is_at_work_and_depends_on_the_seed(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     groups = SPLITS["2x2"]
     _, plain = gradients_of(*load_tiny(folder), groups, reference=False)
-    decoder, factors = load_tiny(folder, dropout=0.1)
-    _, dropped = gradients_of(decoder, factors, groups, reference=False)
-    _, other_seed = gradients_of(decoder, factors, groups, reference=False, seed=1)
-    _, again = gradients_of(decoder, factors, groups, reference=False)
+    decoder, lora = load_tiny(folder, dropout=0.1)
+    _, dropped = gradients_of(decoder, lora, groups, reference=False)
+    _, other_seed = gradients_of(decoder, lora, groups, reference=False, seed=1)
+    _, again = gradients_of(decoder, lora, groups, reference=False)
     assert largest_difference(dropped, plain) > 0.05
     assert largest_difference(dropped, other_seed) > 0.05
     assert largest_difference(dropped, again) == 0.0

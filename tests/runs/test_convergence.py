@@ -34,19 +34,20 @@ from qlora_train.data.building import build_dataset
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.compute import THE_CPU as CPU
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place, everything_resident
-from qlora_train.memory.load import load_base
 from qlora_train.model.base import read_config
-from qlora_train.model.factors import FactorBuffers
-from qlora_train.model.linear import LoraFactors
+from qlora_train.model.linear import LinearLora
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.probe import ProbeResult, probe
-from qlora_train.model.quantize import Packing
+from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import bundled_recipes_dir, load_recipe
-from qlora_train.train.optimizer import FlatOptimizer
-from qlora_train.train.schedule import LossScale, learning_rate
-from qlora_train.train.step import StepRunner
-from qlora_train.train.walk import LayerWalk
+from qlora_train.train.schedule import learning_rate
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.walk.loss_scale import LossScale
+from qlora_train.walk.optimizer import FlatOptimizer
+from qlora_train.walk.step import StepRunner
+from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement, everything_resident
+from qlora_train.weights.load import load_base
 
 BASE = bundled_recipes_dir() / "quickstart" / "base"
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -55,7 +56,7 @@ NUM_LAYERS = 5
 TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (4e-2, 2.5e-1)}
 """Relative, of (loss, gradient norm)."""
 
-BY_DEFAULT = replace(everything_resident(NUM_LAYERS), hold_unpacked=True)
+BY_DEFAULT = replace(everything_resident(NUM_LAYERS), hold_dequantized=True)
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,23 @@ def plan(**changes: Any) -> ExecutionPlan:
     return replace(BY_DEFAULT, **changes)
 
 
-def all_layers(policy: Activation) -> tuple[Activation, ...]:
+def all_layers(policy: ActivationPolicy) -> tuple[ActivationPolicy, ...]:
     return (policy,) * NUM_LAYERS
 
 
 SAME_BITS = {
-    "recompute": plan(activations=all_layers(Activation.RECOMPUTE), hold_unpacked=False),
+    "recompute": plan(activations=all_layers(ActivationPolicy.RECOMPUTE), hold_dequantized=False),
     "streamed from RAM": plan(
-        weights=(Place.RAM,) * NUM_LAYERS,
-        embedding=Place.RAM,
-        head=Place.RAM,
+        weights=(Placement.RAM,) * NUM_LAYERS,
+        embedding=Placement.RAM,
+        head=Placement.RAM,
         num_slots=2,
-        activations=(Activation.OFFLOAD, Activation.RECOMPUTE, *all_layers(Activation.KEEP)[2:]),
-        inputs=Place.RAM,
+        activations=(
+            ActivationPolicy.OFFLOAD,
+            ActivationPolicy.RECOMPUTE,
+            *all_layers(ActivationPolicy.KEEP)[2:],
+        ),
+        inputs=Placement.RAM,
     ),
 }
 OTHER_SUMS = plan(num_groups=2, loss_tokens=16, head_tile_rows=100, mlp_tile_tokens=24)
@@ -132,17 +137,17 @@ def curve(way: Way) -> Curve:
 
 def trained(way: Way, num_steps: int = NUM_STEPS) -> Curve:
     """The first steps of a run of NUM_STEPS."""
-    decoder = load_base(BASE, Packing("nf4", double_quant=True), way.dtype, CPU, plan=way.plan)
-    decoder.tail_name = probed().tail_name
+    decoder = load_base(BASE, Quantization("nf4", double_quant=True), way.dtype, CPU, plan=way.plan)
+    decoder.skippable_linear = probed().skippable_linear
     decoder.fuse(norms=way.norms, mlps=way.mlps, qkv=way.qkv)
-    factors = FactorBuffers(
+    lora = LoraParameters(
         decoder.linears, rank=8, scaling=2.0, dropout=0.0, seed=0, dtype=way.dtype, device=CPU.torch
     )
     runner = StepRunner(
-        LayerWalk(decoder, factors, way.plan, reference=way.reference),
+        LayerWalk(decoder, lora, way.plan, reference=way.reference),
         decoder,
-        factors,
-        FlatOptimizer("adamw", factors, CPU, lora_b_lr_ratio=1.0, weight_decay=0.0),
+        lora,
+        FlatOptimizer("adamw", lora, CPU, lora_b_lr_ratio=1.0, weight_decay=0.0),
         LossScale(),
         SimpleNamespace(num_processes=1),  # type: ignore[arg-type]
         max_grad_norm=1e9,
@@ -233,11 +238,11 @@ def test_a_wrong_gradient_is_seen(
 ) -> None:
     """dB 1 % too large, in every module or in one: ten steps are enough."""
     assert are_the_same(trained(AUTO, 2), golden[torch.float32], torch.float32)
-    add = LoraFactors.add_gradients
+    add = LinearLora.add_gradients
 
-    def wrong(self: LoraFactors, gradient_a: Tensor, gradient_b: Tensor) -> None:
+    def wrong(self: LinearLora, gradient_a: Tensor, gradient_b: Tensor) -> None:
         is_wrong = only_module in (None, self.module_id)
         add(self, gradient_a, gradient_b * (1.01 if is_wrong else 1.0))
 
-    monkeypatch.setattr(LoraFactors, "add_gradients", wrong)
+    monkeypatch.setattr(LinearLora, "add_gradients", wrong)
     assert not are_the_same(trained(AUTO, 10), golden[torch.float32], torch.float32)

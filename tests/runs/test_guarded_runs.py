@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import adapter_bytes, child_environment, metrics_of, recipe_values, write_recipe
 
 from qlora_train.cli import main
-from qlora_train.model.sealed_json import seal, unseal
+from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
-from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.walk.optimizer import FlatOptimizer
 
 
 @pytest.fixture(autouse=True)

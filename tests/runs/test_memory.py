@@ -16,11 +16,12 @@ from qlora_train.data.building import build_dataset
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UserError
-from qlora_train.memory.packed_cache import LAYERS, cache_root
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.recipe import Recipe
+from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import train
 from qlora_train.train.schedule import num_rows
+from qlora_train.weights.cache_key import cache_root
+from qlora_train.weights.quantized_cache import LAYERS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,9 @@ def test_plan_json_says_what_was_planned_and_measured(base: Path, train_file: Pa
     assert abs(plan["measured_step_vram_bytes"] / plan["step_vram_bytes"] - 1) < 0.15  # tiny: odds and ends
     assert [row["plan"] for row in metrics_of(tmp_path / "run")] == [0, 0, 0]
     data, _ = build_dataset(asked.data, load_tokenizer(str(base)), seed=asked.training.seed)
-    size, num_bins = asked.training.micro_batch_size, num_rows(asked.training, data.num_bins, 1)
-    starts = range(0, num_bins, size)
+    resolved = load_recipe(tmp_path / "run").training
+    size, starts = 4, range(0, num_rows(resolved, data.num_bins), 4)
+    assert (plan["micro_batch_size"], resolved.batch_size) == (4, 8)
     numbers = [len(data.micro_batch(range(i, i + size)).cu_seqlens) - 1 for i in starts]
     assert max(numbers) > size, "else the plan knows without the data"
     assert plan["most_documents"] == max(numbers)
@@ -111,13 +113,13 @@ def test_a_damaged_cache_is_made_again_and_says_so(
     base: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(recipe(base, train_file, tmp_path / "first", {"weights": "disk"}, max_steps=2))
-    for file in cache_root().glob(f"*/{LAYERS}"):
+    for file in cache_root().glob(f"*/{LAYERS_FILE}"):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     capsys.readouterr()
     train(recipe(base, train_file, tmp_path / "second", {"weights": "disk"}, max_steps=2))
-    assert capsys.readouterr().out.count("the packed cache is damaged") == 1
+    assert capsys.readouterr().out.count("the quantized cache is damaged") == 1
     assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "second")
 
 
@@ -139,7 +141,7 @@ class Shortage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.active = False
-        from qlora_train.train.step import StepRunner
+        from qlora_train.walk.step import StepRunner
 
         run_layer, run = FrozenDecoder.run_layer, StepRunner.run
         shortage = self
@@ -198,9 +200,9 @@ def test_generate_streams_within_the_runs_plan(
     base: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All prompts in one batch; per token every layer is fetched at most once."""
-    from qlora_train.infer.decoding import Sampling
-    from qlora_train.infer.model_folder import load_run
-    from qlora_train.memory.streaming import StreamedWeights
+    from qlora_train.generate.decoding import Sampling
+    from qlora_train.generate.model_folder import load_run
+    from qlora_train.weights.streaming import StreamedWeights
 
     cpu, prompts, num_tokens = THE_CPU, ["abc:", "fedcba:"], 6
     resident, streamed = recipe(base, train_file, tmp_path / "a"), None

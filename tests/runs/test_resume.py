@@ -20,12 +20,11 @@ from tiny_runs import (
 )
 
 from qlora_train.errors import RunFolderError
-from qlora_train.model.sealed_json import seal, unseal
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import loop as loop_module
 from qlora_train.train import train
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, save_checkpoint
-from qlora_train.train.schedule import LossScale
+from qlora_train.walk.loss_scale import LossScale
 
 Sections = dict[str, dict[str, Any]]
 
@@ -179,14 +178,3 @@ def test_a_changed_recipe_is_not_resumed(tmp_path: Path, base: Path, train_file:
     with pytest.raises(RunFolderError, match=r"these keys differ: lora\.alpha\."):
         train(changed, resume=True)
     assert adapter_bytes(run_dir) == before
-
-
-def test_another_number_of_processes_is_not_resumed(tmp_path: Path, base: Path, train_file: Path) -> None:
-    """Two processes take twice the rows a step, so a step's number would name other data."""
-    run_dir = run_straight(base, train_file, tmp_path, {"training": {"max_steps": 3}})
-    file = run_dir / "checkpoints" / "step-3" / "state.json"
-    state = unseal(file)
-    assert state["data_position"] == 12
-    file.write_text(seal(state | {"data_position": 24}))
-    with pytest.raises(RunFolderError, match="took 8 rows a step, here a step is 4 rows.*as many processes"):
-        train(load_recipe(run_dir / "recipe.yaml"), resume=True)

@@ -56,7 +56,7 @@ run("train", recipe)
 run("generate", run_dir, "--prompt", "a")
 run("export", run_dir)
 run("bench")
-assert "qlora_train.train" not in sys.modules and "qlora_train.bench" not in sys.modules
+assert "qlora_train.train" not in sys.modules and "benchmarks" not in sys.modules
 
 import qlora_train
 commands = {qlora_train.train: qlora_train.load_recipe(recipe), qlora_train.export: run_dir}
@@ -79,7 +79,7 @@ def test_plan_and_preview_run_and_the_rest_says_what_it_needs(
     plan, card, preview, train, generate, export, bench = done.stdout.split("== ")[1:]
     for output in (plan, card, preview):
         assert output.rstrip().endswith("exit code 0"), output + done.stderr
-    assert "fits: peak" in plan
+    assert "fits: " in plan.splitlines()[1]
     told = json.loads(card.removeprefix("plan\n").rpartition("exit code")[0])
     assert told["fits"] and told["vram_budget_bytes"] == 8 * 2**30 and told["device"] == "cuda"
     assert "[[" in preview and "documents" in preview

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from simulated_gpu import places
-from simulated_gpu.places import Place
+from simulated_gpu.places import Placement
 
 Clock = dict[int, int]
 """Stream: number of its accesses."""
@@ -40,7 +40,7 @@ class _Access:
     __slots__ = ("high", "low", "name", "place", "stream", "time", "writes")
 
     def __init__(
-        self, low: int, high: int, stream: int, time: int, writes: bool, name: str, place: Place
+        self, low: int, high: int, stream: int, time: int, writes: bool, name: str, place: Placement
     ) -> None:
         self.low, self.high, self.stream, self.time = low, high, stream, time
         self.writes, self.name, self.place = writes, name, place
@@ -59,7 +59,7 @@ class _Source(NamedTuple):
     checksum: int
     stream: int
     time: int
-    place: Place
+    place: Placement
 
 
 def join(clock: Clock, other: Clock) -> None:
@@ -93,7 +93,7 @@ class Hazards:
         name: str,
         reads: list[Span],
         writes: list[Span],
-        place: Place,
+        place: Placement,
         waited_for: bool = False,
     ) -> None:
         """One operator on a stream. clock: the stream's, which moves on. waited_for: by the host, at once, so

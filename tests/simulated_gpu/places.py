@@ -11,7 +11,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).resolve().parent)
-Place = tuple[str, int] | None
+Placement = tuple[str, int] | None
 
 
 @cache
@@ -22,7 +22,7 @@ def _is_machinery(file: str) -> bool:
     return inside or file.startswith(_TORCH) or "importlib" in file
 
 
-def caller() -> Place:
+def caller() -> Placement:
     """None in autograd's own thread, where no Python of the program is on the stack."""
     frame = sys._getframe(1)
     while frame is not None and _is_machinery(frame.f_code.co_filename):
@@ -38,6 +38,6 @@ def _short(file: str) -> str:
     return file.split("site-packages/")[-1]
 
 
-def words(place: Place) -> str:
-    """`qlora_train/memory/ring.py:101`: relative to the repository, or to the installed packages."""
+def words(place: Placement) -> str:
+    """`qlora_train/weights/ring.py:101`: relative to the repository, or to the installed packages."""
     return "autograd's engine" if place is None else f"{_short(place[0])}:{place[1]}"

@@ -94,13 +94,13 @@ def test_reads_do_not_conflict(simulated_gpu: SimulatedGpu) -> None:
 
 
 def test_parts_of_one_buffer_do_not_conflict(simulated_gpu: SimulatedGpu) -> None:
-    slab, side = torch.zeros(8, device="sim"), sim.Stream()
+    layer_buffer, side = torch.zeros(8, device="sim"), sim.Stream()
     side.wait_stream(sim.current_stream())
     with sim.stream(side):
-        slab[:4].add_(1)
-    slab[4:].add_(2)
+        layer_buffer[:4].add_(1)
+    layer_buffer[4:].add_(2)
     assert not simulated_gpu.hazards
-    slab[3:5].add_(1)
+    layer_buffer[3:5].add_(1)
     assert len(simulated_gpu.take_hazards()) == 1
     side.synchronize()
 

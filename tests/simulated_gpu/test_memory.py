@@ -212,16 +212,16 @@ def test_random_requests_keep_the_books_in_order() -> None:
 
 
 def test_storages_are_real(simulated_gpu: SimulatedGpu) -> None:
-    slab = torch.zeros(64, dtype=torch.uint8, device="sim")
-    assert slab.data_ptr() != 0 and slab.untyped_storage().device == torch.device("sim", 0)
+    layer_buffer = torch.zeros(64, dtype=torch.uint8, device="sim")
+    assert layer_buffer.data_ptr() != 0 and layer_buffer.untyped_storage().device == torch.device("sim", 0)
     part = torch.empty(0, dtype=torch.float32, device="sim")
-    part.set_(slab.untyped_storage(), 4, (2, 2), (2, 1))
+    part.set_(layer_buffer.untyped_storage(), 4, (2, 2), (2, 1))
     part.fill_(1)
-    assert slab.view(torch.float32).tolist() == [0] * 4 + [1] * 4 + [0] * 8
-    assert slab[16:32].view(torch.float32).view(2, 2).equal(part)
-    assert part.untyped_storage().data_ptr() == slab.data_ptr()
-    alias = torch.empty(0, dtype=torch.uint8, device="sim").set_(slab)  # type: ignore[call-overload]
-    assert alias.data_ptr() == slab.data_ptr() and alias.shape == slab.shape
+    assert layer_buffer.view(torch.float32).tolist() == [0] * 4 + [1] * 4 + [0] * 8
+    assert layer_buffer[16:32].view(torch.float32).view(2, 2).equal(part)
+    assert part.untyped_storage().data_ptr() == layer_buffer.data_ptr()
+    alias = torch.empty(0, dtype=torch.uint8, device="sim").set_(layer_buffer)  # type: ignore[call-overload]
+    assert alias.data_ptr() == layer_buffer.data_ptr() and alias.shape == layer_buffer.shape
     parameter = torch.nn.Parameter(part)
     assert type(parameter.data) is torch.Tensor and parameter.data.data_ptr() == part.data_ptr()
 

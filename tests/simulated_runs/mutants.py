@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from qlora_train.memory import offload, ring, stores, uploads
-from qlora_train.memory.host_memory import HostMemory
-from qlora_train.train.walk import LayerWalk
+from qlora_train.walk import host_offload
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.weights import ring, stores, uploads
+from qlora_train.weights.host_memory import HostMemory
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Mutant:
 RAM = {"weights": "ram", "activations": "keep"}
 OFFLOAD = {"weights": "resident", "activations": "offload"}
 DISK = {"weights": "disk", "activations": "keep"}
-RESIDENT = {"weights": "resident", "activations": "keep"}
+DEVICE = {"weights": "resident", "activations": "keep"}
 MUTANTS = [
     Mutant(
         "a slot is used without waiting for its copy",
@@ -74,30 +75,30 @@ MUTANTS = [
     ),
     Mutant(
         "memory is freed before it is copied out",
-        offload.HostPark,
-        "settle",
+        host_offload.HostOffloader,
+        "finish_copies",
         "self.device.current_stream().wait_event(self._leaving[0])",
         OFFLOAD,
     ),
     Mutant(
         "what leaves is copied before it is computed",
-        offload.HostPark,
-        "park_all",
+        host_offload.HostOffloader,
+        "offload_all",
         "self.stream.wait_stream(self.device.current_stream())",
         OFFLOAD,
     ),
     Mutant(
         "what returns is copied before its memory is free",
-        offload.Parked,
+        host_offload.OffloadedTensor,
         "fetch",
         "stream.wait_stream(device.current_stream())",
         OFFLOAD,
     ),
     Mutant(
         "what returns is used before it is there",
-        offload.Parked,
+        host_offload.OffloadedTensor,
         "take",
-        "self._park.device.current_stream().wait_event(self._is_back)",
+        "self._offloader.device.current_stream().wait_event(self._is_back)",
         OFFLOAD,
     ),
     Mutant(
@@ -112,7 +113,7 @@ MUTANTS = [
         stores._Staging,
         "finish",
         "copied.synchronize()",
-        RESIDENT,
+        DEVICE,
     ),
     Mutant(
         "a batch's buffer is filled again while it is copied",
@@ -132,7 +133,7 @@ MUTANTS = [
     Mutant(
         "a walk that ran out of memory is freed while it is copied",
         LayerWalk,
-        "break_off",
+        "abort",
         "self._remembered.park.drain()",
         "out of memory while activations leave",
     ),

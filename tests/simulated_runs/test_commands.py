@@ -28,11 +28,11 @@ from tiny_runs import (
 )
 
 from qlora_train.cli import main
-from qlora_train.infer.decoding import Sampling, generate_tokens
-from qlora_train.infer.model_folder import find_model
+from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.model_folder import find_model
 from qlora_train.kernels.on_device import find_device
-from qlora_train.memory.plan.byte_walk import GenerateSize
-from qlora_train.model.token_matrix import ResidentMatrix
+from qlora_train.model.vocab_matrix import ResidentMatrix
+from qlora_train.plan.planned_walk import GenerateSize
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton does not run")
 PROMPTS = ["abc:", "fedcba:", "a:"]

@@ -17,14 +17,14 @@ from simulated_gpu.fixture import SimulatedGpu
 from tiny_runs import adapter_bytes, losses_of, recipe_values, reversal_rows, write_base, write_rows
 
 from qlora_train.device.compute import ComputeDevice
-from qlora_train.infer import model_folder
-from qlora_train.infer.model_folder import find_model
+from qlora_train.generate import model_folder
+from qlora_train.generate.model_folder import find_model
 from qlora_train.kernels.on_device import find_device
-from qlora_train.memory.plan.byte_walk import GenerateSize
+from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.recipe import Recipe
 from qlora_train.train import run as run_module
 from qlora_train.train import setup, train
-from qlora_train.train.step import StepRunner
+from qlora_train.walk.step import StepRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton does not run")
 MIB = 2**20

@@ -16,15 +16,15 @@ from tiny_runs import adapter_bytes, recipe_values, reversal_rows, write_base, w
 from torch import Tensor
 
 from qlora_train.kernels.on_device import find_device
-from qlora_train.memory.execution import Activation, everything_resident
-from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.load import load_base
-from qlora_train.memory.offload import HostPark
-from qlora_train.memory.ring import Ring
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
-from qlora_train.train.walk import LayerWalk
+from qlora_train.walk.host_offload import HostOffloader
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.weights.execution_plan import ActivationPolicy, everything_resident
+from qlora_train.weights.host_memory import HostMemory
+from qlora_train.weights.load import load_base
+from qlora_train.weights.ring import Ring
 from simulated_runs.mutants import MUTANTS, Mutant
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton does not run")
@@ -70,7 +70,7 @@ def new_ring() -> Ring:
     before = [torch.full((SLOT_BYTES,), 7, dtype=torch.uint8, device=device.torch) for _ in range(2)]
     del before
     ring = Ring(Numbers(HostMemory(device)), 2, SLOT_BYTES, device)
-    ring.expect(range(4))
+    ring.set_schedule(range(4))
     return ring
 
 
@@ -92,20 +92,20 @@ def a_ring_that_is_closed() -> None:
 def buffers_of_other_sizes() -> None:
     device = find_device()
     host = HostMemory(device)
-    park = HostPark(device, host)
+    offload = HostOffloader(device, host)
     for num_elements in (1000, 5000, 20_000):
-        back = park.park(torch.ones(num_elements, device=device.torch)).take()
+        back = offload.offload(torch.ones(num_elements, device=device.torch)).take()
         assert back.numel() == num_elements
-    park.drain()
+    offload.drain()
 
 
 def out_of_memory_while_activations_leave() -> None:
     """In the third layer's forward pass, the second's activations are on their way."""
     folder = write_checkpoint(Path(tempfile.mkdtemp()), num_hidden_layers=3)
     device = find_device()
-    plan = everything_resident(3, activation=Activation.OFFLOAD)
+    plan = everything_resident(3, activation=ActivationPolicy.OFFLOAD)
     decoder = load_base(folder, NF4, torch.float32, device, plan=plan)
-    factors = FactorBuffers(
+    lora = LoraParameters(
         decoder.linears,
         rank=4,
         scaling=1.0,
@@ -114,7 +114,7 @@ def out_of_memory_while_activations_leave() -> None:
         dtype=torch.float32,
         device=device.torch,
     )
-    walk = LayerWalk(decoder, factors, plan, reference=False)
+    walk = LayerWalk(decoder, lora, plan, reference=False)
     tokens = packed_row([20, 12]).moved(lambda tensor: tensor.to(device.torch))
     layers, run_layer = [], decoder.run_layer
 
@@ -128,7 +128,7 @@ def out_of_memory_while_activations_leave() -> None:
     try:
         walk.accumulate([tokens], seed=0, step=1, num_supervised=20)
     except torch.OutOfMemoryError:
-        walk.break_off()
+        walk.abort()
     assert layers == [0, 1, 2]
 
 

@@ -29,8 +29,8 @@ from tiny_runs import (
 )
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.kernels.on_device import find_device
-from qlora_train.model.sealed_json import seal, unseal
 from qlora_train.recipe import Recipe
 from qlora_train.train import run as run_module
 from qlora_train.train import train
@@ -121,12 +121,12 @@ def host_reads_while_training(gpu: SimulatedGpu) -> dict[str, int]:
         file = place.rpartition(":")[0].removeprefix("qlora_train/")
         found[file] = found.get(file, 0) + number
     at_start_and_end = {
-        "model/adapter_files.py",
+        "adapter/adapter_files.py",
         "model/fused.py",
-        "model/quantize.py",
+        "quant/quantize.py",
         "train/checkpoint.py",
     }
-    at_start_and_end |= {"memory/packed_cache.py", "kernels/varlen_attention.py"}
+    at_start_and_end |= {"weights/quantized_cache.py", "kernels/varlen_attention.py"}
     return {file: number for file, number in found.items() if file not in at_start_and_end}
 
 
@@ -139,7 +139,7 @@ def test_wherever_things_wait(
     assert set(plan["weights"]) == {MEMORY[name]["weights"]}
     assert set(plan["activations"]) == {MEMORY[name]["activations"]}
     assert_same_run(tmp_path / "run", cpu_run())
-    assert host_reads_while_training(by_document) == {"train/step.py": NUM_STEPS, "train/loop.py": 2}
+    assert host_reads_while_training(by_document) == {"walk/step.py": NUM_STEPS, "train/loop.py": 2}
 
 
 def test_dropout_micro_batches_and_bits(
@@ -185,7 +185,7 @@ def test_out_of_memory_in_the_middle_is_a_tighter_plan_and_the_same_bytes(
     share: float,
 ) -> None:
     no_evaluation = {"data": {"eval": None}}
-    train(recipe(base, train_file, tmp_path / "first", **no_evaluation))  # packs the base, measures rates
+    train(recipe(base, train_file, tmp_path / "first", **no_evaluation))  # quantizes the base, measures rates
     before = by_document.num_allocations
     train(recipe(base, train_file, tmp_path / "whole", **no_evaluation))
     by_document.fail_allocation(int(share * (by_document.num_allocations - before)))
@@ -231,7 +231,7 @@ def test_attention_over_documents_of_any_length(
         train(recipe(base, train_file, tmp_path / name, **asked, memory=MEMORY[name]))
     assert simulated_gpu.num_calls["aten::_flash_attention_backward"] >= 2 * NUM_STEPS * NUM_LAYERS
     assert_same_run(tmp_path / "resident", tmp_path / "ram, offload")
-    assert host_reads_while_training(simulated_gpu) == {"train/step.py": 2 * NUM_STEPS, "train/loop.py": 4}
+    assert host_reads_while_training(simulated_gpu) == {"walk/step.py": 2 * NUM_STEPS, "train/loop.py": 4}
 
 
 def test_a_card_before_flash_and_bfloat16(

@@ -13,13 +13,13 @@ import torch
 from tiny_data import packed
 from torch import Tensor
 
-from qlora_train.data.dataset import MicroBatch
 from qlora_train.data.documents import Document
 from qlora_train.device.compute import THE_CPU as CPU
-from qlora_train.memory.host_memory import HostMemory
-from qlora_train.memory.uploads import Uploads
+from qlora_train.micro_batch import MicroBatch
 from qlora_train.model.packed_tokens import PackedTokens
-from qlora_train.train.batches import BatchesAhead
+from qlora_train.train.batches import BatchPrefetcher
+from qlora_train.weights.host_memory import HostMemory
+from qlora_train.weights.uploads import Uploads
 
 UPLOADS = Uploads(CPU, HostMemory(CPU))
 
@@ -81,7 +81,7 @@ def worker_threads() -> list[threading.Thread]:
 
 def test_the_same_bytes_in_order_from_any_first_step() -> None:
     maker = Maker()
-    with BatchesAhead(maker, range(3, 8), CPU, UPLOADS) as batches:
+    with BatchPrefetcher(maker, range(3, 8), CPU, UPLOADS) as batches:
         for step in range(3, 8):
             taken = batches.take(step)
             made = Maker()(step)
@@ -96,7 +96,7 @@ def test_the_same_bytes_in_order_from_any_first_step() -> None:
 
 def test_one_step_is_made_ahead_while_the_caller_works() -> None:
     maker = Maker()
-    with BatchesAhead(maker, range(1, 10), CPU, UPLOADS) as batches:
+    with BatchPrefetcher(maker, range(1, 10), CPU, UPLOADS) as batches:
         maker.wait_for(1)
         batches.take(1)
         maker.wait_for(2)
@@ -110,7 +110,7 @@ def test_an_error_comes_at_its_step_and_the_thread_ends() -> None:
     maker = Maker(fails_at=3)
     with (
         pytest.raises(ValueError, match="row 3 is broken"),
-        BatchesAhead(maker, range(1, 10), CPU, UPLOADS) as batches,
+        BatchPrefetcher(maker, range(1, 10), CPU, UPLOADS) as batches,
     ):
         for step in (1, 2):
             batches.take(step)
@@ -122,13 +122,13 @@ def test_an_error_comes_at_its_step_and_the_thread_ends() -> None:
 
 def test_nothing_to_take_makes_nothing() -> None:
     maker = Maker()
-    with BatchesAhead(maker, range(8, 8), CPU, UPLOADS):
+    with BatchPrefetcher(maker, range(8, 8), CPU, UPLOADS):
         pass
     assert maker.made == [] and not worker_threads()
 
 
 def test_an_early_end_leaves_no_thread() -> None:
-    with pytest.raises(KeyboardInterrupt), BatchesAhead(Maker(), range(1, 100), CPU, UPLOADS) as batches:
+    with pytest.raises(KeyboardInterrupt), BatchPrefetcher(Maker(), range(1, 100), CPU, UPLOADS) as batches:
         batches.take(1)
         raise KeyboardInterrupt
     assert not worker_threads()

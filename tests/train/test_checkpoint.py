@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import RunFolderError
-from qlora_train.model import atomic_folder
-from qlora_train.model.factors import FactorBuffers
+from qlora_train.files import atomic_folder
 from qlora_train.model.linear import FrozenLinear
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.train.checkpoint import (
     Expected,
     TrainState,
@@ -24,7 +24,7 @@ from qlora_train.train.checkpoint import (
     newest_valid,
     save_checkpoint,
 )
-from qlora_train.train.optimizer import FlatOptimizer
+from qlora_train.walk.optimizer import FlatOptimizer
 
 
 def masters(step: int) -> Tensor:
@@ -67,34 +67,32 @@ def test_round_trip_of_everything(tmp_path: Path) -> None:
 def test_8bit_state_of_several_groups_shares_its_code_tables(tmp_path: Path) -> None:
     """LoRA+ has two parameter groups, and bitsandbytes one table for both."""
 
-    def make_optimizer() -> tuple[FlatOptimizer, FactorBuffers]:
+    def make_optimizer() -> tuple[FlatOptimizer, LoraParameters]:
         linears = {f"layer{i}": FrozenLinear(f"layer{i}", 160, 96) for i in range(3)}
-        factors = FactorBuffers(
+        lora = LoraParameters(
             linears, rank=16, scaling=1.0, dropout=0.0, seed=0, dtype=torch.float32, device="cpu"
         )
-        return FlatOptimizer(
-            "paged_adamw_8bit", factors, THE_CPU, lora_b_lr_ratio=4.0, weight_decay=0.0
-        ), factors
+        return FlatOptimizer("paged_adamw_8bit", lora, THE_CPU, lora_b_lr_ratio=4.0, weight_decay=0.0), lora
 
-    def run(optimizer: FlatOptimizer, factors: FactorBuffers, seed: int) -> None:
+    def run(optimizer: FlatOptimizer, lora: LoraParameters, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        factors.gradient.copy_(torch.randn(factors.gradient.shape, generator=generator))
+        lora.gradient.copy_(torch.randn(lora.gradient.shape, generator=generator))
         optimizer.step(1e-2)
 
-    straight, factors = make_optimizer()
-    run(straight, factors, 0)
+    straight, lora = make_optimizer()
+    run(straight, lora, 0)
     tables = [value.data_ptr() for key, value in straight.state().items() if key.endswith("qmap1")]
     assert len(tables) == 2 and len(set(tables)) == 1
-    save_checkpoint(tmp_path, TrainState(step=1), factors.masters, straight.state(), 2)
+    save_checkpoint(tmp_path, TrainState(step=1), lora.masters, straight.state(), 2)
     _, saved_masters, saved_state = load_checkpoint(tmp_path, 1)
     assert saved_state.keys() == straight.state().keys()
 
     resumed, resumed_factors = make_optimizer()
     resumed_factors.masters.copy_(saved_masters)
     resumed.load_state(saved_state)
-    run(straight, factors, 1)
+    run(straight, lora, 1)
     run(resumed, resumed_factors, 1)
-    assert torch.equal(resumed_factors.masters, factors.masters)
+    assert torch.equal(resumed_factors.masters, lora.masters)
 
 
 def test_a_crash_before_the_rename_leaves_the_checkpoint_before(

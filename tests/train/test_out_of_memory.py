@@ -13,15 +13,15 @@ from torch import Tensor
 
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import OutOfMemory
-from qlora_train.memory.execution import Activation, ExecutionPlan, Place
-from qlora_train.memory.tighten import is_out_of_memory, tighter
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.train.optimizer import FlatOptimizer
-from qlora_train.train.schedule import LossScale
-from qlora_train.train.step import StepRunner
-from qlora_train.train.walk import LayerWalk
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.walk.loss_scale import LossScale
+from qlora_train.walk.oom_fallback import fallback_plan, is_out_of_memory
+from qlora_train.walk.optimizer import FlatOptimizer
+from qlora_train.walk.step import StepRunner
+from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
 
-KEEP, RECOMPUTE, OFFLOAD = Activation.KEEP, Activation.RECOMPUTE, Activation.OFFLOAD
+KEEP, RECOMPUTE, OFFLOAD = ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE, ActivationPolicy.OFFLOAD
 BATCHES = [packed_row([14, 18], seed=k, first_row=k) for k in range(4)]
 NUM_SUPERVISED = sum(len(batch.supervised) for batch in BATCHES)
 ERRORS = {
@@ -39,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runner(
     folder: Path, plan: ExecutionPlan, told: list[tuple[int, str]], reference: bool = False
 ) -> tuple[StepRunner, FrozenDecoder]:
-    decoder, factors = load_tiny(folder, plan=plan, dropout=0.1)
-    optimizer = FlatOptimizer("adamw", factors, THE_CPU, lora_b_lr_ratio=1.0, weight_decay=0.0)
+    decoder, lora = load_tiny(folder, plan=plan, dropout=0.1)
+    optimizer = FlatOptimizer("adamw", lora, THE_CPU, lora_b_lr_ratio=1.0, weight_decay=0.0)
     return StepRunner(
-        LayerWalk(decoder, factors, plan, reference=reference),
+        LayerWalk(decoder, lora, plan, reference=reference),
         decoder,
-        factors,
+        lora,
         optimizer,
         LossScale(),
         SimpleNamespace(num_processes=1),  # type: ignore[arg-type]
@@ -71,12 +71,12 @@ def run_out(monkeypatch: pytest.MonkeyPatch, at_calls: set[int], error: Callable
 
 @pytest.mark.parametrize("reference", [False, True], ids=["auto", "reference"])
 @pytest.mark.parametrize("kind", ERRORS)
-@pytest.mark.parametrize("place", [Place.RESIDENT, Place.DISK])
+@pytest.mark.parametrize("place", [Placement.DEVICE, Placement.DISK])
 @pytest.mark.parametrize("call", [1, 9, 13, 15])  # first layer, in the middle forward, in backward
 def test_the_redone_step_is_the_step(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, place: Place, kind: str, call: int, reference: bool
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: Placement, kind: str, call: int, reference: bool
 ) -> None:
-    slots = 0 if place is Place.RESIDENT else 2
+    slots = 0 if place is Placement.DEVICE else 2
     plan = resident_plan(RECOMPUTE, KEEP, OFFLOAD, weights=(place,) * 3, num_slots=slots)
     told: list[tuple[int, str]] = []
     plain, _ = runner(folder, plan, told, reference)
@@ -141,9 +141,9 @@ def test_when_nothing_helps_the_masters_are_those_of_before(
 
 
 def test_long_rows_are_cut_into_mlp_tiles_last() -> None:
-    plan = resident_plan(RECOMPUTE, inputs=Place.RAM, loss_tokens=64)
+    plan = resident_plan(RECOMPUTE, inputs=Placement.RAM, loss_tokens=64)
     changes = []
-    while (found := tighter(plan, num_micro_batches=1, num_tokens=3000)) is not None:
+    while (found := fallback_plan(plan, num_micro_batches=1, num_tokens=3000)) is not None:
         plan, change = found
         changes.append(change)
     assert changes == [f"the MLP takes {n} tokens at a time" for n in (2048, 1024, 512, 256)]
@@ -153,10 +153,10 @@ def test_a_plan_with_nothing_kept_alive_frees_the_failed_walk(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exception's traceback must not hold the tensors of the first try while the second runs."""
-    from qlora_train.memory.meter import DeviceMeter
+    from qlora_train.device.memory_tracker import MemoryTracker
 
     plan = resident_plan(KEEP, KEEP, KEEP)
-    with DeviceMeter(THE_CPU) as meter:
+    with MemoryTracker(THE_CPU) as meter:
         tried, _ = runner(folder, plan, [])
         tried.run(1, BATCHES, NUM_SUPERVISED, 1e-3)
         usual = meter.peak_bytes

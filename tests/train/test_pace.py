@@ -8,8 +8,8 @@ import pytest
 from simulated_gpu.fixture import SimulatedGpu
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
-from qlora_train.memory.host_memory import HostMemory
 from qlora_train.train.pace import STEPS_LOOKED_AT, Pace
+from qlora_train.weights.host_memory import HostMemory
 
 LEFT_OUT = 2
 

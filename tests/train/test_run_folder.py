@@ -14,7 +14,7 @@ import pytest
 from tiny_runs import child_environment
 
 from qlora_train.errors import RecipeError, RunFolderError
-from qlora_train.model.atomic_folder import atomic_folder
+from qlora_train.files.atomic_folder import atomic_folder
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train.run_folder import RunFolder
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from qlora_train.train.schedule import LossScale, learning_rate
+from qlora_train.train.schedule import learning_rate
+from qlora_train.walk.loss_scale import LossScale
 
 PEAK = 3e-4
 

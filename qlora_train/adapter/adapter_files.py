@@ -1,0 +1,162 @@
+"""LoRA adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in], B [out, rank] and
+s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
+tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
+from the CausalLM.
+
+Written without peft, which would need the whole model in memory to save the few megabytes beside it. What
+other tools write differently, and what is refused: adapter_config.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_train.adapter.adapter_config import (
+    CONFIG_FILE,
+    HEAD,
+    TENSOR_NAME,
+    AdapterConfig,
+    match_modules,
+    read_adapter_config,
+    to_peft,
+)
+from qlora_train.errors import BaseModelError
+from qlora_train.files.atomic_folder import atomic_folder
+from qlora_train.files.shards import ShardReader, write_tensors
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+HEAD_COPY = f"{HEAD}.base_layer.weight"
+"""PEFT saves the base's head beside factors of it."""
+SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+def save_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    lora: Mapping[str, tuple[Tensor, Tensor]],
+    other_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write (or wholly replace) an adapter folder; the same input gives the same bytes.
+
+    `lora`: module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj" -> (A [rank, in],
+    B [out, rank]). They are stored in fp32. other_files: name -> content of what lies beside them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(lora):
+        for suffix, factor in zip(SUFFIXES, lora[path], strict=True):
+            tensors[PREFIX + path + suffix] = (
+                factor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+            )
+    with atomic_folder(Path(folder)) as partial:
+        (partial / CONFIG_FILE).write_text(
+            json.dumps(to_peft(config), indent=2, sort_keys=True) + "\n", "utf-8"
+        )
+        for name, content in (other_files or {}).items():
+            (partial / name).write_text(content, "utf-8")
+        with open(partial / WEIGHTS_FILE, "wb") as file:
+            write_tensors(file, tensors, {"format": "pt"})
+
+
+def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
+    """Read an adapter that this package, peft or another tool wrote: its config and {module path: (A [rank,
+    in], B [out, rank])}, fp32, paths as they are written there.
+
+    Raises `BaseModelError` for a folder that holds no such adapter, and for features beyond plain LoRA, by
+    name.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
+    with _open(folder) as reader:
+        names = _names_by_path(reader)
+        lora: Factors = {}
+        for path, pair in names.items():
+            a, b = (reader.read(pair[letter]) for letter in "AB")
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                raise BaseModelError(
+                    f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
+                    " they must be [rank, in] and [out, rank]."
+                )
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise BaseModelError(f"{folder}: the factors of {path} are {a.dtype}, no real numbers.")
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise BaseModelError(
+                    f"{folder}: the factors of {path} hold values that are not finite. Copy the "
+                    "adapter again, or train it anew."
+                )
+            lora[path] = (a.float(), b.float())
+    return read_adapter_config(folder, {path: len(a) for path, (a, _) in lora.items()}), lora
+
+
+def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, Factors]:
+    """`load_adapter` with the paths of this base's modules. Raises `BaseModelError` where it has modules that
+    the base has not."""
+    config, lora = load_adapter(folder)
+    names = match_modules(lora, existing)
+    if strange := [path for path in lora if path not in names]:
+        raise BaseModelError(
+            f"{folder}: the adapter has factors for {strange[0]} (and {len(strange) - 1} more modules), "
+            "which this base does not have. Is it the base that the adapter was trained on?"
+        )
+    return config.renamed(names), {names[path]: pair for path, pair in lora.items()}
+
+
+def head_copy(folder: Path) -> Tensor | None:
+    """The base's head as it is saved with an adapter, if it is."""
+    with _open(folder) as reader:
+        name = next((name for name in reader.names() if name.endswith(HEAD_COPY)), None)
+        return None if name is None else reader.read(name)
+
+
+def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, int]]]:
+    """The config and {module path: (in, out)}, without reading a factor."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
+    with _open(folder) as reader:
+        shapes = {
+            path: [reader.info(pair[letter]).shape for letter in "AB"]
+            for path, pair in _names_by_path(reader).items()
+        }
+    config = read_adapter_config(folder, {path: a[0] for path, (a, _) in shapes.items()})
+    return config, {path: (a[1], b[0]) for path, (a, b) in shapes.items()}
+
+
+def _open(folder: Path) -> ShardReader:
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise BaseModelError(
+                f"{folder}: the adapter is in pickle format (adapter_model.bin), which can run code when"
+                " loaded and is refused. Load it once with peft where you trust it and save it again: that"
+                f" writes {WEIGHTS_FILE}."
+            )
+        raise BaseModelError(f"{folder}: {CONFIG_FILE} is there, but {WEIGHTS_FILE} is missing.")
+    return ShardReader(folder, single_file=WEIGHTS_FILE)
+
+
+def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
+    """Module path -> {"A": tensor name, "B": tensor name}."""
+    found: dict[str, dict[str, str]] = {}
+    for name in reader.names():
+        if name.endswith(HEAD_COPY):
+            continue
+        parts = TENSOR_NAME.fullmatch(name)
+        if parts is None:
+            raise BaseModelError(
+                f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which plain LoRA does not have."
+            )
+        found.setdefault(parts["path"], {})[parts["letter"]] = name
+    if not found:
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no factors.")
+    if halves := [path for path, pair in found.items() if len(pair) < 2]:
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one factor of {halves[0]}.")
+    return found

@@ -1,0 +1,68 @@
+"""The layers' quantized weights from the cache: the bytes that training saw, and no need to quantize again.
+
+Quantizing them again gives the same bytes, but is a third of a merge's time (bench/LOG.md). Memory: one
+layer buffer (0.11 GB of an 8B model).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_train.model.base import MetaModel, read_config
+from qlora_train.quant.formats import Quantization
+from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.weights.cache_key import cache_root
+from qlora_train.weights.disk_file import DiskFile
+from qlora_train.weights.quantized_cache import QuantizedBase, find_quantized_layers
+
+
+class QuantizedLayers:
+    """Quantized weights by layer and name within the layer. A context manager."""
+
+    def __init__(self, base: QuantizedBase) -> None:
+        self._base = base
+        self._file = DiskFile(base.layer_buffer(0).path)
+        self._slab: Tensor | None = None
+        self._layer = -1
+
+    def __enter__(self) -> QuantizedLayers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def read_layer(self, layer: int, layer_buffer: Tensor) -> None:
+        """All quantized bytes of a layer into `layer_buffer` (uint8 of that length, on any device)."""
+        part = self._base.layer_buffer(layer)
+        bytes_on_host = (
+            layer_buffer
+            if layer_buffer.device.type == "cpu"
+            else torch.empty(part.num_bytes, dtype=torch.uint8)
+        )
+        self._file.read(part.offset_bytes, bytes_on_host)
+        if bytes_on_host is not layer_buffer:
+            layer_buffer.copy_(bytes_on_host)
+
+    def get(self, layer: int, name: str) -> QuantizedWeight:
+        """The quantized weight, valid until one of another layer is asked for."""
+        if layer != self._layer:
+            part = self._base.layer_buffer(layer)
+            if self._slab is None or self._slab.numel() != part.num_bytes:
+                self._slab = torch.empty(part.num_bytes, dtype=torch.uint8)
+            self._file.read(part.offset_bytes, self._slab)
+            self._layer = layer
+        assert self._slab is not None
+        return self._base.layouts[layer].weights(self._slab)[name]
+
+
+def cached_layers(
+    base_folder: Path, quantization: Quantization, dtype: torch.dtype
+) -> QuantizedLayers | None:
+    """Those of a base that was trained on in this quantization and compute dtype; None: the cache does not
+    have them, or not whole."""
+    meta_model = MetaModel(read_config(base_folder), dtype)
+    base = find_quantized_layers(cache_root(), base_folder, meta_model, quantization)
+    return None if base is None else QuantizedLayers(base)

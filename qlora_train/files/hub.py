@@ -1,0 +1,42 @@
+"""Where a base model's files are: a folder, or the hub.
+
+`model.base` is a folder, or a hub id that is downloaded (safetensors, configs and tokenizer files only: a
+pickle is never fetched, let alone opened) and pinned to the commit it resolved to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_train.errors import BaseModelError
+
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder of a base and, for a hub id, the commit it stands for.
+
+    Raises `BaseModelError` for a missing folder or a hub id that cannot be fetched.
+    """
+    folder = Path(base)
+    if folder.is_dir():
+        if revision is not None:
+            raise BaseModelError(
+                f"model.revision is {revision}, but model.base is the local folder {base}: remove "
+                "the revision"
+            )
+        return folder, None
+    if folder.is_absolute() or base.startswith(".") or base.count("/") > 1:
+        raise BaseModelError(f"model.base: there is no folder {base}")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BaseModelError(
+            f"model.base: there is no folder {base}, and as a hub id it cannot be fetched ({reason})"
+        ) from error
+    return folder, folder.name

@@ -1,0 +1,129 @@
+"""Text from a model, token by token: one packed prefill of all prompts, then steps for all of them at once.
+
+Each step is the same walk over the layers as in training, with a key-value cache: L layers per token whatever
+the number of prompts. Greedy is argmax; sampling divides logits by the temperature and keeps the smallest set
+of tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751). Choices
+are drawn on the CPU from one generator per prompt, so a prompt's answer does not depend on its neighbours'
+random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_train.generate.kv_cache import KeyValueCache
+from qlora_train.model.attention import DocumentLayout
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.rope_lengths import batches_by_table
+from qlora_train.model.vocab_matrix import TokenIds
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. top_p in (0, 1]. seed: prompt b draws from seed + b."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@torch.no_grad()
+def generate_tokens(
+    decoder: FrozenDecoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt (token ids, at least one) until a stop token or `max_new_tokens`.
+
+    on_token(prompt index, token id) is called as tokens come, stop tokens excluded. Returns the new tokens,
+    without the stop. Where the rotary table depends on the longest sequence (model/rope_lengths.py), prompts
+    run in a batch for each table; raises `UnsupportedModelError` for one that would change tables on the way.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for members in batches_by_table(decoder.config, [len(p) for p in prompts], sampling.max_new_tokens):
+
+        def tell(b: int, token: int, members: Sequence[int] = members) -> None:
+            if on_token is not None:
+                on_token(members[b], token)
+
+        found = _generate([prompts[b] for b in members], members, decoder, sampling, stop_ids, tell)
+        for b, answer in zip(members, found, strict=True):
+            answers[b] = answer
+    return answers
+
+
+def _generate(
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    decoder: FrozenDecoder,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    on_token: Callable[[int, int], None],
+) -> list[list[int]]:
+    """One batch. numbers: of its prompts among all, for their random numbers."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    generators = [torch.Generator().manual_seed(sampling.seed + b) for b in numbers]
+    running = set(range(len(prompts)))
+    lengths = [len(prompt) for prompt in prompts]
+    boundaries = np.cumsum([0, *lengths])
+    cache = KeyValueCache(
+        tuple(int(b) for b in boundaries), max(lengths) + sampling.max_new_tokens, decoder.device.torch
+    )
+    logits = _prefill(decoder, prompts, boundaries, cache)
+    for num_done in range(1, sampling.max_new_tokens + 1):
+        chosen = _choose(logits, sampling, generators)
+        for b in sorted(running):
+            if chosen[b] in stop_ids:
+                running.remove(b)
+            else:
+                answers[b].append(chosen[b])
+                on_token(b, chosen[b])
+        if not running or num_done == sampling.max_new_tokens:
+            break
+        logits = _decode(decoder, chosen, cache)
+    return answers
+
+
+def _prefill(
+    decoder: FrozenDecoder, prompts: Sequence[Sequence[int]], boundaries: np.ndarray, cache: KeyValueCache
+) -> Tensor:
+    """Logits [B, V] after each prompt's last token."""
+    device = decoder.device.torch
+    ids = TokenIds.of(np.concatenate([np.asarray(prompt) for prompt in prompts]), device)
+    position_ids = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+    documents = DocumentLayout.of(boundaries, device)
+    x, arguments = decoder.embed(ids, position_ids[None], documents=documents)
+    for i in decoder.layers_in_turn():
+        x = decoder.run_layer(i, x, arguments[i] | {"past_key_values": cache})
+    last = torch.from_numpy(boundaries[1:] - 1).to(device)
+    return decoder.logits(decoder.norm(x[:, last]))[0].float()
+
+
+def _decode(decoder: FrozenDecoder, tokens: Sequence[int], cache: KeyValueCache) -> Tensor:
+    """Logits [B, V] after one more token per sequence."""
+    ids = TokenIds.of(np.asarray(tokens), decoder.device.torch)
+    x, arguments = decoder.embed(ids, cache.lengths[:, None], kv_lengths=cache.lengths + 1)
+    for i in decoder.layers_in_turn():
+        x = decoder.run_layer(i, x, arguments[i] | {"past_key_values": cache})
+    cache.advance()
+    return decoder.logits(decoder.norm(x))[:, 0].float()
+
+
+def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    below_best = logits - logits.amax(dim=-1, keepdim=True)  # divided by a tiny temperature: 0 or -inf
+    probabilities = torch.softmax(below_best / sampling.temperature, dim=-1).cpu()
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+    picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(ordered, generators, strict=True)]
+    return [int(order[b, pick]) for b, pick in enumerate(picks)]

@@ -1,0 +1,207 @@
+"""A model to generate with: a run folder (base + adapter), or any folder or hub id with a model's files.
+
+Nothing is loaded before it is known how much is asked for. `find_model` reads configs and the tokenizer, so
+that prompts can be tokens; `ModelSource.load` plans with their lengths (plan/generation.py) and loads
+as the plan says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qlora_train.adapter.adapter_config import HEAD
+from qlora_train.adapter.adapter_files import load_fitting
+from qlora_train.adapter.trained_on import find_base, read_trained_on
+from qlora_train.data.prompts import encode_prompt, encode_raw, stop_token_ids
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
+from qlora_train.device.settings import apply_settings
+from qlora_train.errors import RunFolderError
+from qlora_train.files.hub import resolve_base
+from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.run_adapter import find_adapter
+from qlora_train.kernels.on_device import find_device
+from qlora_train.model.base import read_config
+from qlora_train.model.base_folder import check_base, read_plain_config, stored_quantization
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.linear import DropoutContext
+from qlora_train.model.lora_parameters import LoraParameters
+from qlora_train.model.probe import ProbeResult, probe
+from qlora_train.plan.generation import GenerationPlan, bare_workload
+from qlora_train.plan.machine_plan import enforce_budget, plan_generation_here
+from qlora_train.plan.model_shape import find_shape
+from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.plan.unpinned import host_memory_of_generation
+from qlora_train.plan.workload import Workload, workload_of
+from qlora_train.quant.formats import Quantization
+from qlora_train.recipe import DataSection, MemorySection, Recipe, load_recipe
+from qlora_train.weights.cache_key import cache_root
+from qlora_train.weights.load import load_base
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """decoder with its factors, if any. data: how training wrote prompts; None for a bare model. plan: by
+    which it was loaded."""
+
+    decoder: FrozenDecoder
+    tokenizer: PreTrainedTokenizerBase
+    data: DataSection | None
+    stop_ids: frozenset[int]
+    plan: GenerationPlan
+
+    def answer(self, prompts: list[str], sampling: Sampling) -> list[str]:
+        """The answers to prompts written as training wrote them, all in one batch."""
+        encoded = [encode_prompt(prompt, self.data, self.tokenizer) for prompt in prompts]
+        answers = generate_tokens(self.decoder, encoded, sampling, self.stop_ids)
+        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is not loaded. folder: of the base. probed: what its layers allow. recipe: of the run, its
+    compute dtype resolved; None for a bare model. adapter: its folder, if there is one."""
+
+    folder: Path
+    probed: ProbeResult
+    quantization: Quantization
+    dtype: torch.dtype
+    device: ComputeDevice
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe | None = None
+    adapter: Path | None = None
+
+    @property
+    def data(self) -> DataSection | None:
+        return None if self.recipe is None else self.recipe.data
+
+    def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
+        """Token ids, written as training wrote prompts; raw: as it is."""
+        if raw:
+            return encode_raw(prompt, self.tokenizer)
+        return encode_prompt(prompt, self.data, self.tokenizer)
+
+    def load(
+        self,
+        size: GenerateSize,
+        *,
+        vram_bytes: int | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> LoadedModel:
+        """Load it for batches of this size, within vram_bytes (None: the recipe's budget, or what is free),
+        streaming what does not fit. say: told a line each about what takes time or streams. Raises
+        `UserError` where nothing fits."""
+        memory = MemorySection() if self.recipe is None else self.recipe.memory
+        budget_bytes = memory.vram_bytes if vram_bytes is None else vram_bytes
+        plan = plan_generation_here(
+            self._workload(),
+            size,
+            self.device,
+            vram_bytes=budget_bytes,
+            weights=memory.weights,
+        )
+        plan.require_fit()
+        enforce_budget(self.device, plan.workload, budget_bytes)
+        if not plan.execution.is_resident:
+            log(plan.line())
+        decoder = load_base(
+            self.folder,
+            self.quantization,
+            self.dtype,
+            self.device,
+            plan=plan.execution,
+            cache=None if self.recipe is None and plan.execution.is_resident else cache_root(),
+            host=host_memory_of_generation(plan, self.device, log),
+            log=log,
+        )
+        if self.recipe is None or self.recipe.training.kernels == "auto":
+            decoder.fuse(
+                norms=self.probed.fuses_norms, mlps=self.probed.fuses_mlps, qkv=self.probed.fuses_qkv
+            )
+        if self.adapter is not None:
+            self._attach(decoder, self.adapter)
+        decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
+        self.device.release_cached()  # what loading took would stay beside other sizes
+        stop_ids = stop_token_ids(self.tokenizer, read_stop_ids(str(self.folder)), self.data)
+        return LoadedModel(decoder, self.tokenizer, self.data, frozenset(stop_ids), plan)
+
+    def _workload(self) -> Workload:
+        shape, target = find_shape(str(self.folder)), self.device.description
+        if self.recipe is not None and self.adapter is not None:
+            return workload_of(self.recipe, shape, target)
+        return bare_workload(shape, self.quantization, self.dtype, target)
+
+    def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
+        config, pairs = load_fitting(adapter, [*decoder.linears, HEAD])
+        if HEAD in pairs:
+            decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
+        LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=self.dtype, device=self.device.torch)
+
+
+def find_model(
+    target: Path | str, *, checkpoint: str | None = None, log: Callable[[str], None] = lambda line: None
+) -> ModelSource:
+    """What `target` names. checkpoint: of a run, see `find_adapter`. Raises a `UserError` when it is neither
+    a run with an adapter nor a model."""
+    apply_settings()
+    device = find_device()
+    run = Path(target)
+    if (run / "recipe.yaml").is_file() and not (run / "config.json").is_file():
+        adapter = find_adapter(run, checkpoint, log)
+        return find_run(run, load_recipe(run / "recipe.yaml"), device, adapter)
+    if checkpoint is not None:
+        raise RunFolderError(f"{target}: --checkpoint names one of a run, and this is no run folder")
+    folder, _ = resolve_base(str(target), None)
+    check_base(folder)
+    probed = probe(read_config(folder))
+    dtype = resolve_dtype("auto", device.description)
+    return ModelSource(
+        folder,
+        probed,
+        stored_quantization(read_plain_config(folder).get("quantization_config") or {}),
+        dtype,
+        device,
+        load_tokenizer(str(folder)),
+    )
+
+
+def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | None) -> ModelSource:
+    """The base of a run's recipe, quantized as it was trained on, with an adapter of the run or (None, before
+    training) without. Raises `BaseModelError` for another base, tokenizer or template than it was trained
+    with."""
+    folder, _ = find_base(recipe.model, run)
+    check_base(folder, recipe.model.quantization)
+    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
+    if adapter is not None and (trained_on := read_trained_on(adapter)) is not None:
+        trained_on.check_base(folder, adapter)
+        trained_on.check_tokenizer(tokenizer, adapter)
+    dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
+    probed = probe(read_config(folder))
+    model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)})
+    return ModelSource(
+        folder,
+        probed,
+        Quantization(model.quantization, model.double_quant),
+        dtype,
+        device,
+        tokenizer,
+        recipe.model_copy(update={"model": model}),
+        adapter,
+    )
+
+
+def load_model(target: Path | str, size: GenerateSize = GenerateSize()) -> LoadedModel:  # noqa: B008  # frozen
+    """`find_model`, loaded for batches of this size."""
+    return find_model(target).load(size)
+
+
+def load_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: bool = True) -> LoadedModel:
+    """`find_run`, loaded for a prompt of usual size. with_adapter: the finished one, or the last."""
+    adapter = find_adapter(run, None, lambda line: None) if with_adapter else None
+    return find_run(run, recipe, device, adapter).load(GenerateSize())

@@ -1,1 +1,0 @@
-"""What is alive when, and where: activation policies and the meter."""

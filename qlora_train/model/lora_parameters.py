@@ -1,0 +1,173 @@
+"""All LoRA factors of a model in three flat buffers.
+
+    masters    fp32            what the optimizer updates and what is saved
+    working    compute dtype   what the forward pass multiplies by; each module's A and B are views of it
+    gradient   fp32            what backward adds to; each module holds views of it
+
+N = sum over modules of R (in + out) elements: 4 N + 4 N bytes for masters and gradient and 2 N for a 16-bit
+working copy (in fp32 the working copy *is* the masters). One cast per optimizer step, one norm for clipping,
+one optimizer launch per learning-rate group, one all-reduce. Per-module tensors instead would be hundreds of
+small launches, and bitsandbytes' paging and 8-bit state only act on tensors above a size that single factors
+do not reach.
+
+Order: every A first (by layer, then module), then every B, so that LoRA+ (Hayou et al. 2024,
+arXiv:2402.12354), whose B learns faster than A, is two contiguous parameter groups.
+
+Initialised as in PEFT: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero, so the adapted model
+starts as the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qlora_train.adapter.adapter_config import AdapterConfig
+from qlora_train.errors import BaseModelError
+from qlora_train.model.linear import DropoutContext, FrozenLinear, LinearLora
+
+
+def select_targets(
+    linears: Mapping[str, FrozenLinear], targets: str | Sequence[str]
+) -> dict[str, FrozenLinear]:
+    """The linears that get factors.
+
+    targets: "all-linear", or module name endings such as ["q_proj", "v_proj"]. Raises `BaseModelError` for an
+    ending that matches nothing, listing what exists.
+    """
+    if targets == "all-linear":
+        return dict(linears)
+    endings = [targets] if isinstance(targets, str) else list(targets)
+    missing = [e for e in endings if not any(_ends_with(name, e) for name in linears)]
+    if missing:
+        existing = sorted({name.split(".", 3)[-1] for name in linears})
+        raise BaseModelError(
+            f"lora.target_modules: {', '.join(missing)} matches no linear layer of this model; "
+            f"it has {', '.join(existing)} (or use all-linear)"
+        )
+    return {name: linear for name, linear in linears.items() if any(_ends_with(name, e) for e in endings)}
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+class LoraParameters:
+    """The flat buffers, and the factors attached to `linears` as views of them.
+
+    rank: R. scaling: s; either may be given by name for every linear. seed: of the initialisation of A.
+    dtype: of the working copy. Attaching replaces `linear.lora`.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, FrozenLinear],
+        *,
+        rank: int | Mapping[str, int],
+        scaling: float | Mapping[str, float],
+        dropout: float,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.rank = rank
+        self.scaling = scaling
+        self.names = tuple(linears)
+        ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
+        self._shapes = {
+            name: ((ranks[name], linear.in_features), (linear.out_features, ranks[name]))
+            for name, linear in linears.items()
+        }
+        self.num_a = sum(math.prod(a) for a, _ in self._shapes.values())
+        num_elements = self.num_a + sum(math.prod(b) for _, b in self._shapes.values())
+        self.masters = torch.zeros(num_elements, dtype=torch.float32, device=device)
+        self.gradient = torch.zeros_like(self.masters)
+        self.working = self.masters if dtype == torch.float32 else torch.zeros_like(self.masters, dtype=dtype)
+        self.dropout_context = DropoutContext()
+        if not self.masters.is_meta:
+            self._initialise_a(seed)
+        self._attach(linears, dropout)
+        self.refresh_working()
+
+    @staticmethod
+    def of_adapter(
+        linears: Mapping[str, FrozenLinear],
+        config: AdapterConfig,
+        lora: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> LoraParameters:
+        """Those of a finished adapter, to compute with: without dropout, on the linears it has factors for.
+        factors: with the names of `linears`. Raises `BaseModelError` when modules or shapes differ."""
+        targets = {name: linear for name, linear in linears.items() if name in lora}
+        buffers = LoraParameters(
+            targets,
+            rank={name: config.rank_of(name) for name in targets},
+            scaling={name: config.scaling_of(name) for name in targets},
+            dropout=0.0,
+            seed=0,
+            dtype=dtype,
+            device=device,
+        )
+        buffers.load(lora)
+        return buffers
+
+    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """{module name: (A [R, in], B [out, R])} as views of one of the flat buffers."""
+        pairs, at_a, at_b = {}, 0, self.num_a
+        for name, (shape_a, shape_b) in self._shapes.items():
+            size_a, size_b = math.prod(shape_a), math.prod(shape_b)
+            pairs[name] = (flat[at_a : at_a + size_a].view(shape_a), flat[at_b : at_b + size_b].view(shape_b))
+            at_a, at_b = at_a + size_a, at_b + size_b
+        return pairs
+
+    def refresh_working(self) -> None:
+        """Cast the masters into the working copy: once per optimizer step."""
+        if self.working is not self.masters:
+            self.working.copy_(self.masters)
+
+    def load(self, lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Set the masters from an adapter. Raises `BaseModelError` when modules or shapes differ."""
+        views = self.views(self.masters)
+        missing, unknown = sorted(views.keys() - lora.keys()), sorted(lora.keys() - views.keys())
+        if missing or unknown:
+            raise BaseModelError(
+                f"the adapter does not fit lora.target_modules: it lacks {missing[:3] or 'nothing'} and has "
+                f"{unknown[:3] or 'nothing'} besides; use the adapter's own target_modules"
+            )
+        for name, pair in lora.items():
+            for letter, mine, given in zip("AB", views[name], pair, strict=True):
+                if mine.shape != given.shape:
+                    raise BaseModelError(
+                        f"the adapter's {name} {letter} is {tuple(given.shape)}, this run needs "
+                        f"{tuple(mine.shape)}; "
+                        "use the adapter's own rank and base model"
+                    )
+                mine.copy_(given)
+        self.refresh_working()
+
+    def modules(self, linears: Iterable[FrozenLinear]) -> list[LinearLora]:
+        """The factors attached to these linears."""
+        return [lin.lora for lin in linears if lin.lora is not None]
+
+    def _initialise_a(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for a, _ in self.views(self.masters).values():
+            bound = 1.0 / math.sqrt(a.shape[1])
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+
+    def _attach(self, linears: Mapping[str, FrozenLinear], dropout: float) -> None:
+        working, gradient = self.views(self.working), self.views(self.gradient)
+        for module_id, (name, linear) in enumerate(linears.items()):
+            linear.lora = LinearLora(
+                *working[name],
+                *gradient[name],
+                scaling=self.scaling[name] if isinstance(self.scaling, Mapping) else self.scaling,
+                dropout_probability=dropout,
+                module_id=module_id,
+                context=self.dropout_context,
+            )

@@ -1,0 +1,128 @@
+"""Where the frozen linears find their weights: the protocol, and its plain member, everything on the device.
+
+The walk *visits* layers: it announces the order of its visits (`set_schedule`), enters a layer
+(`layer_on_device`), runs its micro-batches, leaves. Inside a visit the layer's quantized weights are on the
+compute device; outside they need not be. `weights/streaming.py` is the other member of the protocol: a layer
+may be anywhere until it is visited.
+
+`hold_dequantized`: within a visit a weight is dequantized at its first use and kept until the visit ends, 2
+bytes per parameter of ONE layer in 16 bits. Otherwise every use dequantizes: once per micro-batch forward,
+twice per micro-batch backward if the layer is recomputed. The same bits either way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qlora_train.device.description import DequantizeKernel
+from qlora_train.model.layer_buffer import LayerBufferLayout
+from qlora_train.quant.weight import QuantizedWeight
+
+
+class WeightStore(Protocol):
+    """The quantized weights of all decoder layers."""
+
+    hold_dequantized: bool
+    copies_dequantized: bool
+
+    def set_schedule(self, order: Iterable[int]) -> None:
+        """Announce what will be visited from now on, in order; replaces what was announced before.
+
+        Items: decoder layers by index, then, from the number of layers on, the tiles of a head that streams.
+        """
+        ...
+
+    def layer_on_device(self, layer: int) -> AbstractContextManager[None]:
+        """Inside the returned context the weights of this layer can be dequantized."""
+        ...
+
+    def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The weight `name` (module path) as [out, in] in `dtype` on the compute device; not to be changed.
+
+        Valid until the next call, or, with `hold_dequantized`, until the visit ends; with
+        `copies_dequantized` for good."""
+        ...
+
+
+class PresentWeights:
+    """Dequantizes weights that are on the device, holding them within a visit where asked to.
+
+    layouts: of all layers. dequantize_kernel: of the device. `quantized`: the weights present now, by module
+    path. copies_dequantized: what is dequantized is a new tensor that outlives the visit, as it must where
+    autograd saves it (reference mode). Otherwise it lies in one buffer that is used again and again: as large
+    as the largest weight, or, where weights are held, the largest layer.
+    """
+
+    def __init__(self, layouts: Sequence[LayerBufferLayout], dequantize_kernel: DequantizeKernel) -> None:
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self._dequantize_kernel = dequantize_kernel
+        self.hold_dequantized = False
+        self.copies_dequantized = False
+        sizes = [[math.prod(shape) for _, shape in layout.shapes] for layout in layouts]
+        self._largest_weight, self._largest_layer = max(map(max, sizes)), max(map(sum, sizes))
+        self._buffer = torch.empty(0)
+        self._held: dict[str, Tensor] = {}
+        self._num_held_elements = 0
+        self._in_visit = False
+
+    def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
+        """See `WeightStore`. Unless held or copied, valid until the next call."""
+        quantized = self.quantized[name]
+        if self.copies_dequantized:
+            weight = quantized.dequantize(dtype)
+            return weight if quantized.quantization.is_quantized else weight.clone()
+        if not quantized.quantization.is_quantized:
+            return quantized.dequantize(dtype)
+        if name in self._held:
+            return self._held[name]
+        holds = self.hold_dequantized and self._in_visit
+        self._make_room(self._largest_layer if holds else self._largest_weight, quantized, dtype)
+        start = self._num_held_elements
+        room = self._buffer[start : start + math.prod(quantized.shape)].view(quantized.shape)
+        weight = quantized.dequantize_into(room, self._dequantize_kernel)
+        if holds:
+            self._held[name] = weight
+            self._num_held_elements += weight.numel()
+        return weight
+
+    def _make_room(self, num_elements: int, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
+        if self._buffer.numel() < num_elements or self._buffer.dtype != dtype:
+            assert not self._held
+            self._buffer = torch.empty(0)  # the old one goes first
+            self._buffer = torch.empty(num_elements, dtype=dtype, device=quantized.tensors["data"].device)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """A visit, as far as held weights are concerned."""
+        self._in_visit = True
+        try:
+            yield
+        finally:
+            self._in_visit = False
+            self._held.clear()
+            self._num_held_elements = 0
+
+
+class ResidentWeights(PresentWeights):
+    """A `WeightStore` whose quantized weights are all on the compute device, always."""
+
+    def set_schedule(self, order: Iterable[int]) -> None:
+        """Nothing to prepare."""
+
+    def layer_on_device(self, layer: int) -> AbstractContextManager[None]:
+        return self.holding()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weight.num_bytes for weight in self.quantized.values())
+
+
+def by_path(weights: Mapping[str, QuantizedWeight], layer_path: str) -> dict[str, QuantizedWeight]:
+    """Names within a layer -> module paths."""
+    return {f"{layer_path}.{name}": weight for name, weight in weights.items()}

@@ -1,0 +1,62 @@
+"""Where the config.json of a base is: a folder, the hub's cache, a known model, the hub. Without torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_train.errors import BaseModelError
+from qlora_train.model.base_folder import read_plain_config
+from qlora_train.plan.known_models import KNOWN
+
+
+def find_base_folder(base: str, revision: str | None = None) -> Path | None:
+    """The folder of `model.base`: itself, or the snapshot that the hub's own cache holds; None if neither."""
+    folder = Path(base)
+    if folder.is_dir():
+        return folder
+    if not _is_hub_id(base):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(base, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def find_config(base: str, revision: str | None = None) -> Mapping[str, Any]:
+    """What the config of `model.base` says, empty where it is not known here."""
+    folder = find_base_folder(base, revision)
+    return read_plain_config(folder) if folder is not None else KNOWN.get(known_name(base), {})
+
+
+def fetch_config(base: str, revision: str | None) -> Path:
+    """The folder in the hub's cache that config.json has been downloaded to, alone. Raises `BaseModelError`
+    where there is no such model, or no network."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if not _is_hub_id(base):
+        raise BaseModelError(f"model.base: there is no folder {base}")
+    try:
+        return Path(hf_hub_download(base, "config.json", revision=revision)).parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise BaseModelError(
+            f"model.base: {base} is neither a folder, nor in the hub's cache, nor a known model, and its "
+            f"config.json cannot be fetched from the hub ({reason}). Offline, put the model's config.json "
+            "into a folder and plan with model.base=FOLDER."
+        ) from error
+
+
+def known_name(base: str) -> str:
+    """A hub id without organisation and without what marks a chat variant, in small letters."""
+    name = base.rpartition("/")[2].lower()
+    name = re.sub(r"^meta-", "", name)
+    name = re.sub(r"-(instruct|chat|base|hf|it|unsloth|bnb|4bit|coder|math|\d{4})(?=-|$)", "", name)
+    return re.sub(r"^(tinyllama-1\.1b)-.*", r"\1", name)
+
+
+def _is_hub_id(base: str) -> bool:
+    return not (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1)

@@ -1,0 +1,43 @@
+"""`qlora-train plan`: a plan made before is printed without torch; another one is made, and kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+
+from qlora_train.plan.plan_cache import cached_plan
+from qlora_train.plan.report import print_plan
+from qlora_train.plan.request import PlanRequest, request_of
+from qlora_train.plan.words import refusal
+from qlora_train.recipe import Recipe
+
+
+def plan_command(
+    recipe: Recipe,
+    *,
+    card: str | None = None,
+    ram_bytes: int | None = None,
+    disk_bytes: int | None = None,
+    as_json: bool = False,
+    details: bool = False,
+) -> None:
+    """Print the plan of a recipe. card, ram_bytes, disk_bytes: see `request_of`. Raises `UserError` where it
+    does not fit."""
+    request = request_of(recipe, card, ram_bytes, disk_bytes)
+    plan = cached_plan(request, _made_plan)
+    num_steps = recipe.training.max_steps
+    if as_json:
+        seconds = None if num_steps is None else num_steps * plan["step_seconds"]
+        print(json.dumps({**plan, "assumed": request.assumed, "seconds_to_the_end": seconds}, indent=1))
+    else:
+        print_plan(plan, request, Console(), num_steps, details=details)
+    if not plan["fits"]:
+        raise refusal(plan["problems"], plan["floor"], plan["advice"])
+
+
+def _made_plan(request: PlanRequest) -> dict[str, Any]:
+    from qlora_train.plan.from_recipe import plan_request  # with torch
+
+    return plan_request(request)

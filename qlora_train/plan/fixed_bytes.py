@@ -1,0 +1,119 @@
+"""Bytes that stay on the device as long as training runs, by cause: sums over sizes, of what the loader and
+the optimizer make.
+
+    quantized weights, constants   the layer buffers of resident layers (model/layer_buffer.py)
+    embedding, head             where they are resident; of a quantized head one tile, dequantized
+    ring slots                  num_slots times the largest item that streams
+    factors                     masters and gradient in fp32, and the working copy
+    optimizer state             8 bytes per factor number, or 2 and two scales per 256
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from qlora_train.plan.workload import Workload
+from qlora_train.weights.execution_plan import ExecutionPlan, Placement
+
+Bytes = dict[str, int]
+"""Bytes by cause."""
+QUANTIZED = "quantized weights"
+CONSTANTS = "quantization constants"
+EMBEDDING = "embedding"
+HEAD = "head"
+PLAIN = "norms and biases"
+MASTERS = "factors: masters"
+GRADIENT = "factors: gradient"
+WORKING = "factors: working copy"
+OPTIMIZER = "optimizer state"
+OPTIMIZER_SCRATCH = "optimizer scratch"
+DEQUANTIZE_BUFFER = "dequantize buffer"
+SLOTS = "ring slots"
+MICRO_BATCH = "token ids and labels"
+KV_CACHE = "key-value cache"
+LOADING = "rows being quantized"
+ROWS_BLOCK_BYTES = 64 * 2**20
+MIN_8BIT_NUMBERS = 4096
+"""bitsandbytes keeps 32-bit state for tensors smaller than this."""
+
+
+def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
+    """What is on the device as long as training runs."""
+    shape, itemsize = workload.shape, workload.itemsize
+    layer_buffers = [
+        size
+        for size, at in zip(workload.layer_buffer_sizes, plan.weights, strict=True)
+        if at is Placement.DEVICE
+    ]
+    n = workload.num_lora_parameters
+    result = {
+        QUANTIZED: sum(codes for codes, _ in layer_buffers),
+        CONSTANTS: sum(constants for _, constants in layer_buffers),
+        EMBEDDING: workload.matrix_bytes if plan.embedding is Placement.DEVICE else 0,
+        HEAD: workload.head_bytes if plan.head is Placement.DEVICE and not shape.is_tied else 0,
+        PLAIN: shape.plain_parameters * itemsize + 8 * (shape.head_dim // 2),
+        DEQUANTIZE_BUFFER: dequantize_buffer_bytes(workload, plan) + head_buffer_bytes(workload, plan),
+        SLOTS: plan.num_slots * slot_bytes(workload, plan),
+        MASTERS: 4 * n,
+        GRADIENT: 4 * n,
+        WORKING: 0 if itemsize == 4 else itemsize * n,
+        OPTIMIZER: optimizer_state_bytes(workload),
+    }
+    return {cause: num_bytes for cause, num_bytes in result.items() if num_bytes}
+
+
+def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
+    """One buffer for all layers; in reference mode every weight is dequantized into a tensor of its own."""
+    if workload.reference:
+        return 0
+    if workload.quantization.format == "none":
+        return 0
+    of_weights = max if not plan.hold_dequantized else sum
+    return workload.itemsize * max(
+        of_weights(prod(shape) for _, shape in layer) for layer in set(workload.shape.layers)
+    )
+
+
+def head_tile_shape(workload: Workload, plan: ExecutionPlan) -> tuple[int, int]:
+    return min(plan.head_tile_rows, workload.shape.vocabulary), workload.shape.hidden
+
+
+def head_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
+    """What tiles of a quantized head are dequantized into."""
+    if not workload.head_is_quantized:
+        return 0
+    return workload.itemsize * prod(head_tile_shape(workload, plan))
+
+
+def slot_bytes(workload: Workload, plan: ExecutionPlan) -> int:
+    """A slot holds the largest item that streams."""
+    items = [0]
+    if any(place is not Placement.DEVICE for place in plan.weights):
+        items.append(workload.layer_buffer_bytes)
+    if plan.head is not Placement.DEVICE:
+        items.append(head_tile_shape(workload, plan)[0] * workload.head_format.row_bytes)
+    return max(items)
+
+
+def _learning_rate_groups(workload: Workload) -> tuple[int, ...]:
+    return workload.lora_sizes if workload.splits_learning_rate else (workload.num_lora_parameters,)
+
+
+def optimizer_state_bytes(workload: Workload) -> int:
+    """Two moments per factor number: 8 bytes, or 2 and a scale per 256 numbers."""
+    if workload.optimizer not in ("adamw_8bit", "paged_adamw_8bit"):
+        return 8 * workload.num_lora_parameters
+    return sum(
+        8 * n if n < MIN_8BIT_NUMBERS else 2 * n + 8 * -(-n // 256) for n in _learning_rate_groups(workload)
+    )
+
+
+def managed_bytes(workload: Workload) -> int:
+    """Of that, what paged optimizers keep in managed memory, which is not torch's allocator's."""
+    pages = workload.on_accelerator and workload.target.has_concurrent_managed_access
+    return optimizer_state_bytes(workload) if pages and workload.optimizer.startswith("paged_") else 0
+
+
+def optimizer_scratch_bytes(workload: Workload) -> int:
+    """torch's AdamW makes a denominator of its own, from a square root; bitsandbytes' updates in place."""
+    return 8 * max(_learning_rate_groups(workload)) if workload.optimizer == "adamw" else 0

@@ -1,0 +1,217 @@
+"""Where a model's parts wait while it generates, decided before anything is loaded.
+
+All prompts run in one batch (generate/decoding.py), so a token costs one pass over the layers, and at most
+one fetch of each: copies per token are what streams, once. Nothing is remembered for a backward pass; what
+grows is the key-value cache, 2 L B heads d (longest prompt + new tokens) numbers. So the order is short, each
+step only if the one before does not fit:
+
+1. everything resident;
+2. the embedding, then the head, then as few layers as fit off the device;
+3. smaller head tiles, then MLP tiles (a long prompt's widest tensor), and again as few layers as fit;
+4. refuse, with the least that would fit and what could be asked for instead.
+
+The fewest that stream are the fastest, so there are no seconds to compare. Only head and MLP tiles can change
+the last bits of a logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Literal
+
+import torch
+
+from qlora_train.device.description import DeviceDescription
+from qlora_train.plan.fixed_bytes import Bytes
+from qlora_train.plan.host_budget import HostBudget
+from qlora_train.plan.host_bytes import host_bytes
+from qlora_train.plan.model_shape import ModelShape
+from qlora_train.plan.placement import fewest, place_of_streamed, placed
+from qlora_train.plan.plan import budget_for, room_in
+from qlora_train.plan.planned_walk import GenerateSize, generate_peak, load_peak
+from qlora_train.plan.words import gib, refusal
+from qlora_train.plan.workload import Workload
+from qlora_train.quant.formats import Quantization
+from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement, everything_resident
+
+SMALL_TILE_ROWS, SMALLEST_MLP_TILE = 1024, 64
+WeightsChoice = Literal["auto", "resident", "ram", "disk"]
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """What waits where, and what it takes on the device, context included. problems: empty where it fits.
+    advice: what could be asked for instead, where it does not."""
+
+    workload: Workload
+    size: GenerateSize
+    execution: ExecutionPlan
+    phases: dict[str, Bytes]
+    budget_bytes: int
+    problems: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Tensors on the device in the largest phase."""
+        return max(sum(phase.values()) for phase in self.phases.values())
+
+    @property
+    def copied_bytes_per_token(self) -> int:
+        """What streams: every layer and the head once per token of all prompts."""
+        layers = sum(place is not Placement.DEVICE for place in self.execution.weights)
+        head = self.execution.head is not Placement.DEVICE
+        return layers * self.workload.layer_buffer_bytes + head * self.workload.head_bytes
+
+    def require_fit(self) -> None:
+        """Raise `UserError`, with what is missing and what could be asked for, where nothing fits."""
+        if self.problems:
+            largest = max(self.phases.values(), key=lambda phase: sum(phase.values()))
+            raise refusal(self.problems, largest, self.advice, "take a smaller model or a larger budget")
+
+    def line(self) -> str:
+        """What waits where, in a line."""
+        plan = self.execution
+        counts = [f"{plan.weights.count(place)} {place}" for place in Placement if place in plan.weights]
+        return (
+            f"within {gib(self.budget_bytes)}: layers {', '.join(counts)}; "
+            f"embedding {plan.embedding}, head {plan.head}"
+        )
+
+
+def bare_workload(
+    shape: ModelShape, quantization: Quantization, dtype: torch.dtype, target: DeviceDescription
+) -> Workload:
+    """A model without factors, for `plan_generation`."""
+    return Workload(
+        shape=shape,
+        quantization=quantization,
+        dtype=dtype,
+        rank=0,
+        targets=(),
+        dropout=False,
+        documents=(1,),
+        num_supervised=0,
+        num_micro_batches=1,
+        optimizer="adamw",
+        target=target,
+    )
+
+
+def plan_generation(
+    workload: Workload,
+    size: GenerateSize,
+    budget_bytes: int,
+    host: HostBudget,
+    weights: WeightsChoice = "auto",
+) -> GenerationPlan:
+    """The plan with the fewest copies that fits; where none does, the smallest one, with `problems`.
+
+    workload: model, quantizing and factors; its step is not looked at. budget_bytes: for the device, context
+    included. host: RAM that may be used. weights: `memory.weights`."""
+    search = _Search(workload, size, budget_bytes, host, weights)
+    chosen = next((plan for plan in search.plans() if search.fits(plan)), None)
+    execution = chosen or min(search.plans(), key=search.peak)
+    return GenerationPlan(
+        workload,
+        size,
+        execution,
+        search.phases(execution),
+        budget_bytes,
+        () if chosen else tuple(search.problems(execution)),
+        () if chosen else tuple(search.remedies()),
+    )
+
+
+class _Search:
+    def __init__(
+        self,
+        workload: Workload,
+        size: GenerateSize,
+        budget_bytes: int,
+        host: HostBudget,
+        weights: WeightsChoice,
+    ) -> None:
+        self._workload = replace(workload, reference=False)  # which is a way to train
+        self._size, self._host, self._weights = size, host, weights
+        self._budget_bytes = budget_bytes
+        self._room = room_in(budget_bytes, workload)
+        self._start = everything_resident(workload.shape.num_layers)
+        place = place_of_streamed(workload, self._start, host)
+        self._place = Placement(weights) if weights in ("ram", "disk") else place
+
+    def plans(self) -> Iterator[ExecutionPlan]:
+        """In the order of preference; the last is the smallest."""
+        if self._weights == "resident":
+            yield from (replace(self._start, mlp_tile_tokens=tile) for tile in self._mlp_tiles())
+            return
+        num_layers = self._start.num_layers
+        if self._weights == "auto":
+            yield self._start
+            yield self._placed(self._start, 0, with_head=False)
+        for tile, rows in product(self._mlp_tiles(), (HEAD_TILE_ROWS, SMALL_TILE_ROWS)):
+            start = replace(self._start, mlp_tile_tokens=tile, head_tile_rows=rows)
+            if self._weights == "auto":
+                found = fewest(partial(self._placed, start), num_layers, self.fits)
+                if found is not None:
+                    yield found
+            yield self._placed(start, num_layers)
+
+    def _placed(self, plan: ExecutionPlan, num_streamed: int, *, with_head: bool = True) -> ExecutionPlan:
+        is_tied = self._workload.shape.is_tied
+        return placed(plan, self._place, num_streamed, is_tied=is_tied, with_head=with_head)
+
+    def _mlp_tiles(self) -> list[int | None]:
+        """None, then halves of the row of all prompts."""
+        tiles: list[int | None] = [None]
+        size = sum(self._size.prompts) // 2
+        while size >= SMALLEST_MLP_TILE:
+            tiles.append(size)
+            size //= 2
+        return tiles
+
+    def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
+        """Bytes on the device by cause."""
+        generate = generate_peak(self._workload, plan, self._size, in_training=False)
+        return {"load": load_peak(self._workload, plan), "generate": generate}
+
+    def peak(self, plan: ExecutionPlan) -> int:
+        return max(sum(phase.values()) for phase in self.phases(plan).values())
+
+    def fits(self, plan: ExecutionPlan) -> bool:
+        return self.peak(plan) <= self._room and self._ram_bytes(plan) <= self._host.ram_bytes
+
+    def _ram_bytes(self, plan: ExecutionPlan) -> int:
+        on_device = self.peak(plan) if not self._workload.on_accelerator else 0
+        return on_device + sum(host_bytes(self._workload, plan).values())
+
+    def problems(self, plan: ExecutionPlan) -> Iterator[str]:
+        """What does not fit, by how much."""
+        size = self._size
+        asked = f"{len(size.prompts)} prompt{'s' if len(size.prompts) > 1 else ''} of up to "
+        asked += f"{max(size.prompts)} tokens and {size.new_tokens} new ones"
+        needed = budget_for(self.peak(plan), self._workload)
+        if self.peak(plan) > self._room:
+            yield (
+                f"the device: at least {gib(needed)} are needed for {asked}, the budget is "
+                f"{gib(self._budget_bytes)} ({gib(needed - self._budget_bytes)} too little)"
+            )
+        if self._ram_bytes(plan) > self._host.ram_bytes:
+            yield f"RAM: {gib(self._ram_bytes(plan))} are needed, {gib(self._host.ram_bytes)} are free"
+
+    def remedies(self) -> Iterator[str]:
+        """What could be asked for instead."""
+        size = self._size
+        if self._weights != "auto" and self._would_fit(size, "auto"):
+            yield "memory.weights=auto"
+        if len(size.prompts) > 1 and self._would_fit(replace(size, prompts=(max(size.prompts),))):
+            yield "one prompt at a time"
+        if self._would_fit(replace(size, new_tokens=max(1, size.new_tokens // 2))):
+            yield f"--max-new-tokens {max(1, size.new_tokens // 2)}"
+
+    def _would_fit(self, size: GenerateSize, weights: WeightsChoice | None = None) -> bool:
+        other = _Search(self._workload, size, self._budget_bytes, self._host, weights or self._weights)
+        return any(other.fits(plan) for plan in other.plans())

@@ -1,0 +1,70 @@
+"""Configs of known models, as far as sizes go: for plans before anything is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _known(
+    family: str,
+    hidden: int,
+    intermediate: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    vocabulary: int,
+    max_positions: int,
+    *,
+    tied: bool = False,
+    window: int | None = None,
+) -> dict[str, Any]:
+    return {
+        "model_type": family,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": tied,
+        "sliding_window": window,
+    }
+
+
+_LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
+_LLAMA_70B = (8192, 28672, 80, 64, 8, 128256)
+KNOWN: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _known("llama", 4096, 11008, 32, 32, 32, 32000, 4096),
+    "llama-2-13b": _known("llama", 5120, 13824, 40, 40, 40, 32000, 4096),
+    "llama-2-70b": _known("llama", 8192, 28672, 80, 64, 8, 32000, 4096),
+    "llama-3-8b": _known("llama", *_LLAMA_8B, 8192),
+    "llama-3-70b": _known("llama", *_LLAMA_70B, 8192),
+    "llama-3.1-8b": _known("llama", *_LLAMA_8B, 131072),
+    "llama-3.1-70b": _known("llama", *_LLAMA_70B, 131072),
+    "llama-3.1-405b": _known("llama", 16384, 53248, 126, 128, 8, 128256, 131072),
+    "llama-3.2-1b": _known("llama", 2048, 8192, 16, 32, 8, 128256, 131072, tied=True),
+    "llama-3.2-3b": _known("llama", 3072, 8192, 28, 24, 8, 128256, 131072, tied=True),
+    "llama-3.3-70b": _known("llama", *_LLAMA_70B, 131072),
+    "mistral-7b-v0.1": _known("mistral", 4096, 14336, 32, 32, 8, 32000, 32768, window=4096),
+    "mistral-7b-v0.2": _known("mistral", 4096, 14336, 32, 32, 8, 32000, 32768),
+    "mistral-7b-v0.3": _known("mistral", 4096, 14336, 32, 32, 8, 32768, 32768),
+    "qwen2.5-0.5b": _known("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, tied=True),
+    "qwen2.5-1.5b": _known("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072, tied=True),
+    "qwen2.5-3b": _known("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, tied=True),
+    "qwen2.5-7b": _known("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072),
+    "qwen2.5-14b": _known("qwen2", 5120, 13824, 48, 40, 8, 152064, 131072),
+    "qwen2.5-32b": _known("qwen2", 5120, 27648, 64, 40, 8, 152064, 131072),
+    "qwen2.5-72b": _known("qwen2", 8192, 29568, 80, 64, 8, 152064, 131072),
+    "qwen3-0.6b": _known("qwen3", 1024, 3072, 28, 16, 8, 151936, 40960, tied=True),
+    "qwen3-1.7b": _known("qwen3", 2048, 6144, 28, 16, 8, 151936, 40960, tied=True),
+    "qwen3-4b": _known("qwen3", 2560, 9728, 36, 32, 8, 151936, 40960, tied=True),
+    "qwen3-8b": _known("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960),
+    "qwen3-14b": _known("qwen3", 5120, 17408, 40, 40, 8, 151936, 40960),
+    "qwen3-32b": _known("qwen3", 5120, 25600, 64, 64, 8, 151936, 40960),
+    "tinyllama-1.1b": _known("llama", 2048, 5632, 22, 32, 4, 32000, 2048),
+    "smollm2-135m": _known("llama", 576, 1536, 30, 9, 3, 49152, 8192, tied=True),
+    "smollm2-360m": _known("llama", 960, 2560, 32, 15, 5, 49152, 8192, tied=True),
+    "smollm2-1.7b": _known("llama", 2048, 8192, 24, 32, 32, 49152, 8192, tied=True),
+}
+"""Hub name without organisation and without what marks a chat variant, in small letters."""

@@ -1,0 +1,169 @@
+"""Plans on the machines that are about to follow them: their free memory, their measured rates; and the
+budget that was planned for, enforced.
+
+All ranks of a run follow one plan, for they walk the same layers in the same groups and sum their gradients.
+So each says what it has, and all plan for the least of everything: the smallest device, the largest context,
+the machine with the least RAM for the most ranks, the slowest copies.
+
+A driver that moves device memory into system memory instead of refusing it (Windows, WSL) turns a step that
+is too large into one that is ten times slower, with nothing said. So torch's allocator is held to the budget
+of the plan: beyond it memory runs out, and the step is tried again with less (tighten.py). The context is not
+the allocator's, nor is managed memory, so both are taken off before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.context import context_bytes
+from qlora_train.device.description import DeviceDescription, least_capable
+from qlora_train.errors import UserError
+from qlora_train.plan.from_recipe import plan_recipe
+from qlora_train.plan.generation import GenerationPlan, WeightsChoice, plan_generation
+from qlora_train.plan.host_budget import HostBudget, Machine, device_budget, free_host_memory
+from qlora_train.plan.measured_rates import rates_of
+from qlora_train.plan.model_shape import find_shape
+from qlora_train.plan.plan import Plan
+from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.plan.split import Split
+from qlora_train.plan.time_model import Rates
+from qlora_train.plan.workload import Workload
+from qlora_train.recipe import Recipe
+from qlora_train.weights.cache_key import cache_root
+from qlora_train.weights.ranks import ALONE, Ranks
+
+
+def device_of_all(device: ComputeDevice, ranks: Ranks) -> DeviceDescription:
+    """What the devices of all ranks can do: this rank's own where they are alike. Raises `UserError` where
+    some are GPUs and others are not."""
+    told = [DeviceDescription.from_dict(values) for values in ranks.gather(asdict(device.description))]
+    kinds = sorted({description.type for description in told})
+    if len(kinds) > 1:
+        raise UserError(
+            f"the processes of this run compute on devices of different kinds ({', '.join(kinds)}): start no "
+            "more of them on a machine than it has GPUs"
+        )
+    return replace(least_capable(told), index=device.description.index)
+
+
+def plan_here(
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
+    device: ComputeDevice,
+    most_documents: Callable[[int], int],
+    ranks: Ranks = ALONE,
+    target: DeviceDescription | None = None,
+    *,
+    split: Split | None = None,
+    keeps_quantized_base: bool = True,
+) -> Plan:
+    """The plan of a run, the same on all its ranks, with no limit set. recipe: with the compute dtype
+    resolved to `dtype`. folder: the base's. most_documents: in any micro-batch of so many bins. target:
+    `device_of_all`; None: this one. split: of the step; None: the best one. keeps_quantized_base: for later
+    starts. See `Plan.require_fit`."""
+    target = target or device.description
+    num_ranks = len(ranks.here)
+    machine = Machine(num_ranks, 1 if ranks.shares_memory else num_ranks)
+    host = replace(
+        free_host_memory(recipe, target, folder, machine), keeps_quantized_base=keeps_quantized_base
+    )
+    device.limit_allocator(None)  # an earlier run's in this process
+    context = _context_bytes(device)
+    free_bytes = device.free_bytes if device.is_accelerator else device.free_bytes // num_ranks
+    ranks.wait()  # measured while the others measure: they copy at the same time in training too
+    rates = rates_of(device, dtype, cache_root(), num_ranks)
+    told = ranks.gather(
+        {"free_bytes": free_bytes, "context": context, "host": asdict(host), "rates": asdict(rates)}
+    )
+    return plan_recipe(
+        recipe,
+        replace(
+            target, measured_context_bytes=None if context is None else max(of["context"] for of in told)
+        ),
+        min(of["free_bytes"] for of in told),
+        shape=find_shape(str(folder)),
+        most_documents=most_documents,
+        rates=_slowest([of["rates"] for of in told]),
+        has_context=device.is_accelerator,
+        base_folder=folder,
+        host_budget=_smallest([of["host"] for of in told]),
+        num_ranks=ranks.number,
+        split=split,
+    )
+
+
+def _smallest(budgets: list[dict[str, Any]]) -> HostBudget:
+    """As if the least of each were all on one machine."""
+    machines = [budget["machine"] for budget in budgets]
+    return HostBudget(
+        ram_bytes=min(budget["ram_bytes"] for budget in budgets),
+        disk_bytes=min(budget["disk_bytes"] for budget in budgets),
+        has_quantized_base=all(budget["has_quantized_base"] for budget in budgets),
+        keeps_quantized_base=budgets[0]["keeps_quantized_base"],
+        machine=Machine(
+            max(machine["num_ranks"] for machine in machines),
+            max(machine["num_copies"] for machine in machines),
+        ),
+    )
+
+
+def _slowest(rates: list[dict[str, Any]]) -> Rates:
+    """Each rate of the rank where it is the lowest."""
+    least = {name: min(of[name] for of in rates) for name in ("flops", "memory", "copy", "disk")}
+    several = f", the slowest of {len(rates)} ranks" if len(rates) > 1 else ""
+    return Rates(**least, source=rates[0]["source"] + several)
+
+
+def plan_generation_here(
+    workload: Workload,
+    size: GenerateSize,
+    device: ComputeDevice,
+    *,
+    vram_bytes: int | None,
+    weights: WeightsChoice,
+) -> GenerationPlan:
+    """The plan of generation, with no limit set. workload: the model, its quantization and factors.
+    vram_bytes: the budget; None: what is free. weights: `memory.weights`. See
+    `GenerationPlan.require_fit`."""
+    device.limit_allocator(None)
+    target = replace(device.description, measured_context_bytes=_context_bytes(device))
+    budget_bytes = device_budget(target, device.free_bytes, vram_bytes, has_context=device.is_accelerator)
+    return plan_generation(
+        replace(workload, target=target),
+        size,
+        budget_bytes,
+        HostBudget.of_this_machine(cache_root()),
+        weights,
+    )
+
+
+def _context_bytes(device: ComputeDevice) -> int | None:
+    """Of this process on the device, measured unless its description says it: kernels have run then, so that
+    what is free from now on is free of them too. None on a CPU."""
+    told = device.description.measured_context_bytes
+    return context_bytes(device) if told is None and device.is_accelerator else told
+
+
+def enforce_budget(
+    device: ComputeDevice, workload: Workload, vram_bytes: int | None, *, managed_bytes: int = 0
+) -> None:
+    """Hold torch's allocator to the budget, before the base is loaded: to what vram_bytes leaves beside the
+    context and managed memory. None: to all that is free now, more than the plan was made for, since some of
+    it was left to others. What this process had on the device before (a notebook's tensors) comes on top."""
+    if not device.is_accelerator:
+        return
+    device.release_cached()
+    if vram_bytes is None:
+        device.limit_allocator(device.reserved_bytes + device.free_bytes)
+        return
+    workspace_bytes = workload.target.workspace_bytes(deterministic=workload.deterministic)
+    there_before = max(0, device.reserved_bytes - workspace_bytes)
+    room = vram_bytes - workload.target.context_bytes - managed_bytes
+    device.limit_allocator(there_before + room)

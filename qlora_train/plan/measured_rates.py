@@ -1,0 +1,148 @@
+"""What this machine really does per second: products, device memory, copies to and from the host.
+
+The planner's seconds are bytes and FLOPs over rates, so a plan is as good as its rates. A few products and
+copies, timed once, take a second or two; the result is kept in the cache folder under the device's name, the
+dtype and torch's version. The disk is not timed: what it gives depends on what the system has cached; a
+stated rate stands for it. What another time may be faster is not kept: copies that the system refused to pin,
+products that had to be small because the device was nearly full. Where it is full, nothing is timed, and the
+stated rates stand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.description import DeviceDescription
+from qlora_train.plan.plan_cache import RATES_FILE as FILE
+from qlora_train.plan.time_model import Rates, stated_rates
+from qlora_train.weights.host_memory import HostMemory
+
+_COPY_BYTES = 2**26
+_LARGEST_MATRIX, _CPU_MATRIX, _ROWS_PER_MULTIPROCESSOR = 8192, 2048, 128
+_SHARE_OF_FREE = 0.25
+_LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above one
+_REPEATS = 5
+
+
+def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
+    """Measured now, or by an earlier run on this machine. cache: folder that remembers. num_ranks: that
+    measure at the same time. Leaves nothing on the device."""
+    found = kept_rates(device.description, dtype, cache, num_ranks)
+    if found is not None:
+        return found
+    free_bytes = device.free_bytes
+    if free_bytes < _LEAST_FREE_BYTES:
+        return stated_rates(device.description)
+    host = HostMemory(device)
+    size = matrix_size(device.description, free_bytes, dtype)
+    buffer = host.empty(min(_COPY_BYTES, int(free_bytes * _SHARE_OF_FREE / 2)))
+    rates = _measure(device, dtype, size, buffer)
+    device.release_cached()  # what products and copies took would stay beside other sizes
+    if not host.num_unpinned_bytes and size == _wanted_size(device.description):
+        key = _key(device.description, dtype, num_ranks)
+        _write(cache / FILE, _read(cache / FILE) | {key: asdict(rates)})
+    return rates
+
+
+def kept_rates(
+    device: DeviceDescription, dtype: torch.dtype, cache: Path, num_ranks: int = 1
+) -> Rates | None:
+    """Those that an earlier run on this machine has measured, if any has."""
+    return _rates_in(_read(cache / FILE).get(_key(device, dtype, num_ranks)))
+
+
+def _key(device: DeviceDescription, dtype: torch.dtype, num_ranks: int) -> str:
+    name = device.name or platform.processor() or "cpu"
+    key = f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
+    return f"{key}, {num_ranks} at a time" if num_ranks > 1 else key
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):  # not there, or damaged: measured again
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _rates_in(values: Any) -> Rates | None:
+    """What `asdict` of rates gave, if it is that."""
+    names = {field.name for field in fields(Rates)}
+    if not isinstance(values, dict) or values.keys() != names or not isinstance(values["source"], str):
+        return None
+    numbers = [values[name] for name in names - {"source"}]
+    return Rates(**values) if all(type(n) in (int, float) and 0 < n < math.inf for n in numbers) else None
+
+
+def _write(file: Path, known: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a disk that may not be written: the next start measures again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = file.with_name(f"{FILE}.partial-{os.getpid()}")  # others may be reading
+        partial_file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        partial_file.replace(file)
+
+
+def copy_rate(device: ComputeDevice, host: Tensor) -> float:
+    """Bytes per second between a buffer (uint8) in host memory and the device, the slower way."""
+    here = torch.empty_like(host, device=device.torch)
+    in_seconds = fastest_seconds(device, lambda: here.copy_(host, non_blocking=True))
+    out_seconds = fastest_seconds(device, lambda: host.copy_(here, non_blocking=True))
+    return host.numel() / max(in_seconds, out_seconds)
+
+
+def matrix_size(device: DeviceDescription, free_bytes: int, dtype: torch.dtype) -> int:
+    """Rows and columns of the products that are timed: three matrices in a quarter of what is free, so that a
+    card that is nearly full can be measured."""
+    most = int(math.sqrt(free_bytes * _SHARE_OF_FREE / (3 * dtype.itemsize))) // 64 * 64
+    return min(_wanted_size(device), max(64, most))
+
+
+def _wanted_size(device: DeviceDescription) -> int:
+    """Enough for every multiprocessor to have several tiles."""
+    if not device.is_accelerator:
+        return _CPU_MATRIX
+    return max(64, min(_LARGEST_MATRIX, _ROWS_PER_MULTIPROCESSOR * device.num_multiprocessors) // 64 * 64)
+
+
+def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor) -> Rates:
+    """size: rows and columns of the products. host: uint8, what is copied."""
+    num_bytes = host.numel()
+    a, b = (torch.randn(size, size, dtype=dtype, device=device.torch) for _ in range(2))
+    product_seconds = fastest_seconds(device, partial(torch.matmul, a, b.t()))
+    del a, b
+    copy = copy_rate(device, host)
+    here = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch)
+    there = torch.empty_like(here)
+    memory_seconds = fastest_seconds(device, lambda: there.copy_(here))
+    return Rates(
+        flops=2 * size**3 / product_seconds,
+        memory=2 * num_bytes / memory_seconds,
+        copy=copy,
+        disk=stated_rates(device.description).disk,
+        source=f"measured here (products of {size} x {size} in {dtype}); disk as stated",
+    )
+
+
+def fastest_seconds(device: ComputeDevice, run: Callable[[], object]) -> float:
+    """Of a few runs after one that warms up."""
+    times = []
+    for _ in range(1 + _REPEATS):
+        started = time.perf_counter()
+        run()
+        device.wait()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

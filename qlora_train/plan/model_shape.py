@@ -1,0 +1,165 @@
+"""What a plan needs to know of a model: its config, and sizes read off what transformers makes of it.
+
+The model is built without weights, and the start-up probe of `train` looks at its family: what `train` would
+refuse, a plan refuses in the same words. The config is that of a folder, of the hub's cache, or of a table of
+known models, so that a plan can be made before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from math import prod
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from qlora_train.model.base import MetaModel, read_config
+from qlora_train.model.base_folder import stored_quantization
+from qlora_train.model.probe import ProbeResult, probe
+from qlora_train.model.quantized_matrix import RowLayout
+from qlora_train.plan.base_config import KNOWN, fetch_config, find_base_folder, known_name
+from qlora_train.quant.formats import UNQUANTIZED, Quantization
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder. config, config_text: where they are from, as JSON too. layers: of every layer its
+    linears, (name within it, (out, in)). plain_parameters: numbers in norms and biases. head_quantization:
+    how the checkpoint has quantized the head. probed: what the start-up probe found."""
+
+    config: PretrainedConfig = field(repr=False, compare=False)
+    config_text: str = field(repr=False)
+    layers: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
+    vocabulary: int
+    hidden: int
+    is_tied: bool
+    plain_parameters: int
+    head_quantization: Quantization
+    probed: ProbeResult
+
+    def __hash__(self) -> int:
+        return hash(self.config_text)
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def max_positions(self) -> int:
+        return int(getattr(self.config, "max_position_embeddings", None) or 2048)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.config.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.hidden // self.num_heads)
+
+    @property
+    def has_softcap(self) -> bool:
+        """Attention scores are capped with tanh."""
+        return getattr(self.config, "attn_logit_softcapping", None) is not None
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name within a layer -> (out, in), of all that any layer has."""
+        return {name: shape for layer in self.layers for name, shape in layer}
+
+    @property
+    def tail_parameters(self) -> int:
+        """Numbers in the linear whose product recomputation may skip."""
+        name = self.probed.skippable_linear
+        return 0 if name is None else prod(self.linear_shapes[name])
+
+    @cached_property
+    def linear_parameters(self) -> int:
+        """Numbers in the linears of all layers."""
+        return sum(prod(shape) for layer in self.layers for _, shape in layer)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer, on average."""
+        return self.linear_parameters // self.num_layers
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Numbers in the embedding, which is also the head's size."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def num_parameters(self) -> int:
+        return (
+            self.linear_parameters
+            + (1 if self.is_tied else 2) * self.matrix_parameters
+            + self.plain_parameters
+        )
+
+    def head_format(self, dtype: torch.dtype) -> RowLayout:
+        """How rows of the head are stored."""
+        return RowLayout(self.head_quantization, self.hidden, dtype)
+
+
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """Raises `UnsupportedModelError` for a family that cannot be trained."""
+    return _shape_of(config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=16)
+def _shape_of(text: str) -> ModelShape:
+    config = AutoConfig.for_model(**json.loads(text))
+    probed = probe(config)
+    meta_model = MetaModel(config, torch.bfloat16)
+    vocabulary, hidden = meta_model.matrix_shape
+    layers = tuple(tuple(meta_model.linear_shapes(i).items()) for i in range(len(meta_model.layer_paths)))
+    return ModelShape(
+        config,
+        text,
+        layers,
+        vocabulary,
+        hidden,
+        meta_model.is_tied,
+        sum(prod(shape) for shape in meta_model.plain_shapes.values()),
+        UNQUANTIZED if meta_model.is_tied else _head_quantization(config, hidden),
+        probed,
+    )
+
+
+def _head_quantization(config: PretrainedConfig, hidden: int) -> Quantization:
+    """How a checkpoint with this quantization_config stores the rows of an untied head. bitsandbytes leaves
+    the head unquantized unless told what else to skip."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, Mapping) else getattr(stored, "to_dict", dict)()
+    skipped = stored.get("llm_int8_skip_modules")
+    if not stored or skipped is None or any("lm_head".endswith(str(name)) for name in skipped):
+        return UNQUANTIZED
+    return stored_quantization(stored).by_row(hidden)
+
+
+def find_shape(base: str, revision: str | None = None) -> ModelShape:
+    """The shape of `model.base`: of a folder's config.json, of a known model, or of what the hub has. Raises
+    `UserError` where none of them is."""
+    folder = find_base_folder(base, revision)
+    known = known_shape(base) if folder is None else None
+    return known or shape_of(read_config(folder or fetch_config(base, revision)))
+
+
+def known_shape(base: str) -> ModelShape | None:
+    """The shape of a known model by its hub id, whoever hosts it, base or instruct; None if it is none."""
+    values = KNOWN.get(known_name(base))
+    return None if values is None else shape_of(AutoConfig.for_model(**values))

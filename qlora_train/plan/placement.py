@@ -1,0 +1,64 @@
+"""Which parts of the weights wait off the device: the choices of the planner and of generation alike.
+
+Layers that stream are spread evenly between resident ones, so that copies find arithmetic to hide behind. One
+more layer off the device always frees memory, so the fewest that must stream are found by halving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from qlora_train.plan.host_budget import HostBudget
+from qlora_train.plan.host_bytes import host_bytes
+from qlora_train.plan.workload import Workload
+from qlora_train.weights.execution_plan import ExecutionPlan, Placement
+
+
+def placed(
+    plan: ExecutionPlan,
+    place: Placement,
+    num_streamed: int,
+    *,
+    is_tied: bool,
+    with_embedding: bool = True,
+    with_head: bool = True,
+) -> ExecutionPlan:
+    """num_streamed layers and, where asked, embedding and head wait in `place`; the rest is resident."""
+    if is_tied:
+        with_embedding = with_head
+    num_layers, num_resident = plan.num_layers, plan.num_layers - num_streamed
+    resident = {(2 * j + 1) * num_layers // (2 * num_resident) for j in range(num_resident)}
+    return replace(
+        plan,
+        weights=tuple(Placement.DEVICE if i in resident else place for i in range(num_layers)),
+        embedding=place if with_embedding else Placement.DEVICE,
+        head=place if with_head else Placement.DEVICE,
+        num_slots=2 if num_streamed or with_head else 0,
+    )
+
+
+def place_of_streamed(workload: Workload, start: ExecutionPlan, budget: HostBudget) -> Placement:
+    """RAM if all that could stream fits there beside what `start` has there, else disk. On a CPU "the device"
+    is RAM."""
+    if not workload.on_accelerator:
+        return Placement.DISK
+    everything = placed(start, Placement.RAM, start.num_layers, is_tied=workload.shape.is_tied)
+    needed = sum(host_bytes(workload, everything, budget.machine).values())
+    return Placement.RAM if needed <= budget.ram_bytes else Placement.DISK
+
+
+def fewest(
+    plan_of: Callable[[int], ExecutionPlan], most: int, fits: Callable[[ExecutionPlan], bool]
+) -> ExecutionPlan | None:
+    """plan_of(n) of the smallest n up to `most` that fits; None where plan_of(most) does not."""
+    if not fits(plan_of(most)):
+        return None
+    least = 0
+    while least < most:
+        middle = (least + most) // 2
+        if fits(plan_of(middle)):
+            most = middle
+        else:
+            least = middle + 1
+    return plan_of(most)

@@ -1,0 +1,112 @@
+"""Plans made before, so that the same question is answered at once. Imports no torch.
+
+A plan follows from the recipe, the base's config, the device, the room that there is, and the program. All
+but the room is hashed into the name of a file. What is free drifts from one call to the next, so a plan is
+taken again while it still fits and the room is nearly what it was made for; else another is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import qlora_train
+from qlora_train.files.sealed_json import seal, unseal
+from qlora_train.plan.base_config import find_config
+from qlora_train.plan.host_budget import device_budget
+from qlora_train.plan.request import PlanRequest
+from qlora_train.weights.cache_key import cache_root
+
+RATES_FILE = "rates.json"
+FOLDER = "plans"
+MOST_PLANS = 100
+DRIFT = 0.05
+"""Share by which free memory and disk may differ from what a plan was made for."""
+
+
+def cached_plan(request: PlanRequest, make: Callable[[PlanRequest], dict[str, Any]]) -> dict[str, Any]:
+    """The plan that was made before, or what `make` makes, kept for the next time. A file that does not read
+    or cannot be written only costs the time."""
+    folder = cache_root() / FOLDER
+    file = folder / f"{_fingerprint(request)}.json"
+    room = _room(request)
+    with contextlib.suppress(OSError, ValueError):
+        kept = unseal(file)
+        if kept["plan"]["fits"] and _still_holds(kept["plan"], kept["room"], room):
+            return dict(kept["plan"])
+    plan = make(request)
+    if plan["fits"]:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".partial-{os.getpid()}")
+            partial.write_text(seal({"room": room, "plan": plan}), encoding="utf-8")
+            partial.replace(file)
+            _forget_old(folder)
+    return plan
+
+
+def _room(request: PlanRequest) -> dict[str, int]:
+    vram_bytes = request.recipe.memory.vram_bytes
+    return {
+        "vram": device_budget(request.target, request.free_bytes, vram_bytes, has_context=False),
+        "ram": request.host.ram_bytes,
+        "disk": request.host.disk_bytes,
+    }
+
+
+def _still_holds(plan: Mapping[str, Any], before: Mapping[str, int], now: Mapping[str, int]) -> bool:
+    needed = {"vram": plan["peak_vram_bytes"], "ram": plan["peak_ram_bytes"], "disk": plan["disk_bytes"]}
+    return all(
+        needed[name] <= now[name] and abs(now[name] - before[name]) <= DRIFT * before[name] for name in needed
+    )
+
+
+def _fingerprint(request: PlanRequest) -> str:
+    """Of all that a plan follows from, apart from the room."""
+    recipe = request.recipe
+    values = recipe.to_dict()
+    training = {k: v for k, v in values["training"].items() if k not in ("output_dir", "seed", "report_to")}
+    follows_from = {
+        "recipe": [values["model"], values["lora"], training, values["memory"], recipe.data.sequence_length],
+        "config": dict(find_config(recipe.model.base, recipe.model.revision)),
+        "adapter": _files_of(recipe.lora.init_from),
+        "target": asdict(request.target),
+        "has_quantized_base": request.host.has_quantized_base,
+        "is_here": request.is_here,
+        "rates": _content(cache_root() / RATES_FILE) if request.is_here else "",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "program": [qlora_train.__version__, *_files_of(str(Path(qlora_train.__file__).parent))],
+    }
+    text = json.dumps(follows_from, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _files_of(folder: str | None) -> list[str]:
+    """Sizes and times of the files below a folder."""
+    if folder is None:
+        return []
+    files = sorted(
+        path for path in Path(folder).rglob("*") if path.suffix in (".py", ".json", ".safetensors")
+    )
+    return [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+
+
+def _content(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _forget_old(folder: Path) -> None:
+    """Keep the newest."""
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files[MOST_PLANS:]:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,215 @@
+"""A model without numbers, with its factors: what the program is run with to see what it takes.
+
+weights     one quantized weight for each shape, shared by all layers
+head        three tiles and a rest: the peak of the loss does not depend on how many tiles there are
+layers      as many as the model has, played back once each kind has been run (recorded_layers.py)
+host        memory of no bytes, which is not counted as the device's
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlora_train.device.planned import PlannedDevice
+from qlora_train.kernels.planned_sdpa import attention_scratch
+from qlora_train.micro_batch import IGNORED_LABEL, MicroBatch
+from qlora_train.model.base import MetaModel
+from qlora_train.model.lora_parameters import LoraParameters
+from qlora_train.model.loss import TiledLoss
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.quantized_matrix import RowLayout, as_vocab_matrix
+from qlora_train.model.vocab_matrix import ResidentMatrix, TokenIds, VocabMatrix
+from qlora_train.plan.planned_meter import PlannedMeter
+from qlora_train.plan.recorded_layers import PlannedWeights, RecordedDecoder
+from qlora_train.plan.workload import Workload
+from qlora_train.quant.formats import UNQUANTIZED
+from qlora_train.quant.weight import QuantizedWeight, quantized_layout
+from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement
+from qlora_train.weights.host_memory import HostMemory
+
+NUM_TILES = 3
+LOSS = "loss and its gradients"
+
+
+class PlannedModel:
+    """decoder, factors: of the workload, on the meta device."""
+
+    def __init__(self, workload: Workload) -> None:
+        shape, dtype = workload.shape, workload.dtype
+        self.device = PlannedDevice(workload.target)
+        self._workload = workload
+        meta_model = MetaModel(shape.config, dtype)
+        _fix_rotary_tables(meta_model.model)
+        weights = PlannedWeights(meta_model.layouts(workload.quantization), workload.target.dequantize_kernel)
+        by_shape: dict[tuple[int, int], QuantizedWeight] = {}
+        for index, path in enumerate(meta_model.layer_paths):
+            for name, size in meta_model.linear_shapes(index).items():
+                if size not in by_shape:
+                    layout = quantized_layout(workload.quantization, size, dtype)
+                    tensors = {key: _empty(of, kind) for key, (kind, of) in layout.items()}
+                    by_shape[size] = QuantizedWeight(workload.quantization, size, tensors)
+                weights.quantized[f"{path}.{name}"] = by_shape[size]
+        plain = {name: _empty(size, dtype) for name, size in meta_model.plain_shapes.items()}
+        matrix = self._matrix(shape.head_format(dtype), Placement.DEVICE, HEAD_TILE_ROWS)
+        self.decoder = meta_model.come_alive_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
+        self.decoder.skippable_linear = shape.probed.skippable_linear
+        if not workload.reference:
+            found = shape.probed
+            self.decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
+        self.lora = LoraParameters(
+            {
+                name: linear
+                for name, linear in self.decoder.linears.items()
+                if _within(name) in workload.targets
+            },
+            rank=workload.rank,
+            scaling=1.0,
+            dropout=0.5 if workload.dropout else 0.0,
+            seed=0,
+            dtype=dtype,
+            device=self.device.torch,
+        )
+        self.decoder.prepare()
+
+    def place(self, plan: ExecutionPlan) -> None:
+        """Put embedding and head where a plan has them."""
+        shape, dtype = self._workload.shape, self._workload.dtype
+        self.decoder.head = self._matrix(shape.head_format(dtype), plan.head, plan.head_tile_rows)
+        self.decoder.embedding = self.decoder.head
+        if not shape.is_tied:
+            rows = RowLayout(UNQUANTIZED, shape.hidden, dtype)
+            self.decoder.embedding = self._matrix(rows, plan.embedding, plan.head_tile_rows)
+
+    def meter(self, most_documents: int) -> PlannedMeter:
+        """For what runs on the device. most_documents: in any micro-batch."""
+        target = self._workload.target
+        scratch = attention_scratch(
+            target, deterministic=self._workload.deterministic, most_documents=most_documents
+        )
+        return PlannedMeter(scratch, may_write_scores=not target.is_accelerator)
+
+    def micro_batch(self, documents: tuple[int, ...], num_supervised: int) -> PackedTokens:
+        """Of documents with so many tokens."""
+        num_tokens = sum(documents)
+        zeros = np.zeros(num_tokens, dtype=np.int64)
+        return PackedTokens.from_host(
+            MicroBatch(
+                token_ids=zeros,
+                position_ids=np.concatenate([np.arange(length) for length in documents]),
+                labels=np.where(np.arange(num_tokens) < num_supervised, 0, IGNORED_LABEL),
+                cu_seqlens=np.cumsum([0, *documents]),
+                row_ids=zeros,
+                token_offsets=zeros,
+            ),
+            self.device.torch,
+        )
+
+    def _matrix(self, rows: RowLayout, place: Placement, tile_rows: int) -> VocabMatrix:
+        vocabulary = self._workload.shape.vocabulary
+        if not self._workload.reference:  # which takes the whole of it at once
+            vocabulary = min(vocabulary, NUM_TILES * tile_rows + vocabulary % tile_rows)
+        stored = _PlannedMatrix(
+            _empty((vocabulary, rows.stored_columns), rows.stored_dtype),
+            tile_rows,
+            self._gathers_on_device(place),
+        )
+        matrix = as_vocab_matrix(stored, rows, self.device.description.dequantize_kernel)
+        with matrix.tile(0):  # what tiles are dequantized into is made once
+            pass
+        return matrix
+
+    def _gathers_on_device(self, place: Placement) -> bool:
+        """Whether gathered rows are put together on the device; of a CPU, whose memory is the host's, not
+        where they are read from a file."""
+        return self._workload.on_accelerator or place is not Placement.DISK
+
+
+class _PlannedMatrix(ResidentMatrix):
+    """gathers_on_device: see `PlannedModel._gathers_on_device`."""
+
+    def __init__(self, weight: Tensor, tile_rows: int, gathers_on_device: bool) -> None:
+        super().__init__(weight, tile_rows)
+        self._gathers_on_device = gathers_on_device
+
+    def gather(self, ids: TokenIds) -> Tensor:
+        if self._gathers_on_device:
+            return super().gather(ids)
+        found, rows = super().gather(ids), super().gather(ids)  # memory/stores.HostRows
+        del found, rows
+        return super().gather(ids)
+
+
+class PlannedLoss(TiledLoss):
+    """Takes each tile of each size once: all others take the same memory, and leave nothing."""
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        decoder = self._decoder
+        assert isinstance(decoder, RecordedDecoder)
+        with decoder.meter.counting(LOSS):
+            return super().__call__(*arguments)
+
+    def _add_tile(self, state: Any, block: slice, start: int, rows: Tensor) -> None:
+        decoder = self._decoder
+        assert isinstance(decoder, RecordedDecoder)
+        size = (block.stop - block.start, len(rows), state.weighted is not None)
+        tiles = self.__dict__.setdefault("_tiles", {})
+        if size not in tiles:
+            with decoder.meter.paused(), decoder.meter.another() as meter:
+                super()._add_tile(state, block, start, rows)
+            tiles[size] = meter.peak_bytes
+        decoder.meter.note_peak(tiles[size], decoder.meter.cause)
+
+
+class PlannedHost(HostMemory):
+    """Host memory without bytes. meter: of the device, which must not count it."""
+
+    def __init__(self, device: PlannedDevice, meter: PlannedMeter) -> None:
+        super().__init__(device)
+        self._meter = meter
+        self.live_bytes = 0
+
+    def empty(self, num_bytes: int, *, gives_way: bool = False) -> Tensor:
+        with self._meter.paused():
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+        self.live_bytes += num_bytes
+        weakref.finalize(buffer.untyped_storage(), self._gone, num_bytes)
+        return buffer
+
+    @property
+    def num_bytes(self) -> int:
+        return self.live_bytes
+
+    def _gone(self, num_bytes: int) -> None:
+        self.live_bytes -= num_bytes
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _within(name: str) -> str:
+    """A linear's name within its layer."""
+    return name.split(".layers.", 1)[-1].split(".", 1)[-1]
+
+
+def _fix_rotary_tables(model: nn.Module) -> None:
+    """Rotary tables that follow the longest sequence look at a number; where that matters, `train` refuses
+    the sequence (model/rope_lengths.py)."""
+    for module in model.modules():
+        if (
+            "dynamic" in str(getattr(module, "rope_type", ""))
+            or getattr(module, "rope_type", "") == "longrope"
+        ):
+            module.rope_type = "default"  # type: ignore[assignment]
+
+
+@lru_cache(maxsize=4)
+def planned_model(workload: Workload) -> PlannedModel:
+    """One for each workload that is planned now."""
+    return PlannedModel(workload)

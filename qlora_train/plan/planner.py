@@ -1,0 +1,379 @@
+"""The planner: which of all execution plans to follow, decided before the first byte is loaded.
+
+In this order, each step only if the one before does not fit into the budget:
+
+1. everything resident, nothing recomputed;
+2. recompute (or offload, where its copies cost less time) as few layers as fit, the first ones: the last
+   layers' graphs are born last and freed first;
+3. the same with the embedding in RAM. Only the rows of a batch's tokens are copied, so its room (1.05 GB in
+   Llama 3 8B) is the cheapest to have: it keeps several layers that would be recomputed;
+4. recompute (or offload) every layer, and move the embedding, then the head, then as few layers as fit to
+   RAM, or to disk where RAM does not hold them. The resident ones are spread evenly between the streamed
+   ones, so that copies find arithmetic to hide behind;
+5. remembered inputs in RAM, smaller loss blocks and head tiles, MLP tiles;
+6. refuse, with the least that would fit and which change of the recipe would.
+
+Every step is tried for several numbers of groups (micro-batches that pass the layers together cost memory and
+save transfers and dequantizing); of what fits the fastest by the time model is taken. Of those that are as
+fast, as far as the model can tell, it is the one that takes the least host memory; then that with the fewest
+copies, which may find a bus that others use; then that with the most layers on the device. Explicit
+`memory.*` keys narrow the choice. Seconds come from time_model.py. Bytes come from a walk by the plan
+(planned_walk.py); as that takes a tenth of a second, the search goes by a sum (step_sum.py). What it finds is
+walked, the sum is corrected for plans of this kind, and the search begins anew until it finds what it has
+walked already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TypeVar
+
+from qlora_train.plan.fixed_bytes import Bytes, fixed_bytes
+from qlora_train.plan.host_budget import HostBudget
+from qlora_train.plan.host_bytes import QUANTIZED_BASE, disk_bytes, host_bytes, ram_of_devices
+from qlora_train.plan.placement import fewest, place_of_streamed, placed
+from qlora_train.plan.plan import Choices, Plan, budget_for, room_in
+from qlora_train.plan.planned_walk import (
+    MOST_TOGETHER,
+    GenerateSize,
+    evaluation_peak,
+    generate_peak,
+    load_peak,
+    step_bytes,
+)
+from qlora_train.plan.step_sum import peak_by_sum
+from qlora_train.plan.time_model import Rates, StepTime, step_time
+from qlora_train.plan.words import gib
+from qlora_train.plan.workload import Workload
+from qlora_train.weights.execution_plan import (
+    HEAD_TILE_ROWS,
+    LOSS_TOKENS,
+    ActivationPolicy,
+    ExecutionPlan,
+    Placement,
+    everything_resident,
+)
+
+T = TypeVar("T")
+TELLABLE = 0.02
+"""Plans whose seconds differ by less are equally fast: the time model cannot tell them apart."""
+MOST_ROUNDS = 16
+"""Of searching and walking."""
+SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS, SMALLEST_MLP_TILE = 64, 1024, 256
+
+
+def make_plan(
+    workload: Workload,
+    budget_bytes: int,
+    rates: Rates,
+    host_budget: HostBudget,
+    choices: Choices = Choices(),  # noqa: B008  # frozen
+    generate: GenerateSize = GenerateSize(),  # noqa: B008
+) -> Plan:
+    """The best plan that fits, or, with `fits` False, the smallest one.
+
+    budget_bytes: for the device of each rank, context included. host_budget: RAM and disk that may be used.
+    """
+    search = _Search(workload, budget_bytes, rates, host_budget, choices, generate)
+    execution = search.best() or search.smallest()
+    plan = Plan(
+        workload=workload,
+        execution=execution,
+        phases=search.phases(execution),
+        host=host_bytes(workload, execution, host_budget.machine),
+        disk=disk_bytes(workload, has_quantized_base=host_budget.has_quantized_base),
+        budget_bytes=budget_bytes,
+        host_budget=host_budget,
+        time=step_time(workload, execution, rates),
+        rates=rates,
+        problems=(),
+    )
+    return replace(plan, problems=tuple(search.problems(plan)))
+
+
+def best_of(plans: Iterable[Plan]) -> Plan:
+    """The one to follow, of plans for the same tokens: by the same preference as within each. Of plans none
+    of which fits, the one with the least on the device."""
+    plans = list(plans)
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return min(plans, key=lambda plan: plan.peak_vram_bytes)
+    return _preferred(fitting, lambda plan: plan.step_seconds, _cost)
+
+
+def _cost(plan: Plan) -> tuple[int, ...]:
+    return _cost_of(plan.workload, plan.execution, plan.time)
+
+
+def _cost_of(workload: Workload, plan: ExecutionPlan, time: StepTime) -> tuple[int, ...]:
+    """What equally fast plans are compared by: bytes in host memory, copies, layers that wait elsewhere."""
+    elsewhere = sum(place is not Placement.DEVICE for place in (*plan.weights, plan.embedding, plan.head))
+    return sum(host_bytes(workload, plan).values()), time.copied_bytes, elsewhere
+
+
+def _preferred(plans: Sequence[T], seconds: Callable[[T], float], cost: Callable[[T], tuple[int, ...]]) -> T:
+    """The fastest; of equally fast ones that with the least cost, then the first."""
+    least = min(map(seconds, plans))
+    return min((plan for plan in plans if seconds(plan) * (1 - TELLABLE) <= least), key=cost)
+
+
+def _phases(workload: Workload, plan: ExecutionPlan, generate: GenerateSize) -> dict[str, Bytes]:
+    return {
+        "load": load_peak(workload, plan),
+        "step": step_bytes(workload, plan).device,
+        "evaluation": evaluation_peak(workload, plan),
+        "generate": generate_peak(workload, plan, generate),
+    }
+
+
+@dataclass(frozen=True)
+class _Lean:
+    """What happens to a layer that is not kept. inputs: where its input waits."""
+
+    policy: ActivationPolicy
+    inputs: Placement
+
+
+def _not_kept(plan: ExecutionPlan, number: int, lean: _Lean) -> ExecutionPlan:
+    """The first `number` layers not kept."""
+    activations = (lean.policy,) * number + (ActivationPolicy.KEEP,) * (plan.num_layers - number)
+    return replace(plan, activations=activations, inputs=lean.inputs)
+
+
+def _kind(plan: ExecutionPlan) -> tuple[object, ...]:
+    """Of plans that differ in the number of layers alone: a sum errs alike for all of them."""
+    return (
+        frozenset(plan.weights),
+        frozenset(plan.activations),
+        *(plan.embedding, plan.head, plan.inputs, plan.num_groups, plan.hold_dequantized),
+        *(plan.mlp_tile_tokens, plan.loss_tokens, plan.head_tile_rows),
+    )
+
+
+class _Search:
+    def __init__(
+        self,
+        workload: Workload,
+        budget_bytes: int,
+        rates: Rates,
+        host_budget: HostBudget,
+        choices: Choices,
+        generate: GenerateSize,
+    ) -> None:
+        self._generate = generate
+        self._workload, self._rates, self._choices = workload, rates, choices
+        self._budget_bytes, self._host = budget_bytes, host_budget
+        self._room = room_in(budget_bytes, workload)
+        self._num_layers = workload.shape.num_layers
+        self._sums: dict[ExecutionPlan, int] = {}
+        self._walked: dict[ExecutionPlan, dict[str, Bytes]] = {}
+        self._corrections: dict[tuple[object, ...], int] = {}
+        if choices.weights in ("ram", "disk"):
+            self._host_place = Placement(choices.weights)
+        else:
+            self._host_place = place_of_streamed(workload, self._start(1, holds=False), host_budget)
+
+    def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
+        """Bytes on the device by cause, by a walk."""
+        if plan not in self._walked:
+            self._walked[plan] = _phases(self._workload, plan, self._generate)
+        return self._walked[plan]
+
+    def peak(self, plan: ExecutionPlan) -> int:
+        """Bytes on the device at the most, over all phases: by a walk where there was one."""
+        if plan in self._walked:
+            return max(sum(phase.values()) for phase in self._walked[plan].values())
+        if plan not in self._sums:
+            self._sums[plan] = peak_by_sum(self._workload, plan)
+        return self._sums[plan] + self._corrections.get(_kind(plan), 0)
+
+    def walked_peak(self, plan: ExecutionPlan) -> int:
+        """The same, by a walk that is taken now."""
+        self.phases(plan)
+        return self.peak(plan)
+
+    def fits(self, plan: ExecutionPlan) -> bool:
+        """See `peak`; and whether RAM holds the rest."""
+        in_ram = sum(host_bytes(self._workload, plan, self._host.machine).values())
+        if in_ram > self._host.ram_bytes:
+            return False
+        if not self._workload.on_accelerator:
+            in_ram += ram_of_devices(self.peak(plan), self._host.machine)
+        return self.peak(plan) <= self._room and in_ram <= self._host.ram_bytes
+
+    def best(self) -> ExecutionPlan | None:
+        """The best of what fits, by the walk; None where nothing does."""
+        if self._room < min(map(self._least_bytes, self._smallest_pieces())):
+            return None
+        for _ in range(MOST_ROUNDS):
+            found = list(self._fitting())
+            if not found:
+                break
+            plan = self._preferred(found)
+            if plan in self._walked:
+                return plan
+            self._corrections[_kind(plan)] = self.walked_peak(plan) - self._sums[plan]
+        for plan in self._least_by_sum():
+            self.walked_peak(plan)
+        sound = [plan for plan in self._walked if self.fits(plan)]
+        return self._preferred(sound) if sound else None
+
+    def _preferred(self, plans: list[ExecutionPlan]) -> ExecutionPlan:
+        times = {plan: self._time(plan) for plan in plans}
+        return _preferred(
+            plans,
+            lambda plan: times[plan].total_seconds,
+            lambda plan: _cost_of(self._workload, plan, times[plan]),
+        )
+
+    def _fitting(self) -> Iterator[ExecutionPlan]:
+        """In the order of preference, the first plan that fits of every way to step. A later stage does all
+        that an earlier one does and more, so it is for where that does not fit. Moving the embedding is not:
+        it makes room for layers to be kept."""
+        for num_groups, holds, lean in product(self._group_counts(), (False, True), self._lean_ways()):
+            start = self._start(num_groups, holds=holds)
+            for stages in (
+                (self._policies, self._embedding_away),
+                (self._placements,),
+                *([] if holds else [(self._last_resorts,)]),
+            ):
+                found = [next(filter(self.fits, stage(start, lean)), None) for stage in stages]
+                yield from filter(None, found)
+                if any(found):
+                    break
+
+    def smallest(self) -> ExecutionPlan:
+        """The plan with the least on the device."""
+        return min(self._least_by_sum()[:2], key=self.walked_peak)
+
+    def _least_bytes(self, plan: ExecutionPlan) -> int:
+        """What it takes at least: that stays, and a layer's input, output and gradient."""
+        return sum(fixed_bytes(self._workload, plan).values()) + 3 * self._workload.x_bytes
+
+    def _least_by_sum(self) -> list[ExecutionPlan]:
+        """The smallest plans, by the sum that no walk has corrected."""
+        return sorted(self._smallest_pieces(), key=lambda plan: peak_by_sum(self._workload, plan))
+
+    def _smallest_pieces(self) -> Iterator[ExecutionPlan]:
+        """One micro-batch at a time, everything off the device, in the smallest pieces."""
+        start = self._start(self._workload.num_micro_batches, holds=False)
+        for lean in self._lean_ways():
+            *_, smallest = self._pieces(start, lean)
+            yield smallest
+            yield replace(smallest, mlp_tile_tokens=None)
+
+    def _time(self, plan: ExecutionPlan) -> StepTime:
+        return step_time(self._workload, plan, self._rates)
+
+    def _group_counts(self) -> list[int]:
+        k = self._workload.num_micro_batches
+        fewest = -(-k // MOST_TOGETHER)
+        return sorted({max(fewest, min(k, 2**i)) for i in range(k.bit_length() + 1)} | {k})
+
+    def _lean_ways(self) -> list[_Lean]:
+        """How a layer that is not kept is treated, and where its input waits."""
+        ways = [_Lean(ActivationPolicy.RECOMPUTE, Placement.DEVICE)]
+        if self._workload.on_accelerator:  # on a CPU, host memory is no other place
+            ways += [
+                _Lean(ActivationPolicy.OFFLOAD, Placement.DEVICE),
+                _Lean(ActivationPolicy.RECOMPUTE, Placement.RAM),
+            ]
+        if self._choices.activations == "auto":
+            return ways
+        chosen = ActivationPolicy(self._choices.activations)
+        return [way for way in ways if way.policy is chosen] or [_Lean(chosen, Placement.DEVICE)]
+
+    def _start(self, num_groups: int, *, holds: bool) -> ExecutionPlan:
+        """What the recipe insists on, and otherwise everything resident and kept."""
+        policy = ActivationPolicy.KEEP if self._choices.activations == "auto" else self._choices.activations
+        plan = everything_resident(
+            self._num_layers,
+            activation=ActivationPolicy(policy),
+            num_groups=num_groups,
+            hold_dequantized=holds,
+        )
+        if self._choices.weights in ("ram", "disk"):
+            plan = self._placed(plan, self._num_layers, with_embedding=True, with_head=True)
+        return plan
+
+    def _policies(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
+        """Everything where it starts; as few layers as fit not kept."""
+        yield start
+        if self._choices.activations == "auto":
+            yield from self._fewest(lambda n: _not_kept(start, n, lean))
+
+    def _embedding_away(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
+        """The embedding in RAM, whether or not RAM would hold more; as few layers as fit not kept."""
+        if self._choices.weights != "auto" or self._workload.shape.is_tied:  # tied, it is the head as well
+            return
+        place = Placement.RAM if self._workload.on_accelerator else self._host_place
+        yield from self._policies(replace(start, embedding=place), lean)
+
+    def _placements(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
+        """Nothing kept; embedding, head, and as few layers as fit off the device."""
+        if self._choices.weights != "auto":
+            return
+        start = _not_kept(start, self._num_layers, lean)
+        yield self._placed(start, 0, with_embedding=True, with_head=False)
+        yield from self._fewest_streamed(start)
+
+    def _last_resorts(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
+        """Smaller pieces of everything, and then again as few layers as fit off the device."""
+        for plan in self._pieces(start, lean):
+            if self.fits(plan):
+                yield from self._fewest_streamed(plan) if self._choices.weights == "auto" else (plan,)
+
+    def _pieces(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
+        """As little as can be on the device, cut smaller and smaller, the cheapest cuts first."""
+        start = _not_kept(start, self._num_layers, lean)
+        if self._choices.weights == "auto":
+            start = self._placed(start, self._num_layers, with_embedding=True, with_head=True)
+        blocks = ((LOSS_TOKENS, HEAD_TILE_ROWS), (128, 4096), (SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS))
+        for tile, (loss_tokens, rows) in product(self._mlp_tiles(), blocks):
+            yield replace(start, loss_tokens=loss_tokens, head_tile_rows=rows, mlp_tile_tokens=tile)
+
+    def _mlp_tiles(self) -> list[int | None]:
+        tiles: list[int | None] = [None]
+        size = self._workload.num_tokens // 2
+        while size >= SMALLEST_MLP_TILE:
+            tiles.append(size)
+            size //= 2
+        return tiles
+
+    def _placed(
+        self, plan: ExecutionPlan, num_streamed: int, *, with_embedding: bool, with_head: bool
+    ) -> ExecutionPlan:
+        return placed(
+            plan,
+            self._host_place,
+            num_streamed,
+            is_tied=self._workload.shape.is_tied,
+            with_embedding=with_embedding,
+            with_head=with_head,
+        )
+
+    def _fewest_streamed(self, plan: ExecutionPlan) -> Iterator[ExecutionPlan]:
+        return self._fewest(lambda m: self._placed(plan, m, with_embedding=True, with_head=True))
+
+    def _fewest(self, plan_of: Callable[[int], ExecutionPlan]) -> Iterator[ExecutionPlan]:
+        plan = fewest(plan_of, self._num_layers, self.fits)
+        if plan is not None:
+            yield plan
+
+    def problems(self, plan: Plan) -> Iterator[str]:
+        """What does not fit, by how much."""
+        if self.peak(plan.execution) > self._room:
+            needed = budget_for(self.peak(plan.execution), self._workload)
+            yield (
+                f"the device: at least {gib(needed)} are needed, the budget is "
+                f"{gib(self._budget_bytes)} ({gib(needed - self._budget_bytes)} too little)"
+            )
+        if plan.peak_ram_bytes > self._host.ram_bytes:
+            yield (f"RAM: {gib(plan.peak_ram_bytes)} are needed, {gib(self._host.ram_bytes)} are free")
+        needed = sum(plan.disk.values())
+        if plan.execution.is_resident and not self._host.keeps_quantized_base:
+            needed -= plan.disk.get(QUANTIZED_BASE, 0)
+        if needed > self._host.disk_bytes:
+            yield f"disk: {gib(needed)} are needed, {gib(self._host.disk_bytes)} are free"

@@ -1,0 +1,279 @@
+"""Layers that are run once for each way they are called, and played back from then on.
+
+A walk over a model of 80 layers calls the same few layers hundreds of times. Each kind of layer is run for
+real, on the meta device under a meter, the first time it is called in some way: with a graph or without, with
+a gradient for its input or not, with its last product skipped or not, its MLP in tiles or whole, its weights
+dequantized already or not. What a run makes, keeps and frees is then all that a playback does:
+
+    forward     an output, the tensors saved for backward (one for all that may be offloaded, one for the
+                rest), and for a moment what the run had at the most besides
+    backward    the gradient of the input, and for a moment what the run had at the most besides
+
+Saved tensors are handed to autograd, so hooks see them: offloading and the order of everything
+are the walk's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from qlora_train.model.decoder import FrozenDecoder, LayerArguments
+from qlora_train.model.linear import DropoutContext
+from qlora_train.model.tiled_mlp import TiledMlp
+from qlora_train.model.weight_store import ResidentWeights
+from qlora_train.plan.planned_meter import PlannedMeter
+
+KEPT = "kept activations"
+_BYTES = torch.float8_e4m3fn
+"""Bytes that count as numbers: only those are offloaded."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a layer is called, as far as it decides bytes. kind: see `kinds_of`. boundaries: of the documents.
+    drops: whether dropout is on.
+    runs_again: for backward, in the same visit, its last product skipped."""
+
+    kind: int
+    boundaries: tuple[int, ...]
+    with_graph: bool = False
+    needs_dx: bool = False
+    runs_again: bool = False
+    holds: bool = False
+    drops: bool = False
+    mlp_tile_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """Bytes of a run besides its output. saved, fixed_saved: kept for backward: what may be offloaded, and
+    what stays on the device. forward, backward: what comes and goes, in the first run of a visit and in later
+    ones, which find held weights dequantized; dx is part of the latter."""
+
+    saved: int = 0
+    fixed_saved: int = 0
+    saves_output: bool = False
+    forward: tuple[int, int] = (0, 0)
+    backward: tuple[int, int] = (0, 0)
+
+    @property
+    def kept(self) -> int:
+        """Of a graph, besides input and output."""
+        return self.saved + self.fixed_saved
+
+
+class PlannedWeights(ResidentWeights):
+    """Weights without numbers. num_runs: of layers in the visit so far."""
+
+    num_runs = 0
+
+    @contextmanager
+    def layer_on_device(self, layer: int) -> Iterator[None]:
+        self.num_runs = 0
+        with self.holding():
+            yield
+
+    def make_buffer(self, dtype: torch.dtype) -> None:
+        """What weights are dequantized into, before anything is."""
+        some = next(iter(self.quantized.values()))
+        if some.quantization.format != "none" and not self.copies_dequantized:
+            self._make_room(
+                self._largest_layer if self.hold_dequantized else self._largest_weight, some, dtype
+            )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of that buffer."""
+        return self._buffer.nbytes
+
+
+class PlannedTiles(TiledMlp):
+    """Takes two tiles and the rest: what comes and goes does not depend on how many there are."""
+
+    def tiles(self, num_tokens: int) -> list[slice]:
+        every = super().tiles(num_tokens)
+        return [*every[:2], *every[2:][-1:]]
+
+
+class RecordedDecoder(FrozenDecoder):
+    """A `FrozenDecoder` on the meta device whose layers are played back. meter: counts what is alive; set
+    before a layer is run."""
+
+    tiled_mlp = PlannedTiles
+    weights: PlannedWeights
+    meter: PlannedMeter
+    runs_again = False
+    _tile_tokens: int | None = None
+    _dropout: DropoutContext | None = None
+
+    def prepare(self) -> None:
+        """Once factors are attached and operations fused."""
+        self.kinds = kinds_of(self)
+        self.records: dict[Call, Record] = {}
+        self._anchor = nn.Parameter(torch.empty(0, device="meta"))  # a graph needs something that trains
+
+    @contextmanager
+    def skipping_output(self, index: int) -> Iterator[None]:
+        self.runs_again = True
+        try:
+            with super().skipping_output(index):
+                yield
+        finally:
+            self.runs_again = False
+
+    def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
+        super().tile_mlps(tile_tokens, context)
+        self._tile_tokens, self._dropout = tile_tokens, context
+
+    def run_layer(self, index: int, x: Tensor, arguments: LayerArguments) -> Tensor:
+        record = self.record(index, x, arguments)
+        is_later = self.weights.num_runs > 0
+        self.weights.num_runs += 1
+        if torch.is_grad_enabled():
+            y: Tensor = _Playback.apply(x, self._anchor, record, self, is_later)
+            return y
+        y = torch.empty_like(x)
+        self.meter.note_peak(record.forward[is_later])
+        return y
+
+    def record(self, index: int, x: Tensor, arguments: LayerArguments) -> Record:
+        """Of a call that is about to be made, with a graph if gradients are enabled."""
+        with_graph = torch.is_grad_enabled()
+        call = Call(
+            self.kinds[index],
+            arguments["documents"].boundaries,
+            with_graph,
+            with_graph and x.requires_grad,
+            with_graph and self.runs_again,
+            self.weights.hold_dequantized,
+            self._dropout is not None and self._dropout.tokens is not None,
+            self._tile_tokens,
+        )
+        if call not in self.records:
+            with self.meter.paused():
+                self.records[call] = self._measured(call, index, x, arguments)
+        return self.records[call]
+
+    def _measured(self, call: Call, index: int, x: Tensor, arguments: LayerArguments) -> Record:
+        """Runs the layer in visits of its own, twice where the second time weights are there already."""
+        self.weights.make_buffer(self.dtype)
+        runs: list[_Run] = []
+        with self.weights.holding():
+            for _ in range(2 if call.holds else 1):
+                runs.append(_Run(self.meter.another(), self.layers[index], x, arguments))
+                if call.runs_again:  # a layer that is run again is taken back in the same visit
+                    runs[-1].take_back()
+        with self.weights.holding():
+            for run in runs:
+                if call.with_graph and not call.runs_again:
+                    run.take_back()
+        for linear in self.linears_of(index):
+            if linear.lora is not None:  # what autograd left there in reference mode
+                linear.lora.A.grad = linear.lora.B.grad = None
+        return replace(
+            runs[0].record,
+            forward=(runs[0].forward, runs[-1].forward),
+            backward=(runs[0].backward, runs[-1].backward),
+        )
+
+
+class _Run:
+    """One run of a layer under a meter. forward, backward: bytes at the most besides what is left after the
+    run, and besides what was there before going back."""
+
+    def __init__(self, meter: PlannedMeter, layer: nn.Module, x: Tensor, arguments: LayerArguments) -> None:
+        self._meter = meter
+        self._saved: dict[int, int] = {}
+        self._gradient = torch.empty_like(x)
+        leaf = x.detach().requires_grad_(x.requires_grad)
+        with meter, saved_tensors_hooks(self._note, _as_it_is):
+            self._y = layer(leaf, **arguments)
+        self.forward, self.backward = meter.peak_bytes - meter.live_bytes, 0
+        output = self._saved.pop(self._y.untyped_storage()._cdata, 0)
+        saved = sum(self._saved.values())
+        self.record = Record(
+            saved=saved,
+            fixed_saved=meter.live_bytes - self._y.nbytes - saved,
+            saves_output=output > 0,
+        )
+
+    def take_back(self) -> None:
+        live_bytes = self._meter.live_bytes
+        self._meter.reset_peak()
+        with self._meter, saved_tensors_hooks(_as_it_is, _as_it_is):  # not those of a graph that is offloaded
+            self._y.backward(self._gradient)
+        self.backward = self._meter.peak_bytes - live_bytes
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if self._meter.saw(storage) and tensor.is_floating_point():
+            self._saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Playback(torch.autograd.Function):
+    """Takes and leaves what the recorded run did."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, record: Record, decoder: RecordedDecoder, is_later: bool
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        with decoder.meter.counting(KEPT):
+            saved = x.new_empty(record.saved, dtype=_BYTES)
+            ctx.stays = x.new_empty(record.fixed_saved, dtype=torch.uint8)
+        ctx.save_for_backward(saved, *([y] if record.saves_output else []))
+        ctx.record, ctx.decoder = record, decoder
+        ctx.is_later = is_later if decoder.runs_again else None
+        decoder.meter.note_peak(record.forward[is_later])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved, record, weights = ctx.saved_tensors, ctx.record, ctx.decoder.weights
+        is_later = ctx.is_later
+        if is_later is None:  # kept: another visit
+            is_later = weights.num_runs > 0
+            weights.num_runs += 1
+        grad_input = torch.empty_like(gradient) if ctx.needs_input_grad[0] else None
+        ctx.decoder.meter.note_peak(
+            record.backward[is_later] - (0 if grad_input is None else grad_input.nbytes)
+        )
+        del saved
+        return grad_input, None, None, None, None
+
+
+def kinds_of(decoder: FrozenDecoder) -> list[int]:
+    """Of every layer its kind: layers of one kind have the same modules, shapes and switches."""
+    numbers: dict[str, int] = {}
+    return [
+        numbers.setdefault(_signature(layer, index), len(numbers))
+        for index, layer in enumerate(decoder.layers)
+    ]
+
+
+def _signature(layer: nn.Module, index: int) -> str:
+    parts: list[Any] = [str(layer).replace(f".{index}.", ".i.")]
+    for name, module in layer.named_modules():
+        parts += [
+            (name, key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, int | str | None) and key not in _INERT and not key.startswith("_")
+        ]
+        parts += [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+    return str(parts)
+
+
+_INERT = {"layer_idx", "training", "module_id", "name"}
+"""Attributes that differ between layers of one kind."""

@@ -1,0 +1,115 @@
+"""What `qlora-train plan` is asked: a recipe, and a machine, found or stated. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from qlora_train.device.cards import CARDS, Capability, known_card
+from qlora_train.device.description import CPU, DeviceDescription, planned_gpu
+from qlora_train.device.driver import ask_nvidia_smi
+from qlora_train.errors import UserError
+from qlora_train.plan.base_config import find_base_folder
+from qlora_train.plan.host_budget import HostBudget, free_host_memory, usable_ram
+from qlora_train.plan.words import gib
+from qlora_train.recipe import Recipe
+from qlora_train.recipe_yaml import nearest
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """recipe: with the compute dtype of a CPU resolved. free_bytes: on the device. is_here: the device is
+    this machine's, so that rates measured on it hold. device_text: which it is; assumed: of what is not
+    here."""
+
+    recipe: Recipe
+    target: DeviceDescription
+    free_bytes: int
+    host: HostBudget
+    is_here: bool
+    device_text: str
+    assumed: str = ""
+
+
+@dataclass(frozen=True)
+class FoundCard:
+    """A GPU as nvidia-smi tells it. Bytes."""
+
+    name: str
+    free_bytes: int
+    capability: Capability
+
+
+def request_of(
+    recipe: Recipe, card: str | None = None, ram_bytes: int | None = None, disk_bytes: int | None = None
+) -> PlanRequest:
+    """For the card that is named, or this machine's, or one of the size that memory.vram says, or the CPU.
+
+    ram_bytes: all of a machine's, of which a part is left to others. disk_bytes: free. None: what is free
+    here. Raises `UserError` for a card that is not in the table."""
+    request = _device_of(recipe, card)
+    recipe = request.recipe
+    folder = find_base_folder(recipe.model.base, recipe.model.revision)
+    host = free_host_memory(recipe, request.target, folder)
+    assumed = [request.assumed] if request.assumed else []
+    if ram_bytes is not None:
+        host = replace(host, ram_bytes=usable_ram(ram_bytes))
+        assumed.append(f"{gib(ram_bytes)} of RAM, {gib(host.ram_bytes)} of it free")
+        if not request.target.is_accelerator:
+            request = replace(request, free_bytes=ram_bytes)
+    elif card is not None:
+        assumed.append(f"the RAM that is free here ({gib(host.ram_bytes)})")
+    if disk_bytes is not None:
+        host = replace(host, disk_bytes=disk_bytes, has_quantized_base=False)
+        assumed.append(f"{gib(disk_bytes)} of free disk")
+    elif card is not None:
+        assumed.append(f"the disk that is free here ({gib(host.disk_bytes)})")
+    return replace(request, host=host, assumed=", ".join(assumed))
+
+
+def _device_of(recipe: Recipe, card: str | None) -> PlanRequest:
+    """The request with nothing known of RAM and disk."""
+    nothing = HostBudget(0, 0)
+    if card is not None:
+        name = known_card(card)
+        if name is None:
+            raise UserError(
+                f"--card {card}: is not in the table of cards ({', '.join(CARDS)}){nearest(card, CARDS)}; "
+                "leave it out and say --vram SIZE for another one"
+            )
+        memory_gib = CARDS[name].memory_gib
+        target = planned_gpu(name, None)
+        return PlanRequest(
+            recipe, target, memory_gib * 2**30, nothing, False, name, f"{name} with {memory_gib} GiB"
+        )
+    found = find_card()
+    if found is not None:
+        target = planned_gpu(found.name, found.capability)
+        return PlanRequest(recipe, target, found.free_bytes, nothing, True, found.name)
+    if recipe.memory.vram_bytes is not None:
+        target = planned_gpu(None, None)
+        text = "a CUDA card (none is here)"
+        return PlanRequest(recipe, target, recipe.memory.vram_bytes, nothing, False, text)
+    if recipe.model.compute_dtype == "auto":
+        dtype = "bfloat16" if _multiplies_bfloat16() else "float32"
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"compute_dtype": dtype})})
+    free_bytes = psutil.virtual_memory().available
+    return PlanRequest(recipe, CPU, free_bytes, nothing, True, "the CPU (no CUDA card is here)")
+
+
+def find_card() -> FoundCard | None:
+    """The first GPU, if the driver's tool is here and finds one."""
+    for name, free_mib, capability in ask_nvidia_smi("name", "memory.free", "compute_cap")[:1]:
+        found = re.fullmatch(r"(\d+) (\d+)\.(\d+)", f"{free_mib} {capability}")
+        if found is not None:
+            return FoundCard(name, int(found[1]) * 2**20, (int(found[2]), int(found[3])))
+    return None
+
+
+def _multiplies_bfloat16() -> bool:
+    """As `model/hub.resolve_dtype` decides it, without torch."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "avx512_bf16" in info.read_text(encoding="ascii", errors="replace")

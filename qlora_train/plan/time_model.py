@@ -1,0 +1,139 @@
+"""Seconds per optimizer step from counts of work and rates: FLOPs, dequantized bytes, copied bytes.
+
+Per token and parameter of the linears 2 FLOPs forward and 2 back (the base is frozen, so there is one product
+where training it would have two), 2 more where a layer is recomputed, less the last product where that may be
+skipped; attention and factors on top. Copies run beside the arithmetic, so a pass over the layers takes the
+larger of the two, not their sum; only the rows of an embedding that is not on the device are waited for. An
+estimate for choosing and telling; nothing depends on its being exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qlora_train.device.cards import ASSUMED_CARD, CARDS, known_card
+from qlora_train.device.description import DeviceDescription
+from qlora_train.plan.host_bytes import offloaded_bytes
+from qlora_train.plan.workload import Workload
+from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does per second. flops: in the compute dtype, as reached by large products. memory:
+    bytes read or written by the device. copy: bytes between host and device, each way. disk: bytes read.
+    source: where the numbers are from, in a few words."""
+
+    flops: float
+    memory: float
+    copy: float
+    disk: float
+    source: str
+
+
+DISK_BYTES_PER_SECOND = 2e9
+
+
+def stated_rates(device: DeviceDescription) -> Rates:
+    """Rates from the table, by the device's name; those of a modest card where none is known."""
+    if not device.is_accelerator:
+        return Rates(100e9, 10e9, 5e9, 1e9, "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s")
+    known = known_card(device.name)
+    card = CARDS[known or ASSUMED_CARD]
+    source = f"stated for {known}" if known else f"assumed: a card like an {ASSUMED_CARD}"
+    return Rates(
+        card.flops,
+        card.memory,
+        card.copy,
+        DISK_BYTES_PER_SECOND,
+        f"{source}: {card.flops / 1e12:.0f} TFLOP/s, copies {card.copy / 1e9:.0f} GB/s, disk 2 GB/s",
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step. compute: alone; copies: alone; total: with what overlaps overlapping.
+    evaluation_seconds: of evaluating as many tokens."""
+
+    compute_seconds: float
+    copy_seconds: float
+    total_seconds: float
+    flops: float
+    copied_bytes: int
+    evaluation_seconds: float
+
+
+def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime:
+    """Of one optimizer step."""
+    group = math.ceil(workload.num_micro_batches / plan.num_groups)
+    num_groups = math.ceil(workload.num_micro_batches / group)
+    num_tokens = workload.num_micro_batches * workload.num_tokens
+    forward_flops = _forward_flops(workload)
+    products = workload.shape.layer_parameters
+    down = workload.shape.tail_parameters
+    again = 1 - down / products
+    forward = back = 0.0
+    for policy in plan.activations:
+        forward += num_tokens * forward_flops
+        extra = again if policy is ActivationPolicy.RECOMPUTE else 0.0
+        back += num_tokens * forward_flops * (1.0 + extra)
+        if plan.mlp_tile_tokens is not None and policy is not ActivationPolicy.RECOMPUTE:
+            back += num_tokens * 4 * down
+    head = 4 * workload.num_supervised * workload.num_micro_batches * workload.shape.matrix_parameters
+    dequantize = _dequantize_seconds(workload, plan, group, num_groups, rates)
+    streamed = [i for i, place in enumerate(plan.weights) if place is not Placement.DEVICE]
+    forward_copies = sum(
+        _fetch_seconds(plan.weights[i], workload.layer_buffer_bytes, rates) for i in streamed
+    )
+    head_copies = _fetch_seconds(plan.head, workload.head_bytes, rates)
+    offloaded = group * offloaded_bytes(workload, plan)
+    x_bytes = workload.x_bytes
+    row_bytes = workload.num_micro_batches * x_bytes if plan.embedding is not Placement.DEVICE else 0
+    if plan.inputs is Placement.RAM:
+        offloaded += group * plan.activations.count(ActivationPolicy.RECOMPUTE) * x_bytes
+    compute = (forward + back + head) / rates.flops + dequantize
+    forward_seconds = forward / rates.flops / num_groups + dequantize / num_groups / 3
+    back_seconds = back / rates.flops / num_groups + dequantize * 2 / num_groups / 3
+    row_seconds = _fetch_seconds(plan.embedding, row_bytes, rates)
+    total = row_seconds + num_groups * (
+        max(forward_seconds, forward_copies + offloaded / rates.copy)
+        + max(head / rates.flops / num_groups, head_copies)
+        + max(back_seconds, forward_copies + offloaded / rates.copy)
+    )
+    copied = row_bytes + num_groups * (
+        2 * len(streamed) * workload.layer_buffer_bytes
+        + (plan.head is not Placement.DEVICE) * workload.head_bytes
+        + 2 * offloaded
+    )
+    copies = row_seconds + num_groups * (2 * forward_copies + head_copies + 2 * offloaded / rates.copy)
+    evaluation = row_seconds + num_groups * (
+        max(forward_seconds, forward_copies) + max(head / 2 / rates.flops / num_groups, head_copies)
+    )
+    return StepTime(compute, copies, total, forward + back + head, copied, evaluation)
+
+
+def _forward_flops(workload: Workload) -> float:
+    """Per token and layer: linears, factors (three products for the one of the base), causal attention."""
+    lora = workload.num_lora_parameters / workload.shape.num_layers
+    mean_length = sum(n * n for n in workload.documents) / workload.num_tokens
+    return 2 * workload.shape.layer_parameters + 3 * lora + 2 * mean_length * workload.shape.q_width
+
+
+def _dequantize_seconds(
+    workload: Workload, plan: ExecutionPlan, group: int, num_groups: int, rates: Rates
+) -> float:
+    """Each use of a weight writes it out once in the compute dtype and reads it again."""
+    if workload.quantization.format == "none":
+        return 0.0
+    uses = 1 if plan.hold_dequantized else group
+    again = sum(policy is ActivationPolicy.RECOMPUTE for policy in plan.activations)
+    held_again = 0 if plan.hold_dequantized else again
+    visits = num_groups * uses * (2 * plan.num_layers + held_again)
+    return visits * workload.shape.layer_parameters * (2 * workload.itemsize + 0.5) / rates.memory
+
+
+def _fetch_seconds(place: Placement, num_bytes: int, rates: Rates) -> float:
+    if place is Placement.DEVICE:
+        return 0.0
+    return num_bytes / (rates.copy if place is Placement.RAM else min(rates.copy, rates.disk))

@@ -1,0 +1,165 @@
+"""4-bit dequantizing on a GPU: codes and quantized scales in, 16- or 32-bit numbers out, in one launch.
+
+The maths, for number i of the flat weight and b its block of `block_size` numbers:
+
+    absmax = nested_code[absmax_code[b]] * nested_absmax[b // 256] + nested_offset     or absmax[b] itself
+    w      = code[nibble i] * absmax            in float32, then rounded to the output's dtype
+
+These are the roundings of bitsandbytes, which takes three launches: codes times nested_absmax; plus the
+offset; numbers. So product and sum are rounded one by one here too: a fused multiply-add would differ in the
+last bit of absmax, and the compiler is told to make none. Results below 1.2e-38 are kept, as bitsandbytes
+keeps them on a CPU (its CUDA code is built to flush them to 0).
+
+The bytes. Per number half a byte is read and, for 16 bits, 2 are written: for 4096 x 14336 29 + 117 MB, and
+1 MB of scales. The library's way through float32 scales is 16 bytes more per block of 64, a tenth on top, and
+two allocations. Nothing is saved for backward, which dequantizes again.
+
+How. A program makes a tile of 1024 numbers; tiles are counted from the start of the weight wherever the
+caller starts, so codes are always read in whole aligned words. A tile is cut into segments of 32 numbers:
+no block boundary crosses one, so a scale is worked out per segment, not per number. A thread holds 4 bytes of
+a segment: it reads one word and writes 8 neighbouring numbers in one 16-byte store (16-bit output), without
+a word through shared memory. The 16 code values are looked up in memory: they are half a cache line, always
+the nearest, and a look-up takes fewer instructions than a tree of comparisons.
+
+`dequantize_4bit_reference` is the formula in torch's operations, on any device. Why not torch.compile of
+that: whether it fuses the multiply-add is its own affair, and it would compile again for every shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_train.kernels.triton_support import launching_on
+from qlora_train.quant.formats import NESTED_BLOCK_SIZE
+
+TILE = tl.constexpr(1024)  # numbers that a program makes
+SEGMENT = tl.constexpr(32)  # the smallest block size
+SCALES_PER_NESTED = tl.constexpr(NESTED_BLOCK_SIZE)
+WIDE_FROM = 2**31  # numbers of a row whose places no longer fit into 32 bits
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 4 warps: 8 numbers a thread
+
+
+@dataclass(frozen=True)
+class NestedScales:
+    """What the codes of absmax stand for: code float32 [256], absmax float32 [ceil(num_blocks / 256)], offset
+    float32 []."""
+
+    code: Tensor
+    absmax: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True)
+class Quantized4bit:
+    """A flat row of n numbers in 4 bits: contiguous tensors on one device.
+
+    data: uint8 [ceil(n / 2)], two codes a byte, the first in the high nibble. absmax: one for each
+    `block_size` numbers (a multiple of 32), float32, or uint8 where `nested` says what it means.
+    code: float32 [16].
+    """
+
+    data: Tensor
+    absmax: Tensor
+    code: Tensor
+    block_size: int
+    nested: NestedScales | None = None
+
+
+def dequantize_4bit_reference(quantized: Quantized4bit, out: Tensor, start: int = 0) -> Tensor:
+    """Write numbers start, start + 1, ... of the row into `out`, as many as it holds; returns `out`.
+
+    out: any shape and float dtype. Working memory: some 30 bytes per number."""
+    numbers = torch.arange(start, start + out.numel(), device=out.device)
+    pairs = quantized.data[numbers // 2].int()
+    codes = torch.where(numbers % 2 == 0, pairs >> 4, pairs & 15)
+    blocks = numbers // quantized.block_size
+    absmax = quantized.absmax[blocks]
+    if quantized.nested is not None:
+        scaled = quantized.nested.code[absmax.int()] * quantized.nested.absmax[blocks // NESTED_BLOCK_SIZE]
+        absmax = scaled + quantized.nested.offset
+    return out.copy_((quantized.code[codes] * absmax).view(out.shape))
+
+
+def dequantize_4bit(quantized: Quantized4bit, out: Tensor, start: int = 0) -> Tensor:
+    """`dequantize_4bit_reference`, the same bits, in one launch on the GPU where the tensors are.
+
+    out: contiguous, float32, float16 or bfloat16. Fastest where `start` and the size of `out` are multiples
+    of 16."""
+    stop, num_bytes = start + out.numel(), len(quantized.data)
+    assert out.is_contiguous() and quantized.data.is_contiguous()
+    assert start >= 0 and stop <= 2 * num_bytes, (start, stop, num_bytes)
+    assert quantized.block_size % SEGMENT.value == 0, quantized.block_size
+    if start == stop:
+        return out
+    unused = quantized.code
+    nested = quantized.nested or NestedScales(unused, unused, unused)
+    num_tiles = (stop - 1) // TILE.value - start // TILE.value + 1
+    with launching_on(out):
+        dequantize_4bit_kernel[(num_tiles,)](
+            quantized.data,
+            quantized.absmax,
+            quantized.code,
+            nested.code,
+            nested.absmax,
+            nested.offset,
+            out,
+            start,
+            stop,
+            num_bytes,
+            BLOCK_SIZE=quantized.block_size,
+            NESTED=quantized.nested is not None,
+            WIDE=stop >= WIDE_FROM,
+            **LAUNCH_OPTIONS,
+        )
+    return out
+
+
+@triton.jit
+def dequantize_4bit_kernel(  # type: ignore[no-untyped-def]
+    data,
+    absmax,
+    code,
+    nested_code,
+    nested_absmax,
+    nested_offset,
+    out,
+    start,
+    stop,
+    num_bytes,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Numbers start..stop of the row into out[0..]; program 0 makes the tile that holds `start`.
+
+    num_bytes: of `data`. WIDE: places in the row do not fit into 32 bits. Within a tile they always do."""
+    tile = start // TILE + tl.program_id(0)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    first = tile * TILE
+    skipped = tl.maximum(start - first, 0).to(tl.int32)
+    end = tl.minimum(stop - first, TILE).to(tl.int32)
+    end_byte = tl.minimum(num_bytes - first // 2, TILE // 2).to(tl.int32)
+
+    segment = tl.arange(0, TILE // SEGMENT)
+    block = (first + segment * SEGMENT) // BLOCK_SIZE
+    is_there = segment * SEGMENT < end
+    scale = tl.load(absmax + block, mask=is_there, other=0)
+    if NESTED:
+        group_scale = tl.load(nested_absmax + block // SCALES_PER_NESTED, mask=is_there, other=0)
+        scale = tl.load(nested_code + scale.to(tl.int32)) * group_scale
+        scale = scale + tl.load(nested_offset)
+
+    byte = segment[:, None] * (SEGMENT // 2) + tl.arange(0, SEGMENT // 2)[None, :]
+    pair = tl.load(data + first // 2 + byte, mask=byte < end_byte, other=0).to(tl.int32)
+    high = tl.load(code + (pair >> 4)) * scale[:, None]
+    low = tl.load(code + (pair & 15)) * scale[:, None]
+
+    numbers = tl.reshape(tl.join(high, low), (TILE // SEGMENT, SEGMENT)).to(out.dtype.element_ty)
+    place = segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    tl.store(out + (first - start) + place, numbers, mask=(place >= skipped) & (place < end))

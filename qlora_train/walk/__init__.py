@@ -1,0 +1,1 @@
+"""The training step: the walk over the layers, the activations it stores, and the optimizer."""

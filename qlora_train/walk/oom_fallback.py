@@ -1,0 +1,63 @@
+"""When memory runs out in the middle of a run: the next tighter plan.
+
+Somebody else's process took memory, or a step was an outlier. What costs no bit of the result comes first:
+
+1. recompute half of the layers that are kept or offloaded, the first ones;
+2. remembered inputs wait in RAM;
+3. half the supervised tokens per loss block;
+4. twice as many groups: fewer micro-batches remembered at a time;
+5. MLP tiles, then half as many tokens in each.
+
+3 to 5 change the order of sums, so a change is announced and recorded with the step from which it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
+
+_MESSAGES = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # the runtime's, for pinned or managed memory: torch.AcceleratorError
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "[CUDA]: out of memory",  # Triton's, when it loads a kernel
+)
+LEAST_LOSS_TOKENS, FIRST_MLP_TILE, LEAST_MLP_TILE = 64, 2048, 256
+
+
+def fallback_plan(
+    plan: ExecutionPlan, num_micro_batches: int, num_tokens: int
+) -> tuple[ExecutionPlan, str] | None:
+    """The next plan to try and what it changes, in words; None where nothing is left.
+
+    num_micro_batches: K of a step. num_tokens: T of a micro-batch.
+    """
+    not_recomputed = [i for i, a in enumerate(plan.activations) if a is not ActivationPolicy.RECOMPUTE]
+    if not_recomputed:
+        now = set(not_recomputed[: -(-len(not_recomputed) // 2)])
+        activations = tuple(
+            ActivationPolicy.RECOMPUTE if i in now else a for i, a in enumerate(plan.activations)
+        )
+        return replace(plan, activations=activations), f"{len(now)} more layers are recomputed"
+    if plan.inputs is Placement.DEVICE:
+        return replace(plan, inputs=Placement.RAM), "layer inputs wait in RAM"
+    if plan.loss_tokens > LEAST_LOSS_TOKENS:
+        halved = max(LEAST_LOSS_TOKENS, plan.loss_tokens // 2)
+        return replace(plan, loss_tokens=halved), f"the loss takes {halved} tokens at a time"
+    if plan.num_groups < num_micro_batches:
+        doubled = min(num_micro_batches, 2 * plan.num_groups)
+        return replace(plan, num_groups=doubled), f"micro-batches pass in {doubled} groups"
+    tile = FIRST_MLP_TILE if plan.mlp_tile_tokens is None else plan.mlp_tile_tokens // 2
+    while tile >= num_tokens:
+        tile //= 2
+    if tile >= LEAST_MLP_TILE:
+        return replace(plan, mlp_tile_tokens=tile), f"the MLP takes {tile} tokens at a time"
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's, that of an allocator of torch, or of a CUDA
+    library; those have no type of their own."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(m in str(error) for m in _MESSAGES)

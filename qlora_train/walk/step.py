@@ -1,0 +1,178 @@
+"""From a walked batch to updated factors: unscale, sum over ranks, judge, clip, update. One host read.
+
+    walk                         out of memory: a tighter plan, the same step again
+    g <- g / loss_scale          exact: the scale is a power of two
+    g <- sum over ranks of g     already divided by the supervised tokens of all ranks
+    [loss, ||g||]                the only values the host waits for
+    g <- g min(1, max_norm / ||g||)
+
+A non-finite norm means the step is not applied. In fp16 with a scale above 1 that is an overflow: the scale
+is halved. Otherwise it is a bad step: skipped and counted; three in a row stop the run.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from qlora_train.errors import OutOfMemory, TrainingFailure
+from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.lora_parameters import LoraParameters
+from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.walk.loss_scale import LossScale
+from qlora_train.walk.oom_fallback import fallback_plan, is_out_of_memory
+from qlora_train.walk.optimizer import FlatOptimizer
+from qlora_train.walk.overflow import first_overflow
+from qlora_train.weights.execution_plan import ExecutionPlan
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """loss: mean over the step's supervised tokens. grad_norm: before clipping. applied: False where the step
+    was skipped."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    overflowed: bool
+
+
+class StepRunner:
+    """One optimizer step. `num_skipped_in_a_row` counts non-finite steps that loss scaling does not
+    explain."""
+
+    def __init__(
+        self,
+        walk: LayerWalk,
+        decoder: FrozenDecoder,
+        lora: LoraParameters,
+        optimizer: FlatOptimizer,
+        scale: LossScale,
+        accelerator: Accelerator,
+        *,
+        max_grad_norm: float,
+        seed: int,
+        on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, plan, reason: None,
+    ) -> None:
+        """on_tighter_plan: told (step, plan, reason) before a step is tried again by that plan."""
+        self.walk, self._decoder, self._factors, self._optimizer = walk, decoder, lora, optimizer
+        self.scale, self._accelerator = scale, accelerator
+        self._max_grad_norm, self._seed = max_grad_norm, seed
+        self._on_tighter_plan = on_tighter_plan
+        self.num_skipped = 0
+        self.num_skipped_in_a_row = 0
+
+    def run(
+        self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int, learning_rate: float
+    ) -> StepOutcome:
+        """Walk, judge, update. num_supervised: of all ranks. Raises `TrainingFailure` at the third bad step
+        in a row, `OutOfMemory` where memory runs out and no tighter plan is left; the masters are then those
+        of before."""
+        gradient = self._factors.gradient
+        loss_sum = self._walk_within_memory(step, micro_batches, num_supervised)
+        if self.scale.value != 1.0:
+            gradient.mul_(1.0 / self.scale.value)
+        if self._accelerator.num_processes > 1:
+            torch.distributed.all_reduce(gradient)
+            torch.distributed.all_reduce(loss_sum)
+        norm = torch.linalg.vector_norm(gradient)
+        loss_value, norm_value = torch.stack([loss_sum / num_supervised, norm]).tolist()  # the one host read
+        if not math.isfinite(norm_value):
+            return self._skip(loss_value, norm_value, micro_batches)
+        if norm_value > self._max_grad_norm:
+            gradient.mul_(self._max_grad_norm / norm_value)
+        self._optimizer.step(learning_rate)
+        self.scale.record_applied()
+        self.num_skipped_in_a_row = 0
+        return StepOutcome(loss_value, norm_value, applied=True, overflowed=False)
+
+    def _walk_within_memory(
+        self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int
+    ) -> Tensor:
+        """The walk, tried again by tighter plans until it fits on every rank; its gradient is that of the
+        last attempt alone."""
+        while True:
+            self._factors.gradient.zero_()
+            loss_sum, failure = self._try_walk(step, micro_batches, num_supervised)
+            if not self._any_rank(failure is not None):
+                assert loss_sum is not None
+                return loss_sum
+            del loss_sum
+            self._free_memory()
+            tokens = max(batch.labels.numel() for batch in micro_batches)
+            found = fallback_plan(self.walk.plan, len(micro_batches), tokens)
+            if found is None:
+                raise OutOfMemory(f"out of memory in step {step}, and no tighter plan is left ({failure})")
+            plan, change = found
+            self._on_tighter_plan(step, plan, change)
+            self.walk.set_plan(plan)
+
+    def _try_walk(
+        self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int
+    ) -> tuple[Tensor | None, str | None]:
+        """(loss sum, None), or (None, what ran out). The exception ends here: its traceback holds the tensors
+        of the failed walk."""
+        try:
+            loss_sum = self.walk.accumulate(
+                micro_batches,
+                seed=self._seed,
+                step=step,
+                num_supervised=num_supervised,
+                loss_scale=self.scale.value,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.walk.abort()
+            return None, str(error).strip().partition("\n")[0] or type(error).__name__
+        return loss_sum, None
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self._accelerator.num_processes == 1:
+            return flag
+        anywhere = torch.tensor(int(flag), device=self._factors.gradient.device)
+        torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+        return bool(anywhere)
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        self._decoder.device.release_cached()
+
+    def _skip(self, loss: float, norm: float, micro_batches: Sequence[PackedTokens]) -> StepOutcome:
+        if self.scale.absorbs_overflow():
+            return StepOutcome(loss, norm, applied=False, overflowed=True)
+        self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        if self.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingFailure(
+                f"non-finite gradients in {MAX_SKIPPED_IN_A_ROW} steps in a row: "
+                f"{self._first_bad_layer(micro_batches)}. "
+                "Lower training.learning_rate or training.weight_decay, or use model.compute_dtype bfloat16 "
+                "or float32."
+            )
+        return StepOutcome(loss, norm, applied=False, overflowed=False)
+
+    @torch.no_grad()
+    def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
+        """Where the values first go bad: forward through the layers, then, if all is finite there,
+        backward."""
+        if not torch.isfinite(self._factors.masters).all():
+            return "the trained factors themselves are not finite: an update was too large"
+        for tokens in micro_batches:
+            layer, _ = first_overflow(self._decoder, tokens)
+            if layer is not None:
+                return f"the output of decoder layer {layer} is the first that is not finite"
+        pairs = self._factors.views(self._factors.gradient)
+        for name in reversed(self._factors.names):
+            if not all(torch.isfinite(part).all() for part in pairs[name]):
+                return f"all outputs are finite; going back, the gradient of {name} is the first that is not"
+        return "the outputs of all layers and their gradients are finite one by one; their norm is not"

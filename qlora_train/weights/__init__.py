@@ -1,0 +1,1 @@
+"""Where the frozen weights wait (device, RAM, disk) and how they come to the device."""

@@ -1,0 +1,201 @@
+"""Reading a base checkpoint into what a `MetaModel` needs, a few rows at a time; no 16-bit model is ever
+held.
+
+Linears of a layer are quantized straight into the layer buffer. Weights that bitsandbytes has already
+quantized are copied there as they are. Norms, biases, embedding and head are cast to the compute dtype, with
+no fp32 upcasts; a head that bitsandbytes has quantized stays quantized (quantized_matrix.py). Peak: what is
+being filled, plus one block of rows (64 MiB) and the quantizer's scratch (64 MiB), or the quantized head.
+transformers' own loader first materialises 16-bit weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_train.errors import BaseModelError
+from qlora_train.files.shards import MAX_READ_BYTES, ShardReader
+from qlora_train.model.base import MetaModel
+from qlora_train.model.layer_buffer import LayerBufferLayout
+from qlora_train.model.quantized_matrix import RowLayout
+from qlora_train.quant.formats import UNQUANTIZED, Quantization
+from qlora_train.quant.quantize import quantize
+from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.weights.bitsandbytes_checkpoint import bitsandbytes_quantization, read_bitsandbytes_weight
+
+
+class BaseCheckpoint:
+    """The weights of a skeleton in a folder; a context manager.
+
+    linears: names in the checkpoint of all weights that are quantized -> (layer, name within the layer).
+
+    Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening what
+    the headers tell, the rest when it is read.
+    """
+
+    def __init__(self, folder: Path, meta_model: MetaModel, reader: ShardReader | None = None) -> None:
+        """reader: of the weights; None: those in the folder."""
+        self.folder, self.meta_model = folder, meta_model
+        self.reader = reader or ShardReader(folder)
+        self._prefix = meta_model.model.base_model_prefix + "."
+        self.linears = {
+            self._linear(layer, name): (layer, name)
+            for layer in range(len(meta_model.layer_paths))
+            for name in meta_model.linear_shapes(layer)
+        }
+        self._check_names()
+
+    def __enter__(self) -> BaseCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.reader.close()
+
+    def quantize_layer(self, layer: int, layout: LayerBufferLayout, layer_buffer: Tensor) -> None:
+        """Quantize every linear of a layer into `layer_buffer` (uint8, on the device that is to do the
+        quantization)."""
+        for name, weight in layout.weights(layer_buffer).items():
+            self._quantize_into(self._linear(layer, name), weight.shape, layout.quantization, weight.tensors)
+
+    def plain(self, device: torch.device) -> dict[str, Tensor]:
+        """Norms and biases in the compute dtype."""
+        tensors = {}
+        for name, shape in self.meta_model.plain_shapes.items():
+            value = torch.empty(shape, dtype=self.meta_model.dtype, device=device)
+            for start, stop, rows in self._checked_rows(name, shape):
+                value[start:stop] = rows
+            if not torch.isfinite(value).all():
+                raise self._not_finite(name)
+            tensors[name] = value
+        return tensors
+
+    @property
+    def head_quantization(self) -> Quantization:
+        """How the head's rows are stored. A tied head is the embedding, which is never quantized."""
+        meta_model = self.meta_model
+        if meta_model.is_tied:
+            return UNQUANTIZED
+        found = bitsandbytes_quantization(self.reader, self.find(meta_model.head_name))
+        return UNQUANTIZED if found is None else found.by_row(meta_model.matrix_shape[1])
+
+    def matrix_rows(self, name: str) -> Iterator[Tensor]:
+        """The embedding or the head, consecutive rows [n, D] in the compute dtype; each valid until the next.
+        A head with a `head_quantization` comes as it is stored, uint8 [n, row bytes]."""
+        if name == self.meta_model.head_name and not self.meta_model.is_tied:
+            quantized = read_bitsandbytes_weight(self.reader, self.find(name))
+            if quantized is not None:
+                yield from self._quantized_head_rows(quantized)
+                return
+        for _, _, rows in self._checked_rows(name, self.meta_model.matrix_shape):
+            cast = rows.to(self.meta_model.dtype)
+            if not torch.isfinite(cast).all():
+                raise self._not_finite(name)
+            yield cast
+
+    def _quantized_head_rows(self, quantized: QuantizedWeight) -> Iterator[Tensor]:
+        name, dtype = self.meta_model.head_name, self.meta_model.dtype
+        self._check_shape(name, quantized.shape, self.meta_model.matrix_shape)
+        num_rows, num_columns = quantized.shape
+        row_format = RowLayout(quantized.quantization.by_row(num_columns), num_columns, dtype)
+        step = max(1, MAX_READ_BYTES // (num_columns * dtype.itemsize))
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            values = quantized.dequantize_rows(start, stop, dtype)
+            if not torch.isfinite(values).all():
+                raise self._not_finite(name)
+            yield row_format.store(quantized, start, stop) if row_format.is_quantized else values
+
+    def _not_finite(self, name: str) -> BaseModelError:
+        return BaseModelError(
+            f"{self.folder}: {name} holds values that are not finite, or that {self.meta_model.dtype} cannot "
+            "hold. Use model.compute_dtype bfloat16, or repair the checkpoint."
+        )
+
+    def _checked_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
+        name = self.find(name)
+        info = self.reader.info(name)
+        if not info.dtype.is_floating_point:
+            raise BaseModelError(
+                f"{self.folder}: {name} is {info.dtype}: only linear layers can be quantized. Use a "
+                "checkpoint that has it in 16 or 32 bits."
+            )
+        self._check_shape(name, info.shape, shape)
+        return self.reader.row_blocks(name)
+
+    def _quantize_into(
+        self, name: str, shape: tuple[int, int], quantization: Quantization, tensors: dict[str, Tensor]
+    ) -> None:
+        already = read_bitsandbytes_weight(self.reader, name)
+        if already is None:
+            self._check_shape(name, self.reader.info(name).shape, shape)
+            blocks = (rows for _, _, rows in self.reader.row_blocks(name))
+            device = tensors["data"].device
+            quantize(blocks, shape, quantization, device, self.meta_model.dtype, name, out=tensors)
+            return
+        if already.quantization != quantization:
+            raise BaseModelError(
+                f"{name}: the checkpoint is already quantized as {_describe(already.quantization)}, the "
+                f"recipe asks for {_describe(quantization)}. Set model.quantization and "
+                "model.double_quant to what the checkpoint has."
+            )
+        self._check_shape(name, already.shape, shape)
+        for key, tensor in already.tensors.items():
+            tensors[key].copy_(tensor)
+
+    def _check_tied_head(self) -> None:
+        """A file may hold a tied head all the same, but not another one: transformers would then untie
+        them."""
+        head, embedding = self.meta_model.own_head_name, self.find(self.meta_model.embedding_name)
+        if head not in self.reader:
+            return
+        same = self.reader.info(head).shape == self.reader.info(embedding).shape
+        pairs = zip(self.reader.row_blocks(head), self.reader.row_blocks(embedding), strict=False)
+        if not same or not all(torch.equal(ours, theirs) for (_, _, ours), (_, _, theirs) in pairs):
+            raise BaseModelError(
+                f"{self.folder}: config.json ties head and embedding (tie_word_embeddings), but {head} "
+                f"differs from {embedding}. Set tie_word_embeddings to false if the head is its own."
+            )
+
+    def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if tuple(found) != tuple(wanted):
+            raise BaseModelError(
+                f"{name} is {list(found)} in the checkpoint, config.json needs {list(wanted)}"
+            )
+
+    def _linear(self, layer: int, name: str) -> str:
+        return self.find(f"{self.meta_model.layer_paths[layer]}.{name}.weight")
+
+    def find(self, name: str) -> str:
+        """A parameter's name in the checkpoint: with or without the base model's prefix."""
+        for candidate in (name, name.removeprefix(self._prefix)):
+            if candidate in self.reader:
+                return candidate
+        raise BaseModelError(
+            f"{self.folder}: the checkpoint has no tensor {name}, which config.json calls for"
+        )
+
+    def _check_names(self) -> None:
+        """Every parameter has a tensor; a weight that nothing reads means a config that is not this
+        checkpoint's."""
+        meta_model = self.meta_model
+        wanted = [meta_model.embedding_name, meta_model.head_name, *meta_model.plain_shapes]
+        used = {self.find(name) for name in wanted} | self.linears.keys()
+        if meta_model.is_tied:
+            used.add(meta_model.own_head_name)
+            self._check_tied_head()
+        surplus = [n for n in self.reader.names() if n.endswith((".weight", ".bias")) and n not in used]
+        if surplus:
+            raise BaseModelError(
+                f"{self.folder}: the checkpoint holds {len(surplus)} weights that config.json has no place "
+                f"for (such as {surplus[0]}). Check that config.json belongs to these weights."
+            )
+
+
+def _describe(quantization: Quantization) -> str:
+    double = " with double quantization" if quantization.double_quant else ""
+    return f"{quantization.format}{double}" + (
+        f", block size {quantization.block_size}" if quantization.is_4bit else ""
+    )

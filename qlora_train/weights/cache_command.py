@@ -1,0 +1,83 @@
+"""`qlora-train cache list | clear`: what lies in the cache of quantized bases, and room again. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_train.errors import UserError
+from qlora_train.files.folder_lock import OLD, PARTIAL, lock_folder, remove_if_free
+from qlora_train.files.sealed_json import unseal
+from qlora_train.weights.cache_key import MANIFEST, is_complete
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One folder of the cache. base: the folder it was quantized from, as far as it says. written: seconds
+    since the epoch. is_leftover: half-written, or replaced. is_in_use: some process reads or writes it
+    now."""
+
+    folder: Path
+    num_bytes: int
+    base: str
+    written: float
+    is_complete: bool
+    is_leftover: bool
+    is_in_use: bool
+
+    def line(self) -> str:
+        """As `cache list` prints it."""
+        size = f"{self.num_bytes / 1e9:8.2f} GB"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.written))
+        state = "leftover" if self.is_leftover else "damaged" if not self.is_complete else self.base
+        return f"{size}  {when}  {self.folder.name}  {state}{'  (in use)' if self.is_in_use else ''}"
+
+
+def list_cache(root: Path) -> list[CacheEntry]:
+    """The quantized bases and leftovers below `root`, largest first."""
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    entries = [_entry(folder) for folder in folders if _is_ours(folder)]
+    return sorted(entries, key=lambda entry: (-entry.num_bytes, entry.folder.name))
+
+
+def clear_cache(root: Path, names: Sequence[str] = ()) -> tuple[list[CacheEntry], list[CacheEntry]]:
+    """Remove the entries of these names (none given: all); returns (removed, kept as they are in use).
+
+    Raises `UserError` for a name that is not there, before anything is removed."""
+    entries = {entry.folder.name: entry for entry in list_cache(root)}
+    unknown = [name for name in names if name not in entries]
+    if unknown:
+        raise UserError(f"{root}: holds no {unknown[0]}; see qlora-train cache list")
+    wanted = [entries[name] for name in names or entries]
+    gone = [remove_if_free(entry.folder) for entry in wanted]
+    return (
+        [entry for entry, is_gone in zip(wanted, gone, strict=True) if is_gone],
+        [entry for entry, is_gone in zip(wanted, gone, strict=True) if not is_gone],
+    )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder below the root is a quantized base or what is left of one, and nothing else's."""
+    return (folder / MANIFEST).is_file() or PARTIAL in folder.name or OLD in folder.name
+
+
+def _entry(folder: Path) -> CacheEntry:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    try:
+        base = str(unseal(folder / MANIFEST)["base"])
+    except (OSError, ValueError, KeyError):
+        base = "?"
+    lock = lock_folder(folder)
+    if lock is not None:
+        lock.close()
+    return CacheEntry(
+        folder,
+        sum(path.stat().st_size for path in files),
+        base,
+        folder.stat().st_mtime,
+        is_complete(folder),
+        PARTIAL in folder.name or OLD in folder.name,
+        lock is None,
+    )

@@ -1,0 +1,283 @@
+"""The quantized base on disk: made once per base and quantization, read as it is by every later start.
+
+It is also the place that layers stream from when they do not fit into RAM.
+
+    <cache>/<fingerprint>/manifest.json       version, quantization, dtype, every file's size and hash
+                          layers.bin          the layer buffers one after another, each from a whole page on
+                          embedding.bin       [V, D] in the compute dtype
+                          head.bin            where it is not tied: the same, or quantized rows where the
+                                              checkpoint has them so (model/quantized_matrix.py)
+                          plain.safetensors   norms and biases
+
+The fingerprint covers what the bytes follow from (cache_key.py). A folder appears under its final name only
+when complete and fsynced (files/atomic_folder.py). On opening every file is read through once and its hash
+compared: a damaged cache is made again, with a line that says so. Two processes that need the same base at
+once both make it; the first to finish keeps its place, as the bytes are the same.
+
+Where: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
+(`--no-cache`) the same files are made in a temporary folder that goes with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlora_train.boundary import is_disk_failure, reason_of, require_free_disk
+from qlora_train.device.compute_dtype import dtype_name
+from qlora_train.errors import UserError
+from qlora_train.files.atomic_folder import atomic_folder
+from qlora_train.files.folder_lock import remove_leftovers
+from qlora_train.files.hashed_file import FileEntry, HashingFile, entry_of
+from qlora_train.files.sealed_json import seal, unseal
+from qlora_train.files.shards import tensor_bytes, write_tensors
+from qlora_train.model.base import MetaModel
+from qlora_train.model.layer_buffer import LayerBufferLayout
+from qlora_train.model.quantized_matrix import RowLayout
+from qlora_train.quant.formats import Quantization
+from qlora_train.weights.base_checkpoint import BaseCheckpoint
+from qlora_train.weights.cache_key import CACHE_FORMAT, MANIFEST, is_complete, quantized_folder
+from qlora_train.weights.disk_file import page_aligned
+from qlora_train.weights.stores import FilePart
+
+LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE, PLAIN_FILE = (
+    "layers.bin",
+    "embedding.bin",
+    "head.bin",
+    "plain.safetensors",
+)
+
+
+class Weights(Protocol):
+    """What a quantized base is made of; see `BaseCheckpoint` (weights/base_checkpoint.py), which is one."""
+
+    @property
+    def head_quantization(self) -> Quantization: ...
+
+    def quantize_layer(self, layer: int, layout: LayerBufferLayout, layer_buffer: Tensor) -> None: ...
+
+    def matrix_rows(self, name: str) -> Iterator[Tensor]: ...
+
+    def plain(self, device: torch.device) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class QuantizedBase:
+    """A complete quantized base on disk."""
+
+    folder: Path
+    layouts: tuple[LayerBufferLayout, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of layer buffers, embedding and head."""
+        entries = self._manifest()["files"]
+        return sum(
+            entries[name]["num_bytes"] for name in (LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE) if name in entries
+        )
+
+    @property
+    def head_quantization(self) -> Quantization:
+        """How the head's rows are stored."""
+        return Quantization(**self._manifest()["head_quantization"])
+
+    def layer_buffer(self, layer: int) -> FilePart:
+        """Where a layer buffer lies."""
+        offset = sum(page_aligned(layout.num_bytes) for layout in self.layouts[:layer])
+        return FilePart(self.folder / LAYERS_FILE, offset, self.layouts[layer].num_bytes)
+
+    def matrix(self, file_name: str) -> FilePart:
+        """EMBEDDING_FILE or HEAD_FILE."""
+        path = self.folder / file_name
+        return FilePart(path, 0, path.stat().st_size)
+
+    def fingerprint(self) -> str:
+        """Of the bytes of layer buffers, embedding and head, whatever files they were made from."""
+        entries = self._manifest()["files"]
+        return content_fingerprint(
+            [entries[n]["xxh3_128"] for n in (LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE) if n in entries]
+        )
+
+    def plain(self, device: torch.device) -> dict[str, Tensor]:
+        """Norms and biases on the device."""
+        return {name: tensor.to(device) for name, tensor in load_file(self.folder / PLAIN_FILE).items()}
+
+    def _manifest(self) -> dict[str, Any]:
+        return unseal(self.folder / MANIFEST)
+
+
+def open_quantized_base(
+    root: Path,
+    base_folder: Path,
+    meta_model: MetaModel,
+    quantization: Quantization,
+    device: torch.device,
+    log: Callable[[str], None],
+    open_weights: Callable[[Path, MetaModel], AbstractContextManager[Weights]] = BaseCheckpoint,
+) -> QuantizedBase:
+    """The quantized base below `root`, made if it is not there or damaged. device: quantizes.
+
+    say: told what takes time or went wrong, a line each. open_weights: what a base that is not there is made
+    of. Raises `BaseModelError` for a base that cannot be quantized and `UserError` where the disk is too
+    small or not to be written; nothing half-made is left.
+    """
+    layouts = tuple(meta_model.layouts(quantization))
+    folder = _folder(root, base_folder, meta_model, quantization)
+    base = QuantizedBase(folder, layouts)
+    if folder.exists():
+        damage = _damage(folder, meta_model)
+        if damage is None:
+            return base
+        begins = f"the quantized cache is damaged ({damage}); quantizing the base again"
+    else:
+        begins = "quantization the base, once"
+    with open_weights(base_folder, meta_model) as checkpoint:
+        num_bytes = _total_bytes(meta_model, layouts, checkpoint.head_quantization)
+        make_root(root)
+        remove_leftovers(root)
+        require_free_disk(
+            root, num_bytes, "the quantized base", UserError, "set QLORA_TRAIN_CACHE to another disk"
+        )
+        log(f"{begins}: {num_bytes / 1e9:.2f} GB into {folder}")
+        with contextlib.suppress(_MadeByAnother), atomic_folder(folder) as partial:
+            _write(partial, checkpoint, meta_model, layouts, quantization, device, base_folder)
+            if folder.exists() and _damage(folder, meta_model) is None:
+                raise _MadeByAnother
+    return base
+
+
+class _MadeByAnother(Exception):
+    """Another process has made the same quantized base meanwhile: ours is given up."""
+
+
+def make_root(root: Path) -> None:
+    """Make the folder that holds quantized bases. Raises `UserError` where it cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK | os.X_OK):
+            return
+        reason = "it may not be written to"
+    except OSError as error:
+        if is_disk_failure(error) and error.errno != errno.EROFS:
+            raise
+        reason = reason_of(error)
+    raise UserError(
+        f"{root}: quantized bases are kept here, but {reason}. Set QLORA_TRAIN_CACHE to a folder of your own."
+    )
+
+
+def made_quantized_base(
+    root: Path, base_folder: Path, meta_model: MetaModel, quantization: Quantization
+) -> QuantizedBase | None:
+    """The quantized base below `root` that another process has just opened: nothing is read through again.
+    None where it is not there."""
+    folder = _folder(root, base_folder, meta_model, quantization)
+    return QuantizedBase(folder, tuple(meta_model.layouts(quantization))) if is_complete(folder) else None
+
+
+def find_quantized_layers(
+    root: Path, base_folder: Path, meta_model: MetaModel, quantization: Quantization
+) -> QuantizedBase | None:
+    """The quantized base below `root` for who reads nothing but its layer buffers, None where they are not
+    there or damaged. Its other files are not read through."""
+    folder = _folder(root, base_folder, meta_model, quantization)
+    damage = _damage(folder, meta_model, lambda name: name == LAYERS_FILE)
+    return QuantizedBase(folder, tuple(meta_model.layouts(quantization))) if damage is None else None
+
+
+def _write(
+    folder: Path,
+    checkpoint: Weights,
+    meta_model: MetaModel,
+    layouts: tuple[LayerBufferLayout, ...],
+    quantization: Quantization,
+    device: torch.device,
+    base_folder: Path,
+) -> None:
+    entries: dict[str, FileEntry] = {}
+    with _writing(folder / LAYERS_FILE, entries) as file:
+        largest = max(page_aligned(layout.num_bytes) for layout in layouts)
+        layer_buffer = torch.empty(largest, dtype=torch.uint8, device=device)
+        for i, layout in enumerate(layouts):
+            part = layer_buffer[
+                : page_aligned(layout.num_bytes)
+            ].zero_()  # the gaps too: the same bytes every time
+            checkpoint.quantize_layer(i, layout, part[: layout.num_bytes])
+            file.write(tensor_bytes(part.cpu()))
+    matrices = {EMBEDDING_FILE: meta_model.embedding_name}
+    if not meta_model.is_tied:
+        matrices[HEAD_FILE] = meta_model.head_name
+    for file_name, name in matrices.items():
+        with _writing(folder / file_name, entries) as file:
+            for rows in checkpoint.matrix_rows(name):
+                file.write(tensor_bytes(rows))
+    with _writing(folder / PLAIN_FILE, entries) as file:
+        plain = checkpoint.plain(torch.device("cpu"))
+        write_tensors(file, {name: plain[name] for name in sorted(plain)}, {})
+    manifest = {
+        "version": CACHE_FORMAT,
+        "quantization": asdict(quantization),
+        "head_quantization": asdict(checkpoint.head_quantization),
+        "dtype": str(meta_model.dtype),
+        "base": str(base_folder.absolute()),
+        "files": entries,
+    }
+    (folder / MANIFEST).write_text(seal(manifest), encoding="utf-8")
+
+
+def content_fingerprint(hashes: list[str]) -> str:
+    """One short word for the content of layers, embedding and head."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _writing(path: Path, entries: dict[str, FileEntry]) -> Iterator[HashingFile]:
+    """A new file whose size and hash stand in `entries` afterwards."""
+    with HashingFile(path) as file:
+        yield file
+    entries[path.name] = file.entry
+
+
+def _damage(
+    folder: Path, meta_model: MetaModel, is_checked: Callable[[str], bool] = lambda name: True
+) -> str | None:
+    """What is wrong with a quantized base, or None. is_checked: the files that are read through."""
+    needed = {LAYERS_FILE, EMBEDDING_FILE, PLAIN_FILE} | (set() if meta_model.is_tied else {HEAD_FILE})
+    try:
+        manifest = unseal(folder / MANIFEST)
+        entries, _ = manifest["files"], Quantization(**manifest["head_quantization"])
+        if entries.keys() != needed:
+            return "its manifest does not list these files"
+        for name, entry in entries.items():
+            if not (folder / name).is_file():
+                return f"{name} is not there"
+            if is_checked(name) and entry_of(folder / name) != entry:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _folder(root: Path, base_folder: Path, meta_model: MetaModel, quantization: Quantization) -> Path:
+    return quantized_folder(root, base_folder, quantization, dtype_name(meta_model.dtype))
+
+
+def _total_bytes(
+    meta_model: MetaModel, layouts: tuple[LayerBufferLayout, ...], head_quantization: Quantization
+) -> int:
+    rows, columns = meta_model.matrix_shape
+    row_bytes = columns * meta_model.dtype.itemsize
+    if not meta_model.is_tied:
+        row_bytes += RowLayout(head_quantization, columns, meta_model.dtype).row_bytes
+    return sum(page_aligned(layout.num_bytes) for layout in layouts) + rows * row_bytes

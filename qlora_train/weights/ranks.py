@@ -1,0 +1,170 @@
+"""The processes of a run, one per device ("ranks"): which of them this is, which share its machine, and how
+they agree.
+
+Gradients are summed by the launch's own process group (NCCL on GPUs), whose operations give up after ten
+minutes: a rank that hangs is noticed. What comes before training takes longer than that and differently long
+on each: reading data, downloading and quantizing a base of 70 billion parameters on one rank while the others
+wait. So the ranks agree over a second group, between the hosts (gloo), which waits for a day, and which a
+rank that ends breaks at once.
+
+    first    every rank says where it is, and the launch's group sums a number once: a launch that does not
+             work ends here, not after an hour of quantizing
+    then     what each may use, so that all follow one plan (machine_plan.py); the quantization, one rank of
+    each
+             machine first; which pages hold what waits in RAM
+
+What is said is JSON. torch's own `all_gather_object` pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+
+from qlora_train.errors import QloraTrainError
+from qlora_train.weights.shared_pages import can_share, make_pages, open_pages
+
+LONGEST_WAIT = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One run's processes, seen from one of them.
+
+    index: this one's number, from 0. number: of all. here: those on this machine, in order, the first of
+    which leads: it does alone what need be done once per machine. shares_memory: whether those of a machine,
+    of every machine, can map the same pages. group: None where there is but one rank.
+    """
+
+    index: int = 0
+    number: int = 1
+    here: tuple[int, ...] = (0,)
+    shares_memory: bool = False
+    group: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of its machine."""
+        return self.index == self.here[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (what JSON can say), in the order of ranks. All must call it, here as below."""
+        if self.group is None:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        with _partners_may_end():
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.number)]
+            distributed.all_gather(lengths, torch.tensor([len(text)]), group=self.group)
+            longest = max(int(length) for length in lengths)
+            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.number)]
+            padded = torch.cat([text, text.new_zeros(longest - len(text))])
+            distributed.all_gather(texts, padded, group=self.group)
+        return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, lengths, strict=True)]
+
+    def of_leader(self, value: Any) -> Any:
+        """What the first rank of this machine says; the others' values are not looked at."""
+        return self.gather(value)[self.here[0]]
+
+    def wait(self) -> None:
+        """Until all ranks are here, for a day at most."""
+        if self.group is not None:
+            with _partners_may_end():
+                distributed.barrier(group=self.group)
+
+    @contextmanager
+    def leaders_first(self) -> Iterator[None]:
+        """What is inside is done by rank 0, then by the other leaders, then by all others: so that what is
+        made once per cache folder is found by the rest, whether machines share the folder or not."""
+        turn = 0 if self.index == 0 else 1 if self.leads else 2
+        for _ in range(turn):
+            self.wait()
+        yield
+        for _ in range(2 - turn):
+            self.wait()
+
+    def shared_pages(self, num_bytes: int, fill: Callable[[mmap.mmap], object]) -> mmap.mmap:
+        """Pages that all ranks of this machine map, filled by the leader. Only where `shares_memory`."""
+        assert self.shares_memory
+        if self.leads:
+            descriptor, pages = make_pages(num_bytes)
+            fill(pages)
+            self.of_leader([os.getpid(), descriptor])
+        else:
+            process, descriptor = self.of_leader(None)
+            pages = open_pages(process, descriptor, num_bytes)
+        self.wait()
+        if self.leads:
+            os.close(descriptor)
+        return pages
+
+
+ALONE = Ranks()
+
+
+def find_ranks(device: torch.device) -> Ranks:
+    """Those of this launch; `ALONE` where there is no process group. device: that the launch's group computes
+    on. Raises `QloraTrainError` where the group does not work."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return ALONE
+    index, number = distributed.get_rank(), distributed.get_world_size()
+    with _partners_may_end():
+        group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        alone = Ranks(index, number, (index,), group=group)
+    machines = alone.gather(_machine())
+    here = tuple(rank for rank, machine in enumerate(machines) if machine == machines[index])
+    one = torch.ones(1, device=device)
+    with _partners_may_end():
+        distributed.all_reduce(one)
+        total = int(one)
+    if total != number:
+        raise QloraTrainError(f"the launch does not work: a sum over its {number} processes gave {total}")
+    ranks = Ranks(index, number, here, group=group)
+    return Ranks(index, number, here, shares_memory=_try_sharing(ranks), group=group)
+
+
+def _machine() -> str:
+    """The same for all processes of a machine, in containers too, whose names differ."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text(encoding="ascii").strip() if boot.is_file() else platform.node()
+
+
+def _try_sharing(ranks: Ranks) -> bool:
+    """Whether every rank can read what its leader has written into pages: tried, as a process may be in
+    another container or not be allowed to look. Nothing to share where each has a machine of its own."""
+    if max(ranks.gather(len(ranks.here))) == 1 or not all(ranks.gather(can_share())):
+        return False
+    word = ranks.of_leader(os.urandom(16).hex())
+    descriptor, pages = make_pages(mmap.PAGESIZE)
+    pages.write(word.encode())
+    process, number = ranks.of_leader([os.getpid(), descriptor])
+    try:
+        found = open_pages(process, number, mmap.PAGESIZE).read(len(word)).decode(errors="replace")
+    except (OSError, ValueError):  # not ours to see; or another process's file, too short to map
+        found = ""
+    shares = all(ranks.gather(found == word))
+    os.close(descriptor)
+    return shares
+
+
+@contextmanager
+def _partners_may_end() -> Iterator[None]:
+    """What torch raises where another rank has gone, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise QloraTrainError(
+            f"the processes of this run have lost each other ({reason}). If another one has ended, its "
+            "message says why."
+        ) from error

@@ -1,0 +1,73 @@
+"""Generation against transformers' own `generate`, prompts of different lengths in one batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCABULARY_SIZE, library_model, load_tiny, write_checkpoint
+
+from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.quant.formats import Quantization
+
+NUM_NEW = 12
+
+
+def prompts(seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY_SIZE, (n,), generator=generator).tolist() for n in (5, 27, 1, 14)]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mistral", "qwen3", "phi3", "gemma", "gemma2", "granite"])
+def test_greedy_equals_transformers(tmp_path: Path, family: str) -> None:
+    changes = {"sliding_window": 8, "head_dim": 16} if family == "gemma2" else {}
+    folder = write_checkpoint(tmp_path, family, **changes)
+    decoder, lora = load_tiny(folder, Quantization("nf4", double_quant=True))
+    model = library_model(folder, decoder, lora, torch.float32, attention="eager")
+    answers = generate_tokens(decoder, prompts(), Sampling(NUM_NEW), frozenset())
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NUM_NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert answer == output[0, len(prompt) :].tolist()
+
+
+def test_a_prompt_does_not_see_its_neighbours(tmp_path: Path) -> None:
+    decoder, _ = load_tiny(write_checkpoint(tmp_path))
+    together = generate_tokens(decoder, prompts(), Sampling(NUM_NEW), frozenset())
+    alone = [generate_tokens(decoder, [p], Sampling(NUM_NEW), frozenset())[0] for p in prompts()]
+    assert together == alone
+
+
+def test_stops_at_a_stop_token_which_is_not_part_of_the_answer(tmp_path: Path) -> None:
+    decoder, _ = load_tiny(write_checkpoint(tmp_path))
+    free = generate_tokens(decoder, prompts(), Sampling(NUM_NEW), frozenset())
+    stop = free[1][4]
+    seen: list[tuple[int, int]] = []
+    answers = generate_tokens(
+        decoder, prompts(), Sampling(NUM_NEW), frozenset({stop}), lambda b, t: seen.append((b, t))
+    )
+    for whole, answer in zip(free, answers, strict=True):
+        assert answer == (whole[: whole.index(stop)] if stop in whole else whole)
+    assert [t for b, t in seen if b == 1] == answers[1]
+
+
+def test_sampling_follows_seed_temperature_and_top_p(tmp_path: Path) -> None:
+    decoder, _ = load_tiny(write_checkpoint(tmp_path))
+
+    def sample(seed: int, temperature: float = 2.0, top_p: float = 1.0) -> list[list[int]]:
+        return generate_tokens(decoder, prompts(), Sampling(NUM_NEW, temperature, top_p, seed), frozenset())
+
+    greedy = generate_tokens(decoder, prompts(), Sampling(NUM_NEW), frozenset())
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert sample(1) != greedy
+    assert sample(1, top_p=1e-6) == greedy  # the nucleus is the likeliest token alone
+    assert sample(1, temperature=1e-4) == greedy
+    assert sample(1, temperature=1e-37) == greedy  # logits divided by it are infinite

@@ -1,0 +1,88 @@
+"""Rates are measured once and kept, on a nearly full card too, and leave nothing on the device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from simulated_gpu.fixture import SimulatedGpu
+
+from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.plan import measured_rates
+from qlora_train.plan.measured_rates import matrix_size, rates_of
+from qlora_train.plan.time_model import stated_rates
+
+MIB = 2**20
+
+
+@pytest.fixture
+def small(sim: ComputeDevice, monkeypatch: pytest.MonkeyPatch) -> ComputeDevice:
+    """Few multiprocessors, so that products are quick here."""
+    monkeypatch.setattr(measured_rates, "_CPU_MATRIX", 64)
+    return ComputeDevice(replace(sim.description, num_multiprocessors=2))
+
+
+def test_measured_once(small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_path: Path) -> None:
+    measured = rates_of(small, torch.float32, tmp_path)
+    assert min(measured.flops, measured.memory, measured.copy) > 0
+    assert "256 x 256" in measured.source
+    assert simulated_gpu.live_bytes() == simulated_gpu.reserved_bytes() == simulated_gpu.pinned_bytes == 0
+    calls = simulated_gpu.num_operators
+    assert rates_of(small, torch.float32, tmp_path) == measured
+    assert simulated_gpu.num_operators == calls
+    assert rates_of(small, torch.float16, tmp_path) != measured
+    assert len(json.loads((tmp_path / "rates.json").read_text())) == 2
+
+
+def test_on_the_cpu(small: ComputeDevice, tmp_path: Path) -> None:
+    kept = rates_of(THE_CPU, torch.float32, tmp_path)
+    assert rates_of(THE_CPU, torch.float32, tmp_path) == kept
+
+
+def test_a_damaged_file_is_written_anew(small: ComputeDevice, tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text("{")
+    rates_of(small, torch.float32, tmp_path)
+    assert len(json.loads((tmp_path / "rates.json").read_text())) == 1
+
+
+def test_rates_of_copies_that_were_refused_are_not_kept(
+    small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_path: Path
+) -> None:
+    simulated_gpu.refuse_pinning()
+    assert rates_of(small, torch.float32, tmp_path).copy > 0
+    assert not (tmp_path / "rates.json").exists()
+
+
+def test_a_nearly_full_card_is_measured_with_what_fits(
+    sim: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products that had to be small say less than those of an empty card: they are not kept."""
+    monkeypatch.setattr(measured_rates, "_REPEATS", 1)
+    many = ComputeDevice(replace(sim.description, num_multiprocessors=132))
+    simulated_gpu.limit_memory(256 * MIB)
+    assert "2304 x 2304" in rates_of(many, torch.float32, tmp_path).source
+    assert not (tmp_path / "rates.json").exists() and simulated_gpu.reserved_bytes() == 0
+
+
+@pytest.mark.parametrize("free_bytes", [0, 1, 5 * MIB, 255 * MIB])
+def test_a_full_card_is_not_measured(
+    small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_path: Path, free_bytes: int
+) -> None:
+    simulated_gpu.limit_memory(free_bytes)
+    assert rates_of(small, torch.float32, tmp_path) == stated_rates(small.description)
+    assert not (tmp_path / "rates.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("free_gib", [0.3, 1, 4, 24, 80])
+def test_three_matrices_in_a_quarter_of_what_is_free(
+    sim: ComputeDevice, dtype: torch.dtype, free_gib: float
+) -> None:
+    large = replace(sim.description, num_multiprocessors=132)
+    size = matrix_size(large, int(free_gib * 2**30), dtype)
+    assert size % 64 == 0 and 3 * dtype.itemsize * size**2 <= free_gib * 2**30 / 4
+    assert size == 8192 or 3 * dtype.itemsize * (size + 64) ** 2 > free_gib * 2**30 / 4
+    assert matrix_size(sim.description, 2**40, dtype) == 128 * 16

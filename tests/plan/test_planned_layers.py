@@ -1,0 +1,130 @@
+"""A model without numbers takes the bytes of one with numbers: layer by layer for every family that the
+start-up probe accepts, and in whole walks under every policy."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from layer_meter import cpu_model, measured, small_config, workload_for
+from tiny_models import packed_row
+
+from qlora_train.device.memory_tracker import StorageMeter
+from qlora_train.model.loss import TiledLoss
+from qlora_train.plan.planned_model import PlannedHost, PlannedLoss, PlannedModel
+from qlora_train.plan.planned_walk import set_up
+from qlora_train.plan.workload import Workload
+from qlora_train.quant.formats import Quantization
+from qlora_train.walk.layer_walk import LayerWalk
+from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement, everything_resident
+
+FAMILIES = (
+    "apertus", "arcee", "bitnet", "cohere", "cohere2", "diffllama", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "glm", "glm4", "granite", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3",
+    "iquestcoder", "jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "moshi", "olmo",
+    "olmo2", "olmo3", "phi3", "phi4_multimodal", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+    "vaultgemma",
+)  # fmt: skip
+STATISTICS_IN_FP32 = {"starcoder2": 0.004, "jais2": 0.004}
+"""LayerNorm's mean and deviation are in fp32 on the meta device, as on a GPU; a CPU keeps them in 16 bits."""
+DOCUMENTS = (50, 7, 33, 50, 48)
+KEEP, RECOMPUTE, OFFLOAD = ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE, ActivationPolicy.OFFLOAD
+
+
+@pytest.mark.parametrize(
+    ("dtype", "documents"), [(torch.bfloat16, DOCUMENTS), (torch.float32, (200,))], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_of_every_family(family: str, dtype: torch.dtype, documents: tuple[int, ...]) -> None:
+    """All kinds of layers."""
+    workload = workload_for(small_config(family), dtype, documents)
+    decoder, _ = cpu_model(workload)
+    planned = PlannedModel(workload)
+    tokens = planned.micro_batch(documents, sum(documents))
+    for index in {kind: i for i, kind in enumerate(planned.decoder.kinds)}.values():
+        expected = measured(decoder, index, packed_row(list(documents)))
+        found = measured(planned.decoder, index, tokens, lambda: planned.meter(len(documents)))
+        within = STATISTICS_IN_FP32.get(family, 0)
+        for name, num_bytes in vars(expected).items():
+            assert getattr(found, name) == pytest.approx(num_bytes, rel=within), name
+
+
+def peak_on_cpu(workload: Workload, plan: ExecutionPlan) -> int:
+    decoder, lora = cpu_model(workload)
+    decoder.head.tile_rows = plan.head_tile_rows
+    walk = LayerWalk(decoder, lora, plan, reference=workload.reference)
+    tokens = [packed_row(list(workload.documents), seed=k) for k in range(workload.num_micro_batches)]
+    for _ in range(2):  # what is made once is there the second time
+        gc.collect()
+        with StorageMeter("cpu") as meter:
+            walk.accumulate(tokens, seed=0, step=1, num_supervised=100)
+    return meter.peak_bytes
+
+
+def peak_of_plan(workload: Workload, plan: ExecutionPlan, make_loss: type[TiledLoss] = PlannedLoss) -> int:
+    model, tokens, meter = set_up(workload, plan)
+    walk = LayerWalk(
+        model.decoder, model.lora, plan, reference=workload.reference,
+        host=PlannedHost(model.device, meter), make_loss=make_loss,
+    )  # fmt: skip
+    with meter:
+        walk.accumulate([tokens] * workload.num_micro_batches, seed=0, step=1, num_supervised=100)
+    return meter.peak_bytes
+
+
+WALKED = ("llama", "gemma2", "gemma3_text", "olmo2", "cohere2", "bitnet", "diffllama", "minicpm3")
+WALKS: dict[str, tuple[tuple[ActivationPolicy, ...], dict[str, Any], dict[str, Any]]] = {
+    "keep": ((KEEP,) * 4, {}, {}),
+    "recompute": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {}),
+    "mixed": ((RECOMPUTE, KEEP, OFFLOAD, RECOMPUTE), {"num_micro_batches": 3}, {"num_groups": 2}),
+    "tiles": ((RECOMPUTE, KEEP, RECOMPUTE, KEEP), {"dropout": True}, {"mlp_tile_tokens": 24}),
+    "parked inputs": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {"inputs": Placement.RAM}),
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+@pytest.mark.parametrize("family", WALKED)
+def test_a_walk_takes_what_the_plan_says(family: str, name: str) -> None:
+    activations, changes, cuts = WALKS[name]
+    config = small_config(family, 4)
+    workload = workload_for(config, documents=DOCUMENTS, **({"num_supervised": 173} | changes))
+    plan = replace(everything_resident(4), activations=activations, loss_tokens=64, head_tile_rows=40, **cuts)
+    assert peak_of_plan(workload, plan) == peak_on_cpu(workload, plan)
+
+
+@pytest.mark.parametrize(("quantization", "holds"), [*product(("nf4", "fp4", "int8"), (False, True))])
+def test_a_walk_over_quantised_weights(quantization: str, holds: bool) -> None:
+    quantised = Quantization(quantization, double_quant=quantization == "nf4")  # type: ignore[arg-type]
+    cut = {"num_micro_batches": 2, "num_supervised": 197}
+    workload = workload_for(small_config("llama", 4), quantization=quantised, **cut)
+    plan = replace(
+        everything_resident(4), activations=(RECOMPUTE, KEEP, OFFLOAD, RECOMPUTE), hold_dequantized=holds,
+        loss_tokens=64, head_tile_rows=40,
+    )  # fmt: skip
+    assert peak_of_plan(workload, plan) == peak_on_cpu(workload, plan)
+
+
+@pytest.mark.parametrize("activation", [KEEP, RECOMPUTE])
+def test_a_walk_in_reference_mode(activation: ActivationPolicy) -> None:
+    workload = workload_for(small_config("llama", 3), reference=True, num_supervised=197)
+    plan = everything_resident(3, activation=activation)
+    assert peak_of_plan(workload, plan) == peak_on_cpu(workload, plan)
+
+
+def test_an_offloaded_walk_is_over_by_what_the_last_layer_takes_back_at_once() -> None:
+    """The first graph that is taken back was not fetched before: its tensors come one by one, when they are
+    needed; played back, all come together."""
+    workload = workload_for(small_config("llama", 4), num_micro_batches=2, num_supervised=197)
+    plan = replace(everything_resident(4, activation=OFFLOAD), loss_tokens=64, head_tile_rows=40)
+    assert 0 <= peak_of_plan(workload, plan) / peak_on_cpu(workload, plan) - 1 < 0.05
+
+
+def test_what_the_loss_plays_back_is_what_it_takes() -> None:
+    """Also with many tiles, and more than one size of block."""
+    workload = workload_for(small_config("gemma2", 2, vocab_size=1000), num_supervised=190)
+    plan = replace(everything_resident(2, activation=RECOMPUTE), loss_tokens=64, head_tile_rows=300)
+    assert peak_of_plan(workload, plan) == peak_of_plan(workload, plan, TiledLoss)
