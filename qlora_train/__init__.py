@@ -4,47 +4,16 @@
     run = train(load_recipe("recipe.yaml", ["training.max_steps=100"]))
     export(run.run_dir, to="merged")
 
-`train` and `export` load torch at first use, so that importing the package stays cheap. Both are functions
-here and folders on disk: a plain lazy attribute would be overwritten by the import system, which binds a
-sub-package to its parent when anything imports it. Properties of the package's own class are not.
+`train` and `export` import torch when they are called, so that importing the package stays cheap. Both are
+functions here and folders on disk, and a name is bound to its folder when that is first imported: so both
+are imported here, where the function then takes the name for good.
 """
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
+from qlora_train.export import export
 from qlora_train.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from qlora_train.export import export as export
-    from qlora_train.train import train as train
+from qlora_train.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "export", "load_recipe", "train"]
-
-
-class _Package(ModuleType):
-    @property
-    def train(self) -> Any:
-        from qlora_train.train import train
-
-        return train
-
-    @train.setter
-    def train(self, sub_package: ModuleType) -> None:
-        """`qlora_train.train` stays the function; `from qlora_train.train import` reaches the folder."""
-
-    @property
-    def export(self) -> Any:
-        from qlora_train.export import export
-
-        return export
-
-    @export.setter
-    def export(self, sub_package: ModuleType) -> None:
-        """As for `train`."""
-
-
-sys.modules[__name__].__class__ = _Package

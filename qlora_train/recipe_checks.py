@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize, TypeAdapter
+
 from qlora_train.recipe_yaml import KeyPath, nearest, show
 
 FOUR_BIT = ("nf4", "fp4")
@@ -30,21 +32,15 @@ OPTIONAL_ROLES = frozenset({"input", "system", "history", "tools", "functions", 
 DEFAULT_BATCH_SIZE = 16
 MOST_BINS, MOST_TOKENS = 2**20, 2**22
 """Of a step, and of a sequence or a micro-batch: more than any machine holds, and little enough to plan."""
-_SIZE_UNITS = {"B": 1} | {
-    prefix + unit: base**power
-    for unit, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
+_SIZE = re.compile(r"\s*\d{1,99}(\.\d+)?\s*([kmgt]i?)?b\s*", re.IGNORECASE)
 
 
 def parse_size(text: Any) -> int:
     """Bytes of a size such as 8GiB or "7.5 GB"; GB is 1000^3 bytes, GiB 1024^3. Raises ValueError, saying
     what to write, for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text) if isinstance(text, str) else None
-    units = {unit.lower(): factor for unit, factor in _SIZE_UNITS.items()}
-    if found is None or found[2].lower() not in units:
+    if not isinstance(text, str) or not _SIZE.fullmatch(text):  # ByteSize takes 8, 8G and 8Gbit, too
         raise ValueError(f"must be auto or a size with its unit, such as 8GiB or 7.5GB, got {text!r}")
-    num_bytes = int(float(found[1]) * units[found[2].lower()])
+    num_bytes = int(TypeAdapter(ByteSize).validate_python(text))
     if num_bytes < 1:
         raise ValueError(f"must be more than nothing, got {text!r}")
     return num_bytes

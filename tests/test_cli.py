@@ -334,10 +334,17 @@ def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     assert done.stderr == ""
 
 
-def test_train_stays_a_function_whatever_is_imported_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_module(monkeypatch, "qlora_train.train", lambda: "trained", "train")
-    qlora_train.train = sys.modules["qlora_train.train"]  # type: ignore[assignment]  # what an import does
-    assert qlora_train.train() == "trained"
+@pytest.mark.parametrize("first", ["", ".train", ".export", ".train.run", ".export.export_run"])
+def test_train_and_export_stay_functions_whatever_is_imported_first(first: str) -> None:
+    script = f"""
+import sys, qlora_train{first}
+import qlora_train.train.run_folder, qlora_train.export.export_run
+for name in ("train", "export"):
+    function = getattr(qlora_train, name)
+    print(callable(function), function is getattr(sys.modules[f"qlora_train.{{name}}"], name))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=_root())
+    assert (done.stdout, done.returncode) == ("True True\n" * 2, 0), done.stderr
 
 
 def _root() -> Path:

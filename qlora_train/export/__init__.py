@@ -1,6 +1,6 @@
 """From a run folder to a model that other tools load, with a receipt of how near it is (export_run.py).
 
-Imports are made when a function is called: they take seconds.
+Imports are made when `export` is called: they take seconds.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.device.system import require_unix
-from qlora_train.export.merge import merge
 
-__all__ = ["export", "merge"]
+__all__ = ["export"]
 
 
 def export(run: Path | str, *arguments: Any, **options: Any) -> Path:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from rich.console import Console
 from qlora_train.data.building import open_data
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.device.settings import determinism_of_before, require_deterministic_products
-from qlora_train.device.system import require_unix
 from qlora_train.kernels.on_device import find_device
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
@@ -22,6 +20,7 @@ from qlora_train.plan.machine_plan import device_of_all
 from qlora_train.plan.report import residency_lines
 from qlora_train.plan.words import duration, gib, positions_line
 from qlora_train.recipe import Recipe
+from qlora_train.train import OnStep, TrainResult
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog, SavedPlan, Setting
 from qlora_train.train.resumed import lengthened_line
@@ -31,35 +30,9 @@ from qlora_train.walk.optimizer import paging_lines
 from qlora_train.walk.overflow import require_range
 from qlora_train.weights.ranks import find_ranks
 
-OnStep = Callable[[Mapping[str, float | int | bool]], None]
 
-
-@dataclass(frozen=True)
-class TrainResult:
-    """run_dir: the run folder. adapter_dir: the adapter in PEFT format. loss: of the last step; eval_loss:
-    the last evaluation's."""
-
-    run_dir: Path
-    adapter_dir: Path
-    num_steps: int
-    loss: float | None
-    eval_loss: float | None
-
-
-def train(
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    use_cache: bool = True,
-    on_step: OnStep = lambda row: None,
-) -> TrainResult:
-    """Train as the recipe says; with `resume`, go on from the newest checkpoint of its output folder.
-
-    use_cache: keep the quantized base for later starts. on_step: told what metrics.jsonl has of a step,
-    between that step and the next, on every rank. Raises a `UserError` for bad input and for a plan that
-    does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
-    `Interrupted` after SIGINT, SIGTERM or SIGHUP, with the state saved."""
-    require_unix("train")
+def run_training(recipe: Recipe, on_step: OnStep, *, resume: bool, use_cache: bool) -> TrainResult:
+    """See `train`."""
     folder = RunFolder(Path(recipe.training.output_dir))
     with determinism_of_before():
         accelerator = make_accelerator(recipe)
@@ -79,7 +52,7 @@ def _train(
     resume: bool,
     use_cache: bool,
 ) -> TrainResult:
-    """`train` in a folder that is ours."""
+    """`run_training` in a folder that is ours."""
     ranks = find_ranks(accelerator.device)
     device = find_device(accelerator.device)
     require_deterministic_products(device.torch)

@@ -21,7 +21,8 @@ from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import BaseModelError, ExportError, RunFolderError
-from qlora_train.export import export, merge
+from qlora_train.export import export
+from qlora_train.export.merge import merge
 from qlora_train.export.quantized_layers import QuantizedLayers, cached_layers
 from qlora_train.model.base_folder import check_base
 from qlora_train.quant.formats import Quantization

@@ -17,7 +17,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch
-from qlora_train.export import merge
+from qlora_train.export.merge import merge
 from qlora_train.model.base import MetaModel, read_config
 from qlora_train.quant.formats import Quantization
 peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

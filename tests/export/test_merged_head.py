@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.errors import BaseModelError
-from qlora_train.export import merge
+from qlora_train.export.merge import merge
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "llama"])

@@ -17,7 +17,7 @@ BECOME_WINDOWS = r"""
 import importlib.abc, json, mmap, os, shutil, signal, sys, types
 recipe, run_dir = sys.argv[1:]
 
-import qlora_train.data.preview, qlora_train.export, qlora_train.train.run  # the libraries below
+import qlora_train.data.preview, qlora_train.export.export_run, qlora_train.train.run  # the libraries below
 from qlora_train.data.tokenizer import load_tokenizer
 load_tokenizer(json.load(open(recipe))["model"]["base"])
 for name in [name for name in sys.modules if name.partition(".")[0] == "qlora_train"]:
@@ -51,12 +51,11 @@ def run(*arguments):
 run("plan", recipe)
 run("plan", recipe, "--vram", "8GiB", "--json")
 run("preview", recipe)
-assert "qlora_train.train" not in sys.modules
+assert not {"qlora_train.train.run", "qlora_train.export.export_run"} & set(sys.modules)
 run("train", recipe)
 run("generate", run_dir, "--prompt", "a")
 run("export", run_dir)
-run("bench")
-assert "qlora_train.train" not in sys.modules and "benchmarks" not in sys.modules
+assert not {"qlora_train.train.run", "qlora_train.export.export_run"} & set(sys.modules)
 
 import qlora_train
 commands = {qlora_train.train: qlora_train.load_recipe(recipe), qlora_train.export: run_dir}
@@ -76,16 +75,16 @@ def test_plan_and_preview_run_and_the_rest_says_what_it_needs(
     command = [sys.executable, "-c", BECOME_WINDOWS, str(recipe), str(run_dir)]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    plan, card, preview, train, generate, export, bench = done.stdout.split("== ")[1:]
+    plan, card, preview, train, generate, export = done.stdout.split("== ")[1:]
     for output in (plan, card, preview):
         assert output.rstrip().endswith("exit code 0"), output + done.stderr
     assert "fits: " in plan.splitlines()[1]
     told = json.loads(card.removeprefix("plan\n").rpartition("exit code")[0])
     assert told["fits"] and told["vram_budget_bytes"] == 8 * 2**30 and told["device"] == "cuda"
     assert "[[" in preview and "documents" in preview
-    for output in (train, generate, export, bench):
+    for output in (train, generate, export):
         assert "exit code 2" in output, output
-    for name in ("train", "generate", "export", "bench"):
+    for name in ("train", "generate", "export"):
         said = done.stderr.partition(f"== {name}\n")[2].partition("==")[0]
         assert said.startswith(f"qlora-train: {name} needs Linux or WSL2"), done.stderr
     assert done.stdout.count("refused: ") == 2 and "Traceback" not in done.stderr
