@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if leftovers:
         args.parser.error(f"unrecognized arguments: {' '.join(leftovers)}")
     _quiet_libraries()
-    _print_what_the_terminal_can()
     try:
         if args.command in NEED_UNIX:
             require_unix(args.command)  # before anything is imported that may not be there
@@ -75,13 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(os_error(error))
     return 0
-
-
-def _print_what_the_terminal_can() -> None:
-    """A character that the terminal's encoding lacks is printed as a question mark."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def _discard_output() -> None:

@@ -61,7 +61,10 @@ def _answer(model: LoadedModel, prompts: list[str], encoded: list[list[int]], sa
 
 class TextStream:
     """Turns tokens into text as soon as it is certain: a character may span tokens, so the whole answer is
-    decoded again and only what is new and complete is written."""
+    decoded again and only what is new and complete is written.
+
+    Not transformers' TextStreamer: it starts afresh after a newline, where SentencePiece tokenizers lose a
+    space of indentation. Not tokenizers' DecodeStream: it raises at bytes that are no character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
         self._tokenizer, self._write = tokenizer, write

@@ -17,11 +17,13 @@ def find_base_folder(base: str, revision: str | None = None) -> Path | None:
     folder = Path(base)
     if folder.is_dir():
         return folder
-    if not _is_hub_id(base):
-        return None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(base, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(base, "config.json", revision=revision)
+    except HFValidationError:  # a path, or a name that nothing on the hub can have
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -13,12 +13,12 @@ model.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, Literal
 
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor
 
 from qlora_train.errors import BaseModelError
@@ -92,9 +92,9 @@ def _read_state(
     reader: ShardReader, name: str, form: Literal["nf4", "fp4"]
 ) -> tuple[Quantization, tuple[int, int], Tensor]:
     """The JSON beside a 4-bit weight: quantization, shape, nested offset."""
-    raw = bytes(reader.read(f"{name}.quant_state.bitsandbytes__{form}").numpy())
+    packed = reader.read(f"{name}.quant_state.bitsandbytes__{form}")
     try:
-        state: dict[str, Any] = json.loads(raw)
+        state: dict[str, Any] = unpack_tensor_to_dict(packed)
         out_features, in_features = (int(size) for size in state["shape"])
         quantization = Quantization(form, "nested_offset" in state, int(state["blocksize"]))
         offset = torch.tensor(float(state.get("nested_offset", 0.0)))

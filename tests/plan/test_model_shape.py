@@ -74,8 +74,9 @@ def test_a_snapshot_in_the_hub_cache_is_read(tmp_path: Path, monkeypatch: pytest
     (folder / "snapshots" / "abc" / "config.json").write_text(json.dumps(config))
     assert find_shape("someone/Own-1B").hidden == 64
     assert find_shape("someone/Own-1B", "abc").hidden == 64
-    with pytest.raises(UserError, match="neither a folder, nor in the hub"):
-        find_shape("someone/Own-1B", "main2")
+    for base, revision in (("someone/Own-1B", "main2"), ("no model", None), ("a--b", None)):
+        with pytest.raises(UserError, match=f"{base} is neither a folder, nor in the hub"):
+            find_shape(base, revision)
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
