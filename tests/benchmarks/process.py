@@ -30,7 +30,7 @@ import psutil
 
 NUM_LAST_LINES = 40
 GRACE_SECONDS = 2.0
-"""For a process that took too long to say where it was."""
+"""For a process that took too long to say where it was, and for killed ones to be gone."""
 PLAINLY = (sys.executable, "-u", "-m")
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 _CHECKOUT = Path(__file__).parents[2]
@@ -152,6 +152,7 @@ def _end(child: subprocess.Popen[Any]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     child.wait()
+    psutil.wait_procs(started, GRACE_SECONDS)  # what comes next is measured without them
 
 
 def _ending(code: int | None, timeout_seconds: float) -> str:
