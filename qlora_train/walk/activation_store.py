@@ -2,10 +2,10 @@
 
     keep       the graph: inputs and saved tensors stay on the device
     offload    the graph, its saved tensors in host memory (walk/host_offload.py)
-    recompute  the input x_i [T, D], on the device or in host memory; backward runs the layer again. What it
-               runs is only what backward needs: where the start-up probe found that the last linear's output
-               goes straight into the residual sum, that product's value is skipped (5.46 instead of 6 FLOPs
-               per token and parameter: 37 % over keeping everything instead of 50 %)
+    recompute  the input x_i [T, D], on the device or in host memory; backward runs the layer again. Where
+               the start-up probe found that the last linear's output goes straight into the residual sum,
+               that product is skipped (5.46 instead of 6 FLOPs per token and parameter: 37 % over keeping
+               everything instead of 50 %)
 
 Copies to host overlap the next micro-batch; the device copy is freed after it.
 
@@ -28,15 +28,15 @@ from qlora_train.weights.host_memory import HostMemory
 
 
 class ActivationStore:
-    """Makes the `LayerActivations` of every layer of a walk. host: memory for what is offloaded."""
+    """Makes the `LayerActivations` of every layer of a walk. host: memory for offloaded tensors."""
 
     def __init__(self, decoder: FrozenDecoder, lora: LoraParameters, host: HostMemory) -> None:
         self.decoder, self.lora = decoder, lora
         self.offloader = HostOffloader(decoder.device, host)
 
     def layer(self, index: int, plan: ExecutionPlan, *, in_backward: bool) -> LayerActivations:
-        """Those of one layer. in_backward: False below the first layer with LoRA parameters: nothing is
-        stored."""
+        """The activations of one layer. in_backward: False below the first layer with LoRA parameters, where
+        nothing is stored."""
         policy = plan.activations[index] if in_backward else None
         return LayerActivations(self, index, policy, inputs_wait_in_ram=plan.inputs is Placement.RAM)
 
@@ -52,8 +52,8 @@ class LayerActivations:
         self._runs: list[_Kept | _ToRecompute | None] = []
 
     def forward(self, x: Tensor, arguments: LayerArguments, *, with_gradient: bool) -> Tensor:
-        """The layer's output for one micro-batch; stores what the policy says. with_gradient: x needs a
-        gradient."""
+        """Run the layer on one micro-batch and store what the policy says; returns its output [1, T, D].
+        with_gradient: x needs a gradient."""
         decoder, index = self._owner.decoder, self._index
         if self._policy in (None, ActivationPolicy.RECOMPUTE):
             with torch.no_grad():
@@ -78,16 +78,16 @@ class LayerActivations:
         return y.detach()
 
     def fetch(self, k: int) -> None:
-        """Begin to bring back what waits in host memory of micro-batch k: its backward pass comes next but
-        one. No earlier: what is back takes room on the device."""
+        """Start copying micro-batch k's offloaded tensors to the device. Call it one backward pass before
+        that of k, no earlier: the copies take device memory."""
         run = self._runs[k]
         assert run is not None
         run.fetch()
 
     def backward(self, k: int, gradient: Tensor, arguments: LayerArguments) -> Tensor:
-        """From dL/dy to dL/dx [1, T, D] of micro-batch k; factor gradients go where they belong. Returns
-        `gradient` itself where x needs none."""
-        run, self._runs[k] = self._runs[k], None  # each graph goes with its backward pass
+        """From dL/dy (`gradient`) to dL/dx [1, T, D] of micro-batch k, adding the gradients of the layer's
+        LoRA parameters. Returns `gradient` itself where x needs none."""
+        run, self._runs[k] = self._runs[k], None  # a graph is freed after its backward pass
         assert run is not None
         if isinstance(run, _ToRecompute):
             leaf = run.leaf()
@@ -102,7 +102,7 @@ class LayerActivations:
         return gradient if leaf.grad is None else leaf.grad
 
     def _stays(self, leaf: Tensor, arguments: LayerArguments) -> Iterator[Tensor]:
-        """Tensors that are on the device anyway."""
+        """Tensors that are on the device anyway and need no copy."""
         yield leaf
         yield self._owner.lora.working
         yield from self._owner.decoder.layers[self._index].parameters()
@@ -110,6 +110,8 @@ class LayerActivations:
 
 
 class _Kept:
+    """One micro-batch's graph from input `leaf` to output `y`. graph: None where it stays on the device."""
+
     def __init__(self, leaf: Tensor, y: Tensor, graph: OffloadedGraph | None) -> None:
         self.leaf, self.y, self._graph = leaf, y, graph
 
@@ -123,6 +125,8 @@ class _Kept:
 
 
 class _ToRecompute:
+    """One micro-batch's layer input, from which backward runs the layer again."""
+
     def __init__(self, x: Tensor | OffloadedTensor, with_gradient: bool) -> None:
         self._x, self._with_gradient = x, with_gradient
 
@@ -136,7 +140,7 @@ class _ToRecompute:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested arguments."""
+    """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

@@ -1,7 +1,6 @@
-"""Evaluation: the forward half of the walk. Mean loss over all supervised tokens, each counted once.
+"""Evaluation loss: the forward half of the walk, summed over all supervised tokens, each counted once.
 
-Micro-batches pass the layers in groups, as in training, so that a layer that streams is fetched once per
-group.
+Micro-batches pass the layers in groups, as in training, so that a streamed layer is fetched once per group.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ def loss_sum(
     loss_tokens: int = LOSS_TOKENS,
     make_loss: type[TiledLoss] = TiledLoss,
 ) -> Tensor:
-    """Sum of the supervised losses over the micro-batches, fp32 scalar on the device, factors included, no
-    dropout. group_size: micro-batches that pass the layers together. loss_tokens: see `TiledLoss`. make_loss:
-    the loss's class."""
+    """Sum of the supervised losses over the micro-batches, fp32 scalar on the device, with the LoRA
+    parameters and without dropout. group_size: micro-batches that pass the layers together. loss_tokens: see
+    `TiledLoss`. make_loss: the loss's class."""
     loss = make_loss(decoder, loss_tokens)
     total = torch.zeros((), dtype=torch.float32, device=decoder.device.torch)
     for group in _grouped(micro_batches, group_size):

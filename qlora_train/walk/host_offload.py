@@ -7,10 +7,10 @@
 On a GPU all copies run in order on one side stream, so a host buffer that is used again is never overtaken,
 and the host waits for nothing. Copies to the host overlap the next micro-batch: `finish_copies` makes the
 compute stream wait for them and frees the device copies. Copies back go into memory that the compute stream
-allocates, and it waits for each of them alone, so the next one overlaps its work. Memory is therefore taken
-and freed in the order of the compute stream, and the planned peak holds however far the host runs ahead.
-(`record_stream` would free memory at a moment that depends on the host.) On a CPU the same code copies at
-once.
+allocates, and it waits for one copy at a time, so the next copy overlaps its work. Memory is therefore
+allocated and freed in the order of the compute stream, and the planned peak holds however far the host runs
+ahead. (`record_stream` would free memory at a moment that depends on the host.) On a CPU the same code copies
+synchronously.
 
 `OffloadedGraph` is the activation policy "offload" for one forward pass of one layer. Autograd passes every
 tensor that it saves to a hook. Tensors that stay on the device anyway (weights, LoRA parameters, the layer's
@@ -71,7 +71,7 @@ class HostOffloader:
 
 
 class OffloadedTensor:
-    """A tensor in host memory; made by a `HostOffloader`. Taken once."""
+    """A tensor in host memory, made by a `HostOffloader`; `take` is called once."""
 
     def __init__(self, offload: HostOffloader, tensor: Tensor) -> None:
         assert tensor.is_contiguous()
@@ -82,7 +82,7 @@ class OffloadedTensor:
         self._host_view.copy_(tensor.detach(), non_blocking=True)
 
     def fetch(self) -> None:
-        """Begin to copy back."""
+        """Start the copy to the device."""
         if self._back is not None:
             return
         assert self._buffer is not None, "taken twice"
@@ -92,7 +92,7 @@ class OffloadedTensor:
             self._back.copy_(self._host_view)
         else:
             device = self._offloader.device
-            stream.wait_stream(device.current_stream())  # until then the memory is somebody else's
+            stream.wait_stream(device.current_stream())  # queued work may still use that memory
             with device.on(stream):
                 self._back.copy_(self._host_view, non_blocking=True)
             self._is_back = device.event(stream)
@@ -100,10 +100,10 @@ class OffloadedTensor:
         self._buffer = None
 
     def take(self) -> Tensor:
-        """The tensor on the device, valid for work queued from now on."""
+        """Return the tensor on the device, valid for work queued from now on."""
         self.fetch()
         assert self._back is not None
-        if self._is_back is not None:  # not for the whole stream: what is fetched next is copied meanwhile
+        if self._is_back is not None:  # not the whole stream: the next fetch overlaps
             self._offloader.device.current_stream().wait_event(self._is_back)
         back, self._back = self._back, None
         return back
@@ -116,70 +116,71 @@ class OffloadedTensor:
 
 
 class OffloadedGraph:
-    """The saved tensors of one run of one layer. stays: tensors whose storages are not to be moved."""
+    """The tensors that autograd saves in one forward pass of one layer. stays: tensors that are not moved."""
 
     def __init__(self, offload: HostOffloader, stays: Iterable[Tensor]) -> None:
         self._offloader = offload
-        self._stays = {tensor.untyped_storage()._cdata for tensor in stays}  # storages that are alive
-        self._noted: dict[int, _Saved] = {}
+        self._stays = {tensor.untyped_storage()._cdata for tensor in stays}  # addresses of live storages
+        self._recorded: dict[int, _Saved] = {}
 
     def recording(self) -> AbstractContextManager[None]:
-        """Run the layer's forward inside; then call `offload`."""
-        return torch.autograd.graph.saved_tensors_hooks(self._note, _restore)
+        """Context for the layer's forward pass, which records the saved storages; then call `offload`."""
+        return torch.autograd.graph.saved_tensors_hooks(self._record, _restore)
 
     def offload(self) -> None:
-        """Copy what was noted out."""
-        noted = list(self._noted.values())
-        copies = self._offloader.offload_all([saved.bytes() for saved in noted])
-        for saved, copy in zip(noted, copies, strict=True):
+        """Start copying the recorded storages to the host."""
+        recorded = list(self._recorded.values())
+        copies = self._offloader.offload_all([saved.bytes() for saved in recorded])
+        for saved, copy in zip(recorded, copies, strict=True):
             saved.leave(copy)
 
     def fetch(self) -> None:
-        """Begin to copy everything back."""
-        for saved in self._noted.values():
+        """Start copying all recorded storages to the device."""
+        for saved in self._recorded.values():
             saved.fetch()
 
     def leave_to_autograd(self) -> None:
-        """Call before backward: from then on each storage goes with the last operation that saved it."""
-        self._noted.clear()
+        """Drop the references of this object before backward: autograd then frees each storage after the last
+        operation that saved it."""
+        self._recorded.clear()
 
-    def _note(self, tensor: Tensor) -> Any:
+    def _record(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()._cdata
         if storage in self._stays or not tensor.is_floating_point():
             return tensor
-        if storage not in self._noted:
-            self._noted[storage] = _Saved(tensor)
+        if storage not in self._recorded:
+            self._recorded[storage] = _Saved(tensor)
         view = (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
-        return self._noted[storage], view
+        return self._recorded[storage], view
 
 
 class _Saved:
-    """One storage: on the device until it leaves, in host memory until fetched, then on the device again."""
+    """One saved storage: on the device until `leave`, in host memory until `fetch`, then on the device."""
 
     def __init__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         everything = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         self._bytes: Tensor | None = everything.set_(storage, 0, (storage.nbytes(),), (1,))
-        self._parked: OffloadedTensor | None = None
+        self._offloaded: OffloadedTensor | None = None
 
     def leave(self, offloaded: OffloadedTensor) -> None:
-        self._parked, self._bytes = offloaded, None
+        self._offloaded, self._bytes = offloaded, None
 
     def fetch(self) -> None:
-        if self._parked is not None:
-            self._parked.fetch()
+        if self._offloaded is not None:
+            self._offloaded.fetch()
 
     def bytes(self) -> Tensor:
         if self._bytes is None:
-            assert self._parked is not None
-            self._bytes, self._parked = self._parked.take(), None
+            assert self._offloaded is not None
+            self._bytes, self._offloaded = self._offloaded.take(), None
         return self._bytes
 
 
-def _restore(noted: Any) -> Tensor:
-    if isinstance(noted, Tensor):
-        return noted
-    saved, (dtype, offset, shape, stride) = noted
+def _restore(recorded: Any) -> Tensor:
+    if isinstance(recorded, Tensor):
+        return recorded
+    saved, (dtype, offset, shape, stride) = recorded
     everything = saved.bytes()
     return torch.empty(0, dtype=dtype, device=everything.device).set_(
         everything.untyped_storage(), offset, shape, stride

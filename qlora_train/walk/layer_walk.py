@@ -1,9 +1,9 @@
-"""The training step: an explicit walk over the decoder layers.
+"""Forward and backward of one training step: an explicit walk over the decoder layers.
 
     for each group of micro-batches:
       forward    for layer i = 0..L-1:  fetch(i);  for each k:  x[k] = layer_i(x[k])     inputs stored
       head       for each k:  loss, g[k] = dL/dx[k]                                     one pass over the head
-      backward   for layer i = L-1..0:  fetch(i);  for each k:  (y again, unless kept)  y.backward(g[k]);
+      backward   for layer i = L-1..0:  fetch(i);  for each k:  (recompute y unless stored)  y.backward(g[k]);
                                                                 g[k] = x[k].grad
 
 Because the base is frozen, backward needs input gradients and the LoRA gradients of one layer at a time;
@@ -14,7 +14,8 @@ offloaded or recomputed, and wherever its weights live.
 Stored: K (L + 1) inputs of T D elements, plus the graphs of kept layers. Layers below the first one with
 LoRA parameters need no backward: nothing of them is stored. All micro-batches of a group pass a layer before
 the next layer is touched (layer-major), so what a layer costs to bring in and dequantize is paid once per
-pass and group: G (2 L - s) fetches, s of them still there at the turns.
+pass and group: G (2 L - s) fetches for G groups, s of them saved where the direction turns and the
+next layers are still in their slots.
 
 Nothing here reads a tensor on the host: the whole walk is queued without waiting for the device.
 """
@@ -90,7 +91,7 @@ class LayerWalk:
         """
         for modules in self._modules:
             for module in modules:
-                module.A.grad = module.B.grad = None  # of a step that was broken off
+                module.A.grad = module.B.grad = None  # left by an aborted step
         groups = list(_groups(micro_batches, self.plan.num_groups))
         self._decoder.weights.set_schedule(self._order(len(groups)))
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
@@ -106,7 +107,8 @@ class LayerWalk:
         self._activations.offloader.synchronize()
 
     def _order(self, num_groups: int) -> list[int]:
-        """What this step visits, and the layers that the next step begins with."""
+        """The layers and head tiles that this step visits, in order, then the layers that the next begins
+        with."""
         num_layers = len(self._decoder.layers)
         forward, back = list(range(num_layers)), list(reversed(range(self._lowest, num_layers)))
         one_group = forward + list(self._decoder.head.items) + back
@@ -123,44 +125,45 @@ class LayerWalk:
         embedded = [self._decoder.embed_packed(tokens) for tokens in group]
         xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
         del embedded
-        remembered = self._forward(xs, arguments, keys)
+        stored = self._forward(xs, arguments, keys)
         loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
         xs.clear()
-        self._backward(remembered, gradients, arguments, keys)
+        self._backward(stored, gradients, arguments, keys)
         return loss_sum
 
     def _forward(
         self, xs: list[Tensor], arguments: Sequence[list[LayerArguments]], keys: Sequence[DropoutKeys]
     ) -> list[LayerActivations]:
-        """Takes every x_0 in the list through all layers, in its place."""
-        remembered: list[LayerActivations] = []
+        """Run every x_0 in the list through all layers, in place; returns the activations, one per layer."""
+        stored: list[LayerActivations] = []
         for i in range(len(self._decoder.layers)):
             layer = self._activations.layer(i, self.plan, in_backward=i >= self._lowest)
             with self._decoder.weights.layer_on_device(i):
                 for k, x in enumerate(xs):
                     with self._dropping(keys[k]):
                         xs[k] = layer.forward(x, arguments[k][i], with_gradient=i > self._lowest)
-            remembered.append(layer)
+            stored.append(layer)
         del x  # the input of the last layer
         self._activations.offloader.finish_copies()
-        return remembered
+        return stored
 
     def _backward(
         self,
-        remembered: list[LayerActivations],
+        stored: list[LayerActivations],
         gradients: list[Tensor],
         arguments: Sequence[list[LayerArguments]],
         keys: Sequence[DropoutKeys],
     ) -> None:
-        """Takes every dL/dx in the list back to the lowest layer with factors. remembered: by `_forward`."""
+        """Take every dL/dx in the list back to the lowest layer with LoRA parameters, in place. stored: the
+        result of `_forward`, emptied on the way."""
         for i in reversed(range(self._lowest, len(self._decoder.layers))):
-            layer = remembered.pop()
+            layer = stored.pop()
             with self._decoder.weights.layer_on_device(i):
                 for k, gradient in enumerate(gradients):
                     if k + 1 < len(gradients):
                         layer.fetch(k + 1)
                     elif i > self._lowest:
-                        remembered[-1].fetch(0)
+                        stored[-1].fetch(0)
                     with self._dropping(keys[k]):
                         gradients[k] = layer.backward(k, gradient, arguments[k][i])
                     if self._reference:
@@ -170,7 +173,7 @@ class LayerWalk:
     def _losses(
         self, xs: list[Tensor], group: Sequence[PackedTokens], num_supervised: int, loss_scale: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """(sum of losses, dL/dx of each) from the outputs of the last layer; may empty the list."""
+        """(sum of losses, dL/dx of each) from the outputs of the last layer. May empty `xs`."""
         if not self._reference:
             return self._loss(xs, group, loss_scale / num_supervised)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
@@ -184,6 +187,7 @@ class LayerWalk:
 
     @contextmanager
     def _dropping(self, keys: DropoutKeys) -> Iterator[None]:
+        """Dropout inside uses the masks of one micro-batch."""
         self._factors.dropout_context.tokens = keys
         try:
             yield

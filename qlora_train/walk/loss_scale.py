@@ -1,4 +1,4 @@
-"""The scale of fp16 losses: grows while gradients are finite, shrinks where they overflow."""
+"""The loss scale of fp16 training: grows while gradients are finite, shrinks when they overflow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class LossScale:
         return LossScale(LossScale.INITIAL, dynamic=True) if is_float16 else LossScale()
 
     def absorbs_overflow(self) -> bool:
-        """After a non-finite gradient: halve and say True, or say False where scaling cannot be the cause."""
+        """After a non-finite gradient: halve the scale and return True, or return False where the scale is 1
+        and cannot be the cause."""
         self.good_steps = 0
         if self.value <= 1.0:
             return False
@@ -39,7 +40,7 @@ class LossScale:
         return True
 
     def record_applied(self) -> None:
-        """After an applied step: grow when enough of them came in a row."""
+        """After an applied step: double the scale if GROWTH_INTERVAL of them came in a row."""
         if not self.dynamic:
             return
         self.good_steps += 1

@@ -1,14 +1,14 @@
-"""When memory runs out in the middle of a run: the next tighter plan.
+"""The next tighter plan when a step runs out of memory.
 
-Somebody else's process took memory, or a step was an outlier. What costs no bit of the result comes first:
+Another process took memory, or a step was an outlier. Changes that keep every bit of the result come first:
 
 1. recompute half of the layers that are kept or offloaded, the first ones;
-2. remembered inputs wait in RAM;
+2. store layer inputs in RAM;
 3. half the supervised tokens per loss block;
-4. twice as many groups: fewer micro-batches remembered at a time;
+4. twice as many groups, so that activations of fewer micro-batches are stored at a time;
 5. MLP tiles, then half as many tokens in each.
 
-3 to 5 change the order of sums, so a change is announced and recorded with the step from which it holds.
+3 to 5 change the order of sums, so a change is logged and recorded with the step from which it holds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAST_LOSS_TOKENS, FIRST_MLP_TILE, LEAST_MLP_TILE = 64, 2048, 256
 def fallback_plan(
     plan: ExecutionPlan, num_micro_batches: int, num_tokens: int
 ) -> tuple[ExecutionPlan, str] | None:
-    """The next plan to try and what it changes, in words; None where nothing is left.
+    """The next plan to try and a description of the change; None if there is no tighter one.
 
     num_micro_batches: K of a step. num_tokens: T of a micro-batch.
     """
@@ -57,7 +57,7 @@ def fallback_plan(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's, that of an allocator of torch, or of a CUDA
-    library; those have no type of their own."""
+    """Whether an exception means out of memory: Python's, torch's allocators' or a CUDA library's. The last
+    have no type of their own and are told by their message."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(m in str(error) for m in _MESSAGES)

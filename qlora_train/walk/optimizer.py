@@ -1,21 +1,21 @@
-"""AdamW on the flat masters: a launch per learning-rate group; state that can be saved and put back.
+"""AdamW on the flat fp32 LoRA parameters ("masters"), with state that checkpoints save and restore.
 
 `adamw` is torch's; the others are bitsandbytes': 32-bit or block-wise 8-bit state (Dettmers et al. 2022,
 arXiv:2110.02861), paged (in CUDA managed memory, moved to the host by the driver when the GPU runs full) or
-not. State per factor element: 8 bytes in 32 bits, 2 + 8/256 in 8 bits.
+not. State per LoRA parameter: 8 bytes in 32 bits, 2 + 8/256 in 8 bits.
 
-Paging takes a driver that lets host and device touch managed memory at the same time. Elsewhere (Windows,
-WSL, some virtual GPUs) all of it moves to the device whenever a kernel starts, so nothing is paged, and a
-host that touches it while anything runs (a copy of the next layer's weights, say) ends the process: waiting
-before a checkpoint is written would not do, because those copies run on. So there, and on a CPU, a paged
-optimizer is its plain twin: the same numbers, the same checkpoints.
+Paging needs a driver that lets host and device access managed memory at the same time. Elsewhere (Windows,
+WSL, some virtual GPUs) all of it moves to the device whenever a kernel starts, so nothing is paged, and host
+access while the device is busy (copying the next layer's weights, for instance) ends the process. Waiting
+before a checkpoint is written would not help, because those copies continue. So there, and on a CPU, a paged
+optimizer is replaced by the unpaged one: the same numbers, the same checkpoints.
 
 Without a GPU the library dequantizes 8-bit state of a whole tensor to fp32 to update it, 20 bytes per element
-beside the 12 that stay: 0.8 GB for an 8B model's factors at rank 16. So there the flat buffers are updated a
-slice at a time; blocks of 256 share a scale and slices are whole blocks, so the bytes are the same.
+beside the 12 that stay: 0.8 GB for an 8B model at rank 16. So there the flat buffers are updated a slice at
+a time; blocks of 256 share a scale and slices are whole blocks, so the bytes are the same.
 
-On resume the saved state is copied *into* the tensors that the optimizer allocates: a loaded tensor would not
-be paged.
+On resume the saved state is copied into the tensors that the optimizer allocated, because a loaded tensor
+would not be paged.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 def can_page(device: DeviceDescription) -> bool:
-    """Whether optimizer state may wait in managed memory there."""
+    """Whether optimizer state can be paged on this device."""
     return device.is_accelerator and device.has_concurrent_managed_access
 
 
 def paging_lines(name: str, device: DeviceDescription) -> list[str]:
-    """What is said of a paged optimizer that is not paged. name: of the recipe."""
+    """The log lines for a paged optimizer that runs unpaged. name: the value of `training.optimizer`."""
     if name not in _NOT_PAGED or can_page(device) or not device.is_accelerator:
         return []
     return [
@@ -61,7 +61,7 @@ class FlatOptimizer:
     """Updates `lora.masters` from `lora.gradient`, then refreshes the working copy.
 
     name: a value of `training.optimizer`. lora_b_lr_ratio: learning rate of B over that of A (LoRA+); 1 makes
-    one group.
+    one parameter group, any other value two.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FlatOptimizer:
             self._optimizer = classes[name](groups, **options)
 
     def step(self, learning_rate: float) -> None:
-        """One update with this learning rate; the gradient is left as it is."""
+        """One update with this learning rate; the gradient is not changed."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
         self._optimizer.step()
@@ -112,23 +112,23 @@ class FlatOptimizer:
 
     @property
     def managed_bytes(self) -> int:
-        """State in CUDA managed memory: the plan counts it on the device, torch's allocator does not see it.
-        Of a paged optimizer these are the moments, where they are large; bitsandbytes marks them."""
+        """Bytes of state in CUDA managed memory, which the plan counts on the device and torch's allocator
+        does not see: the large moments of a paged optimizer, marked by bitsandbytes."""
         states = (
             value for parameter in self._parameters for value in self._optimizer.state[parameter].values()
         )
         return sum(value.nbytes for value in states if getattr(value, "is_paged", False))
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """dtype and shape of what `state` will return from the first step on. Allocates it."""
+        """dtype and shape of each tensor that `state` returns after the first step. Allocates them."""
         for parameter in self._parameters:
             if not self._optimizer.state[parameter]:
                 self._allocate(parameter)
         return {key: (value.dtype, tuple(value.shape)) for key, value in self.state().items()}
 
     def load_state(self, saved: dict[str, Tensor]) -> None:
-        """Put back what `state` returned, empty or not. Raises `RunFolderError` if it is another
-        optimizer's."""
+        """Restore what `state` returned, which may be empty. Raises `RunFolderError` if it belongs to another
+        optimizer."""
         if not saved:
             return
         if {key: (value.dtype, tuple(value.shape)) for key, value in saved.items()} != self.layout():
@@ -159,8 +159,8 @@ class FlatOptimizer:
 
 
 def _slices(start: int, stop: int, num_elements: int) -> Iterator[slice]:
-    """start..stop in slices of num_elements, the last one larger rather than tiny: below 4,096 elements the
-    library keeps 32-bit state."""
+    """Split start..stop into slices of num_elements; the last one takes the rest, since bitsandbytes keeps
+    32-bit state below 4,096 elements."""
     while stop - start >= 2 * num_elements:
         yield slice(start, start + num_elements)
         start += num_elements

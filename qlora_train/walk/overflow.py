@@ -1,8 +1,8 @@
-"""Does the base stay inside fp16's range? Asked before a run begins, and of a step that went bad.
+"""Check that the base model's activations stay within fp16's range: before a run, and after a bad step.
 
 Families trained in bf16 (Gemma 3) let activations grow past 65,504, where fp16 has only infinity. Loss
 scaling does not help: it scales gradients, not activations. So a run in fp16 first takes its first
-micro-batch through the layers, and is refused by the layer's name if a value is lost, not after hours.
+micro-batch through the layers, and ends at once, naming the layer, if a value overflows.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.packed_tokens import PackedTokens
 
-NEAR_SHARE = 0.25  # of the range: said, as training moves activations
+NEAR_SHARE = 0.25  # of the range: logged, because training changes activations
 
 
 @torch.no_grad()
 def first_overflow(decoder: FrozenDecoder, tokens: PackedTokens) -> tuple[int | None, float]:
-    """(first layer whose output is not finite, None where all are; largest absolute value before it)."""
+    """(index of the first layer whose output is not finite, or None; largest absolute value before it)."""
     x, arguments = decoder.embed_packed(tokens)
     largest = 0.0
     for i in decoder.layers_in_turn():
@@ -31,8 +31,8 @@ def first_overflow(decoder: FrozenDecoder, tokens: PackedTokens) -> tuple[int | 
 
 
 def require_range(decoder: FrozenDecoder, tokens: PackedTokens) -> str | None:
-    """A line to say where activations come near the end of fp16's range; None: they do not, or it is not
-    fp16. Raises `UnsupportedModelError` where they leave it."""
+    """A log line if activations come near the end of fp16's range; None if they do not, or the compute dtype
+    is not fp16. Raises `UnsupportedModelError` if they leave the range."""
     if decoder.dtype != torch.float16:
         return None
     end = torch.finfo(torch.float16).max

@@ -1,6 +1,6 @@
-"""From a walked batch to updated factors: unscale, sum over ranks, judge, clip, update. One host read.
+"""One optimizer step: walk, unscale, sum over ranks, check, clip, update; one host read.
 
-    walk                         out of memory: a tighter plan, the same step again
+    walk                         if out of memory: the same step again by a tighter plan
     g <- g / loss_scale          exact: the scale is a power of two
     g <- sum over ranks of g     already divided by the supervised tokens of all ranks
     [loss, ||g||]                the only values the host waits for
@@ -37,8 +37,8 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """loss: mean over the step's supervised tokens. grad_norm: before clipping. applied: False where the step
-    was skipped."""
+    """The result of one step. loss: mean over its supervised tokens. grad_norm: before clipping. applied:
+    False if it was skipped. overflowed: skipped because of the fp16 loss scale."""
 
     loss: float
     grad_norm: float
@@ -47,8 +47,7 @@ class StepOutcome:
 
 
 class StepRunner:
-    """One optimizer step. `num_skipped_in_a_row` counts non-finite steps that loss scaling does not
-    explain."""
+    """Runs optimizer steps. `num_skipped_in_a_row` counts non-finite steps that are not fp16 overflows."""
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class StepRunner:
         seed: int,
         on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, plan, reason: None,
     ) -> None:
-        """on_tighter_plan: told (step, plan, reason) before a step is tried again by that plan."""
+        """on_tighter_plan: called with (step, plan, reason) before a step is tried again by that plan."""
         self.walk, self._decoder, self._factors, self._optimizer = walk, decoder, lora, optimizer
         self.scale, self._accelerator = scale, accelerator
         self._max_grad_norm, self._seed = max_grad_norm, seed
@@ -74,9 +73,9 @@ class StepRunner:
     def run(
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int, learning_rate: float
     ) -> StepOutcome:
-        """Walk, judge, update. num_supervised: of all ranks. Raises `TrainingFailure` at the third bad step
-        in a row, `OutOfMemory` where memory runs out and no tighter plan is left; the masters are then those
-        of before."""
+        """Run one step. num_supervised: supervised tokens of all ranks. Raises `TrainingFailure` at the third
+        bad step in a row, `OutOfMemory` if memory runs out and no tighter plan is left; the masters are then
+        unchanged."""
         gradient = self._factors.gradient
         loss_sum = self._walk_within_memory(step, micro_batches, num_supervised)
         if self.scale.value != 1.0:
@@ -98,8 +97,8 @@ class StepRunner:
     def _walk_within_memory(
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int
     ) -> Tensor:
-        """The walk, tried again by tighter plans until it fits on every rank; its gradient is that of the
-        last attempt alone."""
+        """Walk, and again by tighter plans until every rank has enough memory; returns the loss sum. The
+        gradient is that of the last attempt alone."""
         while True:
             self._factors.gradient.zero_()
             loss_sum, failure = self._try_walk(step, micro_batches, num_supervised)
@@ -119,8 +118,8 @@ class StepRunner:
     def _try_walk(
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int
     ) -> tuple[Tensor | None, str | None]:
-        """(loss sum, None), or (None, what ran out). The exception ends here: its traceback holds the tensors
-        of the failed walk."""
+        """(loss sum, None), or (None, the out-of-memory message). The exception is not passed on: its
+        traceback references the tensors of the failed walk."""
         try:
             loss_sum = self.walk.accumulate(
                 micro_batches,
@@ -163,8 +162,8 @@ class StepRunner:
 
     @torch.no_grad()
     def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
-        """Where the values first go bad: forward through the layers, then, if all is finite there,
-        backward."""
+        """A message naming the first value that is not finite: LoRA parameters, then layer outputs, then
+        gradients from the last layer back."""
         if not torch.isfinite(self._factors.masters).all():
             return "the trained factors themselves are not finite: an update was too large"
         for tokens in micro_batches:

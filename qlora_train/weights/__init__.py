@@ -1,1 +1,1 @@
-"""Where the frozen weights wait (device, RAM, disk) and how they come to the device."""
+"""Storage of the frozen weights (device, RAM, disk): quantization at load, streaming to the device."""

@@ -1,11 +1,10 @@
-"""Reading a base checkpoint into what a `MetaModel` needs, a few rows at a time; no 16-bit model is ever
-held.
+"""Reads a base checkpoint and quantizes it, a block of rows at a time; the 16-bit model is never in memory.
 
 Linears of a layer are quantized straight into the layer buffer. Weights that bitsandbytes has already
 quantized are copied there as they are. Norms, biases, embedding and head are cast to the compute dtype, with
 no fp32 upcasts; a head that bitsandbytes has quantized stays quantized (quantized_matrix.py). Peak: what is
 being filled, plus one block of rows (64 MiB) and the quantizer's scratch (64 MiB), or the quantized head.
-transformers' own loader first materialises 16-bit weights.
+(transformers' own loader first materializes 16-bit weights.)
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from qlora_train.weights.bitsandbytes_checkpoint import bitsandbytes_quantizatio
 
 
 class BaseCheckpoint:
-    """The weights of a skeleton in a folder; a context manager.
+    """The checkpoint in a folder, as the weights of a `MetaModel`; a context manager.
 
-    linears: names in the checkpoint of all weights that are quantized -> (layer, name within the layer).
+    linears: name in the checkpoint -> (layer, name within the layer), of every weight to be quantized.
 
-    Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening what
-    the headers tell, the rest when it is read.
+    Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening if
+    the file headers show it, otherwise when the tensor is read.
     """
 
     def __init__(self, folder: Path, meta_model: MetaModel, reader: ShardReader | None = None) -> None:
-        """reader: of the weights; None: those in the folder."""
+        """reader: reads the tensors; None: a new one for the files in `folder`."""
         self.folder, self.meta_model = folder, meta_model
         self.reader = reader or ShardReader(folder)
         self._prefix = meta_model.model.base_model_prefix + "."
@@ -55,8 +54,7 @@ class BaseCheckpoint:
         self.reader.close()
 
     def quantize_layer(self, layer: int, layout: LayerBufferLayout, layer_buffer: Tensor) -> None:
-        """Quantize every linear of a layer into `layer_buffer` (uint8, on the device that is to do the
-        quantization)."""
+        """Quantize every linear of a layer into `layer_buffer` (uint8), on the device of that buffer."""
         for name, weight in layout.weights(layer_buffer).items():
             self._quantize_into(self._linear(layer, name), weight.shape, layout.quantization, weight.tensors)
 
@@ -74,7 +72,7 @@ class BaseCheckpoint:
 
     @property
     def head_quantization(self) -> Quantization:
-        """How the head's rows are stored. A tied head is the embedding, which is never quantized."""
+        """Quantization of the head's stored rows. A tied head is the embedding, which is never quantized."""
         meta_model = self.meta_model
         if meta_model.is_tied:
             return UNQUANTIZED
@@ -82,8 +80,8 @@ class BaseCheckpoint:
         return UNQUANTIZED if found is None else found.by_row(meta_model.matrix_shape[1])
 
     def matrix_rows(self, name: str) -> Iterator[Tensor]:
-        """The embedding or the head, consecutive rows [n, D] in the compute dtype; each valid until the next.
-        A head with a `head_quantization` comes as it is stored, uint8 [n, row bytes]."""
+        """Yield the embedding or the head as blocks of rows [n, D] in the compute dtype; each is valid until
+        the next. A quantized head is yielded as it is stored, uint8 [n, row bytes]."""
         if name == self.meta_model.head_name and not self.meta_model.is_tied:
             quantized = read_bitsandbytes_weight(self.reader, self.find(name))
             if quantized is not None:
@@ -146,7 +144,7 @@ class BaseCheckpoint:
             tensors[key].copy_(tensor)
 
     def _check_tied_head(self) -> None:
-        """A file may hold a tied head all the same, but not another one: transformers would then untie
+        """A tied head that is in the file as well must equal the embedding: otherwise transformers unties
         them."""
         head, embedding = self.meta_model.own_head_name, self.find(self.meta_model.embedding_name)
         if head not in self.reader:
@@ -169,7 +167,8 @@ class BaseCheckpoint:
         return self.find(f"{self.meta_model.layer_paths[layer]}.{name}.weight")
 
     def find(self, name: str) -> str:
-        """A parameter's name in the checkpoint: with or without the base model's prefix."""
+        """The name of a parameter in the checkpoint, with or without the base model's prefix. Raises
+        `BaseModelError` if it has neither."""
         for candidate in (name, name.removeprefix(self._prefix)):
             if candidate in self.reader:
                 return candidate
@@ -178,8 +177,8 @@ class BaseCheckpoint:
         )
 
     def _check_names(self) -> None:
-        """Every parameter has a tensor; a weight that nothing reads means a config that is not this
-        checkpoint's."""
+        """Check that every parameter has a tensor and every weight is read; a surplus weight means that
+        config.json belongs to another checkpoint."""
         meta_model = self.meta_model
         wanted = [meta_model.embedding_name, meta_model.head_name, *meta_model.plain_shapes]
         used = {self.find(name) for name in wanted} | self.linears.keys()

@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes has quantized already: their bytes are taken as they are.
+"""Checkpoints that bitsandbytes has quantized already: their bytes are read unchanged.
 
 Beside a 4-bit weight `X.weight` (uint8 [ceil(n/2), 1], or the same bytes in another dtype) its layers save
 
@@ -7,8 +7,8 @@ Beside a 4-bit weight `X.weight` (uint8 [ceil(n/2), 1], or the same bytes in ano
     X.weight.quant_state.bitsandbytes__nf4           JSON, as uint8: shape, block size, nested_offset
 
 and beside an int8 one `X.SCB` (float32 [out], `row_absmax` here) and `X.weight_format`, 0 for row-major. All
-of it is checked against the weight's shape: dequantizing reads where these say, and a wrong scale is a wrong
-model.
+of it is checked against the weight's shape, since dequantizing trusts these sizes and a wrong scale gives a
+wrong model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_bitsandbytes_weight(
     """The weight `name` (such as "model.layers.0.mlp.up_proj.weight") if bitsandbytes has already quantized
     it, else None.
 
-    The bytes are taken as they are. Raises `BaseModelError` if they are incomplete or do not fit each other.
+    The bytes are unchanged. Raises `BaseModelError` if tensors are missing or do not fit each other.
     """
     form = _form_of(reader, name)
     if form:
@@ -76,7 +76,7 @@ def bitsandbytes_shape(reader: ShardReader, name: str) -> tuple[int, int] | None
 
 
 def is_bitsandbytes_constant(name: str) -> bool:
-    """Whether a tensor of a checkpoint is not a weight but belongs to one that bitsandbytes has quantized."""
+    """Whether a checkpoint tensor is a quantization constant (scale, code table, ...), not a weight."""
     return (
         re.search(r"\.weight\.(nested_)?(absmax|quant_map|quant_state\.\w+)$|\.(SCB|weight_format)$", name)
         is not None
@@ -132,7 +132,7 @@ def _read_4bit(reader: ShardReader, name: str, form: Literal["nf4", "fp4"]) -> Q
 
 
 def _scale_name(name: str) -> str:
-    """Beside an int8 weight."""
+    """Name of the row scales of an int8 weight."""
     return name.removesuffix("weight") + "SCB"
 
 

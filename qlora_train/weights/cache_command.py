@@ -1,4 +1,4 @@
-"""`qlora-train cache list | clear`: what lies in the cache of quantized bases, and room again. No torch."""
+"""`qlora-train cache list | clear`: lists and removes quantized bases in the cache. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from qlora_train.weights.cache_key import MANIFEST, is_complete
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One folder of the cache. base: the folder it was quantized from, as far as it says. written: seconds
-    since the epoch. is_leftover: half-written, or replaced. is_in_use: some process reads or writes it
-    now."""
+    """One folder of the cache. base: the folder it was quantized from, "?" if unreadable. written: seconds
+    since the epoch. is_leftover: half-written or replaced. is_in_use: locked by a process."""
 
     folder: Path
     num_bytes: int
@@ -28,7 +27,7 @@ class CacheEntry:
     is_in_use: bool
 
     def line(self) -> str:
-        """As `cache list` prints it."""
+        """The line that `cache list` prints."""
         size = f"{self.num_bytes / 1e9:8.2f} GB"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.written))
         state = "leftover" if self.is_leftover else "damaged" if not self.is_complete else self.base
@@ -43,9 +42,9 @@ def list_cache(root: Path) -> list[CacheEntry]:
 
 
 def clear_cache(root: Path, names: Sequence[str] = ()) -> tuple[list[CacheEntry], list[CacheEntry]]:
-    """Remove the entries of these names (none given: all); returns (removed, kept as they are in use).
+    """Remove the named entries, all if none is named; returns (removed, kept because they are in use).
 
-    Raises `UserError` for a name that is not there, before anything is removed."""
+    Raises `UserError` for an unknown name, before anything is removed."""
     entries = {entry.folder.name: entry for entry in list_cache(root)}
     unknown = [name for name in names if name not in entries]
     if unknown:
@@ -59,7 +58,7 @@ def clear_cache(root: Path, names: Sequence[str] = ()) -> tuple[list[CacheEntry]
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder below the root is a quantized base or what is left of one, and nothing else's."""
+    """Whether a folder below the root is a quantized base or a leftover of one."""
     return (folder / MANIFEST).is_file() or PARTIAL in folder.name or OLD in folder.name
 
 

@@ -1,12 +1,12 @@
-"""Where a quantized base lies in the cache, and whether it is there: what `plan` may ask without torch.
+"""The cache folder of a quantized base, and whether it is complete. Does not import torch.
 
-The name of its folder is a fingerprint of what the bytes follow from: format version, quantization, compute
-dtype, config.json, and of every weight file its name, size, times and number (inode) on the disk, its header,
-and samples of its content (hashing 16 GB of weights at each start would cost more than the quantization
-saves). Each alone can be fooled: a tool that restores times, a copy of another model of the same shape under
-the same folder name, a filesystem that makes numbers up. What is inside is quantized_cache.py's business;
-here a base counts as present when every file that its manifest lists has the size that is written there.
-Their content is compared when the base is opened.
+The folder's name contains a fingerprint of everything that determines the bytes: format version,
+quantization, compute dtype, config.json, and of every weight file its name, size, times and inode number, its
+header, and samples of its content (hashing 16 GB of weights at each start would cost more time than the cache
+saves). Several, because each alone can fail: a tool that restores times, a copy of another model of the same
+shape under the same folder name, a filesystem that invents inode numbers. Here a base counts as complete when
+every file in its manifest has the size listed there; the content is verified when the base is opened
+(quantized_cache.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUM_SAMPLES, SAMPLE_BYTES = 32, 8192  # of every weight file, spread evenly from
 
 
 def cache_root() -> Path:
-    """The folder that holds all quantized bases."""
+    """The folder that holds all quantized bases. Raises `UserError` without a home folder."""
     named = os.environ.get("QLORA_TRAIN_CACHE")
     if named:
         return Path(named).expanduser()
@@ -39,8 +39,8 @@ def cache_root() -> Path:
 
 
 def quantized_folder(root: Path, base_folder: Path, quantization: Quantization, dtype: str) -> Path:
-    """Where below `root` the quantized base is, or will be. dtype: the recipe's word for the compute
-    dtype, as in "bfloat16"."""
+    """The folder below `root` of a quantized base, which need not exist. dtype: the compute dtype as the
+    recipe spells it, such as "bfloat16"."""
     digest = hashlib.sha256()
     digest.update(json.dumps([CACHE_FORMAT, asdict(quantization), dtype]).encode())
     config = base_folder / "config.json"
@@ -52,7 +52,7 @@ def quantized_folder(root: Path, base_folder: Path, quantization: Quantization, 
 
 
 def _identity(path: Path) -> list[int | str]:
-    """What tells a weight file from any other: of its disk entry, and of its content."""
+    """Values that identify a weight file: size, times, inode number, hash of header and samples."""
     stat = path.stat()
     hashed = hashlib.sha256()
     with path.open("rb") as file:
@@ -66,7 +66,7 @@ def _identity(path: Path) -> list[int | str]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a quantized base is there, as far as names and sizes tell."""
+    """Whether a folder holds a quantized base, judged by the names and sizes in its manifest."""
     try:
         entries = json.loads((folder / MANIFEST).read_bytes())["files"]
         return all((folder / name).stat().st_size == entry["num_bytes"] for name, entry in entries.items())

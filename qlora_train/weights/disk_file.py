@@ -1,10 +1,10 @@
-"""Reading large parts of a file past the system's page cache.
+"""Reads large parts of a file, bypassing the system's page cache (O_DIRECT).
 
 An ordinary read copies twice: the disk fills pages of the kernel's cache, the processor copies those to the
-caller. What streams once per pass through more bytes than fit in memory is never found in that cache again,
-so the second copy and the pages are wasted. With O_DIRECT the disk writes into the caller's memory, and a
-base that streams does not push other files out of the cache. Measured on two cores, 0.5 GB with a cold cache:
-0.68 s of system time the ordinary way, 0.03 s this way; no difference in the time of a whole step
+caller. Weights that stream because they do not fit in memory are evicted from that cache before they are read
+again, so the second copy and the pages are wasted. With O_DIRECT the disk writes into the caller's memory,
+and a base that streams does not push other files out of the cache. Measured on two cores, 0.5 GB with a cold
+cache: 0.68 s of system time the ordinary way, 0.03 s this way; no difference in the time of a whole step
 (bench/LOG.md).
 
 The price: memory, offset and length must be multiples of `PAGE_BYTES`, so layer buffers and slots begin at
@@ -29,12 +29,12 @@ PAGE_BYTES = 4096
 
 
 def page_aligned(num_bytes: int) -> int:
-    """Rounded up to a multiple of `PAGE_BYTES`."""
+    """num_bytes rounded up to a multiple of `PAGE_BYTES`."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class DiskFile:
-    """A file of frozen bytes, open until `close` or until this object goes."""
+    """A file that does not change, open until `close` or until this object is freed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,8 +61,8 @@ class DiskFile:
 
 
 def _read_on(file: FileIO, offset_bytes: int, memory: memoryview, done: int, granule_bytes: int) -> int:
-    """Fill `memory` from byte `done` on; returns how far it got: to the end, or to a read that gave nothing
-    or no multiple of `granule_bytes`, after which this descriptor cannot go on."""
+    """Fill `memory` from byte `done` on; returns the number of bytes filled. Stops at the end, or after a
+    read of no bytes or of no multiple of `granule_bytes`, from where this descriptor cannot continue."""
     while done < len(memory):
         num_read = os.preadv(file.fileno(), [memory[done:]], offset_bytes + done)
         done += num_read
@@ -72,7 +72,7 @@ def _read_on(file: FileIO, offset_bytes: int, memory: memoryview, done: int, gra
 
 
 def _open_direct(path: Path) -> FileIO | None:
-    """The file, read past the page cache; None where the system or the filesystem cannot."""
+    """The file opened with O_DIRECT; None where the system or the filesystem does not support it."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:

@@ -1,13 +1,13 @@
-"""The execution plan: who is alive when, as plain values that plan, train, checkpoint and resume share.
+"""The execution plan of an optimizer step: where every tensor is placed, what is stored, recomputed or tiled.
 
-A step walks the decoder layers forward and back (walk/layer_walk.py). What it needs at any moment is decided
-before the first byte is loaded, and all of that is here: where each layer's quantized weights wait, what each
-layer leaves behind for its backward pass, where the remembered inputs wait, how many micro-batches pass a
-layer per fetch, and how finely the loss and the MLP are cut. Places and policies change no bit of the result.
+A step walks the decoder layers forward and back (walk/layer_walk.py). The plan is fixed before any weight is
+loaded: the placement of each layer's quantized weights, what each layer stores for its backward pass, the
+placement of stored inputs, how many micro-batches pass a layer per fetch, and the tile sizes of loss and MLP.
+Planning, training, checkpoints and resuming share it. Placements and policies change no bit of the result.
 `num_groups`, `loss_tokens`, `head_tile_rows` and `mlp_tile_tokens` change the order of sums, hence the last
 bits: a resume keeps them.
 
-The bytes that follow from a plan are the business of planned_walk.py, the choice of one is planner.py's.
+plan/planned_walk.py computes the bytes that a plan needs, plan/planner.py chooses one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from enum import StrEnum
 from typing import Any
 
 LOSS_TOKENS, HEAD_TILE_ROWS = 512, 4096
-"""How finely the loss is cut unless memory asks for less. They do not depend on where things wait: the same
-arithmetic everywhere."""
+"""Tile sizes of the loss (tokens, vocabulary rows) unless memory requires smaller ones. Independent of
+placements, so that the arithmetic is the same everywhere."""
 
 
 class Placement(StrEnum):
-    """Where something waits between uses: on the compute device, in (pinned) CPU RAM, or in a file."""
+    """Where a tensor is stored between uses: on the compute device, in (pinned) CPU RAM, or in a file."""
 
     DEVICE = "resident"
     RAM = "ram"
@@ -31,12 +31,12 @@ class Placement(StrEnum):
 
 
 class ActivationPolicy(StrEnum):
-    """What one layer leaves behind for its backward pass.
+    """What one layer stores for its backward pass.
 
     keep       its saved tensors stay on the device: no extra FLOPs (4 per token and parameter in all)
     recompute  only its input [T, D] stays and the layer runs again (6 per token and parameter; Chen et al.
                2016, arXiv:1604.06174)
-    offload    its saved tensors wait in CPU RAM: no extra FLOPs, but two copies
+    offload    its saved tensors are stored in CPU RAM: no extra FLOPs, but two copies
     """
 
     KEEP = "keep"
@@ -48,12 +48,12 @@ class ActivationPolicy(StrEnum):
 class ExecutionPlan:
     """How one optimizer step runs.
 
-    weights, activations: one entry per decoder layer. embedding, head: where the two [V, D] matrices wait;
-    equal where they are tied. num_groups: the K micro-batches pass the layers in so many groups of
-    ceil(K / num_groups). inputs: where remembered layer inputs wait (RESIDENT or RAM). hold_dequantized: each
+    weights, activations: one entry per decoder layer. embedding, head: placement of the two [V, D] matrices,
+    equal where they are tied. num_groups: the K micro-batches pass the layers in this many groups of
+    ceil(K / num_groups). inputs: placement of stored layer inputs (DEVICE or RAM). hold_dequantized: each
     weight of a layer is dequantized once per visit and held until the visit ends. mlp_tile_tokens: tokens of
     one MLP tile, None for all at once. loss_tokens: supervised tokens of one loss block. head_tile_rows:
-    vocabulary rows of the head multiplied at once. num_slots: device slots of the ring, 0 if nothing streams.
+    vocabulary rows of one head tile. num_slots: device slots of the ring, 0 if nothing streams.
     """
 
     weights: tuple[Placement, ...]
@@ -86,7 +86,7 @@ class ExecutionPlan:
 
     @property
     def is_resident(self) -> bool:
-        """Whether all weights wait on the device."""
+        """Whether all weights are stored on the device."""
         return all(place is Placement.DEVICE for place in (*self.weights, self.embedding, self.head))
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class ExecutionPlan:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ExecutionPlan:
-        """What `to_dict` wrote. KeyError or ValueError for anything else."""
+        """The plan that `to_dict` wrote. Raises KeyError or ValueError for anything else."""
         return ExecutionPlan(
             weights=tuple(Placement(place) for place in values["weights"]),
             activations=tuple(ActivationPolicy(policy) for policy in values["activations"]),
@@ -118,7 +118,8 @@ def everything_resident(
     num_groups: int = 1,
     hold_dequantized: bool = False,
 ) -> ExecutionPlan:
-    """Nothing streams, every layer is kept: what a run with memory to spare does; planning begins here."""
+    """The plan with all weights and stored inputs on the device and one policy for all layers; planning
+    starts from it."""
     return ExecutionPlan(
         weights=(Placement.DEVICE,) * num_layers,
         activations=(activation,) * num_layers,

@@ -1,10 +1,10 @@
-"""Give free pages of the C heap back to the system.
+"""Returns free pages of the C heap to the system.
 
-Where the CPU is the compute device, tensors below 32 MiB come from glibc's heap. What is freed there stays
-with the process, in holes between what lives longer, and the process grows past what its tensors take.
-`malloc_trim` hands whole free pages back. They cost a page fault when they are used again, so it is called
-only when the process has grown by `GROWTH_BYTES` since the last time, and only where memory is so scarce that
-weights stream. Trimming at every 32 MiB of growth cost a fifth of a short step (bench/LOG.md).
+Where the CPU is the compute device, tensors below 32 MiB come from glibc's heap. Freed blocks stay with the
+process, between blocks that live longer, so the process grows beyond the size of its tensors. `malloc_trim`
+returns whole free pages. Each costs a page fault when it is used again, so it is called only when the process
+has grown by `GROWTH_BYTES` since the last time, and only where memory is so scarce that weights stream.
+Trimming at every 32 MiB of growth cost a fifth of a short step (bench/LOG.md).
 
 Why not a lower mmap threshold (every large tensor mapped and unmapped by itself): a tenth less memory, but
 40 % slower.
@@ -22,7 +22,8 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class HeapTrimmer:
-    """Does nothing where the C library has no `malloc_trim` (it is glibc's own)."""
+    """Trims the heap of this process; does nothing where the C library has no `malloc_trim` (only glibc
+    has it)."""
 
     def __init__(self) -> None:
         self._trim = getattr(_LIBC, "malloc_trim", None)
@@ -30,7 +31,7 @@ class HeapTrimmer:
         self._after_trim_bytes = 0
 
     def trim_if_grown(self) -> None:
-        """Call where much has just been freed."""
+        """Trim if the process has grown by `GROWTH_BYTES`. Call it where much memory has just been freed."""
         if self._trim is None or self._resident_bytes() < self._after_trim_bytes + GROWTH_BYTES:
             return
         self._trim(0)

@@ -1,15 +1,15 @@
-"""From a checkpoint to a decoder whose parts are where the plan says.
+"""Loads a base model from a checkpoint into a decoder, every weight placed as the execution plan says.
 
     checkpoint -> quantized base on disk (quantized_cache.py; once) -> layer buffers on the device | in RAM |
     left on disk
                                                               -> ring and slots for what streams
 
 Where nothing streams and no cache is wanted, layers are quantized straight into their resident layer buffers
-and nothing touches the disk. Either way the 16-bit model is never held: peak = what stays, plus one layer
-buffer, one block of rows and the quantizer's scratch.
+and nothing is written to disk. Either way the 16-bit model is never in memory: peak = the resident weights,
+one layer buffer, one block of rows and the quantizer's scratch.
 
-Of several ranks one of each machine quantizes, and what waits in RAM is there once per machine, in pages that
-all of its ranks map (ranks.py).
+Of several ranks one per machine quantizes, and weights in RAM are stored once per machine, in pages that all
+of its ranks map (ranks.py).
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def load_base(
     log: Callable[[str], None] = lambda line: None,
     poison: bool = False,
 ) -> FrozenDecoder:
-    """Load a base model as `plan` says; None: everything resident.
+    """Load a base model, placed by `plan`; None: everything resident.
 
     folder: with config.json and safetensors. quantization: of the decoder layers' linears. dtype: of
     everything else and of the computation. cache: the folder that keeps quantized bases (quantized_cache.py);
-    None keeps nothing, and what streams from disk does so from a temporary file. host: for what waits in
-    RAM; None: its own, silent where pinning is refused. ranks: all of them load the same base by the same
-    plan. say: told, a line each, what takes time. poison: see ring.py. Raises `BaseModelError` for missing,
-    surplus, misshapen or differently quantized tensors, `UserError` for a disk that is too small.
+    None keeps nothing, and weights stream from a temporary folder. host: memory for weights in RAM; None: its
+    own, silent where pinning is refused. ranks: all of them load the same base by the same plan. log: called
+    with a line for each slow operation. poison: see ring.py. Raises `BaseModelError` for missing,
+    surplus, misshapen or differently quantized tensors, `UserError` if the disk is too small.
     """
     meta_model = MetaModel(read_config(folder), dtype)
     plan = plan or everything_resident(len(meta_model.layer_paths))
@@ -108,7 +108,7 @@ def load_base(
 def _from_checkpoint(
     folder: Path, meta_model: MetaModel, quantization: Quantization, device: ComputeDevice, tile_rows: int
 ) -> FrozenDecoder:
-    """Everything resident, quantized where it stays."""
+    """Load everything resident, quantizing straight into the layer buffers on the device."""
     layouts = meta_model.layouts(quantization)
     dequantize_kernel = device.description.dequantize_kernel
     weights = ResidentWeights(layouts, dequantize_kernel)
@@ -154,7 +154,7 @@ def _hash_of(matrix: Tensor) -> str:
 def _read_matrix(
     checkpoint: BaseCheckpoint, meta_model: MetaModel, name: str, row_format: RowLayout, device: torch.device
 ) -> Tensor:
-    """Embedding or head as it is stored."""
+    """The embedding or the head on the device, in the format in which it is stored."""
     shape = (meta_model.matrix_shape[0], row_format.stored_columns)
     matrix = torch.empty(shape, dtype=row_format.stored_dtype, device=device)
     start = 0
@@ -165,7 +165,7 @@ def _read_matrix(
 
 
 class _Assembly:
-    """Puts the parts of a quantized base where a plan wants them."""
+    """Copies the parts of a quantized base to the placements of a plan and builds the decoder."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class _Assembly:
         )
 
     def decoder(self, poison: bool) -> FrozenDecoder:
-        """The decoder; see `load_base` for poison."""
+        """Build the decoder. poison: see ring.py."""
         meta_model, base, plan, device = self._meta_model, self._base, self._plan, self._device
         resident: dict[str, QuantizedWeight] = {}
         for i, place in enumerate(plan.weights):

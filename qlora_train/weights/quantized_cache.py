@@ -1,21 +1,21 @@
-"""The quantized base on disk: made once per base and quantization, read as it is by every later start.
+"""The quantized base on disk: written once per base and quantization, read by every later start.
 
-It is also the place that layers stream from when they do not fit into RAM.
+Layers that do not fit into RAM stream from these files.
 
     <cache>/<fingerprint>/manifest.json       version, quantization, dtype, every file's size and hash
-                          layers.bin          the layer buffers one after another, each from a whole page on
+                          layers.bin          the layer buffers one after another, each starting at a page
                           embedding.bin       [V, D] in the compute dtype
-                          head.bin            where it is not tied: the same, or quantized rows where the
-                                              checkpoint has them so (model/quantized_matrix.py)
+                          head.bin            unless tied: the same, or quantized rows if the checkpoint
+                                              has them (model/quantized_matrix.py)
                           plain.safetensors   norms and biases
 
-The fingerprint covers what the bytes follow from (cache_key.py). A folder appears under its final name only
-when complete and fsynced (files/atomic_folder.py). On opening every file is read through once and its hash
-compared: a damaged cache is made again, with a line that says so. Two processes that need the same base at
-once both make it; the first to finish keeps its place, as the bytes are the same.
+The fingerprint covers everything that determines the bytes (cache_key.py). A folder gets its final name only
+when complete and fsynced (files/atomic_folder.py). On opening, the hash of every file is verified; a damaged
+cache is logged and made again. Two processes that need the same base at once both make it; the folder of the
+first to finish stays, as the bytes are the same.
 
-Where: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
-(`--no-cache`) the same files are made in a temporary folder that goes with the process.
+Cache folder: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
+(`--no-cache`) the same files are made in a temporary folder that is removed when the process ends.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE, PLAIN_FILE = (
 
 
 class Weights(Protocol):
-    """What a quantized base is made of; see `BaseCheckpoint` (weights/base_checkpoint.py), which is one."""
+    """The source of a quantized base's weights, such as `BaseCheckpoint` (weights/base_checkpoint.py)."""
 
     @property
     def head_quantization(self) -> Quantization: ...
@@ -81,7 +81,7 @@ class QuantizedBase:
 
     @property
     def num_bytes(self) -> int:
-        """Of layer buffers, embedding and head."""
+        """Bytes of layer buffers, embedding and head together."""
         entries = self._manifest()["files"]
         return sum(
             entries[name]["num_bytes"] for name in (LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE) if name in entries
@@ -89,21 +89,22 @@ class QuantizedBase:
 
     @property
     def head_quantization(self) -> Quantization:
-        """How the head's rows are stored."""
+        """Quantization of the head's stored rows."""
         return Quantization(**self._manifest()["head_quantization"])
 
     def layer_buffer(self, layer: int) -> FilePart:
-        """Where a layer buffer lies."""
+        """The part of the layers file that holds a layer's buffer."""
         offset = sum(page_aligned(layout.num_bytes) for layout in self.layouts[:layer])
         return FilePart(self.folder / LAYERS_FILE, offset, self.layouts[layer].num_bytes)
 
     def matrix(self, file_name: str) -> FilePart:
-        """EMBEDDING_FILE or HEAD_FILE."""
+        """The whole of EMBEDDING_FILE or HEAD_FILE."""
         path = self.folder / file_name
         return FilePart(path, 0, path.stat().st_size)
 
     def fingerprint(self) -> str:
-        """Of the bytes of layer buffers, embedding and head, whatever files they were made from."""
+        """Fingerprint of the bytes of layer buffers, embedding and head, whatever files they were made
+        from."""
         entries = self._manifest()["files"]
         return content_fingerprint(
             [entries[n]["xxh3_128"] for n in (LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE) if n in entries]
@@ -126,11 +127,11 @@ def open_quantized_base(
     log: Callable[[str], None],
     open_weights: Callable[[Path, MetaModel], AbstractContextManager[Weights]] = BaseCheckpoint,
 ) -> QuantizedBase:
-    """The quantized base below `root`, made if it is not there or damaged. device: quantizes.
+    """Open the quantized base below `root`; make it if it is missing or damaged. device: quantizes it.
 
-    say: told what takes time or went wrong, a line each. open_weights: what a base that is not there is made
-    of. Raises `BaseModelError` for a base that cannot be quantized and `UserError` where the disk is too
-    small or not to be written; nothing half-made is left.
+    log: called with a line for each slow operation or damaged cache. open_weights: opens the source of the
+    weights. Raises `BaseModelError` for a base that cannot be quantized and `UserError` if the disk is too
+    small or not writable; nothing half-written is left.
     """
     layouts = tuple(meta_model.layouts(quantization))
     folder = _folder(root, base_folder, meta_model, quantization)
@@ -158,7 +159,7 @@ def open_quantized_base(
 
 
 class _MadeByAnother(Exception):
-    """Another process has made the same quantized base meanwhile: ours is given up."""
+    """Another process has made the same quantized base meanwhile; this process discards its own."""
 
 
 def make_root(root: Path) -> None:
@@ -180,8 +181,8 @@ def make_root(root: Path) -> None:
 def made_quantized_base(
     root: Path, base_folder: Path, meta_model: MetaModel, quantization: Quantization
 ) -> QuantizedBase | None:
-    """The quantized base below `root` that another process has just opened: nothing is read through again.
-    None where it is not there."""
+    """The quantized base below `root` that another process has just verified, without verifying it again;
+    None if there is none."""
     folder = _folder(root, base_folder, meta_model, quantization)
     return QuantizedBase(folder, tuple(meta_model.layouts(quantization))) if is_complete(folder) else None
 
@@ -189,8 +190,8 @@ def made_quantized_base(
 def find_quantized_layers(
     root: Path, base_folder: Path, meta_model: MetaModel, quantization: Quantization
 ) -> QuantizedBase | None:
-    """The quantized base below `root` for who reads nothing but its layer buffers, None where they are not
-    there or damaged. Its other files are not read through."""
+    """The quantized base below `root` for callers that read only its layer buffers; None if these are missing
+    or damaged. The content of its other files is not verified."""
     folder = _folder(root, base_folder, meta_model, quantization)
     damage = _damage(folder, meta_model, lambda name: name == LAYERS_FILE)
     return QuantizedBase(folder, tuple(meta_model.layouts(quantization))) if damage is None else None
@@ -210,9 +211,7 @@ def _write(
         largest = max(page_aligned(layout.num_bytes) for layout in layouts)
         layer_buffer = torch.empty(largest, dtype=torch.uint8, device=device)
         for i, layout in enumerate(layouts):
-            part = layer_buffer[
-                : page_aligned(layout.num_bytes)
-            ].zero_()  # the gaps too: the same bytes every time
+            part = layer_buffer[: page_aligned(layout.num_bytes)].zero_()  # padding too: deterministic bytes
             checkpoint.quantize_layer(i, layout, part[: layout.num_bytes])
             file.write(tensor_bytes(part.cpu()))
     matrices = {EMBEDDING_FILE: meta_model.embedding_name}
@@ -237,13 +236,13 @@ def _write(
 
 
 def content_fingerprint(hashes: list[str]) -> str:
-    """One short word for the content of layers, embedding and head."""
+    """Fingerprint (16 hex digits) of the hashes of layers, embedding and head."""
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def _writing(path: Path, entries: dict[str, FileEntry]) -> Iterator[HashingFile]:
-    """A new file whose size and hash stand in `entries` afterwards."""
+    """A new file, whose size and hash are added to `entries` when it is closed."""
     with HashingFile(path) as file:
         yield file
     entries[path.name] = file.entry
@@ -252,7 +251,7 @@ def _writing(path: Path, entries: dict[str, FileEntry]) -> Iterator[HashingFile]
 def _damage(
     folder: Path, meta_model: MetaModel, is_checked: Callable[[str], bool] = lambda name: True
 ) -> str | None:
-    """What is wrong with a quantized base, or None. is_checked: the files that are read through."""
+    """What is wrong with a quantized base, or None. is_checked: whether the hash of a file is verified."""
     needed = {LAYERS_FILE, EMBEDDING_FILE, PLAIN_FILE} | (set() if meta_model.is_tied else {HEAD_FILE})
     try:
         manifest = unseal(folder / MANIFEST)

@@ -1,19 +1,17 @@
-"""The processes of a run, one per device ("ranks"): which of them this is, which share its machine, and how
-they agree.
+"""The processes of a run ("ranks"), one per device: their numbers, their machines, and how they communicate.
 
-Gradients are summed by the launch's own process group (NCCL on GPUs), whose operations give up after ten
-minutes: a rank that hangs is noticed. What comes before training takes longer than that and differently long
-on each: reading data, downloading and quantizing a base of 70 billion parameters on one rank while the others
-wait. So the ranks agree over a second group, between the hosts (gloo), which waits for a day, and which a
-rank that ends breaks at once.
+Gradients are summed by the launch's own process group (NCCL on GPUs), whose operations time out after ten
+minutes, so that a rank that hangs is noticed. Preparation takes longer than that, and not equally long on
+each rank: reading data, or downloading and quantizing a base of 70 billion parameters on one rank while the
+others wait. So preparation uses a second group, between the hosts (gloo), which waits for a day and fails at
+once when a rank ends.
 
-    first    every rank says where it is, and the launch's group sums a number once: a launch that does not
+    first    every rank sends its machine, and the launch's group sums a number once: a launch that does not
              work ends here, not after an hour of quantizing
-    then     what each may use, so that all follow one plan (machine_plan.py); the quantization, one rank of
-    each
-             machine first; which pages hold what waits in RAM
+    then     the memory that each rank may use, so that all follow one plan (plan/machine_plan.py); turns in
+             quantizing, one rank per machine first; the pages that hold weights in RAM
 
-What is said is JSON. torch's own `all_gather_object` pickles.
+Messages are JSON. (torch's own `all_gather_object` pickles.)
 """
 
 from __future__ import annotations
@@ -40,11 +38,11 @@ LONGEST_WAIT = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Ranks:
-    """One run's processes, seen from one of them.
+    """All processes of a run, seen from one of them.
 
-    index: this one's number, from 0. number: of all. here: those on this machine, in order, the first of
-    which leads: it does alone what need be done once per machine. shares_memory: whether those of a machine,
-    of every machine, can map the same pages. group: None where there is but one rank.
+    index: this rank, from 0. number: of all ranks. here: the ranks of this machine, in order; the first is
+    the leader, which does what is needed once per machine. shares_memory: whether the ranks of a machine can
+    map the same pages, on every machine. group: the gloo process group, None for a single rank.
     """
 
     index: int = 0
@@ -55,11 +53,12 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first of its machine."""
+        """Whether this rank is the leader of its machine."""
         return self.index == self.here[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value (what JSON can say), in the order of ranks. All must call it, here as below."""
+        """Every rank's value (any JSON value), in the order of ranks. A collective, like the methods below:
+        all ranks must call it."""
         if self.group is None:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -73,19 +72,19 @@ class Ranks:
         return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, lengths, strict=True)]
 
     def of_leader(self, value: Any) -> Any:
-        """What the first rank of this machine says; the others' values are not looked at."""
+        """The value of this machine's leader; the others' values are ignored."""
         return self.gather(value)[self.here[0]]
 
     def wait(self) -> None:
-        """Until all ranks are here, for a day at most."""
+        """Wait until all ranks call this, at most `LONGEST_WAIT`."""
         if self.group is not None:
             with _partners_may_end():
                 distributed.barrier(group=self.group)
 
     @contextmanager
     def leaders_first(self) -> Iterator[None]:
-        """What is inside is done by rank 0, then by the other leaders, then by all others: so that what is
-        made once per cache folder is found by the rest, whether machines share the folder or not."""
+        """Run the body on rank 0, then on the other leaders, then on the rest, so that a cache folder is made
+        once and found by the later ranks, whether or not machines share it."""
         turn = 0 if self.index == 0 else 1 if self.leads else 2
         for _ in range(turn):
             self.wait()
@@ -94,7 +93,7 @@ class Ranks:
             self.wait()
 
     def shared_pages(self, num_bytes: int, fill: Callable[[mmap.mmap], object]) -> mmap.mmap:
-        """Pages that all ranks of this machine map, filled by the leader. Only where `shares_memory`."""
+        """Pages that all ranks of this machine map, filled by the leader. Requires `shares_memory`."""
         assert self.shares_memory
         if self.leads:
             descriptor, pages = make_pages(num_bytes)
@@ -113,8 +112,8 @@ ALONE = Ranks()
 
 
 def find_ranks(device: torch.device) -> Ranks:
-    """Those of this launch; `ALONE` where there is no process group. device: that the launch's group computes
-    on. Raises `QloraTrainError` where the group does not work."""
+    """The ranks of this launch; `ALONE` without a process group. device: the one that the launch's group sums
+    on. Raises `QloraTrainError` if the group does not work."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return ALONE
     index, number = distributed.get_rank(), distributed.get_world_size()
@@ -134,14 +133,14 @@ def find_ranks(device: torch.device) -> Ranks:
 
 
 def _machine() -> str:
-    """The same for all processes of a machine, in containers too, whose names differ."""
+    """An identifier of this machine, the same in all of its containers, whose host names differ."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text(encoding="ascii").strip() if boot.is_file() else platform.node()
 
 
 def _try_sharing(ranks: Ranks) -> bool:
-    """Whether every rank can read what its leader has written into pages: tried, as a process may be in
-    another container or not be allowed to look. Nothing to share where each has a machine of its own."""
+    """Whether every rank can read pages that its leader has written. Found by trying, since a rank may be in
+    another container or lack permission. False where every rank has a machine of its own."""
     if max(ranks.gather(len(ranks.here))) == 1 or not all(ranks.gather(can_share())):
         return False
     word = ranks.of_leader(os.urandom(16).hex())
@@ -150,7 +149,7 @@ def _try_sharing(ranks: Ranks) -> bool:
     process, number = ranks.of_leader([os.getpid(), descriptor])
     try:
         found = open_pages(process, number, mmap.PAGESIZE).read(len(word)).decode(errors="replace")
-    except (OSError, ValueError):  # not ours to see; or another process's file, too short to map
+    except (OSError, ValueError):  # no permission, or another process's file, too short to map
         found = ""
     shares = all(ranks.gather(found == word))
     os.close(descriptor)
@@ -159,7 +158,7 @@ def _try_sharing(ranks: Ranks) -> bool:
 
 @contextmanager
 def _partners_may_end() -> Iterator[None]:
-    """What torch raises where another rank has gone, in words."""
+    """Turn torch's error after another rank has ended into a `QloraTrainError`."""
     try:
         yield
     except RuntimeError as error:

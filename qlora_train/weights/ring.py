@@ -1,24 +1,24 @@
-"""The ring: a few slots on the device through which everything that streams passes.
+"""The ring: a few device buffers ("slots") into which streamed layers and head tiles are read ahead of use.
 
-The order of use is known in advance (the walk announces it), so there is nothing to guess and one rule:
+The order of use is known in advance (the walk sets it), so one rule is enough:
 
     the slots hold the next num_slots different items of the order
 
 While item i is in use, the items after it are being read; at the turn from forward to backward the last items
-are still there and are not read again. An item is a decoder layer buffer or a tile of the head. Copies only
-go in: what is in a slot is a copy of something frozen.
+are still there and are not read again. An item is a decoder layer buffer or a tile of the head. Nothing is
+copied back: a slot holds a copy of frozen bytes.
 
-A worker thread fills slots, one at a time, in the order the ring asks: from RAM or a file, on a GPU by copies
-on a side stream. What must wait for what:
+A worker thread fills slots, one at a time, in the order of requests: from RAM or a file, on a GPU by copies
+on a side stream. Synchronization:
 
     worker   fills a slot only after the compute stream has passed the slot's last use     (`used` event)
     user     uses a slot only after the worker is done (a future), and the compute stream only after the copy
              (`copied` event); the host never waits for the device
 
-Without a GPU there are no events; the future is all there is, and the thread is as asynchronous as there.
+Without a GPU there are no events, only the future; the thread is just as asynchronous.
 
-`poison`: a slot is filled with 0xFF when its item is dropped and again before the next one is read, so that
-whoever uses a slot outside its time computes NaN, not something plausible. For tests.
+`poison`, for tests: a slot is filled with 0xFF when its item is dropped and again before the next one is
+read, so that reading a slot at the wrong time gives NaN, not plausible values.
 """
 
 from __future__ import annotations
@@ -45,17 +45,15 @@ class Reader(Protocol):
 
 
 def _page_aligned_slot(num_bytes: int, device: torch.device) -> Tensor:
-    """Where a disk can write into it (disk_file.py), a slot begins at a page."""
+    """A slot, uint8 [num_bytes], aligned to a page so that O_DIRECT can read into it (disk_file.py)."""
     memory = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % PAGE_BYTES
     return memory[start : start + num_bytes]
 
 
 class Ring:
-    """num_slots slots of slot_bytes on `device`, filled by `reader`.
-
-    num_reads: fills asked for so far.
-    """
+    """num_slots slots of slot_bytes each on `device`, filled by `reader`. num_reads: reads requested so
+    far."""
 
     def __init__(
         self, reader: Reader, num_slots: int, slot_bytes: int, device: ComputeDevice, *, poison: bool = False
@@ -77,17 +75,17 @@ class Ring:
             self._stream.wait_stream(device.current_stream())
 
     def set_schedule(self, order: Iterable[int]) -> None:
-        """Announce the coming uses, in order; replaces what was announced. Reading begins at once."""
+        """Set the order of the coming uses, replacing the previous one. Reading begins at once."""
         assert self._in_use is None, "a new order while an item is in use"
         self._order = deque(order)
         for item in [item for item, filled in self._filled.items() if filled.done() and filled.exception()]:
-            self._drop(item)  # failed ahead of a use that never came: read again
+            self._drop(item)  # a read ahead that failed and was never used: read again
         self._refill()
 
     def acquire(self, item: int) -> tuple[int, Tensor]:
-        """(slot number, slot) of the next item of the order, its bytes there for work queued from now on.
+        """(slot number, slot) of the next item of the order; its bytes are valid for work queued from now on.
 
-        Raises what the reader raised.
+        Raises the reader's exception.
         """
         assert self._in_use is None and self._order and self._order[0] == item, (item, list(self._order)[:3])
         self._refill()
@@ -104,7 +102,7 @@ class Ring:
         return slot, self._slots[slot]
 
     def release(self, item: int) -> None:
-        """End of the use of the item acquired last."""
+        """End the use of the item acquired last."""
         assert self._in_use == item
         self._in_use = None
         self._order.popleft()
@@ -128,7 +126,7 @@ class Ring:
                 self._fill(item)
 
     def _window(self) -> list[int]:
-        """The next different items of the order, as many as there are slots; the one in use is the first."""
+        """The next different items of the order, at most one per slot; the item in use comes first."""
         window: list[int] = []
         for item in self._order:
             if item not in window:
@@ -151,7 +149,8 @@ class Ring:
             self._worker.submit(self._overwrite, slot)
 
     def _read(self, item: int, slot: int) -> None:
-        """On the worker thread, like all that writes to slots: they are written in the order of asking."""
+        """Runs on the worker thread, like every write to a slot, so that writes keep the order of
+        requests."""
         if self._poison:
             self._overwrite(slot)
         with self._on_side_stream(slot):

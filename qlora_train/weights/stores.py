@@ -1,15 +1,15 @@
-"""Where streamed bytes wait: RAM or a file. Both fill a slot on the device.
+"""Sources of streamed weights, RAM or a file, and their copies to the device.
 
     RAM  -> device    one copy from pinned host memory
     file -> device    reads of up to 16 MiB into two pinned staging pieces in turn, each copied on while the
                       next is read; without a GPU straight into the slot
 
-RAM that the system refused to pin goes through the pieces too: the host copies what the driver would have
-copied, but waits only for a piece, and the device is never asked to wait for the host. Where not even they
-are pinned, the driver copies.
+RAM that the system refused to pin goes through the staging pieces too: the host copies what the driver would
+have copied, but waits for one piece at a time only, and the device never waits for the host. If even the
+pieces are not pinned, the driver copies.
 
-Files are read in large parts past the page cache (disk_file.py). A memory map would page-fault 4 KB at a
-time, and every page it touched would count as this process's memory.
+Files are read in large parts, bypassing the page cache (disk_file.py). A memory map would page-fault 4 KB at
+a time, and every page it touched would count as this process's memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGING_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class FilePart:
-    """num_bytes of a file from offset_bytes on."""
+    """A part of a file: num_bytes from offset_bytes on."""
 
     path: Path
     offset_bytes: int
@@ -39,7 +39,7 @@ class FilePart:
 
 
 class ItemReader:
-    """A ring's reader (ring.py): each item is a part of a file, or a buffer in RAM.
+    """The `Reader` of a ring (ring.py): each item is a part of a file or a buffer in RAM.
 
     num_bytes_read: bytes copied into slots so far.
     """
@@ -62,7 +62,7 @@ class ItemReader:
         self.num_bytes_read += _size(source)
 
     def copy(self, source: Tensor | FilePart, target: Tensor) -> None:
-        """Fill `target` (uint8, on the device)."""
+        """Fill `target` (uint8, on the device) from a part of a file or a buffer in RAM."""
         if isinstance(source, FilePart):
             if self._staging is None:
                 self.read_to_host(source, target)
@@ -79,7 +79,7 @@ class ItemReader:
             self._staging.copy(lambda start, piece: piece.copy_(source[start : start + len(piece)]), target)
 
     def read_to_host(self, part: FilePart, target: Tensor) -> None:
-        """Fill `target` (uint8, on the host)."""
+        """Fill `target` (uint8, on the host) from a part of a file."""
         self._file(part.path).read(part.offset_bytes, target)
 
     def _file(self, path: Path) -> DiskFile:
@@ -88,7 +88,7 @@ class ItemReader:
         return self._files[path]
 
     def finish(self) -> None:
-        """Let the host wait for every copy so far: what they are made from may go then."""
+        """Wait on the host for every copy so far; their sources may be freed afterwards."""
         if self._staging is not None:
             self._staging.finish()
 
@@ -99,7 +99,7 @@ class ItemReader:
 
 
 class _Staging:
-    """Two pinned pieces on the way to the device; the current stream copies them on."""
+    """Two pinned host buffers ("pieces") of STAGING_BYTES, used in turn for copies to the device."""
 
     def __init__(self, device: ComputeDevice, host: HostMemory) -> None:
         self._device = device
@@ -108,7 +108,7 @@ class _Staging:
         self.is_pinned = all(host.is_pinned(piece) for piece in self._pieces)
 
     def copy(self, fill: Callable[[int, Tensor], object], target: Tensor) -> None:
-        """fill(start, piece): write the target's bytes from `start` on into a piece of host memory."""
+        """Fill `target` on the device. fill(start, piece): writes its bytes from `start` on into a piece."""
         for number, start in enumerate(range(0, target.numel(), STAGING_BYTES)):
             part = target[start : start + STAGING_BYTES]
             piece, copied = self._pieces[number % 2][: part.numel()], self._copied[number % 2]
@@ -129,14 +129,14 @@ def _size(source: Tensor | FilePart) -> int:
 
 
 class HostRows:
-    """The rows of an [V, D] matrix in RAM or in a file, gathered on the host."""
+    """The rows of a [V, D] matrix in RAM or in a file, gathered on the host."""
 
     def __init__(self, source: Tensor | FilePart, row_bytes: int) -> None:
         self._source, self.row_bytes = source, row_bytes
         self._file = None if isinstance(source, Tensor) else DiskFile(source.path)
 
     def gather(self, ids: np.ndarray, rows: Tensor) -> None:
-        """Write the rows of n ids into `rows`, uint8 [n, row bytes] on the host."""
+        """Copy the rows of n ids into `rows`, uint8 [n, row bytes] on the host."""
         if isinstance(self._source, Tensor):
             torch.index_select(self._source.view(-1, self.row_bytes), 0, torch.from_numpy(ids), out=rows)
             return

@@ -1,14 +1,14 @@
-"""Streaming: layers and head tiles that are not on the device are there while they are visited.
+"""Weight streaming: layers and head tiles in RAM or a file are copied to the device for each visit.
 
 `StreamedWeights` is a `WeightStore` (model/weight_store.py) whose layers live on the device, in RAM or in a
 file, in any mixture. A visit to a resident layer costs nothing; the others come through the ring (ring.py),
-which reads ahead also while resident layers compute. `StreamedMatrix` is a `VocabMatrix`
+which also reads ahead while resident layers compute. `StreamedMatrix` is a `VocabMatrix`
 (model/vocab_matrix.py) in RAM or a file: rows are gathered on the host, tiles come through the same ring, in
 the same order as the layers:
 
     forward 0..L-1, head tiles, backward L-1..0       one order, one set of slots, no second buffer
 
-Bytes on the device: num_slots * slot_bytes, slot_bytes the largest streamed item.
+Bytes on the device: num_slots * slot_bytes; slot_bytes is the size of the largest streamed item.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from qlora_train.weights.uploads import Uploads
 
 
 class StreamedWeights(PresentWeights):
-    """A `WeightStore` over a ring. layer_paths, layouts: of all layers. Layers that are
-    no items of `reader` are always present (`quantized`)."""
+    """A `WeightStore` over a ring. layer_paths, layouts: of all layers. Layers that are not items of `reader`
+    are resident (`quantized`)."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class StreamedWeights(PresentWeights):
                 self._heap.trim_if_grown()
 
     def close(self) -> None:
-        """End reading; the weights that stream can no longer be visited."""
+        """Stop reading; streamed layers can no longer be visited."""
         self.ring.close()
         self.reader.close()
 
     def _weights_in(self, slot_number: int, slot: Tensor, layer: int) -> dict[str, QuantizedWeight]:
-        """Views of a slot as the layer's weights; layers of one shape share them."""
+        """Views of a slot as the layer's weights, shared by all layers of one layout."""
         layout = self._layouts[layer]
         key = (slot_number, id(layout))
         if key not in self._views:
@@ -85,7 +85,7 @@ class StreamedWeights(PresentWeights):
 
 
 class StreamedMatrix:
-    """A `VocabMatrix` off the device: [V, D] in `dtype`, rows from `rows`, tiles from the ring."""
+    """A `VocabMatrix` that is not on the device: [V, D] in `dtype`, rows from `rows`, tiles from the ring."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class StreamedMatrix:
         items: Sequence[int],
         tile_rows: int,
     ) -> None:
-        """ring: None for an embedding that is not the head, of which only rows are asked."""
+        """ring: None for an embedding that is not the head: its rows are gathered, tiles never used."""
         self.num_rows, self._num_columns = shape
         self.tile_rows, self.items = tile_rows, tuple(items)
         self._dtype, self._uploads, self._rows, self._ring = dtype, uploads, rows, ring

@@ -1,11 +1,11 @@
-"""What the host makes for every micro-batch (token ids, embedding rows) on its way to the device.
+"""Uploads the host's tensors of every micro-batch (token ids, embedding rows) to the device.
 
-The host fills a pinned buffer, a copy is queued on the current stream, and nobody waits. The buffer serves
-again once its copy is done, which an event tells; until then the next takes another, so there are as many as
-copies are ever under way at once. Several tensors go in one buffer and one copy: a micro-batch has ten small
-ones, and each copy costs some microseconds to queue. Bytes: what is sent, each tensor rounded up to 256.
+The host fills a pinned buffer, queues a copy on the current stream, and does not wait. A buffer is reused
+once its copy is done (an event); until then the next upload takes another, so there are as many buffers as
+copies under way at once. Several tensors share one buffer and one copy: a micro-batch has ten small ones, and
+each copy costs some microseconds to queue. Bytes: the tensors sent, each rounded up to 256.
 
-Without an accelerator there is nothing to copy: what was staged is what is used.
+Without an accelerator nothing is copied: the staged tensors are used as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAST_BUFFER_BYTES = 4096
 
 @dataclass(frozen=True)
 class Staged:
-    """Tensors in host memory, to be sent once. buffer: None where they stay as they are."""
+    """Tensors in host memory, to be sent once. buffer: the pinned one; None without an accelerator."""
 
     tensors: tuple[Tensor, ...]
     buffer: Tensor | None
@@ -34,19 +34,20 @@ class Staged:
 
 
 class Uploads:
-    """Any threads stage and send, what each of them has staged being its own until it is sent: training's
-    batches are made ahead while those of an evaluation are. host: for the buffers."""
+    """Stages tensors in pinned buffers and sends them to the device. Thread-safe: a staged buffer is not
+    reused before it is sent, so training's batches can be made ahead during an evaluation. host: allocates
+    buffers."""
 
     def __init__(self, device: ComputeDevice, host: HostMemory) -> None:
         self._device, self._host = device, host
         self._lock = Lock()
         self._buffers: list[Tensor] = []
         self._under_way: dict[int, Event] = {}
-        """Address of a buffer -> when its copy is done."""
+        """Address of a buffer -> event after its copy."""
         self._staged: set[int] = set()
 
     def stage(self, tensors: Sequence[Tensor]) -> Staged:
-        """Copy tensors of the host into one pinned buffer."""
+        """Copy host tensors into one pinned buffer."""
         if not self._device.is_accelerator:
             return Staged(tuple(tensors), None, 0)
         num_bytes = sum(map(_aligned_bytes, tensors))
@@ -57,7 +58,7 @@ class Uploads:
         return Staged(tuple(parts), buffer, num_bytes)
 
     def stage_rows(self, num_rows: int, row_bytes: int, fill: Callable[[Tensor], None]) -> Staged:
-        """fill: writes them, uint8 [num_rows, row_bytes]."""
+        """Stage rows that `fill` writes into a host tensor, uint8 [num_rows, row_bytes]."""
         if not self._device.is_accelerator:
             rows = torch.empty(num_rows, row_bytes, dtype=torch.uint8)
             fill(rows)
@@ -69,7 +70,7 @@ class Uploads:
         return Staged((rows,), buffer, num_bytes)
 
     def send(self, staged: Staged) -> list[Tensor]:
-        """The tensors on the device, their copy queued on the current stream."""
+        """Queue the copy on the current stream; returns the tensors on the device."""
         if staged.buffer is None:
             return list(staged.tensors)
         address = staged.buffer.data_ptr()
@@ -77,12 +78,13 @@ class Uploads:
             there = torch.empty(staged.num_bytes, dtype=torch.uint8, device=self._device.torch)
             there.copy_(staged.buffer[: staged.num_bytes], non_blocking=True)
             self._under_way[address] = self._device.event()
-        finally:  # where there is no memory, the buffer serves again
+        finally:  # also when out of memory: the buffer can be reused
             self._staged.discard(address)
         return _parts_of(there, staged.tensors)
 
     def _free_buffer(self, num_bytes: int) -> Tensor:
-        """One whose copy is done, at most four times too large; else a new one in place of a free one."""
+        """A free buffer of 1 to 4 times num_bytes, the smallest; else a new one, replacing a free one if
+        any."""
         with self._lock:
             free = [b for b in self._buffers if self._is_free(b)]
             fitting = [b for b in free if num_bytes <= b.numel() <= 4 * num_bytes]

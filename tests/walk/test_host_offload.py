@@ -1,4 +1,4 @@
-"""OffloadedTensor tensors and offloaded graphs: the same bytes and gradients, and what the device holds
+"""Offloaded tensors and offloaded graphs: the same bytes and gradients, and what the device holds
 meanwhile."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 SHAPES = [(), (1,), (7,), (3, 5), (1, 33, 17), (0,), (4, 0, 3)]
 
 
-def new_park() -> HostOffloader:
+def new_offloader() -> HostOffloader:
     return HostOffloader(CPU, HostMemory(CPU))
 
 
@@ -33,12 +33,12 @@ def some(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("fetched", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_parked_tensor_comes_back(shape: tuple[int, ...], dtype: torch.dtype, fetched: bool) -> None:
-    offload = new_park()
+def test_an_offloaded_tensor_comes_back(shape: tuple[int, ...], dtype: torch.dtype, fetched: bool) -> None:
+    offload = new_offloader()
     x = some(shape, dtype)
     expected = x.clone()
     offloaded = offload.offload(x)
-    x.zero_()  # what is parked is a copy
+    x.zero_()  # what is offloaded is a copy
     if fetched:
         offloaded.fetch()
         offloaded.fetch()
@@ -49,21 +49,21 @@ def test_a_parked_tensor_comes_back(shape: tuple[int, ...], dtype: torch.dtype, 
 
 def test_bits_that_no_number_has_come_back_too() -> None:
     x = torch.tensor([0x7FC1, -0x3F, 0x7F80, -0x8000], dtype=torch.int16).view(torch.bfloat16)
-    assert torch.equal(new_park().offload(x).take().view(torch.int16), x.view(torch.int16))
+    assert torch.equal(new_offloader().offload(x).take().view(torch.int16), x.view(torch.int16))
 
 
-def test_a_parked_tensor_has_no_graph() -> None:
+def test_an_offloaded_tensor_has_no_graph() -> None:
     x = torch.ones(3, requires_grad=True)
-    assert not new_park().offload(x * 2).take().requires_grad
+    assert not new_offloader().offload(x * 2).take().requires_grad
 
 
-def test_only_contiguous_tensors_are_parked() -> None:
+def test_only_contiguous_tensors_are_offloaded() -> None:
     with pytest.raises(AssertionError):
-        new_park().offload(torch.ones(3, 5).t())
+        new_offloader().offload(torch.ones(3, 5).t())
 
 
 def test_buffers_are_used_again_but_not_before_they_are_back() -> None:
-    offload = new_park()
+    offload = new_offloader()
     tensors = [torch.full((100 + k % 7,), float(k)) for k in range(50)]
     first = offload.offload_all(tensors[:5])
     for k in range(5, 50):  # always five out
@@ -74,7 +74,7 @@ def test_buffers_are_used_again_but_not_before_they_are_back() -> None:
 
 
 def test_one_buffer_serves_what_leaves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    offload, made = new_park(), []
+    offload, made = new_offloader(), []
     empty = HostMemory.empty
     monkeypatch.setattr(HostMemory, "empty", lambda self, size: made.append(size) or empty(self, size))
     for k in range(10):
@@ -83,8 +83,8 @@ def test_one_buffer_serves_what_leaves_in_turn(monkeypatch: pytest.MonkeyPatch) 
     assert made == [400]
 
 
-def test_parked_bytes_are_on_the_host_and_fetched_ones_on_the_device() -> None:
-    offload = new_park()
+def test_offloaded_bytes_are_on_the_host_and_fetched_ones_on_the_device() -> None:
+    offload = new_offloader()
     with MemoryTracker(CPU) as meter:
         x = torch.ones(1000)
         offloaded = offload.offload(x)
@@ -194,7 +194,7 @@ def test_gradients_are_the_same_bits(use_autograd: bool, dropout: float, early: 
     assert expected.count_nonzero() > 0.9 * expected.numel()
 
     leaf = X.clone().requires_grad_(needs_dx)
-    graph = OffloadedGraph(new_park(), stays(module, leaf))
+    graph = OffloadedGraph(new_offloader(), stays(module, leaf))
     with graph.recording():
         y = module(leaf, MASK)
     graph.offload()
@@ -209,9 +209,9 @@ def test_gradients_are_the_same_bits(use_autograd: bool, dropout: float, early: 
     )
 
 
-def test_several_graphs_share_a_park() -> None:
-    """Micro-batches of several lengths, parked in turn and taken back in turn: buffers are used again."""
-    module, offload = block(), new_park()
+def test_several_graphs_share_an_offloader() -> None:
+    """Micro-batches of several lengths, offloaded in turn and taken back in turn: buffers are used again."""
+    module, offload = block(), new_offloader()
     for _ in range(3):
         runs = []
         for length in (NUM_TOKENS, 4, 9, NUM_TOKENS):
@@ -246,11 +246,11 @@ def saved_storages(run: Callable[[], Tensor], staying: list[Tensor]) -> dict[int
     return {address: size for address, size in sizes.items() if address not in known}
 
 
-def test_a_storage_is_parked_once_however_many_views_are_saved() -> None:
+def test_a_storage_is_offloaded_once_however_many_views_are_saved() -> None:
     module = block()
     leaf = X.clone().requires_grad_()
     sizes = saved_storages(lambda: module(leaf, MASK), stays(module, leaf))
-    offload = new_park()
+    offload = new_offloader()
     graph = OffloadedGraph(offload, stays(module, leaf))
     with graph.recording():
         y = module(leaf, MASK)
@@ -261,7 +261,7 @@ def test_a_storage_is_parked_once_however_many_views_are_saved() -> None:
 
 
 def test_views_of_one_storage_come_back_as_views_of_one_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    offload, taken = new_park(), []
+    offload, taken = new_offloader(), []
     take = OffloadedTensor.take
     monkeypatch.setattr(OffloadedTensor, "take", lambda self: taken.append(self) or take(self))
     base = torch.randn(6, 8, requires_grad=True)
@@ -290,7 +290,7 @@ def test_the_device_keeps_only_what_stays(dropout: float) -> None:
     module = block(dropout=dropout)
     leaf = X.clone().requires_grad_()
     numbers = sum(saved_storages(lambda: module(leaf, MASK), stays(module, leaf)).values())
-    offload = new_park()
+    offload = new_offloader()
     with MemoryTracker(CPU) as meter:
         graph = OffloadedGraph(offload, stays(module, leaf))
         with graph.recording():
@@ -315,7 +315,7 @@ def test_what_is_left_to_autograd_goes_with_the_last_that_saved_it() -> None:
     """A chain: when its gradient is half-way back, half of it is gone."""
     num_bytes, seen = 40_000, []
     leaf = torch.randn(num_bytes // 4, requires_grad=True)
-    graph = OffloadedGraph(new_park(), [leaf])
+    graph = OffloadedGraph(new_offloader(), [leaf])
     with MemoryTracker(CPU) as meter:
         x = leaf
         with graph.recording():
@@ -334,7 +334,7 @@ def test_what_is_left_to_autograd_goes_with_the_last_that_saved_it() -> None:
 
 
 def test_a_graph_that_is_never_taken_back_gives_its_bytes_back() -> None:
-    module, offload = block(), new_park()
+    module, offload = block(), new_offloader()
     leaf = X.clone().requires_grad_()
     graph = OffloadedGraph(offload, stays(module, leaf))
     with graph.recording():
@@ -347,7 +347,7 @@ def test_a_graph_that_is_never_taken_back_gives_its_bytes_back() -> None:
 
 def test_a_graph_may_be_taken_back_twice() -> None:
     leaf = torch.randn(5, 3, requires_grad=True)
-    graph = OffloadedGraph(new_park(), [leaf])
+    graph = OffloadedGraph(new_offloader(), [leaf])
     with graph.recording():
         y = leaf.exp().sum()
     graph.offload()
@@ -360,7 +360,7 @@ def test_what_stays_is_not_moved() -> None:
     """Also a view of it; and whatever is not a number."""
     weights = torch.randn(4, 6)
     leaf = torch.randn(2, 3, requires_grad=True)
-    offload = new_park()
+    offload = new_offloader()
     graph = OffloadedGraph(offload, [weights, leaf])
     with graph.recording():
         y = (leaf @ weights[:3, 2:])[:, torch.tensor([1, 0])] * weights[0, :2]

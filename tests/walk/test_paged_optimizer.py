@@ -18,7 +18,7 @@ PAGED = ["paged_adamw_8bit", "paged_adamw_32bit"]
 
 
 def make(name: str, device: ComputeDevice) -> tuple[FlatOptimizer, LoraParameters]:
-    """131,072 factor numbers: bitsandbytes pages from 100,000 on."""
+    """131,072 LoRA parameters: bitsandbytes pages from 100,000 on."""
     linears = {f"layer{i}": FrozenLinear(f"layer{i}", 512, 512) for i in range(4)}
     lora = LoraParameters(
         linears, rank=32, scaling=1.0, dropout=0.0, seed=0, dtype=torch.float32, device=device.torch

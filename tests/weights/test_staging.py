@@ -122,7 +122,7 @@ def test_pieces_are_pinned_before_weights(simulated_gpu: SimulatedGpu, sim: Comp
 def test_a_ring_reads_files_and_weights_that_gave_way(
     simulated_gpu: SimulatedGpu, sim: ComputeDevice, tmp_path: Path
 ) -> None:
-    """A zigzag over items of both kinds, slots poisoned; parked buffers take the pinned pages meanwhile."""
+    """A zigzag over items of both kinds, slots poisoned; offload buffers take the pinned pages meanwhile."""
     host = HostMemory(sim)
     reader = ItemReader(sim, host)
     contents = [random_bytes(3 * PIECE + i) for i in range(6)]
