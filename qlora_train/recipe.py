@@ -144,7 +144,7 @@ class ModelSection(_Section):
 
 
 class LoraSection(_Section):
-    """The trained factors: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
+    """The trained LoRA parameters: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
 
     rank: Annotated[int, Field(ge=1, le=65_536)] = 16
     alpha: Annotated[int | float, BeforeValidator(as_alpha)] = 32
@@ -284,10 +284,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = find_recipe(path)
     found_in = (Path.cwd(), bundled_recipes_dir())
     draft = Draft.of_file(file, folders=(file.resolve().parent, *found_in))
-    if is_run_folder(file.parent):
-        draft.put(("training", "output_dir"), str(file.parent))
+    if not is_run_folder(file.parent):
+        draft.override(overrides, folders=found_in)
+        return _finish(draft)
+    draft.put(("training", "output_dir"), str(file.parent))
     draft.override(overrides, folders=found_in)
-    return _finish(draft)
+    try:
+        return _finish(draft)
+    except RecipeError as error:
+        if all(problem.startswith("override ") for problem in error.problems):
+            raise
+        hint = "an older version of qlora_train may have begun this run; its recipe has other keys"
+        raise RecipeError([*error.problems, f"{file.parent}: {hint}"]) from error
 
 
 def bundled_recipes_dir() -> Path:

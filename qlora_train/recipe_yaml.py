@@ -23,7 +23,7 @@ from qlora_train.boundary import reason_of
 from qlora_train.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
-Placement = tuple[int, str]  # (order in the report, text): (12, "recipe.yaml:12")
+Origin = tuple[int, str]  # (order in the report, text): (12, "recipe.yaml:12")
 
 READ_PATHS: tuple[KeyPath, ...] = (
     ("model", "base"),
@@ -50,7 +50,7 @@ class Draft:
     """Values as written, the place of each key, and the problems found so far."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[KeyPath, Placement] = field(default_factory=dict)
+    places: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[tuple[KeyPath, str]] = field(default_factory=list)
 
     @classmethod
@@ -102,7 +102,7 @@ class Draft:
                 self._replace(path, value_text, place, folders, written)
 
     def _replace(
-        self, path: KeyPath, value_text: str, place: Placement, folders: Sequence[Path], written: set[KeyPath]
+        self, path: KeyPath, value_text: str, place: Origin, folders: Sequence[Path], written: set[KeyPath]
     ) -> None:
         """Parse the value of one override and put it in the place of what the file says."""
         for old in [p for p in self.places if p[: len(path)] == path]:
@@ -132,7 +132,7 @@ class Draft:
             for (_, text), key, message in found
         ]
 
-    def _place(self, path: KeyPath) -> Placement:
+    def _place(self, path: KeyPath) -> Origin:
         known = (path[:length] for length in range(len(path), -1, -1))
         return next(self.places[prefix] for prefix in known if prefix in self.places)
 
@@ -155,7 +155,7 @@ class Draft:
             if isinstance(values, dict) and key in values:
                 values[key] = _anchored(values[key], folders, (section, key))
 
-    def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Placement]) -> Any:
+    def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Origin]) -> Any:
         """Plain values of a node, noting the place of every key and each duplicate."""
         if len(path) > _MAX_DEPTH:
             self.problems.append((path, "nested too deeply"))
@@ -194,7 +194,7 @@ class Draft:
             return None
 
     def _item(
-        self, node: Node, path: KeyPath, place_of: Callable[[Node], Placement], marked: Node | None = None
+        self, node: Node, path: KeyPath, place_of: Callable[[Node], Origin], marked: Node | None = None
     ) -> Any:
         self.places[path] = place_of(marked or node)
         return self._build(node, path, place_of)
@@ -260,7 +260,7 @@ def _anchored(value: Any, folders: Sequence[Path], path: KeyPath) -> Any:
     return value if found is None else os.path.abspath(found)
 
 
-def _order(problem: tuple[Placement, str, str]) -> int:
+def _order(problem: tuple[Origin, str, str]) -> int:
     return problem[0][0]
 
 

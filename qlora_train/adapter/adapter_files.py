@@ -37,7 +37,7 @@ HEAD_COPY = f"{HEAD}.base_layer.weight"
 """PEFT saves the base's head beside factors of it."""
 SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
-Factors = dict[str, tuple[Tensor, Tensor]]
+LoraPairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def save_adapter(
@@ -67,7 +67,7 @@ def save_adapter(
             write_tensors(file, tensors, {"format": "pt"})
 
 
-def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
+def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
     """Read an adapter that this package, peft or another tool wrote: its config and {module path: (A [rank,
     in], B [out, rank])}, fp32, paths as they are written there.
 
@@ -79,7 +79,7 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
         raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
         names = _names_by_path(reader)
-        lora: Factors = {}
+        lora: LoraPairs = {}
         for path, pair in names.items():
             a, b = (reader.read(pair[letter]) for letter in "AB")
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
@@ -98,7 +98,7 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, Factors]:
     return read_adapter_config(folder, {path: len(a) for path, (a, _) in lora.items()}), lora
 
 
-def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, Factors]:
+def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, LoraPairs]:
     """`load_adapter` with the paths of this base's modules. Raises `BaseModelError` where it has modules that
     the base has not."""
     config, lora = load_adapter(folder)

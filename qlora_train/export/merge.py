@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
-from qlora_train.adapter.adapter_files import Factors, load_adapter
+from qlora_train.adapter.adapter_files import LoraPairs, load_adapter
 from qlora_train.boundary import require_free_disk
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export.companions import copy_companions, list_end_ids, merged_config
@@ -120,7 +120,7 @@ class MergedWeights:
         checkpoint: BaseCheckpoint,
         quantization: Quantization | None,
         cached: QuantizedLayers | None,
-        adapter: tuple[AdapterConfig, Factors],
+        adapter: tuple[AdapterConfig, LoraPairs],
     ) -> None:
         self._checkpoint, self._reader = checkpoint, checkpoint.reader
         self._quantization, self._cached = quantization, cached
@@ -139,13 +139,13 @@ class MergedWeights:
             self.shapes.pop(self._head, None)  # it repeats the embedding
             if any(path.rpartition(".")[2] == HEAD for path in lora):
                 self.shapes[self._head] = self.shapes[self._head_source]
-        self._factors = self._match(lora)
+        self._lora = self._match(lora)
         is_quantized = quantization is not None and quantization.is_quantized
         self.dequantized = self._is_quantized_already | (checkpoint.linears.keys() if is_quantized else set())
 
     @property
     def changes_head(self) -> bool:
-        return self._head in self._factors
+        return self._head in self._lora
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """The merged tensor, in fp32, some rows [rows, ...] at a time and in order; each valid until the
@@ -155,8 +155,8 @@ class MergedWeights:
             return
         for start, stop, block in self._base_rows(self._head_source if name == self._head else name):
             values = block.float()
-            if name in self._factors:
-                a, b, scaling = self._factors[name]
+            if name in self._lora:
+                a, b, scaling = self._lora[name]
                 values.addmm_(b[start:stop], a, alpha=scaling)
             yield values
 
@@ -195,7 +195,7 @@ class MergedWeights:
             )
         return info.shape
 
-    def _match(self, lora: Factors) -> dict[str, tuple[Tensor, Tensor, float]]:
+    def _match(self, lora: LoraPairs) -> dict[str, tuple[Tensor, Tensor, float]]:
         """A, B and scaling by tensor name."""
         modules = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
         names = match_modules(lora, modules)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig
-from qlora_train.adapter.adapter_files import Factors
+from qlora_train.adapter.adapter_files import LoraPairs
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.export.merge import MergedReader
 from qlora_train.files.shards import ShardReader
@@ -109,7 +109,7 @@ def walk_model(
     *,
     reader: ShardReader | MergedReader | None = None,
     fill: Callable[[int, Tensor], None] | None = None,
-    adapter: tuple[AdapterConfig, Factors] | None = None,
+    adapter: tuple[AdapterConfig, LoraPairs] | None = None,
 ) -> WalkedModel:
     """Walk the model in `folder` over the documents.
 
@@ -155,7 +155,7 @@ def walk_model(
 
 def _attach(
     decoder: FrozenDecoder,
-    adapter: tuple[AdapterConfig, Factors],
+    adapter: tuple[AdapterConfig, LoraPairs],
     dtype: torch.dtype,
     device: ComputeDevice,
 ) -> tuple[tuple[Tensor, Tensor], float] | None:

@@ -82,7 +82,7 @@ class _TiledMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: TiledMlp, *lora: Tensor) -> Tensor:
-        ctx.module, ctx.keys, ctx.num_factors = module, module.context.tokens, len(lora)
+        ctx.module, ctx.keys, ctx.num_lora = module, module.context.tokens, len(lora)
         ctx.save_for_backward(x)
         if module.skip_output:
             return x.new_zeros(()).expand(x.shape)
@@ -108,4 +108,4 @@ class _TiledMlpFunction(torch.autograd.Function):
             if grad_input is not None:
                 assert leaf.grad is not None
                 grad_input[:, tile] = leaf.grad
-        return grad_input, None, *[None] * ctx.num_factors
+        return grad_input, None, *[None] * ctx.num_lora

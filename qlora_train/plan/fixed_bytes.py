@@ -4,8 +4,8 @@ the optimizer make.
     quantized weights, constants   the layer buffers of resident layers (model/layer_buffer.py)
     embedding, head             where they are resident; of a quantized head one tile, dequantized
     ring slots                  num_slots times the largest item that streams
-    factors                     masters and gradient in fp32, and the working copy
-    optimizer state             8 bytes per factor number, or 2 and two scales per 256
+    LoRA parameters             masters and gradient in fp32, and the working copy
+    optimizer state             8 bytes per LoRA parameter, or 2 and two scales per 256
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CONSTANTS = "quantization constants"
 EMBEDDING = "embedding"
 HEAD = "head"
 PLAIN = "norms and biases"
-MASTERS = "factors: masters"
-GRADIENT = "factors: gradient"
-WORKING = "factors: working copy"
+MASTERS = "LoRA: fp32 masters"
+GRADIENT = "LoRA: gradient"
+WORKING = "LoRA: working copy"
 OPTIMIZER = "optimizer state"
 OPTIMIZER_SCRATCH = "optimizer scratch"
 DEQUANTIZE_BUFFER = "dequantize buffer"
@@ -100,7 +100,7 @@ def _learning_rate_groups(workload: Workload) -> tuple[int, ...]:
 
 
 def optimizer_state_bytes(workload: Workload) -> int:
-    """Two moments per factor number: 8 bytes, or 2 and a scale per 256 numbers."""
+    """Two moments per LoRA parameter: 8 bytes, or 2 and a scale per 256 numbers."""
     if workload.optimizer not in ("adamw_8bit", "paged_adamw_8bit"):
         return 8 * workload.num_lora_parameters
     return sum(

@@ -1,7 +1,7 @@
 """Where a model's parts wait while it generates, decided before anything is loaded.
 
 All prompts run in one batch (generate/decoding.py), so a token costs one pass over the layers, and at most
-one fetch of each: copies per token are what streams, once. Nothing is remembered for a backward pass; what
+one fetch of each: copies per token are what streams, once. Nothing is kept for a backward pass; what
 grows is the key-value cache, 2 L B heads d (longest prompt + new tokens) numbers. So the order is short, each
 step only if the one before does not fit:
 

@@ -16,8 +16,8 @@ from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, 
 PROCESS = "Python and libraries"
 SLABS = "pinned: quantized layers"
 MATRICES = "pinned: embedding and head"
-INPUTS = "pinned: remembered inputs"
-PARKED = "pinned: offloaded activations"
+INPUTS = "pinned: layer inputs"
+OFFLOADED = "pinned: offloaded activations"
 STAGING = "pinned: pieces of files on their way"
 ROWS = "rows of the checkpoint"
 QUANTIZED_BASE = "quantized base (cache)"
@@ -45,7 +45,7 @@ def host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_R
     of_every_rank = {
         PROCESS: _process_bytes(workload),
         INPUTS: group * num_recomputed * x_bytes if plan.inputs is Placement.RAM else 0,
-        PARKED: group * offloaded_bytes(workload, plan),
+        OFFLOADED: group * offloaded_bytes(workload, plan),
         STAGING: STAGING_BYTES if from_disk and workload.on_accelerator else 0,
     }
     layer_buffers = zip(workload.layer_buffer_sizes, plan.weights, strict=True)

@@ -7,8 +7,8 @@ the machine with the least RAM for the most ranks, the slowest copies.
 
 A driver that moves device memory into system memory instead of refusing it (Windows, WSL) turns a step that
 is too large into one that is ten times slower, with nothing said. So torch's allocator is held to the budget
-of the plan: beyond it memory runs out, and the step is tried again with less (tighten.py). The context is not
-the allocator's, nor is managed memory, so both are taken off before.
+of the plan: beyond it memory runs out, and the step is tried again with less (walk/oom_fallback.py). The
+context is not the allocator's, nor is managed memory, so both are taken off before.
 """
 
 from __future__ import annotations

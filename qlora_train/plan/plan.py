@@ -37,7 +37,7 @@ and what is left free in them serves few others. Seen when the tensors of planne
 to 8,192 tokens, kept and recomputed, the number of documents changing) went through a model of the allocator
 with no byte more than needed: 0.2 to 1.5 % with segments that grow (3.7 % once, at 2.4 GiB), 1 to 6 % without
 (13 % once, at 2 GiB). Where it is not enough, memory runs out and a step is tried again with less
-(tighten.py)."""
+(walk/oom_fallback.py)."""
 PINNED = "pinned: "
 
 
@@ -77,7 +77,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Row:
+class MemoryEntry:
     """One line of the table. place: VRAM, pinned RAM, RAM or disk."""
 
     phase: str
@@ -185,11 +185,11 @@ class Plan:
     def device_place(self) -> str:
         return "VRAM" if self.workload.on_accelerator else "tensors in RAM"
 
-    def rows(self) -> Iterator[Row]:
+    def entries(self) -> Iterator[MemoryEntry]:
         """The table: per phase and place the bytes by cause."""
         for phase, parts in self.phases.items():
             for cause, num_bytes in (context_parts(self.workload) | parts).items():
-                yield Row(phase, self.device_place, cause, num_bytes)
+                yield MemoryEntry(phase, self.device_place, cause, num_bytes)
         host = {
             "load": load_host_bytes(self.workload, self.execution, self.machine),
             "step": self.host | self._heap,
@@ -199,11 +199,11 @@ class Plan:
         for phase, parts in host.items():
             for cause, num_bytes in parts.items():
                 place = "pinned RAM" if cause.startswith(PINNED) and self.workload.on_accelerator else "RAM"
-                yield Row(phase, place, cause.removeprefix(PINNED), num_bytes)
+                yield MemoryEntry(phase, place, cause.removeprefix(PINNED), num_bytes)
         for cause, num_bytes in self.disk.items():
-            yield Row("load" if "cache" in cause else "save", "disk", cause, num_bytes)
+            yield MemoryEntry("load" if "cache" in cause else "save", "disk", cause, num_bytes)
         for cause, num_bytes in merged_disk_bytes(self.workload).items():
-            yield Row("merge", "disk", cause, num_bytes)
+            yield MemoryEntry("merge", "disk", cause, num_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """plan.json, as far as it is known before the data are."""
@@ -246,7 +246,7 @@ class Plan:
             "copied_bytes_per_step": self.time.copied_bytes,
             "rows": [
                 {"phase": r.phase, "place": r.place, "cause": r.cause, "bytes": r.num_bytes}
-                for r in self.rows()
+                for r in self.entries()
             ],
             "problems": list(self.problems),
             "floor": self.floor,

@@ -42,7 +42,7 @@ from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
 
 INPUTS = "layer inputs"
-"""On their way through the layers, remembered, or back from host memory; and gradients on their way back."""
+"""Inputs of layers: in use, kept for the backward pass or fetched from host memory; and their gradients."""
 MOST_TOGETHER = 32
 """Micro-batches that may pass the layers together: what that saves, transfers and dequantizing, is hidden
 behind the arithmetic or beside it long before."""

@@ -10,7 +10,7 @@ In this order, each step only if the one before does not fit into the budget:
 4. recompute (or offload) every layer, and move the embedding, then the head, then as few layers as fit to
    RAM, or to disk where RAM does not hold them. The resident ones are spread evenly between the streamed
    ones, so that copies find arithmetic to hide behind;
-5. remembered inputs in RAM, smaller loss blocks and head tiles, MLP tiles;
+5. layer inputs in RAM, smaller loss blocks and head tiles, MLP tiles;
 6. refuse, with the least that would fit and which change of the recipe would.
 
 Every step is tried for several numbers of groups (micro-batches that pass the layers together cost memory and

@@ -95,7 +95,7 @@ def residency_lines(plan: ExecutionPlan) -> list[str]:
     """What is where, and how the step is cut."""
     cut = [f"{plan.num_groups} group{'s' if plan.num_groups > 1 else ''} of micro-batches"]
     if plan.inputs != "resident":
-        cut.append("remembered inputs in RAM")
+        cut.append("layer inputs in RAM")
     if plan.mlp_tile_tokens is not None:
         cut.append(f"MLP in tiles of {plan.mlp_tile_tokens} tokens")
     cut.append(f"loss in blocks of {plan.loss_tokens} tokens x {plan.head_tile_rows} rows")

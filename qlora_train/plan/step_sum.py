@@ -38,7 +38,7 @@ def peak_by_sum(workload: Workload, plan: ExecutionPlan) -> int:
     """Bytes on the device at the most in a step, and while loading."""
     group, x_bytes = group_size(workload, plan), workload.x_bytes
     layers = layer_bytes(workload, plan.hold_dequantized, plan.mlp_tile_tokens)
-    remembered = group * x_bytes
+    kept_bytes = group * x_bytes
     largest = 0
     for layer, policy in zip(layers, plan.activations, strict=True):
         if policy is ActivationPolicy.RECOMPUTE:
@@ -49,10 +49,10 @@ def peak_by_sum(workload: Workload, plan: ExecutionPlan) -> int:
             forward = layer.kept.kept + max(layer.kept.forward)
             backward = max(layer.kept.backward) + 2 * offloaded
             stays = x_bytes + layer.kept.kept - offloaded
-        largest = max(largest, remembered + max(x_bytes + forward, group * stays + backward))
-        remembered += group * stays
+        largest = max(largest, kept_bytes + max(x_bytes + forward, group * stays + backward))
+        kept_bytes += group * stays
     loss = _loss_bytes(workload, group, plan.loss_tokens, plan.head_tile_rows)
-    step = sum(fixed_bytes(workload, plan).values()) + max(largest, remembered + loss)
+    step = sum(fixed_bytes(workload, plan).values()) + max(largest, kept_bytes + loss)
     return max(step, sum(load_peak(workload, plan).values()))
 
 

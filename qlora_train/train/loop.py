@@ -70,7 +70,7 @@ class TrainLoop:
         self._saved_at = self._step_began = time.monotonic()
         self._step_seconds: float | None = None
         self._prepared, self._accelerator = prepared, prepared.accelerator
-        self._decoder, self._factors = prepared.model.decoder, prepared.model.lora
+        self._decoder, self._lora = prepared.model.decoder, prepared.model.lora
         self._uploads = Uploads(self._decoder.device, prepared.model.host)
         training = self._recipe.training
         assert training.batch_size is not None, "of a resolved recipe"
@@ -79,7 +79,7 @@ class TrainLoop:
         self.num_steps = math.ceil(self._num_rows / self._rows_per_step)
         self._optimizer = FlatOptimizer(
             training.optimizer,
-            self._factors,
+            self._lora,
             self._decoder.device,
             lora_b_lr_ratio=training.lora_b_lr_ratio,
             weight_decay=training.weight_decay,
@@ -87,13 +87,13 @@ class TrainLoop:
         self._runner = StepRunner(
             LayerWalk(
                 self._decoder,
-                self._factors,
+                self._lora,
                 prepared.model.execution,
                 reference=training.kernels == "reference",
                 host=prepared.model.host,
             ),
             self._decoder,
-            self._factors,
+            self._lora,
             self._optimizer,
             LossScale.for_dtype(self._decoder.dtype == torch.float16),
             self._accelerator,
@@ -116,13 +116,13 @@ class TrainLoop:
         """Put the newest valid checkpoint back, if there is one; returns its step. say: told of damaged
         ones."""
         refuse_shorter(self._folder, self.num_steps)
-        expected = Expected(self.num_steps, self._factors.masters.numel(), self._optimizer.layout())
+        expected = Expected(self.num_steps, self._lora.masters.numel(), self._optimizer.layout())
         found = newest_valid(self._folder.checkpoints, expected, log)
         if found is not None:
             require_same_inputs(self._folder, found.state, self._prepared)
             self._state = found.state
-            self._factors.masters.copy_(found.masters)
-            self._factors.refresh_working()
+            self._lora.masters.copy_(found.masters)
+            self._lora.refresh_working()
             self._optimizer.load_state(found.optimizer_state)
             state, runner = self._state, self._runner
             runner.scale.value, runner.scale.good_steps = state.loss_scale, state.loss_scale_good_steps
@@ -306,7 +306,7 @@ class TrainLoop:
         save_checkpoint(
             self._folder.checkpoints,
             state,
-            self._factors.masters,
+            self._lora.masters,
             self._optimizer.state(),
             self._recipe.training.keep_checkpoints,
             self._write_adapter,
@@ -314,7 +314,7 @@ class TrainLoop:
 
     def _write_adapter(self, folder: Path) -> None:
         trained, step = self._prepared.model.adapter, self._state.step
-        lora = self._factors.views(self._factors.masters) | trained.kept
+        lora = self._lora.views(self._lora.masters) | trained.kept
         said = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
         save_adapter(folder, trained.config, lora, said)
 
@@ -340,10 +340,10 @@ class TrainLoop:
         """Raise `TrainingFailure` rather than write factors that are none. A gradient that is not finite is
         found in its step; an update that is too large is not, and the last step has no next one to find
         it."""
-        if all(map(is_finite, (self._factors.masters, *self._optimizer.state().values()))):
+        if all(map(is_finite, (self._lora.masters, *self._optimizer.state().values()))):
             return
         raise TrainingFailure(
-            f"the trained factors are not finite after step {self._state.step}: an update was too large. "
+            f"the LoRA parameters are not finite after step {self._state.step}: an update was too large. "
             "Lower training.learning_rate or training.weight_decay. Nothing of this step is saved."
         )
 

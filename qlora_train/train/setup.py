@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, name_targets
-from qlora_train.adapter.adapter_files import Factors, head_copy, load_fitting
+from qlora_train.adapter.adapter_files import LoraPairs, head_copy, load_fitting
 from qlora_train.adapter.continued_adapter import as_continued
 from qlora_train.adapter.trained_on import TrainedOn, find_base, read_trained_on
 from qlora_train.data.building import OpenData, build_dataset
@@ -67,7 +67,7 @@ class TrainedAdapter:
     head's)."""
 
     config: AdapterConfig
-    kept: Factors
+    kept: LoraPairs
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def attach_lora(
     config = AdapterConfig(
         recipe.model.base, section.rank, section.alpha, section.dropout, use_rslora=section.use_rslora
     )
-    start: Factors = {}
+    start: LoraPairs = {}
     if section.init_from is not None:
         saved, start = load_fitting(Path(section.init_from), [*decoder.linears, HEAD])
         config = replace(config, rank_pattern=saved.rank_pattern, alpha_pattern=saved.alpha_pattern)

@@ -57,7 +57,7 @@ class LayerWalk:
         host: HostMemory | None = None,
         make_loss: type[TiledLoss] = TiledLoss,
     ) -> None:
-        self._decoder, self._factors, self._reference = decoder, lora, reference
+        self._decoder, self._lora, self._reference = decoder, lora, reference
         self._modules = [lora.modules(decoder.linears_of(i)) for i in range(len(decoder.layers))]
         self._lowest = next(i for i, modules in enumerate(self._modules) if modules)
         kernels = decoder.kernels
@@ -71,7 +71,7 @@ class LayerWalk:
         assert plan.num_layers == len(self._decoder.layers)
         self.plan = plan
         self._decoder.weights.hold_dequantized = plan.hold_dequantized
-        self._decoder.tile_mlps(plan.mlp_tile_tokens, self._factors.dropout_context)
+        self._decoder.tile_mlps(plan.mlp_tile_tokens, self._lora.dropout_context)
         self._loss = self._make_loss(self._decoder, plan.loss_tokens)
 
     def accumulate(
@@ -188,11 +188,11 @@ class LayerWalk:
     @contextmanager
     def _dropping(self, keys: DropoutKeys) -> Iterator[None]:
         """Dropout inside uses the masks of one micro-batch."""
-        self._factors.dropout_context.tokens = keys
+        self._lora.dropout_context.tokens = keys
         try:
             yield
         finally:
-            self._factors.dropout_context.tokens = None
+            self._lora.dropout_context.tokens = None
 
 
 def _groups(micro_batches: Sequence[PackedTokens], num_groups: int) -> Iterator[Sequence[PackedTokens]]:

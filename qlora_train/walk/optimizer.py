@@ -73,7 +73,7 @@ class FlatOptimizer:
         lora_b_lr_ratio: float,
         weight_decay: float,
     ) -> None:
-        self._factors = lora
+        self._lora = lora
         num_elements = lora.masters.numel()
         cuts = [0, num_elements] if lora_b_lr_ratio == 1.0 else [0, lora.num_a, num_elements]
         whole = device.is_accelerator or name == "adamw"
@@ -100,7 +100,7 @@ class FlatOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
         self._optimizer.step()
-        self._factors.refresh_working()
+        self._lora.refresh_working()
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's state as named tensors; empty before the first step."""

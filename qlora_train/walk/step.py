@@ -63,7 +63,7 @@ class StepRunner:
         on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, plan, reason: None,
     ) -> None:
         """on_tighter_plan: called with (step, plan, reason) before a step is tried again by that plan."""
-        self.walk, self._decoder, self._factors, self._optimizer = walk, decoder, lora, optimizer
+        self.walk, self._decoder, self._lora, self._optimizer = walk, decoder, lora, optimizer
         self.scale, self._accelerator = scale, accelerator
         self._max_grad_norm, self._seed = max_grad_norm, seed
         self._on_tighter_plan = on_tighter_plan
@@ -76,7 +76,7 @@ class StepRunner:
         """Run one step. num_supervised: supervised tokens of all ranks. Raises `TrainingFailure` at the third
         bad step in a row, `OutOfMemory` if memory runs out and no tighter plan is left; the masters are then
         unchanged."""
-        gradient = self._factors.gradient
+        gradient = self._lora.gradient
         loss_sum = self._walk_within_memory(step, micro_batches, num_supervised)
         if self.scale.value != 1.0:
             gradient.mul_(1.0 / self.scale.value)
@@ -100,7 +100,7 @@ class StepRunner:
         """Walk, and again by tighter plans until every rank has enough memory; returns the loss sum. The
         gradient is that of the last attempt alone."""
         while True:
-            self._factors.gradient.zero_()
+            self._lora.gradient.zero_()
             loss_sum, failure = self._try_walk(step, micro_batches, num_supervised)
             if not self._any_rank(failure is not None):
                 assert loss_sum is not None
@@ -138,7 +138,7 @@ class StepRunner:
     def _any_rank(self, flag: bool) -> bool:
         if self._accelerator.num_processes == 1:
             return flag
-        anywhere = torch.tensor(int(flag), device=self._factors.gradient.device)
+        anywhere = torch.tensor(int(flag), device=self._lora.gradient.device)
         torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
         return bool(anywhere)
 
@@ -164,14 +164,14 @@ class StepRunner:
     def _first_bad_layer(self, micro_batches: Sequence[PackedTokens]) -> str:
         """A message naming the first value that is not finite: LoRA parameters, then layer outputs, then
         gradients from the last layer back."""
-        if not torch.isfinite(self._factors.masters).all():
-            return "the trained factors themselves are not finite: an update was too large"
+        if not torch.isfinite(self._lora.masters).all():
+            return "the LoRA parameters themselves are not finite: an update was too large"
         for tokens in micro_batches:
             layer, _ = first_overflow(self._decoder, tokens)
             if layer is not None:
                 return f"the output of decoder layer {layer} is the first that is not finite"
-        pairs = self._factors.views(self._factors.gradient)
-        for name in reversed(self._factors.names):
+        pairs = self._lora.views(self._lora.gradient)
+        for name in reversed(self._lora.names):
             if not all(torch.isfinite(part).all() for part in pairs[name]):
                 return f"all outputs are finite; going back, the gradient of {name} is the first that is not"
         return "the outputs of all layers and their gradients are finite one by one; their norm is not"

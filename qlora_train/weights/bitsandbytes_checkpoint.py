@@ -98,11 +98,12 @@ def _read_state(
         out_features, in_features = (int(size) for size in state["shape"])
         quantization = Quantization(form, "nested_offset" in state, int(state["blocksize"]))
         offset = torch.tensor(float(state.get("nested_offset", 0.0)))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:  # the last: an infinite size
         raise _damaged(reader, name, f"its quant_state does not parse ({error!r})") from error
     if (
         quantization.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096)
         or state.get("quant_type") != form
+        or not torch.isfinite(offset)
     ):
         raise _damaged(reader, name, f"its quant_state says {state}")
     if quantization.double_quant and (state.get("nested_blocksize"), state.get("nested_dtype")) != (

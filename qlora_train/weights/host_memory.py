@@ -62,7 +62,7 @@ class HostMemory:
         """A new buffer, uint8 [num_bytes], page-aligned. gives_way: it may be unpinned later in favour of a
         buffer that must be pinned."""
         assert num_bytes > 0
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, num_bytes, access=mmap.ACCESS_COPY)  # private, on every system
         return self.adopt(pages, gives_way=gives_way)
 
     def adopt(self, pages: mmap.mmap, *, gives_way: bool = False) -> Tensor:

@@ -142,7 +142,7 @@ def open_quantized_base(
             return base
         begins = f"the quantized cache is damaged ({damage}); quantizing the base again"
     else:
-        begins = "quantization the base, once"
+        begins = "quantizing the base, once"
     with open_weights(base_folder, meta_model) as checkpoint:
         num_bytes = _total_bytes(meta_model, layouts, checkpoint.head_quantization)
         make_root(root)

@@ -1,4 +1,4 @@
-"""All cases by name, suite by suite. Imports no torch: `bench --list` answers at once."""
+"""All cases by name, suite by suite. Imports no torch: `make bench ARGS=--list` answers at once."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def choose(names: Sequence[str], cases: Mapping[str, Case]) -> list[Case]:
     """The named cases, all of them where none is named. Raises `UserError` for a name that is not there."""
     for name in names:
         if name not in cases:
-            raise UserError(f"{name}: no such case; see qlora-train bench --list{nearest(name, cases)}")
+            raise UserError(f"{name}: no such case; see make bench ARGS=--list{nearest(name, cases)}")
     return [cases[name] for name in names] if names else list(cases.values())

@@ -1,4 +1,4 @@
-"""`qlora-train bench`: run named cases, print one table, keep the figures."""
+"""`make bench`: run named cases, print one table, keep the figures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from benchmarks.case import Case
 from benchmarks.cases import CASES, choose
 from benchmarks.machine import describe_machine
 from benchmarks.runner import Bench
-from benchmarks.table import Column, build_table, gib, rate, seconds, share
+from benchmarks.table import Column, build_table, rate, seconds, share
 from qlora_train.errors import QloraTrainError
+from qlora_train.plan.words import gib
 
 COLUMNS = (
     Column("tokens_per_second", "tokens/s", rate),

@@ -1,4 +1,4 @@
-"""Who waits for whom on a GPU: ring, parked tensors and host memory while a stream is made slow.
+"""Who waits for whom on a GPU: ring, offloaded tensors and host memory while a stream is made slow.
 
 A missing wait is a race that a fast machine may win. So the stream that could be overtaken sleeps, and what
 arrives is compared with what was sent.

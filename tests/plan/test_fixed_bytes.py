@@ -22,7 +22,7 @@ from qlora_train.plan.fixed_bytes import (
     fixed_bytes,
     optimizer_state_bytes,
 )
-from qlora_train.plan.host_bytes import MATRICES, PARKED, host_bytes, offloaded_bytes
+from qlora_train.plan.host_bytes import MATRICES, OFFLOADED, host_bytes, offloaded_bytes
 from qlora_train.plan.model_shape import ModelShape, known_shape
 from qlora_train.plan.planned_model import PlannedModel
 from qlora_train.plan.planned_walk import evaluation_peak, step_bytes
@@ -205,7 +205,7 @@ def test_saved_bytes_of_a_layer_by_hand() -> None:
 def test_what_is_parked_is_what_waits_on_the_host(target: DeviceDescription) -> None:
     run = workload("smollm2-135m", num_micro_batches=3, target=target)
     execution = plan(30, policy=ActivationPolicy.OFFLOAD)
-    in_ram = host_bytes(run, execution)[PARKED]
+    in_ram = host_bytes(run, execution)[OFFLOADED]
     assert in_ram == 3 * offloaded_bytes(run, execution)
     assert step_bytes(run, execution).host_bytes == pytest.approx(in_ram, rel=0.01)
 

@@ -18,7 +18,7 @@ from qlora_train.device.description import DeviceDescription, planned_gpu
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.errors import UserError
 from qlora_train.generate.decoding import Sampling, generate_tokens
-from qlora_train.plan.fixed_bytes import KV_CACHE, OPTIMIZER
+from qlora_train.plan.fixed_bytes import KV_CACHE, OPTIMIZER, WORKING
 from qlora_train.plan.generation import GenerationPlan, bare_workload, plan_generation
 from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.model_shape import find_shape, known_shape
@@ -120,7 +120,7 @@ def test_a_trained_model_has_its_factors_but_no_optimizer_state() -> None:
     workload = workload_of(recipe, known_shape("llama-3.1-8b"), GPU)
     plan = plan_generation(workload, GenerateSize(), 24 * GIB, AMPLE)
     causes = plan.phases["generate"]
-    assert causes["factors: working copy"] == 2 * workload.num_lora_parameters and OPTIMIZER not in causes
+    assert causes[WORKING] == 2 * workload.num_lora_parameters and OPTIMIZER not in causes
     assert OPTIMIZER in generate_peak(workload, plan.execution, GenerateSize())
 
 

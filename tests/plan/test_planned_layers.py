@@ -82,7 +82,7 @@ WALKS: dict[str, tuple[tuple[ActivationPolicy, ...], dict[str, Any], dict[str, A
     "recompute": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {}),
     "mixed": ((RECOMPUTE, KEEP, OFFLOAD, RECOMPUTE), {"num_micro_batches": 3}, {"num_groups": 2}),
     "tiles": ((RECOMPUTE, KEEP, RECOMPUTE, KEEP), {"dropout": True}, {"mlp_tile_tokens": 24}),
-    "parked inputs": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {"inputs": Placement.RAM}),
+    "inputs in RAM": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {"inputs": Placement.RAM}),
 }
 
 

@@ -233,7 +233,7 @@ def test_ranks_of_a_machine_divide_its_ram_and_have_the_base_once() -> None:
         for cause in together.host.keys() - {SLABS, MATRICES}:
             assert together.host[cause] == 2 * alone.host[cause]
         assert together.peak_ram_bytes == sum(together.host.values())
-        in_ram = [row for row in together.rows() if row.place in ("RAM", "pinned RAM")]
+        in_ram = [row for row in together.entries() if row.place in ("RAM", "pinned RAM")]
         load = sum(row.num_bytes for row in in_ram if row.phase == "load")
         assert load - sum(together.host[c] for c in (SLABS, MATRICES, PROCESS)) == ROWS_BYTES
     one_copy = planned(8, base, HostBudget(60 * GIB, 2048 * GIB, machine=Machine(2, 1)))

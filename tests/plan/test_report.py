@@ -76,7 +76,7 @@ def test_documents_that_are_not_known_are_said() -> None:
 
 def test_streamed_layers_show_up_as_pinned_ram() -> None:
     plan = plan_of("meta-llama/Llama-3.1-8B", 80, weights="ram")
-    pinned = {row.cause: row.num_bytes for row in plan.rows() if row.place == "pinned RAM"}
+    pinned = {row.cause: row.num_bytes for row in plan.entries() if row.place == "pinned RAM"}
     assert pinned["quantized layers"] > 3 * GIB and pinned["embedding and head"] > 1.9 * GIB
 
 

@@ -33,15 +33,15 @@ def golden_run(base: Path, train_file: Path, tmp_path: Path, kernels: str) -> li
     return losses_of(result.run_dir)
 
 
-@pytest.mark.parametrize("quantization", [True, False])
-def test_a_tiny_task_is_learnt(tmp_path: Path, base: Path, quantization: bool) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_tiny_task_is_learnt(tmp_path: Path, base: Path, packing: bool) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", reversal_rows(60, letters="ab"))
     result = run(
         base,
         rows,
         tmp_path / "run",
         lora={"rank": 8, "alpha": 16},
-        data={"quantization": quantization, "eval": 0.1},
+        data={"packing": packing, "eval": 0.1},
         training={"max_steps": 60, "learning_rate": 2e-2, "eval_every": 25},
     )
     losses = losses_of(result.run_dir)

@@ -134,7 +134,7 @@ MUTANTS = [
         "a walk that ran out of memory is freed while it is copied",
         LayerWalk,
         "abort",
-        "self._remembered.park.drain()",
+        "self._activations.offloader.synchronize()",
         "out of memory while activations leave",
     ),
 ]

@@ -96,7 +96,7 @@ def buffers_of_other_sizes() -> None:
     for num_elements in (1000, 5000, 20_000):
         back = offload.offload(torch.ones(num_elements, device=device.torch)).take()
         assert back.numel() == num_elements
-    offload.drain()
+    offload.synchronize()
 
 
 def out_of_memory_while_activations_leave() -> None:

@@ -1,7 +1,7 @@
 """Whole training runs on a simulated GPU (tests/simulated_gpu), through the front door.
 
 Each run is the CPU's, bit for bit, when the CPU is told to take the kernels that a GPU takes: so whatever is
-copied, parked, streamed or recomputed on the way changes nothing. The simulator fails a test for accesses
+copied, offloaded, streamed or recomputed on the way changes nothing. The simulator fails a test for accesses
 without an order, and counts what makes the host wait.
 """
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 
-from benchmarks.table import Column, Row, build_table, gib, median_figures, rate
+from benchmarks.table import Column, Row, build_table, median_figures, rate
 from rich.console import Console
+
+from qlora_train.plan.words import gib
 
 COLUMNS = (
     Column("tokens_per_second", "tokens/s", rate),

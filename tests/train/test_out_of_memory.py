@@ -88,8 +88,8 @@ def test_the_redone_step_is_the_step(
     outcome = tried.run(4, BATCHES, NUM_SUPERVISED, 1e-3)
     assert told == [(4, "1 more layers are recomputed")]
     assert outcome == expected
-    assert torch.equal(tried._factors.gradient, plain._factors.gradient)
-    assert torch.equal(tried._factors.masters, plain._factors.masters)
+    assert torch.equal(tried._lora.gradient, plain._lora.gradient)
+    assert torch.equal(tried._lora.masters, plain._lora.masters)
     assert tried.walk.plan.activations == (RECOMPUTE, RECOMPUTE, OFFLOAD)
 
 
@@ -123,11 +123,11 @@ def test_when_nothing_helps_the_masters_are_those_of_before(
 ) -> None:
     told: list[tuple[int, str]] = []
     tried, _ = runner(folder, resident_plan(KEEP, KEEP, KEEP, loss_tokens=512), told)
-    before = tried._factors.masters.clone()
+    before = tried._lora.masters.clone()
     run_out(monkeypatch, set(range(1, 10_000)), ERRORS["cuda"])
     with pytest.raises(OutOfMemory, match=r"in step 7, and no tighter plan is left \(CUDA out of memory"):
         tried.run(7, BATCHES, NUM_SUPERVISED, 1e-3)
-    assert torch.equal(tried._factors.masters, before)
+    assert torch.equal(tried._lora.masters, before)
     assert [change for _, change in told] == [
         "2 more layers are recomputed",
         "1 more layers are recomputed",

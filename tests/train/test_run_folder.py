@@ -64,6 +64,19 @@ def test_a_runs_folder_is_its_output_folder_wherever_it_lies(tmp_path: Path, fol
     assert load_recipe(moved, ["training.output_dir=x"]).training.output_dir == "x"
 
 
+def test_a_run_of_an_older_version_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    (folder / "recipe.yaml").write_text("model: {base: b}\ndata: {train: t}\ntraining: {samples: 3}\n")
+    with pytest.raises(RecipeError, match="samples(.|\n)*run: an older version of qlora_train"):
+        load_recipe(folder)
+    (folder / "recipe.yaml").write_text("model: {base: b}\ndata: {train: t}\n")
+    with pytest.raises(RecipeError, match="steps") as refused:
+        load_recipe(folder, ["training.steps=3"])
+    assert "older version" not in str(refused.value)
+
+
 @pytest.mark.parametrize("root", ["/", "/tmp/..", "//"])
 def test_the_root_is_no_run_folder(tmp_path: Path, root: str) -> None:
     with pytest.raises(RecipeError, match="output_dir: is the root of the file system"):

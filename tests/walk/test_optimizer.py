@@ -17,7 +17,7 @@ NAMES = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 SIZES = (160, 96)  # A and B both above the 4,096 elements from which bitsandbytes keeps 8-bit state
 
 
-def make_factors(dtype: torch.dtype = torch.float32) -> LoraParameters:
+def make_lora(dtype: torch.dtype = torch.float32) -> LoraParameters:
     linears = {f"layer{i}": FrozenLinear(f"layer{i}", *SIZES) for i in range(3)}
     lora = LoraParameters(linears, rank=16, scaling=1.0, dropout=0.0, seed=0, dtype=dtype, device="cpu")
     lora.masters[lora.num_a :] = 0.1
@@ -38,14 +38,14 @@ def run(optimizer: FlatOptimizer, lora: LoraParameters, steps: range) -> None:
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_state_goes_on_to_the_bit(name: str, ratio: float) -> None:
-    straight = make_factors()
+    straight = make_lora()
     run(make(name, straight, ratio), straight, range(9))
 
-    before = make_factors()
+    before = make_lora()
     first = make(name, before, ratio)
     run(first, before, range(4))
     saved = {key: value.clone() for key, value in first.state().items()}
-    after = make_factors()
+    after = make_lora()
     after.masters.copy_(before.masters)
     second = make(name, after, ratio)
     second.load_state(saved)
@@ -55,7 +55,7 @@ def test_a_loaded_state_goes_on_to_the_bit(name: str, ratio: float) -> None:
     assert torch.equal(after.masters, straight.masters)
     assert all(torch.equal(second.state()[key], value) for key, value in saved.items() if "qmap" in key)
 
-    forgetful = make_factors()
+    forgetful = make_lora()
     forgetful.masters.copy_(before.masters)
     run(make(name, forgetful, ratio), forgetful, range(4, 9))
     assert not torch.equal(forgetful.masters, straight.masters)
@@ -63,7 +63,7 @@ def test_a_loaded_state_goes_on_to_the_bit(name: str, ratio: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_8_bit_optimizers_have_8_bit_moments(name: str) -> None:
-    lora = make_factors()
+    lora = make_lora()
     optimizer = make(name, lora)
     assert optimizer.state() == {}
     run(optimizer, lora, range(1))
@@ -74,7 +74,7 @@ def test_only_the_8_bit_optimizers_have_8_bit_moments(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit"])
 def test_state_in_managed_memory_is_counted(name: str) -> None:
-    lora = make_factors()
+    lora = make_lora()
     optimizer = make(name, lora)
     run(optimizer, lora, range(1))
     assert optimizer.managed_bytes == 0  # no such memory without CUDA
@@ -86,7 +86,7 @@ def test_state_in_managed_memory_is_counted(name: str) -> None:
 
 
 def test_adamw_is_torchs_on_the_flat_vector() -> None:
-    lora = make_factors()
+    lora = make_lora()
     expected = nn.Parameter(lora.masters.clone())
     library = torch.optim.AdamW([expected], weight_decay=0.01)
     optimizer = make("adamw", lora)
@@ -101,7 +101,7 @@ def test_adamw_is_torchs_on_the_flat_vector() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_is_adamw(name: str) -> None:
     """8-bit moments are within 5 % of the path of exact ones, 32-bit moments within rounding."""
-    start, exact, lora = make_factors().masters, make_factors(), make_factors()
+    start, exact, lora = make_lora().masters, make_lora(), make_lora()
     run(make("adamw", exact), exact, range(6))
     run(make(name, lora), lora, range(6))
     moved = (exact.masters - start).norm()
@@ -110,7 +110,7 @@ def test_every_optimizer_is_adamw(name: str) -> None:
 
 
 def test_lora_plus_gives_b_its_own_rate() -> None:
-    lora = make_factors()
+    lora = make_lora()
     num_a, ratio = lora.num_a, 16.0
     a = nn.Parameter(lora.masters[:num_a].clone())
     b = nn.Parameter(lora.masters[num_a:].clone())
@@ -129,7 +129,7 @@ def test_lora_plus_gives_b_its_own_rate() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_decay_shrinks_the_masters_by_rate_times_decay(name: str) -> None:
-    lora = make_factors()
+    lora = make_lora()
     before = lora.masters.clone()
     optimizer = make(name, lora, weight_decay=0.5)
     lora.gradient.zero_()
@@ -138,7 +138,7 @@ def test_weight_decay_shrinks_the_masters_by_rate_times_decay(name: str) -> None
 
 
 def test_a_step_refreshes_the_working_copy_and_keeps_the_gradient() -> None:
-    lora = make_factors(torch.bfloat16)
+    lora = make_lora(torch.bfloat16)
     optimizer = make("adamw", lora)
     run(optimizer, lora, range(1))
     assert torch.equal(lora.working, lora.masters.to(torch.bfloat16))
@@ -148,11 +148,11 @@ def test_a_step_refreshes_the_working_copy_and_keeps_the_gradient() -> None:
 
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [("adamw", "adamw_8bit"), ("paged_adamw_8bit", "adamw")])
 def test_another_optimizers_state_is_refused(saved_by: str, loaded_by: str) -> None:
-    lora = make_factors()
+    lora = make_lora()
     optimizer = make(saved_by, lora)
     run(optimizer, lora, range(1))
     with pytest.raises(UserError, match="another optimizer"):
-        make(loaded_by, make_factors()).load_state(optimizer.state())
+        make(loaded_by, make_lora()).load_state(optimizer.state())
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit"])
@@ -160,7 +160,7 @@ def test_slices_change_no_bit(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
     results = []
     for slice_elements in (4096, 2**20):
         monkeypatch.setattr(optimizer_module, "CPU_SLICE_ELEMENTS", slice_elements)
-        lora = make_factors()
+        lora = make_lora()
         optimizer = make(name, lora)
         for step in range(3):
             lora.gradient.normal_(0, 1, generator=torch.Generator().manual_seed(step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -75,6 +76,8 @@ def damage_state(parts: dict[str, torch.Tensor], **changes: object) -> None:
         lambda p: p.update({f"{NAME}.quant_map": torch.zeros(16)}),
         lambda p: p.update({f"{NAME}.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)}),
         lambda p: damage_state(p, shape=[24, 64]),
+        lambda p: damage_state(p, shape=[math.inf, 128]),
+        lambda p: damage_state(p, nested_offset=math.nan),
         lambda p: damage_state(p, blocksize=48),
         lambda p: damage_state(p, nested_blocksize=128),
         lambda p: p.pop(f"{NAME}.quant_state.bitsandbytes__nf4"),

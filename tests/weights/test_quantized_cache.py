@@ -151,7 +151,7 @@ def test_a_second_start_reads_and_says_nothing(
 ) -> None:
     said: list[str] = []
     first = opened(root, original, log=said.append)
-    assert len(said) == 1 and "quantization the base, once" in said[0] and str(first.folder) in said[0]
+    assert len(said) == 1 and "quantizing the base, once" in said[0] and str(first.folder) in said[0]
     before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     no_quantization()
     assert opened(root, original, log=said.append) == first

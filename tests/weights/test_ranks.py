@@ -91,7 +91,7 @@ def test_two_ranks_hold_what_waits_in_ram_once(tmp_path: Path, base: Path) -> No
 def test_one_rank_quantizes_and_the_other_reads(tmp_path: Path, base: Path, *, keeps: bool) -> None:
     before = set(cache_root().glob("*"))
     first, second = loaded(base, tmp_path / "meeting", tmp_path / "cache" if keeps else None, shares=True)
-    assert len(first["said"]) == 1 and first["said"][0].startswith("quantization the base, once")
+    assert len(first["said"]) == 1 and first["said"][0].startswith("quantizing the base, once")
     assert second["said"] == []
     assert first["sums"] == second["sums"] and first["fingerprint"] == second["fingerprint"]
     assert set(cache_root().glob("*")) == before

@@ -83,7 +83,7 @@ def ring_of(reader: Reader, num_slots: int, *, poison: bool = True) -> Iterator[
         ring.close()
 
 
-def settle(ring: Ring) -> None:
+def read_all(ring: Ring) -> None:
     """Wait until the worker has done all that was asked of it so far."""
     ring._worker.submit(lambda: None).result(PATIENCE_S)
 
@@ -153,7 +153,7 @@ def test_slots_hold_the_next_different_items_and_reads_follow_from_that() -> Non
                 ring.acquire(item)
                 assert next_different(order[start:], num_slots) <= present_in(ring)
                 ring.release(item)
-            settle(ring)
+            read_all(ring)
         assert ring.num_reads == len(reader.asked) == reads_by_the_rule(order, num_slots), (order, num_slots)
         assert ring.num_reads >= fewest_reads(order, num_slots)
 
@@ -191,7 +191,7 @@ def test_whoever_looks_later_sees_poison_or_another_item() -> None:
             for item in order:
                 kept[item] = ring.acquire(item)[1]
                 ring.release(item)
-                settle(ring)
+                read_all(ring)
                 for gone in kept.keys() - present_in(ring):
                     seen = kept[gone]
                     others = [i for i in present_in(ring) if torch.equal(seen[: len(content(i))], content(i))]
@@ -223,7 +223,7 @@ def test_half_an_item_is_poison() -> None:
         ring.set_schedule([4])
         with pytest.raises(DiskError):
             ring.acquire(4)
-        settle(ring)
+        read_all(ring)
         assert torch.equal(ring._slots[0], POISON)
 
 
@@ -248,10 +248,10 @@ def test_it_reads_ahead_while_an_item_is_in_use() -> None:
     with ring_of(reader, num_slots=3) as ring:
         ring.set_schedule(zigzag(6))
         ring.acquire(0)
-        settle(ring)
+        read_all(ring)
         assert reader.asked == [0, 1, 2]
         ring.release(0)
-        settle(ring)
+        read_all(ring)
         assert reader.asked == [0, 1, 2, 3]  # announced first, read first
 
 
@@ -269,7 +269,7 @@ def test_a_new_order_in_the_middle_of_reads() -> None:
         for item in (2, 7):
             part = content(item)
             assert torch.equal(use(ring, item)[: len(part)], part)
-        settle(ring)
+        read_all(ring)
         assert reader.asked.count(2) == 1
         assert ring.num_reads == len(reader.asked)
 
@@ -326,7 +326,7 @@ def test_a_read_that_fails_for_good_fails_every_time_and_stops_nothing_else() ->
 def test_a_failure_that_nobody_asks_for_is_nobodys() -> None:
     with ring_of(Reader(failures={1: 1}), num_slots=2) as ring:
         ring.set_schedule([0, 1])
-        settle(ring)
+        read_all(ring)
         ring.set_schedule([3, 4])  # 1 has failed, and goes unused
         use(ring, 3)
         use(ring, 4)

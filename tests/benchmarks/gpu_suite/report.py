@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.gpu_suite.stages import Stage
-from benchmarks.table import Column, Row, build_table, gib, rate, seconds, share
+from benchmarks.table import Column, Row, build_table, rate, seconds, share
+from qlora_train.plan.words import gib
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 WIDTH = 220
