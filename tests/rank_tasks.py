@@ -154,4 +154,4 @@ def _proportional_bytes() -> dict[str, int]:
     """Of this process, pages that several map divided among them (PSS)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     pairs = (line.split(":") for line in lines)
-    return {k: int(v.split()[0]) * 1024 for k, v in pairs if k in ("Pss", "Pss_Anon", "Pss_Shmem")}
+    return {k: int(v.split()[0]) * 1024 for k, v in pairs if k in ("Pss_Anon", "Pss_Shmem")}

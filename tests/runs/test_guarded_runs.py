@@ -187,8 +187,8 @@ def test_factors_that_are_not_finite_are_not_written(
     """The loss of the last step is that of before its update: no next step would notice."""
 
     def too_large_a_step(self: FlatOptimizer, learning_rate: float) -> None:
-        self._factors.masters.mul_(float("inf"))
-        self._factors.refresh_working()
+        self._lora.masters.mul_(float("inf"))
+        self._lora.refresh_working()
 
     monkeypatch.setattr(FlatOptimizer, "step", too_large_a_step)
     values = values_of(base, train_file, tmp_path / "run", max_steps=max_steps, save_every=None)
