@@ -63,7 +63,7 @@ def measured(
             forward(x)
 
     def recompute() -> None:
-        with decoder.skipping_output(index):
+        with decoder.running_again(index):
             y = forward(x.detach().requires_grad_())
         y.backward(gradient)
 
@@ -110,14 +110,14 @@ def cpu_model(workload: Workload) -> tuple[FrozenDecoder, LoraParameters]:
     meta_model = MetaModel(shape.config, dtype)
     source = ResidentWeights(meta_model.layouts(quantization), THE_CPU.description.dequantize_kernel)
     for index, path in enumerate(meta_model.layer_paths):
-        for name, size in meta_model.linear_shapes(index).items():
+        for name, size in dict(meta_model.layer_shapes(index).items()).items():
             layout = quantized_layout(quantization, size, dtype)
             tensors = {key: torch.zeros(of, dtype=kind) for key, (kind, of) in layout.items()}
             source.quantized[f"{path}.{name}"] = QuantizedWeight(quantization, size, tensors)
     plain = {name: torch.ones(size, dtype=dtype) for name, size in meta_model.plain_shapes.items()}
     matrix = ResidentMatrix(torch.zeros(meta_model.matrix_shape, dtype=dtype), 40)
     decoder = meta_model.materialize(source, plain, matrix, matrix, THE_CPU)
-    decoder.skippable_linear, found = shape.probed.skippable_linear, shape.probed
+    decoder.skippable, found = shape.probed.skippable, shape.probed
     if not workload.reference:
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     lora = LoraParameters(

@@ -131,7 +131,7 @@ def load_tiny(
 ) -> tuple[FrozenDecoder, LoraParameters]:
     """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears."""
     decoder = load_base(folder, quantization, dtype, THE_CPU, plan=plan, poison=True)
-    decoder.skippable_linear = _tail_name(str(folder))
+    decoder.skippable = _skippable(str(folder))
     lora = LoraParameters(
         decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu"
     )
@@ -142,8 +142,8 @@ def load_tiny(
 
 
 @cache
-def _tail_name(folder: str) -> str | None:
-    return probe(read_config(Path(folder))).skippable_linear
+def _skippable(folder: str) -> tuple[str, ...]:
+    return probe(read_config(Path(folder))).skippable
 
 
 def resident_plan(*activations: ActivationPolicy, **changes: Any) -> ExecutionPlan:

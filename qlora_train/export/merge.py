@@ -126,6 +126,7 @@ class MergedWeights:
         self._quantization, self._cached = quantization, cached
         self._config, lora = adapter
         self._is_quantized_already: set[str] = set()
+        self._quantized: dict[tuple[int, str], QuantizedWeight] = {}
         names = (name for name in self._reader.names() if not is_bitsandbytes_constant(name))
         self.shapes = {name: self._shape_of(name) for name in names}
         if self._is_quantized_already and quantization is None:
@@ -141,7 +142,7 @@ class MergedWeights:
                 self.shapes[self._head] = self.shapes[self._head_source]
         self._lora = self._match(lora)
         is_quantized = quantization is not None and quantization.is_quantized
-        self.dequantized = self._is_quantized_already | (checkpoint.linears.keys() if is_quantized else set())
+        self.dequantized = self._is_quantized_already | (checkpoint.parts.keys() if is_quantized else set())
 
     @property
     def changes_head(self) -> bool:
@@ -164,23 +165,40 @@ class MergedWeights:
         if name not in self.dequantized:
             yield from self._reader.row_blocks(name, BLOCK_BYTES)
             return
-        quantized = self._quantize(name)
-        num_rows = max(1, BLOCK_BYTES // 2 // quantized.shape[1])
-        for start in range(0, quantized.shape[0], num_rows):
-            stop = min(start + num_rows, quantized.shape[0])
-            yield start, stop, quantized.dequantize_rows(start, stop, torch.float32)
+        quantized, first = self._quantize(name)
+        size = self.shapes[name]
+        rows_of_one = math.prod(size[1:-1])  # several where all experts are one tensor
+        step = max(1, BLOCK_BYTES // 2 // (rows_of_one * quantized.shape[1]))
+        for start in range(0, size[0], step):
+            stop = min(start + step, size[0])
+            begin, end = (first + index * rows_of_one for index in (start, stop))
+            rows = quantized.dequantize_rows(begin, end, torch.float32)
+            yield start, stop, rows.view(stop - start, *size[1:])
 
-    def _quantize(self, name: str) -> QuantizedWeight:
+    def _quantize(self, name: str) -> tuple[QuantizedWeight, int]:
+        """The quantized weight that a tensor is, or is a part of, and the tensor's first row in it."""
         if name in self._is_quantized_already:
             quantized = read_bitsandbytes_weight(self._reader, name)
             assert quantized is not None
-            return quantized
+            return quantized, 0
+        part = self._checkpoint.parts[name]
         if self._cached is not None:
-            return self._cached.get(*self._checkpoint.linears[name])
+            return self._cached.get(part.layer, part.weight), part.start
+        if (part.layer, part.weight) not in self._quantized:  # experts of one layer are next to each other
+            self._quantized = {key: w for key, w in self._quantized.items() if key[0] == part.layer}
+            self._quantized[part.layer, part.weight] = self._quantize_whole(part.layer, part.weight)
+        weight = self._quantized[part.layer, part.weight]
+        if weight.shape[0] == part.stop - part.start:  # the whole of it: nothing else asks for it
+            del self._quantized[part.layer, part.weight]
+        return weight, part.start
+
+    def _quantize_whole(self, layer: int, weight: str) -> QuantizedWeight:
         assert self._quantization is not None
-        out_features, in_features = self.shapes[name]
-        blocks = (rows for _, _, rows in self._reader.row_blocks(name, BLOCK_BYTES))
-        return quantize(blocks, (out_features, in_features), self._quantization, name=name)
+        meta_model = self._checkpoint.meta_model
+        shapes = dict(meta_model.layer_shapes(layer).items())
+        name = meta_model.parameter_name(layer, weight)
+        rows = self._checkpoint.weight_rows(name, BLOCK_BYTES)
+        return quantize(rows, shapes[weight], self._quantization, name=name)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         info = self._reader.info(name)

@@ -29,8 +29,8 @@ passes that it does not know is an error, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,7 @@ from qlora_train.kernels.blocked_attention import LONGEST, causal_attention
 from qlora_train.kernels.document_gather import gather_documents, scatter_documents
 from qlora_train.kernels.planned_sdpa import planned_sdpa
 from qlora_train.kernels.varlen_attention import VarlenAttention, varlen_for
+from qlora_train.model.attention_sinks import with_sink_columns, with_sink_token
 
 NAME = "qlora_train_packed"
 
@@ -97,7 +98,8 @@ class DocumentLayout:
     buckets: one index tensor [num_documents, length] per length class, right-padded with a valid position.
     inverse: [T], where each token of the row stands in the concatenation of the flattened buckets.
     cu_seqlens: int32 [num_documents + 1], the boundaries on the device. longest: tokens of the longest
-    document.
+    document. expert_counts: rows of every expert by the experts' name, as the layers' last forward pass had
+    them (frozen_experts.py).
     """
 
     boundaries: tuple[int, ...]
@@ -105,6 +107,7 @@ class DocumentLayout:
     inverse: Tensor
     cu_seqlens: Tensor
     longest: int
+    expert_counts: dict[str, list[int]] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(boundaries: np.ndarray, device: torch.device | str) -> DocumentLayout:
@@ -163,13 +166,15 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' calling convention.
 
     Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d]. Decoding:
     `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them
-    real. Returns ([B, T, Hq, d], None). Raises `UnsupportedModelError` for arguments it does not know.
+    real. s_aux: sinks [Hq] (attention_sinks.py). Returns ([B, T, Hq, d], None). Raises
+    `UnsupportedModelError` for arguments it does not know.
     """
     unknown = {name for name, v in kwargs.items() if v is not None} - _INERT_ARGUMENTS
     if unknown or attention_mask is not None or dropout:
@@ -184,12 +189,12 @@ def packed_attention(
             f"{type(module).__name__} does not hand the document boundaries on to its attention function: "
             "packed documents would see each other"
         )
-    rule = _ScoreRule(scaling, sliding_window, softcap)
+    rule = _ScoreRule(scaling, sliding_window, softcap, s_aux)
     kernels, varlen = attention_kernels, attention_kernels.varlen
     if kv_lengths is not None:
         return _decode(query, key, value, kv_lengths, rule, kernels).transpose(1, 2).contiguous(), None
     assert documents is not None
-    if varlen is not None and varlen.serves(query, key, value, softcap):
+    if varlen is not None and s_aux is None and varlen.serves(query, key, value, softcap):
         boundaries, longest = documents.cu_seqlens, documents.longest
         return varlen.attend(query, key, value, boundaries, longest, scaling, sliding_window), None
     return _by_document(query, key, value, documents, rule, kernels), None
@@ -200,11 +205,12 @@ AttentionInterface.register(NAME, packed_attention)
 
 @dataclass(frozen=True)
 class _ScoreRule:
-    """What a family does to the scores: their scale, how far back a query sees, tanh capping."""
+    """What a family does to the scores: their scale, how far back a query sees, tanh capping, sinks."""
 
     scaling: float | None
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 def _by_document(
@@ -228,6 +234,8 @@ def _by_document(
 def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: AttentionKernels) -> Tensor:
     """Causal attention of a right-padded batch of documents; q [N, Hq, n, d] -> [N, Hq, n, d]."""
     length = q.shape[2]
+    if rule.sinks is not None:
+        return _causal_with_sinks(q, k, v, rule, kernels)
     if rule.window is None or length <= rule.window:
         if rule.softcap is None and kernels.blocks_documents and length <= LONGEST:
             return causal_attention(q, k, v, q.shape[3] ** -0.5 if rule.scaling is None else rule.scaling)
@@ -235,17 +243,44 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: Attentio
             return _sdpa(q, k, v, rule, kernels, mask=None, is_causal=True)
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         return _capped(q, k, v, rule, kernels, mask)
+    attend = _sdpa if rule.softcap is None else _capped
+    blocks = [
+        attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], rule, kernels, mask)
+        for rows, columns, mask in _window_blocks(length, rule.window, q.device)
+    ]
+    return torch.cat(blocks, dim=2)
+
+
+def _window_blocks(length: int, window: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of queries, the keys that any of them sees, and which of them does."""
+    for start in range(0, length, window):
+        rows = slice(start, min(start + window, length))
+        columns = slice(max(0, start - window + 1), rows.stop)
+        places = torch.arange(rows.stop, device=device)
+        distance = places[rows][:, None] - places[columns]
+        yield rows, columns, (distance >= 0) & (distance < window)
+
+
+def _causal_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: AttentionKernels
+) -> Tensor:
+    """`_causal` of heads with sinks, one more key in front of each document."""
+    assert rule.sinks is not None
+    if rule.softcap is not None:
+        raise UnsupportedModelError("attention with sinks and capped scores")
+    sinks, (length, width), scale = rule.sinks, q.shape[2:], rule.scaling or q.shape[3] ** -0.5
+    rule = replace(rule, scaling=scale)
+    q, k, v = with_sink_columns(q, k, v, sinks, scale)
+    if rule.window is None or length <= rule.window:
+        front = q.new_zeros(*q.shape[:2], 1, q.shape[3])  # keeps queries and keys on one diagonal
+        keys, values = with_sink_token(k, v)
+        y = _sdpa(torch.cat([front, q], dim=2), keys, values, rule, kernels, mask=None, is_causal=True)
+        return y[:, :, 1:, :width]
     blocks = []
-    for start in range(0, length, rule.window):
-        stop, first = min(start + rule.window, length), max(0, start - rule.window + 1)
-        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(
-            first, stop, device=q.device
-        )
-        mask = (distance >= 0) & (distance < rule.window)
-        attend = _sdpa if rule.softcap is None else _capped
-        blocks.append(
-            attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], rule, kernels, mask)
-        )
+    for rows, columns, mask in _window_blocks(length, rule.window, q.device):
+        keys, values = with_sink_token(k[:, :, columns], v[:, :, columns])
+        seen = F.pad(mask, (1, 0), value=True)
+        blocks.append(_sdpa(q[:, :, rows], keys, values, rule, kernels, seen)[..., :width])
     return torch.cat(blocks, dim=2)
 
 
@@ -257,7 +292,13 @@ def _decode(
     if rule.window is not None:
         mask &= distance < rule.window
     attend = _sdpa if rule.softcap is None else _capped
-    return attend(q, k, v, rule, kernels, mask[:, None, None, :])
+    if rule.sinks is None:
+        return attend(q, k, v, rule, kernels, mask[:, None, None, :])
+    width, scale = q.shape[3], rule.scaling or q.shape[3] ** -0.5
+    q, k, v = with_sink_columns(q, k, v, rule.sinks, scale)
+    keys, values = with_sink_token(k, v)
+    seen = F.pad(mask, (1, 0), value=True)[:, None, None, :]
+    return _sdpa(q, keys, values, replace(rule, scaling=scale), kernels, seen)[..., :width]
 
 
 def _sdpa(

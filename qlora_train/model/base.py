@@ -29,7 +29,9 @@ from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
 from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.layer_buffer import LayerBufferLayout
+from qlora_train.model.frozen_experts import NAME as EXPERTS_NAME
+from qlora_train.model.frozen_experts import FrozenExperts, freeze_experts, is_experts
+from qlora_train.model.layer_buffer import LayerBufferLayout, LayerShapes
 from qlora_train.model.linear import FrozenLinear
 from qlora_train.model.vocab_matrix import VocabMatrix
 from qlora_train.model.weight_store import WeightStore
@@ -47,6 +49,8 @@ _MOST = {
     "max_position_embeddings": 10**9,
 }
 """Sizes in a config.json beyond any model's."""
+MAX_PLAIN_SHARE = 1 / 16
+"""Of a layer's quantized numbers: the most that one other matrix of it may have."""
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -86,7 +90,10 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         init_empty_weights(include_buffers=False),
     ):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            deepcopy(config), dtype=dtype, attn_implementation=attention.NAME
+            deepcopy(config),
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            experts_implementation=EXPERTS_NAME,
         )
     decoder = model.get_decoder()
     if not all(hasattr(decoder, part) for part in ("layers", "embed_tokens", "norm")):
@@ -115,7 +122,8 @@ class MetaModel:
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
     tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
-    layer buffers. Raises `UnsupportedModelError` where layers hold matrices that are not linears.
+    layer buffers, and buffers that checkpoints hold (stored_buffers: their dtypes). Raises
+    `UnsupportedModelError` where layers hold large matrices that are neither linears nor experts.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -133,6 +141,11 @@ class MetaModel:
         self.plain_shapes = {
             name: tuple(p.shape) for name, p in self.model.named_parameters() if name not in matrices
         }
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.stored_buffers = {
+            name: buffer.dtype for name, buffer in self.model.state_dict().items() if name not in parameters
+        }
+        self.plain_shapes |= {name: tuple(self.model.get_buffer(name).shape) for name in self.stored_buffers}
 
     @property
     def is_tied(self) -> bool:
@@ -144,23 +157,32 @@ class MetaModel:
         rows, columns = self.model.get_parameter(self.embedding_name).shape
         return rows, columns
 
-    def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
-        """Name within the layer -> (out, in) of every linear, in module order."""
-        module = self.model.get_submodule(self.layer_paths[layer])
-        return {
-            name: (linear.out_features, linear.in_features)
-            for name, linear in module.named_modules()
-            if isinstance(linear, FrozenLinear)
-        }
+    def layer_shapes(self, layer: int) -> LayerShapes:
+        """Sizes of a layer's quantized weights, in module order."""
+        linears, experts = [], []
+        for name, module in self.model.get_submodule(self.layer_paths[layer]).named_modules():
+            if isinstance(module, FrozenLinear):
+                linears.append((name, (module.out_features, module.in_features)))
+            elif isinstance(module, FrozenExperts):
+                path = name.removesuffix(".frozen")
+                experts += [
+                    (f"{path}.{matrix}", shape, module.num_experts)
+                    for matrix, shape in module.stacked_shapes().items()
+                ]
+        return LayerShapes(tuple(linears), tuple(experts))
+
+    def parameter_name(self, layer: int, weight: str) -> str:
+        """The name in transformers' model of a layer's quantized weight."""
+        name = f"{self.layer_paths[layer]}.{weight}"
+        return f"{name}.weight" if weight in dict(self.layer_shapes(layer).linears) else name
 
     def layouts(self, quantization: Quantization) -> list[LayerBufferLayout]:
         """The layer buffer of every layer; layers of equal shapes share one object."""
-        known: dict[LayerBufferLayout, LayerBufferLayout] = {}
-        layouts = [
-            LayerBufferLayout.of(self.linear_shapes(i), quantization, self.dtype)
-            for i in range(len(self.layer_paths))
-        ]
-        return [known.setdefault(layout, layout) for layout in layouts]
+        known: dict[LayerShapes, LayerBufferLayout] = {}
+        shapes = [self.layer_shapes(i) for i in range(len(self.layer_paths))]
+        for layer in shapes:
+            known.setdefault(layer, layer.layout(quantization, self.dtype))
+        return [known[layer] for layer in shapes]
 
     def materialize(
         self,
@@ -185,10 +207,12 @@ class MetaModel:
         """The same as a class of its own."""
         for name in self.plain_shapes:
             owner, _, attribute = name.rpartition(".")
-            parameter = nn.Parameter(plain[name], requires_grad=False)
-            setattr(self.model.get_submodule(owner), attribute, parameter)
+            value = plain[name]
+            if name not in self.stored_buffers:
+                value = nn.Parameter(value, requires_grad=False)
+            setattr(self.model.get_submodule(owner), attribute, value)
         for module in self.model.modules():
-            if isinstance(module, FrozenLinear):
+            if isinstance(module, FrozenLinear | FrozenExperts):
                 module.source = source
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device.torch))
@@ -196,14 +220,21 @@ class MetaModel:
 
 
 def swap_linears(model: PreTrainedModel) -> str:
-    """Replace every nn.Linear in the decoder layers by a FrozenLinear; returns the layers' module path.
+    """Replace every nn.Linear in the decoder layers by a FrozenLinear, and experts' weights by FrozenExperts;
+    returns the layers' module path.
 
-    Refuses layers with other weight matrices."""
+    Refuses layers with large matrices besides: what is small (routers, convolutions) stays unquantized."""
     layers = model.get_decoder().layers
     path = next(name for name, module in model.named_modules() if module is layers)
+    sizes = dict.fromkeys(range(len(layers)), 0)
     for name, module in list(layers.named_modules()):
+        layer = int(name.partition(".")[0] or 0)
+        if is_experts(module):
+            experts = freeze_experts(f"{path}.{name}", module)
+            sizes[layer] += sum(rows * columns for rows, columns in experts.stacked_shapes().values())
         if type(module) is not nn.Linear:
             continue
+        sizes[layer] += module.in_features * module.out_features
         linear = FrozenLinear(f"{path}.{name}", module.in_features, module.out_features)
         linear.bias = module.bias
         parent, _, attribute = name.rpartition(".")
@@ -212,12 +243,14 @@ def swap_linears(model: PreTrainedModel) -> str:
         f"{name}.{attribute}"
         for name, module in layers.named_modules()
         for attribute, p in module.named_parameters(recurse=False)
-        if p.dim() > 1 and not type(module).__name__.endswith("Norm")  # Cohere's has a row per head
+        if p.dim() > 1
+        and not type(module).__name__.endswith("Norm")  # Cohere's has a row per head
+        and p.numel() > MAX_PLAIN_SHARE * sizes[int(name.partition(".")[0])]
     ]
     if surplus:
         raise UnsupportedModelError(
             f"{model.config.model_type}: its layers hold weights that are not linear layers "
             f"({surplus[0].split('.', 1)[-1]}), "
-            "such as fused experts, which qlora_train cannot quantize"
+            "which qlora_train cannot quantize"
         )
     return path

@@ -22,16 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.model.adapted_head import AdaptedHead
+from qlora_train.model.frozen_experts import FrozenExperts
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.kernel_choice import KernelChoice
 from qlora_train.model.linear import DropoutContext, FrozenLinear
@@ -42,6 +44,7 @@ from qlora_train.model.vocab_matrix import TokenIds, VocabMatrix, tiles, whole
 from qlora_train.model.weight_store import WeightStore
 
 LayerArguments = dict[str, Any]
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class FrozenDecoder:
@@ -49,8 +52,8 @@ class FrozenDecoder:
 
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
     where those find their quantized weights. embedding, head: [V, D], the same object where tied. dtype,
-    device: of the computation. skippable_linear: name within a layer of the linear whose output goes straight
-    into the residual sum, if the probe found that it does. fingerprint: of the quantized base's content.
+    device: of the computation. skippable: names within a layer of linears and experts whose output goes
+    straight into the residual sum, as the probe found. fingerprint: of the quantized base's content.
     kernels: the fastest there are until others are chosen. The given model is taken over and cannot be called
     as a whole afterwards; its embedding and head weights are dropped.
     """
@@ -77,12 +80,13 @@ class FrozenDecoder:
         self.linears = {m.name: m for m in model.modules() if isinstance(m, FrozenLinear)}
         self._decoder = model.get_decoder()
         self.layers = list(self._decoder.layers)
+        self.experts = [_modules_of(layer, FrozenExperts) for layer in self.layers]
         self.norm: nn.Module = self._decoder.norm
-        self.skippable_linear: str | None = None
+        self.skippable: tuple[str, ...] = ()
         self.fingerprint = ""
         self.run_with(KernelChoice.on(device, dtype))
         self.at_close: list[Callable[[], object]] = []
-        self._tiled_mlps: list[TiledMlp] = []
+        self._tiled_mlps: dict[int, TiledMlp] = {}
         self._calls: list[LayerArguments] = []
         self._decoder.layers = nn.ModuleList([_Recorder(layer, self._calls) for layer in self.layers])
         self._decoder.norm = nn.Identity()
@@ -102,6 +106,8 @@ class FrozenDecoder:
         self.weights.copies_dequantized = kernels.is_reference
         for linear in self.linears.values():
             linear.use_autograd = kernels.is_reference
+        for experts in chain.from_iterable(self.experts):
+            experts.use_autograd = kernels.is_reference
 
     def close(self) -> None:
         """Let go of threads and files of weights that stream; no layer can be run afterwards."""
@@ -134,6 +140,9 @@ class FrozenDecoder:
 
     def run_layer(self, index: int, x: Tensor, arguments: LayerArguments) -> Tensor:
         """x [B, T, D] -> [B, T, D] through decoder layer `index`."""
+        documents = arguments.get("documents")
+        for experts in self.experts[index]:
+            experts.counts = {} if documents is None else documents.expert_counts
         return self.layers[index](x, **arguments)
 
     def layers_in_turn(self) -> Iterator[int]:
@@ -196,38 +205,48 @@ class FrozenDecoder:
             return
         if not self._tiled_mlps:
             for index, layer in enumerate(self.layers):
-                layer.mlp = self.tiled_mlp(layer.mlp, context, self._tail(index))
-                self._tiled_mlps.append(layer.mlp)
-        for mlp in self._tiled_mlps:
+                if self.experts[index]:
+                    continue  # which compute their rows in tiles anyway
+                last = next((end for end in self._ends(index) if isinstance(end, FrozenLinear)), None)
+                layer.mlp = self._tiled_mlps[index] = self.tiled_mlp(layer.mlp, context, last)
+        for mlp in self._tiled_mlps.values():
             mlp.tile_tokens = tile_tokens
 
     @contextmanager
-    def skipping_output(self, index: int) -> Iterator[None]:
-        """Inside, the value that layer `index` adds to the residual sum last is not computed: the layer's
-        output is wrong, its gradients are right. Does nothing for families where that is not so, and in
-        reference mode."""
-        tail: FrozenLinear | TiledMlp | None = self._tail(index)
-        if self.kernels.is_reference:
-            tail = None
-        elif tail is not None and self._tiled_mlps and self._tiled_mlps[index].tile_tokens is not None:
-            tail = self._tiled_mlps[index]
-        if tail is not None:
-            tail.skip_output = True
+    def running_again(self, index: int) -> Iterator[None]:
+        """Inside, layer `index` runs a second time, for its gradients only.
+
+        What it adds to the residual sum last is not computed: its output is wrong, its gradients are right
+        (not for families where that is not so, nor in reference mode). How many rows every expert has is
+        known from the first time."""
+        ends = [] if self.kernels.is_reference else self._ends(index)
+        tiled = self._tiled_mlps.get(index)
+        if ends and tiled is not None and tiled.tile_tokens is not None:
+            ends = [tiled]
+        for end in ends:
+            end.skip_output = True
+        for experts in self.experts[index]:
+            experts.keeps_counts = True
         try:
             yield
         finally:
-            if tail is not None:
-                tail.skip_output = False
+            for end in ends:
+                end.skip_output = False
+            for experts in self.experts[index]:
+                experts.keeps_counts = False
 
-    def _tail(self, index: int) -> FrozenLinear | None:
-        """The linear whose value recomputation may skip."""
-        if self.skippable_linear is None:
-            return None
-        return next(m for m in self.linears_of(index) if m.name.endswith(f".{self.skippable_linear}"))
+    def _ends(self, index: int) -> list[FrozenLinear | FrozenExperts | TiledMlp]:
+        """The modules of a layer whose value a second run may leave out."""
+        return [
+            module
+            for module in self.layers[index].modules()
+            if isinstance(module, FrozenLinear | FrozenExperts)
+            and any(module.name.endswith(f".{name}") for name in self.skippable)
+        ]
 
     def linears_of(self, index: int) -> list[FrozenLinear]:
         """The FrozenLinears of decoder layer `index`."""
-        return [m for m in self.layers[index].modules() if isinstance(m, FrozenLinear)]
+        return _modules_of(self.layers[index], FrozenLinear)
 
     def _epilogue(self, hidden: Tensor, product: _Product) -> Tensor:
         self._head_product.product = product
@@ -235,6 +254,10 @@ class FrozenDecoder:
             return self._causal_lm(inputs_embeds=hidden, use_cache=False).logits
         finally:
             self._head_product.product = None
+
+
+def _modules_of(layer: nn.Module, kind: type[Kind]) -> list[Kind]:
+    return [module for module in layer.modules() if isinstance(module, kind)]
 
 
 class _Product:
@@ -285,5 +308,5 @@ class _Recorder(nn.Module):
 class _HandBack(nn.Module):
     """Stands where the decoder stood: its "output" is the hidden states it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)

@@ -16,7 +16,7 @@ not lie in a buffer that the next layer overwrites.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,24 @@ ALIGNMENT_BYTES = 64
 def aligned(num_bytes: int) -> int:
     """Rounded up to a multiple of `ALIGNMENT_BYTES`."""
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """Sizes of a layer's quantized weights, by name within the layer. linears: (out, in). experts: (rows of
+    all experts, columns), and how many experts."""
+
+    linears: tuple[tuple[str, tuple[int, int]], ...]
+    experts: tuple[tuple[str, tuple[int, int], int], ...] = ()
+
+    def items(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Every weight, in the order of the layer buffer."""
+        yield from self.linears
+        yield from ((name, shape) for name, shape, _ in self.experts)
+
+    def layout(self, quantization: Quantization, dtype: torch.dtype) -> LayerBufferLayout:
+        num_experts = {name: number for name, _, number in self.experts}
+        return LayerBufferLayout.of(dict(self.items()), quantization, dtype, num_experts)
 
 
 @dataclass(frozen=True)
@@ -56,20 +74,26 @@ class LayerBufferLayout:
     shapes: tuple[tuple[str, tuple[int, int]], ...]
     entries: tuple[LayerBufferEntry, ...]
     num_bytes: int
+    num_experts: tuple[tuple[str, int], ...] = ()
+    """Of weights that hold the rows of several experts, one after another: how many."""
 
     @staticmethod
     def of(
-        shapes: Mapping[str, tuple[int, int]], quantization: Quantization, dtype: torch.dtype
+        shapes: Mapping[str, tuple[int, int]],
+        quantization: Quantization,
+        dtype: torch.dtype,
+        num_experts: Mapping[str, int] | None = None,
     ) -> LayerBufferLayout:
         """shapes: weight name within the layer -> (out, in), in the order of the layer buffer. dtype: of
-        unquantized weights."""
+        unquantized weights. num_experts: see the field."""
         entries, offset = [], 0
         for weight, shape in shapes.items():
             for tensor, (kind, size) in quantized_layout(quantization, shape, dtype).items():
                 entry = LayerBufferEntry(weight, tensor, kind, size, offset)
                 entries.append(entry)
                 offset += aligned(entry.num_bytes)
-        return LayerBufferLayout(quantization, tuple(shapes.items()), tuple(entries), offset)
+        stacked = tuple((num_experts or {}).items())
+        return LayerBufferLayout(quantization, tuple(shapes.items()), tuple(entries), offset, stacked)
 
     def weights(self, layer_buffer: Tensor) -> dict[str, QuantizedWeight]:
         """The quantized weights as views of `layer_buffer` (uint8, at least num_bytes long, on any

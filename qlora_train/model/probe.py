@@ -18,6 +18,7 @@ fraction of a second and 64-wide matrices. What fails is refused by name. Seen t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from qlora_train.errors import UnsupportedModelError
 from qlora_train.micro_batch import IGNORED_LABEL, MicroBatch
 from qlora_train.model.base import MetaModel, tie_head
 from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.frozen_experts import FrozenExperts
 from qlora_train.model.linear import FrozenLinear
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.loss import TiledLoss
@@ -55,11 +57,12 @@ _Walked = tuple[FrozenDecoder, LoraParameters]
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """skippable_linear: name within a layer of the linear whose value recomputation may skip, None where it
-    may not. fuses_norms, fuses_mlps, fuses_qkv: whether the layers may run with those of
-    fused.py and shared_input.py."""
+    """skippable: names within a layer of the linears and experts whose value recomputation may skip.
+    has_experts: whether any were seen. fuses_norms, fuses_mlps, fuses_qkv: whether the layers may run with
+    those of fused.py and shared_input.py."""
 
-    skippable_linear: str | None
+    skippable: tuple[str, ...]
+    has_experts: bool
     fuses_norms: bool
     fuses_mlps: bool
     fuses_qkv: bool
@@ -113,7 +116,8 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
         eos_token_id=None,
     )
     if "head_dim" in fields:
-        fields["head_dim"] = 16
+        fields["head_dim"] = fields.get("qk_rope_head_dim") or 16  # multi-head latent attention
+    fields.update(_tiny_experts(fields))
     if fields.get("sliding_window") is not None:
         fields["sliding_window"] = WINDOW
     for name in ("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
@@ -124,6 +128,23 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
         if name in rope:
             rope[name] = rope[name][: int(16 * rope.get("partial_rotary_factor", 1.0)) // 2]
     return type(config).from_dict(fields)
+
+
+def _tiny_experts(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of experts, by the names that families give them, and which of two layers has them."""
+    most = {
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+        **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "n_group"), 2),
+        **dict.fromkeys(("topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
+        **dict.fromkeys(("decoder_sparse_step", "moe_layer_interval", "moe_layer_freq"), 2),
+        **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    }
+    sizes = {name: min(fields[name], size) for name, size in most.items() if type(fields.get(name)) is int}
+    if fields.get("mlp_only_layers"):
+        sizes["mlp_only_layers"] = [0]
+    if type(fields.get("moe_layer_end_index")) is int:
+        sizes["moe_layer_end_index"] = 1
+    return sizes
 
 
 def _two_layers(kinds: list[tuple[Any, ...]]) -> tuple[int, int]:
@@ -174,7 +195,8 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
         result[f"{name} A gradient"] = _relative(gradient_a, FACTOR_SCALING * b.t() @ weight_gradient)
         result[f"{name} B gradient"] = _relative(gradient_b, FACTOR_SCALING * weight_gradient @ a.t())
     return result, ProbeResult(
-        skippable_linear=_find_skippable_linear(decoder, lora, packed),
+        skippable=_find_skippable(decoder, lora, packed),
+        has_experts=any(decoder.experts),
         fuses_norms=_same_layers((decoder, lora), fused_norms, packed),
         fuses_mlps=_same_layers((decoder, lora), fused_mlps, packed),
         fuses_qkv=_same_layers((decoder, lora), fused_qkv, packed),
@@ -190,19 +212,30 @@ def _same_layers(plain: _Walked, fused: _Walked, packed: PackedTokens) -> bool:
     return True
 
 
-def _find_skippable_linear(decoder: FrozenDecoder, lora: LoraParameters, packed: PackedTokens) -> str | None:
-    """The linear that a layer runs last, if leaving out its value changes no gradient, in any layer."""
-    tails: set[str] = set()
+def _find_skippable(decoder: FrozenDecoder, lora: LoraParameters, packed: PackedTokens) -> tuple[str, ...]:
+    """The linear that a layer runs last, and its experts: those of them that may be left out, each alone and
+    all together, in every layer without changing a gradient."""
+    names: dict[str, None] = {}
+    for index in range(len(decoder.layers)):
+        ends: list[FrozenLinear | FrozenExperts] = [_linear_run_last(decoder, packed, index)]
+        for module in ends + decoder.experts[index]:
+            names[module.name.split(f".{index}.", 1)[1]] = None
+    found = tuple(name for name in names if _may_skip(decoder, lora, packed, (name,)))
+    return found if _may_skip(decoder, lora, packed, found) else ()
+
+
+def _may_skip(
+    decoder: FrozenDecoder, lora: LoraParameters, packed: PackedTokens, names: tuple[str, ...]
+) -> bool:
     for index in range(len(decoder.layers)):
         _, *whole = _layer_results(decoder, lora, packed, index)
-        tail = _linear_run_last(decoder, packed, index)
-        tail.skip_output = True
-        _, *skipped = _layer_results(decoder, lora, packed, index)
-        tail.skip_output = False
+        decoder.skippable = names
+        with decoder.running_again(index):
+            _, *skipped = _layer_results(decoder, lora, packed, index)
+        decoder.skippable = ()
         if not all(torch.equal(ours, theirs) for ours, theirs in zip(whole, skipped, strict=True)):
-            return None
-        tails.add(tail.name.split(f".{index}.", 1)[1])
-    return tails.pop() if len(tails) == 1 else None
+            return False
+    return True
 
 
 def _linear_run_last(decoder: FrozenDecoder, packed: PackedTokens, index: int) -> FrozenLinear:
@@ -236,10 +269,11 @@ def _walked_copy(reference: PreTrainedModel) -> _Walked:
     """The same weights, taken apart, with random factors on every linear."""
     meta_model = MetaModel(reference.config, torch.float32)
     parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    parameters |= {name: reference.get_buffer(name).clone() for name in meta_model.stored_buffers}
     source = ResidentWeights(meta_model.layouts(UNQUANTIZED), THE_CPU.description.dequantize_kernel)
     for i, path in enumerate(meta_model.layer_paths):
-        for name, shape in meta_model.linear_shapes(i).items():
-            weight = parameters[f"{path}.{name}.weight"]
+        for name, shape in meta_model.layer_shapes(i).items():
+            weight = parameters[meta_model.parameter_name(i, name)].view(shape)
             source.quantized[f"{path}.{name}"] = quantize([weight], shape, UNQUANTIZED, dtype=torch.float32)
     embedding = ResidentMatrix(parameters[meta_model.embedding_name], TILE_ROWS)
     head = embedding if meta_model.is_tied else ResidentMatrix(parameters[meta_model.head_name], TILE_ROWS)

@@ -49,6 +49,14 @@ class WeightStore(Protocol):
         `copies_dequantized` for good."""
         ...
 
+    experts_at_once: int
+    """Experts whose weights are dequantized together."""
+
+    def dequantize_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows of a weight that holds those of `experts_at_once` experts or fewer: [stop - start, in]. Valid
+        until other rows of a weight with the same last name are asked for; never held."""
+        ...
+
 
 class PresentWeights:
     """Dequantizes weights that are on the device, holding them within a visit where asked to.
@@ -64,8 +72,11 @@ class PresentWeights:
         self._dequantize_kernel = dequantize_kernel
         self.hold_dequantized = False
         self.copies_dequantized = False
-        sizes = [[math.prod(shape) for _, shape in layout.shapes] for layout in layouts]
+        self.experts_at_once = experts_at_once(dequantize_kernel)
+        sizes = [list(whole_sizes(layout)) for layout in layouts]
         self._largest_weight, self._largest_layer = max(map(max, sizes)), max(map(sum, sizes))
+        self._chunk_sizes = chunk_sizes(layouts, self.experts_at_once)
+        self._chunks: dict[str, Tensor] = {}
         self._buffer = torch.empty(0)
         self._held: dict[str, Tensor] = {}
         self._num_held_elements = 0
@@ -90,6 +101,22 @@ class PresentWeights:
             self._held[name] = weight
             self._num_held_elements += weight.numel()
         return weight
+
+    def dequantize_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See `WeightStore`."""
+        quantized = self.quantized[name]
+        if self.copies_dequantized or not quantized.quantization.is_quantized:
+            return quantized.dequantize_rows(start, stop, dtype)
+        columns = quantized.shape[1]
+        buffer = self._chunk_buffer(name.rpartition(".")[2], quantized.tensors["data"].device, dtype)
+        room = buffer[: (stop - start) * columns].view(stop - start, columns)
+        return quantized.dequantize_into(room, self._dequantize_kernel, start)
+
+    def _chunk_buffer(self, matrix: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """What chunks of experts are dequantized into; one for each of their matrices, for all layers."""
+        if matrix not in self._chunks or self._chunks[matrix].dtype != dtype:
+            self._chunks[matrix] = torch.empty(self._chunk_sizes[matrix], dtype=dtype, device=device)
+        return self._chunks[matrix]
 
     def _make_room(self, num_elements: int, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
         if self._buffer.numel() < num_elements or self._buffer.dtype != dtype:
@@ -121,6 +148,29 @@ class ResidentWeights(PresentWeights):
     @property
     def num_bytes(self) -> int:
         return sum(weight.num_bytes for weight in self.quantized.values())
+
+
+def experts_at_once(dequantize_kernel: DequantizeKernel) -> int:
+    """Experts that are dequantized together: a GPU wants few launches, a CPU what its cache holds."""
+    return 1 if dequantize_kernel == "parts" else 16
+
+
+def whole_sizes(layout: LayerBufferLayout) -> Iterator[int]:
+    """Numbers in each weight that is dequantized as a whole: all but experts."""
+    stacked = {name for name, _ in layout.num_experts}
+    return (math.prod(shape) for name, shape in layout.shapes if name not in stacked)
+
+
+def chunk_sizes(layouts: Iterable[LayerBufferLayout], experts_at_once: int) -> dict[str, int]:
+    """Last name of a matrix of experts -> numbers in the largest chunk that is dequantized at once."""
+    sizes: dict[str, int] = {}
+    for layout in layouts:
+        shapes = dict(layout.shapes)
+        for name, num_experts in layout.num_experts:
+            size = math.prod(shapes[name]) // num_experts * min(experts_at_once, num_experts)
+            matrix = name.rpartition(".")[2]
+            sizes[matrix] = max(size, sizes.get(matrix, 0))
+    return sizes
 
 
 def by_path(weights: Mapping[str, QuantizedWeight], layer_path: str) -> dict[str, QuantizedWeight]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from math import prod
 
+from qlora_train.model.weight_store import chunk_sizes, experts_at_once, whole_sizes
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
 
@@ -68,10 +69,11 @@ def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
         return 0
     if workload.quantization.format == "none":
         return 0
+    layouts = [layer.layout(workload.quantization, workload.dtype) for layer in set(workload.shape.layers)]
     of_weights = max if not plan.hold_dequantized else sum
-    return workload.itemsize * max(
-        of_weights(prod(shape) for _, shape in layer) for layer in set(workload.shape.layers)
-    )
+    whole = max(of_weights(whole_sizes(layout)) for layout in layouts)
+    chunks = chunk_sizes(layouts, experts_at_once(workload.target.dequantize_kernel))
+    return workload.itemsize * (whole + sum(chunks.values()))
 
 
 def head_tile_shape(workload: Workload, plan: ExecutionPlan) -> tuple[int, int]:

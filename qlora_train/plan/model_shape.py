@@ -16,8 +16,10 @@ from math import prod
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.base import MetaModel, read_config
 from qlora_train.model.base_folder import stored_quantization
+from qlora_train.model.layer_buffer import LayerShapes
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.quantized_matrix import RowLayout
 from qlora_train.plan.base_config import KNOWN, fetch_config, find_base_folder, known_name
@@ -26,13 +28,15 @@ from qlora_train.quant.formats import UNQUANTIZED, Quantization
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. config, config_text: where they are from, as JSON too. layers: of every layer its
-    linears, (name within it, (out, in)). plain_parameters: numbers in norms and biases. head_quantization:
-    how the checkpoint has quantized the head. probed: what the start-up probe found."""
+    """Sizes of a decoder. config, config_text: where they are from, as JSON too. layers: of every layer the
+    sizes of its weights. experts_per_token: that a token goes through, in each layer that has experts.
+    plain_parameters: numbers in norms, biases, routers. head_quantization: how the checkpoint has quantized
+    the head. probed: what the start-up probe found."""
 
     config: PretrainedConfig = field(repr=False, compare=False)
     config_text: str = field(repr=False)
-    layers: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
+    layers: tuple[LayerShapes, ...]
+    experts_per_token: int
     vocabulary: int
     hidden: int
     is_tied: bool
@@ -79,23 +83,44 @@ class ModelShape:
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Name within a layer -> (out, in), of all that any layer has."""
-        return {name: shape for layer in self.layers for name, shape in layer}
+        return {name: shape for layer in self.layers for name, shape in layer.linears}
 
     @property
     def tail_parameters(self) -> int:
-        """Numbers in the linear whose product recomputation may skip."""
-        name = self.probed.skippable_linear
-        return 0 if name is None else prod(self.linear_shapes[name])
+        """Numbers that a token is multiplied by where recomputation may skip it, in a layer on average."""
+        skippable = self.probed.skippable
+        linears = sum(
+            prod(shape) for layer in self.layers for name, shape in layer.linears if name in skippable
+        )
+        down = sum(
+            self._active(shape, number)
+            for layer in self.layers
+            for name, shape, number in layer.experts
+            if name.endswith(".down_proj") and name.removesuffix(".down_proj") in skippable
+        )
+        return (linears + down) // self.num_layers
 
     @cached_property
-    def linear_parameters(self) -> int:
-        """Numbers in the linears of all layers."""
-        return sum(prod(shape) for layer in self.layers for _, shape in layer)
+    def quantized_parameters(self) -> int:
+        """Numbers in the linears and experts of all layers."""
+        return sum(prod(shape) for layer in self.layers for _, shape in layer.items())
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer, on average."""
-        return self.linear_parameters // self.num_layers
+        """Quantized numbers of one layer, on average."""
+        return self.quantized_parameters // self.num_layers
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Of those, the numbers that a token is multiplied by."""
+        linears = sum(prod(shape) for layer in self.layers for _, shape in layer.linears)
+        experts = sum(
+            self._active(shape, number) for layer in self.layers for _, shape, number in layer.experts
+        )
+        return (linears + experts) // self.num_layers
+
+    def _active(self, shape: tuple[int, int], num_experts: int) -> int:
+        return prod(shape) * min(self.experts_per_token, num_experts) // num_experts
 
     @property
     def matrix_parameters(self) -> int:
@@ -105,7 +130,7 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         return (
-            self.linear_parameters
+            self.quantized_parameters
             + (1 if self.is_tied else 2) * self.matrix_parameters
             + self.plain_parameters
         )
@@ -126,11 +151,16 @@ def _shape_of(text: str) -> ModelShape:
     probed = probe(config)
     meta_model = MetaModel(config, torch.bfloat16)
     vocabulary, hidden = meta_model.matrix_shape
-    layers = tuple(tuple(meta_model.linear_shapes(i).items()) for i in range(len(meta_model.layer_paths)))
+    layers = tuple(meta_model.layer_shapes(i) for i in range(len(meta_model.layer_paths)))
+    if any(layer.experts for layer in layers) and not probed.has_experts:
+        raise UnsupportedModelError(
+            f"{config.model_type} is not supported: the start-up probe did not reach its experts"
+        )
     return ModelShape(
         config,
         text,
         layers,
+        _experts_per_token(config),
         vocabulary,
         hidden,
         meta_model.is_tied,
@@ -138,6 +168,13 @@ def _shape_of(text: str) -> ModelShape:
         UNQUANTIZED if meta_model.is_tied else _head_quantization(config, hidden),
         probed,
     )
+
+
+def _experts_per_token(config: PretrainedConfig) -> int:
+    """By the names that families give it; 0 without experts."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+    found = (getattr(config, name, None) for name in names)
+    return next((number for number in found if isinstance(number, int)), 0)
 
 
 def _head_quantization(config: PretrainedConfig, hidden: int) -> Quantization:

@@ -49,7 +49,7 @@ class PlannedModel:
         weights = PlannedWeights(meta_model.layouts(workload.quantization), workload.target.dequantize_kernel)
         by_shape: dict[tuple[int, int], QuantizedWeight] = {}
         for index, path in enumerate(meta_model.layer_paths):
-            for name, size in meta_model.linear_shapes(index).items():
+            for name, size in meta_model.layer_shapes(index).items():
                 if size not in by_shape:
                     layout = quantized_layout(workload.quantization, size, dtype)
                     tensors = {key: _empty(of, kind) for key, (kind, of) in layout.items()}
@@ -58,7 +58,7 @@ class PlannedModel:
         plain = {name: _empty(size, dtype) for name, size in meta_model.plain_shapes.items()}
         matrix = self._matrix(shape.head_format(dtype), Placement.DEVICE, HEAD_TILE_ROWS)
         self.decoder = meta_model.come_alive_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
-        self.decoder.skippable_linear = shape.probed.skippable_linear
+        self.decoder.skippable = shape.probed.skippable
         if not workload.reference:
             found = shape.probed
             self.decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)

@@ -87,11 +87,13 @@ class PlannedWeights(ResidentWeights):
             self._make_room(
                 self._largest_layer if self.hold_dequantized else self._largest_weight, some, dtype
             )
+            for matrix in self._chunk_sizes:
+                self._chunk_buffer(matrix, torch.device("meta"), dtype)
 
     @property
     def buffer_bytes(self) -> int:
         """Of that buffer."""
-        return self._buffer.nbytes
+        return self._buffer.nbytes + sum(chunk.nbytes for chunk in self._chunks.values())
 
 
 class PlannedTiles(TiledMlp):
@@ -120,10 +122,10 @@ class RecordedDecoder(FrozenDecoder):
         self._anchor = nn.Parameter(torch.empty(0, device="meta"))  # a graph needs something that trains
 
     @contextmanager
-    def skipping_output(self, index: int) -> Iterator[None]:
+    def running_again(self, index: int) -> Iterator[None]:
         self.runs_again = True
         try:
-            with super().skipping_output(index):
+            with super().running_again(index):
                 yield
         finally:
             self.runs_again = False

@@ -72,7 +72,7 @@ def layer_bytes(workload: Workload, holds: bool, mlp_tile_tokens: int | None) ->
                 with torch.no_grad():
                     alone = decoder.record(index, x, arguments[index])
                 kept = decoder.record(index, leaf, arguments[index])
-                with decoder.skipping_output(index):
+                with decoder.running_again(index):
                     again = decoder.record(index, leaf, arguments[index])
                 found[kind] = LayerBytes(alone, kept, again)
         dropout.tokens = None

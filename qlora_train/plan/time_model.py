@@ -70,7 +70,7 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     num_groups = math.ceil(workload.num_micro_batches / group)
     num_tokens = workload.num_micro_batches * workload.num_tokens
     forward_flops = _forward_flops(workload)
-    products = workload.shape.layer_parameters
+    products = workload.shape.active_parameters
     down = workload.shape.tail_parameters
     again = 1 - down / products
     forward = back = 0.0
@@ -117,7 +117,7 @@ def _forward_flops(workload: Workload) -> float:
     """Per token and layer: linears, factors (three products for the one of the base), causal attention."""
     lora = workload.num_lora_parameters / workload.shape.num_layers
     mean_length = sum(n * n for n in workload.documents) / workload.num_tokens
-    return 2 * workload.shape.layer_parameters + 3 * lora + 2 * mean_length * workload.shape.q_width
+    return 2 * workload.shape.active_parameters + 3 * lora + 2 * mean_length * workload.shape.q_width
 
 
 def _dequantize_seconds(

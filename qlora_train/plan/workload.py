@@ -15,7 +15,6 @@ import torch
 
 from qlora_train.device.description import DeviceDescription
 from qlora_train.errors import UserError
-from qlora_train.model.layer_buffer import LayerBufferLayout
 from qlora_train.model.quantized_matrix import RowLayout
 from qlora_train.plan.host_budget import dtype_of
 from qlora_train.plan.model_shape import ModelShape
@@ -82,7 +81,9 @@ class Workload:
     @property
     def lora_sizes(self) -> tuple[int, int]:
         """(numbers in all A, numbers in all B)."""
-        linears = [shape for layer in self.shape.layers for name, shape in layer if name in self.targets]
+        linears = [
+            shape for layer in self.shape.layers for name, shape in layer.linears if name in self.targets
+        ]
         return self.rank * sum(shape[1] for shape in linears), self.rank * sum(shape[0] for shape in linears)
 
     @property
@@ -130,7 +131,7 @@ def _layer_buffer_sizes(
 ) -> tuple[tuple[int, int], ...]:
     sizes = {}
     for layer in set(shape.layers):
-        layout = LayerBufferLayout.of(dict(layer), quantization, dtype)
+        layout = layer.layout(quantization, dtype)
         codes = sum(entry.num_bytes for entry in layout.entries if entry.tensor == "data")
         sizes[layer] = (codes, layout.num_bytes - codes)
     return tuple(sizes[layer] for layer in shape.layers)

@@ -7,7 +7,6 @@ library's functions only return new tensors.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,31 +42,30 @@ class QuantizedWeight:
         """The weight [out, in] as numbers: what training multiplies with."""
         return self.dequantize_rows(0, self.shape[0], dtype)
 
-    def dequantize_into(self, out: Tensor, kernel: DequantizeKernel) -> Tensor:
-        """`dequantize(out.dtype)` written into `out` [out, in], contiguous; returns it.
+    def dequantize_into(self, out: Tensor, kernel: DequantizeKernel, first_row: int = 0) -> Tensor:
+        """`dequantize_rows(first_row, first_row + n, out.dtype)` written into `out` [n, in], contiguous;
+        returns it.
 
         kernel: of the device that it is on. 4 bits on a GPU: one launch of our kernel where Triton runs, else
         the library's, which can write into `out` where rows are whole blocks. Everything else a cache-sized
         part at a time: the library's functions then only return new tensors."""
         if self.quantization.is_4bit and kernel == "triton":
-            return out if out.is_meta else self._dequantize_in_one_launch(out)
-        if (
-            self.quantization.is_4bit
-            and kernel == "library"
-            and self.shape[1] % self.quantization.block_size == 0
-        ):
+            return out if out.is_meta else self._dequantize_in_one_launch(out, first_row)
+        num_rows, columns, block = len(out), self.shape[1], self.quantization.block_size
+        if self.quantization.is_4bit and kernel == "library" and columns % block == 0:
+            begin, end = first_row * columns, (first_row + num_rows) * columns
             if out.is_meta:  # of what the library's kernel takes, only absmax is written out
-                self.block_absmax(0, -(-math.prod(self.shape) // self.quantization.block_size))
+                self.block_absmax(begin // block, end // block)
                 return out
-            data = self.tensors["data"].unsqueeze(1)
-            return bnb.dequantize_4bit(data, self._state(0, self.shape[0], out.dtype), out=out)
-        step = max(1, DEQUANTIZE_ELEMENTS // self.shape[1])
-        for start in range(0, self.shape[0], step):
-            stop = min(start + step, self.shape[0])
-            out[start:stop] = self.dequantize_rows(start, stop, out.dtype)
+            data = self.tensors["data"][begin // 2 : end // 2].unsqueeze(1)
+            return bnb.dequantize_4bit(data, self._state(first_row, first_row + num_rows, out.dtype), out=out)
+        step = max(1, DEQUANTIZE_ELEMENTS // columns)
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            out[start:stop] = self.dequantize_rows(first_row + start, first_row + stop, out.dtype)
         return out
 
-    def _dequantize_in_one_launch(self, out: Tensor) -> Tensor:
+    def _dequantize_in_one_launch(self, out: Tensor, first_row: int) -> Tensor:
         from qlora_train.quant.dequantize_4bit import (  # imports Triton
             NestedScales,
             Quantized4bit,
@@ -79,7 +77,7 @@ class QuantizedWeight:
             nested = NestedScales(t["nested_code"], t["nested_absmax"], t["nested_offset"])
         code = _code_on(self.quantization.format, out.device)
         quantized = Quantized4bit(t["data"], t["absmax"], code, self.quantization.block_size, nested)
-        return dequantize_4bit(quantized, out)
+        return dequantize_4bit(quantized, out, first_row * self.shape[1])
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start..stop of `dequantize(dtype)`, bit for bit: [stop - start, in]."""

@@ -224,7 +224,7 @@ def load_adapted_model(
     decoder = load_base(
         folder, quantization, dtype, device, plan=execution, cache=cache, host=host, ranks=ranks, log=log
     )
-    decoder.skippable_linear = found.skippable_linear
+    decoder.skippable = found.skippable
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     lora, adapter = attach_lora(recipe, decoder, dtype)

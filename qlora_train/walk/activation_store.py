@@ -92,7 +92,7 @@ class LayerActivations:
         if isinstance(run, _ToRecompute):
             leaf = run.leaf()
             decoder = self._owner.decoder
-            with torch.enable_grad(), decoder.skipping_output(self._index):
+            with torch.enable_grad(), decoder.running_again(self._index):
                 y = decoder.run_layer(self._index, leaf, arguments)
         else:
             leaf, y = run.leaf, run.y

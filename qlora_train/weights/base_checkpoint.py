@@ -10,6 +10,7 @@ being filled, plus one block of rows (64 MiB) and the quantizer's scratch (64 Mi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from qlora_train.quant.formats import UNQUANTIZED, Quantization
 from qlora_train.quant.quantize import quantize
 from qlora_train.quant.weight import QuantizedWeight
 from qlora_train.weights.bitsandbytes_checkpoint import bitsandbytes_quantization, read_bitsandbytes_weight
+from qlora_train.weights.checkpoint_names import RowPart, row_parts, tensors_of
 
 
 class BaseCheckpoint:
     """The checkpoint in a folder, as the weights of a `MetaModel`; a context manager.
 
-    linears: name in the checkpoint -> (layer, name within the layer), of every weight to be quantized.
+    parts: tensor of the checkpoint -> which rows of which layer's weight it holds, of all that are quantized.
 
     Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening if
     the file headers show it, otherwise when the tensor is read.
@@ -39,12 +41,22 @@ class BaseCheckpoint:
         """reader: reads the tensors; None: a new one for the files in `folder`."""
         self.folder, self.meta_model = folder, meta_model
         self.reader = reader or ShardReader(folder)
-        self._prefix = meta_model.model.base_model_prefix + "."
-        self.linears = {
-            self._linear(layer, name): (layer, name)
+        weights = {
+            meta_model.parameter_name(layer, name): (layer, name)
             for layer in range(len(meta_model.layer_paths))
-            for name in meta_model.linear_shapes(layer)
+            for name, _ in meta_model.layer_shapes(layer).items()
         }
+        parameters = {
+            meta_model.embedding_name,
+            meta_model.head_name,
+            meta_model.own_head_name,
+            *meta_model.plain_shapes,
+            *weights,
+        }
+        self._tensors = tensors_of(meta_model.model, parameters, self.reader.names())
+        self.parts: dict[str, RowPart] = {}
+        for parameter, (layer, weight) in weights.items():
+            self.parts |= self._parts_of(parameter, layer, weight)
         self._check_names()
 
     def __enter__(self) -> BaseCheckpoint:
@@ -56,13 +68,15 @@ class BaseCheckpoint:
     def quantize_layer(self, layer: int, layout: LayerBufferLayout, layer_buffer: Tensor) -> None:
         """Quantize every linear of a layer into `layer_buffer` (uint8), on the device of that buffer."""
         for name, weight in layout.weights(layer_buffer).items():
-            self._quantize_into(self._linear(layer, name), weight.shape, layout.quantization, weight.tensors)
+            parameter = self.meta_model.parameter_name(layer, name)
+            self._quantize_into(parameter, weight.shape, layout.quantization, weight.tensors)
 
     def plain(self, device: torch.device) -> dict[str, Tensor]:
         """Norms and biases in the compute dtype."""
         tensors = {}
         for name, shape in self.meta_model.plain_shapes.items():
-            value = torch.empty(shape, dtype=self.meta_model.dtype, device=device)
+            dtype = self.meta_model.stored_buffers.get(name, self.meta_model.dtype)
+            value = torch.empty(shape, dtype=dtype, device=device)
             for start, stop, rows in self._checked_rows(name, shape):
                 value[start:stop] = rows
             if not torch.isfinite(value).all():
@@ -126,11 +140,14 @@ class BaseCheckpoint:
     def _quantize_into(
         self, name: str, shape: tuple[int, int], quantization: Quantization, tensors: dict[str, Tensor]
     ) -> None:
-        already = read_bitsandbytes_weight(self.reader, name)
+        names = self._tensors[name]
+        already = read_bitsandbytes_weight(self.reader, names[0]) if len(names) == 1 else None
         if already is None:
-            self._check_shape(name, self.reader.info(name).shape, shape)
-            blocks = (rows for _, _, rows in self.reader.row_blocks(name))
+            found = self.reader.info(names[0]).shape
+            if len(names) == 1:
+                self._check_shape(name, (prod(found[:-1]), *found[-1:]), shape)
             device = tensors["data"].device
+            blocks = self.weight_rows(name)
             quantize(blocks, shape, quantization, device, self.meta_model.dtype, name, out=tensors)
             return
         if already.quantization != quantization:
@@ -163,25 +180,44 @@ class BaseCheckpoint:
                 f"{name} is {list(found)} in the checkpoint, config.json needs {list(wanted)}"
             )
 
-    def _linear(self, layer: int, name: str) -> str:
-        return self.find(f"{self.meta_model.layer_paths[layer]}.{name}.weight")
+    def weight_rows(self, parameter: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[Tensor]:
+        """All rows of a layer's weight in blocks [n, in], whatever tensors they are in."""
+        for name in self._tensors[parameter]:
+            for _, _, rows in self.reader.row_blocks(name, max_bytes):
+                yield rows.flatten(0, -2) if rows.dim() > 2 else rows
 
     def find(self, name: str) -> str:
-        """The name of a parameter in the checkpoint, with or without the base model's prefix. Raises
-        `BaseModelError` if it has neither."""
-        for candidate in (name, name.removeprefix(self._prefix)):
-            if candidate in self.reader:
-                return candidate
-        raise BaseModelError(
-            f"{self.folder}: the checkpoint has no tensor {name}, which config.json calls for"
-        )
+        """The one tensor that holds a parameter. Raises `BaseModelError` if there is none."""
+        if name not in self._tensors:
+            raise BaseModelError(
+                f"{self.folder}: the checkpoint has no tensor {name}, which config.json calls for"
+            )
+        return self._tensors[name][0]
+
+    def _parts_of(self, parameter: str, layer: int, weight: str) -> dict[str, RowPart]:
+        """Tensor -> rows of a layer's weight, which all of them together fill."""
+        num_rows, columns = dict(self.meta_model.layer_shapes(layer).items())[weight]
+        self.find(parameter)
+        names = self._tensors[parameter]
+        if len(names) == 1:
+            return {names[0]: RowPart(layer, weight, 0, num_rows)}
+        sizes = {name: self.reader.info(name).shape for name in names}
+        parts = row_parts(layer, weight, names, {name: prod(size[:-1]) for name, size in sizes.items()})
+        found = parts[names[-1]].stop
+        if found != num_rows or any(size[-1:] != (columns,) for size in sizes.values()):
+            raise BaseModelError(
+                f"{self.folder}: {parameter} is in {len(names)} tensors with {found} rows altogether (the "
+                f"first is {names[0]}, {list(sizes[names[0]])}), config.json needs {num_rows} rows of "
+                f"{columns}. Is a part of the experts missing?"
+            )
+        return parts
 
     def _check_names(self) -> None:
         """Check that every parameter has a tensor and every weight is read; a surplus weight means that
         config.json belongs to another checkpoint."""
         meta_model = self.meta_model
         wanted = [meta_model.embedding_name, meta_model.head_name, *meta_model.plain_shapes]
-        used = {self.find(name) for name in wanted} | self.linears.keys()
+        used = {self.find(name) for name in wanted} | self.parts.keys()
         if meta_model.is_tied:
             used.add(meta_model.own_head_name)
             self._check_tied_head()

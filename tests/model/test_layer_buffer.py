@@ -125,7 +125,7 @@ def test_layers_of_a_model_share_one_layout(quantization: Quantization) -> None:
     meta_model = MetaModel(tiny_config("llama"), torch.bfloat16)
     layouts = meta_model.layouts(quantization)
     assert len(layouts) == 3 and all(layout is layouts[0] for layout in layouts)
-    assert dict(layouts[0].shapes) == meta_model.linear_shapes(0)
+    assert dict(layouts[0].shapes) == dict(meta_model.layer_shapes(0).items())
 
 
 def test_layers_of_unequal_shapes_do_not() -> None:

@@ -25,11 +25,11 @@ def test_sizes_are_those_of_the_skeleton(family: str, tmp_path: Path) -> None:
     config = tiny_config(family, hidden_size=72, intermediate_size=100, num_attention_heads=4)
     config.save_pretrained(tmp_path)
     meta_model, shape = MetaModel(config, torch.bfloat16), find_shape(str(tmp_path))
-    linears = [s for i in range(shape.num_layers) for s in meta_model.linear_shapes(i).values()]
+    linears = [s for i in range(shape.num_layers) for s in dict(meta_model.layer_shapes(i).items()).values()]
     matrices = [meta_model.matrix_shape] * (1 if meta_model.is_tied else 2)
     plain = list(meta_model.plain_shapes.values())
     assert shape.num_parameters == sum(torch.Size(s).numel() for s in [*linears, *matrices, *plain])
-    assert shape.linear_shapes == meta_model.linear_shapes(0)
+    assert shape.linear_shapes == dict(meta_model.layer_shapes(0).items())
     assert find_config(str(tmp_path))["hidden_size"] == shape.hidden == 72
 
 

@@ -294,7 +294,7 @@ def measured_bytes(case: Case, folder: Path, device: ComputeDevice) -> Peaks:
         cache_folder = folder.parent / "quantized"
         decoder = load_base(folder, case.quantization, case.dtype, device, plan=plan, cache=cache_folder)
         found = shape_of(read_config(folder)).probed
-        decoder.skippable_linear = found.skippable_linear
+        decoder.skippable = found.skippable
         if not case.reference:
             decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
         lora = LoraParameters(

@@ -138,7 +138,7 @@ def curve(way: Way) -> Curve:
 def trained(way: Way, num_steps: int = NUM_STEPS) -> Curve:
     """The first steps of a run of NUM_STEPS."""
     decoder = load_base(BASE, Quantization("nf4", double_quant=True), way.dtype, CPU, plan=way.plan)
-    decoder.skippable_linear = probed().skippable_linear
+    decoder.skippable = probed().skippable
     decoder.fuse(norms=way.norms, mlps=way.mlps, qkv=way.qkv)
     lora = LoraParameters(
         decoder.linears, rank=8, scaling=2.0, dropout=0.0, seed=0, dtype=way.dtype, device=CPU.torch

@@ -1,0 +1,240 @@
+"""The frozen experts of a mixture-of-experts layer: y_t = sum_e p_te down_e(act(up_e(x_t))).
+
+transformers holds all experts of a layer in two 3-D parameters and lets a registered function compute with
+them (`ALL_EXPERTS_FUNCTIONS`). This is ours: the parameters are replaced by two matrices with the rows of
+one expert after another (gate_up [E 2I, D], down [E D, I]), quantized in the layer buffer like every other
+weight. What a family does besides (activation, interleaved gates, biases, transposed weights) is read off its
+own module.
+
+Tokens are sorted by expert; the host reads the counts once per layer and micro-batch, in the forward pass,
+and they are kept for a recomputation. Experts are dequantized a chunk at a time (weight_store.py), and the
+rows of one expert are computed in tiles of 2,048, so the working set does not depend on the routing.
+
+Saved for backward: x [T, D], p [T, k], and the order of the T k rows. With W1, W2 of one expert, g = dL/dy of
+its rows and q = g W2:
+
+    dL/dp = <h, q>  (+ <g, b2>)      dh = p q      dz = act'(z) dh      dx += dz W1
+
+The gradient of p needs h and q, not the expert's output, so a recomputation may leave out the last product.
+Routers are frozen, without an auxiliary loss: a frozen router could not follow it.
+
+Why not transformers' `grouped_mm`: it needs every expert in 16 bits at once, and keeps each intermediate for
+backward (419 MB a layer at 4,096 tokens of Qwen3-30B-A3B, against 17 MB here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qlora_train.errors import UnsupportedModelError
+from qlora_train.model.weight_store import WeightStore
+
+NAME = "qlora_train_frozen_experts"
+TILE_ROWS = 2048
+"""Rows of one expert that are computed at once."""
+
+
+class FrozenExperts(nn.Module):
+    """The two matrices of a layer's experts, asked from a `WeightStore` a few experts at a time.
+
+    name: module path of the library's experts module, which holds this one as `frozen`. shapes: name of a
+    matrix within that module -> (rows, columns) of one expert, as the library stores it. skip_output: the
+    output is zeros, while backward stays what it is. counts: rows per expert, by name of the module, of the
+    micro-batch that passes now. keeps_counts: they are there already, from its first forward pass.
+    """
+
+    source: WeightStore
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.first = "gate_up_proj" if module.has_gate else "up_proj"
+        self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
+        self.shapes = {
+            matrix: tuple(getattr(module, matrix).shape[1:]) for matrix in (self.first, "down_proj")
+        }
+        self.skip_output = False
+        self.use_autograd = False
+        self.counts: dict[str, list[int]] = {}
+        self.keeps_counts = False
+
+    def stacked_shapes(self) -> dict[str, tuple[int, int]]:
+        """Matrix -> its size with the rows of all experts one after another."""
+        return {name: (self.num_experts * rows, columns) for name, (rows, columns) in self.shapes.items()}
+
+    def weights(self, matrix: str, experts: range, dtype: torch.dtype) -> Tensor:
+        """Some experts' weights [experts, rows, columns], valid until others of this matrix are asked for."""
+        rows, columns = self.shapes[matrix]
+        found = self.source.dequantize_rows(
+            f"{self.name}.{matrix}", experts.start * rows, experts.stop * rows, dtype
+        )
+        return found.view(len(experts), rows, columns)
+
+    def counts_of(self, experts: Tensor) -> list[int]:
+        """Rows of every expert: read by the host, or kept from the micro-batch's first forward pass."""
+        if self.keeps_counts and self.name in self.counts:
+            return self.counts[self.name]
+        if experts.is_meta:  # a plan: one expert takes every token, which is the most it can get
+            return [len(experts)] + [0] * (self.num_experts - 1)
+        self.counts[self.name] = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
+        return self.counts[self.name]
+
+    def extra_repr(self) -> str:
+        return f"{self.name}: {self.num_experts} experts, {self.shapes}"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers lets a registered function compute this module's experts."""
+    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "has_bias", "_apply_gate"))
+
+
+def freeze_experts(name: str, module: nn.Module) -> FrozenExperts:
+    """Take the 3-D parameters of a library's experts module away and let it compute with ours.
+
+    Raises `UnsupportedModelError` for experts that are followed by norms of their own."""
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedModelError(f"{name}: a norm behind every expert is not supported")
+    frozen = FrozenExperts(name, module)
+    for matrix in frozen.shapes:
+        delattr(module, matrix)
+    module.frozen = frozen
+    return frozen
+
+
+def experts_forward(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """In transformers' calling convention: x [T, D], chosen [T, k] experts, weights [T, k] -> [T, D]."""
+    frozen = module.frozen
+    assert isinstance(frozen, FrozenExperts)
+    if frozen.use_autograd:
+        return _with_autograd(module, frozen, x, chosen, weights)
+    y: Tensor = _ExpertsFunction.apply(x, weights, chosen, module)
+    return y
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def _activated(module: Any, z: Tensor) -> Tensor:
+    """The expert's hidden values, from what its first matrix gives [n, 2I] or [n, I]."""
+    h: Tensor = module._apply_gate(z) if module.has_gate else module.act_fn(z)
+    return h
+
+
+def _times(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """x through one expert's matrix; gpt_oss stores them as [in, out]."""
+    return x @ weight if module.is_transposed else x @ weight.t()
+
+
+def _times_back(module: Any, gradient: Tensor, weight: Tensor) -> Tensor:
+    """dL/dx from dL/dy of `_times`."""
+    return gradient @ weight.t() if module.is_transposed else gradient @ weight
+
+
+def _bias(module: Any, matrix: str, expert: int) -> Tensor | None:
+    return getattr(module, f"{matrix}_bias")[expert] if module.has_bias else None
+
+
+def _with_autograd(module: Any, frozen: FrozenExperts, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The reference: library operations, one expert after another, gradients by autograd."""
+    y = torch.zeros_like(x)
+    for expert, count in enumerate(frozen.counts_of(chosen)):
+        if not count:
+            continue
+        tokens, place = torch.where(chosen == expert)
+        only = range(expert, expert + 1)
+        z = _times(module, x[tokens], frozen.weights(frozen.first, only, x.dtype)[0])
+        if (bias := _bias(module, frozen.first, expert)) is not None:
+            z = z + bias
+        out = _times(module, _activated(module, z), frozen.weights("down_proj", only, x.dtype)[0])
+        if (bias := _bias(module, "down_proj", expert)) is not None:
+            out = out + bias
+        y = y.index_add(0, tokens, (out * weights[tokens, place, None]).to(x.dtype))
+    return y
+
+
+class _Tile:
+    """Some rows of one expert. places: in the flattened [T k]; tokens: in [T]. first, down: its matrices."""
+
+    def __init__(self, expert: int, places: Tensor, num_chosen: int, first: Tensor, down: Tensor) -> None:
+        self.expert, self.places, self.tokens = expert, places, places // num_chosen
+        self.first, self.down = first, down
+
+
+def _tiles(
+    frozen: FrozenExperts, counts: list[int], order: Tensor, num_chosen: int, dtype: torch.dtype
+) -> Iterator[_Tile]:
+    """All rows, expert by expert, each expert dequantized once."""
+    start, step = 0, frozen.source.experts_at_once
+    for begin in range(0, frozen.num_experts, step):
+        hit = [e for e in range(begin, min(begin + step, frozen.num_experts)) if counts[e]]
+        if not hit:
+            continue
+        chunk = range(hit[0], hit[-1] + 1)
+        firsts = frozen.weights(frozen.first, chunk, dtype)
+        downs = frozen.weights("down_proj", chunk, dtype)
+        for expert in hit:
+            stop = start + counts[expert]
+            for places in order[start:stop].split(TILE_ROWS):
+                yield _Tile(
+                    expert, places, num_chosen, firsts[expert - chunk.start], downs[expert - chunk.start]
+                )
+            start = stop
+
+
+def _hidden(module: Any, frozen: FrozenExperts, tile: _Tile, x: Tensor) -> Tensor:
+    """What an expert's first matrix gives for a tile's rows."""
+    z = _times(module, x[tile.tokens], tile.first)
+    bias = _bias(module, frozen.first, tile.expert)
+    return z if bias is None else z.add_(bias)
+
+
+class _ExpertsFunction(torch.autograd.Function):
+    """See the module docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, module: Any) -> Tensor:
+        frozen: FrozenExperts = module.frozen
+        counts = frozen.counts_of(chosen)
+        order = chosen.flatten().argsort(stable=True)
+        ctx.save_for_backward(x, weights, order)
+        ctx.module, ctx.counts = module, counts
+        y = torch.zeros_like(x)
+        if frozen.skip_output:
+            return y
+        flat = weights.flatten()
+        for tile in _tiles(frozen, counts, order, weights.shape[1], x.dtype):
+            h = _activated(module, _hidden(module, frozen, tile, x))
+            out = _times(module, h, tile.down)
+            if (bias := _bias(module, "down_proj", tile.expert)) is not None:
+                out = out.add_(bias)
+            y.index_add_(0, tile.tokens, (out * flat[tile.places, None]).to(x.dtype))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, order = ctx.saved_tensors
+        module = ctx.module
+        frozen: FrozenExperts = module.frozen
+        if not any(ctx.needs_input_grad):
+            return None, None, None, None
+        dx, flat = torch.zeros_like(x), weights.flatten()
+        d_flat = torch.zeros_like(flat)
+        for tile in _tiles(frozen, ctx.counts, order, weights.shape[1], x.dtype):
+            z = _hidden(module, frozen, tile, x).requires_grad_()
+            with torch.enable_grad():
+                h = _activated(module, z)
+            g = gradient[tile.tokens]
+            q = _times_back(module, g, tile.down)
+            d_weight = (h.detach().float() * q).sum(-1)
+            if (bias := _bias(module, "down_proj", tile.expert)) is not None:
+                d_weight += g.float() @ bias.float()
+            d_flat[tile.places] = d_weight.to(flat.dtype)
+            dh = (q * flat[tile.places, None]).to(x.dtype)
+            (dz,) = torch.autograd.grad(h, z, dh)
+            dx.index_add_(0, tile.tokens, _times_back(module, dz, tile.first))
+        return dx, d_flat.view_as(weights), None, None
