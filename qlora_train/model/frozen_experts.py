@@ -79,8 +79,9 @@ class FrozenExperts(nn.Module):
         """Rows of every expert: read by the host, or kept from the micro-batch's first forward pass."""
         if self.keeps_counts and self.name in self.counts:
             return self.counts[self.name]
-        if experts.is_meta:  # a plan: one expert takes every token, which is the most it can get
-            return [len(experts)] + [0] * (self.num_experts - 1)
+        if experts.is_meta:  # a plan: the first ones take every token, which is the most they can get
+            num_chosen = experts.shape[1]
+            return [len(experts)] * num_chosen + [0] * (self.num_experts - num_chosen)
         self.counts[self.name] = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
         return self.counts[self.name]
 
@@ -204,15 +205,9 @@ class _ExpertsFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weights, order)
         ctx.module, ctx.counts = module, counts
         y = torch.zeros_like(x)
-        if frozen.skip_output:
-            return y
-        flat = weights.flatten()
-        for tile in _tiles(frozen, counts, order, weights.shape[1], x.dtype):
-            h = _activated(module, _hidden(module, frozen, tile, x))
-            out = _times(module, h, tile.down)
-            if (bias := _bias(module, "down_proj", tile.expert)) is not None:
-                out = out.add_(bias)
-            y.index_add_(0, tile.tokens, (out * flat[tile.places, None]).to(x.dtype))
+        if not frozen.skip_output:
+            for tile in _tiles(frozen, counts, order, weights.shape[1], x.dtype):
+                _add_output(module, frozen, tile, x, weights.flatten(), y)
         return y
 
     @staticmethod
@@ -222,19 +217,45 @@ class _ExpertsFunction(torch.autograd.Function):
         frozen: FrozenExperts = module.frozen
         if not any(ctx.needs_input_grad):
             return None, None, None, None
-        dx, flat = torch.zeros_like(x), weights.flatten()
-        d_flat = torch.zeros_like(flat)
+        dx, d_weights = torch.zeros_like(x), torch.zeros_like(weights)
         for tile in _tiles(frozen, ctx.counts, order, weights.shape[1], x.dtype):
-            z = _hidden(module, frozen, tile, x).requires_grad_()
-            with torch.enable_grad():
-                h = _activated(module, z)
-            g = gradient[tile.tokens]
-            q = _times_back(module, g, tile.down)
-            d_weight = (h.detach().float() * q).sum(-1)
-            if (bias := _bias(module, "down_proj", tile.expert)) is not None:
-                d_weight += g.float() @ bias.float()
-            d_flat[tile.places] = d_weight.to(flat.dtype)
-            dh = (q * flat[tile.places, None]).to(x.dtype)
-            (dz,) = torch.autograd.grad(h, z, dh)
-            dx.index_add_(0, tile.tokens, _times_back(module, dz, tile.first))
-        return dx, d_flat.view_as(weights), None, None
+            _add_gradients(module, frozen, tile, x, weights.flatten(), gradient, dx, d_weights.view(-1))
+        return dx, d_weights, None, None
+
+
+def _add_output(
+    module: Any, frozen: FrozenExperts, tile: _Tile, x: Tensor, weights: Tensor, y: Tensor
+) -> None:
+    """Add a tile's rows to y [T, D]. weights: flat [T k]."""
+    h = _activated(module, _hidden(module, frozen, tile, x))
+    out = _times(module, h, tile.down)
+    del h
+    if (bias := _bias(module, "down_proj", tile.expert)) is not None:
+        out.add_(bias)
+    y.index_add_(0, tile.tokens, (out * weights[tile.places, None]).to(x.dtype))
+
+
+def _add_gradients(
+    module: Any,
+    frozen: FrozenExperts,
+    tile: _Tile,
+    x: Tensor,
+    weights: Tensor,
+    gradient: Tensor,
+    dx: Tensor,
+    d_weights: Tensor,
+) -> None:
+    """From dL/dy [T, D], add a tile's part of dL/dx [T, D] and write that of dL/dp, flat [T k]."""
+    z = _hidden(module, frozen, tile, x).requires_grad_()
+    with torch.enable_grad():
+        h = _activated(module, z)
+    g = gradient[tile.tokens]
+    q = _times_back(module, g, tile.down)
+    d_weight = torch.linalg.vecdot(h.detach().float(), q.float())
+    if (bias := _bias(module, "down_proj", tile.expert)) is not None:
+        d_weight += g.float() @ bias.float()
+    d_weights[tile.places] = d_weight.to(d_weights.dtype)
+    dh = (q * weights[tile.places, None]).to(x.dtype)
+    del g, q
+    (dz,) = torch.autograd.grad(h, z, dh)
+    dx.index_add_(0, tile.tokens, _times_back(module, dz, tile.first))
