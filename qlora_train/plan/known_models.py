@@ -17,6 +17,7 @@ def _known(
     *,
     tied: bool = False,
     window: int | None = None,
+    **others: int,
 ) -> dict[str, Any]:
     return {
         "model_type": family,
@@ -29,7 +30,7 @@ def _known(
         "max_position_embeddings": max_positions,
         "tie_word_embeddings": tied,
         "sliding_window": window,
-    }
+    } | others
 
 
 _LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
@@ -62,6 +63,40 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen3-8b": _known("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960),
     "qwen3-14b": _known("qwen3", 5120, 17408, 40, 40, 8, 151936, 40960),
     "qwen3-32b": _known("qwen3", 5120, 25600, 64, 64, 8, 151936, 40960),
+    "qwen3-30b-a3b": _known(
+        "qwen3_moe",
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        151936,
+        40960,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),  # fmt: skip
+    "gpt-oss-20b": _known(
+        "gpt_oss",
+        2880,
+        2880,
+        24,
+        64,
+        8,
+        201088,
+        131072,
+        window=128,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+    ),  # fmt: skip
+    "mixtral-8x7b-v0.1": _known(
+        "mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, num_local_experts=8, num_experts_per_tok=2
+    ),
+    "olmoe-1b-7b-0924": _known(
+        "olmoe", 2048, 1024, 16, 16, 16, 50304, 4096, num_experts=64, num_experts_per_tok=8
+    ),
     "tinyllama-1.1b": _known("llama", 2048, 5632, 22, 32, 4, 32000, 2048),
     "smollm2-135m": _known("llama", 576, 1536, 30, 9, 3, 49152, 8192, tied=True),
     "smollm2-360m": _known("llama", 960, 2560, 32, 15, 5, 49152, 8192, tied=True),
