@@ -1,1 +1,1 @@
-"""The frozen base model: reading it, quantizing it, and the parts that a training step walks over."""
+"""The frozen base model, its LoRA parameters and its loss: the parts that a training step walks over."""

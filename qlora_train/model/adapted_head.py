@@ -1,10 +1,10 @@
-"""A head with factors of its own: rows W[ids] + s B[ids] A, made when they are asked for.
+"""A head with LoRA parameters A and B on it: rows W[ids] + s B[ids] A, computed on request.
 
-Adapters of other tools may have factors on `lm_head`. They are applied and kept as they are: the loss reads
-the head once, tile by tile (loss.py), and the gradient of a head's factors would need every tile a second
-time. The input embedding is not touched, also where it is the same matrix: LoRA belongs to the module.
+Adapters of other tools may hold A and B for `lm_head`. They are applied and stay frozen: the loss reads the
+head once, tile by tile (loss.py), and their gradient would need every tile a second time. The input embedding
+is unchanged even if it is the same matrix (tied): LoRA belongs to the module.
 
-Bytes: one tile more on the device, [tile rows, D].
+Bytes: one additional tile on the device, [tile_rows, D].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qlora_train.model.vocab_matrix import TokenIds, VocabMatrix, tiles
 
 
 class AdaptedHead:
-    """A `VocabMatrix` [V, D] over another one. a [R, D], b [V, R]: fp32, on the device of the rows."""
+    """A `VocabMatrix` [V, D]: `stored` + scaling b a. a [R, D], b [V, R]: fp32, on the device of the rows."""
 
     def __init__(self, stored: VocabMatrix, a: Tensor, b: Tensor, scaling: float) -> None:
         self._stored, self._a, self._b, self._scaling = stored, a, b, scaling
@@ -34,17 +34,17 @@ class AdaptedHead:
         device: torch.device,
         made_for: Tensor | None,
     ) -> AdaptedHead:
-        """See `FrozenDecoder.adapt_head`."""
-        a, b = (factor.to(device, torch.float32) for factor in lora)
+        """Build an `AdaptedHead` after checks; arguments and errors as in `FrozenDecoder.adapt_head`."""
+        a, b = (matrix.to(device, torch.float32) for matrix in lora)
         for start, rows in tiles(stored):
-            theirs = None if made_for is None else made_for[start : start + len(rows)].to(rows)
+            expected = None if made_for is None else made_for[start : start + len(rows)].to(rows)
             if len(b) != stored.num_rows or a.shape[1] != rows.shape[1]:
                 found = f"[{len(b)}, {a.shape[1]}]"
                 raise BaseModelError(
                     f"the adapter's factors on lm_head make a {found} weight, this base's head is "
                     f"[{stored.num_rows}, {rows.shape[1]}]"
                 )
-            if theirs is not None and not torch.equal(theirs, rows):
+            if expected is not None and not torch.equal(expected, rows):
                 raise BaseModelError(
                     "the adapter brings an lm_head of its own, which is not this base's; merge it into its "
                     "base with peft, and train on the merged model"

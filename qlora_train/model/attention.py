@@ -3,28 +3,30 @@
 A micro-batch is one flat row of T tokens with document boundaries. With q, k, v of shape [1, heads, T, d] the
 result for document [s, e) is  softmax(scaling * q[s:e] k[s:e]^T + causal) v[s:e],  nothing else.
 
-On GPUs where flash attention serves a layer, one call does it for all documents (varlen_attention.py). What
-follows is the path everywhere else, on every CPU, and in reference mode: the reference of the other one.
+On GPUs where flash attention supports a layer, one call computes all documents
+(kernels/varlen_attention.py). This module has the path for everything else: other layers and GPUs, every CPU,
+and reference mode, against which the flash path is tested.
 
 How: documents of one length class are gathered into a right-padded batch [num_documents, heads, length, d]
-and given to torch's SDPA with `is_causal=True`. Right padding needs no mask: a padded key comes after every
-real query, and a padded query is thrown away. One call per class instead of one per document, and attention
-memory stays linear in T (flash and memory-efficient kernels; torch chooses). A class is a length rounded up
-to 16, or to a quarter of the power of two below: at most 4 classes an octave and 25 % padding. What a
-document is padded to depends on its own length alone, so its rounding does not depend on the split.
+and passed to torch's SDPA with `is_causal=True`. Right padding needs no mask: a padded key comes after every
+real query, and outputs of padded queries are dropped. That is one call per class instead of one per document,
+with attention memory linear in T (flash and memory-efficient kernels; torch chooses). A length class is the
+length rounded up to a multiple of 16, or of a quarter of the power of two below it: at most 4 classes per
+octave and 25 % padding from 64 tokens on. A document's padded length depends on its own length alone, so its
+rounding errors do not depend on how the data is split into micro-batches.
 
-A sliding window w only matters for documents longer than w: those run in blocks of w queries against the at
-most 2w - 1 keys they may see. Saved for backward: what SDPA saves (q, k, v, out, log-sum-exp).
+A sliding window w only matters for documents longer than w: those run in blocks of w queries against at most
+2w - 1 visible keys. Saved for backward: what SDPA saves (q, k, v, out, log-sum-exp).
 
 Of torch's GPU kernels only flash can share a key head among query heads. Where it does not run (capability
-below 8.0, float32, a mask), key heads are written out once per query head for the memory-efficient kernel;
-asked to share them all the same, torch would take the plain one, which writes all scores.
+below 8.0, float32, a mask), key heads are repeated for every query head and the memory-efficient kernel runs;
+with `enable_gqa`, torch would choose the math kernel, which materializes all scores.
 
-Why not transformers' own packed masks: they build [1, 1, T, T], quadratic in the row. Why not flash-attn's
-package: it needs a compiler and a GPU of compute capability 8.0; everything here runs anywhere.
+Why not transformers' own packed masks: they build [1, 1, T, T], quadratic in T. Why not the flash-attn
+package: it needs a compiler and a GPU of compute capability 8.0; this module runs anywhere.
 
-The function is registered under `NAME` in transformers' attention interface (no patching). Anything a model
-passes that it does not know is an error, never ignored.
+The function is registered under `NAME` in transformers' attention interface (no patching). An argument that
+it does not know is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -51,15 +53,16 @@ from qlora_train.model.attention_sinks import with_sink_columns, with_sink_token
 
 NAME = "qlora_train_packed"
 
-# Passed by some families, without effect here: `documents` and `kv_lengths` say all there is to say.
+# Passed by some families, without effect here: `documents` and `kv_lengths` determine positions and masks.
 _INERT_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal"}
 
 
 @dataclass(frozen=True)
 class AttentionKernels:
-    """What attends to packed documents on a device. varlen: takes all documents in one call, where it serves
-    the layer; None: never. blocks_documents: short ones go through kernels/blocked_attention.py. sdpa:
-    torch's, or its stand-in in a plan (kernels/planned_sdpa.py)."""
+    """The attention kernels for packed documents on one device. varlen: computes all documents in one call,
+    for the layers that it supports; None: not available. blocks_documents: short documents go through
+    kernels/blocked_attention.py. sdpa: torch's function, or its replacement in a plan
+    (kernels/planned_sdpa.py)."""
 
     device: DeviceDescription
     varlen: VarlenAttention | None
@@ -68,19 +71,19 @@ class AttentionKernels:
 
     @staticmethod
     def on(device: ComputeDevice, dtype: torch.dtype) -> AttentionKernels:
-        """The fastest there are."""
+        """The fastest attention kernels for this device and compute dtype."""
         card = device.description
-        blocks_documents = card.blocks_documents and dtype != torch.float16  # whose products are slow there
+        blocks_documents = card.blocks_documents and dtype != torch.float16  # slow on a CPU
         sdpa = partial(planned_sdpa, card) if device.is_planned else F.scaled_dot_product_attention
         return AttentionKernels(card, varlen_for(card), blocks_documents, sdpa)
 
     def plain(self) -> AttentionKernels:
-        """SDPA for everything: the reference."""
+        """The same device with SDPA for everything: the reference."""
         return replace(self, varlen=None, blocks_documents=False)
 
     def sdpa_shares_heads(self, q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-        """Whether SDPA can share key heads among query heads without writing all scores; of CUDA's kernels
-        only flash can."""
+        """Whether SDPA can share key heads among query heads without materializing all scores; of CUDA's
+        kernels only flash can."""
         if self.device.capability == NO_CAPABILITY:
             return True
         has_one_size = q.shape[3] == v.shape[3]
@@ -92,7 +95,7 @@ PLAIN = AttentionKernels(CPU, None, blocks_documents=False)
 
 @dataclass(frozen=True)
 class DocumentLayout:
-    """Where the documents of a packed row lie, prepared once per micro-batch and shared by all layers.
+    """The positions of the documents in a packed row, built once per micro-batch and shared by all layers.
 
     boundaries: host integers 0 = b0 < b1 < ... = T; document i is [b_i, b_i+1).
     buckets: one index tensor [num_documents, length] per length class, right-padded with a valid position.
@@ -136,7 +139,7 @@ class DocumentLayout:
         )
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> DocumentLayout:
-        """The same with every tensor replaced by move(tensor)."""
+        """A copy with every tensor replaced by move(tensor)."""
         return DocumentLayout(
             self.boundaries,
             tuple(move(bucket) for bucket in self.buckets),
@@ -147,7 +150,7 @@ class DocumentLayout:
 
 
 def _padded_length(lengths: np.ndarray) -> np.ndarray:
-    """Rounded up to a quarter of the power of two below, at least to 16: at most 4 classes per octave."""
+    """Lengths rounded up to multiples of a quarter of the power of two below, and of at least 16."""
     unit = np.maximum(16, 2 ** np.floor(np.log2(lengths)).astype(np.int64) // 4)
     return -(-lengths // unit) * unit
 
@@ -169,7 +172,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' calling convention.
+    """Attention over packed documents or a key-value cache, in transformers' calling convention.
 
     Training, evaluation and prefill: `documents` given, q [1, Hq, T, d], k and v [1, Hkv, T, d]. Decoding:
     `kv_lengths` [B] given, q [B, Hq, 1, d], k and v [B, Hkv, capacity, d], the first kv_lengths[b] of them
@@ -320,7 +323,7 @@ def _sdpa(
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A key and a value head for every query head."""
+    """Key and value heads repeated, one for every query head."""
     groups = q.shape[1] // k.shape[1]
     return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
@@ -328,7 +331,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _capped(
     q: Tensor, k: Tensor, v: Tensor, rule: _ScoreRule, kernels: AttentionKernels, mask: Tensor
 ) -> Tensor:
-    """softmax(c tanh(s / c)) v: no fused kernel offers it, so the scores of one block are materialised."""
+    """softmax(c tanh(s / c)) v: no fused kernel has it, so the scores of one block are materialized."""
     assert rule.softcap is not None
     k, v = _written_out(q, k, v)
     scale = rule.scaling if rule.scaling is not None else q.shape[-1] ** -0.5

@@ -1,11 +1,10 @@
-"""The frozen base's skeleton: config -> meta-device model -> quantized linears in place of nn.Linear.
+"""The meta model of a frozen base: built from its config, with quantized linears in place of nn.Linear.
 
-The model is built from its config with all parameters on the meta device (no bytes); only the small computed
-buffers (rotary frequencies, embedding scales) are real. Each nn.Linear of a decoder layer becomes a
-`FrozenLinear`, which asks a `WeightStore` for its weight. What the checkpoint then has to provide is the
-`MetaModel`'s list: per layer the linears' weights (quantized, into a layer buffer), the embedding and the
-head (rows in the compute dtype), and plain parameters (norms, biases). weights/base_checkpoint.py reads them,
-weights/load.py decides where they go.
+All parameters are on the meta device (no bytes); only the small computed buffers (rotary frequencies,
+embedding scales) are real. Each nn.Linear of a decoder layer becomes a `FrozenLinear`, which asks a
+`WeightStore` for its weight. `MetaModel` lists what the checkpoint has to provide: per layer the linears'
+weights (quantized into a layer buffer), embedding and head (rows in the compute dtype), and plain parameters
+(norms, biases). weights/base_checkpoint.py reads them, weights/load.py decides where they are placed.
 
 Embedding and head stay unquantized, as in QLoRA (arXiv:2305.14314) and PEFT, unless the checkpoint has the
 head quantized (quantized_matrix.py); a tied matrix exists once.
@@ -54,8 +53,8 @@ MAX_PLAIN_SHARE = 1 / 16
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The base's config. Raises `BaseModelError` if there is none or transformers does not know the
-    family."""
+    """Read the base's config.json. Raises `BaseModelError` if it is missing, invalid, or of a family that
+    transformers does not know."""
     file = folder / "config.json"
     _check_sizes(file, read_plain_config(folder))
     with parsing(file, BaseModelError, CONFIG_REMEDY):
@@ -72,8 +71,8 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model has, before anything is built of them: a model of 10^6 layers takes minutes
-    and all memory even without weights."""
+    """Raise `BaseModelError` for sizes that no model has, before a model is built: one of 10^6 layers takes
+    minutes and all memory even without weights."""
     for name, most in _MOST.items():
         size = values.get(name)
         if size is not None and not (type(size) is int and 1 <= size <= most):
@@ -83,7 +82,9 @@ def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM of this config with packed attention, parameters on the meta device, buffers real."""
+    """Build the causal LM of this config with packed attention: parameters on the meta device, buffers real.
+
+    Raises `UnsupportedModelError` unless its decoder has embed_tokens, layers and norm."""
     known_as = f"{config.model_type} as config.json has it"
     with (
         parsing(known_as, UnsupportedModelError, "transformers has no causal language model for it."),
@@ -105,20 +106,20 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def tie_head(model: PreTrainedModel) -> None:
-    """Let the head be the embedding matrix where the config says so: one parameter, read and counted once."""
+    """Make head and embedding one parameter where the config says so: it is read and counted once."""
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
 def linear_names(config: PretrainedConfig) -> list[str]:
-    """Module paths of the linears of all decoder layers."""
+    """Module paths of the linears of all decoder layers, in module order."""
     model = empty_model(config, torch.float32)
     swap_linears(model)
     return [module.name for module in model.modules() if isinstance(module, FrozenLinear)]
 
 
 class MetaModel:
-    """A model without weights, its decoder layers' linears replaced, and what it needs to come alive.
+    """A model without weights, with `FrozenLinear`s in its decoder layers, and the list of weights it needs.
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
     tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
@@ -192,7 +193,9 @@ class MetaModel:
         head: VocabMatrix,
         device: ComputeDevice,
     ) -> FrozenDecoder:
-        """The decoder with its plain parameters, buffers and matrices; the skeleton is used up."""
+        """Return the decoder with these weights on `device`; the meta model cannot be used afterwards.
+
+        source: of the quantized linears. plain: the parameters of `plain_shapes` by name."""
         return self.come_alive_as(FrozenDecoder, source, plain, embedding, head, device)
 
     def come_alive_as(
@@ -204,7 +207,7 @@ class MetaModel:
         head: VocabMatrix,
         device: ComputeDevice,
     ) -> Decoder:
-        """The same as a class of its own."""
+        """`materialize` as an instance of `kind`, a subclass of `FrozenDecoder`."""
         for name in self.plain_shapes:
             owner, _, attribute = name.rpartition(".")
             value = plain[name]

@@ -1,10 +1,9 @@
-"""A base model's folder, looked at before anything is loaded: what `plan`, `train`, `generate` and `export`
-refuse alike.
+"""Checks of a base model's folder before loading, the same for `plan`, `train`, `generate` and `export`.
 
-Torch-free, since `plan` is. Each refusal is a folder that would load, and be another model than it seems: an
-adapter beside the weights, which transformers applies without a word wherever peft is installed; a merged
-folder whose weights lie on a quantization grid and would be rounded back onto it; weights in a quantized
-format that is not read here; a model of which only a part is text.
+Imports no torch, since `plan` does not. Refused are folders that would load as a model other than expected:
+with an adapter beside the weights, which transformers applies silently if peft is installed; with merged
+weights that lie on a quantization grid and would be rounded back to it; with weights in a quantized format
+that is not supported; with a model of which only a part is text.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from qlora_train.quant.formats import UNQUANTIZED, FormatName, Quantization
 CONFIG_REMEDY = "Download the model's config.json again."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MERGED_KEY = "qlora_train"
-"""Of a merged folder's config.json: {"merged_onto": "original" | "dequantized", "quantization": ...}."""
+"""Key in a merged folder's config.json: {"merged_onto": "original" | "dequantized", "quantization": ...}."""
 
 
 def read_plain_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is written. Raises `BaseModelError` where it is missing or no JSON object."""
+    """The values in config.json, unchanged. Raises `BaseModelError` if it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         if (folder / ADAPTER_FILES[0]).is_file():
@@ -39,8 +38,7 @@ def read_plain_config(folder: Path) -> dict[str, Any]:
 
 
 def stored_quantization(stored: Mapping[str, Any]) -> Quantization:
-    """How a checkpoint with this quantization_config stores its linears: `UNQUANTIZED`, or as bitsandbytes
-    quantized them."""
+    """The quantization of a checkpoint's linears, from its quantization_config (bitsandbytes' keys)."""
     if stored.get("load_in_8bit"):
         return Quantization("int8")
     if stored.get("load_in_4bit"):
@@ -50,7 +48,7 @@ def stored_quantization(stored: Mapping[str, Any]) -> Quantization:
 
 
 def check_base(folder: Path, quantization: str = "none") -> None:
-    """Raise `BaseModelError` unless the folder can be a base that is quantized so (`model.quantization`)."""
+    """Raise `BaseModelError` unless the folder is a supported base. quantization: `model.quantization`."""
     config = read_plain_config(folder)
     _refuse_adapter(folder)
     _refuse_dangling_weights(folder)
@@ -70,7 +68,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_dangling_weights(folder: Path) -> None:
-    """A plan needs no weights, but links that lead nowhere are a download that was deleted."""
+    """Refuse broken links: a plan needs no weights, but these are a download that was deleted."""
     gone = sorted(path.name for path in folder.glob("*.safetensors") if not path.exists())
     if gone:
         raise BaseModelError(
@@ -91,7 +89,7 @@ def _refuse_wrapper(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _refuse_other_formats(folder: Path, config: dict[str, Any]) -> None:
-    """Of quantized weights only bitsandbytes' can be read."""
+    """Refuse weights that were quantized by anything but bitsandbytes."""
     stored = config.get("quantization_config") or config.get("compression_config")
     method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else "bitsandbytes"
     if method != "bitsandbytes":

@@ -1,21 +1,21 @@
-"""A transformers causal language model, taken apart so that a loop of ours can walk its layers.
+"""A transformers causal language model split into parts, so that the caller runs its layers one by one.
 
-    prologue   token ids -> embedded tokens x_0, and for every layer the arguments it would be called with
+    prologue   token ids -> embedded tokens x_0, and for every layer its keyword arguments
     layers     x_i+1 = layer_i(x_i, **arguments_i)
     epilogue   final norm, head -> logits
 
-None of the three is rewritten here. The prologue is the library's own decoder forward with each layer
-replaced by a recorder that notes its arguments and returns its input, so embedding scales, one or two rotary
-tables, and sliding or full attention per layer come out as the family computes them. It is handed the rows of
-its T tokens as if they were the whole embedding matrix, so that the matrix itself may be anywhere. The
-epilogue is the library's own causal-LM forward around a stand-in that hands back given hidden states, and a
-head that multiplies by whatever rows it is given: logit scales and caps are the family's too, and they act on
-each logit alone, so logits can be taken for a tile of the vocabulary. A new family that fits this shape needs
-no code; the start-up probe (probe.py) decides whether it fits.
+All three run the library's own code. The prologue is the library's decoder forward with each layer replaced
+by a recorder of its arguments that returns its input, so embedding scales, rotary tables, and sliding or full
+attention per layer are computed as the family does. It is given the embedding rows of its T tokens in place
+of the whole matrix, which may therefore be stored anywhere. The epilogue is the library's causal-LM forward,
+with the decoder replaced by a module that returns given hidden states, and the head by a product with given
+rows: logit scales and caps are the family's own and act on each logit separately, so logits can be computed
+for a tile of the vocabulary. A new family of this structure needs no code; the start-up probe (probe.py)
+decides whether it is supported.
 
 Why not hooks or `torch.utils.checkpoint`: with one graph through the whole model autograd decides when a
-weight is needed. Here the caller does, which is what streaming, layer-major accumulation and per-layer
-recomputation rest on.
+weight is needed. Here the caller decides, as streaming, layer-major accumulation and per-layer recomputation
+require.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class FrozenDecoder:
-    """The parts of a model whose linears are `FrozenLinear`s.
+    """The parts of a causal language model whose decoder layers hold `FrozenLinear`s.
 
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
     where those find their quantized weights. embedding, head: [V, D], the same object where tied. dtype,
@@ -59,7 +59,7 @@ class FrozenDecoder:
     """
 
     tiled_mlp: type[TiledMlp] = TiledMlp
-    """What MLPs are put into that take some tokens at a time."""
+    """The class that wraps the layers' MLPs for `tile_mlps`."""
 
     def __init__(
         self,
@@ -70,9 +70,8 @@ class FrozenDecoder:
         dtype: torch.dtype,
         device: ComputeDevice,
     ) -> None:
-        model.eval().requires_grad_(
-            False
-        )  # the library's own dropouts never run: ours is a pure function of the token
+        # eval: the library's dropouts never run; LoRA dropout is a pure function of the token
+        model.eval().requires_grad_(False)
         self.config = model.config
         self.weights, self.embedding = weights, embedding
         self.head: VocabMatrix = head
@@ -94,14 +93,14 @@ class FrozenDecoder:
             torch.empty(0, model.config.hidden_size, dtype=dtype, device=device.torch), requires_grad=False
         )
         self._decoder.embed_tokens.weight = self._no_rows
-        self._decoder.embed_tokens.padding_idx = None  # only steers the gradient of an embedding that trains
+        self._decoder.embed_tokens.padding_idx = None  # only affects the gradient of a trainable embedding
         self._head_product = _HeadProduct(model.get_output_embeddings().bias)
         model.set_output_embeddings(self._head_product)
         self._causal_lm = model
         setattr(model, model.base_model_prefix, _HandBack())
 
     def run_with(self, kernels: KernelChoice) -> None:
-        """Run with these kernels from now on; before anything is fused."""
+        """Use these kernels from now on; call it before `fuse`."""
         self.kernels = kernels
         self.weights.copies_dequantized = kernels.is_reference
         for linear in self.linears.values():
@@ -110,7 +109,7 @@ class FrozenDecoder:
             experts.use_autograd = kernels.is_reference
 
     def close(self) -> None:
-        """Let go of threads and files of weights that stream; no layer can be run afterwards."""
+        """Release the threads and files of streamed weights; no layer can be run afterwards."""
         while self.at_close:
             self.at_close.pop(0)()
 
@@ -146,8 +145,8 @@ class FrozenDecoder:
         return self.layers[index](x, **arguments)
 
     def layers_in_turn(self) -> Iterator[int]:
-        """One forward pass: visits each layer in turn and yields its index. What comes after it is announced
-        too: the head, and the first layers of another pass."""
+        """One forward pass: yields the index of each layer in turn while its weights are on the device. The
+        schedule continues with the head's tiles and the layers of another pass."""
         order = range(len(self.layers))
         self.weights.set_schedule([*order, *self.head.items, *order])
         for index in order:
@@ -160,22 +159,22 @@ class FrozenDecoder:
         return self._epilogue(hidden, _Product(rows, slice(start, start + len(rows)), per_token=False))
 
     def label_logits(self, hidden: Tensor, labels: TokenIds, rows: Tensor) -> Tensor:
-        """One logit for each of n normed hidden states [n, D]: that of its label, whose head row it is given
-        (rows [n, D]). Returns [n]."""
+        """The logit of its label for each of n normed hidden states [n, D]: [n]. rows [n, D]: the head rows
+        of the labels."""
         return self._epilogue(hidden[None], _Product(rows, labels.device, per_token=True))[0, :, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states [B, T, D] -> logits [B, T, V], taken tile by tile."""
+        """Normed hidden states [B, T, D] -> logits [B, T, V], computed tile by tile."""
         return torch.cat([self.tile_logits(hidden, start, rows) for start, rows in tiles(self.head)], dim=-1)
 
     def whole_head(self) -> Tensor:
-        """The head [V, D] on the device at once, for reference runs: `tile_logits(hidden, 0, whole_head)` is
-        one product, as the library takes it."""
+        """The whole head [V, D] on the device, for reference runs: `tile_logits(hidden, 0, whole_head)`
+        is one product, as in the library."""
         return whole(self.head)
 
     def fuse(self, *, norms: bool, mlps: bool, qkv: bool) -> None:
-        """Put fused operations (fused.py, shared_input.py) in place of the layers' norms, MLPs and
-        projections, as the probe found they may be; before MLPs are tiled."""
+        """Replace the layers' norms, MLPs or q, k and v projections by fused operations (fused.py,
+        shared_input.py), where the probe allows it; call it before `tile_mlps`."""
         assert not self._tiled_mlps
         if norms:
             fuse_norms(self.layers, self.kernels.liger)
@@ -185,21 +184,21 @@ class FrozenDecoder:
             fuse_qkv(self.layers)
 
     def adapt_head(self, lora: tuple[Tensor, Tensor], scaling: float, made_for: Tensor | None = None) -> None:
-        """Let the head be W + scaling B A from now on.
+        """Replace the head W by W + scaling B A.
 
-        factors: (A [R, D], B [V, R]). made_for: the head they were trained on, where it is known. Raises
-        `BaseModelError` where shapes or heads differ."""
+        lora: (A [R, D], B [V, R]). made_for: the head that they were trained on, None if unknown. Raises
+        `BaseModelError` if shapes do not fit or `made_for` is another head."""
         self.head = AdaptedHead.of(self.head, lora, scaling, self.device.torch, made_for)
 
     def release_shared(self) -> None:
-        """After an exception out of a layer: let go of what one of its linears had computed for others."""
+        """After an exception in a layer: release outputs that were computed for linears not called yet."""
         for layer in self.layers:
             for module in layer.modules():
                 if isinstance(module, SharedLinear):
                     module.together.forget()
 
     def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
-        """Let every layer's MLP take so many tokens at a time (None: all). context: of the factors'
+        """Let every layer's MLP process `tile_tokens` tokens at a time (None: all). context: of the LoRA
         dropout."""
         if tile_tokens is None and not self._tiled_mlps:
             return
@@ -261,15 +260,15 @@ def _modules_of(layer: nn.Module, kind: type[Kind]) -> list[Kind]:
 
 
 class _Product:
-    """What the head multiplies by: the rows [n, D], which ids they have (to find their biases), and whether
-    row t belongs to token t alone."""
+    """The operand of the head: rows [n, D], the token ids of these rows (to index the bias), and per_token:
+    whether row t is multiplied with token t only."""
 
     def __init__(self, rows: Tensor, ids: slice | Tensor, per_token: bool) -> None:
         self.rows, self.ids, self.per_token = rows, ids, per_token
 
 
 class _HeadProduct(nn.Module):
-    """Stands where the head stood: hidden times the rows of the product set last."""
+    """Replaces the head: multiplies hidden states by the rows of `product`."""
 
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -287,14 +286,14 @@ class _HeadProduct(nn.Module):
 
 
 class _Recorder(nn.Module):
-    """Stands where a decoder layer stood: notes the arguments and passes the hidden states on.
+    """Replaces a decoder layer in the prologue: records its arguments and returns the hidden states.
 
-    Attributes a family reads off its layers (such as `attention_type`) are the layer's own.
+    Attributes that a family reads from its layers (such as `attention_type`) are the layer's own.
     """
 
     def __init__(self, layer: nn.Module, calls: list[LayerArguments]) -> None:
         super().__init__()
-        object.__setattr__(self, "_layer", layer)  # past nn.Module: the layer is not our submodule
+        object.__setattr__(self, "_layer", layer)  # bypasses nn.Module: no submodule of ours
         object.__setattr__(self, "_calls", calls)
 
     def __getattr__(self, name: str) -> Any:
@@ -306,7 +305,7 @@ class _Recorder(nn.Module):
 
 
 class _HandBack(nn.Module):
-    """Stands where the decoder stood: its "output" is the hidden states it is given."""
+    """Replaces the decoder in the epilogue: its output is the given hidden states."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)

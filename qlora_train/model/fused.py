@@ -1,20 +1,20 @@
-"""Parts of a decoder layer as single operations, in place of the library's modules.
+"""Fused MLP and RMSNorm: parts of a decoder layer as single operations, in place of the library's modules.
 
-    FusedMlp     down(act(gate(x)) * up(x))   saves x, gate, up     the library's saves the activation and the
-                                                                    product too: 4 I per token instead of 2 I
-    FusedNorm    kernels/rms_norm.py          saves x               the library's saves x in fp32
+    FusedMlp     down(act(gate(x)) * up(x))   saves x, gate, up     the library also saves the activation and
+                                                                    the product: 4 I per token, not 2 I
+    FusedNorm    kernels/rms_norm.py          saves x               the library saves x in fp32
 
-In backward the product p = act(gate) * up is computed again (two elementwise passes), and with it whatever
-down's factors need. gate and up read one input (shared_input.py). With g = dL/dy, p' = g W_down + ...:
+Backward recomputes the product p = act(gate) * up (two elementwise passes), which the LoRA parameters of down
+need. gate and up share one input (shared_input.py). With g = dL/dy, p' = dL/dp = g W_down + ...:
 
     d_up = p' act(gate)        d_gate = act'(gate) (p' up)        dx = d_gate W_gate + d_up W_up + ...
 
-On a GPU liger-kernel's kernels (kernels/liger.py), if they are there, do the elementwise passes: of a norm
-whose results they give up to rounding, and of an MLP whose activation is SiLU. d_gate and d_up then take the
-places of gate and up, so that backward has 4 I per token alive at a time instead of 6 I.
+On a GPU with liger-kernel (kernels/liger.py) its kernels do the elementwise passes: for norms whose results
+they reproduce up to rounding, and for MLPs with SiLU. d_gate and d_up then overwrite gate and up, so that
+backward holds 4 I elements per token at a time instead of 6 I.
 
-Which families these fit is not looked up but tried: the start-up probe (probe.py) swaps them into its tiny
-model and compares outputs and gradients with the plain layer. `training.kernels: reference` swaps nothing.
+The start-up probe (probe.py) decides for which families these are used: it puts them into its tiny model and
+compares outputs and gradients with the plain layer. `training.kernels: reference` uses none of them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from qlora_train.model.linear import FrozenLinear, linear_backward, linear_forwa
 from qlora_train.model.shared_input import backward_of_all, dropped_tokens, forward_of_all
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""What liger's results may differ by, relative to the largest value."""
+"""Largest accepted difference of liger's results, relative to the largest value."""
 
 
 class FusedNorm(nn.Module):
-    """An RMSNorm whose weight is frozen; takes over the weight of `plain`, the library's module. offset,
-    liger: see kernels/rms_norm.py."""
+    """An RMSNorm with a frozen weight, that of `plain`, the library's module. offset, liger: see
+    kernels/rms_norm.py."""
 
     def __init__(self, plain: nn.Module, offset: float, liger: Liger | None = None) -> None:
         super().__init__()
@@ -54,8 +54,9 @@ class FusedNorm(nn.Module):
 
 
 class FusedMlp(nn.Module):
-    """A gated MLP; takes over the linears and the activation of `plain`, the library's module.
-    liger: whose kernels to use where they do what the activation does; None: plain torch."""
+    """A gated MLP with the linears and the activation of `plain`, the library's module.
+
+    liger: its kernels are used if the activation is SiLU; None: plain torch."""
 
     def __init__(self, plain: nn.Module, liger: Liger | None = None) -> None:
         super().__init__()
@@ -73,14 +74,14 @@ class FusedMlp(nn.Module):
         return _FusedMlpFunction.apply(x, self, *lora)
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
-        """act(gate) * up, all [T, I]."""
+        """act(gate) * up, both [T, I] -> [T, I]."""
         return self.act_fn(gate).mul_(up) if self.liger is None else self.liger.silu_mul(gate, up)
 
     def before_down(
         self, gradient: Tensor, gate: Tensor, up: Tensor, down_tokens: DropoutKeys | None
     ) -> tuple[Tensor, Tensor]:
-        """From gradient = dL/dy [T, D] to (d_gate, d_up), through down, whose factors get theirs. gate, up:
-        overwritten."""
+        """From gradient = dL/dy [T, D] to (d_gate, d_up) [T, I] each, adding the gradients of down's LoRA
+        parameters. gate and up may be overwritten."""
         if self.liger is not None:
             d_product = self._through_down(gradient, self.product(gate, up), down_tokens)
             self.liger.silu_mul_backward_(gate, up, d_product)
@@ -100,7 +101,7 @@ class FusedMlp(nn.Module):
 
 
 class _FusedMlpFunction(torch.autograd.Function):
-    """The factors' A are passed so that autograd sees that something needs a gradient."""
+    """Autograd of `FusedMlp`; the A matrices are passed so that the output requires a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: FusedMlp, *lora: Tensor) -> Tensor:
@@ -120,8 +121,8 @@ class _FusedMlpFunction(torch.autograd.Function):
         tokens, down_tokens = ctx.tokens
         x, gate, up, *hs = ctx.saved_tensors
         flat, g = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        # gate and up are ours alone: made in forward, and nobody else has seen them. They may be overwritten
-        # because backward runs once; a second time autograd would miss their values, and say so
+        # gate and up were made in forward and are used nowhere else, so they may be overwritten; a second
+        # backward through this graph would be an error of autograd's
         d_gate, d_up = mlp.before_down(g, gate, up, down_tokens)
         both, needs_dx = (mlp.gate_proj, mlp.up_proj), ctx.needs_input_grad[0]
         grad_input = backward_of_all(both, (d_gate, d_up), flat, hs, tokens, needs_dx=needs_dx)
@@ -133,7 +134,7 @@ class _FusedMlpFunction(torch.autograd.Function):
 
 
 def fuse_mlps(layers: Iterable[nn.Module], liger: Liger | None = None) -> None:
-    """Put a `FusedMlp` where a layer has a gated MLP of three linears."""
+    """Replace every gated MLP of three linears by a `FusedMlp`."""
     for layer in layers:
         mlp = getattr(layer, "mlp", None)
         parts = [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
@@ -142,8 +143,8 @@ def fuse_mlps(layers: Iterable[nn.Module], liger: Liger | None = None) -> None:
 
 
 def fuse_norms(layers: Iterable[nn.Module], liger: Liger | None = None) -> None:
-    """Put a `FusedNorm` in place of every RMSNorm in a layer that plain torch computes bit for bit as the
-    library does, with liger's kernels where they are given and near enough."""
+    """Replace every RMSNorm in the layers that our plain torch formula reproduces bit for bit by a
+    `FusedNorm`, with liger's kernels if given and within `NEAR`."""
     for layer in layers:
         for owner in list(layer.modules()):
             for name, norm in list(_rms_norms(owner)):
@@ -166,8 +167,8 @@ def _eps_of(norm: nn.Module) -> float:
 
 @torch.no_grad()
 def _offset_of(norm: nn.Module) -> float | None:
-    """The offset with which ours, in plain torch, gives the bits of this module on a CPU, None if none
-    does."""
+    """The offset with which `FusedNorm` in plain torch reproduces this module's bits on a CPU; None: no
+    offset does."""
     norm = _twin(norm, torch.device("cpu"))
     x, expected = _tried_out(norm)
     matching = (o for o in (0.0, 1.0) if torch.equal(FusedNorm(norm, o)(x), expected))
@@ -176,13 +177,13 @@ def _offset_of(norm: nn.Module) -> float | None:
 
 @torch.no_grad()
 def _is_near(norm: nn.Module, offset: float, liger: Liger) -> bool:
-    """Whether liger's kernels give the results of this module; warns if not."""
-    if norm.weight.is_meta:  # a plan: they are taken to
+    """Whether liger's kernels reproduce the results of this module within `NEAR`; warns if not."""
+    if norm.weight.is_meta:  # a plan assumes it
         return True
     norm = _twin(norm, norm.weight.device)  # type: ignore[arg-type]
     x, expected = _tried_out(norm)
     difference = (FusedNorm(norm, offset, liger)(x) - expected).abs().max() / expected.abs().max()
-    is_near = bool(difference <= NEAR[x.dtype])  # NaN is not
+    is_near = bool(difference <= NEAR[x.dtype])  # False for NaN
     if not is_near:
         warnings.warn(
             f"liger-kernel's RMSNorm differs from {type(norm).__name__} by {difference:.1e} of the largest "
@@ -193,8 +194,8 @@ def _is_near(norm: nn.Module, offset: float, liger: Liger) -> bool:
 
 
 def _twin(norm: nn.Module, device: torch.device) -> nn.Module:
-    """The same module with a weight of its own on `device`. No two numbers of it are alike, so that what is
-    found out holds for every weight: a norm of ones rounds alike in every family."""
+    """A copy of the module on `device` with a weight of distinct numbers: with a weight of ones, all families
+    would round alike."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     twin = copy(norm)
     numbers = torch.linspace(0.5, 1.5, len(weight), device=device).to(weight.dtype)
@@ -203,7 +204,7 @@ def _twin(norm: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _tried_out(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """An input [2, D] and what the module makes of it."""
+    """A test input [2, D] and the module's output [2, D] for it."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     x = torch.linspace(-3, 3, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
     return x, norm(x)

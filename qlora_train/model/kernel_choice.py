@@ -1,5 +1,7 @@
-"""Which kernels a model runs with: decided once, from the description of its device, the compute dtype and
-`training.kernels`, and handed to its decoder. Nothing asks a tensor."""
+"""Which kernels a model runs with.
+
+Decided once from the device's description, the compute dtype and `training.kernels`, then given to the
+decoder: no kernel is chosen by looking at a tensor."""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from qlora_train.model.attention import AttentionKernels
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """attention: what attends to packed documents. liger: for norms and MLPs; None: plain torch.
-    is_reference: library operations and autograd's own sums everywhere (`training.kernels: reference`)."""
+    """The kernels of a model. attention: for packed documents. liger: for norms and MLPs; None: plain torch.
+    is_reference: library operations and autograd everywhere (`training.kernels: reference`)."""
 
     attention: AttentionKernels
     liger: Liger | None
@@ -23,9 +25,9 @@ class KernelChoice:
 
     @staticmethod
     def on(device: ComputeDevice, dtype: torch.dtype) -> KernelChoice:
-        """The fastest there are."""
+        """The fastest kernels for this device and compute dtype."""
         return KernelChoice(AttentionKernels.on(device, dtype), liger_for(device))
 
     def reference(self) -> KernelChoice:
-        """The reference of these."""
+        """The reference kernels for the same device."""
         return replace(self, attention=self.attention.plain(), liger=None, is_reference=True)

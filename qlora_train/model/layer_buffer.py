@@ -1,16 +1,16 @@
-"""A layer buffer: all quantized bytes of one decoder layer in one contiguous buffer, and the table of what is
-where.
+"""Layer buffer: all quantized weights of one decoder layer in one contiguous buffer, and its layout.
 
-    layer buffer    uint8 [num_bytes]
-    table   (weight, tensor) -> offset, dtype, shape    e.g. (mlp.up_proj, absmax) -> 3,211,264, uint8, [..]
+    layer buffer   uint8 [num_bytes]
+    layout         (weight, tensor) -> offset, dtype, shape    e.g. (mlp.up_proj, absmax) -> 3,211,264,
+                                                               uint8, [..]
 
 Moving a layer (disk to RAM to GPU) is then one copy of known size: a 7-linear layer in NF4 with double
-quantization would otherwise be 35 small ones. Offsets are multiples of 64 bytes, which every dtype and vector
-instruction is content with; the padding is under 64 bytes a tensor. Names are relative to the layer, so
-layers of the same shape share one table, and the views into a reused buffer are made once.
+quantization would otherwise be 35 small copies. Offsets are multiples of 64 bytes, which is aligned for every
+dtype and vector instruction; padding is under 64 bytes per tensor. Names are relative to the layer, so layers
+of the same shape share one layout, and the views into a reused buffer are made once.
 
-Norms, biases and buffers are not in it: autograd of a library norm saves its weight, and a saved tensor must
-not lie in a buffer that the next layer overwrites.
+Norms, biases and module buffers are stored elsewhere: autograd of a library norm saves its weight, and a
+saved tensor must not lie in a buffer that the next layer overwrites.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALIGNMENT_BYTES = 64
 
 
 def aligned(num_bytes: int) -> int:
-    """Rounded up to a multiple of `ALIGNMENT_BYTES`."""
+    """`num_bytes` rounded up to a multiple of `ALIGNMENT_BYTES`."""
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
@@ -53,7 +53,7 @@ class LayerShapes:
 
 @dataclass(frozen=True)
 class LayerBufferEntry:
-    """One tensor of one quantized weight, and its place in the layer buffer."""
+    """Place of one tensor of one quantized weight in the layer buffer."""
 
     weight: str
     tensor: str
@@ -68,7 +68,9 @@ class LayerBufferEntry:
 
 @dataclass(frozen=True)
 class LayerBufferLayout:
-    """The table of a layer buffer. Layers of equal shapes have equal layouts."""
+    """The layout of a layer buffer; equal for layers of equal shapes.
+
+    shapes: (weight name within the layer, (out, in)) pairs. num_bytes: of the whole buffer."""
 
     quantization: Quantization
     shapes: tuple[tuple[str, tuple[int, int]], ...]

@@ -1,26 +1,25 @@
-"""The frozen linear with its LoRA factors: y = x W^T + b + s (x A^T) B^T, W quantized and frozen.
+"""The frozen linear with its LoRA parameters A and B: y = x W^T + b + s (x A^T) B^T, W quantized.
 
-Shapes: x [..., T, in], W [out, in], A [R, in], B [out, R], s = alpha / R (or alpha / sqrt(R), rank-stabilised
+Shapes: x [..., T, in], W [out, in], A [R, in], B [out, R], s = alpha / R (or alpha / sqrt(R), rank-stabilized
 LoRA, Kalajdzievski 2023, arXiv:2312.03732). QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
 
 Two paths, chosen by `training.kernels`:
 
-- `reference` writes the formula with library operations and lets autograd do the rest. Autograd saves the
-  dequantized W (2 in*out bytes in 16 bits) until backward, and puts the factor gradients into `.grad` in the
-  compute dtype.
+- `reference` is the formula in library operations with autograd. Autograd saves the dequantized W (2 in*out
+  bytes in 16 bits) until backward, and puts the gradients of A and B into `.grad` in the compute dtype.
 - `auto` is one autograd.Function. Saved for backward: x and h = x A^T, i.e. T (in + R) elements; never W.
-  Backward asks the weight source again, so a weight may have left the device in between. With g = dL/dy:
+  Backward dequantizes W again, so the weight may leave the device in between. With g = dL/dy:
 
       dB = s g^T h        dh = s g B        dA = dh^T x        dx = g W + dh A
 
-  dA and dB (cheap: 2 T R (in + out) FLOPs each way) are added to the flat fp32 gradient right here, and
-  autograd is handed None for them: micro-batches accumulate in fp32, with no gradient tensors of their own.
+  dA and dB (2 T R (in + out) FLOPs) are added to the flat fp32 gradient here, and autograd gets None for
+  them: micro-batches accumulate in fp32, without gradient tensors of their own.
 
-Why not bitsandbytes' own MatMul4Bit: it keeps the quantized tensor itself on ctx. Once weights stream through
-recycled slots that tensor is overwritten before backward, and the gradient is silently wrong.
+Why not bitsandbytes' own MatMul4Bit: it keeps the quantized tensor itself on ctx. If weights are streamed
+through reused slots, that tensor is overwritten before backward, and the gradient is silently wrong.
 
-With dropout, x in the LoRA branch is dropout(x); its mask is a pure function of the token
-(kernels/dropout.py) and is computed again in backward.
+With dropout, x in the LoRA branch is dropout(x); the mask is a pure function of the token
+(kernels/dropout.py) and is recomputed in backward.
 """
 
 from __future__ import annotations
@@ -36,16 +35,17 @@ from qlora_train.model.weight_store import WeightStore
 
 
 class DropoutContext:
-    """The micro-batch that passes through the layers now; None while evaluating. Shared by all factors."""
+    """The dropout keys of the current micro-batch, shared by all LoRA modules; None: nothing is dropped."""
 
     def __init__(self) -> None:
         self.tokens: DropoutKeys | None = None
 
 
 class LinearLora(nn.Module):
-    """One module's A and B: views of the flat working copy, with views of the flat fp32 gradient.
+    """The LoRA parameters A [R, in] and B [out, R] of one linear: views of the flat working copy.
 
-    A [R, in] and B [out, R] are the only trainable parameters of a model.
+    They are the only trainable parameters of a model. gradient_a, gradient_b: views of the flat fp32
+    gradient. scaling: s. module_id: distinguishes the dropout masks of the linears.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LinearLora(nn.Module):
         self.context = context
 
     def tokens_to_drop(self) -> DropoutKeys | None:
-        """Keys for dropout, or None where nothing is dropped (evaluation, probability 0)."""
+        """The dropout keys, or None if nothing is dropped (evaluation, probability 0)."""
         return self.context.tokens if self.dropout_probability > 0 else None
 
     def add_gradients(self, gradient_a: Tensor, gradient_b: Tensor) -> None:
@@ -79,18 +79,19 @@ class LinearLora(nn.Module):
         self.gradient_b.add_(gradient_b)
 
     def collect_autograd(self) -> None:
-        """Move what autograd left in `.grad` (reference path) to the flat fp32 gradient."""
+        """Add the `.grad` of A and B (reference path) to the flat fp32 gradient and clear it."""
         if self.A.grad is not None and self.B.grad is not None:
             self.add_gradients(self.A.grad, self.B.grad)
             self.A.grad = self.B.grad = None
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer whose weight is asked from a `WeightStore` at each use.
+    """A linear layer that gets its weight from a `WeightStore` at each use.
 
-    name: the module path in the model; `source.dequantize(name, dtype)` gives [out_features, in_features].
-    source is set when the model comes alive. skip_output: the output is zeros, while backward stays what it
-    is; right only where the output goes straight into the residual sum and only its gradient is wanted.
+    name: the module path in the model; `source.dequantize(name, dtype)` returns [out_features, in_features].
+    source: set when the model is materialized. lora: None without LoRA parameters. use_autograd: the
+    `reference` path. skip_output: forward returns zeros and backward is unchanged; correct only if the output
+    goes straight into the residual sum and only gradients are needed.
     """
 
     bias: nn.Parameter | None
@@ -130,8 +131,10 @@ def _dropped(x: Tensor, lora: LinearLora) -> Tensor:
 
 
 def linear_forward(linear: FrozenLinear, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """x [T, in] -> (y [T, out], h [T, R] for `linear_backward`, None without factors). For use inside a
-    Function: nothing is recorded. Where `skip_output` is set, y is zeros. h: x A^T where it is known."""
+    """Forward pass inside an autograd.Function: x [T, in] -> (y [T, out], h [T, R] for `linear_backward`).
+
+    The returned h is None without LoRA parameters. With `skip_output`, y is zeros. h: x A^T if it is already
+    computed."""
     if linear.skip_output:
         y = x.new_zeros(()).expand(len(x), linear.out_features)
     else:
@@ -156,11 +159,11 @@ def linear_backward(
     needs_dx: bool = True,
     add_to: Tensor | None = None,
 ) -> Tensor | None:
-    """From gradient = dL/dy [T, out] to dL/dx [T, in], None where it is not needed; factor gradients are
-    added where they belong.
+    """Backward pass: from gradient = dL/dy [T, out] to dL/dx [T, in], adding dA and dB to the flat gradient.
 
-    x [T, in]: the input. h: what `linear_forward` returned, or None: computed again. tokens: those of the
-    forward pass, if anything was dropped. onto: a tensor that dL/dx is added to and that is returned.
+    Returns None unless `needs_dx`. x [T, in]: the input. h: from `linear_forward`; None: recomputed. tokens:
+    the dropout keys of the forward pass; None: nothing was dropped. add_to: a tensor [T, in] that dL/dx is
+    added to in place and that is returned.
     """
     grad_input = grad_input_of_weight(linear, gradient, add_to) if needs_dx else None
     lora = linear.lora
@@ -182,7 +185,7 @@ def linear_backward(
 
 
 def grad_input_of_weight(linear: FrozenLinear, gradient: Tensor, add_to: Tensor | None) -> Tensor:
-    """gradient W [T, in], added to `add_to` where it is given."""
+    """gradient W [T, in], added to `add_to` in place if it is given."""
     weight = linear.source.dequantize(linear.name, gradient.dtype)
     return gradient @ weight if add_to is None else add_to.addmm_(gradient, weight)
 
@@ -194,14 +197,15 @@ def grad_of_low_rank(lora: LinearLora, gradient: Tensor, h: Tensor) -> tuple[Ten
 
 
 def as_own(y: Tensor, x: Tensor) -> Tensor:
-    """A fresh y [T, out] as [..., out] with x's leading sizes, no view in autograd's eyes: some families
-    change a linear's output in place (OLMo clamps q, k and v), which it refuses for views made in a
-    Function."""
+    """Reshape a new y [T, out] to [..., out] with x's leading sizes, without a view in autograd's sense.
+
+    Some families modify a linear's output in place (OLMo clamps q, k and v), which autograd refuses for views
+    made in a Function."""
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
-    """See the module docstring; `linear` is an object, A and B are passed so that autograd sees them."""
+    """The `auto` path of a linear; A and B are passed so that the output requires a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, linear: FrozenLinear) -> Tensor:
@@ -214,7 +218,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
-        x, h = ctx.saved_tensors or (gradient, None)  # without factors, x is not asked for
+        x, h = ctx.saved_tensors or (gradient, None)  # without LoRA parameters, x is not used
         g = gradient.reshape(-1, gradient.shape[-1])
         grad_input = linear_backward(
             ctx.linear, g, x.reshape(-1, x.shape[-1]), h, ctx.tokens, needs_dx=ctx.needs_input_grad[0]

@@ -1,20 +1,20 @@
-"""All LoRA factors of a model in three flat buffers.
+"""All LoRA parameters of a model in three flat buffers.
 
-    masters    fp32            what the optimizer updates and what is saved
-    working    compute dtype   what the forward pass multiplies by; each module's A and B are views of it
-    gradient   fp32            what backward adds to; each module holds views of it
+    masters    fp32            updated by the optimizer, and saved
+    working    compute dtype   used by the forward pass; the A and B of each module are views of it
+    gradient   fp32            backward adds to it; each module holds views of it
 
 N = sum over modules of R (in + out) elements: 4 N + 4 N bytes for masters and gradient and 2 N for a 16-bit
 working copy (in fp32 the working copy *is* the masters). One cast per optimizer step, one norm for clipping,
-one optimizer launch per learning-rate group, one all-reduce. Per-module tensors instead would be hundreds of
-small launches, and bitsandbytes' paging and 8-bit state only act on tensors above a size that single factors
-do not reach.
+one optimizer launch per learning-rate group, one all-reduce. Separate tensors per module would need hundreds
+of small launches, and bitsandbytes' paging and 8-bit state only apply to tensors above a size that a single A
+or B does not reach.
 
 Order: every A first (by layer, then module), then every B, so that LoRA+ (Hayou et al. 2024,
-arXiv:2402.12354), whose B learns faster than A, is two contiguous parameter groups.
+arXiv:2402.12354), which gives B a higher learning rate than A, has two contiguous parameter groups.
 
-Initialised as in PEFT: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero, so the adapted model
-starts as the base.
+Initialized as in PEFT: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero, so the adapted model
+starts equal to the base.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from qlora_train.model.linear import DropoutContext, FrozenLinear, LinearLora
 def select_targets(
     linears: Mapping[str, FrozenLinear], targets: str | Sequence[str]
 ) -> dict[str, FrozenLinear]:
-    """The linears that get factors.
+    """The linears that get LoRA parameters.
 
     targets: "all-linear", or module name endings such as ["q_proj", "v_proj"]. Raises `BaseModelError` for an
-    ending that matches nothing, listing what exists.
+    ending that matches no linear, listing the existing names.
     """
     if targets == "all-linear":
         return dict(linears)
@@ -56,10 +56,10 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 class LoraParameters:
-    """The flat buffers, and the factors attached to `linears` as views of them.
+    """The LoRA parameters of `linears` in flat buffers, attached to each linear as views (`linear.lora`).
 
-    rank: R. scaling: s; either may be given by name for every linear. seed: of the initialisation of A.
-    dtype: of the working copy. Attaching replaces `linear.lora`.
+    rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: of the
+    initialization of A. dtype: of the working copy. An existing `linear.lora` is replaced.
     """
 
     def __init__(
@@ -101,8 +101,9 @@ class LoraParameters:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> LoraParameters:
-        """Those of a finished adapter, to compute with: without dropout, on the linears it has factors for.
-        factors: with the names of `linears`. Raises `BaseModelError` when modules or shapes differ."""
+        """The LoRA parameters of a finished adapter, without dropout, attached to the linears that it adapts.
+
+        lora: (A, B) by the names of `linears`. Raises `BaseModelError` if shapes differ."""
         targets = {name: linear for name, linear in linears.items() if name in lora}
         buffers = LoraParameters(
             targets,
@@ -117,7 +118,7 @@ class LoraParameters:
         return buffers
 
     def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """{module name: (A [R, in], B [out, R])} as views of one of the flat buffers."""
+        """{module name: (A [R, in], B [out, R])} as views of `flat`, one of the flat buffers."""
         pairs, at_a, at_b = {}, 0, self.num_a
         for name, (shape_a, shape_b) in self._shapes.items():
             size_a, size_b = math.prod(shape_a), math.prod(shape_b)
@@ -126,12 +127,13 @@ class LoraParameters:
         return pairs
 
     def refresh_working(self) -> None:
-        """Cast the masters into the working copy: once per optimizer step."""
+        """Cast the masters into the working copy; call it once per optimizer step."""
         if self.working is not self.masters:
             self.working.copy_(self.masters)
 
     def load(self, lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set the masters from an adapter. Raises `BaseModelError` when modules or shapes differ."""
+        """Set the masters to an adapter's (A, B) by module name. Raises `BaseModelError` if modules or shapes
+        differ."""
         views = self.views(self.masters)
         missing, unknown = sorted(views.keys() - lora.keys()), sorted(lora.keys() - views.keys())
         if missing or unknown:
@@ -151,7 +153,7 @@ class LoraParameters:
         self.refresh_working()
 
     def modules(self, linears: Iterable[FrozenLinear]) -> list[LinearLora]:
-        """The factors attached to these linears."""
+        """The `LinearLora` modules of these linears."""
         return [lin.lora for lin in linears if lin.lora is not None]
 
     def _initialise_a(self, seed: int) -> None:

@@ -1,31 +1,32 @@
-"""Cross-entropy at the end of the walk: the loss of a group of micro-batches and the gradients it sends back.
+"""Cross-entropy over the vocabulary in tiles: the loss of a group of micro-batches and its gradients.
 
     loss = 1/N sum over supervised t of ( logsumexp(z_t) - z_t[label_t] ),   z = head(norm(x))
 
-N counts the supervised tokens of the whole optimizer step, over all micro-batches and ranks, so any split of
-the same data has the same loss and gradients. (A mean per micro-batch, averaged, weighs tokens by how the
-data happened to be split.)
+N is the number of supervised tokens of the whole optimizer step, over all micro-batches and ranks, so every
+split of the same data has the same loss and gradients. (An average of means per micro-batch would weight
+tokens by the split.)
 
-`TiledLoss` reads the head ONCE, a tile of vocabulary rows at a time, and never holds more than a tile's
-logits. Like flash attention over the keys (Dao et al. 2022, arXiv:2205.14135) with the vocabulary in their
-place: per token a running maximum m, a running sum s of exp(z_v - m) and a running sum a of exp(z_v - m)
-dz_v/dh, all over the *other* tokens v, the label left out; a larger maximum rescales both sums. With the
-label's logit z and its gradient, which come from the head's row of that label, gathered once:
+`TiledLoss` reads the head once, one tile of vocabulary rows at a time, and holds the logits of one tile only.
+It works like flash attention (Dao et al. 2022, arXiv:2205.14135) with the vocabulary in place of the keys:
+per token a running maximum m, a running sum s of exp(z_v - m) and a running sum a of exp(z_v - m) dz_v/dh,
+all over the vocabulary without the label; a larger maximum rescales both sums. With the logit z of the label
+and its gradient dz/dh, from the head's row of that label, gathered once:
 
     u = m + log s - z        loss = log(1 + e^u)        dloss/dh = sigmoid(u) (a / s - dz/dh)
 
-so the gradient is complete after the forward pass: two products with the head, as many as a loss that keeps
-all its logits. sigmoid(u) is 1 - p(label): leaving the label out of the sums keeps that factor exact where
-the model is nearly certain. (With the label in them the gradient is a difference of two nearly equal vectors,
-each rounded to 16 bits; at p = 0.994 a third of it is rounding.) dz/dh goes through the family's own epilogue
-(scale, tanh cap) by autograd, one tile deep.
+so the gradient is complete after the forward pass: two products with the head, as many as for a loss that
+stores all logits. sigmoid(u) is 1 - p(label), exact even if the model is nearly certain, since the sums leave
+out the label. (With the label in the sums, the gradient would be a difference of two nearly equal vectors,
+each rounded to 16 bits; at p = 0.994 a third of it is rounding error.) dz/dh is computed by autograd through
+the family's own epilogue (scale, tanh cap) of one tile.
 
-Bytes: 8 C Vt for a block of C tokens and a tile of Vt rows, and per supervised token D fp32 for
-a and twice D 16-bit for the hidden state and the label's gradient. With V = 128,256, T = 2,048, Vt = 4,096
-and C = 512: 17 MB + 34 MB, instead of 2.6 GB. The tile is the outer loop: all micro-batches of a group share
-one pass over a head that streams.
+Bytes in 16 bits: 8 C Vt for a block of C tokens and a tile of Vt rows (logits 2, their exponentials 4 in fp32
+and 2 in 16 bits). Per supervised token 10 D (a 4 in fp32; hidden state before and after the norm, and dz/dh,
+2 each) and what the norm saves. With V = 128,256, D = 2,048, T = 2,048, Vt = 4,096 and C = 512: 17 MB +
+42 MB, instead of 2.6 GB for whole logits. Tiles are the outer loop: all micro-batches of a group share one
+pass over a streamed head.
 
-`reference_loss` is the formula on all T positions as transformers computes it; bit-identical to autograd
+`reference_loss` is the formula over all T positions as transformers computes it, bit-identical to autograd
 through the model.
 """
 
@@ -48,11 +49,11 @@ LOWEST = -1e30  # below any logit, and finite: the first maximum subtracts from 
 
 @dataclass
 class _Running:
-    """One micro-batch on its way through the tiles; S supervised tokens.
+    """Running sums of one micro-batch with S supervised tokens.
 
-    leaf, hidden [S, D]: the chosen hidden states and, with the graph of the norm, their normed values.
-    labels [S]. largest, total [S] fp32: m and s. weighted [S, D] fp32: a. label_logits [S] fp32: z.
-    label_gradients [S, D]: dz/dh.
+    leaf [S, D]: hidden states of the supervised tokens. hidden [S, D]: norm(leaf), with its graph. labels:
+    int64 [S]. largest, total: fp32 [S], m and s. label_logits: fp32 [S], z. weighted: fp32 [S, D], a.
+    label_gradients [S, D]: dz/dh. The last two are None without gradients.
     """
 
     leaf: Tensor
@@ -65,12 +66,12 @@ class _Running:
     label_gradients: Tensor | None = None
 
     def others_above_label(self) -> Tensor:
-        """u [S]."""
+        """u = m + log s - z, fp32 [S]: log-sum-exp of the other logits minus the label's logit."""
         return self.largest + self.total.log() - self.label_logits
 
 
 class TiledLoss:
-    """See the module docstring. block_tokens: C, supervised tokens whose tile of logits is alive at once."""
+    """Cross-entropy that reads the head once, tile by tile. block_tokens: C, tokens per block of logits."""
 
     def __init__(self, decoder: FrozenDecoder, block_tokens: int) -> None:
         self._decoder, self._block_tokens = decoder, block_tokens
@@ -78,11 +79,10 @@ class TiledLoss:
     def __call__(
         self, xs: list[Tensor], batches: Sequence[PackedTokens], gradient_scale: float | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Sum of the supervised losses (fp32 scalar), and per micro-batch its gradient times `gradient_scale`
-        (None: no gradients, an empty list).
+        """Return the sum of the supervised losses (fp32 scalar) and dL/dx [1, T, D] of every micro-batch.
 
-        xs: outputs of the last layer, [1, T, D] each; the list is emptied, so that they need not wait here.
-        Gradients: dL/dx [1, T, D] each.
+        xs: outputs of the last layer, [1, T, D] each; the list is emptied, so that they are freed early.
+        gradient_scale: multiplies the gradients; None: no gradients, an empty list.
         """
         states = [self._begin(xs.pop(0), tokens, gradient_scale is not None) for tokens in batches]
         for start, rows in tiles(self._decoder.head):
@@ -118,7 +118,7 @@ class TiledLoss:
         return state
 
     def _add_tile(self, state: _Running, block: slice, start: int, rows: Tensor) -> None:
-        """Take one tile's logits of a block of tokens into its running m, s and a."""
+        """Add one tile's logits of a block of tokens to the running m, s and a."""
         with_gradient = state.weighted is not None
         hidden = state.hidden.detach()[block].requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
@@ -126,7 +126,7 @@ class TiledLoss:
         largest, total = state.largest[block], state.total[block]
         scores = _without_labels(logits.detach()[0], state.labels[block] - start)
         new_largest = torch.maximum(largest, scores.amax(-1))
-        weights = (scores - new_largest[:, None]).exp_()  # fp32, whatever the logits are
+        weights = (scores - new_largest[:, None]).exp_()  # fp32 for every logit dtype
         rescale = (largest - new_largest).exp_()
         total.mul_(rescale).add_(weights.sum(-1))
         largest.copy_(new_largest)
@@ -142,14 +142,14 @@ def _blocks(num_tokens: int, block_tokens: int) -> list[slice]:
 
 
 def _without_labels(scores: Tensor, places: Tensor) -> Tensor:
-    """scores [n, rows] with -inf at [t, places[t]], for those places that are in this tile; in place."""
+    """Set scores [n, rows] to -inf at [t, places[t]], in place, for the places within this tile."""
     clamped = places.clamp(0, scores.shape[1] - 1)[:, None]
     is_here = clamped == places[:, None]
     return scores.scatter_(1, clamped, scores.gather(1, clamped).masked_fill_(is_here, float("-inf")))
 
 
 def _finish(state: _Running, tokens: PackedTokens, gradient_scale: float) -> Tensor:
-    """dL/dx [1, T, D], zero where nothing is supervised."""
+    """dL/dx [1, T, D] from the finished sums, zero at unsupervised positions."""
     assert state.weighted is not None and state.label_gradients is not None
     others_share = torch.sigmoid(state.others_above_label()).mul_(gradient_scale)  # 1 - p(label), scaled
     gradient = (
@@ -169,8 +169,9 @@ def reference_loss(
     num_supervised: int,
     loss_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same by library operations over all positions: (loss sum, dL/dx), dL times loss_scale /
-    num_supervised. head: [V, D]."""
+    """Cross-entropy by library operations over all positions: (loss sum, dL/dx [1, T, D]).
+
+    The gradient is scaled by loss_scale / num_supervised. head: [V, D]."""
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = decoder.tile_logits(decoder.norm(leaf), 0, head)[0].float()

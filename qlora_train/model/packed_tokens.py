@@ -1,4 +1,4 @@
-"""One micro-batch on the compute device: a flat row of T tokens with its documents, labels and identities."""
+"""One micro-batch on the compute device: a flat row of T tokens with documents, labels and dropout keys."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qlora_train.model.vocab_matrix import TokenIds
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Tensors of one micro-batch; T packed tokens, S supervised ones.
+    """The tensors of one micro-batch with T packed tokens, S of them supervised.
 
-    ids: the tokens [T]. position_ids: int64 [1, T]. labels: int64 [T], the token to predict at each place,
-    -100 where none is. supervised: int64 [S], the places with a label; label_ids: the labels there [S]. rows,
-    offsets: int64 [T], identity of each token in the data order.
+    ids: the tokens [T]. position_ids: int64 [1, T]. labels: int64 [T], the token to predict at each position,
+    -100 for none. supervised: int64 [S], the positions with a label; label_ids: their labels [S]. rows,
+    offsets: int64 [T], row of each token in the data order and its offset in that row.
     """
 
     ids: TokenIds
@@ -52,7 +52,7 @@ class PackedTokens:
         )
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> PackedTokens:
-        """The same with every device tensor replaced by move(tensor): pinned, or on another device."""
+        """A copy with every device tensor replaced by move(tensor), e.g. pinned or on another device."""
         return PackedTokens(
             self.ids.moved(move),
             move(self.position_ids),
@@ -66,5 +66,5 @@ class PackedTokens:
 
     @property
     def token_ids(self) -> Tensor:
-        """int64 [1, T] on the device."""
+        """Token ids int64 [1, T] on the device."""
         return self.ids.device[None]

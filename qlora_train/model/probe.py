@@ -1,19 +1,18 @@
-"""The start-up probe: does our walk compute what this family's own model computes? Measured, not looked up in
-a list.
+"""Start-up probe: tests on a tiny model that the walk over the layers computes what the family's model does.
 
-From the real config a tiny one is made (2 layers of different kinds if there are any, widths of 64, every
-scale field, rope type, bias flag and layer type kept) with random weights. The library's own model with its
-own eager attention runs two documents one after the other; our parts run them packed into one row, from
-weights W and factors A, B with the library given W + s B A. Compared, in fp32:
+From the real config a tiny one is made (2 layers, of different kinds if there are any, widths of 64; scale
+fields, rope type, bias flags and layer types are kept) with random weights. The library's model with its
+eager attention runs two documents one after the other; `FrozenDecoder` runs them packed into one row, with
+weights W and LoRA parameters A, B, while the library has W + s B A. Compared in fp32:
 
     logits of every token, the loss, and per module  dA = s B^T dW  and  dB = s dW A^T,  dW by plain autograd.
 
-That proves at once: prologue, layers, head (in tiles); packed documents do not see each other; gradients. A
-second look finds out whether recomputation may skip the value of the layer's last linear: whether its output
-goes straight into the residual sum (llama) or first through a norm whose gradient needs it (gemma2, olmo2); a
-third, whether layers with fused norms and MLPs (fused.py) give the same outputs and gradients. It costs a
-fraction of a second and 64-wide matrices. What fails is refused by name. Seen to fail, rightly: stablelm
-(drops the keyword that carries document boundaries), gpt_oss (attention sinks, fused experts).
+This tests prologue, layers and the tiled head, the isolation of packed documents, and all gradients. Two more
+tests decide what is allowed: whether recomputation may skip the output of a layer's last linear, i.e. whether
+it goes straight into the residual sum (llama) or first through a norm whose gradient needs it (gemma2,
+olmo2); and whether fused norms, MLPs and q, k, v projections (fused.py, shared_input.py) give the same
+outputs and gradients. The probe takes a fraction of a second. A family that fails is refused by name. Known
+to fail: stablelm (drops the keyword with the document boundaries), gpt_oss (attention sinks, fused experts).
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ from qlora_train.quant.quantize import quantize
 TOLERANCE = 2e-4  # relative, fp32, against the largest value
 DOCUMENT_LENGTHS = (13, 9)
 VOCABULARY_SIZE = 64
-FACTOR_SCALING = 0.5
-TILE_ROWS, BLOCK_TOKENS = 24, 8  # several of both, the last ones ragged
-WINDOW = 5  # shorter than the documents, so that a sliding window is at work
+LORA_SCALING = 0.5
+TILE_ROWS, BLOCK_TOKENS = 24, 8  # several tiles and blocks, the last ones smaller
+WINDOW = 5  # shorter than the documents, so that a sliding window has an effect
 
 
 _Walked = tuple[FrozenDecoder, LoraParameters]
@@ -69,9 +68,9 @@ class ProbeResult:
 
 
 def probe(config: PretrainedConfig) -> ProbeResult:
-    """What can be done with this family, tried on a tiny model of this config.
+    """Test this family on a tiny model of this config and return what it allows.
 
-    Raises `UnsupportedModelError`, naming the family, unless walk and model agree.
+    Raises `UnsupportedModelError`, naming the family, unless the walk reproduces the library's model.
     """
     try:
         differences, result = _try_out(tiny_config(config))
@@ -79,7 +78,7 @@ def probe(config: PretrainedConfig) -> ProbeResult:
         raise UnsupportedModelError(f"{config.model_type} is not supported: {error}") from error
     except AssertionError:  # our own mistake
         raise
-    except Exception as error:  # what a family's code throws at an odd config has no type of its own
+    except Exception as error:  # a family's own code may raise any type
         raise UnsupportedModelError(
             f"{config.model_type} is not supported: its layers cannot be walked one by one "
             f"({reason_of(error)})"
@@ -96,7 +95,7 @@ def probe(config: PretrainedConfig) -> ProbeResult:
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A 2-layer, 64-wide config of the same family with the same scales, layer kinds and head grouping."""
+    """A config of the same family with 2 layers of width 64, the same scales, layer kinds and head groups."""
     fields: dict[str, Any] = config.to_dict()
     num_layers = config.num_hidden_layers
     per_layer = [k for k, v in fields.items() if isinstance(v, list) and len(v) == num_layers]
@@ -148,14 +147,13 @@ def _tiny_experts(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _two_layers(kinds: list[tuple[Any, ...]]) -> tuple[int, int]:
-    """Two layers of different kinds where there are any."""
+    """Indices of two layers, of different kinds if there are any."""
     other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds) - 1)
     return 0, other
 
 
 def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
-    """Relative difference of logits, loss and gradients, and what else was found; see the module
-    docstring."""
+    """Relative differences of logits, loss and gradients by name, and the `ProbeResult`."""
     generator = torch.Generator().manual_seed(0)
     config.dtype = torch.float32
     reference: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -173,7 +171,7 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
     fused_qkv[0].fuse(norms=False, mlps=False, qkv=True)
     pairs = lora.views(lora.masters)
     for name, (a, b) in pairs.items():
-        reference.get_parameter(f"{name}.weight").data += FACTOR_SCALING * b @ a
+        reference.get_parameter(f"{name}.weight").data += LORA_SCALING * b @ a
 
     tokens = torch.randint(0, VOCABULARY_SIZE, (sum(DOCUMENT_LENGTHS),), generator=generator)
     packed = _packed(tokens)
@@ -192,8 +190,8 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
         weight_gradient = reference.get_parameter(f"{name}.weight").grad
         assert weight_gradient is not None
         a, b = pairs[name]
-        result[f"{name} A gradient"] = _relative(gradient_a, FACTOR_SCALING * b.t() @ weight_gradient)
-        result[f"{name} B gradient"] = _relative(gradient_b, FACTOR_SCALING * weight_gradient @ a.t())
+        result[f"{name} A gradient"] = _relative(gradient_a, LORA_SCALING * b.t() @ weight_gradient)
+        result[f"{name} B gradient"] = _relative(gradient_b, LORA_SCALING * weight_gradient @ a.t())
     return result, ProbeResult(
         skippable=_find_skippable(decoder, lora, packed),
         has_experts=any(decoder.experts),
@@ -204,7 +202,7 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
 
 
 def _same_layers(plain: _Walked, fused: _Walked, packed: PackedTokens) -> bool:
-    """Whether every layer gives the same output and gradients."""
+    """Whether every layer of the two decoders gives the same output and gradients, within `TOLERANCE`."""
     for index in range(len(plain[0].layers)):
         expected, found = (_layer_results(*walked, packed, index) for walked in (plain, fused))
         if not all(_relative(f, e) <= TOLERANCE for f, e in zip(found, expected, strict=True)):
@@ -238,7 +236,7 @@ def _may_skip(
     return True
 
 
-def _linear_run_last(decoder: FrozenDecoder, packed: PackedTokens, index: int) -> FrozenLinear:
+def _last_linear(decoder: FrozenDecoder, packed: PackedTokens, index: int) -> FrozenLinear:
     called: list[FrozenLinear] = []
     handles = [
         linear.register_forward_hook(lambda module, *_: called.append(module))
@@ -254,7 +252,7 @@ def _linear_run_last(decoder: FrozenDecoder, packed: PackedTokens, index: int) -
 def _layer_results(
     decoder: FrozenDecoder, lora: LoraParameters, packed: PackedTokens, index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer's output, and the gradients of its input and of the factors for a random gradient of it."""
+    """One layer's output, and for a random gradient of it the gradients of its input and LoRA parameters."""
     generator = torch.Generator().manual_seed(1)
     x, arguments = decoder.embed_packed(packed)
     leaf = (x + 0.1 * torch.randn(x.shape, generator=generator)).requires_grad_()
@@ -266,7 +264,7 @@ def _layer_results(
 
 
 def _walked_copy(reference: PreTrainedModel) -> _Walked:
-    """The same weights, taken apart, with random factors on every linear."""
+    """A `FrozenDecoder` with the weights of `reference`, and random LoRA parameters on every linear."""
     meta_model = MetaModel(reference.config, torch.float32)
     parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
     parameters |= {name: reference.get_buffer(name).clone() for name in meta_model.stored_buffers}
@@ -278,7 +276,7 @@ def _walked_copy(reference: PreTrainedModel) -> _Walked:
     embedding = ResidentMatrix(parameters[meta_model.embedding_name], TILE_ROWS)
     head = embedding if meta_model.is_tied else ResidentMatrix(parameters[meta_model.head_name], TILE_ROWS)
     decoder = meta_model.materialize(source, parameters, embedding, head, THE_CPU)
-    options: dict[str, Any] = {"rank": 4, "scaling": FACTOR_SCALING, "dropout": 0.0, "seed": 0}
+    options: dict[str, Any] = {"rank": 4, "scaling": LORA_SCALING, "dropout": 0.0, "seed": 0}
     lora = LoraParameters(decoder.linears, dtype=torch.float32, device="cpu", **options)
     lora.masters.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     return decoder, lora
@@ -295,7 +293,7 @@ def _labels(tokens: Tensor) -> Tensor:
 
 
 def _packed(tokens: Tensor) -> PackedTokens:
-    """Both documents in one row."""
+    """Both documents packed into one row."""
     row = MicroBatch(
         token_ids=tokens.numpy(),
         position_ids=np.concatenate([np.arange(n) for n in DOCUMENT_LENGTHS]),
@@ -308,8 +306,8 @@ def _packed(tokens: Tensor) -> PackedTokens:
 
 
 def _run_alone(reference: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each document alone through the library's model: (logits [T, V], loss sum), gradients left in the
-    weights."""
+    """Run each document alone through the library's model: (logits [T, V], loss sum). The gradients are in
+    the weights' `.grad`."""
     logits = torch.cat(
         [
             reference(input_ids=part[None], use_cache=False).logits[0]

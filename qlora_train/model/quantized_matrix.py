@@ -1,25 +1,24 @@
-"""A head that stays quantized: rows of codes with their own scales, dequantized a tile or a few labels at a
-time.
+"""A quantized head: rows of codes with their own scales, dequantized by tile or by gathered rows.
 
-QLoRA keeps the head in 16 bits, and bitsandbytes leaves it so unless it is told what else to skip
-(`llm_int8_skip_modules`). A checkpoint whose head was quantized all the same has lost the 16-bit rows:
-dequantizing them at load would cost their bytes and bring nothing back. Here a row of D numbers is stored as
-one piece,
+QLoRA keeps the head in 16 bits, as bitsandbytes does unless `llm_int8_skip_modules` names other modules. If a
+checkpoint's head is quantized all the same, dequantizing it at load would cost the bytes of 16-bit rows and
+restore no precision. Here each row of D numbers is stored contiguously,
 
     nf4, fp4    D/2 bytes of codes, then D/block_size absmax in fp32
     int8        D bytes of codes, then row_absmax in fp32
 
-so a quantized head is a uint8 matrix [V, row bytes], which lies on the device, waits in RAM or a file, is
-gathered and passes the ring like any other (vocab_matrix.py, weights/streaming.py). `QuantizedMatrix` around
-it dequantizes on the device. The numbers are those of dequantizing the whole matrix, bit for bit.
+so a quantized head is a uint8 matrix [V, row_bytes] that is stored on the device, in RAM or in a file,
+gathered, and streamed through the ring like any other (vocab_matrix.py, weights/streaming.py).
+`QuantizedMatrix` dequantizes its rows on the device. The result is that of dequantizing the whole matrix, bit
+for bit.
 
 Bytes for Llama 3.1 8B (V = 128,256, D = 4,096): 296 MB in 4 bits or 526 MB in int8, against 1,051 MB in 16
-bits, on the device or through the ring; and 34 MB for the dequantized tile of 4,096 rows, in one buffer that
-every tile uses. Double quantization of the scales is undone when they are read, since its blocks of 256
-scales do not end with a row: 0.5625 byte per number where the checkpoint has 0.5159, 24 MB here.
+bits, on the device or through the ring; plus 34 MB for one dequantized tile of 4,096 rows, in a buffer that
+all tiles share. Double quantization of the scales is undone at load, since its blocks of 256 scales do not
+align with rows: 0.5625 byte per number instead of the checkpoint's 0.5159, 24 MB here.
 
-Where 4-bit blocks do not end with a row either (D no multiple of the block size) the head is dequantized at
-load instead (checkpoint.py). No known model has such a D.
+If the 4-bit blocks do not align with rows either (D no multiple of the block size), the head is dequantized
+at load (weights/base_checkpoint.py). No known model has such a D.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from qlora_train.quant.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a row of num_columns numbers is stored. quantization: of `Quantization.by_row`. dtype: of its
-    numbers, dequantized."""
+    """How a row of `num_columns` numbers is stored. quantization: from `Quantization.by_row`. dtype: of the
+    dequantized numbers."""
 
     quantization: Quantization
     num_columns: int
@@ -52,12 +51,12 @@ class RowLayout:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the stored matrix."""
+        """Dtype of the stored matrix: uint8 if quantized."""
         return torch.uint8 if self.is_quantized else self.dtype
 
     @property
     def stored_columns(self) -> int:
-        """Of the stored matrix: bytes of a quantized row, numbers of another."""
+        """Columns of the stored matrix: bytes of a quantized row, numbers of an unquantized one."""
         return self.row_bytes // self.stored_dtype.itemsize
 
     @property
@@ -69,7 +68,7 @@ class RowLayout:
         return self.quantization.row_code_bytes(self.num_columns)
 
     def store(self, weight: QuantizedWeight, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a quantized weight as they are stored, uint8 [stop - start, stored_columns]."""
+        """Rows start..stop of a quantized weight in this layout, uint8 [stop - start, stored_columns]."""
         assert self.is_quantized and weight.shape[1] == self.num_columns
         codes = weight.tensors["data"].view(weight.shape[0], -1)[start:stop].view(torch.uint8)
         if self.quantization.is_4bit:
@@ -80,9 +79,9 @@ class RowLayout:
         return torch.cat([codes, scales.reshape(stop - start, -1).view(torch.uint8)], dim=1)
 
     def quantized(self, rows: Tensor) -> QuantizedWeight:
-        """Stored rows uint8 [n, stored_columns] as a quantized weight [n, num_columns] of its own."""
+        """A quantized weight [n, num_columns] from stored rows uint8 [n, stored_columns]."""
         codes = rows[:, : self._code_bytes].contiguous()
-        scales = rows[:, self._code_bytes :].clone(memory_format=torch.contiguous_format)  # aligned as fp32
+        scales = rows[:, self._code_bytes :].clone(memory_format=torch.contiguous_format)  # aligned for fp32
         scales = scales.view(torch.float32).view(-1)
         shape = (len(rows), self.num_columns)
         if self.quantization.is_4bit:
@@ -93,9 +92,9 @@ class RowLayout:
 
 
 class QuantizedMatrix:
-    """A `VocabMatrix` [V, D] over another one, [V, stored_columns], that holds its rows as `row_format` says.
+    """A `VocabMatrix` [V, D] that dequantizes `stored`, a uint8 matrix [V, stored_columns] in `row_format`.
 
-    A tile is valid while its context lasts: the next is dequantized into the same buffer.
+    A tile is valid within its context only: the next is dequantized into the same buffer.
     """
 
     def __init__(
@@ -126,5 +125,6 @@ class QuantizedMatrix:
 def as_vocab_matrix(
     stored: VocabMatrix, row_format: RowLayout, dequantize_kernel: DequantizeKernel
 ) -> VocabMatrix:
-    """A stored matrix as one of numbers. dequantize_kernel: of the device."""
+    """The matrix [V, D] of numbers over a stored one: a `QuantizedMatrix` if rows are quantized, else
+    `stored` itself. dequantize_kernel: of the device."""
     return QuantizedMatrix(stored, row_format, dequantize_kernel) if row_format.is_quantized else stored

@@ -1,9 +1,9 @@
-"""Rotary tables that change with the longest sequence, and who may share a batch then.
+"""Rotary tables that depend on the longest sequence in a batch, and which sequences may share a batch then.
 
 "longrope" (long-context Phi-3) has two tables, for sequences up to the original maximum and beyond; "dynamic"
-makes another for every length beyond. The library chooses one for a whole batch by its largest position, so a
-short sequence beside a long one is rotated otherwise than alone, and one that grows past the original maximum
-has keys of both tables in its cache.
+has another table for every length beyond it. The library chooses one table for a whole batch by its largest
+position, so a short sequence would be rotated differently beside a long one than alone, and a sequence that
+grows past the original maximum would have keys of both tables in its cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qlora_train.errors import UnsupportedModelError
 
 
 def original_length(config: PretrainedConfig) -> tuple[str, int | None]:
-    """(rope type, tokens up to which the table is one and the same; None: always)."""
+    """(rope type, number of tokens up to which the table is constant; None: for any length)."""
     rope = getattr(config, "rope_parameters", None) or {}
     rope_type = str(rope.get("rope_type", "default"))
     if rope_type not in ("longrope", "dynamic"):
@@ -25,8 +25,8 @@ def original_length(config: PretrainedConfig) -> tuple[str, int | None]:
 
 
 def refuse_length_dependent_rope(config: PretrainedConfig, sequence_length: int) -> None:
-    """Refuse to train where sequence_length would make the table change: packed documents would not equal the
-    documents alone."""
+    """Raise `UnsupportedModelError` if the table changes within `sequence_length` tokens: results for packed
+    documents would differ from those for each document alone."""
     rope_type, original = original_length(config)
     if original is not None and sequence_length > original:
         raise UnsupportedModelError(
@@ -39,23 +39,23 @@ def refuse_length_dependent_rope(config: PretrainedConfig, sequence_length: int)
 def batches_by_table(
     config: PretrainedConfig, prompt_lengths: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Prompts that may run together, by their numbers: each is then answered exactly as alone.
+    """Batches of prompt indices that use one table each, so every prompt is answered exactly as alone.
 
-    Raises `UnsupportedModelError` for a prompt whose answer could change tables."""
+    Raises `UnsupportedModelError` for a prompt whose answer could reach another table."""
     rope_type, original = original_length(config)
-    everybody = list(range(len(prompt_lengths)))
+    all_prompts = list(range(len(prompt_lengths)))
     if original is None:
-        return [everybody]
-    short = [b for b in everybody if prompt_lengths[b] + max_new_tokens <= original]
-    long = [b for b in everybody if prompt_lengths[b] > original and rope_type == "longrope"]
-    if crossing := sorted(set(everybody) - set(short) - set(long)):
+        return [all_prompts]
+    short = [b for b in all_prompts if prompt_lengths[b] + max_new_tokens <= original]
+    long = [b for b in all_prompts if prompt_lengths[b] > original and rope_type == "longrope"]
+    if crossing := sorted(set(all_prompts) - set(short) - set(long)):
         length = prompt_lengths[crossing[0]]
-        way_out = (
+        remedy = (
             f"Ask for {original - length} new tokens or less" if length < original else "Shorten the prompt"
         )
         raise UnsupportedModelError(
             f"{config.model_type} with rope type {rope_type}: a prompt of {length} tokens and "
             f"{max_new_tokens} new ones pass {original}, where the rotary table changes and "
-            f"cached keys would no longer fit. {way_out} (--max-new-tokens)."
+            f"cached keys would no longer fit. {remedy} (--max-new-tokens)."
         )
     return [batch for batch in (short, long) if batch]

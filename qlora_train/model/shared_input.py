@@ -1,19 +1,19 @@
-"""Linears that read one input, as one operation: an attention's q, k and v; an MLP's gate and up.
+"""Linears that share one input as one operation: an attention's q, k and v; an MLP's gate and up.
 
     y_i = x W_i^T + s h_i B_i^T          [h_1 .. h_n] = x [A_1; ..; A_n]^T
 
-Their A lie one after another in the flat buffer (factors.py), so the stacked A [n R, in] is a view: one
-product instead of n on the way there, two instead of 2 n on the way back. With g_i = dL/dy_i:
+Their A matrices are adjacent in the flat buffer (lora_parameters.py), so the stacked A [n R, in] is a view:
+one product instead of n in forward, two instead of 2 n in backward. With g_i = dL/dy_i:
 
     dh_i = s g_i B_i      dA = dh^T x      dx = sum_i g_i W_i + dh A
 
-dx is one buffer that all products are added to; autograd would allocate n and add them up. Saved for
-backward: x and h, once, T (in + n R) elements. Each weight is dequantized once on each way, when its turn
-comes: never more than one is there.
+dx is one buffer that all products are added to; autograd would allocate n buffers and add them. Saved for
+backward: x and h, once, T (in + n R) elements. Each weight is dequantized once in forward and once in
+backward, right before its product: at most one dequantized weight exists at a time.
 
-With dropout each module has a mask of its own, so each has another x in its branch, and where only some of
-the linears have factors, or they lie in another order, there is nothing to stack: then factors are taken one
-by one, and dx stays one buffer.
+Without stacking, the linears' LoRA branches are computed one by one, still with one dx buffer: with dropout,
+where every module has its own mask; if only some of the linears have LoRA parameters; if their A matrices are
+not adjacent and in order.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def forward_of_all(linears: Sequence[FrozenLinear], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """x [T, in] -> (every y [T, out], what `backward_of_all` wants: h [T, n R], or those of the linears with
-    factors one by one). For use inside a Function: nothing is recorded."""
+    """Forward inside an autograd.Function: x [T, in] -> (every y [T, out], hs for `backward_of_all`).
+
+    hs: one stacked h [T, n R], or one h [T, R] for each linear with LoRA parameters."""
     lora = _stackable(linears)
     if lora is None:
         results = [linear_forward(linear, x) for linear in linears]
         return [y for y, _ in results], [h for _, h in results if h is not None]
-    stacked = F.linear(x, _stacked([f.A.detach() for f in lora]))
+    stacked = F.linear(x, _stacked([module.A.detach() for module in lora]))
     parts = stacked.split(len(lora[0].A), dim=1)
     ys = [linear_forward(linear, x, h)[0] for linear, h in zip(linears, parts, strict=True)]
     return ys, [stacked]
@@ -61,9 +62,10 @@ def backward_of_all(
     *,
     needs_dx: bool,
 ) -> Tensor | None:
-    """From every dL/dy [T, out] to dL/dx [T, in], None where it is not needed; factor gradients are added
-    where they belong. hs: what `forward_of_all` returned. tokens: those of the forward pass, if anything was
-    dropped."""
+    """From every dL/dy [T, out] to dL/dx [T, in], adding dA and dB to the flat gradient.
+
+    Returns None unless `needs_dx`. hs: from `forward_of_all`. tokens: the dropout keys of the forward pass;
+    None: nothing was dropped."""
     grad_input: Tensor | None = None
     lora = _stackable(linears) if tokens is None else None
     if lora is None:
@@ -89,14 +91,14 @@ def backward_of_all(
 
 
 def dropped_tokens(linears: Iterable[FrozenLinear]) -> DropoutKeys | None:
-    """Keys for the dropout of these linears, None where nothing is dropped."""
+    """The dropout keys of these linears; None: nothing is dropped."""
     keys = (linear.lora.tokens_to_drop() for linear in linears if linear.lora is not None)
     return next(keys, None)
 
 
 def _stackable(linears: Sequence[FrozenLinear]) -> list[LinearLora] | None:
-    """The factors of all linears, or None: some have none, something is dropped, or they do not lie side by
-    side, with one rank."""
+    """The LoRA modules of all linears if their A can be stacked: all exist, have one shape and are adjacent
+    in the flat buffer, and nothing is dropped. Else None."""
     lora = [linear.lora for linear in linears if linear.lora is not None]
     if len(lora) < len(linears) or dropped_tokens(linears) is not None:
         return None
@@ -107,14 +109,14 @@ def _stackable(linears: Sequence[FrozenLinear]) -> list[LinearLora] | None:
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Parts [R, in] that lie one after another in one buffer, as [n R, in]."""
+    """One view [n R, in] of n parts [R, in] that are adjacent in one buffer."""
     first = parts[0]
     return first.as_strided((len(parts) * len(first), first.shape[1]), first.stride())
 
 
 class SharedInputs:
-    """The linears of one input where a module calls them one by one: the first call computes all, the others
-    take what is theirs."""
+    """Linears of one input that a module calls one by one: the first call computes all outputs, the others
+    return theirs."""
 
     def __init__(self, linears: Sequence[FrozenLinear]) -> None:
         self.linears = tuple(linears)
@@ -122,8 +124,8 @@ class SharedInputs:
         self._ys: list[Tensor | None] = []
 
     def take(self, index: int, x: Tensor) -> Tensor:
-        """The output [..., out] of linear `index` for x [..., in]. Each is handed out once: another call, or
-        another x, computes all again."""
+        """The output [..., out] of linear `index` for x [..., in]. Each output is returned once: a repeated
+        call, or another x, computes all again."""
         if x is not self._x or self._ys[index] is None:
             self.forget()
             lora = [linear.lora.A for linear in self.linears if linear.lora is not None]
@@ -135,12 +137,12 @@ class SharedInputs:
         return y
 
     def forget(self) -> None:
-        """Let go of outputs that nobody took: something went wrong between two calls."""
+        """Release outputs that were not taken, after the last one or after an exception between calls."""
         self._x, self._ys = None, []
 
 
 class SharedLinear(nn.Module):
-    """Stands where a linear stood that shares its input with others."""
+    """Replaces a linear that shares its input with others; `together` computes it."""
 
     def __init__(self, linear: FrozenLinear, together: SharedInputs, index: int) -> None:
         super().__init__()
@@ -152,7 +154,7 @@ class SharedLinear(nn.Module):
 
 
 def fuse_qkv(layers: Iterable[nn.Module]) -> None:
-    """Let q, k and v of every attention that has the three be one operation."""
+    """Replace q_proj, k_proj and v_proj of every attention module that has the three by one operation."""
     for layer in layers:
         attention = getattr(layer, "self_attn", None)
         linears = [getattr(attention, name, None) for name in QKV]
@@ -163,7 +165,7 @@ def fuse_qkv(layers: Iterable[nn.Module]) -> None:
 
 
 class _SharedInputFunction(torch.autograd.Function):
-    """The factors' A are passed so that autograd sees that something needs a gradient."""
+    """Autograd of `SharedInputs`; the A matrices are passed so that the outputs require a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linears: tuple[FrozenLinear, ...], *lora: Tensor) -> tuple[Tensor, ...]:
@@ -176,7 +178,7 @@ class _SharedInputFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
-        x, *hs = ctx.saved_tensors or rows  # without factors, x is not asked for
+        x, *hs = ctx.saved_tensors or rows  # without LoRA parameters, x is not used
         needs_dx = ctx.needs_input_grad[0]
         grad_input = backward_of_all(
             ctx.linears, rows, x.reshape(-1, x.shape[-1]), hs, ctx.tokens, needs_dx=needs_dx

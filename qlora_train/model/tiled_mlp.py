@@ -1,16 +1,16 @@
-"""The MLP of a layer in token tiles, for contexts whose MLP working set would not fit.
+"""The MLP of a layer in tiles of tokens, for long contexts whose MLP activations would not fit.
 
-An MLP treats tokens one by one, so T tokens can pass it C at a time. Forward keeps only its input x [T, D];
-backward takes each tile forward again and back at once, so what is alive at a time is C rows of the
-intermediate width instead of T. At 32,768 tokens with D = 4,096, I = 14,336 in 16 bits: 0.94 GB for each of
-gate, up, activation and product; with C = 2,048, 59 MB.
+An MLP processes each token independently, so T tokens can be processed C at a time. Forward saves only its
+input x [T, D]; backward runs each tile forward and backward in turn, so C instead of T rows of the
+intermediate width are alive at a time. At 32,768 tokens with D = 4,096, I = 14,336 in 16 bits: 0.94 GB for
+each of gate, up, activation and product; with C = 2,048, 59 MB.
 
-FLOPs: one more MLP forward where the layer is kept; none where it is recomputed anyway and the value of its
-output is not needed (`skip_output`), since then the forward pass inside backward computes nothing. Why not a
-checkpoint of the whole MLP: it bounds what is kept, not what is alive while a layer is taken back.
+FLOPs: one more MLP forward if the layer's activations are kept; none if the layer is recomputed anyway and
+its output is not needed (`skip_output`), since the recomputed forward then skips the MLP. Why not checkpoint
+the whole MLP: that bounds what is saved, not what is alive in backward.
 
-Factor gradients are sums over tokens; tiles add them in fp32 one after another. Dropout is a function of the
-token (kernels/dropout.py), so each tile takes its tokens' keys.
+Gradients of LoRA parameters are sums over tokens; the tiles add to them in fp32. Dropout is a function of the
+token (kernels/dropout.py), so each tile uses the keys of its tokens.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from qlora_train.model.linear import DropoutContext, FrozenLinear
 
 
 class TiledMlp(nn.Module):
-    """Stands where a layer's MLP stood. tile_tokens: C, None for all at once. tail: its last linear, where
-    the value of the MLP's output may be skipped in recomputation (see `FrozenLinear.skip_output`)."""
+    """Replaces a layer's MLP. tile_tokens: C; None: all tokens at once. last_linear: of the MLP, if
+    recomputation may skip its output (see `FrozenLinear.skip_output`), else None."""
 
-    def __init__(self, mlp: nn.Module, context: DropoutContext, tail: FrozenLinear | None) -> None:
+    def __init__(self, mlp: nn.Module, context: DropoutContext, last_linear: FrozenLinear | None) -> None:
         super().__init__()
         self.mlp = mlp
         self.tile_tokens: int | None = None
         self.skip_output = False
         self.context = context
-        self.tail = tail
+        self.last_linear = last_linear
         self.linears = [m for m in mlp.modules() if isinstance(m, FrozenLinear)]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ class TiledMlp(nn.Module):
         return _TiledMlpFunction.apply(x, self, *lora)
 
     def tiles(self, num_tokens: int) -> list[slice]:
-        """Ranges of tokens."""
+        """The token range of every tile."""
         assert self.tile_tokens is not None
         starts = range(0, num_tokens, self.tile_tokens)
         return [slice(start, min(start + self.tile_tokens, num_tokens)) for start in starts]
 
     @contextmanager
     def of_tile(self, keys: Any, tile: slice) -> Iterator[None]:
-        """Dropout as for the tokens of a tile; keys: the micro-batch's, None where nothing is dropped."""
+        """Context with the dropout keys of a tile's tokens. keys: the micro-batch's, or None."""
         before = self.context.tokens
         self.context.tokens = (
             None if keys is None else replace(keys, rows=keys.rows[tile], offsets=keys.offsets[tile])
@@ -66,19 +66,19 @@ class TiledMlp(nn.Module):
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """Inside, the value of the last linear is not computed, if it need not be."""
-        if self.tail is not None:
-            self.tail.skip_output = True
+        """Context in which the last linear skips its output, if it may."""
+        if self.last_linear is not None:
+            self.last_linear.skip_output = True
         try:
             yield
         finally:
-            if self.tail is not None:
-                self.tail.skip_output = False
+            if self.last_linear is not None:
+                self.last_linear.skip_output = False
 
 
 class _TiledMlpFunction(torch.autograd.Function):
-    """The factors are passed so that autograd sees that something here trains, also where x needs no
-    gradient."""
+    """Autograd of `TiledMlp`; the A matrices are passed so that the output requires a gradient even if x does
+    not."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: TiledMlp, *lora: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class _TiledMlpFunction(torch.autograd.Function):
                 module.mlp(leaf).backward(gradient[:, tile])
             for linear in module.linears:
                 if linear.lora is not None:
-                    linear.lora.collect_autograd()  # reference mode: into the fp32 sum, tile by tile
+                    linear.lora.collect_autograd()  # reference mode: add each tile in fp32
             if grad_input is not None:
                 assert leaf.grad is not None
                 grad_input[:, tile] = leaf.grad

@@ -1,16 +1,16 @@
-"""Embedding and head: V rows of D numbers in the compute dtype; one object where they are tied.
+"""Embedding and head [V, D] in the compute dtype, read by rows or tiles; one object if they are tied.
 
 They are the largest matrices of a model (Llama 3: 128,256 x 4,096, 1.05 GB in 16 bits, against 0.11 GB for a
-quantized layer) and the least used: a row of T tokens needs T embedding rows, and the loss can take the head
-a few thousand rows at a time. So both are asked for parts only:
+quantized layer) and the least used: T tokens need T embedding rows, and the loss can process the head a few
+thousand rows at a time. So both are read in parts only:
 
     gather(ids)       rows [n, D] of n token ids: input embeddings, and the head's rows of the labels
     tile(j)           rows of tile j [rows, D]: the head's product, tile by tile (model/loss.py)
 
-A head that the checkpoint has quantized is one too, dequantized part by part (quantized_matrix.py).
+A head that is quantized in the checkpoint has this interface too, dequantized by part (quantized_matrix.py).
 
-Why tiles also where the matrix is resident: the loss is then the same arithmetic wherever the matrix lives,
-so moving it changes no bit.
+Why tiles for a resident matrix too: the loss is then the same arithmetic wherever the matrix is stored, so
+its placement changes no bit.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenIds:
-    """The same ids twice: int64 [n] on the host, where a matrix in RAM or on disk is indexed, and on the
-    device."""
+    """Token ids int64 [n] twice: on the host, to index a matrix in RAM or on disk, and on the device."""
 
     host: np.ndarray
     device: Tensor
@@ -39,7 +38,7 @@ class TokenIds:
         return TokenIds(host, torch.from_numpy(host).to(device, non_blocking=True))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> TokenIds:
-        """The same with move(device) for the ids on the device."""
+        """A copy with the device ids replaced by move(ids)."""
         return TokenIds(self.host, move(self.device))
 
     def __len__(self) -> int:
@@ -47,18 +46,20 @@ class TokenIds:
 
 
 class VocabMatrix(Protocol):
-    """[V, D]. `items`: what a pass over the tiles visits of the layer source, empty where nothing streams."""
+    """A matrix [V, D], V = num_rows, read by rows or by tiles of `tile_rows` rows.
+
+    items: the items of a `WeightStore` schedule that a pass over the tiles visits; empty if not streamed."""
 
     num_rows: int
     tile_rows: int
     items: tuple[int, ...]
 
     def gather(self, ids: TokenIds) -> Tensor:
-        """Rows [n, D] on the device."""
+        """The rows [n, D] of `ids`, on the device."""
         ...
 
     def tile(self, index: int) -> AbstractContextManager[Tensor]:
-        """Rows index * tile_rows and on, [rows, D], on the device while the context lasts."""
+        """Context with the rows of tile `index` [rows, D] on the device, valid inside only."""
         ...
 
 
@@ -68,7 +69,7 @@ def tile_starts(matrix: VocabMatrix) -> range:
 
 
 class ResidentMatrix:
-    """A `VocabMatrix` on the compute device."""
+    """A `VocabMatrix` that stays on the compute device."""
 
     items: tuple[int, ...] = ()
 
@@ -84,14 +85,14 @@ class ResidentMatrix:
 
 
 def tiles(matrix: VocabMatrix) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of every tile in turn, each valid until the next."""
+    """(first row, rows [n, D]) of every tile in turn, each valid until the next."""
     for index, start in enumerate(tile_starts(matrix)):
         with matrix.tile(index) as rows:
             yield start, rows
 
 
 def whole(matrix: VocabMatrix) -> Tensor:
-    """All rows at once, [V, D] on the device: for reference runs."""
+    """The whole matrix [V, D] on the device, for reference runs."""
     if isinstance(matrix, ResidentMatrix):
         return matrix.weight
     filled: Tensor | None = None

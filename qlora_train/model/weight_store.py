@@ -1,13 +1,13 @@
-"""Where the frozen linears find their weights: the protocol, and its plain member, everything on the device.
+"""Weight store: gives the frozen linears their weights. The protocol, and its form with all on the device.
 
-The walk *visits* layers: it announces the order of its visits (`set_schedule`), enters a layer
-(`layer_on_device`), runs its micro-batches, leaves. Inside a visit the layer's quantized weights are on the
-compute device; outside they need not be. `weights/streaming.py` is the other member of the protocol: a layer
-may be anywhere until it is visited.
+The walk visits layers: it announces the order (`set_schedule`), enters a layer (`layer_on_device`), runs its
+micro-batches and leaves it. During a visit the layer's quantized weights are on the compute device; otherwise
+they need not be. `weights/streaming.py` has the other implementation, whose layers are stored anywhere and
+brought to the device for a visit.
 
-`hold_dequantized`: within a visit a weight is dequantized at its first use and kept until the visit ends, 2
-bytes per parameter of ONE layer in 16 bits. Otherwise every use dequantizes: once per micro-batch forward,
-twice per micro-batch backward if the layer is recomputed. The same bits either way.
+With `hold_dequantized`, a weight is dequantized at its first use in a visit and kept until the visit ends: 2
+bytes per parameter of one layer in 16 bits. Otherwise every use dequantizes: once per micro-batch forward,
+twice per micro-batch backward if the layer is recomputed. The results are the same bits.
 """
 
 from __future__ import annotations
@@ -26,27 +26,30 @@ from qlora_train.quant.weight import QuantizedWeight
 
 
 class WeightStore(Protocol):
-    """The quantized weights of all decoder layers."""
+    """The quantized weights of all decoder layers.
+
+    hold_dequantized: keep dequantized weights until the visit ends. copies_dequantized: return new tensors
+    that stay valid."""
 
     hold_dequantized: bool
     copies_dequantized: bool
 
     def set_schedule(self, order: Iterable[int]) -> None:
-        """Announce what will be visited from now on, in order; replaces what was announced before.
+        """Announce the next visits in order, replacing the schedule so far.
 
-        Items: decoder layers by index, then, from the number of layers on, the tiles of a head that streams.
+        Items: a decoder layer's index, or the number of layers plus the index of a tile of a streamed head.
         """
         ...
 
     def layer_on_device(self, layer: int) -> AbstractContextManager[None]:
-        """Inside the returned context the weights of this layer can be dequantized."""
+        """A visit: inside the returned context the weights of this layer can be dequantized."""
         ...
 
     def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight `name` (module path) as [out, in] in `dtype` on the compute device; not to be changed.
+        """The weight `name` (module path) as [out, in] in `dtype` on the compute device; read-only.
 
-        Valid until the next call, or, with `hold_dequantized`, until the visit ends; with
-        `copies_dequantized` for good."""
+        Valid until the next call, with `hold_dequantized` until the visit ends, with `copies_dequantized`
+        without limit."""
         ...
 
     experts_at_once: int
@@ -59,12 +62,12 @@ class WeightStore(Protocol):
 
 
 class PresentWeights:
-    """Dequantizes weights that are on the device, holding them within a visit where asked to.
+    """Dequantizes weights that are on the device; base class of the stores.
 
-    layouts: of all layers. dequantize_kernel: of the device. `quantized`: the weights present now, by module
-    path. copies_dequantized: what is dequantized is a new tensor that outlives the visit, as it must where
-    autograd saves it (reference mode). Otherwise it lies in one buffer that is used again and again: as large
-    as the largest weight, or, where weights are held, the largest layer.
+    layouts: of all layers. dequantize_kernel: of the device. quantized: the weights on the device now, by
+    module path. hold_dequantized: keep dequantized weights until the visit ends. copies_dequantized: each
+    result is a new tensor, as autograd needs to save it (reference mode). Otherwise results share one reused
+    buffer of the size of the largest weight, or with `hold_dequantized` of the largest layer.
     """
 
     def __init__(self, layouts: Sequence[LayerBufferLayout], dequantize_kernel: DequantizeKernel) -> None:
@@ -83,7 +86,7 @@ class PresentWeights:
         self._in_visit = False
 
     def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
-        """See `WeightStore`. Unless held or copied, valid until the next call."""
+        """See `WeightStore.dequantize`."""
         quantized = self.quantized[name]
         if self.copies_dequantized:
             weight = quantized.dequantize(dtype)
@@ -121,12 +124,12 @@ class PresentWeights:
     def _make_room(self, num_elements: int, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
         if self._buffer.numel() < num_elements or self._buffer.dtype != dtype:
             assert not self._held
-            self._buffer = torch.empty(0)  # the old one goes first
+            self._buffer = torch.empty(0)  # freed before the new one is allocated
             self._buffer = torch.empty(num_elements, dtype=dtype, device=quantized.tensors["data"].device)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """A visit, as far as held weights are concerned."""
+        """Context of a visit: weights may be held inside, and are released at its end."""
         self._in_visit = True
         try:
             yield
@@ -137,10 +140,10 @@ class PresentWeights:
 
 
 class ResidentWeights(PresentWeights):
-    """A `WeightStore` whose quantized weights are all on the compute device, always."""
+    """A `WeightStore` whose quantized weights all stay on the compute device."""
 
     def set_schedule(self, order: Iterable[int]) -> None:
-        """Nothing to prepare."""
+        """Does nothing: all layers are on the device."""
 
     def layer_on_device(self, layer: int) -> AbstractContextManager[None]:
         return self.holding()
@@ -174,5 +177,5 @@ def chunk_sizes(layouts: Iterable[LayerBufferLayout], experts_at_once: int) -> d
 
 
 def by_path(weights: Mapping[str, QuantizedWeight], layer_path: str) -> dict[str, QuantizedWeight]:
-    """Names within a layer -> module paths."""
+    """The same weights keyed by module path instead of the name within the layer."""
     return {f"{layer_path}.{name}": weight for name, weight in weights.items()}

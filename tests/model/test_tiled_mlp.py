@@ -60,7 +60,7 @@ class Case:
         dropout: float = 0.0,
         targets: Iterable[str] = LINEARS,
         use_autograd: bool = False,
-        with_tail: bool = True,
+        may_skip: bool = True,
     ) -> None:
         generator = torch.Generator().manual_seed(5)
 
@@ -85,7 +85,7 @@ class Case:
         rows = torch.arange(NUM_TOKENS) // 9
         self.keys = DropoutKeys(3, 5, rows, torch.arange(NUM_TOKENS) % 9)
         self.lora.dropout_context.tokens = self.keys if dropout else None
-        self.tiled = TiledMlp(self.mlp, self.lora.dropout_context, linears["down"] if with_tail else None)
+        self.tiled = TiledMlp(self.mlp, self.lora.dropout_context, linears["down"] if may_skip else None)
         self.x, self.direction = randn(1, NUM_TOKENS, WIDTH), randn(1, NUM_TOKENS, WIDTH)
 
     def run(
@@ -168,13 +168,13 @@ def test_a_skipped_value_changes_no_gradient(tile_tokens: int, needs_dx: bool, d
     assert_close(case.run(None, needs_dx=needs_dx)[0], case.run(tile_tokens, needs_dx=needs_dx)[0])
 
 
-@pytest.mark.parametrize("with_tail", [False, True])
-def test_backward_leaves_out_the_tails_value_where_it_may(with_tail: bool) -> None:
-    case = Case(with_tail=with_tail)
+@pytest.mark.parametrize("may_skip", [False, True])
+def test_backward_skips_the_last_linear_where_it_may(may_skip: bool) -> None:
+    case = Case(may_skip=may_skip)
     case.run(8)
     num_tiles = 3
     # Once in forward, once for its input's gradient; and its value again if that may not be skipped.
-    assert case.mlp.source.asked.count("down") == num_tiles * (2 if with_tail else 3)
+    assert case.mlp.source.asked.count("down") == num_tiles * (2 if may_skip else 3)
     assert case.mlp.source.asked.count("gate") == num_tiles * 3
     assert not case.mlp.down.skip_output
 
