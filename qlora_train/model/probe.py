@@ -215,7 +215,7 @@ def _find_skippable(decoder: FrozenDecoder, lora: LoraParameters, packed: Packed
     all together, in every layer without changing a gradient."""
     names: dict[str, None] = {}
     for index in range(len(decoder.layers)):
-        ends: list[FrozenLinear | FrozenExperts] = [_linear_run_last(decoder, packed, index)]
+        ends: list[FrozenLinear | FrozenExperts] = [_last_linear(decoder, packed, index)]
         for module in ends + decoder.experts[index]:
             names[module.name.split(f".{index}.", 1)[1]] = None
     found = tuple(name for name in names if _may_skip(decoder, lora, packed, (name,)))
