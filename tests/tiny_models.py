@@ -63,10 +63,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_SMALL_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+# Mixtures of experts; the numbers of experts are no rank of any test.
+EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 10, "head_dim": 16} | _SMALL_EXPERTS,
+    "qwen2_moe": {"num_experts": 10, "shared_expert_intermediate_size": 48} | _SMALL_EXPERTS,  # gated shared one
+    "mixtral": {"num_local_experts": 6},  # w1, w2, w3 on disk
+    "olmoe": {"num_experts": 10, "num_experts_per_tok": 3},
+    "glm4_moe": {"n_routed_experts": 10, "head_dim": 16, "first_k_dense_replace": 1} | _SMALL_EXPERTS,
+    "glm4_moe_lite": {"n_routed_experts": 10} | _LATENT | _SMALL_EXPERTS,
+    "deepseek_v3": {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+    | _LATENT
+    | _SMALL_EXPERTS,  # a correction of the router that is a buffer
+    "ernie4_5_moe": {"moe_num_experts": 10, "moe_k": 3, "moe_intermediate_size": 48},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 8},  # sinks
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 3},
+    "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "rotary_dim": 8},
+}
+
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """A 3-layer config of a family in FAMILIES (or any model type of transformers)."""
-    model_type, extra = FAMILIES.get(family, (family, {}))
+    model_type, extra = FAMILIES.get(family, (family, EXPERT_FAMILIES.get(family, {})))
     options: dict[str, Any] = {
         "vocab_size": VOCABULARY_SIZE,
         "hidden_size": 64,

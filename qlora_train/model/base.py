@@ -27,7 +27,7 @@ from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
 from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
-from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.decoder import FrozenDecoder, final_norm_name
 from qlora_train.model.frozen_experts import NAME as EXPERTS_NAME
 from qlora_train.model.frozen_experts import FrozenExperts, freeze_experts, is_experts
 from qlora_train.model.layer_buffer import LayerBufferLayout, LayerShapes
@@ -96,13 +96,22 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             attn_implementation=attention.NAME,
             experts_implementation=EXPERTS_NAME,
         )
-    decoder = model.get_decoder()
-    if not all(hasattr(decoder, part) for part in ("layers", "embed_tokens", "norm")):
-        raise UnsupportedModelError(
-            f"{config.model_type}: not a LLaMA-class decoder (embed_tokens, layers, norm)"
-        )
+    _check_decoder(model)
     tie_head(model)
     return model
+
+
+def _check_decoder(model: PreTrainedModel) -> None:
+    """Refuse what cannot be walked layer by layer: a decoder must be an embedding, layers and a norm."""
+    family, decoder = model.config.model_type, model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise UnsupportedModelError(f"{family}: not a LLaMA-class decoder (embedding, layers, norm)")
+    final_norm_name(decoder)
+    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding)]
+    if any(table is not model.get_input_embeddings() for table in tables):
+        raise UnsupportedModelError(f"{family}: its layers have embeddings of their own")
+    if getattr(model.config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{family}: its layers share keys and values with each other")
 
 
 def tie_head(model: PreTrainedModel) -> None:

@@ -122,6 +122,11 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     for name in ("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
         if name in fields:
             fields[name] = 0.0
+    if own := fields.pop("per_layer_config", None):  # of some layers, by number: wider heads
+        changed = {int(number) for number in own}
+        fields["per_layer_config"] = {
+            new: {"head_dim": 32} for new, old in enumerate((first, second)) if old in changed
+        }
     rope = fields.get("rope_parameters") or {}
     for name in ("short_factor", "long_factor"):
         if name in rope:

@@ -111,13 +111,17 @@ class ModelShape:
         return self.quantized_parameters // self.num_layers
 
     @cached_property
+    def linear_parameters(self) -> int:
+        """Of those, the numbers that are not experts'."""
+        return sum(prod(shape) for layer in self.layers for _, shape in layer.linears) // self.num_layers
+
+    @cached_property
     def active_parameters(self) -> int:
-        """Of those, the numbers that a token is multiplied by."""
-        linears = sum(prod(shape) for layer in self.layers for _, shape in layer.linears)
+        """Numbers of one layer that a token is multiplied by, on average."""
         experts = sum(
             self._active(shape, number) for layer in self.layers for _, shape, number in layer.experts
         )
-        return (linears + experts) // self.num_layers
+        return self.linear_parameters + experts // self.num_layers
 
     def _active(self, shape: tuple[int, int], num_experts: int) -> int:
         return prod(shape) * min(self.experts_per_token, num_experts) // num_experts

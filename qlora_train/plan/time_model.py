@@ -126,11 +126,13 @@ def _dequantize_seconds(
     """Each use of a weight writes it out once in the compute dtype and reads it again."""
     if workload.quantization.format == "none":
         return 0.0
-    uses = 1 if plan.hold_dequantized else group
     again = sum(policy is ActivationPolicy.RECOMPUTE for policy in plan.activations)
-    held_again = 0 if plan.hold_dequantized else again
-    visits = num_groups * uses * (2 * plan.num_layers + held_again)
-    return visits * workload.shape.layer_parameters * (2 * workload.itemsize + 0.5) / rates.memory
+    every_time = num_groups * group * (2 * plan.num_layers + again)
+    once_a_visit = num_groups * 2 * plan.num_layers
+    shape = workload.shape
+    linears = (once_a_visit if plan.hold_dequantized else every_time) * shape.linear_parameters
+    experts = every_time * (shape.layer_parameters - shape.linear_parameters)
+    return (linears + experts) * (2 * workload.itemsize + 0.5) / rates.memory
 
 
 def _fetch_seconds(place: Placement, num_bytes: int, rates: Rates) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import (
+    EXPERT_FAMILIES,
     FAMILIES,
     library_model,
     load_tiny,
@@ -51,7 +52,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERT_FAMILIES])
 def test_packed_logits_and_gradients_are_the_library_models_on_documents_alone(
     tmp_path: Path, family: str
 ) -> None:
