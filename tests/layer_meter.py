@@ -50,8 +50,7 @@ def measured(
     gradient = torch.zeros_like(x)
 
     def forward(leaf: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = decoder.layers[index](leaf, **arguments[index])
-        return y
+        return FrozenDecoder.run_layer(decoder, index, leaf, arguments[index])
 
     def peak_of(run: Callable[[], None]) -> int:
         with new_meter() as meter:

@@ -1,7 +1,7 @@
 """Token mixers with a memory (gated delta nets, short convolutions, state spaces), run on documents apart.
 
-Attention is told where documents end; a recurrent mixer is not: over a packed row its state and the taps of its
-convolution would carry one document into the next, silently. So documents are gathered into right-padded
+Attention is told where documents end; a recurrent mixer is not: over a packed row its state and the taps of
+its convolution would carry one document into the next, silently. So documents are gathered into right-padded
 batches (kernels/document_gather.py), the library's mixer runs on each batch as it is, and the outputs are put
 back in the order of the row. All of it is causal, so padding behind a document changes nothing before it, and
 what a document gets does not depend on its neighbours.

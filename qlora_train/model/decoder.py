@@ -96,9 +96,9 @@ class FrozenDecoder:
         self._no_rows = nn.Parameter(
             torch.empty(0, model.config.hidden_size, dtype=dtype, device=device.torch), requires_grad=False
         )
-        self._embedding = model.get_input_embeddings()
+        self._embedding: Any = model.get_input_embeddings()
         self._embedding.weight = self._no_rows
-        self._embedding.padding_idx = None  # only affects the gradient of a trainable embedding
+        self._embedding.padding_idx = None  # type: ignore[assignment]  # only affects the gradient of a trainable embedding
         self._head_product = _HeadProduct(model.get_output_embeddings().bias)
         model.set_output_embeddings(self._head_product)
         self._causal_lm = model

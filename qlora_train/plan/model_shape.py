@@ -7,7 +7,6 @@ known models, so that a plan can be made before anything is downloaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -146,12 +145,20 @@ class ModelShape:
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
     """Raises `UnsupportedModelError` for a family that cannot be trained."""
-    return _shape_of(config.to_json_string(use_diff=False))
+    return _shape_of(_Config(config.to_json_string(use_diff=False), config))
+
+
+@dataclass(frozen=True)
+class _Config:
+    """A config, equal to others of the same text."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
 
 
 @lru_cache(maxsize=16)
-def _shape_of(text: str) -> ModelShape:
-    config = AutoConfig.for_model(**json.loads(text))
+def _shape_of(known_by: _Config) -> ModelShape:
+    config, text = known_by.config, known_by.text
     probed = probe(config)
     meta_model = MetaModel(config, torch.bfloat16)
     vocabulary, hidden = meta_model.matrix_shape

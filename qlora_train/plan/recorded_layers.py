@@ -15,9 +15,10 @@ are the walk's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class RecordedDecoder(FrozenDecoder):
         runs: list[_Run] = []
         with self.weights.holding():
             for _ in range(2 if call.holds else 1):
-                runs.append(_Run(self.meter.another(), self.layers[index], x, arguments))
+                runs.append(_Run(self.meter.another(), partial(super().run_layer, index), x, arguments))
                 if call.runs_again:  # a layer that is run again is taken back in the same visit
                     runs[-1].take_back()
         with self.weights.holding():
@@ -190,13 +191,19 @@ class _Run:
     """One run of a layer under a meter. forward, backward: bytes at the most besides what is left after the
     run, and besides what was there before going back."""
 
-    def __init__(self, meter: PlannedMeter, layer: nn.Module, x: Tensor, arguments: LayerArguments) -> None:
+    def __init__(
+        self,
+        meter: PlannedMeter,
+        run: Callable[[Tensor, LayerArguments], Tensor],
+        x: Tensor,
+        arguments: LayerArguments,
+    ) -> None:
         self._meter = meter
         self._saved: dict[int, int] = {}
         self._gradient = torch.empty_like(x)
         leaf = x.detach().requires_grad_(x.requires_grad)
         with meter, saved_tensors_hooks(self._note, _as_it_is):
-            self._y = layer(leaf, **arguments)
+            self._y = run(leaf, arguments)
         self.forward, self.backward = meter.peak_bytes - meter.live_bytes, 0
         output = self._saved.pop(self._y.untyped_storage()._cdata, 0)
         saved = sum(self._saved.values())
