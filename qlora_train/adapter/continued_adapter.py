@@ -1,8 +1,8 @@
-"""`lora.init_from`: an adapter that training goes on from decides its own modules, ranks and scalings.
+"""`lora.init_from`: training continues an adapter, which decides modules, ranks and scalings.
 
-What the recipe leaves out is the adapter's; what it says must be what the adapter has (`all-linear`: all that
-have factors there). Modules are exactly
-those that have factors there, as PEFT loads it: some layers only, an own rank or alpha for some.
+Keys that the recipe leaves out are the adapter's; keys that it gives must agree with the adapter
+(`all-linear` always does). The trained modules are exactly those with LoRA parameters in the adapter, as PEFT
+loads it: possibly some layers only, or with a rank or alpha of their own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from qlora_train.recipe import LoraSection
 
 
 def as_continued(lora: LoraSection, linears: Iterable[str] | None = None) -> LoraSection:
-    """The section with what `init_from` decides filled in; as it is, where there is none.
+    """The section with the adapter's values filled in; unchanged without `init_from`.
 
-    linears: paths of the base's linear layers; None: not known, and the adapter's own paths are named. Raises
-    `BaseModelError` where the recipe says otherwise, or the base lacks a module.
+    linears: paths of the base's linear layers; None: unknown, and the adapter's own paths are used. Raises
+    `BaseModelError` where the recipe contradicts the adapter, or the base lacks a module.
     """
     if lora.init_from is None:
         return lora
@@ -48,6 +48,7 @@ def as_continued(lora: LoraSection, linears: Iterable[str] | None = None) -> Lor
 def _targets(
     folder: Path, config: AdapterConfig, paths: list[str], linears: Iterable[str] | None
 ) -> list[str]:
+    """`target_modules` for the adapter's modules, apart from the head."""
     paths = [path for path in paths if path.rpartition(".")[2] != HEAD]
     if linears is None:
         return paths
@@ -62,7 +63,8 @@ def _targets(
 
 
 def _as_written(lora: LoraSection, own: tuple[str, ...], linears: Iterable[str] | None) -> Any:
-    """`target_modules` as the recipe has them, if they are the adapter's modules."""
+    """`target_modules` as the recipe writes them. Raises `BaseModelError` unless they select the adapter's
+    modules."""
     existing = list(linears or ())
     asked, has = (set(_chosen(targets, existing)) for targets in (lora.target_modules, own))
     if asked != has:
