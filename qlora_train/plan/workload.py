@@ -50,7 +50,7 @@ class Workload:
     splits_learning_rate: bool = False
     reference: bool = False
     known_most_documents: int = 0
-    micro_batch_size: int = field(default=1, compare=False)  # documents say as much
+    micro_batch_size: int = field(default=1, compare=False)  # `documents` decides it
 
     @property
     def on_accelerator(self) -> bool:
