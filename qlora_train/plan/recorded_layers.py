@@ -173,7 +173,7 @@ class RecordedDecoder(FrozenDecoder):
             for _ in range(2 if call.holds else 1):
                 runs.append(_Run(self.meter.another(), partial(super().run_layer, index), x, arguments))
                 if call.runs_again:  # a layer that is run again is taken back in the same visit
-                    runs[-1].take_back()
+                    runs[-1].run_backward()
         with self.weights.holding():
             for run in runs:
                 if call.with_graph and not call.runs_again:
