@@ -12,6 +12,7 @@ head quantized (quantized_matrix.py); a tied matrix exists once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -132,7 +133,7 @@ class MetaModel:
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
     tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
-    layer buffers, and buffers that checkpoints hold (stored_buffers: their dtypes). Raises
+    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). Raises
     `UnsupportedModelError` where layers hold large matrices that are neither linears nor experts.
     """
 
@@ -152,10 +153,16 @@ class MetaModel:
             name: tuple(p.shape) for name, p in self.model.named_parameters() if name not in matrices
         }
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.stored_buffers = {
-            name: buffer.dtype for name, buffer in self.model.state_dict().items() if name not in parameters
-        }
+        self.stored_buffers = {name for name in self.model.state_dict() if name not in parameters}
         self.plain_shapes |= {name: tuple(self.model.get_buffer(name).shape) for name in self.stored_buffers}
+
+    def plain_dtype(self, name: str) -> torch.dtype:
+        """Of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family says so, as
+        transformers loads it (some routers)."""
+        always_fp32 = self.model._keep_in_fp32_modules_strict or ()
+        if any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in always_fp32):
+            return torch.float32
+        return self.dtype
 
     @property
     def is_tied(self) -> bool:

@@ -85,7 +85,7 @@ class ModelShape:
         return {name: shape for layer in self.layers for name, shape in layer.linears}
 
     @property
-    def tail_parameters(self) -> int:
+    def skippable_parameters(self) -> int:
         """Numbers that a token is multiplied by where recomputation may skip it, in a layer on average."""
         skippable = self.probed.skippable
         linears = sum(

@@ -55,7 +55,9 @@ class PlannedModel:
                     tensors = {key: _empty(of, kind) for key, (kind, of) in layout.items()}
                     by_shape[size] = QuantizedWeight(workload.quantization, size, tensors)
                 weights.quantized[f"{path}.{name}"] = by_shape[size]
-        plain = {name: _empty(size, dtype) for name, size in meta_model.plain_shapes.items()}
+        plain = {
+            name: _empty(size, meta_model.plain_dtype(name)) for name, size in meta_model.plain_shapes.items()
+        }
         matrix = self._matrix(shape.head_format(dtype), Placement.DEVICE, HEAD_TILE_ROWS)
         self.decoder = meta_model.come_alive_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
         self.decoder.skippable = shape.probed.skippable

@@ -71,7 +71,7 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     num_tokens = workload.num_micro_batches * workload.num_tokens
     forward_flops = _forward_flops(workload)
     products = workload.shape.active_parameters
-    down = workload.shape.tail_parameters
+    down = workload.shape.skippable_parameters
     again = 1 - down / products
     forward = back = 0.0
     for policy in plan.activations:
