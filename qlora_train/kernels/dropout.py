@@ -13,7 +13,7 @@ unsigned number, >= p * 2^32. Working memory: two int32 [T, D].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class DropoutKeys:
     step: int
     rows: Tensor
     offsets: Tensor
+
+    def of(self, tokens: slice | Tensor) -> DropoutKeys:
+        """The keys of some of the tokens, in their order."""
+        return replace(self, rows=self.rows[tokens], offsets=self.offsets[tokens])
 
 
 def _signed(value: int) -> int:

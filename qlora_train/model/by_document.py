@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.kernels.document_gather import gather_documents, scatter_documents
 from qlora_train.model.attention import DocumentLayout
+from qlora_train.model.linear import FrozenLinear
 
 
 class ByDocument(nn.Module):
@@ -45,11 +46,26 @@ class ByDocument(nn.Module):
                 "Export the run and use transformers or a server."
             )
         rows = gather_documents(hidden_states.transpose(0, 1), documents.buckets, documents.inverse)
-        outputs = [self.mixer(hidden_states=batch[:, :, 0]) for batch in rows]
+        outputs = [
+            self._run(batch[:, :, 0], index) for batch, index in zip(rows, documents.buckets, strict=True)
+        ]
         values = [out[0] if isinstance(out, tuple) else out for out in outputs]
         joined = scatter_documents([v[:, :, None] for v in values], documents.buckets, documents.inverse)
         y = joined.transpose(0, 1)
         return (y, *[None] * (len(outputs[0]) - 1)) if isinstance(outputs[0], tuple) else y
+
+    def _run(self, batch: Tensor, index: Tensor) -> Any:
+        """The mixer on a batch [N, L, D], whose tokens [N, L] dropout knows by what they are in the row."""
+        linears = (m for m in self.mixer.modules() if isinstance(m, FrozenLinear))
+        context = next((linear.lora.context for linear in linears if linear.lora is not None), None)
+        if context is None or context.tokens is None:
+            return self.mixer(hidden_states=batch)
+        before = context.tokens
+        context.tokens = before.of(index.flatten())
+        try:
+            return self.mixer(hidden_states=batch)
+        finally:
+            context.tokens = before
 
 
 def run_mixers_by_document(layer: nn.Module) -> list[ByDocument]:
