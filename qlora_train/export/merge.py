@@ -85,8 +85,8 @@ def merge(
     with BaseCheckpoint(base_folder, MetaModel(read_config(base_folder), dtype)) as checkpoint:
         model_config = read_plain_config(base_folder)
         weights = MergedWeights(checkpoint, quantization, cached, load_adapter(adapter_folder))
-        shards = _plan_shards(weights.shapes, dtype, max_shard_bytes)
-        num_bytes = sum(_num_bytes(shape, dtype) for shape in weights.shapes.values())
+        sizes = weights.num_bytes(dtype)
+        shards, num_bytes = _plan_shards(sizes, max_shard_bytes), sum(sizes.values())
         require_free_disk(out, num_bytes, "the merged model", ExportError, "give an --out on another disk")
         with atomic_folder(out) as partial:
             for file_name, names in shards.items():
@@ -133,7 +133,8 @@ class MergedWeights:
                 "are not there. Export with --base dequantized."
             )
         meta_model = checkpoint.meta_model
-        self._head, self._head_source = meta_model.own_head_name, checkpoint.find(meta_model.head_name)
+        self._head_source = checkpoint.find(meta_model.head_name)
+        self._head = meta_model.own_head_name if meta_model.is_tied else self._head_source
         if meta_model.is_tied:
             self.shapes.pop(self._head, None)  # it repeats the embedding
             if any(path.rpartition(".")[2] == HEAD for path in lora):
@@ -146,6 +147,28 @@ class MergedWeights:
     def changes_head(self) -> bool:
         """Whether the adapter trains the head."""
         return self._head in self._lora
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor is written in: `dtype`, or what it has where it is of another part of the model, or
+        where the family keeps it in fp32."""
+        return self._reader.info(name).dtype if name in self._checkpoint.unchanged else dtype
+
+    def num_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of every tensor as it is written, by name."""
+        return {
+            name: math.prod(shape) * self.dtype_of(name, dtype).itemsize
+            for name, shape in self.shapes.items()
+        }
+
+    def rows_in(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Blocks of rows as they are written. Raises `ExportError` for values that `dtype` does not hold."""
+        if name in self._checkpoint.unchanged:
+            if not self.shapes[name]:
+                yield self._reader.read(name)
+            else:
+                yield from (rows for _, _, rows in self._reader.row_blocks(name, BLOCK_BYTES))
+            return
+        yield from (_cast(values, dtype, name) for values in self.rows(name))
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """Blocks of rows [n, ...] of a merged tensor in fp32, in order; each is valid until the next."""
@@ -204,7 +227,7 @@ class MergedWeights:
         if shape is not None or bitsandbytes_quantization(self._reader, name) is not None:
             self._is_quantized_already.add(name)
             return shape or info.shape
-        if info.dtype not in MERGEABLE_DTYPES:
+        if info.dtype not in MERGEABLE_DTYPES and name not in self._checkpoint.unchanged:
             raise BaseModelError(
                 f"{self._checkpoint.folder}: {name} has the dtype {info.dtype}, which cannot be merged. "
                 "Convert the checkpoint to bfloat16 first."
@@ -246,31 +269,30 @@ class MergedReader:
         return name in self._weights.shapes
 
     def info(self, name: str) -> TensorInfo:
-        shape = self._weights.shapes[name]
-        return TensorInfo(name, self._dtype, shape, _num_bytes(shape, self._dtype))
+        dtype, shape = self._weights.dtype_of(name, self._dtype), self._weights.shapes[name]
+        return TensorInfo(name, dtype, shape, math.prod(shape) * dtype.itemsize)
 
     def read(self, name: str) -> Tensor:
-        return torch.cat([rows.to(self._dtype) for rows in self._weights.rows(name)])
+        if not self._weights.shapes[name]:
+            return next(self._weights.rows_in(name, self._dtype))
+        return torch.cat([rows.clone() for rows in self._weights.rows_in(name, self._dtype)])
 
     def row_blocks(self, name: str, max_bytes: int = 0) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, rows) of a tensor, in the blocks that merging makes, whatever `max_bytes`."""
         start = 0
-        for rows in self._weights.rows(name):
-            yield start, start + len(rows), rows.to(self._dtype)
+        for rows in self._weights.rows_in(name, self._dtype):
+            yield start, start + len(rows), rows
             start += len(rows)
 
     def close(self) -> None:
         """Does nothing: the owner of the base's reader closes it."""
 
 
-def _plan_shards(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int
-) -> dict[str, list[str]]:
+def _plan_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
     """File name -> tensors, in the base's order. A tensor beyond `max_bytes` gets a shard of its own."""
     groups: list[list[str]] = [[]]
     group_bytes = 0
-    for name, shape in shapes.items():
-        num_bytes = _num_bytes(shape, dtype)
+    for name, num_bytes in sizes.items():
         if groups[-1] and group_bytes + num_bytes > max_bytes:
             groups.append([])
             group_bytes = 0
@@ -283,10 +305,11 @@ def _plan_shards(
 
 def _write_shard(path: Path, names: list[str], weights: MergedWeights, dtype: torch.dtype) -> None:
     with DiskWriter(path) as file:
-        write_header(file, {name: (dtype, weights.shapes[name]) for name in names}, {"format": "pt"})
+        tensors = {name: (weights.dtype_of(name, dtype), weights.shapes[name]) for name in names}
+        write_header(file, tensors, {"format": "pt"})
         for name in names:
-            for values in weights.rows(name):
-                file.write(tensor_bytes(_cast(values, dtype, name)))
+            for values in weights.rows_in(name, dtype):
+                file.write(tensor_bytes(values))
 
 
 def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -307,7 +330,3 @@ def _write_index(folder: Path, shards: Mapping[str, list[str]], num_bytes: int) 
     weight_map = {name: file_name for file_name, names in shards.items() for name in names}
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize

@@ -57,11 +57,15 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Read the base's config.json. Raises `BaseModelError` if it is missing, invalid, or of a family that
     transformers does not know."""
     file = folder / "config.json"
-    _check_sizes(file, read_plain_config(folder))
+    values = read_plain_config(folder)
+    _check_sizes(file, values)
+    if isinstance(values.get("text_config"), dict):
+        _check_sizes(file, values["text_config"])
     with parsing(file, BaseModelError, CONFIG_REMEDY):
-        config: PretrainedConfig = AutoConfig.from_pretrained(
+        whole: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
+    config = _text_part(whole)
     pad_id, vocabulary_size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(pad_id, int) and isinstance(vocabulary_size, int) and pad_id >= vocabulary_size:
         raise BaseModelError(
@@ -69,6 +73,16 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{vocabulary_size} (vocab_size). Set it to null, or to a token of the vocabulary."
         )
     return config
+
+
+def _text_part(whole: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model in a model of several parts (text and vision), or the whole."""
+    text: PretrainedConfig = whole.get_text_config(decoder=True)
+    if text is not whole:
+        for name in ("tie_word_embeddings", "quantization_config"):  # said of the whole
+            if hasattr(whole, name):
+                setattr(text, name, getattr(whole, name))
+    return text
 
 
 def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
@@ -159,10 +173,12 @@ class MetaModel:
     def plain_dtype(self, name: str) -> torch.dtype:
         """Of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family says so, as
         transformers loads it (some routers)."""
+        return torch.float32 if self.keeps_fp32(name) else self.dtype
+
+    def keeps_fp32(self, name: str) -> bool:
+        """Whether transformers loads this parameter in fp32 whatever the others are in."""
         always_fp32 = self.model._keep_in_fp32_modules_strict or ()
-        if any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in always_fp32):
-            return torch.float32
-        return self.dtype
+        return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in always_fp32)
 
     @property
     def is_tied(self) -> bool:

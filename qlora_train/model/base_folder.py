@@ -3,7 +3,7 @@
 Imports no torch, since `plan` does not. Refused are folders that would load as a model other than expected:
 with an adapter beside the weights, which transformers applies silently if peft is installed; with merged
 weights that lie on a quantization grid and would be rounded back to it; with weights in a quantized format
-that is not supported; with a model of which only a part is text.
+that is not supported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def check_base(folder: Path, quantization: str = "none") -> None:
     config = read_plain_config(folder)
     _refuse_adapter(folder)
     _refuse_dangling_weights(folder)
-    _refuse_wrapper(folder, config)
     _refuse_other_formats(folder, config)
     _refuse_requantizing(folder, config, quantization)
 
@@ -74,17 +73,6 @@ def _refuse_dangling_weights(folder: Path) -> None:
         raise BaseModelError(
             f"{folder}: {gone[0]} is a link to a file that is no longer there (a pruned hub cache?). "
             "Download the model again."
-        )
-
-
-def _refuse_wrapper(folder: Path, config: dict[str, Any]) -> None:
-    inner = config.get("text_config")
-    if isinstance(inner, dict) and "hidden_size" not in config:
-        family, text = config.get("model_type", "this model"), inner.get("model_type", "a text model")
-        raise BaseModelError(
-            f"{folder}: {family} is a model of several parts, of which only one is text ({text}). Such "
-            f"models cannot be trained here; use a checkpoint of the text part alone, with {text}'s own "
-            "config.json."
         )
 
 

@@ -9,6 +9,7 @@ being filled, plus one block of rows (64 MiB) and the quantizer's scratch (64 Mi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -32,6 +33,8 @@ class BaseCheckpoint:
     """The checkpoint in a folder, as the weights of a `MetaModel`; a context manager.
 
     parts: tensor of the checkpoint -> which rows of which layer's weight it holds, of all that are quantized.
+    unchanged: tensors that a merged checkpoint has as they are: of other parts of the model than the language
+    model, and those that its family keeps in fp32.
 
     Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening if
     the file headers show it, otherwise when the tensor is read.
@@ -54,6 +57,7 @@ class BaseCheckpoint:
             *weights,
         }
         self._tensors = tensors_of(meta_model.model, parameters, self.reader.names())
+        self._tensors_of_text = {name for names in self._tensors.values() for name in names}
         self.parts: dict[str, RowPart] = {}
         for parameter, (layer, weight) in weights.items():
             self.parts |= self._parts_of(parameter, layer, weight)
@@ -220,12 +224,29 @@ class BaseCheckpoint:
         if meta_model.is_tied:
             used.add(meta_model.own_head_name)
             self._check_tied_head()
-        surplus = [n for n in self.reader.names() if n.endswith((".weight", ".bias")) and n not in used]
+        kept = {n for n in self.reader.names() if n not in used and self._is_of_another_part(n)}
+        always_fp32 = {self.find(n) for n in meta_model.plain_shapes if meta_model.keeps_fp32(n)}
+        self.unchanged = frozenset(kept | always_fp32)
+        surplus = [
+            n
+            for n in self.reader.names()
+            if n.endswith((".weight", ".bias")) and n not in used and n not in kept
+        ]
         if surplus:
             raise BaseModelError(
                 f"{self.folder}: the checkpoint holds {len(surplus)} weights that config.json has no place "
                 f"for (such as {surplus[0]}). Check that config.json belongs to these weights."
             )
+
+    def _is_of_another_part(self, name: str) -> bool:
+        """Whether a tensor belongs to what is not the language model: vision, or a head that predicts further
+        tokens. The family's class says which it ignores; in a checkpoint of several parts the text tower is
+        the one called `language_model`."""
+        ignored = self.meta_model.model._keys_to_ignore_on_load_unexpected or ()
+        if any(re.search(pattern, name) for pattern in ignored) or name.startswith("mtp."):
+            return True
+        has_tower = any("language_model." in other for other in self._tensors_of_text)
+        return has_tower and "language_model." not in name
 
 
 def _describe(quantization: Quantization) -> str:

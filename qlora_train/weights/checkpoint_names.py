@@ -46,8 +46,8 @@ def tensors_of(
     """Parameter -> the tensors of the checkpoint whose rows, one after another, are its rows.
 
     model: of the family. parameters: all names that it calls for. names: of the checkpoint's tensors. A
-    parameter that has none is left out. Raises `UnsupportedModelError` for a conversion that is no gathering
-    of rows.
+    parameter that has none is left out; so are tensors of other parts of the model (vision). Raises
+    `UnsupportedModelError` for a conversion that is no gathering of rows.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -55,14 +55,22 @@ def tensors_of(
     wanted = dict.fromkeys(parameters, True)
     found: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
     for name in names:
-        parameter, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, meta_state_dict=wanted
-        )
-        if parameter not in wanted:
+        for known_as in dict.fromkeys((name, _without_wrapper(name))):
+            parameter, pattern = rename_source_key(
+                known_as, renamings, converters, model.base_model_prefix, meta_state_dict=wanted
+            )
+            if parameter in wanted:
+                break
+        else:
             continue
         place = (0, 0) if pattern is None else _place(name, pattern, _gathering(converters, pattern, name))
         found[parameter][place] = name
     return {name: tuple(tensors[place] for place in sorted(tensors)) for name, tensors in found.items()}
+
+
+def _without_wrapper(name: str) -> str:
+    """The name that a tensor of a text tower would have in a checkpoint of the text model alone."""
+    return re.sub(r"(^|\.)language_model\.", r"\1", name, count=1)
 
 
 def _gathering(converters: Iterable[WeightConverter], pattern: str, name: str) -> WeightConverter:

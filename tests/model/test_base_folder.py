@@ -19,11 +19,6 @@ def change_config(base: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def wrap(base: Path) -> None:
-    text = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
-
-
 def with_adapter(base: Path) -> None:
     (base / "adapter_config.json").write_text("{}")
 
@@ -48,7 +43,6 @@ def adapter_only(base: Path) -> None:
         (with_adapter, "holds an adapter beside the base"),
         (adapter_only, "is an adapter, not a base model"),
         (pruned, "a link to a file that is no longer there"),
-        (wrap, "gemma3 is a model of several parts"),
         (merged, "Quantizing them again would round most of the adapter away"),
     ],
 )
