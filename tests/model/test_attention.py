@@ -106,8 +106,8 @@ def test_bad_boundaries_are_our_own_mistake(bounds) -> None:
 def test_what_packing_cannot_honour_is_an_error() -> None:
     q, k, v = random_qkv(4, 2, 2)
     layer, documents = nn.Linear(1, 1), DocumentLayout.of(np.array([0, 4]), "cpu")
-    with pytest.raises(UnsupportedModelError, match="Linear passes s_aux to attention"):
-        packed_attention(layer, q, k, v, None, documents=documents, s_aux=torch.ones(2))
+    with pytest.raises(UnsupportedModelError, match="Linear passes head_bias to attention"):
+        packed_attention(layer, q, k, v, None, documents=documents, head_bias=torch.ones(2))
     with pytest.raises(UnsupportedModelError, match="passes attention_mask"):
         packed_attention(layer, q, k, v, torch.ones(4, 4), documents=documents)
     with pytest.raises(UnsupportedModelError, match="passes attention dropout"):

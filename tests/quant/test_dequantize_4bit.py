@@ -104,8 +104,19 @@ def test_a_quantized_weight_is_dequantized_by_it(kernels, monkeypatch, form, dou
     quantized: QuantizedWeight = quantize_weight([weight], (37, 130), Quantization(form, double_quant))
     for dtype in (torch.float32, torch.float16):
         out = torch.empty(37, 130, dtype=dtype)
-        assert quantized._dequantize_in_one_launch(out) is out
+        assert quantized.dequantize_into(out, "triton") is out
         assert torch.equal(bits(out), bits(quantized.dequantize(dtype)))
+        some = quantized.dequantize_into(torch.empty(9, 130, dtype=dtype), "triton", 11)
+        assert torch.equal(bits(some), bits(out[11:20]))
+
+
+@pytest.mark.parametrize("columns", [64, 130])
+@pytest.mark.parametrize("kernel", ["library", "parts"])
+def test_some_rows_are_those_of_the_whole(kernel, columns: int) -> None:
+    weight = torch.randn(37, columns, generator=torch.Generator().manual_seed(0))
+    quantized: QuantizedWeight = quantize_weight([weight], (37, columns), Quantization("nf4", True))
+    some = quantized.dequantize_into(torch.empty(9, columns), kernel, 11)
+    assert torch.equal(bits(some), bits(quantized.dequantize(torch.float32)[11:20]))
 
 
 def test_places_of_64_bits_make_the_same(kernels, monkeypatch) -> None:
