@@ -97,7 +97,8 @@ def plan_request(request: PlanRequest) -> dict[str, Any]:
     """The plan of `qlora-train plan` as plain values, with advice."""
     recipe, target = request.recipe, request.target
     if recipe.lora.init_from is not None:
-        recipe = recipe.model_copy(update={"lora": as_continued(recipe.lora)})
+        shape = find_shape(recipe.model.base, recipe.model.revision)
+        recipe = recipe.model_copy(update={"lora": as_continued(recipe.lora, shape.linear_shapes)})
     plan = plan_recipe(
         recipe,
         target,

@@ -29,7 +29,12 @@ def test_sizes_are_those_of_the_skeleton(family: str, tmp_path: Path) -> None:
     matrices = [meta_model.matrix_shape] * (1 if meta_model.is_tied else 2)
     plain = list(meta_model.plain_shapes.values())
     assert shape.num_parameters == sum(torch.Size(s).numel() for s in [*linears, *matrices, *plain])
-    assert shape.linear_shapes == dict(meta_model.layer_shapes(0).items())
+    modules = dict(meta_model.model.named_modules())
+    assert all(
+        size == (modules[path].out_features, modules[path].in_features)
+        for path, size in shape.linear_shapes.items()
+    )
+    assert len(shape.linear_shapes) == len(linears)
     assert find_config(str(tmp_path))["hidden_size"] == shape.hidden == 72
 
 
