@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -151,3 +152,14 @@ def test_a_sequence_that_train_refuses_is_not_planned(tmp_path: Path) -> None:
     longer = values | {"data": {"train": "x", "sequence_length": 512}}
     with pytest.raises(QloraTrainError, match="rope type dynamic"):
         plan_recipe(Recipe.from_dict(longer), planned_gpu(None, None), 8 * 2**30)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"target_modules": ["experts.gate_up_proj"]}, {"rank_pattern": {"gate_up_proj": 8}}]
+)
+def test_experts_are_no_targets_of_lora(keys: dict[str, Any]) -> None:
+    recipe = Recipe.from_dict({"model": {"base": "Qwen/Qwen3-30B-A3B"}, "data": {"train": "x"}, "lora": keys})
+    with pytest.raises(
+        UserError, match="experts are frozen and have no LoRA parameters; there are self_attn"
+    ):
+        plan_recipe(recipe, planned_gpu("NVIDIA H100", None), 80 * 2**30)
