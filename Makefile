@@ -1,4 +1,5 @@
 # make demo: install and run the quickstart    make test: install and run every test
+# make lowest: what touches the libraries most, with the oldest versions of them that pyproject.toml allows
 # make mutants: takes each wait for a copy out of the product in turn; the simulated GPU must find it
 # make bench: speed and memory beside other trainers; make bench ARGS="--list" names the cases
 # make gpu-suite: everything that needs a GPU, in stages; see tests/benchmarks/gpu_suite/command.py
@@ -8,7 +9,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NUM_WORKERS ?= 2
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CONSTRAINTS := constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+
+LOWEST := build/lowest-versions.txt
+LOWEST_TESTS := tests/test_recipe.py tests/test_recipe_yaml.py tests/test_wheel.py tests/files tests/data \
+  tests/adapter tests/quant/test_quantize.py tests/walk/test_optimizer.py tests/model/test_probe.py \
+  tests/weights/test_bitsandbytes_checkpoint.py tests/parity/test_families.py tests/parity/test_peft.py \
+  tests/runs/test_resume.py tests/runs/test_sources_in_runs.py tests/export/test_merge.py \
+  tests/train/test_launch.py tests/plan/test_request.py tests/plan/test_report.py
 
 # gpu-suite takes the wheels, where they are, beside what PYTHON has; else it makes .venv like the others.
 WHEELS := build/wheels
@@ -17,13 +26,17 @@ OUT := build/gpu-suite
 SUITE := -m benchmarks.gpu_suite --out $(OUT) $(if $(ONLY),--only $(ONLY)) \
   $(if $(AGAIN),--again) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER)) $(if $(DRY),--dry)
 
-.PHONY: demo test mutants lint clean bench gpu-suite offline-wheels
+.DELETE_ON_ERROR:
+.PHONY: demo test lowest mutants lint clean bench gpu-suite offline-wheels
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/demo.py
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NUM_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(NUM_WORKERS) $(TESTS)
+
+lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=$(LOWEST) TESTS="$(LOWEST_TESTS)"
 
 mutants: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/simulated_runs/test_mutants.py -v
@@ -49,17 +62,21 @@ offline-wheels: $(VENV)/.created
 	$(BIN)/python .ci/offline_wheels.py $(WHEELS)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is made last: an install that was interrupted starts again.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(LOWEST): pyproject.toml constraints.txt .ci/lowest_versions.py | $(VENV)/.created
+	mkdir -p build
+	$(BIN)/python .ci/lowest_versions.py > $@
 
 $(SITE)/.installed: $(wildcard $(WHEELS)/*.whl)
 	rm -rf $(SITE)

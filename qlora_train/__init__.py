@@ -4,9 +4,9 @@
     run = train(load_recipe("recipe.yaml", ["training.max_steps=100"]))
     export(run.run_dir, to="merged")
 
-`train` and `export` import torch when they are called, so that importing the package stays cheap. Both are
-functions here and folders on disk, and a name is bound to its folder when that is first imported: so both
-are imported here, where the function then takes the name for good.
+`train` and `export` import torch when they are called, so that importing the package is fast. Both are also
+names of subpackages, and importing a subpackage binds its name here: so both are imported now, and the names
+are bound to the functions afterwards.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Where files come in that others wrote: whatever their parser throws leaves as one message.
+"""Turns whatever libraries raise while they read a user's files into one message of this package.
 
-Configs, tokenizers and weights are read by libraries, and a damaged file makes those throw anything: a
-ZeroDivisionError deep in a model's constructor, a RecursionError in `json`, and where Rust code panics
-pyo3's PanicException, which is not even an `Exception`. There is no list of it all. So every kind of file has
-one place where it is read, inside `parsing`. Assertions, and what a wrong line of this package raises, pass:
-a mistake of ours is no damaged file, and only its traceback helps to mend it.
+Configs, tokenizers and weights are read by libraries, which may raise anything for a damaged file: a
+ZeroDivisionError in a model's constructor, a RecursionError in `json`, or, where Rust code panics, pyo3's
+PanicException, which is no `Exception`. They cannot be listed, so every kind of file is read in one place,
+inside `parsing`. Assertions and errors raised by a line of this package pass: they are bugs, and need their
+traceback.
 
-`os_error` is the last such place: every OSError that reaches the command line becomes a message there.
+`os_error` makes the message for every OSError that reaches the command line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OF_A_PATH = {
     errno.ELOOP,
     errno.ENAMETOOLONG,
 }
-"""What another path or its permissions would mend. The rest is the disk's or the system's."""
+"""Errors of a path or its permissions; all others are failures of the disk or the system."""
 _MISTAKES = (AssertionError, NameError, AttributeError, TypeError, NotImplementedError)
 _PANIC = "PanicException"  # each Rust library has a class of its own of this name
 _PACKAGE = __name__.partition(".")[0]
@@ -41,10 +41,10 @@ SPARE_DISK_BYTES = 64 * 2**20  # file headers, overhead of the filesystem
 
 @contextlib.contextmanager
 def parsing(file: Path | str, refusal: type[UserError], remedy: str) -> Iterator[None]:
-    """Around a library's reading of `file`: what it throws is raised as `refusal`, "file: cannot be read
-    (reason). remedy".
+    """Context for a library's reading of `file`: its exceptions are raised as `refusal`, "file: cannot be
+    read (reason). remedy".
 
-    Passes on our own exceptions and mistakes (see the module docstring), MemoryError, and disks that fail.
+    This package's exceptions and bugs (see the module docstring), MemoryError and disk failures pass.
     """
     try:
         yield
@@ -57,14 +57,14 @@ def parsing(file: Path | str, refusal: type[UserError], remedy: str) -> Iterator
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it says nothing about the file: a signal, or a mistake in a line of this package."""
+    """Whether an exception is not about the file: a signal, or a bug in a line of this package."""
     if not isinstance(error, Exception):
         return type(error).__name__ != _PANIC
     return isinstance(error, _MISTAKES) and _raised_in(error).partition(".")[0] == _PACKAGE
 
 
 def _raised_in(error: BaseException) -> str:
-    """Name of the module of the innermost line."""
+    """The name of the module whose line raised an exception."""
     trace = error.__traceback__
     assert trace is not None
     while trace.tb_next is not None:
@@ -73,18 +73,18 @@ def _raised_in(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says, in one line that is short enough to stand in a message."""
+    """An exception's text as one short line for a message."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     line = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError | ZeroDivisionError | RecursionError | AttributeError):
-        line = f"{type(error).__name__}: {line}"  # a bare key says nothing
+        line = f"{type(error).__name__}: {line}"  # the text alone is unclear
     return line if len(line) <= _MAX_REASON_LETTERS else line[:_MAX_REASON_LETTERS] + " ..."
 
 
 def read_json(file: Path, refusal: type[UserError], remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises `refusal` for a file that is no such thing, or does not read."""
+    """The JSON object in a file. Raises `refusal` for a file that holds none or cannot be read."""
     with parsing(file, refusal, remedy):
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # reading a pipe would block
             raise refusal(f"{file}: is {'not a file' if file.exists() else 'not there'}. {remedy}")
         values = json.loads(file.read_bytes())
     if not isinstance(values, dict):
@@ -95,8 +95,8 @@ def read_json(file: Path, refusal: type[UserError], remedy: str) -> dict[str, An
 def require_free_disk(
     folder: Path, num_bytes: int, what: str, refusal: type[QloraTrainError], remedy: str
 ) -> None:
-    """Raise `refusal` unless the disk of `folder`, which need not exist yet, has room for `what` of so many
-    bytes and some to spare."""
+    """Raise `refusal` unless the disk of `folder`, which need not exist yet, has num_bytes and a reserve
+    free. what: the things to write, for the message."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     needed_bytes, free_bytes = num_bytes + SPARE_DISK_BYTES, shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
@@ -107,12 +107,12 @@ def require_free_disk(
 
 
 def is_disk_failure(error: OSError) -> bool:
-    """Whether the disk or the system gave way, rather than a path being wrong."""
+    """Whether an error is a failure of the disk or the system, not a wrong path."""
     return error.errno is not None and error.errno not in _OF_A_PATH
 
 
 def os_error(error: OSError) -> QloraTrainError:
-    """The message for an error of the system that nobody nearer to it could explain."""
+    """The exception with a message for an OSError that was not explained closer to its cause."""
     where = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFailure(f"no space left on the disk: {where}{reason_of(error)}")

@@ -1,13 +1,12 @@
 """The commands: `qlora-train train | plan | preview | generate | export | recipes | cache`.
 
-A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes`
-answer without torch) and calls one function of a lower floor. Whatever the user can mend, and every failure
-of a run, arrives here as a `QloraTrainError` or an `OSError` and leaves as one message on stderr and its exit
-code:
+A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes` do
+not import torch) and calls one function of a lower layer. User errors and failures of a run arrive here as a
+`QloraTrainError` or an `OSError` and end as one message on stderr and an exit code:
 
     0 success    1 a failure (out of memory, disk full, non-finite)    2 a user's mistake    128 + n signal n
 
-A traceback is left for what nobody foresaw.
+Unforeseen errors, which are bugs, end with a traceback.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ CHECKPOINT_HELP = "of a run (default: the finished adapter, else the last checkp
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong usage exits with 2 through argparse."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
+    for stream in (sys.stdout, sys.stderr):  # a terminal shows "?" for a character it lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     parser = _parser()
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         if args.command in NEED_UNIX:
-            require_unix(args.command)  # before anything is imported that may not be there
+            require_unix(args.command)  # before Unix-only modules are imported
         with RaisesInterrupted():
             args.run(args)
             sys.stdout.flush()
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error)
     except KeyboardInterrupt:
         return _fail(Interrupted(signal.SIGINT))
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         _discard_output()
         return 0
     except MemoryError:
@@ -77,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """Nobody reads stdout, or its disk is full: what is still to be written would fail again at exit."""
+    """Send the rest of stdout to /dev/null: it is closed or its disk is full, and flushing fails at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and notes of the libraries below do not belong into our output; their errors do."""
+    """Switch off progress bars and notes of libraries, but not their errors."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

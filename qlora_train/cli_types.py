@@ -1,4 +1,4 @@
-"""The values of command-line options: from text to a number, or a message of argparse."""
+"""Types of command-line options: functions from text to a value, which raise argparse's error."""
 
 from __future__ import annotations
 

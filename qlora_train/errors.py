@@ -1,8 +1,7 @@
-"""The exception tree. Every message says what is wrong, where, and what to change.
+"""The exceptions of this package. Every message says what is wrong, where, and what to change.
 
-A `UserError` is something the person running the command can mend (exit code 2). Any other
-`QloraTrainError` is a failure of the run itself (exit code 1). `Interrupted`, after a signal, stands apart.
-Our own mistakes are `assert`s.
+A `UserError` can be corrected by the user (exit code 2). Any other `QloraTrainError` is a failure of the run
+(exit code 1). `Interrupted`, after a signal, is separate. Bugs are found by `assert`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 
 class QloraTrainError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base class of all errors that this package raises for its users."""
 
     exit_code = 1
 
@@ -39,7 +38,7 @@ class BaseModelError(UserError):
 
 
 class UnsupportedModelError(BaseModelError):
-    """A model family that the start-up probe refuses, by name."""
+    """A model family that the start-up probe refuses; the message names it."""
 
 
 class RunFolderError(UserError):
@@ -51,23 +50,22 @@ class ExportError(UserError):
 
 
 class TrainingFailure(QloraTrainError):
-    """Training stopped by itself: non-finite gradients three times in a row, for example."""
+    """Training cannot go on, for example after non-finite gradients in three steps in a row."""
 
 
 class OutOfMemory(QloraTrainError):
-    """Memory ran out and no tighter plan is left; the message says what held which bytes."""
+    """Memory ran out and no plan with less memory is left; the message lists what held how many bytes."""
 
 
 class DiskFailure(QloraTrainError):
-    """A disk or the system gave way: full, read-only, unreadable, too many open files."""
+    """A failure of the disk or the system: full, read-only, unreadable, too many open files."""
 
 
 class Interrupted(BaseException):
-    """Stopped by a signal, with the state saved where there was one; the exit code is the shell's, 128 +
-    signal number.
+    """The command was stopped by a signal, its state saved if there is any; the exit code is 128 + signal
+    number.
 
-    Like KeyboardInterrupt it is no `Exception`: libraries catch those where they try things out, and a
-    process that was told to stop would go on."""
+    Like KeyboardInterrupt it is no `Exception`, as libraries catch those, and the process would go on."""
 
     def __init__(self, signal_number: int, message: str = "") -> None:
         self.signal_number = signal_number

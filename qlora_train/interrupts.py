@@ -1,11 +1,11 @@
-"""Signals that end a command: SIGINT (Ctrl-C), SIGTERM and SIGHUP raise `Interrupted` wherever it is.
+"""Signals that end a command: SIGINT (Ctrl-C), SIGTERM and SIGHUP raise `Interrupted` at once.
 
-Raised, not only noted: start-up spends its seconds in libraries that ask nobody. And noted, not only raised:
-an exception inside a destructor, or under a bare `except:`, is lost. So a signal whose exception went missing
-still ends the command where it would have ended, and training (train/signals.py) asks before its first step.
+They raise, as start-up spends seconds in libraries that check no flag. They are stored too, as an exception
+in a destructor or under a bare `except:` is lost: then the command ends with the signal's exit code when it
+is done, and training (train/signals.py) checks for it before its first step.
 
-SIGHUP is a closed terminal or a lost connection: nobody reads what is printed from then on, and writing to it
-fails, so output goes nowhere. Where it is ignored (nohup) it stays ignored.
+SIGHUP means a closed terminal or a lost connection: writing to it fails, so output is discarded from then on.
+Where SIGHUP is ignored (nohup) it stays ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if 
 
 
 class RaisesInterrupted:
-    """A context manager around a command, in the main thread."""
+    """Raises `Interrupted` on signals; a context manager around a command, in the main thread. received:
+    number of the last signal, or 0."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -36,7 +37,7 @@ class RaisesInterrupted:
         return self
 
     def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
-        """The handler."""
+        """The signal handler."""
         self.received = number
         if number == HANGUP:
             print_nowhere()
@@ -52,14 +53,14 @@ class RaisesInterrupted:
 
 
 def handled_signals() -> list[signal.Signals]:
-    """`SIGNALS` without a hangup that is ignored."""
+    """`SIGNALS` without SIGHUP if it is ignored."""
     return [
         number for number in SIGNALS if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
     ]
 
 
 def print_nowhere() -> None:
-    """From now on, for stdout and stderr where they are a terminal."""
+    """Discard what is printed from now on to stdout and stderr, where they are a terminal."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a stream without a file, in tests
@@ -69,6 +70,6 @@ def print_nowhere() -> None:
 
 
 def lost_signal() -> int:
-    """The number of a signal that came earlier and whose exception went missing; 0: none."""
+    """The number of an earlier signal whose exception was lost; 0: none."""
     handlers = (signal.getsignal(number) for number in SIGNALS)
     return next((h.received for h in handlers if isinstance(h, RaisesInterrupted)), 0)

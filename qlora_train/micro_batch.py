@@ -1,4 +1,4 @@
-"""One micro-batch on the host, as `data` makes it and the model takes it: a flat row of T tokens."""
+"""A micro-batch on the host, as `data` makes it for the model: a flat row of T tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Numpy arrays of one flat row.
+    """Numpy arrays of one micro-batch.
 
-    token_ids, position_ids int64 [T]; labels int64 [T], the token to predict at each place, -100 where none
-    is; cu_seqlens int32 [documents + 1], the dummy tail included; row_ids int64 [T], the position in the data
-    order of the token's bin (-1: a dummy); token_offsets int64 [T], 0 .. sequence_length - 1 within the bin.
+    token_ids, position_ids: int64 [T]. labels: int64 [T], the token to predict at each position, -100 for
+    none. cu_seqlens: int32 [documents + 1], boundaries of the documents, the padding at the end included.
+    row_ids: int64 [T], the place of the token's bin in the data order (-1: padding). token_offsets: int64
+    [T], 0 .. sequence_length - 1 within the bin.
     """
 
     token_ids: np.ndarray
@@ -27,5 +28,5 @@ class MicroBatch:
 
     @property
     def supervised_positions(self) -> np.ndarray:
-        """int64 [S], the places with a label."""
+        """The positions with a label, int64 [S]."""
         return np.flatnonzero(self.labels != IGNORED_LABEL)

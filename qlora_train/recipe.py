@@ -1,25 +1,24 @@
-"""The recipe: every choice of a run, typed, in one YAML file that is a contract.
+"""The recipe: all settings of a run, typed, in one YAML file.
 
-A recipe is read in four steps, and every problem of every step is reported at once, with its line:
+A recipe is read in four steps, and the problems of all steps are reported at once, with their lines:
 
-1. *parse*: YAML 1.2 into plain values. PyYAML speaks YAML 1.1, reads `1e-5` as text and lets the second of
+1. *parse*: YAML 1.2 into plain values. PyYAML follows YAML 1.1, reads `1e-5` as text and lets the second of
    two equal keys win; here `1e-5` is a number and a duplicate key is a problem.
 2. *override*: `training.learning_rate=1e-4` from the command line, its value read by the same YAML rules.
-   Length is written as `epochs` or as `max_steps`: overriding one takes the place of the other.
-3. *cross-check*: keys that are fine alone and contradict each other (`recipe_checks.contradictions`). This
-   looks at what was **written**, before defaults: `quantization: int8` is fine, with `double_quant: true`
-   beside it it is not.
-4. *type-check*: the models below. Unknown keys are refused with the nearest valid one, and so are keys
-   that a later part of the work brings: a recipe never says something that is silently ignored.
+   The length is given as `epochs` or as `max_steps`: overriding one replaces the other.
+3. *cross-check*: keys that contradict each other (`recipe_checks.contradictions`). This looks at **written**
+   values, before defaults: `quantization: int8` is valid, but not together with `double_quant: true`.
+4. *type-check*: the models below. Unknown keys are refused, with the nearest valid one, so that no key is
+   silently ignored.
 
 `null` for a whole section means its defaults, and so does `double_quant: null`.
 
 Relative paths of what is read (`model.base`, `model.chat_template`, `lora.init_from`, `data.train`,
-`data.eval`) are looked for beside the recipe file, then in the current folder, then among the bundled
-recipes (`quickstart/base`); what is found becomes absolute, what is not is kept, as it may be a hub id.
-`training.output_dir` is relative to the folder the command runs in. `~` is the home folder in all of them.
+`data.eval`) are searched beside the recipe file, then in the current folder, then among the bundled recipes
+(`quickstart/base`); a path that exists becomes absolute, any other is kept, as it may be a hub id.
+`training.output_dir` is relative to the current folder. `~` is the home folder in all of them.
 
-This module imports no torch: `qlora-train --help` answers at once.
+This module imports no torch, so that `qlora-train --help` is fast.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
 
 
 def _as_sources(value: Any) -> Any:
-    """`path`, `{path: ...}` and a list of either are all a list of `{path: ...}`."""
+    """`path`, `{path: ...}` or a list of either, as a list of `{path: ...}`."""
     items = value if isinstance(value, list | tuple) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
@@ -86,7 +85,7 @@ def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _nameable(text: str) -> str:
-    """What the system can take as a name of a file."""
+    """The text, if the system can take it as a file name. Raises ValueError otherwise."""
     if "\0" in text:
         raise ValueError("holds a NUL character, which no path can")
     try:
@@ -100,7 +99,7 @@ def _nameable(text: str) -> str:
 
 
 def _expanded(text: str) -> str:
-    """A path as a shell would take it: `~/x` is a folder in the user's home."""
+    """The path with `~` expanded to the home folder, as by a shell."""
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError as error:  # ~nosuchuser
@@ -122,14 +121,14 @@ Count = Annotated[int, Field(ge=1)]
 Bins = Annotated[int, Field(ge=1, le=MOST_BINS)]
 Positive = Annotated[float, Field(gt=0)]
 LARGEST_FACTOR = 1e6
-"""Of what an update is multiplied with: beyond it the optimizers' float32 arithmetic overflows."""
+"""The largest learning rate, ratio or weight decay: beyond, the optimizers' fp32 arithmetic may overflow."""
 PositiveBounded = Annotated[float, Field(gt=0, le=LARGEST_FACTOR)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class ModelSection(_Section):
-    """The frozen base and how it is packed. `double_quant` is False wherever it does not apply."""
+    """The frozen base and its quantization. `double_quant` is False wherever it does not apply."""
 
     base: PathText
     revision: Text | None = None
@@ -162,8 +161,8 @@ class LoraSection(_Section):
 
 
 class DataSource(_Section):
-    """A file, a folder or a hub id; `split` names a split of the latter two. `weight`: how often each row
-    is seen in an epoch (2: twice; 0.5: half of the rows, chosen once by the seed)."""
+    """A source of rows: a file, a folder or a hub id. split: of a folder or hub id. weight: how often each
+    row is used in an epoch (2: twice; 0.5: half of the rows, chosen once by the seed)."""
 
     path: PathText
     split: Text | None = None
@@ -177,7 +176,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataSection(_Section):
-    """Rows, what they mean and how they are packed. `sequence_length` is in tokens."""
+    """The data: sources of rows, their format, and packing. `sequence_length` is in tokens."""
 
     train: Sources
     eval: (
@@ -200,9 +199,9 @@ class DataSection(_Section):
 
 
 class TrainingSection(_Section):
-    """The loop. `epochs` is None where `max_steps` says the length; `*_every` count optimizer steps
-    (`save_every: auto`: about every 10 minutes; null: at the end and when stopped). `batch_size` counts bins
-    of all processes in a step (None: the product of the other two and their number)."""
+    """The training loop. `epochs` is None where `max_steps` gives the length. `*_every` are in optimizer
+    steps (`save_every: auto`: about every 10 minutes; null: at the end and when stopped). `batch_size` is the
+    bins of all processes in a step (None: micro_batch_size x gradient_accumulation_steps x processes)."""
 
     output_dir: Annotated[PathText, AfterValidator(_not_root)] = "runs/my-run"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -234,8 +233,8 @@ def _auto_or_size(value: Any) -> Any:
 
 
 class MemorySection(_Section):
-    """Where weights and activations live. `vram` is the budget that the plan must meet, as a size with its
-    unit; what is not `auto` is obeyed for every layer."""
+    """Placement of weights and activations. `vram` is the budget of device memory, as a size with its unit.
+    Values other than `auto` apply to every layer."""
 
     vram: Annotated[Text, BeforeValidator(_auto_or_size)] = "auto"
     weights: Literal["auto", "resident", "ram", "disk"] = "auto"
@@ -248,9 +247,9 @@ class MemorySection(_Section):
 
 
 class Recipe(_Section):
-    """A whole recipe. Make one with `load_recipe` or `Recipe.from_dict`: they run every check.
+    """A whole recipe. Make one with `load_recipe` or `Recipe.from_dict`, which run every check.
 
-    Its fields are the sections of the YAML file, frozen; `data.train` is always a tuple of `DataSource`.
+    Its fields are the sections of the YAML file, immutable; `data.train` is a tuple of `DataSource`.
     """
 
     model: ModelSection
@@ -261,18 +260,18 @@ class Recipe(_Section):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """The recipe of nested plain values. Raises `RecipeError` with every problem."""
+        """The recipe of nested plain values. Raises `RecipeError` with all problems."""
         return _finish(Draft.of_dict(values, folders=(Path.cwd(), bundled_recipes_dir())))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, every key resolved, that `from_dict` takes back to an equal recipe."""
+        """All keys as nested plain values, from which `from_dict` makes an equal recipe."""
         values = self.model_dump(mode="json")
         if self.model.quantization not in FOUR_BIT:
             values["model"]["double_quant"] = None  # a written value would contradict
         return values
 
     def to_yaml(self) -> str:
-        """`to_dict` as YAML: the resolved copy that is saved with a run."""
+        """`to_dict` as YAML, which is saved with a run."""
         text = StringIO()
         yaml = YAML(typ="safe", pure=True)
         yaml.width = 4096
@@ -285,8 +284,8 @@ class Recipe(_Section):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, in a folder's `recipe.yaml`, or bundled under this name.
 
-    A run's own recipe means that run, wherever its folder lies now. `overrides` are `section.key=value`.
-    Raises `RecipeError` with every problem, each with its line.
+    In a run folder, `training.output_dir` becomes that folder, wherever it lies now. overrides:
+    `section.key=value`. Raises `RecipeError` with all problems, each with its line.
     """
     file = find_recipe(path)
     found_in = (Path.cwd(), bundled_recipes_dir())
@@ -306,13 +305,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def bundled_recipes_dir() -> Path:
-    """The recipes that come with the package: inside it in a wheel, beside it in a checkout."""
+    """The folder of bundled recipes: inside the package in a wheel, beside it in a checkout."""
     inside = Path(__file__).parent / "_recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Name -> file: `NAME.yaml`, or `NAME/recipe.yaml` where a recipe brings its own data."""
+    """Bundled recipes by name: `NAME.yaml`, or `NAME/recipe.yaml` if it comes with data."""
     root = bundled_recipes_dir()
     alone = {file.stem: file for file in root.glob("*.yaml")}
     folders = {file.parent.name: file for file in root.glob("*/recipe.yaml")}
@@ -320,7 +319,7 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file that `path` names: itself, its `recipe.yaml`, or the bundled recipe of this name."""
+    """The recipe file that `path` names: itself, its `recipe.yaml`, or the bundled recipe of this name."""
     bundled = bundled_recipes()
     for file in (Path(path), Path(path) / "recipe.yaml", bundled.get(str(path))):
         if file is not None and file.is_file():
@@ -332,12 +331,12 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run has begun there (train/run_folder.py); a recipe with data beside it is none."""
+    """Whether a folder holds a run (train/run_folder.py), not only a recipe with its data."""
     return any((folder / name).exists() for name in ("plan.json", "metrics.jsonl", "checkpoints"))
 
 
 def _finish(draft: Draft) -> Recipe:
-    """Cross-check, fill what follows from other keys, type-check; all problems in one exception."""
+    """Cross-check, fill dependent defaults, type-check. Raises `RecipeError` with all problems."""
     for name in Recipe.model_fields:
         if draft.values.get(name) is None:
             draft.values[name] = {}
@@ -373,7 +372,7 @@ _MESSAGES = {
 
 
 def _problem(details: Any) -> tuple[KeyPath, str]:
-    """One pydantic error as (path, message in the words of a recipe)."""
+    """(key, message for a recipe's author) of one pydantic error."""
     kind, context, value = details["type"], dict(details.get("ctx", {})), details["input"]
     path: KeyPath = tuple(part for part in details["loc"] if not str(part).startswith("<"))
     if kind == "extra_forbidden":
@@ -389,7 +388,7 @@ def _problem(details: Any) -> tuple[KeyPath, str]:
 
 
 def _nearest_key(path: KeyPath) -> str:
-    """`; did you mean ...?` among the keys beside an unknown one, else among all sections."""
+    """`; did you mean ...?` with the nearest key of the same section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
     beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), DataSource.model_fields)

@@ -1,7 +1,7 @@
-"""What keys of a recipe say about each other: contradictions, and defaults that depend on another key.
+"""Checks across keys of a recipe: contradictions, and defaults that depend on another key.
 
-Both look at the values as they were **written**, before defaults: `quantization: int8` is fine, and with
-`double_quant: true` written beside it it is not. Values of a wrong type are left to the type check.
+Both look at **written** values, before defaults: `quantization: int8` is valid, but not together with
+`double_quant: true`. Values of a wrong type are left to the type check.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ COLUMN_ROLES = {
     "prompt_completion": ("prompt", "completion", "label"),
     "text": ("text",),
 }
-"""The names on the left of `data.columns`, per format: what a row can be mapped to."""
+"""The keys that `data.columns` may have, by format: the roles that columns are mapped to."""
 OPTIONAL_ROLES = frozenset({"input", "system", "history", "tools", "functions", "label"})
-"""Read where a table has them, unless they are mapped to null."""
+"""Roles that a table may lack; mapped to null, they are not read."""
 
 
 DEFAULT_BATCH_SIZE = 16
 MOST_BINS, MOST_TOKENS = 2**20, 2**22
-"""Of a step, and of a sequence or a micro-batch: more than any machine holds, and little enough to plan."""
+"""The most bins of a step, and tokens of a sequence or micro-batch: beyond any machine, but still planned."""
 _SIZE = re.compile(r"\s*\d{1,99}(\.\d+)?\s*([kmgt]i?)?b\s*", re.IGNORECASE)
 
 
 def parse_size(text: Any) -> int:
-    """Bytes of a size such as 8GiB or "7.5 GB"; GB is 1000^3 bytes, GiB 1024^3. Raises ValueError, saying
-    what to write, for anything else."""
+    """The bytes of a size such as 8GiB or "7.5 GB"; GB is 1000^3 bytes, GiB 1024^3. Raises ValueError for
+    anything else."""
     if not isinstance(text, str) or not _SIZE.fullmatch(text):  # ByteSize takes 8, 8G and 8Gbit, too
         raise ValueError(f"must be auto or a size with its unit, such as 8GiB or 7.5GB, got {text!r}")
     num_bytes = int(TypeAdapter(ByteSize).validate_python(text))
@@ -106,12 +106,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _sections(values: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:
-    """Copies of sections; one that is no mapping counts as empty (the type check reports it)."""
+    """Copies of sections; one that is no mapping becomes empty (the type check reports it)."""
     return [dict(values[name]) if isinstance(values[name], dict) else {} for name in names]
 
 
 def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with the defaults that depend on another key."""
+    """The values, filled with the defaults that depend on another key."""
     model, data, training = _sections(values, "model", "data", "training")
     if model.get("double_quant") is None:
         model["double_quant"] = model.get("quantization", "nf4") in FOUR_BIT
@@ -128,7 +128,7 @@ def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Keys that say different things, as (path of the key to change, message)."""
+    """Contradictions between keys, as (key to change, message)."""
     model, lora, data, training = _sections(values, "model", "lora", "data", "training")
     targets = lora.get("target_modules", "all-linear")
     if lora.get("layers_to_transform") is not None and isinstance(targets, str) and targets != "all-linear":
@@ -176,7 +176,7 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 def _batch_contradictions(
     training: Mapping[str, Any], data: Mapping[str, Any]
 ) -> Iterator[tuple[KeyPath, str]]:
-    """What the keys that divide a step say about each other, and the size of a micro-batch."""
+    """Contradictions between the batch size keys, and micro-batches that are too large."""
     names = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
     batch_size, micro_batch_size, steps = (
         training[name] if _is_count(training.get(name)) else None for name in names
@@ -208,7 +208,7 @@ def _batch_contradictions(
 
 
 def _template_problems(template: str) -> Iterator[str]:
-    """What keeps a prompt template from being text with plain `{column}` names in it."""
+    """Messages for a prompt template that is not text with plain `{column}` names in it."""
     try:
         fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""What was written in a recipe, and where: YAML 1.2 to plain values that remember their lines.
+"""Reads a recipe's YAML 1.2 into plain values, and records the line of each key for messages.
 
-The parser's node tree is walked here instead of letting it build dictionaries: the tree still holds both of
-two duplicate keys, and the line of every key, so that all problems can be reported at once with theirs.
+Values are built from the parser's node tree, as that still has both of two duplicate keys and the line of
+every key, so that all problems can be reported at once, with their lines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READ_PATHS: tuple[KeyPath, ...] = (
     ("data", "train"),
     ("data", "eval"),
 )
-# Names that come with the program, whatever lies beside the recipe; a file has a suffix or a folder.
+# Values are bundled names unless they look like a path, with a suffix or a folder.
 _NAME_OR_FILE: tuple[KeyPath, ...] = (("model", "chat_template"),)
 _INSTEAD_OF: dict[KeyPath, KeyPath] = {
     ("training", "max_steps"): ("training", "epochs"),
@@ -41,13 +41,13 @@ _INSTEAD_OF: dict[KeyPath, KeyPath] = {
     ("training", "gradient_accumulation_steps"): ("training", "batch_size"),
 }
 _AFTER_THE_FILE = 1_000_000  # overrides are reported last
-_MAX_INTEGER_BITS = 64  # larger than any setting; Python refuses to write one of 4,300 digits
-_MAX_DEPTH = 8  # deeper than any recipe; an alias inside its own anchor never ends
+_MAX_INTEGER_BITS = 64  # larger than any setting; Python refuses to print 4,300 digits
+_MAX_DEPTH = 8  # deeper than any recipe; an alias inside its own anchor is endless
 
 
 @dataclass
 class Draft:
-    """Values as written, the place of each key, and the problems found so far."""
+    """A recipe being read: values as written, the place of each key, and the problems found so far."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Origin] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Draft:
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any], folders: Sequence[Path]) -> Draft:
-        """The draft of nested values; paths that are read are looked for in `folders`."""
+        """The draft of nested values; `READ_PATHS` are searched in `folders`."""
         draft = cls(copy.deepcopy(dict(values)), {(): (0, "recipe")})
         draft._anchor_paths(folders)
         return draft
@@ -82,7 +82,7 @@ class Draft:
         return draft
 
     def put(self, path: KeyPath, value: Any) -> None:
-        """Say what the place of the file says, not its text."""
+        """Set a value that follows from the file's place, whatever its text says."""
         self._holder(path)[path[-1]] = value
 
     def override(self, overrides: Iterable[str], folders: Sequence[Path]) -> None:
@@ -104,7 +104,7 @@ class Draft:
     def _replace(
         self, path: KeyPath, value_text: str, place: Origin, folders: Sequence[Path], written: set[KeyPath]
     ) -> None:
-        """Parse the value of one override and put it in the place of what the file says."""
+        """Parse the value of one override and replace the file's value."""
         for old in [p for p in self.places if p[: len(path)] == path]:
             del self.places[old]
         self.places[path] = place
@@ -121,7 +121,7 @@ class Draft:
         self._holder(path)[path[-1]] = _anchored(value, folders, path) if path in READ_PATHS else value
 
     def report(self) -> list[str]:
-        """The problems as `place: key: message`, in the order of the file, overrides last."""
+        """The problems as lines `place: key: message`, in the order of the file, overrides last."""
         found = sorted(
             ((self._place(path), _dotted(path), message) for path, message in self.problems), key=_order
         )
@@ -156,7 +156,7 @@ class Draft:
                 values[key] = _anchored(values[key], folders, (section, key))
 
     def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Origin]) -> Any:
-        """Plain values of a node, noting the place of every key and each duplicate."""
+        """The plain value of a node; records the place of every key, and duplicates as problems."""
         if len(path) > _MAX_DEPTH:
             self.problems.append((path, "nested too deeply"))
             return None
@@ -220,15 +220,15 @@ def show(value: Any) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """A scalar that can be shown and written again. Raises ValueError for one that cannot."""
+    """A scalar that can be printed and written to YAML. Raises ValueError for any other."""
     if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
         raise ValueError(f"a number of {value.bit_length():,} bits; the most are {_MAX_INTEGER_BITS}")
     return _whole_characters(value) if isinstance(value, str) else value
 
 
 def _whole_characters(text: str) -> str:
-    """JSON writes a character beyond 16 bits as two escapes, which YAML reads one by one. Raises ValueError
-    for a half one alone."""
+    """The text with surrogate pairs joined: JSON writes a character beyond 16 bits as two escapes, which YAML
+    reads separately. Raises ValueError for one surrogate alone."""
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError as error:
@@ -243,7 +243,7 @@ _CONSTRUCTOR = YAML(typ="safe", pure=True).constructor
 
 
 def _anchored(value: Any, folders: Sequence[Path], path: KeyPath) -> Any:
-    """A path, or the paths of data sources, made absolute where something is found in `folders`."""
+    """A path, or the paths of data sources, made absolute if they exist in one of `folders`."""
     if isinstance(value, list | tuple):
         return [_anchored(item, folders, path) for item in value]
     if isinstance(value, dict):
@@ -265,5 +265,5 @@ def _order(problem: tuple[Origin, str, str]) -> int:
 
 
 def _dotted(path: KeyPath) -> str:
-    """`data.train[0].path`, as it is read aloud."""
+    """A key as text, such as `data.train[0].path`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]

@@ -50,8 +50,7 @@ def measured(
     gradient = torch.zeros_like(x)
 
     def forward(leaf: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = decoder.layers[index](leaf, **arguments[index])
-        return y
+        return FrozenDecoder.run_layer(decoder, index, leaf, arguments[index])
 
     def peak_of(run: Callable[[], None]) -> int:
         with new_meter() as meter:
@@ -115,7 +114,10 @@ def cpu_model(workload: Workload) -> tuple[FrozenDecoder, LoraParameters]:
             layout = quantized_layout(quantization, size, dtype)
             tensors = {key: torch.zeros(of, dtype=kind) for key, (kind, of) in layout.items()}
             source.quantized[f"{path}.{name}"] = QuantizedWeight(quantization, size, tensors)
-    plain = {name: torch.ones(size, dtype=dtype) for name, size in meta_model.plain_shapes.items()}
+    plain = {
+        name: torch.ones(size, dtype=meta_model.plain_dtype(name))
+        for name, size in meta_model.plain_shapes.items()
+    }
     matrix = ResidentMatrix(torch.zeros(meta_model.matrix_shape, dtype=dtype), 40)
     decoder = meta_model.materialize(source, plain, matrix, matrix, THE_CPU)
     decoder.skippable, found = shape.probed.skippable, shape.probed

@@ -63,10 +63,63 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_SMALL_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+# Mixtures of experts; the numbers of experts are no rank of any test.
+EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 10, "head_dim": 16} | _SMALL_EXPERTS,
+    "qwen2_moe": {"num_experts": 10, "shared_expert_intermediate_size": 48} | _SMALL_EXPERTS,
+    "mixtral": {"num_local_experts": 6},  # w1, w2, w3 on disk
+    "olmoe": {"num_experts": 10, "num_experts_per_tok": 3},
+    "glm4_moe": {"n_routed_experts": 10, "head_dim": 16, "first_k_dense_replace": 1} | _SMALL_EXPERTS,
+    "glm4_moe_lite": {"n_routed_experts": 10} | _LATENT | _SMALL_EXPERTS,
+    "deepseek_v3": {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+    | _LATENT
+    | _SMALL_EXPERTS,  # a correction of the router that is a buffer
+    "ernie4_5_moe": {"moe_num_experts": 10, "moe_k": 3, "moe_intermediate_size": 48},
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "sliding_window": 8,
+    },  # sinks
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 3},
+    "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "rotary_dim": 8},
+}
+
+_GATED_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+}  # fmt: skip
+_MOE = {"num_experts": 6, "shared_expert_intermediate_size": 48} | _SMALL_EXPERTS
+# Layers with a memory, and Gemma-4, whose layers have heads of two sizes.
+HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": _GATED_DELTA,
+    "qwen3_5_moe_text": _GATED_DELTA | _MOE,
+    "qwen3_next": _GATED_DELTA | _MOE,
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1} | _MOE,
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 6, "num_experts_per_tok": 2,
+        "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 4, "mamba_head_dim": 16,
+        "ssm_state_size": 16, "n_groups": 2, "n_routed_experts": 6, "moe_intermediate_size": 48,
+        "head_dim": 16,
+    },
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "head_dim": 16, "sliding_window": 8},
+}  # fmt: skip
+OTHER_FAMILIES = EXPERT_FAMILIES | HYBRID_FAMILIES
+
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """A 3-layer config of a family in FAMILIES (or any model type of transformers)."""
-    model_type, extra = FAMILIES.get(family, (family, {}))
+    model_type, extra = FAMILIES.get(family, (family, OTHER_FAMILIES.get(family, {})))
     options: dict[str, Any] = {
         "vocab_size": VOCABULARY_SIZE,
         "hidden_size": 64,

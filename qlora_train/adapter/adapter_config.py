@@ -1,13 +1,13 @@
-"""What an adapter says of itself: PEFT's `adapter_config.json`, and which modules its tensors belong to.
+"""Reads and writes PEFT's `adapter_config.json`, and matches an adapter's module paths with those of a base.
 
-Torch-free, so that `plan` can ask what an adapter that is trained on needs. PEFT's format has many variants
-(DoRA, saved embeddings, ...): one that would need more than A, B and a scaling per module is refused by name,
-because loading it as plain LoRA would give a different model without a word.
+Imports no torch, so that `plan` can read the adapter that training continues. PEFT's format has many variants
+(DoRA, saved embeddings, ...). One that needs more than A, B and a scaling per module is refused by name:
+loaded as plain LoRA it would silently be a different model.
 
-Which module a tensor belongs to. PEFT writes `base_model.model.<path>.lora_A.weight`, path counted from the
-class that was trained. Other classes, other tools: the same layer is `model.layers.0`, `layers.0`,
-`model.language_model.layers.0` or `language_model.model.layers.0`. What stands before `layers` is a wrapper
-of the text model or it is another tower, so only the names of wrappers are seen through.
+PEFT names tensors `base_model.model.<path>.lora_A.weight`, with the path from the class that was trained.
+Classes and tools differ: the same layer is `model.layers.0`, `layers.0`, `model.language_model.layers.0` or
+`language_model.model.layers.0`. The parts before `layers` are wrappers of the text model or belong to another
+tower (such as vision), so only known wrapper names are ignored.
 """
 
 from __future__ import annotations
@@ -43,17 +43,16 @@ UNSUPPORTED_KEYS = {
     "arrow_config": "Arrow routing",
     "monteclora_config": "MonteCLoRA",
 }
-# Initialisations that also change the base weights, so that the factors fit no published checkpoint.
+# Initialisations that also change the base weights, so that A and B fit no published checkpoint.
 UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter's config says.
+    """An adapter's config.
 
-    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path; the other
-    modules have `rank` and `alpha`. layers: indices of the only layers that target_modules are
-    looked for in; None: all.
+    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path; other
+    modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to; None: all.
     """
 
     base_model: str
@@ -68,7 +67,7 @@ class AdapterConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor of B A in the merged weight, of modules without a rank or alpha of their own."""
+        """The s in W + s B A, for modules without a rank or alpha of their own."""
         return self._scaling(self.alpha, self.rank)
 
     def rank_of(self, path: str) -> int:
@@ -78,11 +77,11 @@ class AdapterConfig:
         return self.alpha_pattern.get(path, self.alpha)
 
     def scaling_of(self, path: str) -> float:
-        """The factor of B A in the merged weight of a module."""
+        """The s in W + s B A of a module."""
         return self._scaling(self.alpha_of(path), self.rank_of(path))
 
     def renamed(self, names: Mapping[str, str]) -> AdapterConfig:
-        """With other paths for the modules."""
+        """The config with module paths replaced by `names[path]`."""
         return replace(
             self,
             rank_pattern={names[path]: rank for path, rank in self.rank_pattern.items()},
@@ -139,13 +138,13 @@ def _number(value: Any) -> float:
 
 
 def match_modules(paths: Iterable[str], existing: Iterable[str]) -> dict[str, str]:
-    """Adapter's path -> path of the module in this base. Paths that name no module of it are left out."""
+    """Adapter's module path -> path of the same module in this base; paths without one are left out."""
     by_core = {_core(name): name for name in existing}
     return {path: by_core[_core(path)] for path in paths if _core(path) in by_core}
 
 
 def _core(path: str) -> str:
-    """A path without the names of wrappers that it begins with."""
+    """A path without leading wrapper names."""
     parts = path.split(".")
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts.pop(0)
@@ -174,13 +173,14 @@ def name_targets(trained: Iterable[str], existing: Iterable[str]) -> tuple[list[
 
 
 def layer_of(path: str) -> int | None:
-    """The number of the decoder layer that a module belongs to."""
+    """The number of the decoder layer that a module belongs to; None: it is in no layer."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
     return int(found[1]) if found else None
 
 
 def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
-    """adapter_config.json, as PEFT writes it for LoRA. paths: of all modules that the adapter has."""
+    """The values of adapter_config.json, as PEFT writes them for LoRA. paths: of all modules with LoRA
+    parameters."""
     trained = sorted(paths)
     return {
         "peft_type": "LORA",
@@ -212,6 +212,7 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
+    """Raise `BaseModelError` for a config that means more than plain LoRA."""
     found = [f"{meaning} ({key})" for key, meaning in UNSUPPORTED_KEYS.items() if raw.get(key)]
     if raw.get("peft_type") != "LORA":
         found.append(f"the method {raw.get('peft_type')} (peft_type)")

@@ -1,12 +1,12 @@
-"""LoRA adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Reads and writes LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in], B [out, rank] and
 s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
 tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
 from the CausalLM.
 
-Written without peft, which would need the whole model in memory to save the few megabytes beside it. What
-other tools write differently, and what is refused: adapter_config.py.
+peft itself would need the whole model in memory to save an adapter. For variants of other tools, and what is
+refused, see adapter_config.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qlora_train.files.shards import ShardReader, write_tensors
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD_COPY = f"{HEAD}.base_layer.weight"
-"""PEFT saves the base's head beside factors of it."""
+"""Name of the copy of the base's head that PEFT saves beside an adapter of the head."""
 SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 LoraPairs = dict[str, tuple[Tensor, Tensor]]
@@ -46,16 +46,16 @@ def save_adapter(
     lora: Mapping[str, tuple[Tensor, Tensor]],
     other_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write (or wholly replace) an adapter folder; the same input gives the same bytes.
+    """Write (or replace as a whole) an adapter folder; the same input gives the same bytes.
 
-    `lora`: module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj" -> (A [rank, in],
-    B [out, rank]). They are stored in fp32. other_files: name -> content of what lies beside them.
+    lora: module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj" -> (A [rank, in],
+    B [out, rank]), stored in fp32. other_files: name -> text of files to write beside them.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(lora):
-        for suffix, factor in zip(SUFFIXES, lora[path], strict=True):
+        for suffix, matrix in zip(SUFFIXES, lora[path], strict=True):
             tensors[PREFIX + path + suffix] = (
-                factor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+                matrix.detach().to(device="cpu", dtype=torch.float32).contiguous()
             )
     with atomic_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(
@@ -69,7 +69,7 @@ def save_adapter(
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
     """Read an adapter that this package, peft or another tool wrote: its config and {module path: (A [rank,
-    in], B [out, rank])}, fp32, paths as they are written there.
+    in], B [out, rank])} in fp32, with paths as they are written there.
 
     Raises `BaseModelError` for a folder that holds no such adapter, and for features beyond plain LoRA, by
     name.
@@ -99,8 +99,8 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
 
 
 def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, LoraPairs]:
-    """`load_adapter` with the paths of this base's modules. Raises `BaseModelError` where it has modules that
-    the base has not."""
+    """`load_adapter` with the module paths of this base. Raises `BaseModelError` where the base lacks a
+    module of the adapter."""
     config, lora = load_adapter(folder)
     names = match_modules(lora, existing)
     if strange := [path for path in lora if path not in names]:
@@ -112,14 +112,14 @@ def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, 
 
 
 def head_copy(folder: Path) -> Tensor | None:
-    """The base's head as it is saved with an adapter, if it is."""
+    """The copy of the base's head that PEFT saved with an adapter; None: there is none."""
     with _open(folder) as reader:
         name = next((name for name in reader.names() if name.endswith(HEAD_COPY)), None)
         return None if name is None else reader.read(name)
 
 
 def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, int]]]:
-    """The config and {module path: (in, out)}, without reading a factor."""
+    """The config and {module path: (in, out)}, without reading A and B."""
     if not (folder / CONFIG_FILE).is_file():
         raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
@@ -132,6 +132,7 @@ def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, in
 
 
 def _open(folder: Path) -> ShardReader:
+    """A reader of the adapter's tensors. Raises `BaseModelError` where they are missing or pickled."""
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise BaseModelError(

@@ -1,8 +1,8 @@
-"""`lora.init_from`: an adapter that training goes on from decides its own modules, ranks and scalings.
+"""`lora.init_from`: training continues an adapter, which decides modules, ranks and scalings.
 
-What the recipe leaves out is the adapter's; what it says must be what the adapter has (`all-linear` alone:
-all that have LoRA parameters there). Modules are exactly those that have LoRA parameters there, as PEFT loads
-it: some layers only, an own rank or alpha for some.
+Keys that the recipe leaves out are the adapter's; keys that it gives must agree with the adapter
+(`all-linear` alone always does). The trained modules are exactly those with LoRA parameters in the adapter,
+as PEFT loads it: possibly some layers only, or with a rank or alpha of their own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from qlora_train.recipe import LoraSection
 
 
 def as_continued(lora: LoraSection, linears: Iterable[str]) -> LoraSection:
-    """The section with what `init_from` decides filled in; as it is, where there is none.
+    """The section with the adapter's values filled in; unchanged without `init_from`.
 
-    linears: paths of the base's linear layers. Raises `BaseModelError` where the recipe says otherwise, or
-    the base lacks a module.
+    linears: paths of the base's linear layers. Raises `BaseModelError` where the recipe contradicts the
+    adapter, or the base lacks a module.
     """
     if lora.init_from is None:
         return lora

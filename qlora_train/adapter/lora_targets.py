@@ -131,4 +131,4 @@ def _meant(
 
 
 def _within_layer(path: str) -> str:
-    return re.sub(r"^(.*\.)?layers\.\d+\.", "", path)
+    return re.sub(r"^(.*?\.)?layers\.\d+\.", "", path)

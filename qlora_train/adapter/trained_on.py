@@ -1,17 +1,17 @@
-"""What an adapter was trained on, remembered beside it in `trained_on.json`.
+"""Records what an adapter was trained on in `trained_on.json` beside it, and checks it.
 
-    base, revision          as the recipe names it, and the folder it was, relative to the run
+    base, revision, folder  the base as the recipe names it, and its folder relative to the run
     fingerprint             of the checkpoint's content: names, shapes, dtypes, sampled bytes of all tensors
     quantization, ...       how the base was quantized
     tokenizer, template     hashes of both
-    step, num_steps         which optimizer step the factors are of
+    step, num_steps         the optimizer step of the adapter, and the steps of the run
 
-Factors fit any base of the same shapes, and on another one they give fluent nonsense; so a base with another
-fingerprint is refused. The fingerprint does not know where the folder lies or how it is cut into shards: a
-base that moved is the same one.
+LoRA parameters fit any base of the same shapes, but on another one they give fluent nonsense, so a base with
+another fingerprint is refused. The fingerprint does not depend on the folder's place or its shards: a base
+that moved is the same.
 
-Sampled, because a start must not read 16 GB: of each tensor four windows of 1 KiB. Two trainings of a model
-differ in every tensor; what this cannot see is a change of single numbers.
+It samples four windows of 1 KiB of each tensor, as a start must not read 16 GB. Two trainings of a model
+differ in every tensor; changes of single numbers are not detected.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WINDOWS, WINDOW_BYTES = 4, 1024
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """See the module docstring. folder: of the base, relative to the run's folder."""
+    """The base, tokenizer and template of an adapter. See the module docstring."""
 
     base: str
     revision: str | None
@@ -51,7 +51,7 @@ class TrainedOn:
 
     @staticmethod
     def of(model: ModelSection, folder: Path, run: Path, tokenizer: PreTrainedTokenizerBase) -> TrainedOn:
-        """model: resolved. folder: of the base. run: the run's folder."""
+        """The record of a run. model: its resolved section. folder: of the base. run: the run's folder."""
         return TrainedOn(
             model.base,
             model.revision,
@@ -64,7 +64,7 @@ class TrainedOn:
         )
 
     def to_json(self, step: int, num_steps: int) -> str:
-        """The file's content."""
+        """The text of the file."""
         return json.dumps(asdict(self) | {"step": step, "num_steps": num_steps}, indent=1) + "\n"
 
     def check_base(self, folder: Path, adapter: Path) -> None:
@@ -76,7 +76,7 @@ class TrainedOn:
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
-        """Raise `BaseModelError` unless prompts would be written and cut into tokens as in training."""
+        """Raise `BaseModelError` unless tokenizer and chat template are those of training."""
         found = tokenizer_hashes(tokenizer)
         for what, ours, theirs in zip(
             ("tokenizer", "chat template"), found, (self.tokenizer, self.template), strict=True
@@ -89,7 +89,8 @@ class TrainedOn:
 
 
 def read_trained_on(adapter: Path) -> TrainedOn | None:
-    """Of an adapter folder; None: another tool wrote it. Raises `BaseModelError` where it does not read."""
+    """The record of an adapter folder; None: another tool wrote it. Raises `BaseModelError` where it cannot
+    be read."""
     content = _read(adapter)
     if content is None:
         return None
@@ -102,7 +103,7 @@ def read_trained_on(adapter: Path) -> TrainedOn | None:
 
 
 def progress_of(adapter: Path) -> tuple[int, int] | None:
-    """(step, steps of the whole run) that an adapter's factors are of, where that is known."""
+    """(step of an adapter, steps of the whole run); None: unknown."""
     content = _read(adapter) or {}
     step, num_steps = content.get("step"), content.get("num_steps")
     return (step, num_steps) if isinstance(step, int) and isinstance(num_steps, int) else None
@@ -116,7 +117,7 @@ def _read(adapter: Path) -> dict[str, Any] | None:
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """One word for the content of a checkpoint; see the module docstring. Reads 4 KiB a tensor."""
+    """A hash of a checkpoint's content, as in the module docstring. Reads 4 KiB per tensor."""
     digest = hashlib.sha256()
     with ShardReader(folder) as reader:
         for name in sorted(reader.names()):
@@ -129,7 +130,7 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(of what cuts text into tokens, of the chat template)."""
+    """Hashes of (the tokenizer, its chat template)."""
     pieces = tokenizer.backend_tokenizer.to_str()
     return _hash(pieces), _hash(str(tokenizer.chat_template))
 
@@ -139,10 +140,10 @@ def _hash(text: str) -> str:
 
 
 def find_base(model: ModelSection, run: Path) -> tuple[Path, str | None]:
-    """`resolve_base`, and where nothing is there any more, the same base at its old place beside the run.
+    """The folder of a run's base and its commit, by `resolve_base`; if that finds nothing, the folder at the
+    recorded place relative to the run, with the same fingerprint.
 
-    model: of the run's recipe. run: its folder. Raises `BaseModelError`, saying where to write the new place,
-    if no base with the fingerprint of the run's adapters is found.
+    model: of the run's recipe. run: its folder. Raises `BaseModelError` if there is no such base.
     """
     try:
         return resolve_base(model.base, model.revision)

@@ -1,2 +1,2 @@
-"""The compute device: what is known of it (description.py), its streams and memory (compute.py), and what a
-run tells torch about it (settings.py). The only place that asks which kind of device it is."""
+"""The compute device: its description (description.py), streams and memory (compute.py), torch settings
+(settings.py). No other folder distinguishes kinds of devices."""

@@ -1,4 +1,4 @@
-"""The cards that are known by name: what the makers state of them, for plans and until rates are measured."""
+"""Known GPUs by name with the makers' figures, for plans and until rates are measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Card:
-    """capability: CUDA's number for what it can do. num_multiprocessors: of the largest variant. memory_gib:
-    of the smallest. flops: per second with 16 bits; memory, copy: bytes per second of its own memory and over
-    PCIe, each way. Rates are rounded, about three quarters of what the makers state."""
+    """One GPU model. capability: CUDA compute capability. num_multiprocessors: of the largest variant.
+    memory_gib: GiB of the smallest variant. flops: FLOP/s in 16 bits. memory: bytes/s of device memory. copy:
+    bytes/s over PCIe in each direction. Rates are rounded, about three quarters of the makers' figures."""
 
     capability: Capability
     num_multiprocessors: int
@@ -39,12 +39,12 @@ CARDS: dict[str, Card] = {
     "H100": Card((9, 0), 132, 80, 550e12, 2600e9, 45e9),
     "H200": Card((9, 0), 132, 141, 550e12, 3800e9, 45e9),
 }
-"""By part of the name that the driver gives."""
+"""Cards by a part of the name that the driver reports."""
 ASSUMED_CARD = "RTX 3060"
 MOST_MULTIPROCESSORS = 192
 
 
 def known_card(gpu_name: str | None) -> str | None:
-    """The entry of CARDS that a name for a GPU stands for."""
+    """The key in CARDS for a driver's name of a GPU, or None; the longest match is taken."""
     names = sorted(CARDS, key=len, reverse=True)
     return next((name for name in names if re.search(rf"\b{name}\b", gpu_name or "", re.IGNORECASE)), None)

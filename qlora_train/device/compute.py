@@ -1,11 +1,11 @@
-"""The compute device at work: its streams and events, the host pages it can copy from, its memory figures.
+"""Operations of the compute device: streams and events, pinning of host pages, memory figures.
 
-Everything goes through the module that torch has for the device's type (`torch.cuda`, which ROCm has too,
-`torch.xpu`), found by `torch.get_device_module`, always with the device's index: a new thread is on the first
-device until it is told otherwise, and `torch.cuda.set_device` refuses a device without an index.
+All calls go to torch's module for the device type (`torch.cuda`, also for ROCm; `torch.xpu`), found by
+`torch.get_device_module`, always with the device's index: a new thread uses the first device unless told
+otherwise, and `torch.cuda.set_device` refuses a device without an index.
 
-Why not `torch.accelerator` and `torch.Stream`: their memory figures and streams are in C++ for known types
-only, so no test could stand in for a device without one.
+Why not `torch.accelerator` and `torch.Stream`: they are implemented in C++ for known types only, so tests
+could not simulate a device on a machine without one.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from torch import Tensor
 from qlora_train.device.description import CPU, DeviceDescription
 
 Stream = Any
-"""`torch.cuda.Stream`, or what another type's module has for it."""
+"""`torch.cuda.Stream`, or the class of another device type's module."""
 Event = Any
 
 
 @dataclass(frozen=True)
 class ComputeDevice:
-    """A device that is here. description: with its index, unless it is the CPU."""
+    """A device of this machine. description: has an index unless the device is the CPU."""
 
     description: DeviceDescription
     is_planned: ClassVar[bool] = False
-    """Whether it is only planned for (planned.py)."""
+    """Whether this is a device in a plan (planned.py), which need not exist."""
 
     def __post_init__(self) -> None:
         assert (self.description.index is None) == (self.description.type == "cpu"), self.description
 
     @cached_property
     def torch(self) -> torch.device:
-        """Where tensors go."""
+        """The torch device on which tensors are allocated."""
         index = self.description.index
         return (
             torch.device(self.description.type)
@@ -59,59 +59,59 @@ class ComputeDevice:
         return torch.get_device_module(self.torch)
 
     def make_current(self) -> None:
-        """For a new thread, which is on the first device otherwise. Nothing on the CPU."""
+        """Select the device for the calling thread; a new thread uses the first one. No effect on the CPU."""
         if self.is_accelerator:
             self._module.set_device(self.torch)
 
     def wait(self) -> None:
-        """Let the host wait until all queued work is done."""
+        """Block the host until all queued work is done."""
         if self.is_accelerator:
             self._module.synchronize(self.torch)
 
-    # Streams: None on the CPU, where work is done when its call returns.
+    # Streams: None on the CPU, whose operations are done when the call returns.
 
     def side_stream(self) -> Stream | None:
-        """A new stream beside the one that computes."""
+        """A new stream, concurrent with the compute stream; None on the CPU."""
         return self._module.Stream(self.torch) if self.is_accelerator else None
 
     def current_stream(self) -> Stream:
-        """The calling thread's."""
+        """The calling thread's stream."""
         return self._module.current_stream(self.torch)
 
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Work queued inside goes to `stream`."""
+        """Context in which work is queued on `stream`."""
         context: AbstractContextManager[Any] = self._module.stream(stream)
         return context
 
     def event(self, stream: Stream | None = None) -> Event:
-        """One recorded now on `stream`, None being the current one."""
+        """A new event recorded on `stream`; None: the current stream."""
         event = self._module.Event()
         event.record(self.current_stream() if stream is None else stream)
         return event
 
-    # Host pages that the device copies from and to by itself.
+    # Pinned host pages, which the device can read and write by itself.
 
     def pin(self, pages: Tensor) -> bool:
-        """Register host memory (uint8, page-aligned) for copies without the host; False where the system
-        refuses, or where the device's runtime has no call for it."""
+        """Pin host memory (uint8, page-aligned) for asynchronous copies; returns False if the system refuses,
+        or if the device's runtime has no call for it."""
         runtime = self._runtime()
         if runtime is None:
             return False
         if int(runtime.cudaHostRegister(pages.data_ptr(), pages.numel(), 0)) == 0:
             return True
-        # The runtime keeps the error for this thread's next kernel launch to raise: let that be ours.
+        # The runtime would raise the stored error at this thread's next kernel launch: clear it with one.
         with contextlib.suppress(RuntimeError):
             torch.empty(1, device=self.torch).fill_(0)
         return False
 
     def unpin(self, address: int) -> None:
-        """Of pages that were registered, while they are still there."""
+        """Unpin the pages that were pinned at `address`; call it before they are freed."""
         runtime = self._runtime()
         assert runtime is not None
         runtime.cudaHostUnregister(address)
 
     def _runtime(self) -> Any:
-        """CUDA's runtime functions, or HIP's under the same names."""
+        """CUDA's runtime functions, or HIP's under the same names; None for other devices."""
         find: Callable[[], Any] | None = getattr(self._module, "cudart", None)
         return None if find is None else find()
 
@@ -119,58 +119,58 @@ class ComputeDevice:
 
     @cached_property
     def uuid(self) -> str:
-        """Of the card, as its driver writes it; empty where torch does not know one."""
+        """The card's UUID as the driver reports it, without "GPU-"; empty if torch does not know one."""
         properties = self._module.get_device_properties(self.torch)
         return str(getattr(properties, "uuid", "")).removeprefix("GPU-")
 
     @property
     def allocated_bytes(self) -> int:
-        """Of tensors, now; workspaces of the libraries included."""
+        """Bytes allocated now by torch's allocator: tensors and workspaces of libraries."""
         return int(self._module.memory_allocated(self.torch))
 
     @property
     def peak_allocated_bytes(self) -> int:
-        """The most since `reset_peaks`."""
+        """Largest `allocated_bytes` since `reset_peaks`."""
         return int(self._module.max_memory_allocated(self.torch))
 
     @property
     def reserved_bytes(self) -> int:
-        """What torch's allocator holds of the device, in use or not, now."""
+        """Bytes of the device that torch's allocator holds now, in use or cached."""
         return int(self._module.memory_reserved(self.torch))
 
     @property
     def peak_reserved_bytes(self) -> int:
-        """The most since `reset_peaks`."""
+        """Largest `reserved_bytes` since `reset_peaks`."""
         return int(self._module.max_memory_reserved(self.torch))
 
     def reset_peaks(self) -> None:
-        """Let both peaks begin at what there is now."""
+        """Reset both peaks to the current values."""
         self._module.reset_peak_memory_stats(self.torch)
 
     def memory_stats(self) -> dict[str, int]:
-        """The allocator's counters."""
+        """All counters of torch's allocator."""
         return dict(self._module.memory_stats(self.torch))
 
     @property
     def free_bytes(self) -> int:
-        """What could still be taken: of the device, or, for the CPU, of the machine's RAM."""
+        """Free bytes of the device, or for the CPU the available RAM."""
         if not self.is_accelerator:
             return int(psutil.virtual_memory().available)
         return int(self._module.mem_get_info(self.torch)[0])
 
     @property
     def total_bytes(self) -> int:
-        """The device's memory."""
+        """Total bytes of the accelerator's memory."""
         return int(self._module.mem_get_info(self.torch)[1])
 
     def release_cached(self) -> None:
-        """Give back what torch's allocator holds without using it. Nothing on the CPU."""
+        """Release the unused memory that torch's allocator holds. No effect on the CPU."""
         if self.is_accelerator:
             self._module.empty_cache()
 
     def limit_allocator(self, num_bytes: int | None) -> None:
-        """Let torch's allocator fail beyond so many bytes, as it would on a smaller device; None: beyond the
-        device. Nothing on the CPU."""
+        """Limit torch's allocator to `num_bytes`, as on a smaller device; None: no limit but the device. No
+        effect on the CPU."""
         if self.is_accelerator:
             total_bytes = self.total_bytes
             fraction = 1.0 if num_bytes is None else min(1.0, max(0, num_bytes) / total_bytes)

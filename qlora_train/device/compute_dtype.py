@@ -1,4 +1,4 @@
-"""The precision to compute in: which dtype a recipe's word means on a device."""
+"""The compute dtype: from the recipe's `model.compute_dtype` and the device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32
 
 
 def resolve_dtype(name: str, device: DeviceDescription) -> torch.dtype:
-    """The compute dtype. "auto": bfloat16 where the hardware multiplies it, else float16 on a GPU, float32 on
-    a CPU.
+    """The dtype for `name`. "auto": bfloat16 if the hardware multiplies it, else float16 on a GPU and float32
+    on a CPU.
 
     Raises `UserError` for bfloat16 on a GPU that only emulates it.
     """
@@ -26,5 +26,5 @@ def resolve_dtype(name: str, device: DeviceDescription) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The recipe's word for a dtype."""
+    """The recipe's name of a compute dtype, such as "bfloat16"."""
     return next(name for name, known in COMPUTE_DTYPES.items() if known == dtype)

@@ -1,20 +1,19 @@
-"""The device that a step computes on, as plain values: what it is, and which kernels it has.
+"""Description of the compute device as plain values: its properties and the kernels that run on it.
 
-A GPU takes other paths than a CPU (flash attention over all documents in one call, liger-kernel's norms), and
-which ones depends on the card, on torch's version and on what is installed. All that any decision needs is
-said once, here, and handed down; find.py reads it off the device that is there. `plan` may be for a card that
-is not here, so then:
+Which kernels run (flash attention over all documents in one call, liger-kernel's norms) depends on the card,
+on torch's version and on what is installed. All values that decide it are in one description, which
+kernels/on_device.py detects. `plan` may be for a card that is not in this machine, and then assumes:
 
-    capability           what the driver says; of another card what the table says; else that of an RTX 3060
-    multiprocessors      by the card's name; of an unknown one as many as any has (they decide how many sums
-                         of dq a deterministic flash attention keeps side by side, so this is the most)
-    varlen attention     what the installed version of torch offers
+    capability           the driver's; for another card that in cards.py; else that of an RTX 3060
+    multiprocessors      by the card's name; for an unknown one the largest number of any card, an upper bound
+                         (they decide how many sums of dq a deterministic flash attention keeps)
+    varlen attention     that of the installed version of torch
     Triton, liger-kernel whether they are installed here
     cublas_workspace     CUBLAS_WORKSPACE_CONFIG of this environment
-    expandable segments  what train would ask of torch's allocator on this system
+    expandable segments  the setting of torch's allocator that `train` would use on this system
     context              a stated size, by capability
 
-which `plan` shows, so that nobody has to guess what it assumed. Imports no torch.
+`plan` prints these assumptions. Imports no torch.
 """
 
 from __future__ import annotations
@@ -32,39 +31,40 @@ from qlora_train.device.cards import ASSUMED_CARD, CARDS, MOST_MULTIPROCESSORS, 
 from qlora_train.device.system import is_wsl
 
 Varlen = Literal["none", "equal heads", "grouped heads"]
+"""What torch's `varlen_attn` supports: "none" without scale and window; whether key heads can be shared."""
 DequantizeKernel = Literal["triton", "library", "parts"]
-"""What torch's `varlen_attn` can do beside a scale and a window, if it has those at all."""
+"""How 4-bit weights are dequantized: our Triton kernel, bitsandbytes' kernel, or in parts on a CPU."""
 
 NO_CAPABILITY, FLASH_CAPABILITY = (0, 0), (8, 0)
 BFLOAT16_CAPABILITY = (8, 0)
 MAX_LIGER_COLUMNS = 65_536
-"""A row is one block of its kernels."""
+"""Largest row of liger's kernels, which process a row as one block."""
 WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACE = ":4096:8"
-"""What `train` sets where nothing else is set (device/settings.py)."""
+"""Set by `train` in deterministic mode unless the environment has another value (device/settings.py)."""
 NUM_WORKSPACES = 2
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 STATED_CONTEXT_MIB = {7: 350, 8: 450, 9: 550, 10: 600, 12: 550}
-"""By the first number of the capability: what a context with the kernels of a run is taken to hold, outside
-torch's allocator, where it is not measured (device/context.py). It grows with the number of threads that a
-card runs at once, for each of which a stack is set aside; so these are for the largest cards."""
+"""Assumed MiB of a context with the kernels of a run, outside torch's allocator, by the major number of the
+capability, if it is not measured (device/context.py). A context reserves a stack per concurrent thread of the
+card, so these are for the largest cards."""
 MOST_CONTEXT_MIB = 600
 
 
 @dataclass(frozen=True)
 class DeviceDescription:
-    """One compute device.
+    """The properties of one compute device.
 
-    type: torch's word for it ("cpu", "cuda", "xpu"). capability: CUDA's number for what a GPU can do, (0, 0)
-    elsewhere. num_multiprocessors: of a GPU. varlen: torch's attention over documents of any length.
-    has_triton, has_liger: whether their kernels run there. has_bfloat16: whether it multiplies bfloat16
-    itself. blocks_documents: whether short documents are attended to by products of our own
-    (kernels/blocked_attention.py) instead of SDPA. cublas_workspace: what CUBLAS_WORKSPACE_CONFIG says, None
-    where it is not set. index: which of its type, always known for a GPU that is here. name: as the driver
-    says it. memory_bytes: all of the device's memory, 0 where it is not known.
-    measured_context_bytes: what this process holds beside tensors; None where the device is not here.
-    has_expandable_segments: torch's allocator maps more memory behind what it has, instead of taking segments
-    of fixed size. has_concurrent_managed_access: host and device may touch managed memory at the same time.
+    type: torch's device type ("cpu", "cuda", "xpu"). capability: CUDA compute capability, (0, 0) for others.
+    num_multiprocessors: of a GPU. varlen: support of torch's attention over documents of any length.
+    has_triton, has_liger: whether their kernels run. has_bfloat16: whether the hardware multiplies bfloat16.
+    blocks_documents: whether kernels/blocked_attention.py replaces SDPA for short documents.
+    cublas_workspace: the value of CUBLAS_WORKSPACE_CONFIG; None: not set. index: among the devices of its
+    type, always given for a GPU of this machine. name: the driver's. memory_bytes: total memory; 0: unknown.
+    measured_context_bytes: device memory of this process outside torch's allocator; None: not measured.
+    has_expandable_segments: torch's allocator extends its memory by mapping more, instead of allocating
+    segments of fixed size. has_concurrent_managed_access: host and device may access managed memory at the
+    same time.
     """
 
     type: str
@@ -85,38 +85,39 @@ class DeviceDescription:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> DeviceDescription:
-        """What `dataclasses.asdict` and JSON made of one."""
+        """The description from its `dataclasses.asdict` values, also after JSON."""
         major, minor = values["capability"]
         return DeviceDescription(**{**values, "capability": (major, minor)})
 
     @property
     def is_accelerator(self) -> bool:
-        """Whether its memory is not the host's: tensors are copied there, work is queued on streams."""
+        """Whether the device has its own memory, to which tensors are copied, and streams of queued work."""
         return self.type != "cpu"
 
     @property
     def dequantize_kernel(self) -> DequantizeKernel:
-        """What writes a 4-bit weight out as numbers; see quantize.py."""
+        """The kernel that dequantizes 4-bit weights; see quant/weight.py."""
         if not self.is_accelerator:
             return "parts"
         return "triton" if self.has_triton else "library"
 
     def flash_serves(self, itemsize: int, head_dim: int) -> bool:
-        """Whether torch's flash kernels, forward and backward, run for heads whose queries, keys and values
-        are of one size, without a cap on scores. 193 to 224 lacks a backward on capabilities 8.6, 8.9 and
-        12.0: too little shared memory."""
+        """Whether torch's flash kernels, forward and backward, support heads of this size and number format,
+        with queries, keys and values of one size and no cap on scores. Sizes 193 to 224 have no backward on
+        capabilities 8.6, 8.9 and 12.0, which have too little shared memory."""
         has_size = head_dim % 8 == 0 and (head_dim <= 192 or 224 < head_dim <= 256)
         return self.capability >= FLASH_CAPABILITY and itemsize == 2 and has_size
 
     def varlen_serves(self, itemsize: int, head_dim: int, *, grouped: bool, has_softcap: bool) -> bool:
-        """Whether one call attends to all documents. grouped: query heads share key heads."""
+        """Whether varlen attention supports a layer: all documents in one call. grouped: query heads share
+        key heads."""
         expressible = self.varlen == "grouped heads" or (self.varlen == "equal heads" and not grouped)
         return expressible and not has_softcap and self.flash_serves(itemsize, head_dim)
 
     def workspace_bytes(self, *, deterministic: bool) -> int:
-        """cuBLAS's workspaces, which it takes from torch's allocator and keeps: one for the thread of the
-        forward pass, one for autograd's. torch takes two pieces of 4 MiB and eight of 16 KiB for each, from
-        Hopper on 32 MiB, or what CUBLAS_WORKSPACE_CONFIG says (`:SIZE:COUNT` pairs, SIZE in KiB)."""
+        """Bytes of cuBLAS's workspaces, allocated from torch's allocator and kept: one for the thread of the
+        forward pass, one for autograd's. Each has two pieces of 4 MiB and eight of 16 KiB, from Hopper on 32
+        MiB, or the pieces in CUBLAS_WORKSPACE_CONFIG (`:SIZE:COUNT` pairs, SIZE in KiB)."""
         if not self.is_accelerator:
             return 0
         config = self.cublas_workspace or (DETERMINISTIC_WORKSPACE if deterministic else "")
@@ -127,19 +128,19 @@ class DeviceDescription:
 
     @property
     def stated_context_bytes(self) -> int:
-        """Of a device of this capability."""
+        """Assumed context bytes for this capability."""
         return STATED_CONTEXT_MIB.get(self.capability[0], MOST_CONTEXT_MIB) * 2**20
 
     @property
     def context_bytes(self) -> int:
-        """Of this process on the device beside tensors: measured where it is here, else stated."""
+        """Device memory of this process outside torch's allocator, bytes: measured if here, else stated."""
         if not self.is_accelerator:
             return 0
         measured = self.measured_context_bytes
         return self.stated_context_bytes if measured is None else measured
 
     def in_words(self, *, deterministic: bool) -> str:
-        """What a plan for it takes as given."""
+        """The assumptions of a plan for this device, as text for the user."""
         if not self.is_accelerator:
             return "CPU"
         has_varlen = self.varlen != "none" and self.capability >= FLASH_CAPABILITY
@@ -159,8 +160,8 @@ CPU = DeviceDescription(
 
 
 def least_capable(devices: Sequence[DeviceDescription]) -> DeviceDescription:
-    """What all of them can do, several of one type: kernels that each has, the smallest memory, the most
-    multiprocessors, as they take scratch. Name and workspaces are the first one's."""
+    """A description that holds for all `devices` of one type: kernels that each has, the smallest memory, the
+    largest number of multiprocessors (more need more scratch). Other values are those of the first device."""
     kernels: tuple[Varlen, ...] = get_args(Varlen)
     return replace(
         devices[0],
@@ -177,8 +178,8 @@ def least_capable(devices: Sequence[DeviceDescription]) -> DeviceDescription:
 
 
 def planned_gpu(gpu_name: str | None, capability: Capability | None) -> DeviceDescription:
-    """The GPU to plan for without torch; see the module docstring. gpu_name, capability: as the driver says
-    them; None: no card is here."""
+    """The GPU to plan for, described without torch as in the module docstring. gpu_name, capability: the
+    driver's; None: unknown, no card is in this machine."""
     name = known_card(gpu_name or ASSUMED_CARD)
     card = CARDS[name or ASSUMED_CARD]
     capability = capability or card.capability
@@ -198,20 +199,19 @@ def planned_gpu(gpu_name: str | None, capability: Capability | None) -> DeviceDe
 
 
 def cublas_workspace() -> str | None:
-    """What this environment says."""
+    """The value of CUBLAS_WORKSPACE_CONFIG, None if it is unset or empty."""
     return os.environ.get(WORKSPACE_VARIABLE) or None
 
 
 def allocator_setting() -> str | None:
-    """What this environment says of torch's allocator; the newer of the two names goes first."""
+    """The environment's settings of torch's allocator, the newer variable first; None: unset."""
     return next((value for name in ALLOCATOR_VARIABLES if (value := os.environ.get(name))), None)
 
 
 def segments_may_expand() -> bool:
-    """Whether torch's allocator will be told to (device/settings.py), as far as the system decides it: on
-    Linux, unless the environment configures the allocator otherwise. Under WSL only where the environment
-    asks for it: drivers there say that they can map memory and fail at the first tensor (pytorch issue
-    192330)."""
+    """Whether the system and the environment allow expandable segments (device/settings.py): on Linux, unless
+    the environment configures the allocator otherwise. Under WSL only if the environment asks for them, since
+    drivers there claim to support them and fail at the first tensor (pytorch issue 192330)."""
     setting = allocator_setting()
     if setting is None:
         return sys.platform == "linux" and not is_wsl()
@@ -219,6 +219,6 @@ def segments_may_expand() -> bool:
 
 
 def varlen_of_version(version: str) -> Varlen:
-    """What a torch version's `varlen_attn` can do: scale, window and grouped heads from 2.11 on."""
+    """Support of `varlen_attn` in a torch version: scale, window and grouped heads from 2.11 on."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return "grouped heads" if (major, minor) >= (2, 11) else "none"

@@ -1,9 +1,9 @@
-"""What only NVIDIA's driver tells of a card, asked without making a context: no torch, no memory taken.
+"""Queries to NVIDIA's driver without torch and without creating a context.
 
-A context (what a process needs on a card before its first kernel) takes hundreds of MiB, so what is in use
-without it can be asked only before it is there. `nvidia-smi` comes with every driver; attributes come from
-the driver's own library, by the numbers that its header has fixed. Where neither is (ROCm, Intel, a CPU)
-every answer is "not known".
+A context (a process's state on a card, created before its first kernel) takes hundreds of MiB of device
+memory, so memory in use must be read before it exists. `nvidia-smi` comes with every driver; attributes come
+from the driver's library, by the numbers in its header. Without an NVIDIA driver (ROCm, Intel, a CPU) every
+result is empty, 0 or None.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any
 
 MIB = 2**20
 VIRTUAL_MEMORY_MANAGEMENT = 102
-"""CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: memory can be mapped behind what there is, which
-expandable segments do; some virtual GPUs cannot."""
+"""CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: memory can be mapped after existing memory, as
+expandable segments need; not on some virtual GPUs."""
 MEMORY_BY_FILE_DESCRIPTOR = 103
-"""CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: such memory can be handed to other
-processes in this way, which torch's allocator asks of all that it maps."""
+"""CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: mapped memory can be shared with other
+processes by file descriptor, as torch's allocator requires for all memory that it maps."""
 CONCURRENT_MANAGED_ACCESS = 89
-"""CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS: host and device may touch managed memory at the same time,
-and it moves page by page. Not so under Windows and WSL, and on some virtual GPUs."""
+"""CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS: host and device may access managed memory at the same time,
+and it migrates by page; not under Windows and WSL, nor on some virtual GPUs."""
 _SMI_SECONDS = 5
 
 
 def ask_nvidia_smi(*fields: str) -> list[list[str]]:
-    """A row for each GPU, without units; empty where the tool is missing, fails or hangs."""
+    """The fields of every GPU from nvidia-smi, one row per GPU, without units; empty if the tool is missing,
+    fails or hangs."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -43,14 +44,14 @@ def ask_nvidia_smi(*fields: str) -> list[list[str]]:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Bytes in use on each GPU, by all processes, by the card's UUID. A card that does not say (a slice of
-    one, for example) is left out."""
+    """Bytes in use by all processes on each GPU, by card UUID. A card that does not report it (e.g. a slice
+    of a card) is omitted."""
     rows = ask_nvidia_smi("uuid", "memory.used")
     return {uuid.removeprefix("GPU-"): int(mib) * MIB for uuid, mib in rows if mib.isdigit()}
 
 
 def num_cards() -> int:
-    """As many as CUDA numbers; 0 where there is no such driver."""
+    """Number of GPUs that CUDA sees; 0 without NVIDIA's driver."""
     driver, count = _driver(), ctypes.c_int(0)
     if driver is not None:
         driver.cuDeviceGetCount(ctypes.byref(count))
@@ -58,7 +59,7 @@ def num_cards() -> int:
 
 
 def attribute(index: int, number: int) -> int | None:
-    """A CUdevice_attribute of the card that CUDA numbers `index`; None where there is no such driver."""
+    """Value of the CUdevice_attribute `number` of the card with CUDA index `index`; None if unknown."""
     driver, value = _driver(), ctypes.c_int()
     if driver is None or driver.cuDeviceGetAttribute(ctypes.byref(value), number, _handle(index)) != 0:
         return None
@@ -66,7 +67,7 @@ def attribute(index: int, number: int) -> int | None:
 
 
 def has_context() -> bool:
-    """Whether this process has a context on any card already."""
+    """Whether this process already has a context on any card."""
     flags, is_active = ctypes.c_uint(), ctypes.c_int(0)
     for index in range(num_cards()):
         _driver().cuDevicePrimaryCtxGetState(_handle(index), ctypes.byref(flags), ctypes.byref(is_active))
@@ -76,7 +77,7 @@ def has_context() -> bool:
 
 
 def _handle(index: int) -> ctypes.c_int:
-    """The driver's own number of a card."""
+    """The driver's handle (CUdevice) of a card."""
     device = ctypes.c_int()
     _driver().cuDeviceGet(ctypes.byref(device), index)
     return device
@@ -84,7 +85,7 @@ def _handle(index: int) -> ctypes.c_int:
 
 @cache
 def _driver() -> Any:
-    """The driver's library, ready to be asked; None where it is missing or finds no card."""
+    """The driver's library, initialized; None if it is missing or finds no card."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

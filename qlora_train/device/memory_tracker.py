@@ -1,15 +1,15 @@
-"""How much memory is used: one definition of "peak" for logs, tests and measurements.
+"""Measured memory use: one definition of "peak" for logs, tests and measurements.
 
-Three readings, none of which knows the planner's formulas:
+Three measurements, independent of the planner's formulas:
 
-- `MemoryTracker`, bytes of tensors on the compute device. On a GPU it asks the allocator. On the CPU there is
-  no such thing to ask, so a dispatch mode watches every operation: a result whose storage is none of its
-  inputs' is new and counts until that storage is freed; a view counts nothing. Scratch inside one
-  operation is not seen, nor memory that torch did not allocate (a mapped file, a numpy array): host
-  buffers are made that way, so that "device" means the same in both cases. Nor, on a GPU, the libraries'
-  workspaces, which come from the same allocator but belong to the context (device/context.py).
-- `peak_bytes`, for the log: our tensors on a GPU, the whole process elsewhere.
-- `process_peak_bytes` (process_peak.py), resident memory of this process at its highest.
+- `MemoryTracker`: bytes of tensors on the compute device. On a GPU they come from torch's allocator. The CPU
+  allocator has no counters, so a dispatch mode sees every operation: a result whose storage is none of its
+  inputs' is new and counts until that storage is freed; a view counts nothing. Not included are scratch
+  inside one operation and memory that torch did not allocate (a mapped file, a numpy array): host buffers are
+  allocated that way, so that they do not count as device memory on a CPU either. Not included on a GPU are
+  the libraries' workspaces, which a plan counts with the context (device/context.py).
+- `peak_bytes`, for the log: tensors on a GPU, the whole process elsewhere.
+- `process_peak_bytes` (process_peak.py): peak resident memory of this process.
 
 Why not `tracemalloc` or a profiler: the first does not see tensors, the second records every event of a run.
 """
@@ -34,11 +34,11 @@ _USES_BY_AUTOGRAD = 4
 
 
 class MemoryTracker:
-    """Within `with MemoryTracker(device) as meter`: bytes of the tensors made since, on `device`.
+    """Context manager that counts the bytes of tensors allocated on `device` since it was entered.
 
-    live_bytes: now. peak_bytes: the most since entering or since `reset_peak`. On the CPU only operations of
-    the thread that entered are seen (autograd's backward runs there too). On a GPU the libraries' workspaces
-    are made on entering, if they are not there yet.
+    live_bytes: now. peak_bytes: the largest since entering or `reset_peak`. On the CPU only operations of the
+    thread that entered are counted (autograd's backward runs in it too). On a GPU the libraries' workspaces
+    are allocated on entering, if they do not exist yet.
     """
 
     def __init__(self, device: ComputeDevice) -> None:
@@ -82,10 +82,10 @@ class MemoryTracker:
 
 
 class StorageMeter(TorchDispatchMode):
-    """Sums the storages that operations make on devices of one type, each until it is freed.
+    """Dispatch mode that sums the bytes of storages that operations allocate on devices of one type.
 
-    live_bytes, peak_bytes: as of `MemoryTracker`. cause: what is made counts under this name from now on.
-    live, peak: the same bytes by cause. is_paused: what is made is nobody's.
+    live_bytes, peak_bytes: as of `MemoryTracker`. cause: name under which new storages are counted. live,
+    peak: the same bytes by cause. is_paused: new storages are not counted.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -115,7 +115,7 @@ class StorageMeter(TorchDispatchMode):
         return output
 
     def saw(self, storage: torch.UntypedStorage) -> bool:
-        """Whether it was made since entering."""
+        """Whether this storage was allocated since entering and is still alive."""
         return storage._cdata in self._alive
 
     def reset_peak(self) -> None:
@@ -123,7 +123,7 @@ class StorageMeter(TorchDispatchMode):
         self.peak_bytes, self.peak = self.live_bytes, dict(self.live)
 
     def add(self, num_bytes: int, cause: str) -> None:
-        """From now on there are so many bytes more."""
+        """Add `num_bytes` (negative when freed) to the live bytes of `cause`, and update the peak."""
         self.live_bytes += num_bytes
         self.live[cause] = self.live.get(cause, 0) + num_bytes
         if self.live_bytes > self.peak_bytes:
@@ -146,9 +146,10 @@ class StorageMeter(TorchDispatchMode):
 
 
 def _accumulates_in_place(args: tuple[Any, ...]) -> bool:
-    """Whether this is autograd adding a gradient to one that nobody else holds. Then it adds in place, except
-    where a mode like ours looks on: so that is made up for. Seen from here, a gradient that only autograd
-    holds has four references, and its storage two."""
+    """Whether autograd adds two gradients of which it holds the only reference to the first.
+
+    It would add in place then, but not while a dispatch mode is active; this mode does it instead. Seen from
+    here, such a gradient has four references, and its storage two."""
     if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
         return False
     first, second = args
@@ -162,7 +163,7 @@ def _accumulates_in_place(args: tuple[Any, ...]) -> bool:
 
 
 class _StorageReference(weakref.ref):
-    """A weak reference that remembers what it stood for."""
+    """A weak reference to a storage, with its key, bytes and cause for the time after it is freed."""
 
     key: int
     num_bytes: int
@@ -170,5 +171,5 @@ class _StorageReference(weakref.ref):
 
 
 def peak_bytes(device: ComputeDevice) -> int:
-    """Peak memory so far: of our tensors on a GPU, of the whole process otherwise."""
+    """Peak memory so far: of tensors on a GPU, of the whole process otherwise."""
     return device.peak_allocated_bytes if device.is_accelerator else process_peak_bytes()

@@ -1,8 +1,7 @@
-"""A compute device that need not be here: what runs on it has shapes and no numbers.
+"""A compute device for plans, which need not exist: its tensors have shapes but no numbers.
 
-A plan is made by running the program on torch's meta device. Which paths the program takes there follows from
-the description of the card (or the CPU) that is planned for, as it does on the device itself: with streams
-where it is an accelerator, which do nothing here.
+A plan runs the program on torch's meta device. The description of the planned card (or CPU) selects the
+program's paths as on the real device. If it is an accelerator, streams exist and do nothing.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from qlora_train.device.compute import ComputeDevice, Event, Stream
 
 
 class PlannedDevice(ComputeDevice):
-    """See the module docstring. description: of what is planned for."""
+    """`ComputeDevice` on torch's meta device. description: of the planned device."""
 
     is_planned = True
 
     def __post_init__(self) -> None:
-        """Any description will do."""
+        """Accepts any description: an index is not needed."""
 
     @property
     def torch(self) -> torch.device:
         return torch.device("meta")
 
     def make_current(self) -> None:
-        """There is no other."""
+        """Does nothing: there is one meta device."""
 
     def wait(self) -> None:
-        """Nothing is queued."""
+        """Does nothing: no work is queued."""
 
     def side_stream(self) -> Stream | None:
         return _Idle() if self.is_accelerator else None
@@ -50,14 +49,14 @@ class PlannedDevice(ComputeDevice):
         return True
 
     def unpin(self, address: int) -> None:
-        """There are no pages."""
+        """Does nothing: no pages were pinned."""
 
     def release_cached(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no memory is cached."""
 
 
 class _Idle:
-    """A stream or an event on which nothing ever runs."""
+    """A stream or event without work."""
 
     def wait_stream(self, stream: Stream) -> None: ...
 

@@ -1,6 +1,6 @@
-"""Resident memory of this process at its highest, as the kernel counts it: Python and all imports included.
+"""Peak resident memory of this process as the kernel counts it, Python and all imports included.
 
-Imports no torch: what asks for it may have none.
+Imports no torch, so that programs without torch can measure too.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def process_peak_bytes() -> int:
-    """Peak resident size of this process so far, or since `reset_process_peak`, as the kernel reports it.
+    """Peak resident bytes of this process so far, or since `reset_process_peak`.
 
-    Linux: VmHWM. `ru_maxrss` is taken only where there is none: a child's starts at what its parent held
-    before the child's program was loaded.
+    VmHWM if the kernel has it (Linux); else `ru_maxrss`, which in a child process starts at the resident
+    size of its parent.
     """
     for line in _read_lines(Path("/proc/self/status")):
         if line.startswith("VmHWM:"):
@@ -25,7 +25,7 @@ def process_peak_bytes() -> int:
 
 
 def reset_process_peak() -> bool:
-    """Let `process_peak_bytes` begin at the present size; False where the kernel cannot."""
+    """Reset `process_peak_bytes` to the current size; returns False if the kernel does not support it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -1,14 +1,14 @@
-"""What a run tells torch about the device, for the whole process, before anything is computed.
+"""Process-wide torch settings of a run, applied before anything is computed.
 
-- cuDNN's attention is off. On compute capability 9.0 and later torch prefers it to flash; it builds a plan
-  for every new shape, and shapes change with every micro-batch, and takes scratch that no plan counts.
-- Products of 16-bit numbers are summed in fp32. torch allows cuBLAS to add the parts of a split product in 16
-  bits, by default; factor gradients, sums over all tokens of a micro-batch, would lose bits there.
-- Memory of the allocator may grow in place (`expandable_segments`; NVIDIA under Linux): tensors whose sizes
-  follow the data otherwise leave holes that nothing fits into. What the user has said of the allocator stays.
-- Deterministic algorithms, where the recipe asks for them, for as long as the run lasts.
+- cuDNN's attention is off. From compute capability 9.0 on torch prefers it to flash; it builds an execution
+  plan for every new shape, which changes with every micro-batch, and its scratch is not in our plans.
+- Products of 16-bit numbers are summed in fp32. By default torch allows cuBLAS to add the parts of a split
+  product in 16 bits; gradients of LoRA parameters, sums over all tokens of a micro-batch, would lose bits.
+- The allocator's segments can grow (`expandable_segments`; NVIDIA under Linux): otherwise tensors with
+  varying sizes fragment the memory. A setting of the user's is kept.
+- Deterministic algorithms, if the recipe asks for them, until the run ends.
 
-All but the last hold for a GPU only and change nothing on a CPU.
+All but the last apply to GPUs only and have no effect on a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from qlora_train.errors import UserError
 
 
 def apply_settings() -> None:
-    """Before the first tensor is on the device. Notes first what others hold on it (device/context.py)."""
+    """Apply all settings but determinism; call it before the first tensor is on the device.
+
+    First reads the device memory in use by other processes (device/context.py)."""
     in_use_before()
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -41,32 +43,32 @@ def apply_settings() -> None:
 
 
 def _set_allocator(settings: str) -> None:
-    """What PYTORCH_ALLOC_CONF says, also where torch is imported already, as in a notebook."""
+    """Set what PYTORCH_ALLOC_CONF would, also after torch was imported, as in a notebook."""
     newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     (newer or torch.cuda.memory._set_allocator_settings)(settings)
 
 
 def segments_expand() -> bool:
-    """Whether torch's allocator maps more memory behind what it has, once the settings are applied: where
-    every card can. A virtual GPU that cannot would fail at the first tensor."""
+    """Whether torch's allocator uses expandable segments once the settings are applied: if every card
+    supports them. On a virtual GPU that does not, the first tensor would fail."""
     needed = (driver.VIRTUAL_MEMORY_MANAGEMENT, driver.MEMORY_BY_FILE_DESCRIPTOR)
     able = [driver.attribute(i, number) for i in range(driver.num_cards()) for number in needed]
     return segments_may_expand() and bool(able) and all(able)
 
 
 def make_deterministic() -> None:
-    """The same bits in every run: flash attention and scatter operations take their slower algorithms."""
+    """Make every run give the same bits: flash attention and scatter operations use slower algorithms."""
     os.environ.setdefault(WORKSPACE_VARIABLE, DETERMINISTIC_WORKSPACE)  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
-    # Else every torch.empty is filled first. Nothing here reads memory that it has not written: tests
-    # poison the ring's slots to see it.
+    # Else every torch.empty is filled. No code here reads memory that it has not written: tests fill the
+    # ring's slots with wrong numbers to check it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager
 def determinism_of_before() -> Iterator[None]:
-    """Afterwards torch is as deterministic as before: in a notebook other work goes on, and some of it has no
-    deterministic algorithm."""
+    """Context that restores torch's determinism settings at its end: other work in a notebook may need
+    operations without a deterministic algorithm."""
     is_on = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -78,9 +80,10 @@ def determinism_of_before() -> Iterator[None]:
 
 
 def require_deterministic_products(where: torch.device) -> None:
-    """Raise `UserError` where torch is to be deterministic and refuses products. It looks at
-    CUBLAS_WORKSPACE_CONFIG once in a process, at its first product on a GPU: what `make_deterministic` says
-    after that is not heard."""
+    """Raise `UserError` if torch is set to be deterministic but refuses products on the device `where`.
+
+    torch reads CUBLAS_WORKSPACE_CONFIG once per process, at the first product on a GPU, so that a later
+    `make_deterministic` has no effect on it."""
     if where.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
         return
     try:

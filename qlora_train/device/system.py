@@ -1,8 +1,8 @@
-"""Which operating system can run what.
+"""Which commands run on which operating system.
 
-`plan` and `preview` run anywhere. Whatever holds a base in memory or writes a model needs a Unix, and a GPU
-needs Linux (WSL2 is one): pages that the kernel gives and a device's driver pins, reads past the page cache
-at an offset, folders that are written through and renamed in one step.
+`plan` and `preview` run anywhere. Commands that load a base or write a model need a Unix, and a GPU needs
+Linux (WSL2 included): for mapped pages that a device's driver can pin, reads at an offset past the page
+cache, and folders that are synced and renamed atomically.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from qlora_train.errors import UserError
 
 
 def is_wsl() -> bool:
-    """Whether this Linux runs under Windows, whose driver the GPU is seen through."""
+    """Whether this Linux is WSL, which uses the GPU through the driver of Windows."""
     return sys.platform == "linux" and "microsoft" in platform.release().lower()
 
 
 def require_unix(command: str) -> None:
-    """Raise `UserError` on native Windows. command: what was asked for, in the user's words."""
+    """Raise `UserError` on native Windows. command: its name for the message."""
     if sys.platform == "win32":
         raise UserError(
             f"{command} needs Linux or WSL2, which sees the GPU as Linux does (in a terminal: wsl --install, "

@@ -1,6 +1,7 @@
-"""From a run folder to a model that other tools load, with a receipt of how near it is (export_run.py).
+"""Exports a run as merged weights that other tools load, with a receipt that measures their difference from
+the trained model (export_run.py).
 
-Imports are made when `export` is called: they take seconds.
+Heavy libraries are imported when `export` is called, as importing them takes seconds.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""What stands beside the weights of a merged folder: config, tokenizer, templates, licence, model card.
+"""Writes the files beside merged weights: config, tokenizer, templates, licence, model card.
 
-Copied is what other tools and people need of the base's folder, by name. Not copied: weights and what
-describes them, code, an adapter's files. A file is copied only if it really lies in the base, or in the hub
-cache that the base's own links lead to: a published folder must not carry somebody's ~/.ssh along because a
-link in a download said so.
+Files of the base's folder that other tools and people need are copied by name; weights, their indices, code
+and adapter files are not. A file is copied only if it really lies in the base, or in the hub cache that the
+base's own links lead to, so that a link in a download cannot put a private file into a published folder.
 
-`auto_map` in a JSON file names code (`modeling_x.Model`) that would be run in place of transformers' own. The
-code is not copied, so the key is left out: with it, tools that trust remote code find no file; without it
-they load the class that was trained here.
+`auto_map` in a JSON file names code (`modeling_x.Model`) to be run in place of transformers' own. The code is
+not copied, so the key is removed: with it, tools that trust remote code would miss the file; without it they
+load the class that was trained here.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ _NOT_COPIED = {"config.json", *ADAPTER_FILES, "quantize_config.json", "quantizat
 
 
 def copy_companions(base_folder: Path, folder: Path, log: Callable[[str], None]) -> None:
-    """say: told which files are left out because they lie outside the base."""
+    """Copy the companion files of the base into `folder`. log: called with a line for each file that is left
+    out because it lies outside the base."""
     within = _homes(base_folder)
     for path in [*sorted(base_folder.iterdir()), *_templates(base_folder)]:
         name = path.relative_to(base_folder)
@@ -52,6 +52,7 @@ def copy_companions(base_folder: Path, folder: Path, log: Callable[[str], None])
 
 
 def _is_companion(path: Path) -> bool:
+    """Whether a file of the base is copied, by its name."""
     if path.name in _NOT_COPIED or path.name.endswith(".index.json"):
         return False
     return path.parent.name == TEMPLATES or COPIED.fullmatch(path.name) is not None
@@ -63,7 +64,7 @@ def _templates(base_folder: Path) -> Iterator[Path]:
 
 
 def _homes(base_folder: Path) -> list[Path]:
-    """Where files of the base may really lie: its folder and, of a snapshot in the hub cache
+    """The folders that files of the base may really lie in: its own and, for a snapshot in the hub cache
     (models--x/snapshots/commit), the blobs beside it."""
     folder = base_folder.resolve()
     is_snapshot = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
@@ -71,9 +72,10 @@ def _homes(base_folder: Path) -> list[Path]:
 
 
 def _leave_out_code(file: Path) -> None:
+    """Remove `auto_map` from a JSON file."""
     try:
         content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):  # not ours to judge: copied as it is
+    except (ValueError, RecursionError):  # not valid JSON: left as it is
         return
     if isinstance(content, dict) and "auto_map" in content:
         del content["auto_map"]
@@ -83,8 +85,8 @@ def _leave_out_code(file: Path) -> None:
 def merged_config(
     config: Mapping[str, Any], dtype: torch.dtype, quantization: Quantization | None, *, unties_head: bool
 ) -> str:
-    """config.json. quantization: of the weights that were merged onto; None: the original ones. unties_head:
-    the head has become another matrix than the embedding."""
+    """The text of config.json. quantization: of the weights that were merged onto; None: the original ones.
+    unties_head: the head is no longer the embedding's matrix."""
     # transformers 5 calls it dtype, most other tools still read torch_dtype
     name = str(dtype).removeprefix("torch.")
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
@@ -97,7 +99,7 @@ def merged_config(
 
 
 def list_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
-    """Add to what generation_config.json (without one: config.json) says ends an answer."""
+    """Add tokens to eos_token_id in generation_config.json, beside those listed there or in config.json."""
     file = folder / "generation_config.json"
     config = read_json(file, BaseModelError, "Download it again, or remove it.") if file.exists() else {}
     model_config = read_plain_config(folder)

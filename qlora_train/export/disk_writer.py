@@ -1,18 +1,18 @@
-"""Writing a large file behind the arithmetic, past the system's page cache.
+"""Writes a large file in the background, bypassing the system's page cache.
 
-An ordinary write is a copy that the processor makes into the kernel's pages; the disk begins later, and most
-of it is waited for at the end, in fsync. With O_DIRECT the disk reads the caller's memory itself: a thread
-that waits for it costs no core, so a block is written while the next is computed, and little is left to sync.
+An ordinary write copies into the kernel's pages; the disk starts later, and fsync at the end waits for most
+of it. With O_DIRECT the disk reads the caller's memory: a thread that waits for it uses no core, so a block
+is written while the next is computed, and little is left to sync.
 
     buffer 0   filled | written          | filled | written     ...
     buffer 1          | filled | written          | filled      ...
 
-Measured: bench/LOG.md. Memory: two buffers.
+Memory: two buffers of `BUFFER_BYTES`.
 
-The price: what was written is not in the page cache for whoever reads it next. And memory, offset and length
+The drawbacks: the file is not in the page cache for its next reader, and memory address, offset and length
 must be multiples of `PAGE_BYTES`. Buffers are whole pages, so only the end of the file is written the
-ordinary way, as is everything once the system or the filesystem says that it cannot; without a thread then,
-which would take a core from the products. (One that copies and does not say so, tmpfs, cannot be told apart.)
+ordinary way. Everything is, without a thread, which would take a core from the arithmetic, once the system or
+the filesystem refuses O_DIRECT. (tmpfs accepts it but copies; that cannot be detected.)
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ BUFFER_BYTES = 8 * 2**20
 
 
 class DiskWriter:
-    """A new file, written from the beginning to the end. A context manager; use its `write` inside.
+    """A new file that is written sequentially. A context manager; use its `write` inside.
 
-    What goes wrong on the disk is raised by the next `write`, or on leaving. Syncing is the caller's.
+    Errors of the disk are raised by the next `write`, or on exit. The caller syncs the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = FileIO(path, "w")
         self._direct = _open_direct(path)
-        self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(2)]  # begins at a page
+        self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(2)]  # page-aligned
         self._current, self._num_filled = 0, 0
         self._num_queued = 0
         self._refuses_direct = False
@@ -61,7 +61,7 @@ class DiskWriter:
                 self._close_direct()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append. `data` may be changed afterwards: it is copied."""
+        """Append bytes. They are copied, so `data` may be changed afterwards."""
         rest = memoryview(data)
         while rest:
             part = rest[: BUFFER_BYTES - self._num_filled]
@@ -72,7 +72,7 @@ class DiskWriter:
                 self._queue()
 
     def _queue(self) -> None:
-        """Hand the filled part of the buffer to the thread, go on with the other buffer."""
+        """Write the filled part of the buffer in the thread, and switch to the other buffer."""
         self._wait()
         if self._refuses_direct:
             self._close_direct()
@@ -104,7 +104,7 @@ class DiskWriter:
 
 
 def _put_directly(file: FileIO, memory: memoryview, offset_bytes: int) -> int:
-    """Returns how far it got: to the end, unless this descriptor cannot do it."""
+    """Write whole pages with O_DIRECT; returns the bytes written, fewer where the filesystem refuses it."""
     num_done = 0
     while num_done < len(memory) and num_done % PAGE_BYTES == 0:
         try:
@@ -120,10 +120,10 @@ def _put_directly(file: FileIO, memory: memoryview, offset_bytes: int) -> int:
 
 
 def _open_direct(path: Path) -> FileIO | None:
-    """The file, written past the page cache; None where the system or the filesystem cannot."""
+    """The file opened with O_DIRECT; None where the system or the filesystem has none."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
         return FileIO(path, "r+", opener=lambda name, flags: os.open(name, os.O_WRONLY | os.O_DIRECT))
-    except OSError:  # some filesystems allow no second writer: the first is open already
+    except OSError:  # some filesystems allow no second open for writing
         return None

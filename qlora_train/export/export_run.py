@@ -1,15 +1,15 @@
-"""`export`: which base, which dtype, which adapter; merge; measure what was written before it gets its name.
+"""`export`: chooses base weights, dtype and adapter, merges, and measures the result before it gets its name.
 
-Onto which weights? Factors were trained against quantized weights, errors included. On top of those
-(`dequantized`) they are exact, in 16 bits. But such weights lie on the quantization's grid, and whoever loads
-the folder in 4 bits rounds everything between the grid's points away: small updates vanish, the result is the
-base. On top of the original weights the quantization error goes, and so does what the factors learned to
-make up for it, but quantizing leaves an update its chance, as for any model. So `original` is the default
-where the original weights are there; the other one is marked in config.json, and the receipt shows both.
+Which base weights: LoRA parameters are trained against quantized weights. Merged onto those (`dequantized`)
+they are exact up to the cast to 16 bits. But such weights lie on the quantization's grid: loading the folder
+in 4 bits rounds small updates away, which gives the base again. Merged onto the original weights, the
+quantization error is gone, and so is what the LoRA parameters learned to compensate for it, but quantizing
+keeps updates as it does for any model. So `original` is the default if the original weights exist;
+`dequantized` is marked in config.json, and the receipt shows both.
 
-In which dtype? fp16 has three more bits of mantissa than bf16: updates 8 times as small survive. Its range
-ends at 65,504, and families trained in bf16 may leave it: fp16 is taken where the largest value in the
-receipt's forward pass stays below a quarter of that.
+Which dtype: fp16 has three more bits of mantissa than bf16, so updates 8 times as small survive. Its range
+ends at 65,504, which models trained in bf16 may exceed: fp16 is taken if the largest value in the receipt's
+forward pass is below a quarter of that.
 """
 
 from __future__ import annotations
@@ -60,16 +60,17 @@ def export(
 ) -> Path:
     """Write a run as merged weights and return their folder (default: `merged` inside the run).
 
-    base: "dequantized" merges into the quantized weights that training saw (from its cache, else they are
-    quantized again), "original" into the checkpoint's own; None: the original ones, where they are there.
-    dtype: "float16", "bfloat16", "float32" or "auto" (see the module docstring). checkpoint: "best", "last"
-    or "step-N"; None: the finished adapter. receipt: supervised tokens it is measured on; None: no receipt.
-    loaders: "transformers", "bnb-4bit": load what was written with these, too. say: told a line each. Needs
-    no GPU; up to 1.1 GB per tensor, merging takes less than 1.2 GB of memory, and a receipt one layer more.
+    base: "dequantized" merges onto the quantized weights of training (from its cache, else they are quantized
+    again), "original" onto the checkpoint's own; None: the original ones if they exist. dtype: "float16",
+    "bfloat16", "float32" or "auto" (see the module docstring). checkpoint: "best", "last" or "step-N"; None:
+    the finished adapter. receipt: number of supervised tokens to measure on; None: no receipt. loaders:
+    "transformers", "bnb-4bit": measure the written folder loaded by these, too. log: called with lines of
+    text. Needs no GPU; with tensors up to 1.1 GB, merging takes less than 1.2 GB of memory, a receipt one
+    layer more.
 
-    generation_config.json also lists the tokens that the chat template ends answers with; the template is
-    the recipe's `model.chat_template`, where it names one. Raises
-    `RunFolderError` (no run, or one without an adapter), `ExportError` and `BaseModelError` (see `merge`).
+    generation_config.json also lists the tokens that the chat template ends answers with; the template is the
+    recipe's `model.chat_template`, if given. Raises `RunFolderError` (no run, or one without an adapter),
+    `ExportError` and `BaseModelError` (see `merge`).
     """
     _check_arguments(to, base, dtype, receipt, loaders)
     run = Path(run)
@@ -146,7 +147,8 @@ def _check_arguments(
 
 
 def _merged_onto(folder: Path, base: str | None, trained: Quantization) -> Quantization | None:
-    """How the weights to merge onto are quantized; None: the original ones."""
+    """The quantization of the weights to merge onto; None: the original weights. Raises `ExportError` where
+    original weights are asked for and the base has none."""
     with ShardReader(folder) as reader:
         is_quantized = any(is_bitsandbytes_constant(name) for name in reader.names())
     if base == "original" and is_quantized:
@@ -172,7 +174,7 @@ def _held_out(
 
 
 def _own_dtype(folder: Path) -> torch.dtype:
-    """Of the base: as its config says, else as its first matrix is stored."""
+    """The base's dtype: of its config, else of its first matrix."""
     config = read_plain_config(folder)
     named = COMPUTE_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
     if named is not None:
@@ -185,7 +187,8 @@ def _own_dtype(folder: Path) -> torch.dtype:
 def _choose_dtype(
     dtype: str, largest: LargestValue | None, own: torch.dtype, log: Callable[[str], None]
 ) -> torch.dtype:
-    """largest: in the receipt's forward pass; None: there was none. own: the base's."""
+    """The dtype to write. largest: value in the receipt's forward pass; None: without receipt. own: the
+    base's dtype. Raises `ExportError` where a requested float16 would overflow."""
     end = torch.finfo(torch.float16).max
     if dtype != "auto":
         if dtype == "float16" and largest is not None and not largest.value <= end:

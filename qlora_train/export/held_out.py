@@ -1,5 +1,5 @@
-"""Which tokens a receipt is measured on: the run's evaluation data, else its training data, and which it
-was is said."""
+"""The supervised tokens that a receipt is measured on: from the run's evaluation data, else its training
+data; the receipt names which."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from qlora_train.recipe import Recipe
 
-CONTEXT_FACTOR = 8  # tokens walked for one that counts, at most: prompts can be long
+CONTEXT_FACTOR = 8  # tokens to run per supervised token at the most, as prompts can be long
 
 
 def held_out(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], num_tokens: int
 ) -> HeldOut:
-    """At most `num_tokens` supervised tokens, in whole documents but the last. recipe: of the run.
+    """Documents with `num_tokens` supervised tokens at the most; the last one may be cut. recipe: of the run.
     stop_ids: see `build_dataset`. Raises `DataError` where the data cannot be read."""
     train, evaluation = build_dataset(
         recipe.data, tokenizer, seed=recipe.training.seed, stop_ids=stop_ids, cache=cache_root()
@@ -39,7 +39,7 @@ def held_out(
 
 
 def _documents(data: PackedDataset, num_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(token ids, places whose next token is supervised)."""
+    """For each document: (token ids, positions whose next token is supervised)."""
     left, context_left = num_tokens, CONTEXT_FACTOR * num_tokens
     for index in range(len(data.lengths)):
         document = data.document(index)

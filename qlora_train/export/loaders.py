@@ -1,8 +1,8 @@
-"""The written folder through the loaders that its users have: really loaded, then compared.
+"""Loads the written folder with other libraries, as its users will, and runs it for the receipt.
 
-transformers loads it in the dtype it was written in, `bnb-4bit` lets bitsandbytes quantize it to NF4 with
-double quantization on the way. The whole model is in memory here, which is why it is asked for by name. What
-goes into its head is taken, so that vocabularies are compared tile by tile as everywhere (receipt.py).
+`transformers` loads it in the dtype it was written in; `bnb-4bit` has bitsandbytes quantize it to NF4 with
+double quantization. The whole model is in memory here, so these are measured only on request. The input of
+the head is recorded, so that logits are compared tile by tile as everywhere (receipt.py).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LOADERS = {
 def load_and_run(
     loader: str, folder: Path, documents: HeldOut, decoder: FrozenDecoder, device: ComputeDevice
 ) -> WalkedModel:
-    """The folder loaded and run over the documents. decoder: of the same family, for its epilogue. Raises
-    `ExportError` where it does not load."""
+    """Load the folder and run it on the documents. decoder: of the same model family, which computes logits
+    from hidden states. Raises `ExportError` where it does not load or run."""
     options: dict[str, Any] = {"dtype": "auto"}
     if loader == "bnb-4bit":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -42,7 +42,7 @@ def load_and_run(
             bnb_4bit_compute_dtype=torch.bfloat16 if device.is_accelerator else torch.float32,
         )
     elif not device.is_accelerator:
-        options["dtype"] = torch.float32  # the same weights: 16-bit products are slow here
+        options["dtype"] = torch.float32  # weights are the same; 16-bit products are slow on a CPU
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": str(device.torch)}, **options)
@@ -58,7 +58,7 @@ def load_and_run(
 
 
 def _run(model: PreTrainedModel, documents: HeldOut, device: ComputeDevice) -> tuple[Tensor, nn.Module]:
-    """(what goes into the head at the documents' places [S, D] in fp32, the head)."""
+    """(inputs of the head at the documents' places [S, D] in fp32, the head)."""
     head = model.get_output_embeddings()
     taken: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, given: taken.append(given[0]))
@@ -71,6 +71,7 @@ def _run(model: PreTrainedModel, documents: HeldOut, device: ComputeDevice) -> t
 
 
 def _rows(head: nn.Module) -> Iterator[Tensor]:
+    """The head's weight [V, D] in fp32."""
     weight = head.weight
     assert isinstance(weight, Tensor) and weight.is_floating_point()  # both loaders leave the head in 16 bits
     yield weight.float()

@@ -1,4 +1,4 @@
-"""What a receipt holds: the trained model once, then everything it is compared with."""
+"""Measures a receipt: runs the trained model once, then each model that it is compared with."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from qlora_train.quant.formats import UNQUANTIZED, Quantization
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 
 NF4 = Quantization("nf4", double_quant=True)
-CHEAP_BYTES = 4 * 10**9  # weights up to this size are also walked in 4 bits, and merged onto the other base
+CHEAP_BYTES = 4 * 10**9  # weights up to this size are also run in 4 bits, and merged onto the other base
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported. trained_quantization: of the base while training. quantization: of what is merged
-    onto; None: the original weights. compute_dtype: the run's."""
+    """The base and adapter of an export. trained_quantization: of the base while training. quantization: of
+    the weights that are merged onto; None: the original ones. compute_dtype: the run's."""
 
     base_folder: Path
     adapter: Path
@@ -43,11 +43,11 @@ class Source:
 
 
 class Measure:
-    """The trained model on the documents, walked when this is made. cached: the layers that training
-    quantized; None: they are quantized again. say: told what takes time.
+    """Compares models with the trained model, which the constructor runs on the documents. cached: the layers
+    that training quantized; None: they are quantized again. log: called with lines about what takes time.
 
-    On a CPU all arithmetic is fp32, so that what differs is the weights; on an accelerator each model
-    computes in its own dtype.
+    On a CPU all arithmetic is fp32, so that only weights differ; on an accelerator each model computes in its
+    own dtype.
     """
 
     def __init__(
@@ -69,11 +69,12 @@ class Measure:
 
     @property
     def largest(self) -> LargestValue:
-        """Value in the trained model's forward pass."""
+        """The largest absolute value in the trained model's forward pass."""
         return self._trained.largest
 
     def receipt(self, written: Path, dtype: torch.dtype, loaders: Sequence[str]) -> Receipt:
-        """Of the folder that was written in `dtype`. Raises `ExportError` where it gives no finite logits."""
+        """The receipt of a folder written in `dtype`. Raises `ExportError` where its logits are not
+        finite."""
         trained_loss = 0.0
         figures: list[Figures] = []
         for name, model in self._models(written, dtype, loaders):
@@ -91,6 +92,7 @@ class Measure:
     def _models(
         self, written: Path, dtype: torch.dtype, loaders: Sequence[str]
     ) -> Iterator[tuple[str, WalkedModel]]:
+        """(name, model) for everything to compare, the written model first."""
         source, arithmetic = self._source, self._arithmetic(dtype)
         name = f"merged onto {source.merged_onto} weights, {dtype_name(dtype)} (written)"
         yield name, walk_model(written, self._documents, UNQUANTIZED, arithmetic, self._device)
@@ -108,7 +110,7 @@ class Measure:
     def _onto_the_other_base(
         self, dtype: torch.dtype, arithmetic: torch.dtype
     ) -> Iterator[tuple[str, WalkedModel]]:
-        """Merged on the fly, not written."""
+        """(name, model) for a merge onto the weights that were not chosen, made in memory, not written."""
         source = self._source
         other, name = (
             (source.trained_quantization, "dequantized")
@@ -134,4 +136,5 @@ class Measure:
                 yield what, model
 
     def _arithmetic(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype to compute in, for weights of a dtype."""
         return dtype if self._device.is_accelerator else torch.float32

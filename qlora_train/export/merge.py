@@ -1,18 +1,16 @@
-"""Merging: W + scaling * B A for every trained weight, written as a checkpoint that any tool loads.
+"""Merges an adapter: writes W + scaling * B A for every trained weight W as a safetensors checkpoint.
 
-One tensor at a time, a few rows at a time: rows are read, computed in fp32, cast and appended to the shard.
-A safetensors header holds only dtypes, shapes and offsets, and those follow from the base's shapes, so it
-is written first and no shard is ever held. Memory: one block of rows (4 MiB as read, twice that in fp32),
-what waits to be written (disk_writer.py) and, in `dequantized` mode, one quantized weight and the quantizer's
-scratch. `peft.merge_and_unload` needs the whole 16-bit model.
+It works on a few rows of one tensor at a time: rows are read, computed in fp32, cast and appended to the
+shard. A safetensors header holds only dtypes, shapes and offsets, which follow from the base's shapes, so it
+is written first and no shard is held in memory. Memory: one block of rows (4 MiB as read, twice that in
+fp32), the write buffers (disk_writer.py) and, when merging onto dequantized weights, one quantized weight and
+the quantizer's scratch. `peft.merge_and_unload` needs the whole 16-bit model.
 
-Which base? The factors were trained against the quantized weights, errors included: on top of those they are
-exact up to the final cast (`quantization` given: each weight is dequantized from training's cache, or
-quantized and dequantized again, as training did). On top of the original weights the quantization error goes,
-and so does whatever the factors learned to make up for it. `quantization: none` has no error to keep: its
-weights are the original ones.
+W is the original weight, or the weight that training used, dequantized: from training's cache, or quantized
+and dequantized again. See export_run.py for the choice; with `quantization: none` both are the same.
 
-Tied embeddings stay tied: nothing is written that the base does not have, nor a head that repeats them.
+Tied embeddings stay tied, and no head that repeats the embedding is written, unless the adapter trains the
+head.
 """
 
 from __future__ import annotations
@@ -73,14 +71,14 @@ def merge(
 ) -> None:
     """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
 
-    quantization: None starts from the original weights; else every matrix of a decoder layer is quantized and
-    dequantized as in training. cached: what training has quantized so. end_ids: tokens that end an answer,
-    which generation_config.json is to list for other tools. check: called with the complete folder before it
-    gets its name; what it raises undoes the export. say: told of files that are left out.
+    quantization: None: merge onto the original weights; else every linear of a decoder layer is quantized and
+    dequantized as in training. cached: training's quantized weights; None: they are quantized again. end_ids:
+    tokens that end an answer, to be listed in generation_config.json. check: called with the complete folder
+    before it gets its name; an exception undoes the export. log: called with a line for each file that is
+    left out.
 
-    Raises `ExportError` (out not empty, disk too small,
-    adapter that does not fit, values `dtype` cannot hold) and `BaseModelError` (unusable base or adapter);
-    `out` is then as it was.
+    Raises `ExportError` (out not empty, disk too small, adapter that does not fit, values beyond the range of
+    `dtype`) and `BaseModelError` (unusable base or adapter); `out` is then unchanged.
     """
     base_folder, out = Path(base_folder), Path(out)
     require_new_folder(out)
@@ -103,7 +101,7 @@ def merge(
 
 
 def require_new_folder(out: Path) -> None:
-    """Raises `ExportError` unless a folder can be made there, or an empty one is."""
+    """Raise `ExportError` unless `out` is an empty folder or can be made."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: exists and is not an empty folder. Remove it, or give another --out.")
     lies_in = next(parent for parent in out.absolute().parents if parent.exists())
@@ -112,8 +110,8 @@ def require_new_folder(out: Path) -> None:
 
 
 class MergedWeights:
-    """The merged model's tensors: their shapes now, their rows on demand. adapter: config and factors, paths
-    as they are written."""
+    """The tensors of the merged model: `shapes` by name, and rows on demand. adapter: its config and LoRA
+    parameters by module path as written in its files."""
 
     def __init__(
         self,
@@ -146,11 +144,11 @@ class MergedWeights:
 
     @property
     def changes_head(self) -> bool:
+        """Whether the adapter trains the head."""
         return self._head in self._lora
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor, in fp32, some rows [rows, ...] at a time and in order; each valid until the
-        next."""
+        """Blocks of rows [n, ...] of a merged tensor in fp32, in order; each is valid until the next."""
         if not self.shapes[name]:
             yield self._reader.read(name).float()
             return
@@ -214,7 +212,7 @@ class MergedWeights:
         return info.shape
 
     def _match(self, lora: LoraPairs) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """A, B and scaling by tensor name."""
+        """(A, B, scaling) by tensor name. Raises `ExportError` where the adapter does not fit the base."""
         modules = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
         names = match_modules(lora, modules)
         matched: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -236,7 +234,7 @@ class MergedWeights:
 
 
 class MergedReader:
-    """What `MergedWeights` would be once written, as a checkpoint that can be read: see `ShardReader`."""
+    """Reads `MergedWeights` as a checkpoint, without writing them; has the methods of `ShardReader`."""
 
     def __init__(self, folder: Path, weights: MergedWeights, dtype: torch.dtype) -> None:
         self.folder, self._weights, self._dtype = folder, weights, dtype
@@ -255,14 +253,14 @@ class MergedReader:
         return torch.cat([rows.to(self._dtype) for rows in self._weights.rows(name)])
 
     def row_blocks(self, name: str, max_bytes: int = 0) -> Iterator[tuple[int, int, Tensor]]:
-        """In blocks of the size that merging makes."""
+        """(start, stop, rows) of a tensor, in the blocks that merging makes, whatever `max_bytes`."""
         start = 0
         for rows in self._weights.rows(name):
             yield start, start + len(rows), rows.to(self._dtype)
             start += len(rows)
 
     def close(self) -> None:
-        """The base's reader is its owner's."""
+        """Does nothing: the owner of the base's reader closes it."""
 
 
 def _plan_shards(
@@ -292,6 +290,7 @@ def _write_shard(path: Path, names: list[str], weights: MergedWeights, dtype: to
 
 
 def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values in `dtype`. Raises `ExportError` where they are not finite or exceed its range."""
     largest = max(abs(bound.item()) for bound in values.aminmax()) if values.numel() else 0.0
     if not math.isfinite(largest):
         raise ExportError(f"{name}: the merged weight is not finite. The base or the adapter is damaged.")

@@ -1,7 +1,7 @@
-"""The layers' quantized weights from the cache: the bytes that training saw, and no need to quantize again.
+"""Reads the quantized weights of training from the cache, so that an export need not quantize again.
 
-Quantizing them again gives the same bytes, but is a third of a merge's time (bench/LOG.md). Memory: one
-layer buffer (0.11 GB of an 8B model).
+Quantizing again would give the same bytes, but take a third of a merge's time. Memory: one layer buffer
+(0.11 GB of an 8B model).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qlora_train.weights.quantized_cache import QuantizedBase, find_quantized_la
 
 
 class QuantizedLayers:
-    """Quantized weights by layer and name within the layer. A context manager."""
+    """Reads quantized weights by layer and name within the layer. A context manager."""
 
     def __init__(self, base: QuantizedBase) -> None:
         self._base = base
         self._file = DiskFile(base.layer_buffer(0).path)
-        self._slab: Tensor | None = None
+        self._layer_buffer: Tensor | None = None
         self._layer = -1
 
     def __enter__(self) -> QuantizedLayers:
@@ -35,7 +35,7 @@ class QuantizedLayers:
         self._file.close()
 
     def read_layer(self, layer: int, layer_buffer: Tensor) -> None:
-        """All quantized bytes of a layer into `layer_buffer` (uint8 of that length, on any device)."""
+        """Read all quantized bytes of a layer into `layer_buffer` (uint8 of that length, on any device)."""
         part = self._base.layer_buffer(layer)
         bytes_on_host = (
             layer_buffer
@@ -47,22 +47,22 @@ class QuantizedLayers:
             layer_buffer.copy_(bytes_on_host)
 
     def get(self, layer: int, name: str) -> QuantizedWeight:
-        """The quantized weight, valid until one of another layer is asked for."""
+        """The quantized weight; valid until one of another layer is read."""
         if layer != self._layer:
             part = self._base.layer_buffer(layer)
-            if self._slab is None or self._slab.numel() != part.num_bytes:
-                self._slab = torch.empty(part.num_bytes, dtype=torch.uint8)
-            self._file.read(part.offset_bytes, self._slab)
+            if self._layer_buffer is None or self._layer_buffer.numel() != part.num_bytes:
+                self._layer_buffer = torch.empty(part.num_bytes, dtype=torch.uint8)
+            self._file.read(part.offset_bytes, self._layer_buffer)
             self._layer = layer
-        assert self._slab is not None
-        return self._base.layouts[layer].weights(self._slab)[name]
+        assert self._layer_buffer is not None
+        return self._base.layouts[layer].weights(self._layer_buffer)[name]
 
 
 def cached_layers(
     base_folder: Path, quantization: Quantization, dtype: torch.dtype
 ) -> QuantizedLayers | None:
-    """Those of a base that was trained on in this quantization and compute dtype; None: the cache does not
-    have them, or not whole."""
+    """The cached layers of a base in this quantization and compute dtype; None: the cache does not have them,
+    or not all."""
     meta_model = MetaModel(read_config(base_folder), dtype)
     base = find_quantized_layers(cache_root(), base_folder, meta_model, quantization)
     return None if base is None else QuantizedLayers(base)

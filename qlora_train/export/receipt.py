@@ -1,15 +1,15 @@
-"""The receipt of an export: how far the written weights are from the model that was trained, measured.
+"""The receipt of an export: measures how far the written model is from the trained one.
 
-On held-out supervised tokens t, with p the distribution of base + adapter as trained and q that of the other
+On held-out supervised tokens t, with p the distribution of base + adapter as trained and q that of another
 model:
 
     KL      mean over t of  sum_v p_v (log p_v - log q_v)         0 where they are the same model
     loss    mean of -log q(label), and its difference to -log p(label)
-    top-1   share of t where both would say the same token
+    top-1   share of t where both have the same most likely token
 
-A tile of the vocabulary at a time, as in model/loss.py: per token and model a running maximum m and sum s of
-exp(z - m), and for p a running sum w of exp(z_p - m_p) (z_p - z_q); then KL = w / s_p - lse_p + lse_q. Bytes:
-two tiles of logits for a block of tokens.
+Logits z are computed a tile of the vocabulary at a time, as in model/loss.py: per token and model a running
+maximum m and sum s of exp(z - m), and for p a running sum w of exp(z_p - m_p) (z_p - z_q). With
+lse = m + log s, KL = w / s_p - lse_p + lse_q. Memory: two tiles of logits for a block of tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one model against the trained one. kl in nats; top1 is a share."""
+    """The figures of one model compared with the trained one. kl in nats; top1 is a share."""
 
     model: str
     loss: float
@@ -44,7 +44,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class Receipt:
-    """trained_loss: of base + adapter as trained. largest: value in its forward pass, and where."""
+    """The figures of an export. source: where the tokens are from. trained_loss: of base + adapter as
+    trained. largest: value in its forward pass, and where."""
 
     source: str
     num_tokens: int
@@ -56,7 +57,7 @@ class Receipt:
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """As a table."""
+        """The receipt as lines of a table."""
         yield f"receipt on {self.num_tokens:,} supervised tokens {self.source}:"
         width = max(len(name) for name in ("base + adapter as trained", *(f.model for f in self.figures)))
         yield f"  {'':{width}}      loss  difference       KL  top-1 agreement"
@@ -69,7 +70,8 @@ class Receipt:
 
 @dataclass
 class _Sums:
-    """Of one model, [S] fp32 each."""
+    """Running sums over the vocabulary of one model, [S] each: maximum, sum of exponentials, the label's
+    logit (fp32), and the most likely token (int64)."""
 
     largest: Tensor
     total: Tensor
@@ -84,7 +86,8 @@ class _Sums:
         )
 
     def add(self, block: slice, logits: Tensor, start: int, labels: Tensor) -> Tensor:
-        """Take in a tile [n, rows]; returns what sums before it are rescaled by, [n]."""
+        """Add a tile of logits [n, rows] that begins at row `start`; returns the factors [n] that earlier
+        sums are rescaled by."""
         value, place = logits.max(dim=-1)
         before = self.largest[block]
         new = torch.maximum(before, value)
@@ -108,7 +111,7 @@ class _Sums:
 
 @torch.no_grad()
 def compare(trained: WalkedModel, other: WalkedModel, documents: HeldOut, name: str) -> tuple[float, Figures]:
-    """(loss of the trained model, figures of the other one)."""
+    """(loss of the trained model, figures of the other one), computed tile by tile."""
     device, num_tokens = trained.hidden.device, len(trained.hidden)
     labels = torch.from_numpy(documents.all_labels).to(device)
     p, q = _Sums.empty(num_tokens, device), _Sums.empty(num_tokens, device)

@@ -1,17 +1,17 @@
-"""A model walked once over a few documents with one layer of it in memory: what a receipt compares.
+"""Runs a model once on a few documents with one layer in memory, for the comparisons of a receipt.
 
-    embedding rows of the documents' tokens -> layer 0, quantized into one layer buffer -> layer 1, into the
-    same -> ... -> final norm -> hidden states [S, D] at the places whose next token is supervised
+    embedding rows of the documents' tokens -> layer 0, quantized into one layer buffer -> layer 1, in the
+    same buffer -> ... -> final norm -> hidden states [S, D] at the positions whose next token is supervised
 
-No logits: S x V of them would be 1 GB. Two models are compared by their hidden states and their heads, tile
-by tile (receipt.py). Weights come from a checkpoint in any quantization, from training's cache, or from a
-merge that is made on the fly (`merge.MergedReader`).
+Logits are not stored, as S x V of them would take 1 GB: two models are compared by their hidden states and
+heads, tile by tile (receipt.py). Weights come from a checkpoint in any quantization, from training's cache,
+or from a merge made in memory (`merge.MergedReader`).
 
 Memory: one layer buffer and its dequantized largest weight, the documents' hidden states, a block of rows.
-Time: each weight is read, and quantized if it has to be, once.
+Time: each weight is read, and quantized if necessary, once.
 
-On the way the largest absolute value is noted that any module of a layer takes in or gives out: what has to
-fit into fp16, whose range ends at 65,504.
+The largest absolute value of any module's inputs and outputs is recorded: it must fit into fp16, whose range
+ends at 65,504.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from qlora_train.weights.execution_plan import HEAD_TILE_ROWS
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents to compare on. token_ids: int64 [n] each. places: where the next token is supervised, [s]
-    each; labels: those tokens. source: where they are from, in words."""
+    """Documents to compare models on. token_ids: int64 [n] each. places: positions whose next token is
+    supervised, [s] each. labels: those tokens. source: where the documents come from, as text."""
 
     token_ids: list[np.ndarray]
     places: list[np.ndarray]
@@ -56,30 +56,31 @@ class HeldOut:
 
     @property
     def all_labels(self) -> np.ndarray:
-        """int64 [S]."""
+        """The labels of all documents, int64 [S]."""
         return np.concatenate(self.labels)
 
 
 @dataclass
 class LargestValue:
-    """Of all that modules take in and give out. where: the module it was seen at."""
+    """The largest absolute value of all modules' inputs and outputs. where: the module it occurred at."""
 
     value: float = 0.0
     where: str = ""
 
     def note(self, tensors: Any, where: str) -> None:
+        """Record a module's input or output: a tensor, or several."""
         parts = tensors if isinstance(tensors, tuple | list) else (tensors,)
         for tensor in parts:
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 value = float(tensor.abs().amax())
-                if not value <= self.value:  # NaN is the largest of all
+                if not value <= self.value:  # NaN counts as the largest
                     self.value, self.where = value, where
 
 
 @dataclass(frozen=True)
 class WalkedModel:
-    """decoder: for its epilogue; its layers are gone. hidden [S, D]: normed. head_rows: consecutive rows
-    [n, D] of the head, each time anew."""
+    """The result of running a model. decoder: to compute logits; its layers' weights are freed. hidden [S,
+    D]: after the final norm. head_rows: iterates over consecutive blocks of rows [n, D] of the head."""
 
     decoder: FrozenDecoder
     hidden: Tensor
@@ -111,14 +112,14 @@ def walk_model(
     fill: Callable[[int, Tensor], None] | None = None,
     adapter: tuple[AdapterConfig, LoraPairs] | None = None,
 ) -> WalkedModel:
-    """Walk the model in `folder` over the documents.
+    """Run the model in `folder` on the documents, layer by layer.
 
-    quantization: of its layers while walking. dtype: of the computation. reader: of other weights than the
-    folder's. fill: puts a layer's quantized bytes into a layer buffer; None: it is quantized from the reader.
-    adapter: with the base's own module paths.
+    quantization: of its layers. dtype: of the computation. reader: of other weights than the folder's. fill:
+    writes a layer's quantized bytes into a layer buffer; None: they are quantized from the reader. adapter:
+    config and LoRA parameters by the base's module paths.
     """
     config = read_config(folder)
-    shape_of_all = MetaModel(config, dtype)  # stays; the other one comes alive and is used up
+    shape_of_all = MetaModel(config, dtype)  # stays on meta; the other one is materialized and used up
     checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike
     meta_model = MetaModel(config, dtype)
     layouts = meta_model.layouts(quantization)
@@ -159,7 +160,8 @@ def _attach(
     dtype: torch.dtype,
     device: ComputeDevice,
 ) -> tuple[tuple[Tensor, Tensor], float] | None:
-    """The factors, on the linears; returns those of the head and their scaling, if there are any."""
+    """Attach LoRA parameters to the linears; returns ((A, B), scaling) of the head, if the adapter has
+    them."""
     config, pairs = adapter[0], dict(adapter[1])
     head = pairs.pop(HEAD, None)
     LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=dtype, device=device.torch)
@@ -167,6 +169,7 @@ def _attach(
 
 
 def _hidden_states(decoder: FrozenDecoder, documents: HeldOut, largest: LargestValue) -> Tensor:
+    """Hidden states [S, D] after the final norm, at the documents' places."""
     device, xs, arguments = decoder.device.torch, [], []
     for ids in documents.token_ids:
         layout = DocumentLayout.of(np.array([0, len(ids)]), device)
@@ -189,7 +192,7 @@ def _hidden_states(decoder: FrozenDecoder, documents: HeldOut, largest: LargestV
 
 @contextmanager
 def _noting(layer: nn.Module, name: str, largest: LargestValue) -> Iterator[None]:
-    """Inside, every module of the layer tells what it takes in and gives out."""
+    """Inside, inputs and outputs of every module of the layer are recorded in `largest`."""
 
     def note(where: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, returned: Any) -> None:
@@ -209,7 +212,7 @@ def _noting(layer: nn.Module, name: str, largest: LargestValue) -> Iterator[None
 
 
 class _OneLayer(PresentWeights):
-    """A `WeightStore` that fills one buffer with the layer that is visited."""
+    """A `WeightStore` with one layer buffer, which is filled with each visited layer in turn."""
 
     def __init__(
         self,
@@ -221,24 +224,24 @@ class _OneLayer(PresentWeights):
         super().__init__(layouts, device.description.dequantize_kernel)
         self._paths, self._layouts, self._fill = layer_paths, layouts, fill
         largest = max(layout.num_bytes for layout in layouts)
-        self._slab = torch.empty(largest, dtype=torch.uint8, device=device.torch)
+        self._layer_buffer = torch.empty(largest, dtype=torch.uint8, device=device.torch)
 
     def set_schedule(self, order: object) -> None:
-        """Nothing to prepare."""
+        """Does nothing: no copies are made ahead."""
 
     def layer_on_device(self, layer: int) -> AbstractContextManager[None]:
         layout = self._layouts[layer]
-        self._fill(layer, self._slab[: layout.num_bytes])
-        self.quantized = by_path(layout.weights(self._slab), self._paths[layer])
+        self._fill(layer, self._layer_buffer[: layout.num_bytes])
+        self.quantized = by_path(layout.weights(self._layer_buffer), self._paths[layer])
         return self.holding()
 
     def release(self) -> None:
-        """No layer is visited any more."""
-        self.quantized, self._slab, self._buffer = {}, torch.empty(0), torch.empty(0)
+        """Free the buffers, when no layer is visited any more."""
+        self.quantized, self._layer_buffer, self._buffer = {}, torch.empty(0), torch.empty(0)
 
 
 class _Gathered:
-    """A `VocabMatrix` of those rows only that the documents use."""
+    """A `VocabMatrix` of only those rows that the documents use."""
 
     items: tuple[int, ...] = ()
 

@@ -1,1 +1,1 @@
-"""Files: safetensors shards, folders that appear whole or not at all, locks, hashed and sealed files."""
+"""File formats and access: safetensors shards, atomic folders, folder locks, hashed and sealed files."""

@@ -1,9 +1,9 @@
-"""Writing a folder that is either complete or not there.
+"""Writes a folder atomically: it is either complete or not there.
 
-Files go into `<name>.partial-<random>` beside the final place, are fsynced, and the folder is renamed. A
-failure removes the partial folder; a power cut leaves one whose name says what it is. While it is written it
-is locked (folder_lock.py), so that whoever clears up leftovers knows this one is none. A folder that stood
-there before is replaced as a whole, never file by file: new weights beside an old config would be neither.
+Files are written into `<name>.partial-<random>` beside the final place and fsynced, then the folder is
+renamed. A failure removes the partial folder; a power cut leaves it, recognisable by its name. It is locked
+while it is written (folder_lock.py), so that removing leftovers spares it. An existing folder is replaced as
+a whole, as new weights beside an old config would be wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_train.files.folder_lock import OLD, PARTIAL, FolderLock, lock_folder
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to write into, which becomes `folder` when the block ends without an
     exception."""
-    folder = folder.resolve()  # a link to a larger disk keeps being one
+    folder = folder.resolve()  # a symbolic link stays one
     with locked_partial(folder) as lock:
         partial = lock.folder
         try:
@@ -37,12 +37,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def locked_partial(folder: Path) -> FolderLock:
-    """A new, locked folder beside `folder`, whose name says that it is unfinished."""
+    """Create and lock a folder beside `folder`, whose name marks it as partial."""
     while True:
         partial = folder.with_name(f"{folder.name}{PARTIAL}{secrets.token_hex(4)}")
         partial.mkdir(parents=True)
         lock = lock_folder(partial)
-        if lock is not None:  # else somebody cleared it up before the lock was on it
+        if lock is not None:  # else another process removed it before it was locked
             return lock
 
 

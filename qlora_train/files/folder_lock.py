@@ -1,10 +1,10 @@
-"""Who is at work in a folder: a lock on the folder itself, which ends with the process that took it.
+"""Locks a folder for a process; the lock ends with the process.
 
-Process numbers do not tell: two containers that share a volume both run as process 1, and a number that is
-gone from here may be alive there. `flock` on an open folder is kept by the kernel for as long as the folder
-stays open, so whatever ends a process, SIGKILL included, ends its locks, and no file is left that would have
-to be believed. It holds between processes and containers of one machine, and where the filesystem passes it
-on (NFS 4 does not for folders), between machines.
+Process numbers in a lock file would not do: two containers that share a volume may both run as process 1, and
+a number unknown here may run there. The kernel keeps a `flock` on an open folder for as long as it stays
+open, so any end of the process, SIGKILL included, ends its locks and leaves no stale file. It holds between
+processes and containers of one machine, and between machines if the filesystem supports that (NFS 4 does not
+for folders).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from types import TracebackType
 
 PARTIAL, OLD = ".partial-", ".old-"
-"""In the names of folders that are being written, or were replaced (see atomic_folder.py)."""
+"""Marks in the names of folders that are being written, or were replaced (see atomic_folder.py)."""
 _NO_LOCKS_HERE = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class FolderLock:
     """A lock that is held until `close`, or until the process ends. A context manager.
 
-    is_certain: False on a filesystem without locks, where others may be at work all the same."""
+    is_certain: False on a filesystem without locks, where other processes may use the folder too."""
 
     def __init__(self, folder: Path, descriptor: int, *, is_certain: bool) -> None:
         self.folder, self.is_certain = folder, is_certain
@@ -44,10 +44,10 @@ class FolderLock:
 
 
 def lock_folder(folder: Path, *, shared: bool = False) -> FolderLock | None:
-    """Lock a folder; None if somebody holds it already, or it is not there (any more).
+    """Lock a folder; None if another process has locked it, or it does not exist (any more).
 
-    shared: beside other shared locks, as readers do; waits for who is writing. Raises `OSError` for what is
-    no folder that can be read."""
+    shared: together with other shared locks, for readers; waits for a writer. Raises `OSError` where it is no
+    readable folder."""
     import fcntl  # not on Windows
 
     try:
@@ -72,8 +72,7 @@ def lock_folder(folder: Path, *, shared: bool = False) -> FolderLock | None:
 
 
 def _is_at(folder: Path, descriptor: int) -> bool:
-    """Whether the open folder is still the one of this name: its owner may have removed it before the lock
-    was ours."""
+    """Whether the open folder still has this name: its owner may have removed it before it was locked."""
     try:
         return os.path.samestat(os.stat(folder), os.fstat(descriptor))
     except FileNotFoundError:
@@ -81,8 +80,8 @@ def _is_at(folder: Path, descriptor: int) -> bool:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes left half-written in `parent`: folders of names `<name>.partial-...` and
-    `<name>.old-...` that nobody holds."""
+    """Remove folders `<name>.partial-...` and `<name>.old-...` in `parent` that no process has locked: killed
+    processes left them."""
     if not parent.is_dir():
         return
     for path in parent.iterdir():
@@ -91,8 +90,8 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def remove_if_free(folder: Path) -> bool:
-    """Remove a folder unless somebody is at work in it; returns whether it is gone. What cannot be removed,
-    or on a filesystem without locks might be in use, stays."""
+    """Remove a folder unless a process has locked it; returns whether it is gone. It stays on a filesystem
+    without locks, where it may be in use."""
     try:
         lock = lock_folder(folder)
     except OSError:

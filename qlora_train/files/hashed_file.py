@@ -1,5 +1,4 @@
-"""Files that are written with their hash, so that a later start can tell whether they are still what was
-written.
+"""Hashes files while they are written, so that a later start can detect damage.
 
 XXH3-128 is several times faster than a disk; it guards against accidents, not attacks.
 """
@@ -18,7 +17,7 @@ FileEntry = dict[str, int | str]
 
 
 class HashingFile:
-    """A new file, hashed on the way. A context manager; `entry` is complete once everything is written."""
+    """A new file that is hashed as it is written. A context manager; read `entry` when all is written."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("wb")
@@ -45,7 +44,7 @@ class HashingFile:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Size and hash of a file that is there."""
+    """Size and hash of an existing file."""
     hashed, num_bytes = xxhash.xxh3_128(), 0
     buffer = bytearray(READ_BYTES)
     with path.open("rb", buffering=0) as file:

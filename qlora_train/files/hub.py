@@ -1,7 +1,7 @@
-"""Where a base model's files are: a folder, or the hub.
+"""Finds a base model's files: in a folder, or downloaded from the hub.
 
-`model.base` is a folder, or a hub id that is downloaded (safetensors, configs and tokenizer files only: a
-pickle is never fetched, let alone opened) and pinned to the commit it resolved to.
+`model.base` is a folder, or a hub id whose safetensors, config and tokenizer files are downloaded (never
+pickles) and pinned to a commit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder of a base and, for a hub id, the commit it stands for.
+    """The local folder of a base and, for a hub id, the commit it resolved to.
 
     Raises `BaseModelError` for a missing folder or a hub id that cannot be fetched.
     """

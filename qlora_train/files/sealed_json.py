@@ -1,7 +1,7 @@
-"""JSON files that carry their own hash: what a run believes about itself must be what it wrote.
+"""JSON files that contain a hash of their values, so that damage is detected.
 
-A flipped bit in a number is still JSON, and a step, a loss scale or a block size that is one digit off trains
-on without a word. The hash is that of the values, whatever the layout of the text.
+A flipped bit in a number is still JSON, and training would silently go on with a wrong step or loss scale.
+The hash is of the values, independent of the text's layout.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _SEAL = "xxh3_128"
 
 def seal(values: Mapping[str, Any]) -> str:
     """The text of a sealed file."""
-    plain = json.loads(json.dumps(values))  # as it is read again
+    plain = json.loads(json.dumps(values))  # as it will be read
     return json.dumps(plain | {_SEAL: _hash_of(plain)}, indent=1) + "\n"
 
 
 def unseal(file: Path) -> dict[str, Any]:
-    """The values in a sealed file. Raises ValueError where they are not what was written, and OSError."""
+    """The values of a sealed file. Raises ValueError where they are damaged, and OSError."""
     try:
         values = json.loads(file.read_bytes())
     except RecursionError as error:

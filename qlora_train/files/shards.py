@@ -1,4 +1,4 @@
-"""Reading a checkpoint in safetensors format, a few rows at a time.
+"""Reads and writes checkpoints in safetensors format, a few rows at a time.
 
 A safetensors file is: 8 bytes (little endian) with the length H of the header, H bytes of JSON, then the
 tensors' bytes, row-major. The header maps each name to `{"dtype": "BF16", "shape": [out, in],
@@ -6,14 +6,13 @@ tensors' bytes, row-major. The header maps each name to `{"dtype": "BF16", "shap
 such files (shards) and `model.safetensors.index.json`, whose `weight_map` says which shard holds which
 tensor.
 
-Why not the safetensors library: it maps the file into memory. Mapped pages that have been touched count as
-resident memory, so reading a 16 GB model that way looks like (and, under a memory limit, is) 16 GB. Plain
-reads of at most 64 MiB go straight into the tensor's own memory and leave nothing behind. Nothing is ever
-unpickled.
+The safetensors library maps files into memory, and touched pages count as resident memory: reading a 16 GB
+model would take 16 GB under a memory limit. Plain reads of at most 64 MiB go straight into the tensor's own
+memory and leave nothing behind. Nothing is ever unpickled.
 
-Everything that can be wrong with a checkpoint's files is found when it is opened, before anything is loaded.
-The files decide, not the index: an entry that no shard holds (a tied head, say) is missed only by who asks
-for it, and a tensor that the index leaves out is found in its shard. Published checkpoints have both.
+Headers and sizes are checked when a checkpoint is opened, before anything is loaded. The shards count, not
+the index: an entry that no shard holds (such as a tied head) is an error only when it is read, and a tensor
+that the index leaves out is found in its shard. Published checkpoints have both.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says about one tensor."""
+    """Name, dtype, shape and size of one tensor, from the header."""
 
     name: str
     dtype: torch.dtype
@@ -103,13 +102,13 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Close the files. Reading again opens them again."""
+        """Close the files. Reading opens them again."""
         for file in self._files.values():
             file.close()
         self._files.clear()
 
     def names(self) -> list[str]:
-        """Every tensor's name, in the order of the files and of the bytes in them."""
+        """The names of all tensors, in the order of the files and of the bytes in them."""
         return list(self._places)
 
     def __contains__(self, name: object) -> bool:
@@ -128,14 +127,14 @@ class ShardReader:
         return buffer.view(place.info.dtype).reshape(place.info.shape)
 
     def read_bytes(self, name: str, start: int, num_bytes: int) -> bytes:
-        """Some of a tensor's bytes, fewer where it ends."""
+        """Bytes of a tensor from `start` on, fewer than num_bytes at its end."""
         place = self._place(name)
         buffer = torch.empty(max(0, min(num_bytes, place.info.num_bytes - start)), dtype=torch.uint8)
         self._fill(buffer, place.path, place.offset_bytes + start)
         return bytes(tensor_bytes(buffer))
 
     def row_blocks(self, name: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[tuple[int, int, Tensor]]:
-        """Walk over a tensor along its first dimension: yields `(start, stop, rows)`.
+        """Iterate over a tensor along its first dimension: yields `(start, stop, rows)`.
 
         A block holds as many rows as fit in `max_bytes`, and at least one. All blocks share ONE buffer:
         `rows` is valid until the next step of the iteration only.
@@ -176,8 +175,8 @@ class ShardReader:
 
 
 def read_header(path: Path) -> dict[str, _Place]:
-    """The places of all tensors in one safetensors file, in byte order; checks them against the file's
-    size."""
+    """The places of all tensors in one safetensors file, in byte order. Raises `BaseModelError` for a damaged
+    header or a truncated file."""
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -246,7 +245,7 @@ def _read_index(folder: Path) -> dict[str, _Place]:
                 f"{path}: names the shard {shard}, which is missing. Download the checkpoint again."
             )
         present = read_header(folder / shard)
-        # What the index puts elsewhere is another file's; what it leaves out is here all the same.
+        # A tensor that the index assigns to another file is skipped; one that it leaves out is taken.
         places.update(
             {name: place for name, place in present.items() if weight_map.get(name, shard) == shard}
         )
@@ -272,7 +271,7 @@ def _truncated(path: Path, file_bytes: int, needed_bytes: int) -> BaseModelError
 
 
 class Appendable(Protocol):
-    """An open file, as far as writing one from its beginning needs it."""
+    """A file that is written sequentially."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 
@@ -280,10 +279,9 @@ class Appendable(Protocol):
 def write_header(
     file: Appendable, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> None:
-    """Begin a safetensors file: the header follows from dtypes and shapes alone.
+    """Write the header of a safetensors file, from dtypes and shapes alone.
 
-    The caller then writes the tensors' bytes, row-major, in the order of `tensors` and with nothing between
-    them.
+    The caller then writes the tensors' bytes, row-major, in the order of `tensors` and without gaps.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -298,7 +296,7 @@ def write_header(
 
 
 def write_tensors(file: Appendable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A whole safetensors file of contiguous CPU tensors, in this order."""
+    """Write a whole safetensors file of contiguous CPU tensors, in this order."""
     write_header(
         file, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata
     )
@@ -307,6 +305,6 @@ def write_tensors(file: Appendable, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory, to be written to a file without a copy."""
+    """A contiguous CPU tensor's memory as bytes, without a copy."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a numpy stub gap

@@ -1,1 +1,1 @@
-"""Using a model without training it: generation, by the same walk over the layers."""
+"""Text generation with a base or a run, by the same walk over the layers as in training."""

@@ -1,4 +1,4 @@
-"""`qlora-train generate`: answers to prompts, streamed to the terminal as they come."""
+"""`qlora-train generate`: prints the answers to prompts, a single one as it is generated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_train.generate.decoding import Sampling, generate_tokens
 from qlora_train.generate.model_folder import LoadedModel, find_model
 from qlora_train.plan.planned_walk import GenerateSize
 
-_UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
+_UNFINISHED = "\ufffd"  # decoding of an incomplete multi-byte character
 
 
 def generate_command(
@@ -28,12 +28,11 @@ def generate_command(
     checkpoint: str | None = None,
     vram_bytes: int | None,
 ) -> None:
-    """Print the answer to each prompt. raw: the prompt is given to the model as it is, without template or
-    chat turns. checkpoint: see `find_adapter`. vram_bytes: budget on the device; None: the
-    run's, or what is free.
+    """Print the answer to each prompt. raw: give the prompt to the model as it is, without template or chat
+    turns. checkpoint: see `find_adapter`. vram_bytes: budget on the device; None: the run's, or what is free.
 
-    One prompt streams; several run in one batch and are printed in order. What waits off the device is said
-    on stderr.
+    One prompt streams; several run in one batch and are printed in order. Notes, such as which weights
+    stream, go to stderr.
     """
     log = partial(print, file=sys.stderr)
     source = find_model(target, checkpoint=checkpoint, log=log)
@@ -60,11 +59,11 @@ def _answer(model: LoadedModel, prompts: list[str], encoded: list[list[int]], sa
 
 
 class TextStream:
-    """Turns tokens into text as soon as it is certain: a character may span tokens, so the whole answer is
-    decoded again and only what is new and complete is written.
+    """Writes text as tokens come. A character may span tokens, so the whole answer is decoded again for each
+    token, and only its new, complete characters are written.
 
-    Not transformers' TextStreamer: it starts afresh after a newline, where SentencePiece tokenizers lose a
-    space of indentation. Not tokenizers' DecodeStream: it raises at bytes that are no character."""
+    transformers' TextStreamer restarts after a newline, where SentencePiece tokenizers lose a space of
+    indentation; tokenizers' DecodeStream raises at bytes that are no character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
         self._tokenizer, self._write = tokenizer, write
@@ -72,7 +71,7 @@ class TextStream:
         self._num_written = 0
 
     def add(self, token: int) -> None:
-        """Write what this token completes."""
+        """Write the characters that this token completes."""
         self._tokens.append(token)
         text = self._text()
         if not text.endswith(_UNFINISHED):
@@ -80,7 +79,7 @@ class TextStream:
             self._num_written = len(text)
 
     def finish(self) -> None:
-        """Write what is left, complete or not."""
+        """Write the remaining text, complete or not."""
         self._write(self._text()[self._num_written :])
 
     def _text(self) -> str:

@@ -1,10 +1,10 @@
-"""Text from a model, token by token: one packed prefill of all prompts, then steps for all of them at once.
+"""Generates tokens: one prefill of all prompts, packed into a row, then a decoding step per token for all.
 
-Each step is the same walk over the layers as in training, with a key-value cache: L layers per token whatever
-the number of prompts. Greedy is argmax; sampling divides logits by the temperature and keeps the smallest set
-of tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751). Choices
-are drawn on the CPU from one generator per prompt, so a prompt's answer does not depend on its neighbours'
-random numbers.
+Each step is the same walk over the layers as in training, with a key-value cache: one pass over the layers
+per token, whatever the number of prompts. Greedy decoding takes the argmax; sampling divides logits by the
+temperature and keeps the smallest set of tokens whose probability reaches top_p (nucleus sampling, Holtzman
+et al. 2020, arXiv:1904.09751). Tokens are drawn on the CPU with one generator per prompt, so a prompt's
+random numbers do not depend on the other prompts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from qlora_train.model.vocab_matrix import TokenIds
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_p in (0, 1]. seed: prompt b draws from seed + b."""
+    """Settings of decoding. temperature: 0 is greedy. top_p: in (0, 1]. seed: prompt b is seeded with
+    seed + b."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -43,9 +44,10 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one) until a stop token or `max_new_tokens`.
 
-    on_token(prompt index, token id) is called as tokens come, stop tokens excluded. Returns the new tokens,
-    without the stop. Where the rotary table depends on the longest sequence (model/rope_lengths.py), prompts
-    run in a batch for each table; raises `UnsupportedModelError` for one that would change tables on the way.
+    on_token(prompt index, token id) is called for each new token except stop tokens. Returns the new tokens
+    of each prompt, without the stop token. Where the rotary table depends on the longest sequence
+    (model/rope_lengths.py), prompts run in one batch per table; raises `UnsupportedModelError` for a prompt
+    whose table would change while it is continued.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     for members in batches_by_table(decoder.config, [len(p) for p in prompts], sampling.max_new_tokens):
@@ -68,7 +70,7 @@ def _generate(
     stop_ids: frozenset[int],
     on_token: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """One batch. numbers: of its prompts among all, for their random numbers."""
+    """Continue the prompts of one batch. numbers: their indices among all prompts, for their seeds."""
     answers: list[list[int]] = [[] for _ in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed + b) for b in numbers]
     running = set(range(len(prompts)))
@@ -118,6 +120,7 @@ def _decode(decoder: FrozenDecoder, tokens: Sequence[int], cache: KeyValueCache)
 
 
 def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """The next token of each sequence, from logits [B, V]."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     below_best = logits - logits.amax(dim=-1, keepdim=True)  # divided by a tiny temperature: 0 or -inf

@@ -1,10 +1,10 @@
-"""The keys and values of B sequences, filled from one packed prefill row and then one token at a time.
+"""Key-value cache of B sequences, filled from one packed prefill row and then one token at a time.
 
-Per layer two tensors [B, kv heads, capacity, d] in the compute dtype; 2 B heads capacity d elements per
-layer. Sequence b's own length says how much of it is real: sequences of different lengths need no padding
-tokens, and rotary positions are those of the sequence alone.
+Per layer two tensors [B, kv heads, capacity, d] in the compute dtype: 2 B (kv heads) capacity d numbers. Each
+sequence has its own length, so sequences of different lengths need no padding tokens, and rotary positions
+are those of each sequence alone.
 
-It is handed to the layers in the place of transformers' cache, of which they call `update` only.
+Layers get it in place of transformers' cache, of which they call only `update`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """boundaries: of the B prompts in the prefill row, 0 = b0 < ... < bB. capacity: longest prompt plus new
-    tokens."""
+    """Keys and values of all layers. boundaries: of the B prompts in the prefill row, 0 = b0 < ... < bB.
+    capacity: tokens per sequence, the longest prompt plus new tokens. lengths: int64 [B], tokens so far."""
 
     def __init__(self, boundaries: tuple[int, ...], capacity: int, device: torch.device) -> None:
         self._boundaries = boundaries
@@ -32,8 +32,8 @@ class KeyValueCache:
     ) -> tuple[Tensor, Tensor]:
         """Prefill (first call per layer): keys, values [1, heads, T, d] are stored and returned as they are.
 
-        Decoding: [B, heads, 1, d] are written behind each sequence's last token; returns all [B, heads,
-        capacity, d].
+        Decoding: [B, heads, 1, d] are written after each sequence's last token; returns all keys and values
+        [B, heads, capacity, d].
         """
         if layer_index not in self._layers:
             self._layers[layer_index] = (self._scatter(keys), self._scatter(values))
@@ -44,10 +44,11 @@ class KeyValueCache:
         return stored
 
     def advance(self) -> None:
-        """After a decoding step: every sequence is one token longer."""
+        """Make every sequence one token longer, after a decoding step."""
         self.lengths = self.lengths + 1
 
     def _scatter(self, row: Tensor) -> Tensor:
+        """A packed row [1, heads, T, d] as [B, heads, capacity, d], zeros after each prompt."""
         num_sequences, (_, heads, _, head_size) = len(self._boundaries) - 1, row.shape
         stored = row.new_zeros(num_sequences, heads, self._capacity, head_size)
         for b, (start, stop) in enumerate(zip(self._boundaries, self._boundaries[1:], strict=False)):

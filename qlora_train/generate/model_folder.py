@@ -1,8 +1,7 @@
-"""A model to generate with: a run folder (base + adapter), or any folder or hub id with a model's files.
+"""Finds and loads a model to generate with: a run folder (base + adapter), or a model's folder or hub id.
 
-Nothing is loaded before it is known how much is asked for. `find_model` reads configs and the tokenizer, so
-that prompts can be tokens; `ModelSource.load` plans with their lengths (plan/generation.py) and loads
-as the plan says.
+`find_model` reads only configs and the tokenizer, so that prompts can be encoded; `ModelSource.load` makes a
+plan for their lengths (plan/generation.py) and loads the weights as planned.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ from qlora_train.weights.load import load_base
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """decoder with its factors, if any. data: how training wrote prompts; None for a bare model. plan: by
-    which it was loaded."""
+    """A loaded model. decoder: with LoRA parameters, if any. data: the run's data section, which says how
+    prompts are written; None for a model without a run. plan: the plan it was loaded by."""
 
     decoder: FrozenDecoder
     tokenizer: PreTrainedTokenizerBase
@@ -57,7 +56,7 @@ class LoadedModel:
     plan: GenerationPlan
 
     def answer(self, prompts: list[str], sampling: Sampling) -> list[str]:
-        """The answers to prompts written as training wrote them, all in one batch."""
+        """The answers to prompts, which are written as in training, all in one batch."""
         encoded = [encode_prompt(prompt, self.data, self.tokenizer) for prompt in prompts]
         answers = generate_tokens(self.decoder, encoded, sampling, self.stop_ids)
         return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
@@ -65,8 +64,9 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is not loaded. folder: of the base. probed: what its layers allow. recipe: of the run, its
-    compute dtype resolved; None for a bare model. adapter: its folder, if there is one."""
+    """A model whose weights are not loaded. folder: of the base. probed: result of the start-up probe.
+    recipe: of the run, its compute dtype resolved; None for a model without a run. adapter: its folder, if
+    any."""
 
     folder: Path
     probed: ProbeResult
@@ -82,7 +82,7 @@ class ModelSource:
         return None if self.recipe is None else self.recipe.data
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """Token ids, written as training wrote prompts; raw: as it is."""
+        """Token ids of a prompt written as in training; raw: as it is."""
         if raw:
             return encode_raw(prompt, self.tokenizer)
         return encode_prompt(prompt, self.data, self.tokenizer)
@@ -94,9 +94,9 @@ class ModelSource:
         vram_bytes: int | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> LoadedModel:
-        """Load it for batches of this size, within vram_bytes (None: the recipe's budget, or what is free),
-        streaming what does not fit. say: told a line each about what takes time or streams. Raises
-        `UserError` where nothing fits."""
+        """Load the model for batches of this size, within vram_bytes (None: the recipe's budget, or what is
+        free), streaming weights that do not fit. log: called with lines about what takes time or streams.
+        Raises `UserError` where nothing fits."""
         memory = MemorySection() if self.recipe is None else self.recipe.memory
         budget_bytes = memory.vram_bytes if vram_bytes is None else vram_bytes
         plan = plan_generation_here(
@@ -147,8 +147,8 @@ class ModelSource:
 def find_model(
     target: Path | str, *, checkpoint: str | None = None, log: Callable[[str], None] = lambda line: None
 ) -> ModelSource:
-    """What `target` names. checkpoint: of a run, see `find_adapter`. Raises a `UserError` when it is neither
-    a run with an adapter nor a model."""
+    """The model that `target` names. checkpoint: of a run, see `find_adapter`. Raises a `UserError` where it
+    is neither a run with an adapter nor a model."""
     apply_settings()
     device = find_device()
     run = Path(target)
@@ -172,9 +172,8 @@ def find_model(
 
 
 def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | None) -> ModelSource:
-    """The base of a run's recipe, quantized as it was trained on, with an adapter of the run or (None, before
-    training) without. Raises `BaseModelError` for another base, tokenizer or template than it was trained
-    with."""
+    """The base of a run, quantized as in training. adapter: of the run; None: without one, before training.
+    Raises `BaseModelError` if base, tokenizer or template differ from those of training."""
     folder, _ = find_base(recipe.model, run)
     check_base(folder, recipe.model.quantization)
     tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
@@ -197,11 +196,12 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | N
 
 
 def load_model(target: Path | str, size: GenerateSize = GenerateSize()) -> LoadedModel:  # noqa: B008  # frozen
-    """`find_model`, loaded for batches of this size."""
+    """Find and load a model for batches of this size."""
     return find_model(target).load(size)
 
 
 def load_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: bool = True) -> LoadedModel:
-    """`find_run`, loaded for a prompt of usual size. with_adapter: the finished one, or the last."""
+    """Find and load a run's model for one prompt of the default size. with_adapter: the finished one, or the
+    last."""
     adapter = find_adapter(run, None, lambda line: None) if with_adapter else None
     return find_run(run, recipe, device, adapter).load(GenerateSize())

@@ -1,4 +1,4 @@
-"""Which adapter of a run folder is meant: the finished one, the best, the last, or that of a step."""
+"""Finds an adapter in a run folder: the finished one, the best, the last, or that of a step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qlora_train.files.sealed_json import unseal
 def find_adapter(run: Path, checkpoint: str | None, log: Callable[[str], None]) -> Path:
     """The adapter folder of a run.
 
-    checkpoint: "best" by evaluation, "last", or "step-N"; None: what training left in `adapter`, else the
-    last checkpoint's. say: told where the factors are not those of a finished run. Raises `RunFolderError`
-    where there is none such.
+    checkpoint: "best" by evaluation, "last", or "step-N"; None: the one in `adapter`, else the last
+    checkpoint's. log: called with a line where it is not that of a finished run. Raises `RunFolderError`
+    where there is no such adapter.
     """
     if not (run / "recipe.yaml").is_file():
         raise RunFolderError(
@@ -40,6 +40,7 @@ def find_adapter(run: Path, checkpoint: str | None, log: Callable[[str], None]) 
 
 
 def _step(run: Path, checkpoint: str, steps: list[int]) -> int:
+    """The step of "best", "last" or "step-N". Raises `RunFolderError` where it has no checkpoint."""
     there = ", ".join(f"step-{step}" for step in steps) or "none"
     if not steps:
         raise RunFolderError(f"{run}: has no checkpoint that {checkpoint} could name.")
@@ -71,6 +72,6 @@ def _state(file: Path) -> dict[str, Any]:
 
 
 def _steps(run: Path) -> list[int]:
-    """Checkpoints that hold an adapter, ascending."""
+    """The steps with a checkpoint that holds an adapter, ascending."""
     names = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in run.glob("checkpoints/*/adapter"))
     return sorted(int(name[1]) for name in names if name)

@@ -1,1 +1,1 @@
-"""Tensor functions that know nothing of models: a plain-torch reference first, faster versions beside it."""
+"""Tensor functions independent of any model: a reference in plain torch, and faster versions of it."""

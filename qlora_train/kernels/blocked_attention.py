@@ -3,18 +3,18 @@
     S = s q k^T     P = softmax(S + causal)     o = P v          per block of queries, keys up to its end
     dv = P^T do     dS = P (do v^T - rowsum(P do v^T))           dq = s dS k     dk = s dS^T q
 
-torch's fused CPU kernel gives every head of a document to one thread, which multiplies small tiles; for
-documents of a few dozen to a few hundred tokens its backward takes several times what the products need. Here
-all heads and documents are one batched product. Query heads that share a key head are rows of it, so grouped
-keys are never repeated, and a block of `BLOCK_QUERIES` keeps the scores in the cache. Longer documents than
-`LONGEST` gain nothing (bench/LOG.md).
+torch's fused CPU kernel runs every head of a document in one thread, which multiplies small tiles; for
+documents of a few dozen to a few hundred tokens its backward takes several times as long as the products
+need. Here all heads and documents are one batched product. Query heads that share a key head are rows of it,
+so grouped keys are never repeated, and a block of `BLOCK_QUERIES` keeps the scores in the cache. Documents
+longer than `LONGEST` tokens gain nothing.
 
-Scores, their softmax and its backward are in fp32, whatever the inputs are; P and dS are rounded to the
-inputs' dtype before the products that follow, as flash attention does (arXiv:2205.14135). Saved for backward:
-q, k, v, nothing else; a block's P is computed again. Working memory: three fp32 blocks of scores, 12 bytes
-times heads, `BLOCK_QUERIES` and the keys.
+Scores, softmax and its backward are in fp32 for every input dtype; P and dS are rounded to the inputs' dtype
+before the products that follow, as in flash attention (arXiv:2205.14135). Saved for backward: q, k, v; the P
+of a block is recomputed. Working memory: three fp32 blocks of scores, 12 bytes times heads, `BLOCK_QUERIES`
+and the number of keys.
 
-On a GPU flash attention does this better (model/varlen_attention.py).
+On a GPU flash attention is faster (kernels/varlen_attention.py).
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from torch import Tensor
 
 BLOCK_QUERIES = 64
 LONGEST = 512
-"""Tokens of the documents that this is for."""
+"""Tokens of the longest document for which this is faster than torch's kernel."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """query [N, Hq, n, d], key [N, Hkv, n, d], value [N, Hkv, n, e], Hkv a divisor of Hq -> [N, Hq, n, e]."""
+    """Causal attention of N documents of n tokens, in blocks of queries.
+
+    query [N, Hq, n, d], key [N, Hkv, n, d], value [N, Hkv, n, e], Hkv a divisor of Hq -> [N, Hq, n, e]."""
     return _CausalAttention.apply(query, key, value, scale)
 
 
@@ -54,7 +56,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value = ctx.saved_tensors
         scale, dtype = ctx.scale, query.dtype
-        dq = torch.empty_like(query)  # laid out as it is, tokens in front of heads
+        dq = torch.empty_like(query)  # keeps the strides, tokens before heads
         keys, values = key.flatten(0, 1).float(), value.flatten(0, 1).float()
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
         for rows in _blocks(query.shape[2]):
@@ -77,12 +79,13 @@ def _blocks(num_queries: int) -> Iterator[slice]:
 
 
 def _grouped(x: Tensor, key: Tensor, rows: slice) -> Tensor:
-    """Some rows of x [N, Hq, n, d], heads that share a key head one after another: [N Hkv, G rows, d]."""
+    """The tokens `rows` of x [N, Hq, n, d] as [N Hkv, G rows, d], the G heads of a key head in sequence."""
     return x[:, :, rows].reshape(key.shape[0] * key.shape[1], -1, x.shape[3])
 
 
 def _weights(block: Tensor, keys: Tensor, rows: slice, scale: float) -> Tensor:
-    """P of one block of queries [N Hkv, G rows, d] against the keys up to its end, fp32."""
+    """P of one block of queries [N Hkv, G rows, d] for keys [N Hkv, rows.stop, d]: fp32 [N Hkv, G rows,
+    rows.stop]."""
     scores = torch.bmm(block.float(), keys.transpose(1, 2)).mul_(scale)
     num_rows = rows.stop - rows.start
     later = torch.ones(num_rows, num_rows, dtype=torch.bool, device=block.device).triu_(1)

@@ -1,18 +1,18 @@
-"""Documents of a packed row as right-padded batches, and back.
+"""Gather the documents of a packed row into right-padded batches, and scatter them back.
 
-A row of T tokens is taken apart into one batch [N, L] for each length class (model/attention.py says which),
-attended to, and put together again. Both ways are gathers by rows:
+A row of T tokens is split into one batch [N, L] for each length class (see model/attention.py), attention
+runs on the batches, and the results are put back into one row. Both directions are gathers of rows:
 
-    take apart    batch[n, l] = x[index[n, l]]          index of a padded place: the document's last token
-    put together  x[t] = concatenated batches[place[t]]
+    gather     batch[n, l] = x[index[n, l]]          a padded place repeats the document's last token
+    scatter    x[t] = concatenated_batches[place[t]]
 
-What autograd would write for their backward adds up rows that meet, one thread at a time on a CPU. No two
-tokens share a place, so here each backward is the other way's gather: a token's gradient is that of its
-place, a place's that of its token, and zero where the place is padding. (A padded query has no gradient, so
-neither has a padded key: nothing is lost with the gradients of padded places.)
+The backward that autograd would derive adds up rows with equal indices, in one thread on a CPU. No two tokens
+share a place, so here each backward is the other direction: a token's gradient is that of its place, a
+place's gradient is that of its token, and zero for padding. (Outputs of padded queries are dropped, so padded
+queries and keys have no gradient: none is lost.)
 
-Where all documents are of one length and fill their class, the batch is a view of the row, and nothing is
-copied. Saved for backward: nothing but the index tensors, which belong to the micro-batch.
+If all documents have one length that fills their class, the batch is a view of the row and nothing is copied.
+Saved for backward: only the index tensors, which belong to the micro-batch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 
 def gather_documents(x: Tensor, indices: Sequence[Tensor], places: Tensor) -> tuple[Tensor, ...]:
-    """x [T, heads, d] -> for each class its documents [N, L, heads, d].
+    """Split x [T, heads, d] into one right-padded batch of documents [N, L, heads, d] per length class.
 
-    indices: of each class, int64 [N, L]. places: int64 [T], where each token stands in the concatenation of
-    the flattened batches.
+    indices: int64 [N, L] per class, the token of each place. places: int64 [T], index of each token in the
+    concatenation of the flattened batches.
     """
     if _is_view(indices, places):
         return (x.unflatten(0, indices[0].shape),)
@@ -36,14 +36,14 @@ def gather_documents(x: Tensor, indices: Sequence[Tensor], places: Tensor) -> tu
 
 
 def scatter_documents(batches: Sequence[Tensor], indices: Sequence[Tensor], places: Tensor) -> Tensor:
-    """The inverse of `gather_documents`; what padded places hold is dropped."""
+    """Inverse of `gather_documents`: batches -> [T, heads, d]; values at padded places are dropped."""
     if _is_view(indices, places):
         return batches[0].flatten(0, 1)
     return _ScatterDocuments.apply(places, *batches)
 
 
 def _is_view(indices: Sequence[Tensor], places: Tensor) -> bool:
-    """One class without padding: documents lie in the row as in the batch."""
+    """Whether there is one class without padding, so that the batch is the row in another shape."""
     return len(indices) == 1 and indices[0].numel() == len(places)
 
 

@@ -1,8 +1,8 @@
-"""liger-kernel's elementwise kernels, on a GPU where the extra `gpu` is installed; plain torch otherwise.
+"""liger-kernel's RMSNorm and SiLU-multiply kernels, for GPUs, if the extra `gpu` is installed.
 
-What they compute is in rms_norm.py and model/fused.py, whose plain torch is the reference. What they save is
-passes over memory: torch reads and writes a whole tensor per operation, these once per kernel. Bytes moved
-per element in 16 bits (for the MLP per element of the intermediate width):
+The maths is in rms_norm.py and model/fused.py, whose plain torch is the reference. The kernels save memory
+traffic: torch reads and writes a whole tensor per operation, these once per kernel. Bytes moved per element
+in 16 bits (for the MLP per element of the intermediate width):
 
                           plain torch    liger
     RMSNorm forward            36           4      x in, y out
@@ -10,17 +10,16 @@ per element in 16 bits (for the MLP per element of the intermediate width):
     SiLU-multiply forward      10           6      gate and up in, product out
     SiLU-multiply backward     28          16      the product again; then g, gate, up in, d_gate, d_up out
 
-The kernels (Hsu et al. 2024, arXiv:2410.10989) sum a row in fp32 in a fixed order, without atomics: the same
-bits in every run. They round at other places than torch does: within 1e-5 of the largest value in fp32, 2e-2
-in 16 bits, which tests and `fuse_norms` check.
+The kernels (Hsu et al. 2024, arXiv:2410.10989) sum a row in fp32 in a fixed order, without atomics: every run
+gives the same bits. They round in other places than torch: results differ by up to 1e-5 of the largest value
+in fp32, 2e-2 in 16 bits, as tests and `fuse_norms` check.
 
-The functions underneath liger's own autograd.Functions are used, because ours save and skip other things:
-RMSNorm's weight is frozen, and liger's gradient of it (no pass of its own over the tokens: sums in registers,
-one row per multiprocessor, and a reduction of those) is left out with `needs_dw`; it is new in liger 0.8.5.
+The functions below liger's own autograd.Functions are called, because ours save other tensors and skip the
+gradient of RMSNorm's frozen weight: `needs_dw=False`, an argument that liger has since 0.8.5.
 
-Not used: liger's rotary embedding, because the library's is called inside each family's attention module, and
-its RMSNorm with residual add, which needs a decoder layer written anew. Either would mean patching the
-library's classes. Per token and layer that leaves 16 bytes per element of q and k each way, and 6 per element
+Not used: liger's rotary embedding, since each family's attention module calls the library's, and its RMSNorm
+with residual add, which needs a rewritten decoder layer. Either would mean patching the library's classes.
+The cost per token and layer is 16 bytes per element of q and k in forward and in backward, and 6 per element
 of the one norm inside a layer that follows a residual sum.
 """
 
@@ -45,14 +44,15 @@ from qlora_train.device.compute import ComputeDevice
 
 @dataclass(frozen=True)
 class Liger:
-    """The modules liger_kernel.ops.rms_norm and liger_kernel.ops.swiglu, with our conventions around them."""
+    """liger's RMSNorm and SwiGLU. norms, swiglu: the modules liger_kernel.ops.rms_norm and .swiglu."""
 
     norms: ModuleType
     swiglu: ModuleType
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Any]:
-        """x [..., D], weight [D] -> y [..., D], r float32 [T], and how the kernel was launched: both for
-        backward."""
+        """x [..., D], weight [D] -> (y [..., D], r float32 [T], launch options), the last two for backward.
+
+        r: 1 / root mean square of each row."""
         rounding = "gemma" if offset else "llama"
         y, _, scale, block_size, num_warps, mode = self.norms.rms_norm_forward(
             x.contiguous(), weight, eps, offset, rounding, None
@@ -62,8 +62,8 @@ class Liger:
     def rms_norm_backward(
         self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, offset: float, launch: Any
     ) -> Tensor:
-        """dL/dx [..., D]. Not in place of the gradient: with a residual sum behind the norm (gemma2) that is
-        somebody else's too."""
+        """dL/dx [..., D] as a new tensor: `gradient` may be used elsewhere, e.g. by a residual sum after the
+        norm (gemma2). scale: r. launch: from `rms_norm`."""
         rows = x.contiguous().view(-1, x.shape[-1])
         grad_input, _ = self.norms.rms_norm_backward(
             gradient.contiguous(), rows, weight, scale, offset, *launch, False, None, needs_dw=False
@@ -71,24 +71,25 @@ class Liger:
         return grad_input
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up, all [T, I], contiguous: the kernels know one stride for all."""
+        """silu(gate) * up [T, I]; both contiguous, since the kernel has one stride for all tensors."""
         assert gate.is_contiguous() and up.is_contiguous()
         _, _, product = self.swiglu.swiglu_forward(gate, up)
         return product
 
     def silu_mul_backward_(self, gate: Tensor, up: Tensor, gradient: Tensor) -> None:
-        """From gradient = dL/d product: dL/d gate into `gate`, dL/d up into `up`. Their values are gone then:
-        should autograd have saved them, it says so when they are asked for again."""
+        """From gradient = dL/d product [T, I], write dL/d gate into `gate` and dL/d up into `up`.
+
+        autograd raises an error if it has saved one of the overwritten tensors for another operation."""
         assert gate.is_contiguous() and up.is_contiguous() and gradient.is_contiguous()
         self.swiglu.swiglu_backward(gate, up, gradient)
-        increment_version((gate, up))  # a Triton kernel writes behind autograd's back
+        increment_version((gate, up))  # autograd does not see a Triton kernel's writes
 
 
 class PlannedLiger(Liger):
-    """Takes the memory that liger-kernel's functions take, and computes nothing: for a plan."""
+    """`Liger` for a plan: allocates what liger-kernel's functions allocate, and computes nothing."""
 
     def __init__(self) -> None:
-        """Needs no module."""
+        """Needs no liger-kernel."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Any]:
         x = x.contiguous()
@@ -107,7 +108,7 @@ class PlannedLiger(Liger):
 
 
 def liger_for(device: ComputeDevice) -> Liger | None:
-    """liger-kernel for tensors of this device; None: plain torch."""
+    """liger-kernel for this device; None: use plain torch."""
     if not device.description.has_liger:
         return None
     return PlannedLiger() if device.is_planned else import_liger()
@@ -115,15 +116,17 @@ def liger_for(device: ComputeDevice) -> Liger | None:
 
 @cache
 def import_liger() -> Liger | None:
-    """liger-kernel where it is installed and can be used; warns, once, where it is installed and cannot."""
+    """liger-kernel, None if it is not installed; if it is installed but unusable: warns once, None."""
     return None if find_spec("liger_kernel") is None else usable_liger(import_module)
 
 
 def usable_liger(load: Callable[[str], ModuleType]) -> Liger | None:
-    """load: a module by name. Warns with the reason where it is None."""
+    """liger-kernel if its modules have what is needed; else warns with the reason and returns None.
+
+    load: imports a module by name."""
     try:
         liger = Liger(load("liger_kernel.ops.rms_norm"), load("liger_kernel.ops.swiglu"))
-    except ImportError as error:  # made for another Triton, most likely
+    except ImportError as error:  # most likely built for another Triton
         _warn(f"it cannot be imported ({error})")
         return None
     if "needs_dw" not in signature(liger.norms.rms_norm_backward).parameters:

@@ -1,9 +1,8 @@
-"""Which device is here, and which of the kernels run on it: asked once at the start of a command, and handed
-down from then on.
+"""Detection of the compute device and of the kernels that run on it, once at the start of a command.
 
-Triton is launched, liger-kernel imported, flash attention over documents tried on a few tokens against plain
-torch: there is no list of what may be missing, so what counts is whether it works. What does not is said with
-a warning, and slower operations with the same results take its place.
+What may be missing cannot be listed, so each kernel is tried: Triton is launched, liger-kernel imported,
+flash attention over documents compared with plain torch on a few tokens. For each that fails a warning is
+given, and slower operations with the same results are used.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from qlora_train.kernels.varlen_attention import try_varlen
 
 
 def find_device(where: torch.device | None = None) -> ComputeDevice:
-    """The device to compute on, described. where: as accelerate gives it, possibly without an index, which is
-    then the current one; None: the accelerator that torch finds, else the CPU."""
+    """The device to compute on. where: as accelerate gives it; without an index the current one of its type.
+    None: the accelerator that torch finds, else the CPU."""
     if where is None:
         where = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if where.type == "cpu":
@@ -55,10 +54,11 @@ def _described(where: torch.device) -> ComputeDevice:
 
 
 def managed_access_is_concurrent(where: torch.device) -> bool:
-    """Whether host and device may touch managed memory at the same time; only NVIDIA's driver says so."""
+    """Whether host and device may access managed memory at the same time, as NVIDIA's driver says; False for
+    other devices."""
     return _is_nvidia(where) and bool(driver.attribute(where.index, driver.CONCURRENT_MANAGED_ACCESS))
 
 
 def _is_nvidia(where: torch.device) -> bool:
-    """ROCm's devices are called "cuda" too."""
+    """Whether the device is NVIDIA's; ROCm's devices have the type "cuda" too."""
     return where.type == "cuda" and torch.version.hip is None

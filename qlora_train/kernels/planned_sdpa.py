@@ -1,25 +1,24 @@
-"""torch's scaled_dot_product_attention in a plan: the operation that the planned device would choose, and
-what each attention kernel takes inside.
+"""scaled_dot_product_attention in a plan: the kernel that the planned device would choose, and its scratch.
 
-Asked on the meta device, torch takes the formula that writes all scores, which no device does. So the choice
-is made here, by the description; the operations themselves (their results and what they save) are torch's.
+On the meta device torch would choose the math formula that materializes all scores. So the kernel is chosen
+here, from the device's description; the operations (their results and saved tensors) are torch's.
 
-Scratch inside an operation comes and goes with it and is seen by nobody, so it is stated, as written in
-torch (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, attention_backward.cu). All of it
-stands beside dq, dk and dv. With N documents of n tokens (padded to one length, or T = sum of n in a row of
-different ones), H query heads of d numbers, d' = d rounded up to a multiple of 32 (of 64 above 128):
+Scratch inside an operation cannot be measured there, so it is computed from torch's source
+(aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, attention_backward.cu). It is allocated in
+addition to dq, dk and dv. With N documents of n tokens (padded to one length, or T = sum of n in a row of
+different lengths), H query heads of d numbers, d' = d rounded up to a multiple of 32 (of 64 above 128):
 
     flash, one call for a row     sums of dq  fp32 [T + 128 N, H, d'],  softmax_d  fp32 [H, T + 128 N]
     flash, padded documents       sums of dq  fp32 [N, n', H, d'],      softmax_d  fp32 [N, H, n'],
                                   n' = n rounded up to a multiple of 128
-    both, if heads are shared     dk and dv written for every query head, before they are summed
-    one call, if heads are outside of tokens in memory     a copy of the result and of its gradient
+    both, with shared key heads   dk and dv of every query head, before they are summed
+    one call, if not contiguous   a copy of the result, a copy of its gradient
 
-Told to be deterministic, flash keeps ceil(multiprocessors / (N H)) sums of dq side by side instead of adding
-to one with atomics: many for one long document on a card with few heads to share out, one for many documents.
+In deterministic mode flash keeps ceil(multiprocessors / (N H)) sums of dq instead of adding to one with
+atomics: many for one long document with few heads, one for many documents.
 
-The memory-efficient kernel (capability below 8.0, float32, odd head sizes, masks) sums dq, and for some head
-sizes dk and dv, in fp32 where results have 16 bits: all three are counted, which is the most.
+The memory-efficient kernel (capability below 8.0, float32, other head sizes, masks) sums dq, and for some
+head sizes dk and dv, in fp32 if results have 16 bits: all three are counted, an upper bound.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ def planned_sdpa(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """Called like `scaled_dot_product_attention`, with tensors on the meta device. card: planned for."""
+    """`scaled_dot_product_attention` for tensors on the meta device, as `card` would run it."""
     attend: Any = torch.ops.aten
     bias = _as_numbers(attn_mask, q)
     if card.is_accelerator:
         if bias is None and q.shape[3] == v.shape[3] and card.flash_serves(q.dtype.itemsize, q.shape[3]):
             return attend._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
-        if enable_gqa:  # a kernel that is not known may share them, or not
+        if enable_gqa:  # the kernel is unknown: assume repeated heads
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         saves = torch.is_grad_enabled() and q.requires_grad
         bias = None if bias is None else _padded(bias).expand(*q.shape[:2], *bias.shape[-2:])
@@ -74,12 +73,12 @@ def planned_sdpa(
 
 
 def _as_numbers(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """As kernels take it: 0 where attended to, -inf elsewhere."""
+    """The mask in q's dtype: 0 where True, -inf elsewhere."""
     return None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _padded(bias: Tensor) -> Tensor:
-    """With rows at multiples of 16 numbers, as the memory-efficient kernel reads them."""
+    """The bias with rows aligned to 16 numbers, as the memory-efficient kernel needs."""
     num_keys = bias.shape[-1]
     return bias if num_keys % 16 == 0 else F.pad(bias, (0, -num_keys % 16))[..., :num_keys]
 
@@ -88,30 +87,32 @@ def _padded(bias: Tensor) -> Tensor:
 def _choice_on_cpu(
     sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, has_mask: bool, is_causal: bool, enable_gqa: bool
 ) -> int:
-    """torch's own choice, asked with a few tokens. sizes: (heads, numbers of each) of q, k and v."""
+    """The SDPBackend that torch chooses on the CPU, for 16 tokens. sizes: (heads, head size) of q, k, v."""
     q, k, v = (torch.empty(1, heads, 16, size, dtype=dtype, requires_grad=True) for heads, size in sizes)
     mask = torch.ones(16, 16, dtype=torch.bool) if has_mask else None
     return int(torch._fused_sdp_choice(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=enable_gqa))
 
 
 def flash_gap_bytes(num_heads: int, head_dim: int) -> int:
-    """Of a document's gap in one sum of dq and in softmax_d."""
+    """Bytes of the 128-token gap that flash leaves per document in one sum of dq and in softmax_d."""
     return TILE * num_heads * (_rounded_head(head_dim) + 1) * FLOAT32
 
 
 def attention_scratch(
     card: DeviceDescription, *, deterministic: bool, most_documents: int
 ) -> dict[str, Callable[..., int]]:
-    """Operation -> bytes that it takes inside, from its arguments. most_documents: that any micro-batch may
-    have; where the one that is planned with has fewer, its row takes the most of any number between."""
+    """Functions from an operation's arguments to its scratch in bytes, by operation name.
+
+    most_documents: of any micro-batch; the scratch is the maximum over all numbers of documents from the
+    planned micro-batch's up to this."""
 
     def num_sums(num_documents: int, num_heads: int) -> int:
-        """Of dq, side by side."""
+        """Number of sums of dq kept at the same time."""
         return -(-card.num_multiprocessors // (num_documents * num_heads)) if deterministic else 1
 
     def varlen(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any, **options: Any) -> int:
         num_tokens, num_heads = q.shape[:2]
-        fewest = len(rest[1]) - 1  # of the boundaries
+        fewest = len(rest[1]) - 1  # from cu_seqlens
         most, enough = max(fewest, most_documents), -(-card.num_multiprocessors // num_heads)
         copied = sum(t.nbytes for t in (grad, out) if not t.is_contiguous())
         return copied + max(
@@ -138,7 +139,8 @@ def attention_scratch(
 
 
 def _flash(q: Tensor, num_key_heads: int, rows: int, num_sums: int, num_tokens: int) -> int:
-    """q: [..., heads, d]. rows: of the sums, with their gaps. num_tokens: of dk and dv."""
+    """Scratch bytes of flash's backward. q: [..., heads, d]. rows: of each sum, gaps included. num_tokens: of
+    dk and dv."""
     num_heads = q.shape[-2]
     head_dim = q.shape[-1]
     sums = num_sums * rows * num_heads * _rounded_head(head_dim) * FLOAT32
@@ -148,8 +150,8 @@ def _flash(q: Tensor, num_key_heads: int, rows: int, num_sums: int, num_tokens: 
 
 
 def _costliest(fewest: int, most: int, enough: int) -> Iterable[int]:
-    """Numbers of documents of which one takes the most scratch: the fewer, the more sums of dq side by side;
-    from where one is enough, more documents only add gaps."""
+    """Candidate numbers of documents for the most scratch: fewer documents need more sums of dq; from
+    `enough` on, where one sum suffices, more documents only add gaps."""
     return (*range(fewest, min(most, enough)), most)
 
 

@@ -2,18 +2,18 @@
 
     y = (w + o) x r    r = 1 / sqrt(mean(x^2) + eps)    x [..., D], w [D], o = 0, or 1 in gemma's convention
 
-The sums are in fp32 whatever x is in, as in the library's modules. With g = dL/dy and g' = (w + o) g:
+The sums are in fp32 for every dtype of x, as in the library's modules. With g = dL/dy and g' = (w + o) g:
 
     dx = r (g' - n mean(g' n))      n = x r
 
-Saved for backward: x itself and r, one number per token. The library writes the norm as six operations, of
-which autograd keeps x in fp32 and takes the square back with a power: 4 bytes per element more, and on a CPU
+Saved for backward: x and r, one number per token. The library computes the norm in six operations, for which
+autograd saves x in fp32 and differentiates the square as a power: 4 bytes more per element, and on a CPU
 almost twice the time (5.1 against 2.75 ms, forward and backward, [1, 1024, 1024] in bfloat16). The weight is
-frozen, so there is no gradient of it to sum over tokens.
+frozen, so it has no gradient.
 
-Where the product with w rounds differs between families: most round n to x's dtype first, gemma multiplies in
-fp32. Both are done as the family does them, so the output has the library's bits. On a GPU liger-kernel's
-kernels, if they are there (liger.py), do the same in one pass over x, up to rounding; they save the same.
+The rounding of the product with w differs between families: most round n to x's dtype first, gemma multiplies
+in fp32. Both are reproduced, so the output has the library's bits. On a GPU liger-kernel (liger.py), if
+installed, does the same in one pass over x, up to rounding, and saves the same tensors.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from qlora_train.kernels.liger import Liger
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, liger: Liger | None = None) -> Tensor:
-    """x [..., D], weight [D] -> [..., D] in x's dtype. offset: o, and with it where the product rounds.
-    liger: whose kernels to use; None: plain torch."""
+    """RMSNorm of x [..., D] with weight [D] -> [..., D] in x's dtype. offset: o, which also selects the
+    rounding (0: n first; 1: gemma's). liger: its kernels are used; None: plain torch."""
     if liger is None:
         return _RmsNorm.apply(x, weight, eps, offset)
     return _LigerRmsNorm.apply(x, weight, eps, offset, liger)

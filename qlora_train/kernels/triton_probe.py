@@ -1,4 +1,4 @@
-"""The smallest Triton kernel there is: what triton_support.py launches to see whether any can be."""
+"""A minimal Triton kernel, which triton_support.py launches to test whether Triton works."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import triton.language as tl
 
 @triton.jit
 def add_one(pointer):  # type: ignore[no-untyped-def]
-    """pointer: one int32."""
+    """Add 1 to one int32 at `pointer`."""
     tl.store(pointer, tl.load(pointer) + 1)

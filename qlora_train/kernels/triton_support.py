@@ -1,8 +1,8 @@
-"""Whether Triton kernels run on a GPU of this machine.
+"""Test of whether Triton kernels run on a GPU of this machine.
 
-Triton comes with torch for CUDA, but needs more than torch does: a C compiler and Python's headers, with
-which it builds its launcher at the first launch, a folder to keep what it compiled, and a GPU that its
-assembler knows. What of that is there is found out by launching a kernel, once per process.
+Triton comes with torch for CUDA but needs more than torch: a C compiler and Python's headers, with which it
+builds its launcher at the first launch, a writable cache folder, and a GPU that its assembler supports. A
+kernel is launched once per process to test all of it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 @cache
 def triton_runs(device: torch.device) -> bool:
-    """Whether a Triton kernel can be launched on this GPU; warns, once, with the reason if not."""
+    """Whether a Triton kernel can be launched on this GPU; if not, warns once with the reason."""
     return runs(_launch, torch.zeros(1, dtype=torch.int32, device=device))
 
 
 def runs(launch: Callable[[Tensor], None], one: Tensor) -> bool:
-    """Whether `launch` gets as far as adding 1 to `one`, int32 [1]; warns if not."""
+    """Whether `launch` adds 1 to `one`, int32 [1], initially 0; warns with the reason if not."""
     try:
         launch(one)
         reason = None if one.item() == 1 else "a kernel ran, but wrote nothing"
-    except Exception as error:  # there is no list of what may be missing, and all of it is said
+    except Exception as error:  # any type; all are reported
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         warnings.warn(
@@ -39,8 +39,8 @@ def runs(launch: Callable[[Tensor], None], one: Tensor) -> bool:
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Inside, Triton, which launches on the current device, launches on the tensor's. The interpreter's
-    tensors are on the CPU, which has no index."""
+    """Context in which Triton launches on the tensor's device instead of the current one. Without effect for
+    CPU tensors, as in Triton's interpreter."""
     where = tensor.device
     return nullcontext() if where.index is None else torch.get_device_module(where).device(where)
 

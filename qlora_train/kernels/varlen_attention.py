@@ -1,20 +1,19 @@
-"""Flash attention over packed rows in one call: torch's own kernel for documents of any length.
+"""Flash attention over all documents of a packed row in one call, with torch's own varlen kernel.
 
-`torch.nn.attention.varlen.varlen_attn` takes q, k, v as rows of tokens [T, heads, d] and the boundaries of
-the documents, and computes per document what attention.py's per-document path computes: causal softmax with a
-scale and, if there is one, a window. Nothing is padded or gathered, and one launch serves documents of all
-lengths. Saved for backward: q, k, v, out and a log-sum-exp per query and head, fp32; no T x T scores exist in
-either direction. Its backward adds up dq with atomics unless torch is told to be deterministic.
+`torch.nn.attention.varlen.varlen_attn` takes q, k, v as rows of tokens [T, heads, d] and the document
+boundaries, and computes the same as the per-document path of model/attention.py: causal softmax with a scale
+and optionally a window. Nothing is padded or gathered, and one launch handles documents of all lengths. Saved
+for backward: q, k, v, out and a log-sum-exp in fp32 per query and head; no T x T scores are materialized. Its
+backward sums dq with atomics unless torch is in deterministic mode.
 
-It is not for everyone: flash attention (arXiv:2307.08691) needs tensor cores of compute capability 8.0,
-16-bit numbers and certain head sizes, and offers no tanh cap on scores (device/description.py says which
-layers it serves). And the function grew between versions: without scale and window in torch 2.10, without a
-word for grouped heads in 2.11, though the kernel below shares key heads there too, with `enable_gqa` from
-2.12 on. So its parameters are looked at, not torch's version number, and what it can do is found out by doing
-it: a few tokens forward and back, compared with plain torch (`try_varlen`).
+Flash attention (arXiv:2307.08691) needs compute capability 8.0, 16-bit numbers and certain head sizes, and
+has no tanh cap on scores (device/description.py says which layers are supported). The function differs
+between versions: torch 2.10 has no scale and window, 2.11 no argument for grouped heads, although its kernel
+shares key heads too, and 2.12 has `enable_gqa`. So the function's parameters decide, not torch's version, and
+`try_varlen` tests it: forward and backward of a few tokens, compared with plain torch.
 
-Why not the flash-attn package: the same kernels, which would have to be compiled. Why not flex attention: it
-is compiled per mask and shape, and the documents differ in every micro-batch.
+Why not the flash-attn package: it has the same kernels but must be compiled. Why not flex attention: it
+compiles per mask and shape, and the documents differ in every micro-batch.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ Function = Callable[..., Any]
 _NEEDED = {"scale", "window_size"}
 _TRIED_LENGTHS, _TRIED_WINDOW, _TRIED_HEAD_SIZE = (5, 1, 7), 3, 64
 _TOLERANCE = 2e-2
-"""Of float16 outputs and gradients around 1."""
+"""Largest accepted absolute difference of float16 outputs and gradients around 1."""
 
 
 @dataclass(frozen=True)
 class VarlenAttention:
-    """`function`, torch's `varlen_attn` or one that is called like it, on a device that has it."""
+    """Attention over all documents in one call. function: `varlen_attn` or one like it."""
 
     function: Function
     device: DeviceDescription
 
     def serves(self, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
-        """query, key, value: [1, heads, T, d]."""
+        """Whether the kernel supports these heads and dtype. query, key, value: [1, heads, T, d]."""
         size = query.shape[3]
         return size == value.shape[3] and self.device.varlen_serves(
             query.dtype.itemsize,
@@ -65,10 +64,10 @@ class VarlenAttention:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """query [1, Hq, T, d], key and value [1, Hkv, T, d] -> [1, T, Hq, d].
+        """Causal attention per document: query [1, Hq, T, d], key and value [1, Hkv, T, d] -> [1, T, Hq, d].
 
-        cu_seqlens: int32 [num_documents + 1] on the device. longest: tokens of the longest document. window:
-        how many tokens a query sees, itself included; None: all before it.
+        cu_seqlens: int32 [num_documents + 1] on the device. longest: tokens of the longest document.
+        scaling: None: d ** -0.5. window: tokens that a query sees, itself included; None: all up to itself.
         """
         rows = [t.squeeze(0).transpose(0, 1) for t in (query, key, value)]  # [T, heads, d]
         before = -1 if window is None or window >= longest else window - 1
@@ -87,20 +86,19 @@ class VarlenAttention:
 
 
 def varlen_for(device: DeviceDescription) -> VarlenAttention | None:
-    """torch's function for a device on which it was found to work; None: documents are attended to one length
-    class at a time."""
+    """Varlen attention for a device on which it works; None: use one call per length class."""
     return None if device.varlen == "none" else VarlenAttention(_torch_function(), device)
 
 
 def try_varlen(where: torch.device, capability: Capability) -> Varlen:
-    """What torch's function really does on this GPU, tried with equal heads and with grouped ones."""
+    """Test torch's function on this GPU with equal and with grouped heads; returns what works."""
     if capability < FLASH_CAPABILITY or not torch.backends.cuda.is_flash_attention_available():
         return "none"
     return what_works(_torch_function(), where, capability)
 
 
 def what_works(function: Function, where: torch.device, capability: Capability) -> Varlen:
-    """function: called like `varlen_attn`. Says with a warning what it does not do right."""
+    """Test `function`, with the signature of `varlen_attn`; returns what works and warns about the rest."""
     if not _parameters(function) >= _NEEDED:
         return "none"
     reason = _is_wrong(function, where, capability, num_key_heads=2)
@@ -119,8 +117,9 @@ def what_works(function: Function, where: torch.device, capability: Capability) 
 def _is_wrong(
     function: Function, where: torch.device, capability: Capability, *, num_key_heads: int
 ) -> str | None:
-    """Why it cannot be used with two query heads; None: outputs and gradients are those of plain torch. For
-    whoever looks at the device with gradients switched off too."""
+    """The reason why `function` cannot be used with two query heads and `num_key_heads`, or None.
+
+    Compares outputs and gradients with plain torch, also if the caller has switched gradients off."""
     serving = DeviceDescription(where.type, capability, 0, "grouped heads", False, None, index=where.index)
     attention = VarlenAttention(function, serving)
     lengths = torch.tensor([0, *_TRIED_LENGTHS])
@@ -133,7 +132,7 @@ def _is_wrong(
         query, key, value = inputs
         out = attention.attend(query, key, value, boundaries, max(_TRIED_LENGTHS), 0.1, _TRIED_WINDOW)
         found = [out.detach(), *torch.autograd.grad(out, inputs, torch.cos(out.detach()))]
-    except Exception as error:  # what a version or a card lacks has no type of its own, and all of it is said
+    except Exception as error:  # any type; all are reported
         return f"{type(error).__name__}: {error}".splitlines()[0]
     expected = _plain(inputs, 0.1, _TRIED_WINDOW)
     worst = max(float((f.cpu() - e).abs().amax()) for f, e in zip(found, expected, strict=True))
@@ -141,9 +140,10 @@ def _is_wrong(
 
 
 def _plain(inputs: list[Tensor], scaling: float, window: int) -> list[Tensor]:
-    """The same with the scores of all tokens in fp32: [1, T, Hq, d] and the three gradients. On the CPU: at
-    the first product of a process on a GPU torch decides for good whether cuBLAS is deterministic there
-    (device/settings.py), and a look at the device is no time for that."""
+    """Reference in plain torch with all scores, in fp32: outputs [1, T, Hq, d] and the three gradients.
+
+    On the CPU, since the first product on a GPU fixes for the whole process whether cuBLAS is deterministic
+    (device/settings.py), which is too early here."""
     query, key, value = (t.detach().cpu().float().requires_grad_() for t in inputs)
     document = torch.arange(len(_TRIED_LENGTHS)).repeat_interleave(torch.tensor(_TRIED_LENGTHS))
     at = torch.arange(len(document))

@@ -12,6 +12,7 @@ head quantized (quantized_matrix.py); a tied matrix exists once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -27,7 +28,7 @@ from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
 from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
-from qlora_train.model.decoder import FrozenDecoder
+from qlora_train.model.decoder import FrozenDecoder, final_norm_name
 from qlora_train.model.frozen_experts import NAME as EXPERTS_NAME
 from qlora_train.model.frozen_experts import FrozenExperts, freeze_experts, is_experts
 from qlora_train.model.layer_buffer import LayerBufferLayout, LayerShapes
@@ -96,13 +97,22 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             attn_implementation=attention.NAME,
             experts_implementation=EXPERTS_NAME,
         )
-    decoder = model.get_decoder()
-    if not all(hasattr(decoder, part) for part in ("layers", "embed_tokens", "norm")):
-        raise UnsupportedModelError(
-            f"{config.model_type}: not a LLaMA-class decoder (embed_tokens, layers, norm)"
-        )
+    _check_decoder(model)
     tie_head(model)
     return model
+
+
+def _check_decoder(model: PreTrainedModel) -> None:
+    """Refuse what cannot be walked layer by layer: a decoder must be an embedding, layers and a norm."""
+    family, decoder = model.config.model_type, model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise UnsupportedModelError(f"{family}: not a LLaMA-class decoder (embedding, layers, norm)")
+    final_norm_name(decoder)
+    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding)]
+    if any(table is not model.get_input_embeddings() for table in tables):
+        raise UnsupportedModelError(f"{family}: its layers have embeddings of their own")
+    if getattr(model.config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{family}: its layers share keys and values with each other")
 
 
 def tie_head(model: PreTrainedModel) -> None:
@@ -123,7 +133,7 @@ class MetaModel:
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
     tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
-    layer buffers, and buffers that checkpoints hold (stored_buffers: their dtypes). Raises
+    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). Raises
     `UnsupportedModelError` where layers hold large matrices that are neither linears nor experts.
     """
 
@@ -143,10 +153,16 @@ class MetaModel:
             name: tuple(p.shape) for name, p in self.model.named_parameters() if name not in matrices
         }
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.stored_buffers = {
-            name: buffer.dtype for name, buffer in self.model.state_dict().items() if name not in parameters
-        }
+        self.stored_buffers = {name for name in self.model.state_dict() if name not in parameters}
         self.plain_shapes |= {name: tuple(self.model.get_buffer(name).shape) for name in self.stored_buffers}
+
+    def plain_dtype(self, name: str) -> torch.dtype:
+        """Of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family says so, as
+        transformers loads it (some routers)."""
+        always_fp32 = self.model._keep_in_fp32_modules_strict or ()
+        if any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in always_fp32):
+            return torch.float32
+        return self.dtype
 
     @property
     def is_tied(self) -> bool:

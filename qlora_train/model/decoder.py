@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -32,7 +33,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.adapted_head import AdaptedHead
+from qlora_train.model.by_document import run_mixers_by_document
 from qlora_train.model.frozen_experts import FrozenExperts
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.kernel_choice import KernelChoice
@@ -80,7 +83,8 @@ class FrozenDecoder:
         self._decoder = model.get_decoder()
         self.layers = list(self._decoder.layers)
         self.experts = [_modules_of(layer, FrozenExperts) for layer in self.layers]
-        self.norm: nn.Module = self._decoder.norm
+        self._mixers = [run_mixers_by_document(layer) for layer in self.layers]
+        self.norm: nn.Module = getattr(self._decoder, final_norm_name(self._decoder))
         self.skippable: tuple[str, ...] = ()
         self.fingerprint = ""
         self.run_with(KernelChoice.on(device, dtype))
@@ -88,12 +92,13 @@ class FrozenDecoder:
         self._tiled_mlps: dict[int, TiledMlp] = {}
         self._calls: list[LayerArguments] = []
         self._decoder.layers = nn.ModuleList([_Recorder(layer, self._calls) for layer in self.layers])
-        self._decoder.norm = nn.Identity()
+        setattr(self._decoder, final_norm_name(self._decoder), nn.Identity())
         self._no_rows = nn.Parameter(
             torch.empty(0, model.config.hidden_size, dtype=dtype, device=device.torch), requires_grad=False
         )
-        self._decoder.embed_tokens.weight = self._no_rows
-        self._decoder.embed_tokens.padding_idx = None  # only affects the gradient of a trainable embedding
+        self._embedding: Any = model.get_input_embeddings()
+        self._embedding.weight = self._no_rows
+        self._embedding.padding_idx = None  # type: ignore[assignment]  # only affects the gradient of a trainable embedding
         self._head_product = _HeadProduct(model.get_output_embeddings().bias)
         model.set_output_embeddings(self._head_product)
         self._causal_lm = model
@@ -119,7 +124,7 @@ class FrozenDecoder:
     ) -> tuple[Tensor, list[LayerArguments]]:
         """ids [B * T], position_ids [B, T] -> x_0 [B, T, D] and each layer's keyword arguments."""
         self._calls.clear()
-        self._decoder.embed_tokens.weight = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
+        self._embedding.weight = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
         row_of_token = torch.arange(len(ids), device=self.device.torch).view(position_ids.shape)
         output = self._decoder(
             input_ids=row_of_token,
@@ -128,7 +133,7 @@ class FrozenDecoder:
             attention_kernels=self.kernels.attention,
             **attention_arguments,
         )
-        self._decoder.embed_tokens.weight = self._no_rows
+        self._embedding.weight = self._no_rows
         arguments = list(self._calls)
         self._calls.clear()
         return output.last_hidden_state, arguments
@@ -142,6 +147,8 @@ class FrozenDecoder:
         documents = arguments.get("documents")
         for experts in self.experts[index]:
             experts.counts = {} if documents is None else documents.expert_counts
+        for mixer in self._mixers[index]:
+            mixer.documents = documents
         return self.layers[index](x, **arguments)
 
     def layers_in_turn(self) -> Iterator[int]:
@@ -255,6 +262,15 @@ class FrozenDecoder:
             self._head_product.product = None
 
 
+def final_norm_name(decoder: nn.Module) -> str:
+    """The attribute that holds the norm behind the last layer; families name it differently. Raises
+    `UnsupportedModelError` where there is not exactly one."""
+    names = [name for name, child in decoder.named_children() if type(child).__name__.endswith("Norm")]
+    if len(names) != 1:
+        raise UnsupportedModelError(f"{type(decoder).__name__} has {len(names)} final norms, not one")
+    return names[0]
+
+
 def _modules_of(layer: nn.Module, kind: type[Kind]) -> list[Kind]:
     return [module for module in layer.modules() if isinstance(module, kind)]
 
@@ -299,13 +315,22 @@ class _Recorder(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_layer"), name)
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *others: Any, **arguments: Any) -> Tensor:
+        if any(value is not None for value in others):
+            raise UnsupportedModelError("its layers are handed something besides the hidden states")
         self._calls.append(arguments)
         return hidden_states
+
+
+@dataclass
+class _DecoderOutput(MoeModelOutputWithPast):
+    """All that a causal language model of some family reads off its decoder's output."""
+
+    shared_kv_states: None = None
 
 
 class _HandBack(nn.Module):
     """Replaces the decoder in the epilogue: its output is the given hidden states."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=inputs_embeds)

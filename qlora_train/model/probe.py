@@ -1,6 +1,6 @@
 """Start-up probe: tests on a tiny model that the walk over the layers computes what the family's model does.
 
-From the real config a tiny one is made (2 layers, of different kinds if there are any, widths of 64; scale
+From the real config a tiny one is made (a layer of each kind, at least 2, widths of 64; scale
 fields, rope type, bias flags and layer types are kept) with random weights. The library's model with its
 eager attention runs two documents one after the other; `FrozenDecoder` runs them packed into one row, with
 weights W and LoRA parameters A, B, while the library has W + s B A. Compared in fp32:
@@ -48,6 +48,7 @@ DOCUMENT_LENGTHS = (13, 9)
 VOCABULARY_SIZE = 64
 LORA_SCALING = 0.5
 TILE_ROWS, BLOCK_TOKENS = 24, 8  # several tiles and blocks, the last ones smaller
+MOST_LAYERS = 4
 WINDOW = 5  # shorter than the documents, so that a sliding window has an effect
 
 
@@ -95,16 +96,16 @@ def probe(config: PretrainedConfig) -> ProbeResult:
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A config of the same family with 2 layers of width 64, the same scales, layer kinds and head groups."""
+    """A config of the same family: a few layers of width 64, the same scales, layer kinds and head groups."""
     fields: dict[str, Any] = config.to_dict()
     num_layers = config.num_hidden_layers
     per_layer = [k for k, v in fields.items() if isinstance(v, list) and len(v) == num_layers]
-    first, second = _two_layers([tuple(fields[k][i] for k in per_layer) for i in range(num_layers)])
-    fields.update({k: [fields[k][first], fields[k][second]] for k in per_layer})
+    chosen = _layers_of_every_kind([tuple(fields[k][i] for k in per_layer) for i in range(num_layers)])
+    fields.update({k: [fields[k][i] for i in chosen] for k in per_layer})
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     fields.update(
-        num_hidden_layers=2,
+        num_hidden_layers=len(chosen),
         hidden_size=64,
         intermediate_size=96,
         vocab_size=VOCABULARY_SIZE,
@@ -122,6 +123,11 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     for name in ("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
         if name in fields:
             fields[name] = 0.0
+    if own := fields.pop("per_layer_config", None):  # of some layers, by number: wider heads
+        changed = {int(number) for number in own}
+        fields["per_layer_config"] = {
+            new: {"head_dim": 32} for new, old in enumerate(chosen) if old in changed
+        }
     rope = fields.get("rope_parameters") or {}
     for name in ("short_factor", "long_factor"):
         if name in rope:
@@ -133,7 +139,9 @@ def _tiny_experts(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of experts, by the names that families give them, and which of two layers has them."""
     most = {
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
-        **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "n_group"), 2),
+        **dict.fromkeys(
+            ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "n_group"), 2
+        ),
         **dict.fromkeys(("topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
         **dict.fromkeys(("decoder_sparse_step", "moe_layer_interval", "moe_layer_freq"), 2),
         **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
@@ -146,10 +154,10 @@ def _tiny_experts(fields: Mapping[str, Any]) -> dict[str, Any]:
     return sizes
 
 
-def _two_layers(kinds: list[tuple[Any, ...]]) -> tuple[int, int]:
-    """Indices of two layers, of different kinds if there are any."""
-    other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds) - 1)
-    return 0, other
+def _layers_of_every_kind(kinds: list[tuple[Any, ...]]) -> list[int]:
+    """Indices of two layers or more: the first of each kind, of four kinds at the most."""
+    first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]][:MOST_LAYERS]
+    return first if len(first) > 1 else [0, len(kinds) - 1]
 
 
 def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:

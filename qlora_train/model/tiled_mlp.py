@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,9 +55,7 @@ class TiledMlp(nn.Module):
     def of_tile(self, keys: Any, tile: slice) -> Iterator[None]:
         """Context with the dropout keys of a tile's tokens. keys: the micro-batch's, or None."""
         before = self.context.tokens
-        self.context.tokens = (
-            None if keys is None else replace(keys, rows=keys.rows[tile], offsets=keys.offsets[tile])
-        )
+        self.context.tokens = None if keys is None else keys.of(tile)
         try:
             yield
         finally:

@@ -1,2 +1,4 @@
-"""The planner: what a run will take, decided before anything is loaded. Bytes come from a walk without
-numbers (planned_walk.py), seconds from counts of work (time_model.py)."""
+"""The planner: predicts a run's memory and time, and chooses how it runs, before anything is loaded.
+
+Bytes come from running the program on meta tensors, which have shapes but no data (planned_walk.py); seconds
+come from counts of FLOPs and copied bytes (time_model.py)."""

@@ -1,6 +1,6 @@
-"""What to try: changes of a recipe's keys, each a plan that was made with them and fits.
+"""Advice: changes of recipe keys that save memory, each confirmed by a plan made with them that fits.
 
-Plans are made one after another, only where they are asked for, and no more than a few.
+Making a plan takes time: plans are made one by one, only when advice is asked for, until `MOST_LINES` help.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from qlora_train.plan.words import duration, gib
 from qlora_train.recipe import Recipe
 
 Changes = dict[str, Any]
-"""Value by `section.key`."""
+"""New value by `section.key`."""
 MOST_LINES, LEAST_GAIN = 3, 0.02
 LEAST_SEQUENCE_LENGTH = 16
 
 
 def advise(plan: Plan, recipe: Recipe, plan_with: Callable[[Recipe], Plan]) -> tuple[str, ...]:
-    """A line for each change that helps: gives a plan that fits where `plan` does not, or else takes less
+    """A line of text for each change that makes a plan fit, or, where `plan` fits already, that needs less
     VRAM or RAM. plan_with: makes the plan of a recipe."""
     lines: list[str] = []
     for changes in _savings(plan, recipe) if plan.fits else _remedies(plan, recipe):
@@ -32,7 +32,7 @@ def advise(plan: Plan, recipe: Recipe, plan_with: Callable[[Recipe], Plan]) -> t
 
 
 def _savings(plan: Plan, recipe: Recipe) -> Iterator[Changes]:
-    """For less memory."""
+    """Changes to try for a plan that fits: those that may need less memory."""
     split = {"training.micro_batch_size": plan.workload.micro_batch_size}
     if recipe.training.micro_batch_size != "auto" or plan.workload.num_micro_batches == 1:
         split = {}
@@ -46,7 +46,7 @@ def _savings(plan: Plan, recipe: Recipe) -> Iterator[Changes]:
 
 
 def _remedies(plan: Plan, recipe: Recipe) -> Iterator[Changes]:
-    """For a plan that fits, the cheapest first."""
+    """Changes to try for a plan that does not fit, the cheapest first."""
     training, half = recipe.training, max(LEAST_SEQUENCE_LENGTH, recipe.data.sequence_length // 2)
     if (recipe.memory.weights, recipe.memory.activations) != ("auto", "auto"):
         yield {"memory.weights": "auto", "memory.activations": "auto"}

@@ -1,4 +1,6 @@
-"""Where the config.json of a base is: a folder, the hub's cache, a known model, the hub. Without torch."""
+"""Finds config.json of a base model: in a folder, the hub's cache, the known models, or on the hub.
+
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from qlora_train.plan.known_models import KNOWN
 
 
 def find_base_folder(base: str, revision: str | None = None) -> Path | None:
-    """The folder of `model.base`: itself, or the snapshot that the hub's own cache holds; None if neither."""
+    """The local folder of `model.base`: the one it names, or its snapshot in the hub's cache; else None."""
     folder = Path(base)
     if folder.is_dir():
         return folder
@@ -28,14 +30,14 @@ def find_base_folder(base: str, revision: str | None = None) -> Path | None:
 
 
 def find_config(base: str, revision: str | None = None) -> Mapping[str, Any]:
-    """What the config of `model.base` says, empty where it is not known here."""
+    """The config of `model.base` without downloading anything; empty where it is not on this machine."""
     folder = find_base_folder(base, revision)
     return read_plain_config(folder) if folder is not None else KNOWN.get(known_name(base), {})
 
 
 def fetch_config(base: str, revision: str | None) -> Path:
-    """The folder in the hub's cache that config.json has been downloaded to, alone. Raises `BaseModelError`
-    where there is no such model, or no network."""
+    """Download config.json alone into the hub's cache and return its folder. Raises `BaseModelError` where
+    there is no such model, or no network."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -53,7 +55,7 @@ def fetch_config(base: str, revision: str | None) -> Path:
 
 
 def known_name(base: str) -> str:
-    """A hub id without organisation and without what marks a chat variant, in small letters."""
+    """The key in `KNOWN` of a hub id: small letters, without organisation and marks such as "-instruct"."""
     name = base.rpartition("/")[2].lower()
     name = re.sub(r"^meta-", "", name)
     name = re.sub(r"-(instruct|chat|base|hf|it|unsloth|bnb|4bit|coder|math|\d{4})(?=-|$)", "", name)

@@ -1,4 +1,4 @@
-"""`qlora-train plan`: a plan made before is printed without torch; another one is made, and kept."""
+"""`qlora-train plan`: prints the plan of a recipe, from the cache (without importing torch) or a new one."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Bytes that stay on the device as long as training runs, by cause: sums over sizes, of what the loader and
-the optimizer make.
+"""Bytes on the device for as long as training runs, by cause; computed from tensor sizes.
 
-    quantized weights, constants   the layer buffers of resident layers (model/layer_buffer.py)
-    embedding, head             where they are resident; of a quantized head one tile, dequantized
-    ring slots                  num_slots times the largest item that streams
-    LoRA parameters             masters and gradient in fp32, and the working copy
-    optimizer state             8 bytes per LoRA parameter, or 2 and two scales per 256
+quantized weights, constants   the layer buffers of resident layers (model/layer_buffer.py)
+embedding, head             where they are resident; for a quantized head, one dequantized tile more
+ring slots                  num_slots times the largest item that streams
+LoRA parameters             masters and gradient in fp32, and the working copy
+optimizer state             8 bytes per LoRA parameter, or 2 and two scales per 256
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MIN_8BIT_NUMBERS = 4096
 
 
 def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
-    """What is on the device as long as training runs."""
+    """Bytes that stay on the device while training runs, by cause; causes without bytes are left out."""
     shape, itemsize = workload.shape, workload.itemsize
     layer_buffers = [
         size
@@ -64,7 +63,8 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
 
 
 def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
-    """One buffer for all layers; in reference mode every weight is dequantized into a tensor of its own."""
+    """Bytes of the buffer that weights are dequantized into, shared by all layers: the largest weight's, or
+    the largest layer's with `hold_dequantized`. 0 in reference mode, which makes a tensor for each weight."""
     if workload.reference:
         return 0
     if workload.quantization.format == "none":
@@ -77,18 +77,19 @@ def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
 
 
 def head_tile_shape(workload: Workload, plan: ExecutionPlan) -> tuple[int, int]:
+    """(rows, hidden size) of one tile of the head."""
     return min(plan.head_tile_rows, workload.shape.vocabulary), workload.shape.hidden
 
 
 def head_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
-    """What tiles of a quantized head are dequantized into."""
+    """Bytes of the buffer that tiles of a quantized head are dequantized into."""
     if not workload.head_is_quantized:
         return 0
     return workload.itemsize * prod(head_tile_shape(workload, plan))
 
 
 def slot_bytes(workload: Workload, plan: ExecutionPlan) -> int:
-    """A slot holds the largest item that streams."""
+    """Bytes of one ring slot: those of the largest streamed item, a layer buffer or a tile of the head."""
     items = [0]
     if any(place is not Placement.DEVICE for place in plan.weights):
         items.append(workload.layer_buffer_bytes)
@@ -98,11 +99,12 @@ def slot_bytes(workload: Workload, plan: ExecutionPlan) -> int:
 
 
 def _learning_rate_groups(workload: Workload) -> tuple[int, ...]:
+    """LoRA parameters in each tensor that the optimizer updates: all, or A and B apart (LoRA+)."""
     return workload.lora_sizes if workload.splits_learning_rate else (workload.num_lora_parameters,)
 
 
 def optimizer_state_bytes(workload: Workload) -> int:
-    """Two moments per LoRA parameter: 8 bytes, or 2 and a scale per 256 numbers."""
+    """Bytes of both Adam moments: 8 per LoRA parameter in 32 bits; in 8 bits 2, and 8 per block of 256."""
     if workload.optimizer not in ("adamw_8bit", "paged_adamw_8bit"):
         return 8 * workload.num_lora_parameters
     return sum(
@@ -111,11 +113,12 @@ def optimizer_state_bytes(workload: Workload) -> int:
 
 
 def managed_bytes(workload: Workload) -> int:
-    """Of that, what paged optimizers keep in managed memory, which is not torch's allocator's."""
+    """Optimizer state that paged optimizers keep in CUDA managed memory, outside torch's allocator."""
     pages = workload.on_accelerator and workload.target.has_concurrent_managed_access
     return optimizer_state_bytes(workload) if pages and workload.optimizer.startswith("paged_") else 0
 
 
 def optimizer_scratch_bytes(workload: Workload) -> int:
-    """torch's AdamW makes a denominator of its own, from a square root; bitsandbytes' updates in place."""
+    """Temporary bytes of an update: torch's AdamW makes a square root and a denominator, fp32 each, of its
+    largest tensor; bitsandbytes' optimizers update in place."""
     return 8 * max(_learning_rate_groups(workload)) if workload.optimizer == "adamw" else 0

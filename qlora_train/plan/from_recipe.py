@@ -1,7 +1,7 @@
-"""From a recipe to a plan: what is asked for, within what a device and its machine have.
+"""Makes the plan of a recipe within the free memory of a device and its machine.
 
-`plan_recipe` is for `train`, which knows its device; `plan_request` is for `qlora-train plan`, which works
-without one. Both refuse what cannot be trained, in the same words.
+`plan_recipe` is for `train`, which knows its device; `plan_request` is for `qlora-train plan`, which needs
+none. Both refuse what cannot be trained with the same messages.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def plan_recipe(
 ) -> Plan:
     """The plan of a run on `target`.
 
-    free_bytes: on the device now; memory.vram, where it is given, is the budget instead. shape: None looks
-    for model.base. documents: token counts of a micro-batch; None: full bins. most_documents: in any
-    micro-batch of so many bins; 0: not known. rates: None takes stated ones. has_context: free_bytes leaves
-    out a CUDA context that exists already. base_folder: of model.base; None looks for it. host_budget: None:
-    what is free here, for one rank. num_ranks: of the run. split: of the step; None: the best one. The disk
-    of the cache must hold the quantized base unless it is there already.
+    free_bytes: free on the device now; the budget unless memory.vram is given. shape: sizes of model.base;
+    None: read from its config. documents: token counts of a micro-batch's documents; None: each fills a bin.
+    most_documents: the largest number of documents in any micro-batch of so many bins; 0: unknown. rates:
+    None: the stated ones. has_context: a CUDA context exists already, so free_bytes is without it.
+    base_folder: of model.base; None: it is searched for. host_budget: None: what is free here, for one rank.
+    num_ranks: processes of the run. split: of the step into micro-batches; None: the best one is chosen. The
+    disk of the cache must hold the quantized base unless it is there already.
 
     Raises `UserError` for a base that is unknown or cannot be trained; see `Plan.require_fit` for one that
     does not fit.
@@ -94,7 +95,7 @@ def plan_recipe(
 
 
 def plan_request(request: PlanRequest) -> dict[str, Any]:
-    """The plan of `qlora-train plan` as plain values, with advice."""
+    """The plan that `qlora-train plan` prints, as plain values, with advice."""
     recipe, target = request.recipe, request.target
     if recipe.lora.init_from is not None:
         shape = find_shape(recipe.model.base, recipe.model.revision)
@@ -110,8 +111,8 @@ def plan_request(request: PlanRequest) -> dict[str, Any]:
 
 
 def _rates_for(request: PlanRequest) -> Rates | None:
-    """Measured on this machine, where it is planned for: the CPU's now, a card's if it has been trained
-    on."""
+    """Rates measured on this machine if the plan is for it: a CPU's are measured now, a GPU's are those that
+    an earlier run measured. None: stated rates are used."""
     if not request.is_here:
         return None
     dtype: torch.dtype = resolve_dtype(request.recipe.model.compute_dtype, request.target)

@@ -1,17 +1,17 @@
-"""Where a model's parts wait while it generates, decided before anything is loaded.
+"""Chooses where a model's weights are placed (device, RAM, disk) while it generates, before loading it.
 
-All prompts run in one batch (generate/decoding.py), so a token costs one pass over the layers, and at most
-one fetch of each: copies per token are what streams, once. Nothing is kept for a backward pass; what
-grows is the key-value cache, 2 L B heads d (longest prompt + new tokens) numbers. So the order is short, each
-step only if the one before does not fit:
+All B prompts run in one batch (generate/decoding.py), so a token costs one pass over the L layers, and each
+streamed item is copied once per token. Nothing is kept for a backward pass; the key-value cache grows to
+2 L B (kv heads) (head size) (longest prompt + new tokens) numbers. Tried in this order, each only if the one
+before does not fit:
 
 1. everything resident;
 2. the embedding, then the head, then as few layers as fit off the device;
 3. smaller head tiles, then MLP tiles (a long prompt's widest tensor), and again as few layers as fit;
-4. refuse, with the least that would fit and what could be asked for instead.
+4. refuse, with the smallest budget that would fit and other options that would.
 
-The fewest that stream are the fastest, so there are no seconds to compare. Only head and MLP tiles can change
-the last bits of a logit.
+The fewest streamed layers are the fastest, so no times are compared. Only head and MLP tiles can change the
+last bits of a logit.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ WeightsChoice = Literal["auto", "resident", "ram", "disk"]
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """What waits where, and what it takes on the device, context included. problems: empty where it fits.
-    advice: what could be asked for instead, where it does not."""
+    """Placement of a model's weights for generation. phases: bytes on the device by cause, of loading and
+    generating, without the context. budget_bytes: for the device, context included. problems: empty if it
+    fits. advice: other options that would fit, where it does not."""
 
     workload: Workload
     size: GenerateSize
@@ -56,24 +57,24 @@ class GenerationPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Tensors on the device in the largest phase."""
+        """Bytes of tensors on the device in the largest phase."""
         return max(sum(phase.values()) for phase in self.phases.values())
 
     @property
     def copied_bytes_per_token(self) -> int:
-        """What streams: every layer and the head once per token of all prompts."""
+        """Bytes copied to the device for one new token of every prompt: each streamed layer and head once."""
         layers = sum(place is not Placement.DEVICE for place in self.execution.weights)
         head = self.execution.head is not Placement.DEVICE
         return layers * self.workload.layer_buffer_bytes + head * self.workload.head_bytes
 
     def require_fit(self) -> None:
-        """Raise `UserError`, with what is missing and what could be asked for, where nothing fits."""
+        """Raise `UserError`, with the missing bytes and options that would fit, where nothing fits."""
         if self.problems:
             largest = max(self.phases.values(), key=lambda phase: sum(phase.values()))
             raise refusal(self.problems, largest, self.advice, "take a smaller model or a larger budget")
 
     def line(self) -> str:
-        """What waits where, in a line."""
+        """The budget and the placement in one line of text."""
         plan = self.execution
         counts = [f"{plan.weights.count(place)} {place}" for place in Placement if place in plan.weights]
         return (
@@ -85,7 +86,7 @@ class GenerationPlan:
 def bare_workload(
     shape: ModelShape, quantization: Quantization, dtype: torch.dtype, target: DeviceDescription
 ) -> Workload:
-    """A model without factors, for `plan_generation`."""
+    """The workload of a model without LoRA parameters, for `plan_generation`."""
     return Workload(
         shape=shape,
         quantization=quantization,
@@ -109,8 +110,8 @@ def plan_generation(
 ) -> GenerationPlan:
     """The plan with the fewest copies that fits; where none does, the smallest one, with `problems`.
 
-    workload: model, quantizing and factors; its step is not looked at. budget_bytes: for the device, context
-    included. host: RAM that may be used. weights: `memory.weights`."""
+    workload: its model, quantization and LoRA parameters count, not its training step. budget_bytes: for the
+    device, context included. host: RAM that may be used. weights: `memory.weights`."""
     search = _Search(workload, size, budget_bytes, host, weights)
     chosen = next((plan for plan in search.plans() if search.fits(plan)), None)
     execution = chosen or min(search.plans(), key=search.peak)
@@ -126,6 +127,8 @@ def plan_generation(
 
 
 class _Search:
+    """Execution plans for one generation, in the order of preference."""
+
     def __init__(
         self,
         workload: Workload,
@@ -134,7 +137,7 @@ class _Search:
         host: HostBudget,
         weights: WeightsChoice,
     ) -> None:
-        self._workload = replace(workload, reference=False)  # which is a way to train
+        self._workload = replace(workload, reference=False)  # only training has a reference mode
         self._size, self._host, self._weights = size, host, weights
         self._budget_bytes = budget_bytes
         self._room = room_in(budget_bytes, workload)
@@ -143,7 +146,7 @@ class _Search:
         self._place = Placement(weights) if weights in ("ram", "disk") else place
 
     def plans(self) -> Iterator[ExecutionPlan]:
-        """In the order of preference; the last is the smallest."""
+        """Execution plans in the order of preference; the last needs the least memory on the device."""
         if self._weights == "resident":
             yield from (replace(self._start, mlp_tile_tokens=tile) for tile in self._mlp_tiles())
             return
@@ -164,7 +167,7 @@ class _Search:
         return placed(plan, self._place, num_streamed, is_tied=is_tied, with_head=with_head)
 
     def _mlp_tiles(self) -> list[int | None]:
-        """None, then halves of the row of all prompts."""
+        """Tokens per MLP tile: None (no tiles), then a half, a quarter, ... of all prompts' tokens."""
         tiles: list[int | None] = [None]
         size = sum(self._size.prompts) // 2
         while size >= SMALLEST_MLP_TILE:
@@ -173,7 +176,7 @@ class _Search:
         return tiles
 
     def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
-        """Bytes on the device by cause."""
+        """Bytes on the device by cause, while loading and while generating."""
         generate = generate_peak(self._workload, plan, self._size, in_training=False)
         return {"load": load_peak(self._workload, plan), "generate": generate}
 
@@ -188,7 +191,7 @@ class _Search:
         return on_device + sum(host_bytes(self._workload, plan).values())
 
     def problems(self, plan: ExecutionPlan) -> Iterator[str]:
-        """What does not fit, by how much."""
+        """A message for each budget that is exceeded, and by how much."""
         size = self._size
         asked = f"{len(size.prompts)} prompt{'s' if len(size.prompts) > 1 else ''} of up to "
         asked += f"{max(size.prompts)} tokens and {size.new_tokens} new ones"
@@ -202,7 +205,7 @@ class _Search:
             yield f"RAM: {gib(self._ram_bytes(plan))} are needed, {gib(self._host.ram_bytes)} are free"
 
     def remedies(self) -> Iterator[str]:
-        """What could be asked for instead."""
+        """Options that would fit instead."""
         size = self._size
         if self._weights != "auto" and self._would_fit(size, "auto"):
             yield "memory.weights=auto"

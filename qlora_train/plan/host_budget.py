@@ -1,4 +1,4 @@
-"""What a run may use of a device, of RAM and of the disk. Imports no torch."""
+"""Budgets: the bytes of device memory, RAM and disk that a run may use. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _SHARE_OF_FREE_RAM = 0.9
 
 @dataclass(frozen=True)
 class Machine:
-    """How a run sits on one machine. num_ranks: its processes there. num_copies: of what waits in RAM for all
-    of them: 1, or one for each rank."""
+    """The ranks of a run on one machine. num_ranks: its processes there. num_copies: copies of the weights in
+    RAM: 1 where the ranks share it, else one for each."""
 
     num_ranks: int = 1
     num_copies: int = 1
@@ -31,9 +31,9 @@ ONE_RANK = Machine()
 
 @dataclass(frozen=True)
 class HostBudget:
-    """Bytes of RAM and disk that a run may use on a machine, by all its ranks there. has_quantized_base: an
-    earlier start has put it on the disk, so no room is needed for it. keeps_quantized_base: it is kept there
-    for later starts."""
+    """Bytes of RAM and disk that all ranks of a run may use on one machine. has_quantized_base: the quantized
+    base is in the cache already, so it needs no room. keeps_quantized_base: it is kept there for later
+    starts."""
 
     ram_bytes: int
     disk_bytes: int
@@ -45,8 +45,8 @@ class HostBudget:
     def of_this_machine(
         cache: Path, quantized_base: Path | None = None, machine: Machine = ONE_RANK
     ) -> HostBudget:
-        """What is free now. cache: the folder of quantized bases (it need not exist yet). quantized_base:
-        where in it the run's own is, or will be; None: not known."""
+        """The budget of what is free now. cache: the folder of quantized bases (it need not exist yet).
+        quantized_base: the folder of the run's own in it, made or not; None: unknown."""
         folder = next((f for f in (cache, *cache.absolute().parents) if f.exists()), None)
         if folder is None:
             raise UserError(f"{cache}: there is no such drive for the cache; set QLORA_TRAIN_CACHE")
@@ -61,8 +61,8 @@ class HostBudget:
 def device_budget(
     device: DeviceDescription, free_bytes: int, vram_bytes: int | None, *, has_context: bool
 ) -> int:
-    """Bytes that may be used on the device, context included: what is asked for, else most of what is free
-    (which leaves a context out that exists already)."""
+    """Bytes that may be used on the device, context included: vram_bytes if given, else most of free_bytes.
+    has_context: a context exists already, so free_bytes is without it."""
     if vram_bytes is not None:
         return vram_bytes
     share = _SHARE_OF_FREE_VRAM if device.is_accelerator else _SHARE_OF_FREE_RAM
@@ -70,19 +70,19 @@ def device_budget(
 
 
 def usable_ram(num_bytes: int) -> int:
-    """Of so much, what is left when the system and others move too."""
+    """Bytes of num_bytes of free RAM that a run may use; the rest is left to other processes."""
     return int(num_bytes * _SHARE_OF_FREE_RAM)
 
 
 def free_host_memory(
     recipe: Recipe, target: DeviceDescription, base_folder: Path | None, machine: Machine = ONE_RANK
 ) -> HostBudget:
-    """RAM and disk that are free on this machine for a run."""
+    """The budget of RAM and disk that are free on this machine, for a run of this recipe."""
     return HostBudget.of_this_machine(cache_root(), _quantized_base(recipe, target, base_folder), machine)
 
 
 def _quantized_base(recipe: Recipe, target: DeviceDescription, base_folder: Path | None) -> Path | None:
-    """Where in the cache the quantized base is, or will be; None without the base's own files."""
+    """The folder of the quantized base in the cache, made or not; None without the base's own files."""
     if base_folder is None:
         return None
     key = Quantization(recipe.model.quantization, recipe.model.double_quant)
@@ -90,8 +90,8 @@ def _quantized_base(recipe: Recipe, target: DeviceDescription, base_folder: Path
 
 
 def dtype_of(recipe: Recipe, target: DeviceDescription) -> str:
-    """The compute dtype; `auto`, unless resolved before, counts as bfloat16 on a GPU that multiplies it, as
-    float16 on another, and as float32 on a CPU."""
+    """The compute dtype to plan with. `auto` counts as bfloat16 on a GPU with bfloat16 arithmetic, float16 on
+    another, float32 on a CPU."""
     dtype = recipe.model.compute_dtype
     if dtype != "auto":
         return dtype

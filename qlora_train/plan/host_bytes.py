@@ -1,8 +1,8 @@
-"""Bytes off the device by cause: RAM (pinned where a GPU copies from it) and disk, under an execution plan.
+"""Bytes of RAM (pinned where a GPU copies from it) and disk by cause, under an execution plan.
 
-All of it is counted per machine. The ranks of a machine each have their own process, activations and pieces
-of files; the base that waits in RAM they have once, where they can map the same pages (weights/ranks.py). On
-a CPU the compute device is RAM too; what planned_walk.py counts comes on top of what is here, for every rank.
+Everything is counted per machine. Each rank has its own process, activations and staging buffers; weights in
+RAM exist once where the ranks can map the same pages (weights/ranks.py). On a CPU the compute device is RAM
+too: each rank's bytes from planned_walk.py come on top.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
 
 PROCESS = "Python and libraries"
-SLABS = "pinned: quantized layers"
+LAYER_BUFFERS = "pinned: quantized layers"
 MATRICES = "pinned: embedding and head"
 INPUTS = "pinned: layer inputs"
 OFFLOADED = "pinned: offloaded activations"
@@ -26,15 +26,15 @@ ADAPTER = "adapter"
 MERGED = "merged model"
 CPU_PROCESS_BYTES, GPU_PROCESS_BYTES = 560 * 10**6, 1500 * 10**6
 HEAP_SHARE, MOST_HEAP_BYTES = 0.3, 512 * 2**20
-"""On a CPU: of the tensors at the peak, what the C heap holds in free pages between them, and what it holds
-of large models, whose tensors are given back to the system. Measured on runs with 0.14 to 0.8 GB of tensors:
-within 5 %, 7 % where others keep the machine busy (imports alone take 0.55 GB)."""
+"""On a CPU, free pages that the C heap keeps between tensors: a share of the tensors' bytes at the peak, to a
+maximum, as large tensors are returned to the system. Measured on runs with 0.14 to 0.8 GB of tensors: right
+within 5 %, 7 % on a busy machine (imports alone take 0.55 GB)."""
 STAGING_BYTES = 2 * 16 * 2**20
 ROWS_BYTES = 3 * 64 * 2**20
 
 
 def host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_RANK) -> Bytes:
-    """RAM of a machine while training, without what a CPU holds as the compute device."""
+    """RAM of a machine while training, by cause, without the tensors of a CPU as the compute device."""
     matrices = workload.matrix_bytes if plan.embedding is Placement.RAM else 0
     if plan.head is Placement.RAM and not workload.shape.is_tied:
         matrices += workload.head_bytes
@@ -50,7 +50,7 @@ def host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_R
     }
     layer_buffers = zip(workload.layer_buffer_sizes, plan.weights, strict=True)
     of_every_copy = {
-        SLABS: sum(sum(size) for size, at in layer_buffers if at is Placement.RAM),
+        LAYER_BUFFERS: sum(sum(size) for size, at in layer_buffers if at is Placement.RAM),
         MATRICES: matrices,
     }
     result = {cause: machine.num_ranks * num_bytes for cause, num_bytes in of_every_rank.items()}
@@ -59,7 +59,7 @@ def host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_R
 
 
 def ram_of_devices(peak_bytes: int, machine: Machine) -> int:
-    """RAM that the ranks of a machine take where they compute on its CPU. peak_bytes: of tensors, on each."""
+    """RAM of all ranks that compute on a machine's CPU. peak_bytes: tensors of one rank at its peak."""
     return machine.num_ranks * (peak_bytes + min(int(HEAP_SHARE * peak_bytes), MOST_HEAP_BYTES))
 
 
@@ -68,7 +68,7 @@ def _process_bytes(workload: Workload) -> int:
 
 
 def offloaded_bytes(workload: Workload, plan: ExecutionPlan) -> int:
-    """What offloaded layers offload of one micro-batch."""
+    """Activations of one micro-batch that are copied to RAM by layers with the policy `offload`."""
     if ActivationPolicy.OFFLOAD not in plan.activations:
         return 0
     layers = layer_bytes(workload, plan.hold_dequantized, plan.mlp_tile_tokens)
@@ -77,21 +77,21 @@ def offloaded_bytes(workload: Workload, plan: ExecutionPlan) -> int:
 
 
 def load_host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_RANK) -> Bytes:
-    """RAM while the base is read and quantized, by one rank: what is to stay there, and blocks of rows, or a
-    quantized head."""
+    """RAM while one rank reads and quantizes the base: the weights that stay in RAM, the blocks of rows being
+    read, and a quantized head."""
     training = host_bytes(workload, plan, machine)
-    stays = {c: n for c, n in training.items() if c in (PROCESS, SLABS, MATRICES)}
+    stays = {c: n for c, n in training.items() if c in (PROCESS, LAYER_BUFFERS, MATRICES)}
     return stays | {ROWS: ROWS_BYTES + (workload.head_bytes if workload.head_is_quantized else 0)}
 
 
 def save_host_bytes(workload: Workload, machine: Machine = ONE_RANK) -> Bytes:
-    """RAM while one rank writes a checkpoint: the masters and the optimizer state on their way."""
+    """RAM while one rank writes a checkpoint: a copy of the fp32 masters and the optimizer state."""
     state = 4 * workload.num_lora_parameters + optimizer_state_bytes(workload)
     return {PROCESS: machine.num_ranks * _process_bytes(workload), CHECKPOINTS: state}
 
 
 def merge_host_bytes(workload: Workload) -> Bytes:
-    """RAM while merging: a few rows at a time, the quantized weights of one layer."""
+    """RAM while merging: a few blocks of rows and the quantized weights of one layer, or the head."""
     largest = max(map(sum, workload.layer_buffer_sizes))
     if workload.head_is_quantized:
         largest = max(largest, workload.head_bytes)
@@ -99,8 +99,8 @@ def merge_host_bytes(workload: Workload) -> Bytes:
 
 
 def disk_bytes(workload: Workload, *, has_quantized_base: bool, keep_checkpoints: int = 2) -> Bytes:
-    """What a run writes: the quantized base unless it is there, checkpoints (one more while it replaces
-    another; the best by evaluation may be kept besides), the adapter."""
+    """Bytes that a run writes to disk: the quantized base unless it is there, checkpoints (one more while it
+    replaces another, and the best by evaluation), the adapter."""
     shape = workload.shape
     matrices = workload.matrix_bytes + (0 if shape.is_tied else workload.head_bytes)
     quantized = sum(map(sum, workload.layer_buffer_sizes)) + matrices
@@ -115,5 +115,5 @@ def disk_bytes(workload: Workload, *, has_quantized_base: bool, keep_checkpoints
 
 
 def merged_disk_bytes(workload: Workload) -> Bytes:
-    """What `export --to merged` writes in 16 bits."""
+    """Bytes that `export --to merged` writes in 16 bits."""
     return {MERGED: 2 * workload.shape.num_parameters}

@@ -1,4 +1,4 @@
-"""Configs of known models, as far as sizes go: for plans before anything is downloaded."""
+"""Sizes of known models, as in their config.json: for plans before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def _known(
     window: int | None = None,
     **others: int,
 ) -> dict[str, Any]:
+    """The values of config.json that decide sizes. window: of sliding attention, in tokens."""
     return {
         "model_type": family,
         "hidden_size": hidden,
@@ -102,4 +103,4 @@ KNOWN: dict[str, dict[str, Any]] = {
     "smollm2-360m": _known("llama", 960, 2560, 32, 15, 5, 49152, 8192, tied=True),
     "smollm2-1.7b": _known("llama", 2048, 8192, 24, 32, 32, 49152, 8192, tied=True),
 }
-"""Hub name without organisation and without what marks a chat variant, in small letters."""
+"""Config by hub name, without organisation and marks of chat variants, in small letters (`known_name`)."""

@@ -1,14 +1,13 @@
-"""Plans on the machines that are about to follow them: their free memory, their measured rates; and the
-budget that was planned for, enforced.
+"""Plans a run on its own machine, from its free memory and measured rates, and enforces the budget.
 
-All ranks of a run follow one plan, for they walk the same layers in the same groups and sum their gradients.
-So each says what it has, and all plan for the least of everything: the smallest device, the largest context,
-the machine with the least RAM for the most ranks, the slowest copies.
+All ranks of a run follow one plan, as they walk the same layers in the same groups and sum their gradients.
+They gather their resources and plan for the least of each: the smallest device, the largest context, the
+machine with the least RAM for the most ranks, the slowest copies.
 
-A driver that moves device memory into system memory instead of refusing it (Windows, WSL) turns a step that
-is too large into one that is ten times slower, with nothing said. So torch's allocator is held to the budget
-of the plan: beyond it memory runs out, and the step is tried again with less (walk/oom_fallback.py). The
-context is not the allocator's, nor is managed memory, so both are taken off before.
+Some drivers (Windows, WSL) move device memory into system memory instead of refusing an allocation, which
+silently makes a step ten times slower. So torch's allocator is limited to the budget of the plan: beyond it
+memory runs out, and the step is tried again with less (walk/oom_fallback.py). The CUDA context and managed
+memory are outside the allocator and are subtracted before.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from qlora_train.weights.ranks import ALONE, Ranks
 
 
 def device_of_all(device: ComputeDevice, ranks: Ranks) -> DeviceDescription:
-    """What the devices of all ranks can do: this rank's own where they are alike. Raises `UserError` where
-    some are GPUs and others are not."""
+    """The description of the least capable device among all ranks, with this rank's index. Raises `UserError`
+    where some are GPUs and others are not."""
     told = [DeviceDescription.from_dict(values) for values in ranks.gather(asdict(device.description))]
     kinds = sorted({description.type for description in told})
     if len(kinds) > 1:
@@ -64,10 +63,12 @@ def plan_here(
     split: Split | None = None,
     keeps_quantized_base: bool = True,
 ) -> Plan:
-    """The plan of a run, the same on all its ranks, with no limit set. recipe: with the compute dtype
-    resolved to `dtype`. folder: the base's. most_documents: in any micro-batch of so many bins. target:
-    `device_of_all`; None: this one. split: of the step; None: the best one. keeps_quantized_base: for later
-    starts. See `Plan.require_fit`."""
+    """The plan of a run, the same on all its ranks; sets no limit on the allocator.
+
+    recipe: with the compute dtype resolved to `dtype`. folder: the base's. most_documents: the largest number
+    of documents in any micro-batch of so many bins. target: from `device_of_all`; None: this device. split:
+    of the step; None: the best one. keeps_quantized_base: in the cache, for later starts. See
+    `Plan.require_fit`."""
     target = target or device.description
     num_ranks = len(ranks.here)
     machine = Machine(num_ranks, 1 if ranks.shares_memory else num_ranks)
@@ -100,7 +101,7 @@ def plan_here(
 
 
 def _smallest(budgets: list[dict[str, Any]]) -> HostBudget:
-    """As if the least of each were all on one machine."""
+    """The budget of a machine that has the least RAM and disk of all, for the most ranks and copies."""
     machines = [budget["machine"] for budget in budgets]
     return HostBudget(
         ram_bytes=min(budget["ram_bytes"] for budget in budgets),
@@ -115,7 +116,7 @@ def _smallest(budgets: list[dict[str, Any]]) -> HostBudget:
 
 
 def _slowest(rates: list[dict[str, Any]]) -> Rates:
-    """Each rate of the rank where it is the lowest."""
+    """The lowest of all ranks for each rate."""
     least = {name: min(of[name] for of in rates) for name in ("flops", "memory", "copy", "disk")}
     several = f", the slowest of {len(rates)} ranks" if len(rates) > 1 else ""
     return Rates(**least, source=rates[0]["source"] + several)
@@ -129,9 +130,9 @@ def plan_generation_here(
     vram_bytes: int | None,
     weights: WeightsChoice,
 ) -> GenerationPlan:
-    """The plan of generation, with no limit set. workload: the model, its quantization and factors.
-    vram_bytes: the budget; None: what is free. weights: `memory.weights`. See
-    `GenerationPlan.require_fit`."""
+    """The plan of generation on this device; sets no limit on the allocator. workload: the model, its
+    quantization and LoRA parameters. vram_bytes: the budget; None: what is free. weights: `memory.weights`.
+    See `GenerationPlan.require_fit`."""
     device.limit_allocator(None)
     target = replace(device.description, measured_context_bytes=_context_bytes(device))
     budget_bytes = device_budget(target, device.free_bytes, vram_bytes, has_context=device.is_accelerator)
@@ -145,8 +146,8 @@ def plan_generation_here(
 
 
 def _context_bytes(device: ComputeDevice) -> int | None:
-    """Of this process on the device, measured unless its description says it: kernels have run then, so that
-    what is free from now on is free of them too. None on a CPU."""
+    """Bytes of this process's CUDA context, measured unless the device's description has them; None on a CPU.
+    Measuring runs kernels, so memory that is free afterwards is free with them loaded."""
     told = device.description.measured_context_bytes
     return context_bytes(device) if told is None and device.is_accelerator else told
 
@@ -154,9 +155,10 @@ def _context_bytes(device: ComputeDevice) -> int | None:
 def enforce_budget(
     device: ComputeDevice, workload: Workload, vram_bytes: int | None, *, managed_bytes: int = 0
 ) -> None:
-    """Hold torch's allocator to the budget, before the base is loaded: to what vram_bytes leaves beside the
-    context and managed memory. None: to all that is free now, more than the plan was made for, since some of
-    it was left to others. What this process had on the device before (a notebook's tensors) comes on top."""
+    """Limit torch's allocator, before the base is loaded, to vram_bytes less the context and managed memory.
+
+    vram_bytes None: to all that is free now, which is more than the plan uses. Tensors that this process had
+    on the device before (a notebook's) come on top."""
     if not device.is_accelerator:
         return
     device.release_cached()

@@ -1,11 +1,10 @@
-"""What this machine really does per second: products, device memory, copies to and from the host.
+"""Measures this machine's rates per second: matrix products, device memory, copies to and from the host.
 
-The planner's seconds are bytes and FLOPs over rates, so a plan is as good as its rates. A few products and
-copies, timed once, take a second or two; the result is kept in the cache folder under the device's name, the
-dtype and torch's version. The disk is not timed: what it gives depends on what the system has cached; a
-stated rate stands for it. What another time may be faster is not kept: copies that the system refused to pin,
-products that had to be small because the device was nearly full. Where it is full, nothing is timed, and the
-stated rates stand.
+The planner's seconds are bytes and FLOPs divided by rates. Timing products and copies takes a second or two;
+the result is kept in the cache folder under the device's name, the dtype and torch's version. The disk
+is not timed, as that depends on what the system has cached; its stated rate is used. Results that may be
+better later are not kept: copies from memory that the system refused to pin, products that had to be
+small because the device was nearly full. On a full device nothing is timed and stated rates are used.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ _REPEATS = 5
 
 
 def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
-    """Measured now, or by an earlier run on this machine. cache: folder that remembers. num_ranks: that
-    measure at the same time. Leaves nothing on the device."""
+    """Rates measured now, or stored in the folder `cache` by an earlier run on this machine. num_ranks:
+    processes that measure at the same time. Leaves nothing on the device."""
     found = kept_rates(device.description, dtype, cache, num_ranks)
     if found is not None:
         return found
@@ -61,7 +60,7 @@ def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: 
 def kept_rates(
     device: DeviceDescription, dtype: torch.dtype, cache: Path, num_ranks: int = 1
 ) -> Rates | None:
-    """Those that an earlier run on this machine has measured, if any has."""
+    """Rates stored by an earlier run on this machine; None: there are none."""
     return _rates_in(_read(cache / FILE).get(_key(device, dtype, num_ranks)))
 
 
@@ -80,7 +79,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _rates_in(values: Any) -> Rates | None:
-    """What `asdict` of rates gave, if it is that."""
+    """The rates in a JSON value; None where it is not `asdict` of `Rates` with positive finite numbers."""
     names = {field.name for field in fields(Rates)}
     if not isinstance(values, dict) or values.keys() != names or not isinstance(values["source"], str):
         return None
@@ -97,7 +96,7 @@ def _write(file: Path, known: dict[str, Any]) -> None:
 
 
 def copy_rate(device: ComputeDevice, host: Tensor) -> float:
-    """Bytes per second between a buffer (uint8) in host memory and the device, the slower way."""
+    """Bytes per second between a uint8 buffer in host memory and the device, in the slower direction."""
     here = torch.empty_like(host, device=device.torch)
     in_seconds = fastest_seconds(device, lambda: here.copy_(host, non_blocking=True))
     out_seconds = fastest_seconds(device, lambda: host.copy_(here, non_blocking=True))
@@ -105,21 +104,21 @@ def copy_rate(device: ComputeDevice, host: Tensor) -> float:
 
 
 def matrix_size(device: DeviceDescription, free_bytes: int, dtype: torch.dtype) -> int:
-    """Rows and columns of the products that are timed: three matrices in a quarter of what is free, so that a
-    card that is nearly full can be measured."""
+    """Rows and columns of the products that are timed: three matrices fit in a quarter of free_bytes, so that
+    a nearly full card can be measured."""
     most = int(math.sqrt(free_bytes * _SHARE_OF_FREE / (3 * dtype.itemsize))) // 64 * 64
     return min(_wanted_size(device), max(64, most))
 
 
 def _wanted_size(device: DeviceDescription) -> int:
-    """Enough for every multiprocessor to have several tiles."""
+    """Rows and columns that give every multiprocessor several tiles."""
     if not device.is_accelerator:
         return _CPU_MATRIX
     return max(64, min(_LARGEST_MATRIX, _ROWS_PER_MULTIPROCESSOR * device.num_multiprocessors) // 64 * 64)
 
 
 def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor) -> Rates:
-    """size: rows and columns of the products. host: uint8, what is copied."""
+    """Time products of size x size, copies of `host` (uint8), and copies within the device."""
     num_bytes = host.numel()
     a, b = (torch.randn(size, size, dtype=dtype, device=device.torch) for _ in range(2))
     product_seconds = fastest_seconds(device, partial(torch.matmul, a, b.t()))
@@ -138,7 +137,7 @@ def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor)
 
 
 def fastest_seconds(device: ComputeDevice, run: Callable[[], object]) -> float:
-    """Of a few runs after one that warms up."""
+    """Seconds of the fastest of a few runs, after one that warms up."""
     times = []
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()

@@ -1,13 +1,12 @@
-"""What a plan needs to know of a model: its config, and sizes read off what transformers makes of it.
+"""Sizes of a model for planning: its linears, vocabulary and norms, read from transformers' meta model.
 
-The model is built without weights, and the start-up probe of `train` looks at its family: what `train` would
-refuse, a plan refuses in the same words. The config is that of a folder, of the hub's cache, or of a table of
-known models, so that a plan can be made before anything is downloaded.
+The meta model is built from the config without weights, and probed as `train` does: a model that `train`
+refuses is refused by a plan with the same message. The config comes from a folder, the hub's cache or a table
+of known models, so that a plan can be made before anything is downloaded.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -74,7 +73,7 @@ class ModelShape:
 
     @property
     def has_softcap(self) -> bool:
-        """Attention scores are capped with tanh."""
+        """Whether attention scores are capped with tanh."""
         return getattr(self.config, "attn_logit_softcapping", None) is not None
 
     @property
@@ -100,7 +99,7 @@ class ModelShape:
         ]
 
     @property
-    def tail_parameters(self) -> int:
+    def skippable_parameters(self) -> int:
         """Numbers that a token is multiplied by where recomputation may skip it, in a layer on average."""
         skippable = self.probed.skippable
         linears = sum(
@@ -125,20 +124,24 @@ class ModelShape:
         return self.quantized_parameters // self.num_layers
 
     @cached_property
+    def linear_parameters(self) -> int:
+        """Of those, the numbers that are not experts'."""
+        return sum(prod(shape) for layer in self.layers for _, shape in layer.linears) // self.num_layers
+
+    @cached_property
     def active_parameters(self) -> int:
-        """Of those, the numbers that a token is multiplied by."""
-        linears = sum(prod(shape) for layer in self.layers for _, shape in layer.linears)
+        """Numbers of one layer that a token is multiplied by, on average."""
         experts = sum(
             self._active(shape, number) for layer in self.layers for _, shape, number in layer.experts
         )
-        return (linears + experts) // self.num_layers
+        return self.linear_parameters + experts // self.num_layers
 
     def _active(self, shape: tuple[int, int], num_experts: int) -> int:
         return prod(shape) * min(self.experts_per_token, num_experts) // num_experts
 
     @property
     def matrix_parameters(self) -> int:
-        """Numbers in the embedding, which is also the head's size."""
+        """Numbers in the embedding; the head has as many."""
         return self.vocabulary * self.hidden
 
     @property
@@ -150,18 +153,26 @@ class ModelShape:
         )
 
     def head_format(self, dtype: torch.dtype) -> RowLayout:
-        """How rows of the head are stored."""
+        """The storage format of the head's rows."""
         return RowLayout(self.head_quantization, self.hidden, dtype)
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
     """Raises `UnsupportedModelError` for a family that cannot be trained."""
-    return _shape_of(config.to_json_string(use_diff=False))
+    return _shape_of(_Config(config.to_json_string(use_diff=False), config))
+
+
+@dataclass(frozen=True)
+class _Config:
+    """A config, equal to others of the same text."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
 
 
 @lru_cache(maxsize=16)
-def _shape_of(text: str) -> ModelShape:
-    config = AutoConfig.for_model(**json.loads(text))
+def _shape_of(known_by: _Config) -> ModelShape:
+    config, text = known_by.config, known_by.text
     probed = probe(config)
     meta_model = MetaModel(config, torch.bfloat16)
     vocabulary, hidden = meta_model.matrix_shape
@@ -193,8 +204,8 @@ def _experts_per_token(config: PretrainedConfig) -> int:
 
 
 def _head_quantization(config: PretrainedConfig, hidden: int) -> Quantization:
-    """How a checkpoint with this quantization_config stores the rows of an untied head. bitsandbytes leaves
-    the head unquantized unless told what else to skip."""
+    """The quantization of an untied head's rows in a checkpoint with this quantization_config. bitsandbytes
+    leaves the head unquantized unless it is told which other modules to skip."""
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, Mapping) else getattr(stored, "to_dict", dict)()
     skipped = stored.get("llm_int8_skip_modules")
@@ -204,14 +215,14 @@ def _head_quantization(config: PretrainedConfig, hidden: int) -> Quantization:
 
 
 def find_shape(base: str, revision: str | None = None) -> ModelShape:
-    """The shape of `model.base`: of a folder's config.json, of a known model, or of what the hub has. Raises
-    `UserError` where none of them is."""
+    """The sizes of `model.base`, from a folder's config.json, a known model, or the hub. Raises `UserError`
+    where none of them has it."""
     folder = find_base_folder(base, revision)
     known = known_shape(base) if folder is None else None
     return known or shape_of(read_config(folder or fetch_config(base, revision)))
 
 
 def known_shape(base: str) -> ModelShape | None:
-    """The shape of a known model by its hub id, whoever hosts it, base or instruct; None if it is none."""
+    """The sizes of a known model by its hub id, whatever the organisation or chat variant; else None."""
     values = KNOWN.get(known_name(base))
     return None if values is None else shape_of(AutoConfig.for_model(**values))

@@ -1,7 +1,7 @@
-"""Which parts of the weights wait off the device: the choices of the planner and of generation alike.
+"""Places weights on the device, in RAM or on disk, for training and generation.
 
-Layers that stream are spread evenly between resident ones, so that copies find arithmetic to hide behind. One
-more layer off the device always frees memory, so the fewest that must stream are found by halving.
+Streamed layers are spread evenly between resident ones, so that copies overlap with arithmetic. One more
+streamed layer always frees device memory, so the fewest that must stream are found by bisection.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def placed(
     with_embedding: bool = True,
     with_head: bool = True,
 ) -> ExecutionPlan:
-    """num_streamed layers and, where asked, embedding and head wait in `place`; the rest is resident."""
+    """The plan with num_streamed layers and, if asked for, embedding and head in `place`, the rest resident.
+    is_tied: embedding and head are one matrix."""
     if is_tied:
         with_embedding = with_head
     num_layers, num_resident = plan.num_layers, plan.num_layers - num_streamed
@@ -39,8 +40,8 @@ def placed(
 
 
 def place_of_streamed(workload: Workload, start: ExecutionPlan, budget: HostBudget) -> Placement:
-    """RAM if all that could stream fits there beside what `start` has there, else disk. On a CPU "the device"
-    is RAM."""
+    """RAM if all weights fit there beside what `start` has there, else disk; on a CPU, whose memory is RAM
+    already, always disk."""
     if not workload.on_accelerator:
         return Placement.DISK
     everything = placed(start, Placement.RAM, start.num_layers, is_tied=workload.shape.is_tied)
@@ -51,7 +52,7 @@ def place_of_streamed(workload: Workload, start: ExecutionPlan, budget: HostBudg
 def fewest(
     plan_of: Callable[[int], ExecutionPlan], most: int, fits: Callable[[ExecutionPlan], bool]
 ) -> ExecutionPlan | None:
-    """plan_of(n) of the smallest n up to `most` that fits; None where plan_of(most) does not."""
+    """plan_of(n) for the smallest n up to `most` that fits; None where plan_of(most) does not."""
     if not fits(plan_of(most)):
         return None
     least = 0

@@ -1,7 +1,7 @@
-"""A plan: what a run will do, what it takes on the device, in RAM and on disk, and how long a step lasts.
+"""A plan: how a run executes, its bytes on the device, in RAM and on disk, and the seconds of a step.
 
-Made by planner.py, shown by report.py as the plain values of `Plan.to_dict`, obeyed by `train` (its
-`execution`), kept in plan.json.
+Made by planner.py, printed by report.py from the plain values of `Plan.to_dict`, followed by `train` (its
+`execution`), stored in plan.json.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ CONTEXT = "CUDA context"
 WORKSPACES = "cuBLAS workspaces"
 FRAGMENTATION = 0.02
 FRAGMENTATION_OF_FIXED_SEGMENTS = 0.06
-"""Shares of a GPU's budget left to what torch's allocator holds beside tensors: rounding, and holes between
-what lives longer. Segments that cannot grow are of 2 or 20 MiB, or of one large tensor rounded up to 2 MiB,
-and what is left free in them serves few others. Seen when the tensors of planned steps (Llama 1B and 8B, 512
-to 8,192 tokens, kept and recomputed, the number of documents changing) went through a model of the allocator
-with no byte more than needed: 0.2 to 1.5 % with segments that grow (3.7 % once, at 2.4 GiB), 1 to 6 % without
-(13 % once, at 2 GiB). Where it is not enough, memory runs out and a step is tried again with less
-(walk/oom_fallback.py)."""
+"""Shares of a GPU's budget reserved for fragmentation: rounding, and holes between tensors in torch's
+allocator. Fixed segments have 2 or 20 MiB, or one large tensor rounded up to 2 MiB, and their free parts fit
+few other tensors. Measured by replaying the tensors of planned steps (Llama 1B and 8B, 512 to 8,192 tokens,
+kept and recomputed, varying numbers of documents) in a model of the allocator with no spare byte: 0.2 to
+1.5 % with expandable segments (3.7 % once, at 2.4 GiB), 1 to 6 % with fixed ones (13 % once, at 2 GiB). Where
+the share is too small, memory runs out and the step is tried again with less (walk/oom_fallback.py)."""
 PINNED = "pinned: "
 
 
 def context_parts(workload: Workload) -> Bytes:
-    """What is on the device besides tensors, by cause."""
+    """Bytes on the device besides tensors, by cause: CUDA context and cuBLAS workspaces."""
     parts = {
         CONTEXT: workload.target.context_bytes,
         WORKSPACES: workload.target.workspace_bytes(deterministic=workload.deterministic),
@@ -64,6 +63,7 @@ def budget_for(tensor_bytes: int, workload: Workload) -> int:
 
 
 def _fragmentation(workload: Workload) -> float:
+    """The share of the budget that fragmentation may take on the workload's device."""
     if not workload.on_accelerator:
         return 0.0
     return FRAGMENTATION if workload.target.has_expandable_segments else FRAGMENTATION_OF_FIXED_SEGMENTS
@@ -71,7 +71,7 @@ def _fragmentation(workload: Workload) -> float:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the recipe's `memory` section leaves open."""
+    """What the recipe's `memory` section prescribes; `auto` leaves the choice to the planner."""
 
     weights: Literal["auto", "resident", "ram", "disk"] = "auto"
     activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
@@ -79,7 +79,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class MemoryEntry:
-    """One line of the table. place: VRAM, pinned RAM, RAM or disk."""
+    """One row of the memory table. place: VRAM (on a CPU: tensors in RAM), pinned RAM, RAM or disk."""
 
     phase: str
     place: str
@@ -89,11 +89,11 @@ class MemoryEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen, and what it takes.
+    """How a run executes, and the memory and time it needs.
 
-    phases: bytes on the device by cause, at the most, of every phase that uses it. host, disk: bytes by cause
-    in RAM while training and on disk, of all ranks of a machine. budget_bytes: for the device of each rank,
-    context included. problems: which budgets do not hold, and by how much. advise: makes `advice`.
+    phases: peak bytes on the device by cause, for every phase that uses it, without the context. host, disk:
+    bytes by cause in RAM while training and on disk, of all ranks of a machine. budget_bytes: for the device
+    of each rank, context included. problems: messages of exceeded budgets. advise: makes `advice`.
     """
 
     workload: Workload
@@ -110,7 +110,7 @@ class Plan:
 
     @cached_property
     def advice(self) -> tuple[str, ...]:
-        """Changes of the recipe, each with what the plan that was made with it takes; made when asked for."""
+        """Changes of the recipe that help, one line of text each; made when first asked for."""
         return self.advise()
 
     @property
@@ -119,22 +119,22 @@ class Plan:
 
     @property
     def context_bytes(self) -> int:
-        """Context and workspaces."""
+        """Bytes of the CUDA context and the workspaces."""
         return sum(context_parts(self.workload).values())
 
     @property
     def peak_vram_bytes(self) -> int:
-        """The largest phase on the device, context included."""
+        """Bytes on the device in the largest phase, context included."""
         return max(sum(phase.values()) for phase in self.phases.values()) + self.context_bytes
 
     @property
     def step_vram_bytes(self) -> int:
-        """Tensors in an optimizer step: what a meter reads."""
+        """Peak bytes of tensors in an optimizer step, to compare with the measured peak."""
         return sum(self.phases["step"].values())
 
     @property
     def peak_ram_bytes(self) -> int:
-        """Of a machine, all its ranks together. On a CPU the devices' bytes are RAM."""
+        """RAM of all ranks of a machine together; on a CPU it includes the bytes of the device."""
         in_host_memory = sum(self.host.values())
         if self.workload.on_accelerator:
             return in_host_memory
@@ -142,14 +142,14 @@ class Plan:
 
     @property
     def _heap(self) -> Bytes:
-        """What ranks on a CPU take besides their tensors."""
+        """Bytes of the C heap besides tensors, on a CPU."""
         of_devices = self.peak_ram_bytes - sum(self.host.values())
         kept = of_devices - self.machine.num_ranks * self.peak_vram_bytes
         return {} if self.workload.on_accelerator else {"free pages of the heap": kept}
 
     @property
     def machine(self) -> Machine:
-        """How many ranks share the RAM."""
+        """The ranks that share the machine's RAM."""
         return self.host_budget.machine
 
     @property
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def seconds_per_million_tokens(self) -> float:
-        """Of bins, which packing fills almost to the last token."""
+        """Seconds per million tokens of full bins; packing fills bins almost to the last token."""
         return self.step_seconds * 1e6 / self.workload.tokens_per_step
 
     @property
@@ -167,7 +167,7 @@ class Plan:
 
     @property
     def remarks(self) -> list[str]:
-        """What is to be known besides."""
+        """Notes for the user: long sequences, and memory that grows with the number of documents."""
         shape, work = self.workload.shape, self.workload
         lines = positions_line(max(work.documents), shape.max_positions)
         grouped = shape.num_heads != shape.num_kv_heads
@@ -187,7 +187,7 @@ class Plan:
         return "VRAM" if self.workload.on_accelerator else "tensors in RAM"
 
     def entries(self) -> Iterator[MemoryEntry]:
-        """The table: per phase and place the bytes by cause."""
+        """The rows of the memory table: bytes per phase, place and cause."""
         for phase, parts in self.phases.items():
             for cause, num_bytes in (context_parts(self.workload) | parts).items():
                 yield MemoryEntry(phase, self.device_place, cause, num_bytes)
@@ -207,7 +207,7 @@ class Plan:
             yield MemoryEntry("merge", "disk", cause, num_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """plan.json, as far as it is known before the data are."""
+        """The content of plan.json, apart from what depends on the data."""
         execution, work = self.execution.to_dict(), self.workload
         return {
             "fits": self.fits,
@@ -260,11 +260,11 @@ class Plan:
         return max(self.phases.values(), key=lambda phase: sum(phase.values()))
 
     def require_fit(self) -> None:
-        """Raise `UserError`, with what is missing and what would fit, where the plan does not."""
+        """Raise `UserError`, with the exceeded budgets and advice, where the plan does not fit."""
         if not self.fits:
             raise refusal(self.problems, self.floor, self.advice)
 
 
 def largest_causes(plan: Plan) -> str:
-    """What takes most on the device in a step."""
+    """The five largest causes of device memory in a step, as text."""
     return largest_in_words(plan.phases["step"], 5)

@@ -1,8 +1,8 @@
-"""Plans made before, so that the same question is answered at once. Imports no torch.
+"""A cache of plans, so that the same request is answered at once. Imports no torch.
 
-A plan follows from the recipe, the base's config, the device, the room that there is, and the program. All
-but the room is hashed into the name of a file. What is free drifts from one call to the next, so a plan is
-taken again while it still fits and the room is nearly what it was made for; else another is made.
+A plan depends on the recipe, the base's config, the device, the free memory and disk, and this program. All
+but the free bytes is hashed into the file's name. Free bytes drift from one call to the next, so a cached
+plan is used while it fits and they are within `DRIFT` of what it was made for.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ RATES_FILE = "rates.json"
 FOLDER = "plans"
 MOST_PLANS = 100
 DRIFT = 0.05
-"""Share by which free memory and disk may differ from what a plan was made for."""
+"""Relative change of free memory and disk up to which a cached plan is used."""
 
 
 def cached_plan(request: PlanRequest, make: Callable[[PlanRequest], dict[str, Any]]) -> dict[str, Any]:
-    """The plan that was made before, or what `make` makes, kept for the next time. A file that does not read
-    or cannot be written only costs the time."""
+    """The cached plan of a request, or a new one from `make`, which is then cached. A cache file that cannot
+    be read or written only costs time."""
     folder = cache_root() / FOLDER
     file = folder / f"{_fingerprint(request)}.json"
     room = _room(request)
@@ -53,6 +53,7 @@ def cached_plan(request: PlanRequest, make: Callable[[PlanRequest], dict[str, An
 
 
 def _room(request: PlanRequest) -> dict[str, int]:
+    """Bytes that the request may use of device memory, RAM and disk."""
     vram_bytes = request.recipe.memory.vram_bytes
     return {
         "vram": device_budget(request.target, request.free_bytes, vram_bytes, has_context=False),
@@ -62,6 +63,7 @@ def _room(request: PlanRequest) -> dict[str, int]:
 
 
 def _still_holds(plan: Mapping[str, Any], before: Mapping[str, int], now: Mapping[str, int]) -> bool:
+    """Whether a plan fits into the bytes there are now, and they are nearly those of before."""
     needed = {"vram": plan["peak_vram_bytes"], "ram": plan["peak_ram_bytes"], "disk": plan["disk_bytes"]}
     return all(
         needed[name] <= now[name] and abs(now[name] - before[name]) <= DRIFT * before[name] for name in needed
@@ -69,7 +71,7 @@ def _still_holds(plan: Mapping[str, Any], before: Mapping[str, int], now: Mappin
 
 
 def _fingerprint(request: PlanRequest) -> str:
-    """Of all that a plan follows from, apart from the room."""
+    """Hash of everything that a plan depends on, apart from free bytes."""
     recipe = request.recipe
     values = recipe.to_dict()
     training = {k: v for k, v in values["training"].items() if k not in ("output_dir", "seed", "report_to")}
@@ -95,7 +97,7 @@ def _fingerprint(request: PlanRequest) -> str:
 
 
 def _files_of(folder: str | None) -> list[str]:
-    """Sizes and times of the files below a folder."""
+    """Name, size and time of every program, JSON and weight file below a folder."""
     if folder is None:
         return []
     files = sorted(
@@ -112,7 +114,7 @@ def _content(file: Path) -> str:
 
 
 def _forget_old(folder: Path) -> None:
-    """Keep the newest."""
+    """Remove all but the newest `MOST_PLANS` plans."""
     files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files[MOST_PLANS:]:
         file.unlink(missing_ok=True)

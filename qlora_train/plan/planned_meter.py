@@ -1,8 +1,7 @@
-"""The meter of a plan: bytes of tensors without numbers, and of what operations take inside.
+"""Counts the bytes of meta tensors, and the scratch memory inside operations, for planning.
 
-Silence would be the danger: an operation that the planned device would not run has bytes as well. So what
-should not be there is refused: attention that writes all scores where nobody chose it, and tensors of the
-host among those of the device.
+Operations that the planned device would not run would be counted silently. So two are refused: attention that
+writes all scores where no kernel of the device does, and mixing host tensors with device tensors.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from torch.utils._pytree import tree_leaves
 from qlora_train.device.memory_tracker import StorageMeter
 
 Scratch = Mapping[str, Callable[..., int]]
-"""Operation -> bytes that it takes inside, from its arguments."""
+"""Operation name -> function of its arguments that gives the bytes of scratch it needs."""
 WORKING_SET = "one layer's working set"
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
 class PlannedMeter(StorageMeter):
-    """scratch: what operations take beside their results. may_write_scores: whether attention may take the
-    formula that writes all scores, as it may on a CPU."""
+    """A `StorageMeter` of meta tensors by cause. scratch: bytes of operations beside their results.
+    may_write_scores: attention may use the formula that writes all scores, as on a CPU."""
 
     def __init__(self, scratch: Scratch, *, may_write_scores: bool) -> None:
         super().__init__("meta")
@@ -42,14 +41,14 @@ class PlannedMeter(StorageMeter):
         return output
 
     def note_peak(self, num_bytes: int, cause: str = WORKING_SET) -> None:
-        """So many bytes come and go."""
+        """Count bytes that are allocated and freed at once."""
         if not self.is_paused:
             self.add(num_bytes, cause)
             self.add(-num_bytes, cause)
 
     @contextmanager
     def counting(self, cause: str) -> Iterator[None]:
-        """What is made inside counts under `cause`."""
+        """Inside, new tensors count under `cause`."""
         before, self.cause = self.cause, cause
         try:
             yield
@@ -58,7 +57,7 @@ class PlannedMeter(StorageMeter):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is made inside is not counted."""
+        """Inside, new tensors are not counted."""
         before, self.is_paused = self.is_paused, True
         try:
             yield
@@ -66,7 +65,7 @@ class PlannedMeter(StorageMeter):
             self.is_paused = before
 
     def another(self) -> PlannedMeter:
-        """One like this one."""
+        """A new meter with the same settings."""
         return PlannedMeter(self._scratch, may_write_scores=self._may_write_scores)
 
     def _refuse(self, function: Any, args: tuple[Any, ...]) -> None:

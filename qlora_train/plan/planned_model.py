@@ -1,9 +1,9 @@
-"""A model without numbers, with its factors: what the program is run with to see what it takes.
+"""A model of meta tensors with LoRA parameters; the program runs it to find out its memory.
 
 weights     one quantized weight for each shape, shared by all layers
-head        three tiles and a rest: the peak of the loss does not depend on how many tiles there are
-layers      as many as the model has, played back once each kind has been run (recorded_layers.py)
-host        memory of no bytes, which is not counted as the device's
+head        three tiles and a remainder: the peak of the loss does not depend on the number of tiles
+layers      as many as the model has; each kind runs once and is replayed from then on (recorded_layers.py)
+host        meta tensors, which are not counted as the device's
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOSS = "loss and its gradients"
 
 
 class PlannedModel:
-    """decoder, factors: of the workload, on the meta device."""
+    """The decoder and LoRA parameters of a workload, on the meta device."""
 
     def __init__(self, workload: Workload) -> None:
         shape, dtype = workload.shape, workload.dtype
@@ -55,7 +55,9 @@ class PlannedModel:
                     tensors = {key: _empty(of, kind) for key, (kind, of) in layout.items()}
                     by_shape[size] = QuantizedWeight(workload.quantization, size, tensors)
                 weights.quantized[f"{path}.{name}"] = by_shape[size]
-        plain = {name: _empty(size, dtype) for name, size in meta_model.plain_shapes.items()}
+        plain = {
+            name: _empty(size, meta_model.plain_dtype(name)) for name, size in meta_model.plain_shapes.items()
+        }
         matrix = self._matrix(shape.head_format(dtype), Placement.DEVICE, HEAD_TILE_ROWS)
         self.decoder = meta_model.come_alive_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
         self.decoder.skippable = shape.probed.skippable
@@ -75,7 +77,7 @@ class PlannedModel:
         self.decoder.prepare()
 
     def place(self, plan: ExecutionPlan) -> None:
-        """Put embedding and head where a plan has them."""
+        """Place embedding and head as a plan has them."""
         shape, dtype = self._workload.shape, self._workload.dtype
         self.decoder.head = self._matrix(shape.head_format(dtype), plan.head, plan.head_tile_rows)
         self.decoder.embedding = self.decoder.head
@@ -84,7 +86,7 @@ class PlannedModel:
             self.decoder.embedding = self._matrix(rows, plan.embedding, plan.head_tile_rows)
 
     def meter(self, most_documents: int) -> PlannedMeter:
-        """For what runs on the device. most_documents: in any micro-batch."""
+        """A new meter of device memory. most_documents: the largest number in any micro-batch."""
         target = self._workload.target
         scratch = attention_scratch(
             target, deterministic=self._workload.deterministic, most_documents=most_documents
@@ -92,7 +94,7 @@ class PlannedModel:
         return PlannedMeter(scratch, may_write_scores=not target.is_accelerator)
 
     def micro_batch(self, documents: tuple[int, ...], num_supervised: int) -> PackedTokens:
-        """Of documents with so many tokens."""
+        """A meta micro-batch. documents: token counts. num_supervised: tokens that have a label."""
         num_tokens = sum(documents)
         zeros = np.zeros(num_tokens, dtype=np.int64)
         return PackedTokens.from_host(
@@ -109,7 +111,7 @@ class PlannedModel:
 
     def _matrix(self, rows: RowLayout, place: Placement, tile_rows: int) -> VocabMatrix:
         vocabulary = self._workload.shape.vocabulary
-        if not self._workload.reference:  # which takes the whole of it at once
+        if not self._workload.reference:  # reference mode has no tiles
             vocabulary = min(vocabulary, NUM_TILES * tile_rows + vocabulary % tile_rows)
         stored = _PlannedMatrix(
             _empty((vocabulary, rows.stored_columns), rows.stored_dtype),
@@ -117,18 +119,18 @@ class PlannedModel:
             self._gathers_on_device(place),
         )
         matrix = as_vocab_matrix(stored, rows, self.device.description.dequantize_kernel)
-        with matrix.tile(0):  # what tiles are dequantized into is made once
+        with matrix.tile(0):  # makes the buffer that tiles are dequantized into
             pass
         return matrix
 
     def _gathers_on_device(self, place: Placement) -> bool:
-        """Whether gathered rows are put together on the device; of a CPU, whose memory is the host's, not
-        where they are read from a file."""
+        """Whether gathered rows are assembled in device memory. On a CPU, rows from a file are assembled in
+        host memory first, which is the device's too."""
         return self._workload.on_accelerator or place is not Placement.DISK
 
 
 class _PlannedMatrix(ResidentMatrix):
-    """gathers_on_device: see `PlannedModel._gathers_on_device`."""
+    """A matrix of meta tensors. gathers_on_device: see `PlannedModel._gathers_on_device`."""
 
     def __init__(self, weight: Tensor, tile_rows: int, gathers_on_device: bool) -> None:
         super().__init__(weight, tile_rows)
@@ -137,13 +139,13 @@ class _PlannedMatrix(ResidentMatrix):
     def gather(self, ids: TokenIds) -> Tensor:
         if self._gathers_on_device:
             return super().gather(ids)
-        found, rows = super().gather(ids), super().gather(ids)  # memory/stores.HostRows
+        found, rows = super().gather(ids), super().gather(ids)  # as weights/stores.py's HostRows
         del found, rows
         return super().gather(ids)
 
 
 class PlannedLoss(TiledLoss):
-    """Takes each tile of each size once: all others take the same memory, and leave nothing."""
+    """A `TiledLoss` that runs one tile of each size: all others need the same memory, and keep nothing."""
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         decoder = self._decoder
@@ -164,7 +166,7 @@ class PlannedLoss(TiledLoss):
 
 
 class PlannedHost(HostMemory):
-    """Host memory without bytes. meter: of the device, which must not count it."""
+    """Host memory of meta tensors. meter: the device's, which must not count them."""
 
     def __init__(self, device: PlannedDevice, meter: PlannedMeter) -> None:
         super().__init__(device)
@@ -191,8 +193,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _fix_rotary_tables(model: nn.Module) -> None:
-    """Rotary tables that follow the longest sequence look at a number; where that matters, `train` refuses
-    the sequence (model/rope_lengths.py)."""
+    """Make length-dependent rotary tables fixed, as they read a tensor's value, which meta tensors lack.
+    Where the length matters, `train` refuses the sequence (model/rope_lengths.py)."""
     for module in model.modules():
         if (
             "dynamic" in str(getattr(module, "rope_type", ""))
@@ -203,5 +205,5 @@ def _fix_rotary_tables(model: nn.Module) -> None:
 
 @lru_cache(maxsize=4)
 def planned_model(workload: Workload) -> PlannedModel:
-    """One for each workload that is planned now."""
+    """The cached planned model of a workload."""
     return PlannedModel(workload)

@@ -1,12 +1,11 @@
-"""Bytes on the device at the most in every phase of a run, from the program's own walk.
+"""Peak bytes on the device in every phase of a run, from running the program on meta tensors.
 
-    step         walk/layer_walk.py with a model without numbers (planned_model.py); then the optimizer
-    evaluation   walk/evaluate.py
+    step         walk/layer_walk.py with a meta model (planned_model.py), then the optimizer
+    evaluation   walk/evaluate.py, forward only
     generate     the prompts of one batch through one layer of each kind, the key-value cache and the logits
-    load         what stays, one layer buffer and one block of rows
+    load         the weights on the device, one layer buffer and blocks of rows
 
-What stays as long as training runs is added (fixed_bytes.py). The peak of a run is the largest of its phases,
-never a sum over things that are not there at the same time.
+Bytes that stay while training runs are added (fixed_bytes.py). A run's peak is that of its largest phase.
 """
 
 from __future__ import annotations
@@ -42,44 +41,43 @@ from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
 
 INPUTS = "layer inputs"
-"""Inputs of layers: in use, kept for the backward pass or fetched from host memory; and their gradients."""
+"""The cause of layer inputs (in use, kept for backward or copied from host memory) and their gradients."""
 MOST_TOGETHER = 32
-"""Micro-batches that may pass the layers together: what that saves, transfers and dequantizing, is hidden
-behind the arithmetic or beside it long before."""
+"""The largest group of micro-batches. Larger ones save no more time: long before, copies are hidden behind
+arithmetic and dequantizing is negligible."""
 
 
 @dataclass(frozen=True)
 class GenerateSize:
-    """What `generate` and samples are planned for: token counts of the prompts of one batch, new tokens of
-    each."""
+    """Size of a batch to generate. prompts: token counts. new_tokens: of each prompt at most."""
 
     prompts: tuple[int, ...] = (512,)
     new_tokens: int = 128
 
     @property
     def capacity(self) -> int:
-        """Tokens that the cache has room for, per prompt."""
+        """Tokens per prompt that the key-value cache has room for."""
         return max(self.prompts) + self.new_tokens
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Of one optimizer step: bytes on the device by cause at the most, and what waits in host memory."""
+    """Bytes of one optimizer step: the peak on the device by cause, and buffers in host memory."""
 
     device: Bytes
     host_bytes: int
 
 
 def group_size(workload: Workload, plan: ExecutionPlan) -> int:
-    """Micro-batches that pass the layers together."""
+    """Number of micro-batches that pass the layers together."""
     return -(-workload.num_micro_batches // plan.num_groups)
 
 
 def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
-    """In an optimizer step, from the second on (optimizer state exists)."""
+    """Bytes of an optimizer step from the second on, when optimizer state exists."""
     model, tokens, meter = set_up(workload, plan)
     group = group_size(workload, plan)
-    number = min(workload.num_micro_batches, 2 * group)  # a third group finds what the second found
+    number = min(workload.num_micro_batches, 2 * group)  # a third group is like the second
     host = PlannedHost(model.device, meter)
     plan_of_two = replace(plan, num_groups=-(-number // group))
     walk = LayerWalk(
@@ -99,7 +97,7 @@ def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
 
 
 def evaluation_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
-    """Forward only, without dropout; optimizer state and gradient are there too."""
+    """Peak bytes on the device by cause in an evaluation, beside optimizer state and gradient."""
     model, tokens, meter = set_up(workload, plan)
     group = group_size(workload, plan)
     with meter:
@@ -117,7 +115,8 @@ def evaluation_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
 def generate_peak(
     workload: Workload, plan: ExecutionPlan, size: GenerateSize, *, in_training: bool = True
 ) -> Bytes:
-    """The prompts of one batch in one row, then token by token. in_training: optimizer state is there too."""
+    """Peak bytes on the device by cause while generating: all prompts in one row, then token by token.
+    in_training: beside optimizer state."""
     model, tokens, meter = set_up(replace(workload, documents=size.prompts, num_supervised=1), plan)
     decoder = model.decoder
     numbers: dict[int, int] = {}
@@ -143,14 +142,14 @@ def generate_peak(
 
 
 def _cached_numbers(layer: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> int:
-    """Of one token in one layer: its keys and values."""
+    """Numbers in the keys and values of one token in one layer."""
     noted = _NotedCache()
     layer(x, **{**arguments, "past_key_values": noted})
     return noted.num_numbers
 
 
 class _NotedCache:
-    """Handed to a layer in the place of a key-value cache."""
+    """Stands in for a layer's key-value cache and counts the numbers per token."""
 
     num_numbers = 0
 
@@ -160,7 +159,7 @@ class _NotedCache:
 
 
 def load_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
-    """Everything that stays but the training state, and what is being filled on top of it."""
+    """Peak bytes on the device by cause while loading: the weights, and buffers of what is being read."""
     parts = {
         cause: num_bytes
         for cause, num_bytes in fixed_bytes(workload, plan).items()
@@ -183,7 +182,7 @@ def total(*parts: Mapping[str, int]) -> Bytes:
 
 
 def set_up(workload: Workload, plan: ExecutionPlan) -> tuple[PlannedModel, PackedTokens, PlannedMeter]:
-    """A model as a plan has it, one micro-batch, and a meter that is not switched on yet."""
+    """(model placed as in the plan, one micro-batch, a meter that is not started)."""
     bare = replace(workload, documents=(1,), num_supervised=1, num_micro_batches=1, optimizer="adamw")
     model = planned_model(replace(bare, known_most_documents=0))
     meter = model.decoder.meter = model.meter(workload.most_documents)
@@ -195,7 +194,7 @@ def set_up(workload: Workload, plan: ExecutionPlan) -> tuple[PlannedModel, Packe
 
 
 def _micro_batch_bytes(workload: Workload, tokens: PackedTokens) -> Bytes:
-    """Of all micro-batches of a step; on a CPU they share memory with the host's arrays."""
+    """Bytes of all micro-batches of a step; none on a CPU, where tensors share the host arrays' memory."""
     sizes: list[int] = []
     tokens.moved(lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
     return {MICRO_BATCH: workload.num_micro_batches * sum(sizes) if workload.on_accelerator else 0}

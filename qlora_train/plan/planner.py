@@ -1,26 +1,26 @@
-"""The planner: which of all execution plans to follow, decided before the first byte is loaded.
+"""Searches for the best execution plan of a training step within a memory budget.
 
-In this order, each step only if the one before does not fit into the budget:
+Tried in this order, each only if the one before does not fit:
 
 1. everything resident, nothing recomputed;
-2. recompute (or offload, where its copies cost less time) as few layers as fit, the first ones: the last
-   layers' graphs are born last and freed first;
-3. the same with the embedding in RAM. Only the rows of a batch's tokens are copied, so its room (1.05 GB in
-   Llama 3 8B) is the cheapest to have: it keeps several layers that would be recomputed;
+2. recompute (or offload, where its copies cost less time) as few layers as fit, beginning with the first:
+   the last layers' graphs are made last and freed first;
+3. the same with the embedding in RAM. Only the rows of a batch's tokens are copied, so its bytes (1.05 GB in
+   Llama 3 8B) are the cheapest to free: several layers can be kept that would be recomputed;
 4. recompute (or offload) every layer, and move the embedding, then the head, then as few layers as fit to
-   RAM, or to disk where RAM does not hold them. The resident ones are spread evenly between the streamed
-   ones, so that copies find arithmetic to hide behind;
+   RAM, or to disk where RAM does not hold them. Resident layers are spread evenly between streamed ones, so
+   that copies overlap with arithmetic;
 5. layer inputs in RAM, smaller loss blocks and head tiles, MLP tiles;
-6. refuse, with the least that would fit and which change of the recipe would.
+6. refuse, with the smallest budget that would fit and the changes of the recipe that would.
 
-Every step is tried for several numbers of groups (micro-batches that pass the layers together cost memory and
-save transfers and dequantizing); of what fits the fastest by the time model is taken. Of those that are as
-fast, as far as the model can tell, it is the one that takes the least host memory; then that with the fewest
-copies, which may find a bus that others use; then that with the most layers on the device. Explicit
-`memory.*` keys narrow the choice. Seconds come from time_model.py. Bytes come from a walk by the plan
-(planned_walk.py); as that takes a tenth of a second, the search goes by a sum (step_sum.py). What it finds is
-walked, the sum is corrected for plans of this kind, and the search begins anew until it finds what it has
-walked already.
+Every step is tried for several numbers of groups (micro-batches that pass the layers together need memory and
+save copies and dequantizing). Of the plans that fit, the fastest by the time model is taken; among equally
+fast ones that with the least host memory, then the fewest copies, as the bus may be shared, then the most
+layers on the device. Explicit `memory.*` keys narrow the choice.
+
+Seconds come from time_model.py. Exact bytes come from a planned walk (planned_walk.py), which takes a tenth
+of a second, so the search uses an estimated sum (step_sum.py). The plan found is walked, the sum of plans of
+its kind is corrected by the difference, and the search is repeated until it finds a plan already walked.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ from qlora_train.weights.execution_plan import (
 
 T = TypeVar("T")
 TELLABLE = 0.02
-"""Plans whose seconds differ by less are equally fast: the time model cannot tell them apart."""
+"""Relative difference of seconds below which plans count as equally fast; the time model is no better."""
 MOST_ROUNDS = 16
-"""Of searching and walking."""
+"""Rounds of searching and walking at the most."""
 SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS, SMALLEST_MLP_TILE = 64, 1024, 256
 
 
@@ -72,7 +72,7 @@ def make_plan(
     choices: Choices = Choices(),  # noqa: B008  # frozen
     generate: GenerateSize = GenerateSize(),  # noqa: B008
 ) -> Plan:
-    """The best plan that fits, or, with `fits` False, the smallest one.
+    """The best plan that fits; if none does, the smallest one, whose `fits` is False.
 
     budget_bytes: for the device of each rank, context included. host_budget: RAM and disk that may be used.
     """
@@ -94,8 +94,8 @@ def make_plan(
 
 
 def best_of(plans: Iterable[Plan]) -> Plan:
-    """The one to follow, of plans for the same tokens: by the same preference as within each. Of plans none
-    of which fits, the one with the least on the device."""
+    """The best of several plans for the same tokens, by the preference of the search; if none fits, the one
+    with the least bytes on the device."""
     plans = list(plans)
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
@@ -108,18 +108,20 @@ def _cost(plan: Plan) -> tuple[int, ...]:
 
 
 def _cost_of(workload: Workload, plan: ExecutionPlan, time: StepTime) -> tuple[int, ...]:
-    """What equally fast plans are compared by: bytes in host memory, copies, layers that wait elsewhere."""
+    """Cost that decides between equally fast plans: (bytes in host memory, copied bytes, parts of the weights
+    off the device)."""
     elsewhere = sum(place is not Placement.DEVICE for place in (*plan.weights, plan.embedding, plan.head))
     return sum(host_bytes(workload, plan).values()), time.copied_bytes, elsewhere
 
 
 def _preferred(plans: Sequence[T], seconds: Callable[[T], float], cost: Callable[[T], tuple[int, ...]]) -> T:
-    """The fastest; of equally fast ones that with the least cost, then the first."""
+    """The fastest plan; of equally fast ones that with the least cost, then the first."""
     least = min(map(seconds, plans))
     return min((plan for plan in plans if seconds(plan) * (1 - TELLABLE) <= least), key=cost)
 
 
 def _phases(workload: Workload, plan: ExecutionPlan, generate: GenerateSize) -> dict[str, Bytes]:
+    """Peak bytes on the device by phase and cause, from planned walks."""
     return {
         "load": load_peak(workload, plan),
         "step": step_bytes(workload, plan).device,
@@ -129,21 +131,21 @@ def _phases(workload: Workload, plan: ExecutionPlan, generate: GenerateSize) -> 
 
 
 @dataclass(frozen=True)
-class _Lean:
-    """What happens to a layer that is not kept. inputs: where its input waits."""
+class _Alternative:
+    """An alternative to keeping a layer's activations. inputs: where its input is stored until backward."""
 
     policy: ActivationPolicy
     inputs: Placement
 
 
-def _not_kept(plan: ExecutionPlan, number: int, lean: _Lean) -> ExecutionPlan:
-    """The first `number` layers not kept."""
-    activations = (lean.policy,) * number + (ActivationPolicy.KEEP,) * (plan.num_layers - number)
-    return replace(plan, activations=activations, inputs=lean.inputs)
+def _not_kept(plan: ExecutionPlan, number: int, alternative: _Alternative) -> ExecutionPlan:
+    """The plan with an alternative for the first `number` layers; the others keep their activations."""
+    activations = (alternative.policy,) * number + (ActivationPolicy.KEEP,) * (plan.num_layers - number)
+    return replace(plan, activations=activations, inputs=alternative.inputs)
 
 
 def _kind(plan: ExecutionPlan) -> tuple[object, ...]:
-    """Of plans that differ in the number of layers alone: a sum errs alike for all of them."""
+    """A key shared by plans that differ only in numbers of layers, for which the sum has the same error."""
     return (
         frozenset(plan.weights),
         frozenset(plan.activations),
@@ -153,6 +155,8 @@ def _kind(plan: ExecutionPlan) -> tuple[object, ...]:
 
 
 class _Search:
+    """The search for one workload: estimated and walked bytes of execution plans, and their order."""
+
     def __init__(
         self,
         workload: Workload,
@@ -176,13 +180,13 @@ class _Search:
             self._host_place = place_of_streamed(workload, self._start(1, holds=False), host_budget)
 
     def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
-        """Bytes on the device by cause, by a walk."""
+        """Peak bytes on the device by phase and cause, from a planned walk."""
         if plan not in self._walked:
             self._walked[plan] = _phases(self._workload, plan, self._generate)
         return self._walked[plan]
 
     def peak(self, plan: ExecutionPlan) -> int:
-        """Bytes on the device at the most, over all phases: by a walk where there was one."""
+        """Peak bytes on the device over all phases: walked if the plan was walked before, else estimated."""
         if plan in self._walked:
             return max(sum(phase.values()) for phase in self._walked[plan].values())
         if plan not in self._sums:
@@ -190,12 +194,12 @@ class _Search:
         return self._sums[plan] + self._corrections.get(_kind(plan), 0)
 
     def walked_peak(self, plan: ExecutionPlan) -> int:
-        """The same, by a walk that is taken now."""
+        """Peak bytes on the device over all phases, from a planned walk."""
         self.phases(plan)
         return self.peak(plan)
 
     def fits(self, plan: ExecutionPlan) -> bool:
-        """See `peak`; and whether RAM holds the rest."""
+        """Whether the plan fits on the device (by `peak`) and in RAM."""
         in_ram = sum(host_bytes(self._workload, plan, self._host.machine).values())
         if in_ram > self._host.ram_bytes:
             return False
@@ -204,7 +208,7 @@ class _Search:
         return self.peak(plan) <= self._room and in_ram <= self._host.ram_bytes
 
     def best(self) -> ExecutionPlan | None:
-        """The best of what fits, by the walk; None where nothing does."""
+        """The best plan that fits by its walk; None where none does."""
         if self._room < min(map(self._least_bytes, self._smallest_pieces())):
             return None
         for _ in range(MOST_ROUNDS):
@@ -229,38 +233,39 @@ class _Search:
         )
 
     def _fitting(self) -> Iterator[ExecutionPlan]:
-        """In the order of preference, the first plan that fits of every way to step. A later stage does all
-        that an earlier one does and more, so it is for where that does not fit. Moving the embedding is not:
-        it makes room for layers to be kept."""
-        for num_groups, holds, lean in product(self._group_counts(), (False, True), self._lean_ways()):
+        """For every combination of groups, held weights and alternative, the first plan that fits. A later
+        stage saves more memory than an earlier one and is tried only where that does not fit; but the
+        embedding in RAM is always tried, as it makes room for layers to be kept."""
+        combinations = product(self._group_counts(), (False, True), self._alternatives())
+        for num_groups, holds, alternative in combinations:
             start = self._start(num_groups, holds=holds)
             for stages in (
                 (self._policies, self._embedding_away),
                 (self._placements,),
                 *([] if holds else [(self._last_resorts,)]),
             ):
-                found = [next(filter(self.fits, stage(start, lean)), None) for stage in stages]
+                found = [next(filter(self.fits, stage(start, alternative)), None) for stage in stages]
                 yield from filter(None, found)
                 if any(found):
                     break
 
     def smallest(self) -> ExecutionPlan:
-        """The plan with the least on the device."""
+        """The plan with the least bytes on the device."""
         return min(self._least_by_sum()[:2], key=self.walked_peak)
 
     def _least_bytes(self, plan: ExecutionPlan) -> int:
-        """What it takes at least: that stays, and a layer's input, output and gradient."""
+        """A lower bound of a plan's peak: fixed bytes, and one layer's input, output and gradient."""
         return sum(fixed_bytes(self._workload, plan).values()) + 3 * self._workload.x_bytes
 
     def _least_by_sum(self) -> list[ExecutionPlan]:
-        """The smallest plans, by the sum that no walk has corrected."""
+        """The smallest plans, in the order of their uncorrected sums."""
         return sorted(self._smallest_pieces(), key=lambda plan: peak_by_sum(self._workload, plan))
 
     def _smallest_pieces(self) -> Iterator[ExecutionPlan]:
-        """One micro-batch at a time, everything off the device, in the smallest pieces."""
+        """The plans with the least memory: groups of one, all weights off the device, the smallest tiles."""
         start = self._start(self._workload.num_micro_batches, holds=False)
-        for lean in self._lean_ways():
-            *_, smallest = self._pieces(start, lean)
+        for alternative in self._alternatives():
+            *_, smallest = self._pieces(start, alternative)
             yield smallest
             yield replace(smallest, mlp_tile_tokens=None)
 
@@ -268,25 +273,26 @@ class _Search:
         return step_time(self._workload, plan, self._rates)
 
     def _group_counts(self) -> list[int]:
+        """Numbers of groups to try: powers of two, and one group for each micro-batch."""
         k = self._workload.num_micro_batches
         fewest = -(-k // MOST_TOGETHER)
         return sorted({max(fewest, min(k, 2**i)) for i in range(k.bit_length() + 1)} | {k})
 
-    def _lean_ways(self) -> list[_Lean]:
-        """How a layer that is not kept is treated, and where its input waits."""
-        ways = [_Lean(ActivationPolicy.RECOMPUTE, Placement.DEVICE)]
-        if self._workload.on_accelerator:  # on a CPU, host memory is no other place
-            ways += [
-                _Lean(ActivationPolicy.OFFLOAD, Placement.DEVICE),
-                _Lean(ActivationPolicy.RECOMPUTE, Placement.RAM),
+    def _alternatives(self) -> list[_Alternative]:
+        """The alternatives to keeping activations that the device and the recipe allow."""
+        found = [_Alternative(ActivationPolicy.RECOMPUTE, Placement.DEVICE)]
+        if self._workload.on_accelerator:  # on a CPU, host memory is the device's
+            found += [
+                _Alternative(ActivationPolicy.OFFLOAD, Placement.DEVICE),
+                _Alternative(ActivationPolicy.RECOMPUTE, Placement.RAM),
             ]
         if self._choices.activations == "auto":
-            return ways
+            return found
         chosen = ActivationPolicy(self._choices.activations)
-        return [way for way in ways if way.policy is chosen] or [_Lean(chosen, Placement.DEVICE)]
+        return [each for each in found if each.policy is chosen] or [_Alternative(chosen, Placement.DEVICE)]
 
     def _start(self, num_groups: int, *, holds: bool) -> ExecutionPlan:
-        """What the recipe insists on, and otherwise everything resident and kept."""
+        """The plan with everything resident and kept, except where the recipe prescribes otherwise."""
         policy = ActivationPolicy.KEEP if self._choices.activations == "auto" else self._choices.activations
         plan = everything_resident(
             self._num_layers,
@@ -298,36 +304,36 @@ class _Search:
             plan = self._placed(plan, self._num_layers, with_embedding=True, with_head=True)
         return plan
 
-    def _policies(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
-        """Everything where it starts; as few layers as fit not kept."""
+    def _policies(self, start: ExecutionPlan, alternative: _Alternative) -> Iterator[ExecutionPlan]:
+        """The plan itself, then with as few layers as fit not kept."""
         yield start
         if self._choices.activations == "auto":
-            yield from self._fewest(lambda n: _not_kept(start, n, lean))
+            yield from self._fewest(lambda n: _not_kept(start, n, alternative))
 
-    def _embedding_away(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
-        """The embedding in RAM, whether or not RAM would hold more; as few layers as fit not kept."""
+    def _embedding_away(self, start: ExecutionPlan, alternative: _Alternative) -> Iterator[ExecutionPlan]:
+        """`_policies` with the embedding in RAM, even where RAM would not hold more."""
         if self._choices.weights != "auto" or self._workload.shape.is_tied:  # tied, it is the head as well
             return
         place = Placement.RAM if self._workload.on_accelerator else self._host_place
-        yield from self._policies(replace(start, embedding=place), lean)
+        yield from self._policies(replace(start, embedding=place), alternative)
 
-    def _placements(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
-        """Nothing kept; embedding, head, and as few layers as fit off the device."""
+    def _placements(self, start: ExecutionPlan, alternative: _Alternative) -> Iterator[ExecutionPlan]:
+        """No layer kept; embedding, head, and as few layers as fit off the device."""
         if self._choices.weights != "auto":
             return
-        start = _not_kept(start, self._num_layers, lean)
+        start = _not_kept(start, self._num_layers, alternative)
         yield self._placed(start, 0, with_embedding=True, with_head=False)
         yield from self._fewest_streamed(start)
 
-    def _last_resorts(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
-        """Smaller pieces of everything, and then again as few layers as fit off the device."""
-        for plan in self._pieces(start, lean):
+    def _last_resorts(self, start: ExecutionPlan, alternative: _Alternative) -> Iterator[ExecutionPlan]:
+        """Smaller tiles and blocks, and then again as few layers as fit off the device."""
+        for plan in self._pieces(start, alternative):
             if self.fits(plan):
                 yield from self._fewest_streamed(plan) if self._choices.weights == "auto" else (plan,)
 
-    def _pieces(self, start: ExecutionPlan, lean: _Lean) -> Iterator[ExecutionPlan]:
-        """As little as can be on the device, cut smaller and smaller, the cheapest cuts first."""
-        start = _not_kept(start, self._num_layers, lean)
+    def _pieces(self, start: ExecutionPlan, alternative: _Alternative) -> Iterator[ExecutionPlan]:
+        """No layer kept and all weights off the device, with smaller and smaller tiles, cheapest first."""
+        start = _not_kept(start, self._num_layers, alternative)
         if self._choices.weights == "auto":
             start = self._placed(start, self._num_layers, with_embedding=True, with_head=True)
         blocks = ((LOSS_TOKENS, HEAD_TILE_ROWS), (128, 4096), (SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS))
@@ -335,6 +341,7 @@ class _Search:
             yield replace(start, loss_tokens=loss_tokens, head_tile_rows=rows, mlp_tile_tokens=tile)
 
     def _mlp_tiles(self) -> list[int | None]:
+        """Tokens per MLP tile: None (no tiles), then a half, a quarter, ... of a micro-batch."""
         tiles: list[int | None] = [None]
         size = self._workload.num_tokens // 2
         while size >= SMALLEST_MLP_TILE:
@@ -363,7 +370,7 @@ class _Search:
             yield plan
 
     def problems(self, plan: Plan) -> Iterator[str]:
-        """What does not fit, by how much."""
+        """A message for each budget that is exceeded, and by how much."""
         if self.peak(plan.execution) > self._room:
             needed = budget_for(self.peak(plan.execution), self._workload)
             yield (

@@ -1,23 +1,24 @@
-"""Layers that are run once for each way they are called, and played back from then on.
+"""Layers of a planned model: each is run once for each kind of call, and its memory is replayed afterwards.
 
-A walk over a model of 80 layers calls the same few layers hundreds of times. Each kind of layer is run for
-real, on the meta device under a meter, the first time it is called in some way: with a graph or without, with
-a gradient for its input or not, with its last product skipped or not, its MLP in tiles or whole, its weights
-dequantized already or not. What a run makes, keeps and frees is then all that a playback does:
+A walk over a model of 80 layers calls the same few kinds of layers hundreds of times. A layer runs, on the
+meta device under a meter, only for the first call of its kind: with a graph or without, with a gradient for
+its input or not, with its last product skipped or not, its MLP in tiles or whole, its weights dequantized
+already or not. A replay then allocates and frees the same bytes:
 
-    forward     an output, the tensors saved for backward (one for all that may be offloaded, one for the
-                rest), and for a moment what the run had at the most besides
-    backward    the gradient of the input, and for a moment what the run had at the most besides
+    forward     the output, the tensors saved for backward (one for all that may be offloaded, one for the
+                rest), and briefly the rest of the run's peak
+    backward    the gradient of the input, and briefly the rest of the run's peak
 
-Saved tensors are handed to autograd, so hooks see them: offloading and the order of everything
-are the walk's own.
+Saved tensors are handed to autograd, so the walk's own hooks offload them, and the order of everything is the
+walk's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +33,14 @@ from qlora_train.plan.planned_meter import PlannedMeter
 
 KEPT = "kept activations"
 _BYTES = torch.float8_e4m3fn
-"""Bytes that count as numbers: only those are offloaded."""
+"""A one-byte floating-point dtype: offloading skips integer tensors."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a layer is called, as far as it decides bytes. kind: see `kinds_of`. boundaries: of the documents.
-    drops: whether dropout is on.
-    runs_again: for backward, in the same visit, its last product skipped."""
+    """What decides the bytes of a layer's call. kind: see `kinds_of`. boundaries: of the documents. needs_dx:
+    the input needs a gradient. runs_again: recomputed for backward in the same visit, its last product
+    skipped. holds: weights stay dequantized during a visit. drops: dropout is on."""
 
     kind: int
     boundaries: tuple[int, ...]
@@ -53,9 +54,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Record:
-    """Bytes of a run besides its output. saved, fixed_saved: kept for backward: what may be offloaded, and
-    what stays on the device. forward, backward: what comes and goes, in the first run of a visit and in later
-    ones, which find held weights dequantized; dx is part of the latter."""
+    """Bytes of a layer's run besides its output. saved, fixed_saved: stored for backward, those that may be
+    offloaded and those that stay on the device. saves_output: the output is stored too. forward, backward:
+    temporary bytes, (in the first run of a visit, in later ones, which find held weights dequantized);
+    backward includes the input's gradient."""
 
     saved: int = 0
     fixed_saved: int = 0
@@ -65,12 +67,12 @@ class Record:
 
     @property
     def kept(self) -> int:
-        """Of a graph, besides input and output."""
+        """Bytes of the layer's graph, besides input and output."""
         return self.saved + self.fixed_saved
 
 
 class PlannedWeights(ResidentWeights):
-    """Weights without numbers. num_runs: of layers in the visit so far."""
+    """A weight store of meta tensors. num_runs: how often the visited layer has run in this visit."""
 
     num_runs = 0
 
@@ -81,7 +83,7 @@ class PlannedWeights(ResidentWeights):
             yield
 
     def make_buffer(self, dtype: torch.dtype) -> None:
-        """What weights are dequantized into, before anything is."""
+        """Make the buffer that weights are dequantized into, before it is first used."""
         some = next(iter(self.quantized.values()))
         if some.quantization.format != "none" and not self.copies_dequantized:
             self._make_room(
@@ -97,7 +99,7 @@ class PlannedWeights(ResidentWeights):
 
 
 class PlannedTiles(TiledMlp):
-    """Takes two tiles and the rest: what comes and goes does not depend on how many there are."""
+    """An MLP that runs two tiles and the remainder: its peak does not depend on the number of tiles."""
 
     def tiles(self, num_tokens: int) -> list[slice]:
         every = super().tiles(num_tokens)
@@ -105,8 +107,8 @@ class PlannedTiles(TiledMlp):
 
 
 class RecordedDecoder(FrozenDecoder):
-    """A `FrozenDecoder` on the meta device whose layers are played back. meter: counts what is alive; set
-    before a layer is run."""
+    """A `FrozenDecoder` on the meta device whose layers are replayed. meter: counts allocated bytes; must be
+    set before a layer is run."""
 
     tiled_mlp = PlannedTiles
     weights: PlannedWeights
@@ -116,7 +118,7 @@ class RecordedDecoder(FrozenDecoder):
     _dropout: DropoutContext | None = None
 
     def prepare(self) -> None:
-        """Once factors are attached and operations fused."""
+        """Find the kinds of layers; call it once LoRA parameters are attached and operations fused."""
         self.kinds = kinds_of(self)
         self.records: dict[Call, Record] = {}
         self._anchor = nn.Parameter(torch.empty(0, device="meta"))  # a graph needs something that trains
@@ -146,7 +148,7 @@ class RecordedDecoder(FrozenDecoder):
         return y
 
     def record(self, index: int, x: Tensor, arguments: LayerArguments) -> Record:
-        """Of a call that is about to be made, with a graph if gradients are enabled."""
+        """The bytes of a call with these arguments, with a graph if gradients are enabled."""
         with_graph = torch.is_grad_enabled()
         call = Call(
             self.kinds[index],
@@ -164,18 +166,18 @@ class RecordedDecoder(FrozenDecoder):
         return self.records[call]
 
     def _measured(self, call: Call, index: int, x: Tensor, arguments: LayerArguments) -> Record:
-        """Runs the layer in visits of its own, twice where the second time weights are there already."""
+        """Run the layer in visits of its own; twice in a visit if weights stay dequantized."""
         self.weights.make_buffer(self.dtype)
         runs: list[_Run] = []
         with self.weights.holding():
             for _ in range(2 if call.holds else 1):
-                runs.append(_Run(self.meter.another(), self.layers[index], x, arguments))
+                runs.append(_Run(self.meter.another(), partial(super().run_layer, index), x, arguments))
                 if call.runs_again:  # a layer that is run again is taken back in the same visit
-                    runs[-1].take_back()
+                    runs[-1].run_backward()
         with self.weights.holding():
             for run in runs:
                 if call.with_graph and not call.runs_again:
-                    run.take_back()
+                    run.run_backward()
         for linear in self.linears_of(index):
             if linear.lora is not None:  # what autograd left there in reference mode
                 linear.lora.A.grad = linear.lora.B.grad = None
@@ -187,16 +189,22 @@ class RecordedDecoder(FrozenDecoder):
 
 
 class _Run:
-    """One run of a layer under a meter. forward, backward: bytes at the most besides what is left after the
-    run, and besides what was there before going back."""
+    """One run of a layer under a meter. forward: peak bytes besides those that are left afterwards. backward:
+    peak bytes besides those before it."""
 
-    def __init__(self, meter: PlannedMeter, layer: nn.Module, x: Tensor, arguments: LayerArguments) -> None:
+    def __init__(
+        self,
+        meter: PlannedMeter,
+        run: Callable[[Tensor, LayerArguments], Tensor],
+        x: Tensor,
+        arguments: LayerArguments,
+    ) -> None:
         self._meter = meter
         self._saved: dict[int, int] = {}
         self._gradient = torch.empty_like(x)
         leaf = x.detach().requires_grad_(x.requires_grad)
         with meter, saved_tensors_hooks(self._note, _as_it_is):
-            self._y = layer(leaf, **arguments)
+            self._y = run(leaf, arguments)
         self.forward, self.backward = meter.peak_bytes - meter.live_bytes, 0
         output = self._saved.pop(self._y.untyped_storage()._cdata, 0)
         saved = sum(self._saved.values())
@@ -206,7 +214,8 @@ class _Run:
             saves_output=output > 0,
         )
 
-    def take_back(self) -> None:
+    def run_backward(self) -> None:
+        """Run backward under the meter."""
         live_bytes = self._meter.live_bytes
         self._meter.reset_peak()
         with self._meter, saved_tensors_hooks(_as_it_is, _as_it_is):  # not those of a graph that is offloaded
@@ -225,7 +234,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 class _Playback(torch.autograd.Function):
-    """Takes and leaves what the recorded run did."""
+    """Replays a record: allocates and frees what the recorded run did."""
 
     @staticmethod
     def forward(
@@ -257,7 +266,7 @@ class _Playback(torch.autograd.Function):
 
 
 def kinds_of(decoder: FrozenDecoder) -> list[int]:
-    """Of every layer its kind: layers of one kind have the same modules, shapes and switches."""
+    """The kind of every layer, as a number: layers of one kind have the same modules, shapes and settings."""
     numbers: dict[str, int] = {}
     return [
         numbers.setdefault(_signature(layer, index), len(numbers))
@@ -266,6 +275,7 @@ def kinds_of(decoder: FrozenDecoder) -> list[int]:
 
 
 def _signature(layer: nn.Module, index: int) -> str:
+    """Text that is equal for layers of one kind."""
     parts: list[Any] = [str(layer).replace(f".{index}.", ".i.")]
     for name, module in layer.named_modules():
         parts += [

@@ -1,6 +1,6 @@
-"""A plan for people: the verdict, what goes where, how long it lasts, what to try; and all bytes as a table.
+"""Prints a plan: whether it fits, placement, times, advice, and a table of all bytes.
 
-Shows the plain values that plan.json has, so that a plan made before is shown without torch.
+It reads the plain values of `Plan.to_dict`, so that a cached plan is printed without importing torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def print_plan(
     *,
     details: bool = False,
 ) -> None:
-    """plan: `Plan.to_dict`, with advice. num_steps: optimizer steps to the end, where known."""
+    """Print a plan. plan: `Plan.to_dict`, with advice. num_steps: optimizer steps of the run, if known.
+    details: the table too."""
     for line in _lines(plan, request, num_steps):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if details:
@@ -93,7 +94,7 @@ def _time_line(plan: Values, num_steps: int | None) -> str:
 
 
 def residency_lines(plan: ExecutionPlan) -> list[str]:
-    """What is where, and how the step is cut."""
+    """Two lines of text: the placement of weights, and the activations and tiles of a step."""
     cut = [f"{plan.num_groups} group{'s' if plan.num_groups > 1 else ''} of micro-batches"]
     if plan.inputs != "resident":
         cut.append("layer inputs in RAM")
@@ -114,7 +115,7 @@ def _where(place: str) -> str:
 
 
 def _runs(values: list[str]) -> str:
-    """Which layers are alike, from which to which, or how many where that would be long."""
+    """The values of consecutive layers as ranges ("0 to 5 ram, 6 resident"), or as counts if too long."""
     parts, first = [], 0
     for value, alike in groupby(values):
         last = first + len(list(alike)) - 1
@@ -127,13 +128,13 @@ def _runs(values: list[str]) -> str:
 
 
 def _on_device(plan: Values, phase: str) -> dict[str, int]:
-    """Bytes by cause."""
+    """Bytes on the device by cause, in one phase."""
     rows = (row for row in plan["rows"] if row["phase"] == phase and row["place"] not in _HOST_PLACES)
     return {row["cause"]: row["bytes"] for row in rows}
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    """Bytes by place and cause, a column for each phase."""
+    """A table of GiB by place and cause, with a column for each phase."""
     table = Table(box=None, pad_edge=False, title="GiB", title_justify="left", title_style="bold")
     table.add_column("place", no_wrap=True)
     table.add_column("cause")

@@ -1,4 +1,4 @@
-"""What `qlora-train plan` is asked: a recipe, and a machine, found or stated. Imports no torch."""
+"""The request of `qlora-train plan`: a recipe and the machine to plan for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from qlora_train.recipe_yaml import nearest
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """recipe: with the compute dtype of a CPU resolved. free_bytes: on the device. is_here: the device is
-    this machine's, so that rates measured on it hold. device_text: which it is; assumed: of what is not
-    here."""
+    """A recipe and the machine to plan for. recipe: its compute dtype resolved if planned for a CPU.
+    free_bytes: on the device. is_here: the device is this machine's, so that rates measured here hold.
+    device_text: name of the device. assumed: what is assumed of a machine that is not here, as text."""
 
     recipe: Recipe
     target: DeviceDescription
@@ -36,7 +36,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class FoundCard:
-    """A GPU as nvidia-smi tells it. Bytes."""
+    """A GPU found by nvidia-smi, and its free bytes."""
 
     name: str
     free_bytes: int
@@ -46,10 +46,11 @@ class FoundCard:
 def request_of(
     recipe: Recipe, card: str | None = None, ram_bytes: int | None = None, disk_bytes: int | None = None
 ) -> PlanRequest:
-    """For the card that is named, or this machine's, or one of the size that memory.vram says, or the CPU.
+    """The request for the first of these that there is: the named card, this machine's GPU, a GPU with
+    memory.vram bytes, the CPU.
 
-    ram_bytes: all of a machine's, of which a part is left to others. disk_bytes: free. None: what is free
-    here. Raises `UserError` for a card that is not in the table."""
+    ram_bytes: all RAM of the machine, a part of which is left to others. disk_bytes: free disk. None: what is
+    free here. Raises `UserError` for a card that is not in the table."""
     request = _device_of(recipe, card)
     recipe = request.recipe
     folder = find_base_folder(recipe.model.base, recipe.model.revision)
@@ -71,7 +72,7 @@ def request_of(
 
 
 def _device_of(recipe: Recipe, card: str | None) -> PlanRequest:
-    """The request with nothing known of RAM and disk."""
+    """The request for the device, without budgets of RAM and disk."""
     nothing = HostBudget(0, 0)
     if card is not None:
         name = known_card(card)
@@ -101,7 +102,7 @@ def _device_of(recipe: Recipe, card: str | None) -> PlanRequest:
 
 
 def find_card() -> FoundCard | None:
-    """The first GPU, if the driver's tool is here and finds one."""
+    """The first GPU that nvidia-smi finds; None without one."""
     for name, free_mib, capability in ask_nvidia_smi("name", "memory.free", "compute_cap")[:1]:
         found = re.fullmatch(r"(\d+) (\d+)\.(\d+)", f"{free_mib} {capability}")
         if found is not None:
@@ -110,6 +111,6 @@ def find_card() -> FoundCard | None:
 
 
 def _multiplies_bfloat16() -> bool:
-    """As `model/hub.resolve_dtype` decides it, without torch."""
+    """Whether this CPU multiplies bfloat16, as device/compute_dtype.py decides it, but without torch."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and "avx512_bf16" in info.read_text(encoding="ascii", errors="replace")

@@ -1,9 +1,8 @@
-"""How the bins of an optimizer step are divided into micro-batches.
+"""Splits the bins of an optimizer step into micro-batches.
 
-The loss is a sum over the whole step, so it does not depend on the division, apart from the order of sums;
-memory and time do. With `training.micro_batch_size: auto` the plan chooses one of a few. Where bins do not
-divide evenly among processes, the last micro-batches of a step are filled with empty bins, which cost next to
-nothing.
+The loss is a sum over the whole step, so the split changes only the order of sums, and memory and time. With
+`training.micro_batch_size: auto` the plan chooses among a few splits. Where bins do not divide evenly among
+processes, the last micro-batches of a step are filled with empty bins, which cost next to nothing.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from qlora_train.errors import UserError
 from qlora_train.recipe import Recipe, TrainingSection
 
 TOKENS_OF_MICRO_BATCHES = (8_192, 4_096, 2_048, 1_024)
-"""Of more, products are no faster; of fewer, each costs more than it computes."""
+"""Tokens per micro-batch to try. Larger ones compute no faster; in smaller ones overheads dominate."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """micro_batch_size: bins of one flat row. num_micro_batches: of a step on each rank."""
+    """The split of a step. micro_batch_size: bins in a micro-batch. num_micro_batches: per step and rank."""
 
     micro_batch_size: int
     num_micro_batches: int
 
 
 def batch_size_of(training: TrainingSection, num_ranks: int) -> int:
-    """Bins of one optimizer step on all ranks. Raises `UserError` where the recipe's numbers of micro-batches
-    are those of another number of processes."""
+    """Bins of one optimizer step on all ranks. Raises `UserError` where the recipe's numbers contradict each
+    other for this number of processes."""
     steps, size = training.gradient_accumulation_steps, training.micro_batch_size
     if training.batch_size is None:
         assert steps is not None and isinstance(size, int), "a recipe says one or the other"
@@ -42,7 +41,8 @@ def batch_size_of(training: TrainingSection, num_ranks: int) -> int:
 
 
 def stated_micro_batch_size(training: TrainingSection, num_ranks: int) -> int | None:
-    """What the recipe says, as a size or a number of micro-batches; None: the plan chooses."""
+    """The micro-batch size that the recipe gives, directly or by the number of micro-batches; None: the plan
+    chooses."""
     if isinstance(training.micro_batch_size, int):
         return training.micro_batch_size
     if training.gradient_accumulation_steps is None:
@@ -51,8 +51,8 @@ def stated_micro_batch_size(training: TrainingSection, num_ranks: int) -> int | 
 
 
 def splits_of(recipe: Recipe, num_ranks: int = 1) -> list[Split]:
-    """What a plan may choose from, large micro-batches first: the one that the recipe says, or for a few
-    sizes in tokens the largest divisor of a rank's bins that stays below."""
+    """The splits that a plan may choose from, large micro-batches first: the recipe's, or for each of
+    `TOKENS_OF_MICRO_BATCHES` the largest divisor of a rank's bins that does not exceed it."""
     num_bins = -(-batch_size_of(recipe.training, num_ranks) // num_ranks)
     stated = stated_micro_batch_size(recipe.training, num_ranks)
     divisors = _divisors(num_bins)
@@ -62,7 +62,7 @@ def splits_of(recipe: Recipe, num_ranks: int = 1) -> list[Split]:
 
 
 def smallest_split(recipe: Recipe, num_ranks: int = 1) -> Split | None:
-    """One bin at a time, where a plan may choose that."""
+    """The split into micro-batches of one bin; None where the recipe gives the size."""
     if stated_micro_batch_size(recipe.training, num_ranks) is not None:
         return None
     return Split(1, -(-batch_size_of(recipe.training, num_ranks) // num_ranks))

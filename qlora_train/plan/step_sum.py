@@ -1,6 +1,6 @@
-"""A step's bytes as a sum, for the search: what stays, what layers remember, the largest thing that comes and
-goes. It takes microseconds where a walk takes a tenth of a second, and is near it; what is said of a plan
-comes from the walk (planned_walk.py), which also corrects the sum.
+"""Estimates a step's peak bytes as a sum, for the planner's search: fixed bytes, stored activations, and the
+largest temporary. It takes microseconds where a planned walk takes a tenth of a second. A plan's reported
+bytes come from the walk (planned_walk.py), which also corrects the sum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one kind of layer: without a graph, with one that is kept, with one that is taken back at once."""
+    """Bytes of one kind of layer. alone: run without a graph. kept: with a graph that is kept. again: run
+    again for backward."""
 
     alone: Record
     kept: Record
@@ -30,12 +31,12 @@ class LayerBytes:
 
     @property
     def recompute(self) -> int:
-        """At the most while it is run again and taken back."""
+        """Peak bytes while the layer is recomputed and run backward."""
         return self.again.kept + max(max(self.again.forward), max(self.again.backward))
 
 
 def peak_by_sum(workload: Workload, plan: ExecutionPlan) -> int:
-    """Bytes on the device at the most in a step, and while loading."""
+    """Estimated peak bytes on the device in a step and while loading."""
     group, x_bytes = group_size(workload, plan), workload.x_bytes
     layers = layer_bytes(workload, plan.hold_dequantized, plan.mlp_tile_tokens)
     kept_bytes = group * x_bytes
@@ -58,7 +59,7 @@ def peak_by_sum(workload: Workload, plan: ExecutionPlan) -> int:
 
 @lru_cache(maxsize=256)
 def layer_bytes(workload: Workload, holds: bool, mlp_tile_tokens: int | None) -> tuple[LayerBytes, ...]:
-    """Of every layer."""
+    """The bytes of every layer."""
     plan = replace(_plain(workload), hold_dequantized=holds, mlp_tile_tokens=mlp_tile_tokens)
     model, tokens, meter = set_up(workload, plan)
     decoder, dropout = model.decoder, model.lora.dropout_context
@@ -81,7 +82,7 @@ def layer_bytes(workload: Workload, holds: bool, mlp_tile_tokens: int | None) ->
 
 @lru_cache(maxsize=256)
 def _loss_bytes(workload: Workload, group: int, loss_tokens: int, tile_rows: int) -> int:
-    """What the loss of a group takes besides its inputs."""
+    """Peak bytes of the loss of a group, besides its inputs."""
     at_once = replace(_plain(workload), loss_tokens=loss_tokens, head_tile_rows=tile_rows)
     model, tokens, meter = set_up(workload, at_once)
     decoder = model.decoder

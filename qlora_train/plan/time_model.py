@@ -1,10 +1,10 @@
 """Seconds per optimizer step from counts of work and rates: FLOPs, dequantized bytes, copied bytes.
 
-Per token and parameter of the linears 2 FLOPs forward and 2 back (the base is frozen, so there is one product
-where training it would have two), 2 more where a layer is recomputed, less the last product where that may be
-skipped; attention and factors on top. Copies run beside the arithmetic, so a pass over the layers takes the
-larger of the two, not their sum; only the rows of an embedding that is not on the device are waited for. An
-estimate for choosing and telling; nothing depends on its being exact.
+Per token and parameter of the linears: 2 FLOPs forward and 2 backward (the base is frozen, so only the
+gradient of the input is computed), 2 more where a layer is recomputed, less the last linear where its product
+may be skipped; attention and LoRA are added. Copies overlap with arithmetic, so a pass over the layers takes
+the larger of the two times; only the rows of an embedding that is off the device are waited for. The estimate
+serves to choose between plans and to inform; nothing depends on its being exact.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does per second. flops: in the compute dtype, as reached by large products. memory:
-    bytes read or written by the device. copy: bytes between host and device, each way. disk: bytes read.
-    source: where the numbers are from, in a few words."""
+    """A machine's rates per second. flops: of large matrix products in the compute dtype. memory: bytes read
+    or written by the device. copy: bytes between host and device, each way. disk: bytes read. source: where
+    the numbers come from, in a few words."""
 
     flops: float
     memory: float
@@ -36,7 +36,7 @@ DISK_BYTES_PER_SECOND = 2e9
 
 
 def stated_rates(device: DeviceDescription) -> Rates:
-    """Rates from the table, by the device's name; those of a modest card where none is known."""
+    """Rates from the table of cards, by the device's name; for an unknown name, those of a modest card."""
     if not device.is_accelerator:
         return Rates(100e9, 10e9, 5e9, 1e9, "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s")
     known = known_card(device.name)
@@ -53,8 +53,8 @@ def stated_rates(device: DeviceDescription) -> Rates:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. compute: alone; copies: alone; total: with what overlaps overlapping.
-    evaluation_seconds: of evaluating as many tokens."""
+    """Seconds of one optimizer step. compute_seconds, copy_seconds: of each alone; total_seconds: with
+    overlap. flops, copied_bytes: of the step. evaluation_seconds: for evaluating as many tokens."""
 
     compute_seconds: float
     copy_seconds: float
@@ -65,13 +65,13 @@ class StepTime:
 
 
 def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime:
-    """Of one optimizer step."""
+    """The time of one optimizer step of a workload under a plan."""
     group = math.ceil(workload.num_micro_batches / plan.num_groups)
     num_groups = math.ceil(workload.num_micro_batches / group)
     num_tokens = workload.num_micro_batches * workload.num_tokens
     forward_flops = _forward_flops(workload)
     products = workload.shape.active_parameters
-    down = workload.shape.tail_parameters
+    down = workload.shape.skippable_parameters
     again = 1 - down / products
     forward = back = 0.0
     for policy in plan.activations:
@@ -114,7 +114,8 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
 
 
 def _forward_flops(workload: Workload) -> float:
-    """Per token and layer: linears, factors (three products for the one of the base), causal attention."""
+    """FLOPs per token and layer in one direction: linears 2 per parameter, A and B 3 (6 for forward and
+    backward), causal attention 2 (token-weighted mean length of documents) (query width)."""
     lora = workload.num_lora_parameters / workload.shape.num_layers
     mean_length = sum(n * n for n in workload.documents) / workload.num_tokens
     return 2 * workload.shape.active_parameters + 3 * lora + 2 * mean_length * workload.shape.q_width
@@ -123,17 +124,20 @@ def _forward_flops(workload: Workload) -> float:
 def _dequantize_seconds(
     workload: Workload, plan: ExecutionPlan, group: int, num_groups: int, rates: Rates
 ) -> float:
-    """Each use of a weight writes it out once in the compute dtype and reads it again."""
+    """Seconds of dequantizing in a step: each use of a weight writes it in the compute dtype and reads it."""
     if workload.quantization.format == "none":
         return 0.0
-    uses = 1 if plan.hold_dequantized else group
     again = sum(policy is ActivationPolicy.RECOMPUTE for policy in plan.activations)
-    held_again = 0 if plan.hold_dequantized else again
-    visits = num_groups * uses * (2 * plan.num_layers + held_again)
-    return visits * workload.shape.layer_parameters * (2 * workload.itemsize + 0.5) / rates.memory
+    every_time = num_groups * group * (2 * plan.num_layers + again)
+    once_a_visit = num_groups * 2 * plan.num_layers
+    shape = workload.shape
+    linears = (once_a_visit if plan.hold_dequantized else every_time) * shape.linear_parameters
+    experts = every_time * (shape.layer_parameters - shape.linear_parameters)
+    return (linears + experts) * (2 * workload.itemsize + 0.5) / rates.memory
 
 
 def _fetch_seconds(place: Placement, num_bytes: int, rates: Rates) -> float:
+    """Seconds to copy num_bytes from where they are placed to the device; 0 if they are there."""
     if place is Placement.DEVICE:
         return 0.0
     return num_bytes / (rates.copy if place is Placement.RAM else min(rates.copy, rates.disk))

@@ -1,9 +1,9 @@
-"""What it costs where the system refuses to pin host memory: measured, and said once.
+"""Logs once what it costs that the system refuses to pin host memory, by measuring copies.
 
-Training goes on (host_memory.py). Weights are copied through pinned pieces (stores.py), or, where nothing can
-be pinned, by the driver through a buffer of its own: a half to a sixth of the bus's rate. The plan was made
-with the rate of pinned pages; the same time model with the rate that is measured now says what the difference
-is, if all copies were to run at it. At the first refusal nobody knows how many will be, so that is the most.
+Training goes on (weights/host_memory.py). Weights are copied through pinned staging buffers
+(weights/stores.py), or, where nothing can be pinned, by the driver through a buffer of its own, at 1/2 to 1/6
+of the bus's rate. The plan was made with the rate of pinned memory; the line compares the time model at
+the rate measured now. As the number of later refusals is unknown, it assumes all copies: an upper bound.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def host_memory_of_run(
     device: ComputeDevice,
     log: Callable[[str], None],
 ) -> HostMemory:
-    """Host memory that tells `log` at the first refusal what it costs per step of this run. execution: what
-    the run does, which in a resume is not the plan's own."""
+    """Host memory that logs, when pinning is first refused, its cost per training step. execution: the plan
+    that the run follows, which in a resume is not `plan`'s own."""
 
     def step_seconds(copy_bytes_per_second: float) -> float:
         rates = replace(plan.rates, copy=copy_bytes_per_second)
@@ -49,8 +49,8 @@ def host_memory_of_run(
 def host_memory_of_generation(
     plan: GenerationPlan, device: ComputeDevice, log: Callable[[str], None]
 ) -> HostMemory:
-    """The same for generation: what a refusal costs per token of all prompts. Its plan needs no rates, so the
-    one to compare with is stated."""
+    """Host memory that logs, when pinning is first refused, its cost per new token of all prompts. Generation
+    is planned without rates, so the stated one is compared with."""
     stated = stated_rates(device.description).copy
 
     def token_seconds(copy_bytes_per_second: float) -> float:
@@ -69,7 +69,7 @@ def refusal_line(
     seconds_at: Callable[[float], float],
     unit: str,
 ) -> str:
-    """That pinning was refused, the rate measured now against the planned one (bytes/s), and what that costs
+    """The line to log: pinning was refused, the measured and the planned rate (bytes/s), and the seconds lost
     per `unit` of work, which takes seconds_at(rate)."""
     rate = _rate_of_unpinned(device, host)
     told = (
@@ -83,7 +83,7 @@ def refusal_line(
 
 
 def _rate_of_unpinned(device: ComputeDevice, host: HostMemory) -> float:
-    """Bytes per second of weights that wait in pageable RAM."""
+    """Measured bytes per second of copying weights from pageable RAM to the device."""
     weights = torch.zeros(_TIMED_BYTES, dtype=torch.uint8)
     there = torch.empty_like(weights, device=device.torch)
     reader = ItemReader(device, host)

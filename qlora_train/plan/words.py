@@ -1,4 +1,4 @@
-"""Plans in words: sizes, times, and what is said where nothing fits. Imports no torch."""
+"""Formats sizes, times and messages of plans as text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def gib(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In s, min or h."""
+    """A time in s, min or h."""
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = seconds / 60
@@ -20,13 +20,13 @@ def duration(seconds: float) -> str:
 
 
 def largest_in_words(parts: Mapping[str, int], number: int) -> str:
-    """The largest causes."""
+    """The `number` largest causes and their GiB, as text."""
     causes = sorted(parts.items(), key=lambda item: -item[1])[:number]
     return ", ".join(f"{cause} {gib(num_bytes)}" for cause, num_bytes in causes)
 
 
 def positions_line(sequence_length: int, max_positions: int) -> list[str]:
-    """What is to be said where documents may be longer than the model's positions."""
+    """A warning where documents may be longer than the model's positions; else nothing."""
     if sequence_length <= max_positions:
         return []
     return [
@@ -41,8 +41,8 @@ def refusal(
     advice: Sequence[str],
     otherwise: str = "no single change of the recipe would do; take a smaller base or a larger budget",
 ) -> UserError:
-    """The error of a plan that does not fit. floor: what the smallest plan needs by cause. advice: changes
-    each of which would fit; otherwise: what to do where there is none."""
+    """The error of a plan that does not fit. floor: bytes of the smallest plan by cause. advice: changes each
+    of which would fit. otherwise: what to do where there is none."""
     lines = ["this does not fit, however it is arranged:"]
     lines += [f"  {problem}" for problem in problems]
     lines.append(f"  the floor is made of {largest_in_words(floor, 5)}")

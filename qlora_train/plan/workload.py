@@ -1,6 +1,6 @@
-"""What a run asks for, as numbers: everything but the execution plan that decides bytes and time.
+"""The workload of a run: everything that decides its bytes and time, apart from the execution plan.
 
-Shape of the model, quantization, factors, tokens per micro-batch, optimizer. One `Workload` and one
+Model sizes, quantization, LoRA parameters, tokens per micro-batch, optimizer. One `Workload` and one
 `ExecutionPlan` give one prediction (planned_walk.py, time_model.py); the planner varies the plan.
 """
 
@@ -26,11 +26,12 @@ from qlora_train.recipe import Recipe
 class Workload:
     """One optimizer step of a run.
 
-    documents: token counts of the documents of one micro-batch; their sum is T. known_most_documents: in any
-    micro-batch of the data; 0: not known. num_supervised: S, supervised tokens of one micro-batch.
-    num_micro_batches: K. micro_batch_size: bins of one. lora_ranks: of every linear that has LoRA parameters,
-    by module path. splits_learning_rate: B has its own (LoRA+). target: where it runs. deterministic: torch
-    is told to give the same bits in every run.
+    documents: token counts of the documents of one micro-batch; their sum is T. known_most_documents: the
+    largest number in any micro-batch of the data; 0: unknown. num_supervised: S, supervised tokens of one
+    micro-batch. num_micro_batches: K. micro_batch_size: bins in a micro-batch. lora_ranks: (module path,
+    rank) of every linear with LoRA parameters. splits_learning_rate: B has its own (LoRA+). target: the
+    device. deterministic: torch uses deterministic algorithms only. reference: the plain implementation,
+    without tiles and fused kernels.
     """
 
     shape: ModelShape
@@ -47,7 +48,7 @@ class Workload:
     splits_learning_rate: bool = False
     reference: bool = False
     known_most_documents: int = 0
-    micro_batch_size: int = field(default=1, compare=False)  # documents say as much
+    micro_batch_size: int = field(default=1, compare=False)  # `documents` decides it
 
     @property
     def on_accelerator(self) -> bool:
@@ -64,7 +65,7 @@ class Workload:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all micro-batches."""
+        """Tokens of all micro-batches of a step on one rank."""
         return self.num_micro_batches * self.num_tokens
 
     @property
@@ -73,7 +74,7 @@ class Workload:
 
     @property
     def x_bytes(self) -> int:
-        """Of a layer's input for one micro-batch."""
+        """Bytes of a layer's input for one micro-batch."""
         return self.num_tokens * self.shape.hidden * self.itemsize
 
     @property
@@ -91,17 +92,17 @@ class Workload:
 
     @property
     def layer_buffer_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(bytes of codes, bytes of the rest) of every layer's quantized weights."""
+        """(bytes of codes, bytes of quantization constants) for every layer's quantized weights."""
         return _layer_buffer_sizes(self.shape, self.quantization, self.dtype)
 
     @property
     def layer_buffer_bytes(self) -> int:
-        """Of the largest layer."""
+        """Bytes of the largest layer's quantized weights."""
         return max(map(sum, self.layer_buffer_sizes))
 
     @property
     def matrix_bytes(self) -> int:
-        """Of the embedding, or a head that is not quantized."""
+        """Bytes of the embedding, or of an unquantized head."""
         return self.shape.matrix_parameters * self.itemsize
 
     @property
@@ -110,17 +111,17 @@ class Workload:
 
     @property
     def head_format(self) -> RowLayout:
-        """How the head's rows are stored."""
+        """The storage format of the head's rows."""
         return self.shape.head_format(self.dtype)
 
     @property
     def head_bytes(self) -> int:
-        """Of the head as it is stored; of the one matrix where it is tied."""
+        """Bytes of the head as it is stored; where it is tied, those of the embedding."""
         return self.shape.vocabulary * self.head_format.row_bytes
 
     @property
     def most_documents(self) -> int:
-        """In any micro-batch, as far as is known."""
+        """The largest number of documents in a micro-batch, as far as is known."""
         return max(self.known_most_documents, len(self.documents))
 
 
@@ -144,11 +145,12 @@ def workload_of(
     most_documents: int = 0,
     split: Split | None = None,
 ) -> Workload:
-    """The step that a recipe asks for, divided as `split` says; None: into the largest micro-batches.
+    """The workload of a recipe's step. split: into micro-batches; None: into the largest ones.
 
-    documents: token counts of a micro-batch's documents; None: each fills a bin, every token supervised. Data
-    can take more in two ways: flash attention's sums have 128 rows more for every document, which
-    most_documents tells; and without flash attention documents are gathered and padded (model/attention.py).
+    documents: token counts of a micro-batch's documents; None: each fills a bin, every token supervised.
+    Shorter documents can need more memory in two cases: flash attention's sums have up to 128 rows more for
+    every document, which most_documents accounts for; and without flash attention documents are gathered and
+    padded (model/attention.py).
     """
     model, training = recipe.model, recipe.training
     split = split or splits_of(recipe)[0]

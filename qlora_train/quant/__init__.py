@@ -1,1 +1,1 @@
-"""Quantized weights: one table of formats, quantizing, dequantizing, and the kernels of both."""
+"""Quantized weights: their formats, quantizing and dequantizing, and the kernels for both."""

@@ -1,28 +1,28 @@
-"""4-bit dequantizing on a GPU: codes and quantized scales in, 16- or 32-bit numbers out, in one launch.
+"""4-bit dequantization on a GPU in one launch: codes and scales in, 16- or 32-bit numbers out.
 
 The maths, for number i of the flat weight and b its block of `block_size` numbers:
 
     absmax = nested_code[absmax_code[b]] * nested_absmax[b // 256] + nested_offset     or absmax[b] itself
     w      = code[nibble i] * absmax            in float32, then rounded to the output's dtype
 
-These are the roundings of bitsandbytes, which takes three launches: codes times nested_absmax; plus the
-offset; numbers. So product and sum are rounded one by one here too: a fused multiply-add would differ in the
-last bit of absmax, and the compiler is told to make none. Results below 1.2e-38 are kept, as bitsandbytes
-keeps them on a CPU (its CUDA code is built to flush them to 0).
+These are the roundings of bitsandbytes, which needs three launches: codes times nested_absmax; plus the
+offset; numbers. So product and sum are rounded separately here too: a fused multiply-add would differ in the
+last bit of absmax, and the compiler option for it is off. Results below 1.2e-38 are kept, as bitsandbytes
+does on a CPU (its CUDA code is compiled to flush them to 0).
 
-The bytes. Per number half a byte is read and, for 16 bits, 2 are written: for 4096 x 14336 29 + 117 MB, and
-1 MB of scales. The library's way through float32 scales is 16 bytes more per block of 64, a tenth on top, and
-two allocations. Nothing is saved for backward, which dequantizes again.
+Bytes: per number half a byte is read and, for 16 bits, 2 are written: for 4096 x 14336 29 + 117 MB, and 1 MB
+of scales. The library's float32 scales cost 16 bytes more per block of 64, about a tenth, and two
+allocations. Nothing is saved for backward, which dequantizes again.
 
-How. A program makes a tile of 1024 numbers; tiles are counted from the start of the weight wherever the
-caller starts, so codes are always read in whole aligned words. A tile is cut into segments of 32 numbers:
-no block boundary crosses one, so a scale is worked out per segment, not per number. A thread holds 4 bytes of
-a segment: it reads one word and writes 8 neighbouring numbers in one 16-byte store (16-bit output), without
-a word through shared memory. The 16 code values are looked up in memory: they are half a cache line, always
-the nearest, and a look-up takes fewer instructions than a tree of comparisons.
+How: a program computes a tile of 1024 numbers; tiles are counted from the start of the weight for every
+`start`, so codes are always read in whole aligned words. A tile is divided into segments of 32 numbers, which
+never cross a block boundary, so a scale is computed per segment, not per number. A thread holds 4 bytes of a
+segment: it reads one word and writes 8 adjacent numbers in one 16-byte store (16-bit output), without shared
+memory. The 16 code values are read from memory: they are half a cache line and always cached, and a look-up
+takes fewer instructions than a tree of comparisons.
 
-`dequantize_4bit_reference` is the formula in torch's operations, on any device. Why not torch.compile of
-that: whether it fuses the multiply-add is its own affair, and it would compile again for every shape.
+`dequantize_4bit_reference` is the formula in torch's operations, on any device. Why not torch.compile of it:
+it may or may not fuse the multiply-add, and would compile again for every shape.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from torch import Tensor
 from qlora_train.kernels.triton_support import launching_on
 from qlora_train.quant.formats import NESTED_BLOCK_SIZE
 
-TILE = tl.constexpr(1024)  # numbers that a program makes
+TILE = tl.constexpr(1024)  # numbers computed by one program
 SEGMENT = tl.constexpr(32)  # the smallest block size
 SCALES_PER_NESTED = tl.constexpr(NESTED_BLOCK_SIZE)
-WIDE_FROM = 2**31  # numbers of a row whose places no longer fit into 32 bits
-LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 4 warps: 8 numbers a thread
+WIDE_FROM = 2**31  # from this many numbers on, indices need 64 bits
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 4 warps: 8 numbers per thread
 
 
 @dataclass(frozen=True)
 class NestedScales:
-    """What the codes of absmax stand for: code float32 [256], absmax float32 [ceil(num_blocks / 256)], offset
-    float32 []."""
+    """The scales of double-quantized absmax: code float32 [256], absmax float32 [ceil(num_blocks / 256)],
+    offset float32 []."""
 
     code: Tensor
     absmax: Tensor
@@ -56,11 +56,10 @@ class NestedScales:
 
 @dataclass(frozen=True)
 class Quantized4bit:
-    """A flat row of n numbers in 4 bits: contiguous tensors on one device.
+    """A flat row of n numbers in 4 bits, as contiguous tensors on one device.
 
-    data: uint8 [ceil(n / 2)], two codes a byte, the first in the high nibble. absmax: one for each
-    `block_size` numbers (a multiple of 32), float32, or uint8 where `nested` says what it means.
-    code: float32 [16].
+    data: uint8 [ceil(n / 2)], two codes per byte, the first in the high nibble. absmax: one per block of
+    `block_size` numbers (a multiple of 32), float32, or uint8 codes if `nested` is given. code: float32 [16].
     """
 
     data: Tensor
@@ -71,9 +70,9 @@ class Quantized4bit:
 
 
 def dequantize_4bit_reference(quantized: Quantized4bit, out: Tensor, start: int = 0) -> Tensor:
-    """Write numbers start, start + 1, ... of the row into `out`, as many as it holds; returns `out`.
+    """Dequantize numbers start, start + 1, ... of the row into `out`, as many as it holds; returns `out`.
 
-    out: any shape and float dtype. Working memory: some 30 bytes per number."""
+    out: any shape and float dtype. Working memory: about 30 bytes per number."""
     numbers = torch.arange(start, start + out.numel(), device=out.device)
     pairs = quantized.data[numbers // 2].int()
     codes = torch.where(numbers % 2 == 0, pairs >> 4, pairs & 15)
@@ -86,10 +85,10 @@ def dequantize_4bit_reference(quantized: Quantized4bit, out: Tensor, start: int 
 
 
 def dequantize_4bit(quantized: Quantized4bit, out: Tensor, start: int = 0) -> Tensor:
-    """`dequantize_4bit_reference`, the same bits, in one launch on the GPU where the tensors are.
+    """`dequantize_4bit_reference`, with the same bits, in one launch on the tensors' GPU.
 
-    out: contiguous, float32, float16 or bfloat16. Fastest where `start` and the size of `out` are multiples
-    of 16."""
+    out: contiguous, float32, float16 or bfloat16. Fastest if `start` and the size of `out` are multiples of
+    16."""
     stop, num_bytes = start + out.numel(), len(quantized.data)
     assert out.is_contiguous() and quantized.data.is_contiguous()
     assert start >= 0 and stop <= 2 * num_bytes, (start, stop, num_bytes)
@@ -135,9 +134,9 @@ def dequantize_4bit_kernel(  # type: ignore[no-untyped-def]
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Numbers start..stop of the row into out[0..]; program 0 makes the tile that holds `start`.
+    """Dequantize numbers start..stop of the row into out[0..]; program 0 computes the tile with `start`.
 
-    num_bytes: of `data`. WIDE: places in the row do not fit into 32 bits. Within a tile they always do."""
+    num_bytes: of `data`. WIDE: indices into the row need 64 bits. Indices within a tile never do."""
     tile = start // TILE + tl.program_id(0)
     if WIDE:
         tile = tile.to(tl.int64)

@@ -1,24 +1,23 @@
-"""The quantization formats: what a weight [out, in] is stored as. Imports no torch.
+"""The quantization formats: the tensors that store a weight [out, in]. Imports no torch.
 
-4 bits (nf4, fp4). The weight is read as one flat row of n = out*in numbers, cut into blocks of 64. A block
-keeps its absolute maximum (fp32) and, per number, the index of the code value, one of 16, that is nearest to
-w / absmax:
+4 bits (nf4, fp4). The weight is one flat row of n = out*in numbers, divided into blocks of 64. A block stores
+its absolute maximum (fp32) and, per number, the index of the nearest of 16 code values to w / absmax:
 
-    data    uint8 [ceil(n/2)]          two codes a byte, the first in the high nibble
+    data    uint8 [ceil(n/2)]          two codes per byte, the first in the high nibble
     absmax  float32 [ceil(n/64)]       w = code[index] * absmax
 
-Double quantization quantizes absmax itself: less its mean (nested_offset), in blocks of 256, as indices into
-a 256-entry table:
+Double quantization quantizes absmax too: minus its mean (nested_offset), in blocks of 256, as indices into a
+table of 256 values:
 
     absmax  uint8 [ceil(n/64)]         absmax = nested_code[absmax] * nested_absmax + nested_offset
     nested_absmax float32 [ceil(n/64/256)], nested_offset float32 [], nested_code float32 [256]
 
-which makes (4 + 8/64 + 32/(64*256)) / 8 = 0.5159 byte per number, against 0.5625 without.
+That is (4 + 8/64 + 32/(64*256)) / 8 = 0.5159 byte per number, against 0.5625 without it.
 
 8 bits (int8). One absmax per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = data * row_absmax
 / 127.
 
-none. `data` [out, in] in the compute dtype.
+none (unquantized). `data` [out, in] in the compute dtype.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SCALE_BYTES = 4  # of one fp32 absmax
 
 @dataclass(frozen=True)
 class Quantization:
-    """How frozen weights are quantized. `double_quant` and `block_size` (numbers per absmax) matter for nf4
+    """The quantization of frozen weights. `double_quant` and `block_size` (numbers per absmax) apply to nf4
     and fp4 only."""
 
     format: FormatName
@@ -68,18 +67,19 @@ class Quantization:
         }
 
     def by_row(self, num_columns: int) -> Quantization:
-        """How rows of a matrix that is quantized so can be stored one by one, each with its own scales;
-        `UNQUANTIZED` where blocks do not end with a row."""
+        """The quantization of this matrix's rows stored separately, each with its own fp32 scales.
+
+        `UNQUANTIZED` if blocks are not aligned with rows of `num_columns` numbers."""
         if self.is_4bit and num_columns % self.block_size != 0:
             return UNQUANTIZED
         return replace(self, double_quant=False)
 
     def row_code_bytes(self, num_columns: int) -> int:
-        """The codes of a row stored `by_row`."""
+        """Bytes of the codes of one row stored `by_row`."""
         return num_columns // 2 if self.is_4bit else num_columns
 
     def row_bytes(self, num_columns: int, itemsize: int) -> int:
-        """A row stored `by_row`, its scales behind its codes. itemsize: bytes of an unquantized number."""
+        """Bytes of one row stored `by_row`: codes, then scales. itemsize: bytes of an unquantized number."""
         if not self.is_quantized:
             return num_columns * itemsize
         num_scales = num_columns // self.block_size if self.is_4bit else 1

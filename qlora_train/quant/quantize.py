@@ -1,17 +1,16 @@
-"""Quantizing: weights to codes and scales (quant/formats.py), byte for byte as bitsandbytes does.
+"""Quantize weights into codes and scales (quant/formats.py), byte for byte as bitsandbytes does.
 
-The quantizers are the library's own, but for 4 bits on the CPU, where `quant/quantize_4bit.py` makes the same
-bytes ten times as fast. Called on a whole weight, the library's needs 11 (nf4) to 26 (fp4) bytes of scratch
-per number: 0.7 to 1.5 GB for one MLP matrix of an 8B model. But blocks are independent: chunks of whole
-blocks give the same bytes, the remainder of a row block is carried into the next, and scratch stays below
-64 MiB.
+The quantizers are the library's own, except for 4 bits on the CPU, where `quant/quantize_4bit.py` gives the
+same bytes ten times as fast. On a whole weight the library needs 11 (nf4) to 26 (fp4) bytes of scratch per
+number: 0.7 to 1.5 GB for one MLP matrix of an 8B model. Blocks are independent, so chunks of whole blocks
+give the same bytes, with the remainder of a row block carried into the next, and scratch stays below 64 MiB.
 
-bitsandbytes casts a weight to fp16 before it quantizes to int8, so we do: from bf16 or fp32 weights that
-costs a rounding, and weights beyond 65504 are refused.
+bitsandbytes casts a weight to fp16 before it quantizes to int8, and so does this module: bf16 and fp32
+weights are rounded, and weights beyond 65504 are refused.
 
-Double-quantized scales depend on the order in which nested_offset, a mean, is summed. torch splits one sum
-over its threads, so in the library their last bits change with the number of threads beyond 2M numbers. Here
-(`_mean`) they are those of one thread, always: a quantized base has one fingerprint.
+Double-quantized scales depend on the summation order of nested_offset, a mean. torch splits a sum over its
+threads, so the library's last bits change with the number of threads beyond 2M numbers. Here (`_mean`) they
+are always those of one thread, so that a quantized base has one fingerprint.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from qlora_train.quant.formats import NESTED_BLOCK_SIZE, Quantization
 from qlora_train.quant.quantize_4bit import Quantizer4bit
 from qlora_train.quant.weight import QuantizedWeight, quantized_layout
 
-CHUNK_ELEMENTS = 2**20  # what the library's quantizer is given at once
+CHUNK_ELEMENTS = 2**20  # numbers per call of the library's quantizer
 QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,17 +40,17 @@ def quantize(
     name: str = "weight",
     out: dict[str, Tensor] | None = None,
 ) -> QuantizedWeight:
-    """Quantize a weight [out, in] that arrives as consecutive blocks of rows (any sizes; each is done with
-    before the next).
+    """Quantize a weight [out, in] given as consecutive blocks of rows, of any sizes.
 
-    nf4 and fp4 quantize the numbers in the dtype they come in, on `device`: the result has the bytes of
+    A block of rows may be overwritten once the next is requested. nf4 and fp4 quantize the numbers in their
+    own dtype on `device`: the result has the bytes of
     `bitsandbytes.functional.quantize_4bit(whole, blocksize=64, compress_statistics=double_quant)`. int8 has
-    those of `int8_vectorwise_quant(whole.to(float16))`. "none" casts to `dtype`, which nothing else uses.
+    those of `int8_vectorwise_quant(whole.to(float16))`. "none" casts to `dtype`, which is used only then.
 
-    `out`: the tensors of `quantized_layout` to write into, such as views of a layer buffer, which the result
-    then holds; they say the device. Without it they are allocated on `device`.
+    `out`: the tensors of `quantized_layout` to write into, such as views of a layer buffer; the result holds
+    them, and `device` is ignored. None: they are allocated on `device`.
 
-    Raises `BaseModelError`, saying `name`, for weights that are not finite, or are not 16- or 32-bit floats.
+    Raises `BaseModelError`, naming `name`, for weights that are not finite, or are not 16- or 32-bit floats.
     """
     layout = quantized_layout(quantization, shape, dtype)
     tensors = out or {
@@ -112,7 +111,7 @@ def _quantize_4bit(
 def _quantizer_4bit(
     quantization: Quantization, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """What quantizes a flat chunk into (data, absmax), tensors on `device`."""
+    """The function that quantizes a flat chunk into the tensors (data, absmax) on `device`."""
     if device.type == "cpu":
         return Quantizer4bit(
             bnb.get_4bit_type(quantization.format, device="cpu"), quantization.block_size
@@ -129,7 +128,7 @@ def _quantizer_4bit(
 
 
 def _quantize_absmax(absmax: Tensor, tensors: dict[str, Tensor]) -> None:
-    """Double quantization; overwrites `absmax`."""
+    """Double quantization: quantize `absmax`, which is overwritten, into `tensors`."""
     offset = _mean(absmax)
     codes, state = bnb.quantize_blockwise(absmax.sub_(offset), blocksize=NESTED_BLOCK_SIZE)
     tensors["absmax"].copy_(codes)
@@ -139,14 +138,14 @@ def _quantize_absmax(absmax: Tensor, tensors: dict[str, Tensor]) -> None:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """As `values.mean()` with one thread, bit for bit. On a CPU several threads share a single sum; of two
-    sums each takes whole ones, in the order of one thread. So there are two, of the same numbers."""
+    """`values.mean()` with the bits of one thread. On a CPU torch splits a single sum over its threads, but
+    computes each of several sums in one thread; so the mean is computed twice in one call."""
     return values.expand(2, -1).mean(-1)[0] if values.device.type == "cpu" else values.mean()
 
 
 def _whole_blocks(rows: Iterable[Tensor], block: int) -> Iterator[Tensor]:
-    """Re-cut row blocks into flat chunks of whole quantization blocks; only the last chunk may end inside
-    one."""
+    """Regroup blocks of rows into flat chunks of whole quantization blocks; only the last chunk may end
+    within a block."""
     carry = torch.empty(0)
     for part in rows:
         flat = part.reshape(-1)

@@ -1,30 +1,30 @@
-"""4-bit quantization on the CPU: per number the index of the nearest of 16 code values, two indices a byte.
+"""4-bit quantization on the CPU: per number the index of the nearest of 16 code values, two per byte.
 
-The maths. A flat row of n numbers is cut into blocks. With absmax = max |w| of a block, in float32,
+The maths. A flat row of n numbers is divided into blocks. With absmax = max |w| of a block, in float32,
 
-    x = w * (1 / max(absmax, 1e-38))     in [-1, 1], give or take one rounding
-    rank = how many of the 15 midpoints between neighbouring code values lie below x
-    index = that of the code value of this rank (nf4's values are in ascending order, fp4's are not)
+    x = w * (1 / max(absmax, 1e-38))     in [-1, 1], up to one rounding
+    rank = number of the 15 midpoints between adjacent code values that are below x
+    index = index of the code value of this rank (nf4's values are in ascending order, fp4's are not)
 
-and the last block, if it is not a whole one, *divides* by max(absmax, 1e-38), and keeps that as its absmax.
-These are the roundings of bitsandbytes; a quantizer that divided everywhere would differ from it in the last
-bit of x, and so now and then in a byte. `quantize_4bit_reference` is this and nothing else.
+and the last block, if incomplete, divides by max(absmax, 1e-38) and stores that as its absmax. These are the
+roundings of bitsandbytes; dividing everywhere would change the last bit of some x, and so a few bytes.
+`quantize_4bit_reference` is exactly this.
 
-Why it is slow, and what is faster. The search among 15 midpoints costs some 30 ns per number on one core. But
-the index is a step function of x: a table of 2^17 cells over [-1, 1] holds it, except in the few cells that
-have a midpoint in them. `Quantizer4bit` therefore
+A faster method: the search among 15 midpoints takes about 30 ns per number on one core. But the index is a
+step function of x: a table of 2^17 cells over [-1, 1] holds it, except for the few cells that contain a
+midpoint. `Quantizer4bit` therefore
 
-    1. adds 192 to x. The sum lies in [128, 256), where float32 numbers are 2^-16 apart, so its bit pattern,
-       read as an integer, counts cells: no multiplication, no rounding mode, no conversion;
-    2. looks the cell up: the index, or MIXED where a midpoint lies in it;
-    3. searches for the mixed ones alone, from w, as the reference does: about 1 in 10,000 of the weights of
-       a model. (A weight full of midpoints is all mixed: the bytes are the same, but it is no faster than the
+    1. adds 192 to x. The sum is in [128, 256), where float32 numbers are 2^-16 apart, so its bit pattern, as
+       an integer, is a cell number: no multiplication, rounding mode or conversion;
+    2. looks up the cell: the index, or MIXED if it contains a midpoint;
+    3. searches the midpoints for MIXED numbers only, from w, as the reference does: about 1 in 10,000 of a
+       model's weights. (A weight full of midpoints is all MIXED: the bytes are the same, at the speed of the
        search. So are zeros in fp4, which has 0 and -0 and a midpoint between them.)
 
-The table is 128 KiB and the chunk of numbers in work passes from step to step in the processor's cache:
-scratch is 10 bytes per number of one chunk, 5 MiB. All steps take 2 ns per number on one core, of which the
-look-up, which torch does on one core only, is 0.6. A table indexed by the number itself would need no step
-1, but another table per block; 15 comparisons of whole chunks need no table, and take ten times as long.
+The table has 128 KiB, and a chunk of numbers stays in the processor's cache from step to step: scratch is 10
+bytes per number of one chunk, 5 MiB. All steps take 2 ns per number on one core, of which the look-up, which
+torch runs on one core only, takes 0.6. A table indexed by the number itself would not need step 1, but one
+table per block; 15 comparisons of whole chunks need no table, and take ten times as long.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ MIXED = 0x80
 
 
 def midpoints(code: Tensor) -> tuple[Tensor, Tensor]:
-    """Of 16 code values (float32, any order): the 15 midpoints in ascending order, and the index (uint8 [16])
-    of the values in ascending order."""
+    """The 15 midpoints of 16 code values (float32, any order), ascending, and the indices (uint8 [16]) that
+    sort the values."""
     order = torch.argsort(code)
     return (code[order[:-1]] + code[order[1:]]) / 2, order.to(torch.uint8)
 
 
 def quantize_4bit_reference(flat: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """The definition. `flat`: 16- or 32-bit floats [n]; `code`: float32 [16].
+    """Reference 4-bit quantization. `flat`: 16- or 32-bit floats [n]; `code`: float32 [16].
 
-    Returns the quantized indices, uint8 [ceil(n / 2)], the first number in the high nibble (an odd n is
-    filled up with a zero), and absmax, float32 [ceil(n / block_size)].
+    Returns the indices, uint8 [ceil(n / 2)], the first number in the high nibble (an odd n is padded with a
+    zero), and absmax, float32 [ceil(n / block_size)].
     """
     whole = len(flat) // block_size * block_size
     numbers = flat.float()
-    blocks, tail = numbers[:whole].view(-1, block_size), numbers[whole:]
+    blocks, rest = numbers[:whole].view(-1, block_size), numbers[whole:]
     absmax = blocks.abs().amax(1)
     x = (blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX))[:, None]).view(-1)
-    if len(tail):
-        tail_absmax = tail.abs().amax().clamp(min=SMALLEST_ABSMAX)
-        absmax = torch.cat([absmax, tail_absmax[None]])
-        x = torch.cat([x, tail / tail_absmax])
+    if len(rest):
+        rest_absmax = rest.abs().amax().clamp(min=SMALLEST_ABSMAX)
+        absmax = torch.cat([absmax, rest_absmax[None]])
+        x = torch.cat([x, rest / rest_absmax])
     if len(flat) % 2:
         x = torch.cat([x, torch.zeros(1)])
     bounds, order = midpoints(code)
@@ -75,19 +75,19 @@ def quantize_4bit_reference(flat: Tensor, code: Tensor, block_size: int) -> tupl
 
 @cache
 def _cells(code: tuple[float, ...]) -> Tensor:
-    """What is looked up, uint8 [2 * 2^CELL_BITS + 1]: the one index of all x in the cell, or MIXED."""
+    """The look-up table, uint8 [2 * 2^CELL_BITS + 1]: the index of all x in a cell, or MIXED."""
     bounds, order = midpoints(torch.tensor(code))
     centre = torch.arange(-(2**CELL_BITS), 2**CELL_BITS + 1)
-    # The sum with ANCHOR is rounded to the nearest: both ends of a cell belong to it.
+    # x + ANCHOR is rounded to the nearest: both ends of a cell belong to it.
     lowest, highest = (torch.bucketize((centre + side) * 2.0**-CELL_BITS, bounds) for side in (-0.5, 0.5))
     return torch.where(lowest == highest, order[lowest], MIXED).to(torch.uint8)
 
 
 class Quantizer4bit:
-    """`quantize_4bit_reference`, the same bytes, fast. Holds the scratch; one thread may use it at a time."""
+    """Faster `quantize_4bit_reference` with the same bytes. Holds the scratch: one thread at a time."""
 
     def __init__(self, code: Tensor, block_size: int) -> None:
-        """`code`: float32 [16] in [-1, 1]. `block_size`: a divisor of CACHE_CHUNK_ELEMENTS, multiple of 8."""
+        """code: float32 [16] in [-1, 1]. block_size: a multiple of 8 that divides CACHE_CHUNK_ELEMENTS."""
         assert CACHE_CHUNK_ELEMENTS % block_size == 0 and block_size % 8 == 0, block_size
         self._code, self._block_size = code, block_size
         self._bounds, self._order = (tensor.numpy() for tensor in midpoints(code))
@@ -122,7 +122,7 @@ class Quantizer4bit:
         numbers.copy_(flat)
         torch.abs(numbers, out=x)
         torch.amax(x.view(in_blocks), 1, out=absmax)
-        if not math.isfinite(absmax.amax()):  # x may be nan, which is in no cell
+        if not math.isfinite(absmax.amax()):  # x may be NaN, which is in no cell
             self._quantize_exactly(flat, quantized, absmax)
             return
 
@@ -137,7 +137,7 @@ class Quantizer4bit:
         np.right_shift(pairs, 8, out=quantized.numpy(), casting="unsafe")
 
     def _settle_mixed(self, indices: np.ndarray, numbers: np.ndarray, reciprocal: np.ndarray) -> None:
-        """Replace every MIXED in `indices` by the index. Looks for them eight at a time: there are few."""
+        """Replace every MIXED in `indices` by the exact index. They are rare, so eight are tested at once."""
         eights = np.flatnonzero(indices.view(np.uint64) & np.uint64(0x0101010101010101 * MIXED))
         places = (8 * eights[:, None] + np.arange(8)).reshape(-1)
         places = places[indices[places] == MIXED]

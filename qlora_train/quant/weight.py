@@ -1,8 +1,8 @@
-"""One quantized weight: its tensors, and dequantizing all of it or some rows.
+"""One quantized weight: its tensors, and dequantization of all of it or of some rows.
 
-Dequantizing takes bitsandbytes' functions, or on a GPU with Triton one launch of our own kernel
-(quant/dequantize_4bit.py); the same bits either way. Without a GPU it goes a cache-sized part at a time: the
-library's functions only return new tensors.
+Dequantization uses bitsandbytes' functions, or on a GPU with Triton one launch of our own kernel
+(quant/dequantize_4bit.py), with the same bits. Without a GPU it runs one cache-sized part at a time, since
+the library's functions only return new tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qlora_train.device.description import DequantizeKernel
 from qlora_train.quant.formats import NESTED_BLOCK_SIZE, FormatName, Quantization
 
 DEQUANTIZE_ELEMENTS = 2**21  # numbers dequantized at once without a GPU
-INT8_ELEMENTS = 2**20  # of int8, whose fp32 numbers are cast afterwards
+INT8_ELEMENTS = 2**20  # for int8, whose fp32 numbers are cast afterwards
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class QuantizedWeight:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> QuantizedWeight:
-        """The same bytes on another device."""
+        """A copy of the weight on `device`, with the same bytes."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
         return QuantizedWeight(self.quantization, self.shape, moved)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] as numbers: what training multiplies with."""
+        """The dequantized weight [out, in] in `dtype`."""
         return self.dequantize_rows(0, self.shape[0], dtype)
 
     def dequantize_into(self, out: Tensor, kernel: DequantizeKernel, first_row: int = 0) -> Tensor:
         """`dequantize_rows(first_row, first_row + n, out.dtype)` written into `out` [n, in], contiguous;
         returns it.
 
-        kernel: of the device that it is on. 4 bits on a GPU: one launch of our kernel where Triton runs, else
-        the library's, which can write into `out` where rows are whole blocks. Everything else a cache-sized
-        part at a time: the library's functions then only return new tensors."""
+        kernel: of the weight's device. 4 bits on a GPU: one launch of our kernel ("triton"), or of the
+        library's ("library"), which can write into `out` if rows are whole blocks. Everything else runs one
+        cache-sized part at a time, since the library's functions then only return new tensors."""
         if self.quantization.is_4bit and kernel == "triton":
             return out if out.is_meta else self._dequantize_in_one_launch(out, first_row)
         num_rows, columns, block = len(out), self.shape[1], self.quantization.block_size
@@ -99,17 +99,17 @@ class QuantizedWeight:
         return flat[begin - origin : end - origin].reshape(stop - start, columns)
 
     def _stored_range(self, begin: int, end: int) -> tuple[int, int]:
-        """The numbers begin..end widened to whole blocks, as far as there are any."""
+        """The range begin..end of flat numbers extended to whole blocks, within the stored numbers."""
         block = self.quantization.block_size
         num_stored = 2 * len(self.tensors["data"])  # n, or n + 1: the last byte's low nibble is then padding
         return begin // block * block, min(-(-end // block) * block, num_stored)
 
     def _state(self, start: int, stop: int, dtype: torch.dtype) -> bnb.QuantState:
-        """What the library's kernel is told about rows start..stop."""
+        """The library's description of rows start..stop, with their absmax."""
         block, columns = self.quantization.block_size, self.shape[1]
         begin, end = start * columns, stop * columns
         origin, limit = self._stored_range(begin, end)
-        # A matrix only if rows are whole blocks: else the library's CPU kernel takes the wrong absmax.
+        # A matrix only if rows are whole blocks: else the library's CPU kernel reads the wrong absmax.
         as_matrix = columns % block == 0
         return bnb.QuantState(
             absmax=self.block_absmax(begin // block, -(-end // block)),
@@ -120,7 +120,7 @@ class QuantizedWeight:
         )
 
     def block_absmax(self, first_block: int, last_block: int) -> Tensor:
-        """The fp32 absmax of 4-bit blocks first..last."""
+        """The absmax of 4-bit blocks first_block..last_block, fp32, with double quantization undone."""
         absmax = self.tensors["absmax"]
         if not self.quantization.double_quant:
             return absmax[first_block:last_block]
@@ -150,8 +150,10 @@ class QuantizedWeight:
 
 @cache
 def _code_on(form: FormatName, device: torch.device) -> Tensor:
-    """float32 [16] on `device`: what the library dequantizes the 16 codes to there. It has a table per
-    device, and what it quantizes with is yet another one: asked, it is right to the last bit."""
+    """float32 [16] on `device`: the numbers that the library dequantizes the 16 codes to there.
+
+    The library has one table per device and another for quantizing, which differ in last bits; so its
+    dequantization is called."""
     every_code = torch.tensor([[17 * even + 1] for even in range(0, 16, 2)], dtype=torch.uint8, device=device)
     ones = torch.ones(1, device=device)
     state = bnb.QuantState(ones, torch.Size((1, 16)), blocksize=64, quant_type=form, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Training: the layer walk, the optimizer step, the loop around it, and a run's folder.
+"""Training: preparing a run, the loop over optimizer steps, checkpoints and the run folder.
 
-Imports are made when `train` is called: they take seconds.
+Heavy libraries are imported when `train` is called, as importing them takes seconds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ OnStep = Callable[[Mapping[str, float | int | bool]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """run_dir: the run folder. adapter_dir: the adapter in PEFT format. loss: of the last step; eval_loss:
-    the last evaluation's."""
+    """The result of a run. run_dir: the run folder. adapter_dir: the adapter in PEFT format. loss: of the
+    last step. eval_loss: of the last evaluation."""
 
     run_dir: Path
     adapter_dir: Path
@@ -36,12 +36,12 @@ def train(
     use_cache: bool = True,
     on_step: OnStep = lambda row: None,
 ) -> TrainResult:
-    """Train as the recipe says; with `resume`, go on from the newest checkpoint of its output folder.
+    """Train as the recipe says; with `resume`, continue from the newest checkpoint of its output folder.
 
-    use_cache: keep the quantized base for later starts. on_step: told what metrics.jsonl has of a step,
-    between that step and the next, on every rank. Raises a `UserError` for bad input and for a plan that
-    does not fit, before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on;
-    `Interrupted` after SIGINT, SIGTERM or SIGHUP, with the state saved."""
+    use_cache: keep the quantized base and tokens for later starts. on_step: called on every rank after each
+    step with its row of metrics.jsonl. Raises a `UserError` for bad input and for a plan that does not fit,
+    before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on; `Interrupted`
+    after SIGINT, SIGTERM or SIGHUP, with the state saved."""
     require_unix("train")
     from qlora_train.train.run import run_training
 

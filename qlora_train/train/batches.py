@@ -1,11 +1,10 @@
-"""The next step's batches, made while this step computes.
+"""Prefetches the next step's micro-batches while the current step computes.
 
-    worker thread   rows -> flat micro-batches -> document layouts, in pinned memory where the device is a GPU
-    main thread     takes them at their step and queues the copies: from pinned pages nobody waits for them
+    worker thread   rows -> flat micro-batches -> document layouts, in pinned memory if the device is a GPU
+    main thread     takes them at their step and queues the copies, which are asynchronous from pinned memory
 
-One step ahead and no further: what is held beside the current step's batches is one step's, some 70 bytes
-per token. A step's batches follow from its number alone (loop.py), so who makes them, and when, changes no
-bit. The host memory is weights/uploads.py's.
+Exactly one step is prefetched, about 70 bytes per token. A step's batches depend on its number alone
+(loop.py), so prefetching changes no bit of the result. Host memory comes from weights/uploads.py.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from qlora_train.weights.uploads import Staged, Uploads
 
 @dataclass(frozen=True)
 class _StagedBatch:
-    """A micro-batch whose tensors are in host memory, and those tensors as they will be sent."""
+    """A micro-batch in host memory, and its tensors staged for copying to the device."""
 
     on_host: PackedTokens
     staged: Staged
 
 
 class BatchPrefetcher:
-    """A context manager; the thread ends with it."""
+    """Makes the micro-batches of each step one step ahead. A context manager; its thread ends with it."""
 
     def __init__(
         self,
@@ -40,8 +39,8 @@ class BatchPrefetcher:
         device: ComputeDevice,
         uploads: Uploads,
     ) -> None:
-        """make: the micro-batches of a step, called on the worker thread. steps: those that will be taken, in
-        order; no other is made."""
+        """make: returns a step's micro-batches; called on the worker thread. steps: those that will be taken,
+        in order."""
         self._make, self._steps, self._uploads = make, steps, uploads
         self._worker = ThreadPoolExecutor(1, "qlora_train-batches", device.make_current)
         self._ahead: Future[list[_StagedBatch]] | None = None
@@ -55,7 +54,8 @@ class BatchPrefetcher:
         self._worker.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> list[PackedTokens]:
-        """On the device, the copies queued on the current stream. Raises what making them raised."""
+        """A step's micro-batches on the device; the copies are queued on the current stream. Raises whatever
+        `make` raised."""
         assert self._ahead is not None and step == self._steps.start, "steps are taken in order"
         batches = self._ahead.result()
         self._steps = self._steps[1:]

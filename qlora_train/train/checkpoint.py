@@ -1,16 +1,16 @@
-"""Checkpoints: all that the next optimizer step depends on, written so that a crash leaves no half one.
+"""Checkpoints: all state that the next optimizer step depends on, written atomically.
 
     checkpoints/step-N/state.safetensors   masters, optimizer state
     checkpoints/step-N/state.json          step, data position, loss scale, counters, hashes of the rest
-    checkpoints/step-N/adapter/            the masters once more, as the adapter that other tools load
+    checkpoints/step-N/adapter/            the masters again, as an adapter that other tools load
 
-The random state needs no file: masks and data order are pure functions of the seed, the step and the
-position. Written under a temporary name, every file and the folder fsynced, then renamed: a name of the form
-step-N is complete. No pickle.
+The random state needs no file: dropout masks and data order are pure functions of the seed, the step and the
+position. A checkpoint is written under a temporary name, fsynced and renamed, so a folder named step-N is
+complete. No pickle.
 
-Disks and hands damage files all the same, and most damage still loads: a flipped bit, a tensor of one number
-that broadcasts. So nothing is put back that is not byte for byte what was written, and that would fit no run
-of this recipe; `newest_valid` goes back to the newest checkpoint that is whole.
+Files get damaged later, and most damage still loads: a flipped bit, a tensor of one number that broadcasts.
+So a checkpoint is loaded only if it is byte for byte what was written and fits a run of this recipe;
+`newest_valid` falls back to the newest one that is.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ _MASTERS, _OPTIMIZER = "masters", "optimizer."
 
 @dataclass
 class TrainState:
-    """The host side of a run after `step` optimizer steps.
+    """The state of a run after `step` optimizer steps, apart from tensors.
 
-    data_position: rows (bins) of the data order consumed. best_eval_loss, best_step: the best evaluation so
-    far.
+    data_position: rows (bins) of the data order that are consumed. loss_scale_good_steps: steps since the
+    scale changed. num_overflows, num_skipped: steps not applied. best_eval_loss, best_step: of the best
+    evaluation so far.
     """
 
     step: int = 0
@@ -60,7 +61,7 @@ class TrainState:
 
 
 class Checkpoint(NamedTuple):
-    """What is saved: the host's state, masters (float32), and the optimizer's state by name, on the CPU."""
+    """The content of a checkpoint: state, fp32 masters, and the optimizer's state by name, on the CPU."""
 
     state: TrainState
     masters: Tensor
@@ -69,8 +70,9 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What every checkpoint of a run has. num_steps: of the schedule. num_masters: numbers in the masters.
-    optimizer: dtype and shape of the state by name; all of it, or none before the first applied step."""
+    """What every checkpoint of a run must have. num_steps: of the schedule. num_masters: numbers in masters.
+    optimizer: dtype and shape of its state by name; a checkpoint has no state before the first applied
+    step."""
 
     num_steps: int
     num_masters: int
@@ -85,8 +87,8 @@ def save_checkpoint(
     num_kept: int,
     write_adapter: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write folder/step-N, then remove all older than the newest `num_kept`, but not the best by
-    evaluation. write_adapter: writes the same factors for other tools into a folder."""
+    """Write folder/step-N, then remove all but the newest `num_kept` and the best by evaluation.
+    write_adapter: writes the adapter for other tools into a folder."""
     named = {_MASTERS: masters} | {_OPTIMIZER + key: value for key, value in optimizer_state.items()}
     with atomic_folder(folder / f"step-{state.step}") as partial:
         with HashingFile(partial / _TENSORS) as file:
@@ -101,16 +103,16 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, ascending."""
+    """The steps that have a checkpoint in a folder, ascending."""
     names = [re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in folder.glob("step-*") if path.is_dir()]
     return sorted(int(name[1]) for name in names if name)
 
 
 def newest_valid(folder: Path, expected: Expected, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole and fits the run; None where there is none at all.
+    """The newest checkpoint that is undamaged and fits the run; None where there is none at all.
 
-    say: told of those that were passed over. Raises `RunFolderError` where there are some and none is
-    valid."""
+    log: called with a line for each that was passed over. Raises `RunFolderError` where there are some and
+    none is valid."""
     refused: list[str] = []
     for step in reversed(list_checkpoints(folder)):
         try:
@@ -129,7 +131,7 @@ def newest_valid(folder: Path, expected: Expected, log: Callable[[str], None]) -
 
 
 def load_checkpoint(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint in folder/step-N, if it is what was written. Raises `RunFolderError` otherwise."""
+    """Load the checkpoint in folder/step-N. Raises `RunFolderError` unless its files are as written."""
     path = folder / f"step-{step}"
     try:
         values = unseal(path / _STATE)
@@ -155,7 +157,7 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
 
 
 def _check(path: Path, checkpoint: Checkpoint, step: int, expected: Expected) -> None:
-    """Raise `RunFolderError` unless it can be one of this run's."""
+    """Raise `RunFolderError` unless the checkpoint fits this run."""
     wrong = [
         *_wrong_numbers(asdict(checkpoint.state), step, expected.num_steps),
         *_wrong_tensors(checkpoint, expected),
@@ -165,7 +167,7 @@ def _check(path: Path, checkpoint: Checkpoint, step: int, expected: Expected) ->
 
 
 def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[str]:
-    """What cannot be after `step` of `num_steps` steps."""
+    """A message for each value that a run cannot have after `step` of `num_steps` steps."""
     wrong = [] if 1 <= step <= num_steps else [f"step {step} of {num_steps}"]
     most = {
         "step": num_steps,
@@ -190,6 +192,7 @@ def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[st
 
 
 def _wrong_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
+    """A message for each tensor that is missing, odd, of another dtype or shape, or not finite."""
     found = {_MASTERS: checkpoint.masters} | checkpoint.optimizer_state
     wanted = dict(expected.optimizer) if checkpoint.optimizer_state else {}
     wanted[_MASTERS] = (torch.float32, (expected.num_masters,))
@@ -210,5 +213,5 @@ def _wrong_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number in it is."""
+    """Whether every number in a tensor is finite."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

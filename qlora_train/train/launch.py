@@ -1,11 +1,10 @@
-"""Joining the processes of a launch, and refusing a launch that is not what it looks like.
+"""Joins the processes of a launch, and refuses launches whose processes would not train together.
 
-torchrun, `accelerate launch` and mpirun say in the environment how many processes they start. Where this
-process does not find itself among that many, each would train by itself, into the same folder, or the batch
-would be smaller than was asked for, and nothing would say so. Known ways to get there: `accelerate launch
---cpu --num_processes 2` starts one process and says nothing of the other; mpirun on GPUs starts processes
-that accelerate does not join. (torchrun on a machine without an accelerator was one: accelerate joins its
-processes only where it is told that the CPU is meant, so it is told.)
+torchrun, `accelerate launch` and mpirun give the number of processes in the environment. If this process is
+not joined with that many, each would silently train alone, into the same folder, or with a smaller batch than
+asked for. Known cases: `accelerate launch --cpu --num_processes 2` starts one process only; mpirun on GPUs
+starts processes that accelerate does not join. (accelerate joins torchrun's processes on a machine without an
+accelerator only with `cpu=True`, which is passed.)
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from accelerate import Accelerator
 from qlora_train.errors import QloraTrainError, UserError
 
 NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where torchrun, Open MPI, MPICH and Intel MPI, and MVAPICH say it; the first that is set counts."""
+"""Variables with the number of processes: of torchrun, Open MPI, MPICH and Intel MPI, MVAPICH. The first that
+is set counts."""
 _HOW = "start them with: torchrun --nproc-per-node N -m qlora_train train RECIPE"
 
 
 def join_launch(trackers: list[str], project_dir: Path) -> Accelerator:
-    """Device, processes and trackers. It never prepares a model, autocasts or scales: the walk does its own.
-    Raises `UserError` where the launch asked for other processes than there are or accelerate refuses the
-    machine, `QloraTrainError` where they cannot be joined."""
+    """The `Accelerator` for device, processes and trackers: it prepares no model, casts and scales nothing.
+    Raises `UserError` where the launch asked for another number of processes or accelerate refuses the
+    machine, `QloraTrainError` where processes cannot be joined."""
     _refuse_lone_launch(os.environ)
     try:
         accelerator = Accelerator(
@@ -48,11 +48,12 @@ def join_launch(trackers: list[str], project_dir: Path) -> Accelerator:
 
 
 def _asked_for(environment: Mapping[str, str]) -> str | None:
-    """The variable that says how many processes were started."""
+    """The variable with the number of processes that were started; None: there is none."""
     return next((name for name in NUMBERS_OF_PROCESSES if environment.get(name)), None)
 
 
 def _refuse_other_number(environment: Mapping[str, str], num_processes: int) -> None:
+    """Raise `UserError` where another number of processes was started than has joined."""
     name = _asked_for(environment)
     if name is not None and environment[name] != str(num_processes):
         raise UserError(
@@ -63,8 +64,8 @@ def _refuse_other_number(environment: Mapping[str, str], num_processes: int) -> 
 
 
 def _refuse_lone_launch(environment: Mapping[str, str]) -> None:
-    """`accelerate launch` gives an address to meet at where it was asked for several processes, also where it
-    then starts one alone."""
+    """Raise `UserError` where `accelerate launch` was asked for several processes and started one: it sets
+    MASTER_ADDR all the same."""
     is_accelerates = "ACCELERATE_DYNAMO_BACKEND" in environment and "MASTER_ADDR" in environment
     if is_accelerates and _asked_for(environment) is None:
         raise UserError(

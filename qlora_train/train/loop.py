@@ -1,9 +1,9 @@
-"""The loop: batches in the order of the data, steps, evaluations, checkpoints, and a way back after any stop.
+"""The training loop: batches in data order, optimizer steps, evaluations, checkpoints and resuming.
 
 Step n (from 1) takes the rows [(n - 1) R, n R) of the data order, R = batch_size; micro-batch k of rank r
 takes the (k * ranks + r)-th group of micro_batch_size rows, which is empty where the rows are used up. What a
-step computes depends on (recipe, n) and the masters alone, so after a resume the bytes are those of the
-straight run. Neither R nor the order depends on the split or on the number of ranks."""
+step computes depends on (recipe, n) and the state before it alone, so a resumed run gives the bytes of an
+uninterrupted one. Neither R nor the order depends on the split or on the number of ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SAVE_SECONDS = 600.0  # between checkpoints with `save_every: auto`
 
 
 class TrainLoop:
-    """One run from its first or its next step to its last. See `run`."""
+    """One run, from its first step or the next after a checkpoint to its last. See `run`."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class TrainLoop:
         stop_metering: Callable[[], None],
         on_step: Callable[[Mapping[str, float | int | bool]], None] = lambda row: None,
     ) -> None:
-        """plan_log: of this run. meter: counts since before the base was loaded; when the first steps have
-        been compared with the plan, metering is stopped, as it costs time. on_step: told of each step."""
+        """plan_log: of this run. meter: counts memory since before the base was loaded. stop_metering: called
+        after the first steps, as metering costs time. on_step: called with each step's metrics."""
         self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
         self._meter, self._stop_metering = meter, stop_metering
         self._on_step = on_step
@@ -109,12 +109,12 @@ class TrainLoop:
 
     @property
     def plan(self) -> ExecutionPlan:
-        """How steps run now."""
+        """The execution plan that steps follow now."""
         return self._runner.walk.plan
 
     def resume(self, log: Callable[[str], None] = print) -> int:
-        """Put the newest valid checkpoint back, if there is one; returns its step. say: told of damaged
-        ones."""
+        """Load the newest valid checkpoint, if there is one; returns its step, or 0. log: called with a line
+        for each damaged one."""
         refuse_shorter(self._folder, self.num_steps)
         expected = Expected(self.num_steps, self._lora.masters.numel(), self._optimizer.layout())
         found = newest_valid(self._folder.checkpoints, expected, log)
@@ -173,10 +173,10 @@ class TrainLoop:
                     )
         if self._accelerator.is_main_process:
             self._write_adapter(self._folder.adapter)
-        self._accelerator.wait_for_everyone()  # all that rank 0 writes is there for all
+        self._accelerator.wait_for_everyone()  # other ranks return once rank 0 has written everything
 
     def _one_step_or_save(self, step: int) -> dict[str, float | int | bool]:
-        """Where memory runs out for good, the state before this step is saved."""
+        """Run a step; if memory runs out for good, save the state before it and raise `OutOfMemory`."""
         try:
             return self._one_step(step)
         except OutOfMemory as error:
@@ -190,11 +190,12 @@ class TrainLoop:
             ) from error
 
     def _fall_back(self, step: int, plan: ExecutionPlan, change: str) -> None:
+        """Record that a step is tried again by a plan with less memory."""
         self._plan_log.change(step, plan, change)
         self._log(f"step {step}: out of memory; tried again with less: {change}")
 
     def _compare_with_plan(self, num_steps_done: int) -> None:
-        """After the first steps: what was predicted and what was."""
+        """After the first metered steps, log and store the predicted and the measured peak."""
         if num_steps_done != min(STEPS_METERED, self.num_steps):
             return
         predicted = self._prepared.model.plan.step_vram_bytes
@@ -210,7 +211,7 @@ class TrainLoop:
         )
 
     def _watch_pace(self, seconds: float) -> None:
-        """Whether steps take far longer than planned."""
+        """Log if steps take far longer than planned."""
         plan = self._prepared.model.plan
         planned_seconds = step_time(plan.workload, self.plan, plan.rates).total_seconds
         line = self._pace.slow_line(seconds, planned_seconds)
@@ -240,7 +241,7 @@ class TrainLoop:
         }
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
-        """Those of this rank."""
+        """This rank's micro-batches of a step."""
         size, number = self._split.micro_batch_size, self._split.num_micro_batches
         positions = self._positions(step)
         empty = [None] * (size * number * self._accelerator.num_processes - len(positions))
@@ -270,7 +271,7 @@ class TrainLoop:
         progress.step(step, row["loss"], row["tokens_per_second"], int(row["peak_bytes"]), seconds_left)
 
     def _evaluate(self, step: int, progress: TrainProgress) -> bool:
-        """Loss on the evaluation data, logged; True if it is the best so far."""
+        """Compute and log the loss on the evaluation data; True if it is the best so far."""
         data = self._prepared.eval_data
         assert data is not None
         groups = list(_groups(list(range(data.num_bins)), self._split.micro_batch_size))
@@ -319,14 +320,14 @@ class TrainLoop:
         save_adapter(folder, trained.config, lora, said)
 
     def _save_is_due(self, step: int, is_best: bool) -> bool:
-        """Rank 0 alone saves, so ranks need not agree on the time."""
+        """Whether to save after this step. Rank 0 alone writes, so ranks need not agree on the time."""
         every = self._recipe.training.save_every
         if every is None or is_best:
             return is_best and every is not None
         return time.monotonic() - self._saved_at >= SAVE_SECONDS if every == "auto" else step % every == 0
 
     def _stopping_line(self) -> str:
-        """Said by a signal's handler, in the middle of a step."""
+        """The line that a signal's handler prints in the middle of a step."""
         usual = self._step_seconds
         left = (
             "" if usual is None else f", about {max(0.0, self._step_began + usual - time.monotonic()):.0f} s"
@@ -337,9 +338,9 @@ class TrainLoop:
         )
 
     def _require_finite(self) -> None:
-        """Raise `TrainingFailure` rather than write factors that are none. A gradient that is not finite is
-        found in its step; an update that is too large is not, and the last step has no next one to find
-        it."""
+        """Raise `TrainingFailure` if masters or optimizer state are not finite, instead of saving them. A
+        gradient that is not finite is found in its own step, but an update that is too large only in the
+        next one."""
         if all(map(is_finite, (self._lora.masters, *self._optimizer.state().values()))):
             return
         raise TrainingFailure(
@@ -348,7 +349,7 @@ class TrainLoop:
         )
 
     def _agreed(self, signal_number: int) -> int:
-        """All ranks stop together, at the same step."""
+        """The highest signal number of all ranks, so that they stop at the same step; 0: none."""
         if self._accelerator.num_processes == 1:
             return signal_number
         highest = torch.tensor(signal_number, device=self._decoder.device.torch)

@@ -1,8 +1,8 @@
-"""Whether steps take far longer than the plan says, and what that is likely to come from. Said once.
+"""Warns once if steps take far longer than planned, with the likely causes.
 
-The plan's seconds follow from rates that were measured on this machine (plan/time_model.py), so a
-factor of three is not their error. Short steps are left out: what the host takes to queue a kernel, some
-microseconds each, is not in the plan.
+The plan's seconds follow from rates measured on this machine (plan/time_model.py), so they are not wrong by a
+factor of three. Short steps are ignored: the microseconds that the host needs to queue each kernel are not in
+the plan.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ LEAST_SECONDS_LOST = 2.0
 
 
 class Pace:
+    """Compares the seconds of the first steps with the plan."""
+
     def __init__(self, device: DeviceDescription, host: HostMemory, num_steps_left_out: int) -> None:
-        """host: of the run, which knows what could not be pinned. num_steps_left_out: the first ones, which
-        load kernels and are metered."""
+        """host: the run's host memory, which knows how much could not be pinned. num_steps_left_out: first
+        steps to ignore, as they load kernels and are metered."""
         self._device, self._host, self._num_left_out = device, host, num_steps_left_out
         self._seconds: list[float] = []
 
     def slow_line(self, seconds: float, planned_seconds: float) -> str | None:
-        """Takes the seconds of a step. After a few of them, once, a line if their median is far above what
-        was planned; else None."""
+        """Take the seconds of a step; returns None, or, once, a warning if the median of `STEPS_LOOKED_AT`
+        steps is far above the plan."""
         if self._num_left_out > 0:
             self._num_left_out -= 1
             return None

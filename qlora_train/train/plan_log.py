@@ -1,10 +1,10 @@
-"""plan.json of a run: what was planned, what was measured, and every change since.
+"""plan.json of a run: the plan, measured peaks, and every later change of the execution plan.
 
-A run begins with one execution plan; running out of memory may change it (walk/oom_fallback.py), and so does
+A run begins with one execution plan. Running out of memory may change it (walk/oom_fallback.py), and so does
 a resume on another machine (`Setting`), which plans anew. A change can alter the order of sums, so a resume
-must make it at the same step: it is written here, before the step is tried again, and rows of metrics.jsonl
-say by number which plan they ran by (0: the first). The file is sealed (files/sealed_json.py), as a resume
-does what it says.
+must make it at the same step: it is written here before the step is tried again, and rows of metrics.jsonl
+have the number of their plan (0: the first). The file is sealed (files/sealed_json.py), as a resume follows
+it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from qlora_train.train.checkpoint import list_checkpoints
 from qlora_train.weights.execution_plan import ExecutionPlan
 
 RUN_FORMAT = 2
-"""Of all files in a run's folder; a run of another one is not gone on with."""
+"""Version of the files in a run's folder; a run of another version cannot be resumed."""
 TELLABLE_SHARE = 0.03
-"""Of memory: systems report a little more or less of it from one start to the next."""
+"""Relative difference of memory sizes that counts: systems report slightly different sizes at each start."""
 
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """What a run follows. execution: its first, before any running out of memory."""
+    """The plan that a run follows. execution: the plan made at its start, before any out-of-memory change."""
 
     execution: ExecutionPlan
     split: Split
@@ -48,8 +48,9 @@ class SavedPlan:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan was made for. device: its name, or its type. memory: the recipe's keys of this section and
-    training.micro_batch_size, which may change in a resume. Bytes are all that is there."""
+    """The machine and settings that a plan was made for. device: its name, or its type. device_bytes,
+    ram_bytes: total sizes. memory: the recipe's memory section and training.micro_batch_size, which may
+    change in a resume."""
 
     device: str
     device_bytes: int
@@ -59,14 +60,14 @@ class Setting:
 
     @staticmethod
     def of(recipe: Recipe, device: DeviceDescription, num_ranks: int) -> Setting:
-        """Of this machine."""
+        """The setting of this machine."""
         sizes = (device.memory_bytes, psutil.virtual_memory().total)
         keys = {f"memory.{key}": value for key, value in recipe.memory.model_dump().items()}
         keys["training.micro_batch_size"] = str(recipe.training.micro_batch_size)
         return Setting(device.name or device.type, *sizes, num_ranks, keys)
 
     def differences(self, before: Setting) -> list[str]:
-        """What is not as before, in words."""
+        """A message for each difference from an earlier setting."""
         found = []
         if self.device != before.device:
             found.append(f"{self.device} instead of {before.device}")
@@ -86,8 +87,8 @@ class Setting:
 
 
 class PlanLog:
-    """checkpoints: the folder of the run's. setting: what is planned for now. writes: False on ranks that
-    only read. moved: what a resume finds otherwise than before, so that it plans anew; empty: nothing."""
+    """Reads and writes plan.json. checkpoints: the run's folder of them. setting: the current one. writes:
+    False on ranks that only read. moved: differences of the setting, for which a resume plans anew."""
 
     def __init__(self, file: Path, checkpoints: Path, setting: Setting, *, writes: bool = True) -> None:
         self._file, self._checkpoints, self._writes = file, checkpoints, writes
@@ -96,8 +97,8 @@ class PlanLog:
         self.moved: list[str] = []
 
     def read(self) -> SavedPlan | None:
-        """The plan to follow: that of an earlier part of this run, if it came so far and was made for the
-        same setting.
+        """The plan of an earlier part of this run, to be followed; None: there is none, or it was made for
+        another setting.
 
         Raises `RunFolderError` where plan.json does not read, is of another format, or is gone from a run
         that has checkpoints."""
@@ -121,12 +122,12 @@ class PlanLog:
         return None if self.moved else SavedPlan.from_dict(newest)
 
     def _newest(self) -> dict[str, Any]:
-        """What holds the newest plan that was not made by running out of memory."""
+        """The entry with the newest plan made at a start, not by running out of memory."""
         return ([self._content] + [c for c in self._content["changes"] if "setting" in c])[-1]
 
     def begin(self, plan: dict[str, Any], saved: SavedPlan, first_step: int = 1) -> None:
-        """plan: `Plan.to_dict`; saved: what of it is followed from `first_step` on. Where that is what an
-        earlier part of the run followed, its changes stay."""
+        """Store the plan of this start. plan: `Plan.to_dict`. saved: what is followed from `first_step` on.
+        If the run continues the plan of an earlier part, the changes of that part stay."""
         made_for = saved.to_dict() | {"setting": asdict(self._setting)}
         if not self._content:
             self._content = plan | made_for | {"run_format": RUN_FORMAT, "changes": []}
@@ -145,21 +146,21 @@ class PlanLog:
             self._write()
 
     def change(self, from_step: int, execution: ExecutionPlan, reason: str) -> None:
-        """From this step on, another plan."""
+        """Store that steps from `from_step` on follow another plan."""
         self._content["changes"].append(
             {"from_step": from_step, "reason": reason, "execution": execution.to_dict()}
         )
         self._write()
 
     def measured(self, step_bytes: int, reserved_bytes: int | None) -> None:
-        """Peaks of the first steps on the device: of tensors, and of what the allocator held of it,
-        workspaces and holes included; None on the CPU."""
+        """Store measured peaks of the first steps on the device. step_bytes: of tensors. reserved_bytes: of
+        the allocator, workspaces and fragmentation included; None on the CPU."""
         self._content["measured_step_vram_bytes"] = step_bytes
         self._content["measured_step_reserved_bytes"] = reserved_bytes
         self._write()
 
     def in_force(self, step: int) -> tuple[int, ExecutionPlan]:
-        """Number and plan that a step runs by."""
+        """(number, plan) that a step follows."""
         number, values = 0, self._content["execution"]
         for i, change in enumerate(self._content["changes"], 1):
             if change["from_step"] <= step:

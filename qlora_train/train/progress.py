@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines in a log file."""
+"""Shows the progress of a run: a live bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class TrainProgress:
-    """A context manager around the steps of a run. `quiet`: other ranks print nothing."""
+    """Progress output; a context manager around the steps of a run. quiet: print nothing (other ranks)."""
 
     def __init__(self, num_steps: int, first_step: int, log_every: int, *, quiet: bool) -> None:
         self._console = Console(quiet=quiet, highlight=False)
@@ -40,13 +40,13 @@ class TrainProgress:
         self._bar.stop()
 
     def log(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line above the bar."""
         self._console.print(line, markup=False, soft_wrap=True)
 
     def step(
         self, step: int, loss: float, tokens_per_second: float, peak_bytes: int, seconds_left: float
     ) -> None:
-        """After an optimizer step."""
+        """Show the values of an optimizer step."""
         status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  peak {peak_bytes / GIB:.2f} GiB"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._num_steps):

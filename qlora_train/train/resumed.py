@@ -1,4 +1,4 @@
-"""What a run that goes on must find as it was, and what becomes of it when it is made longer."""
+"""Checks of a resumed run: its data and base are unchanged, and its length may only grow."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qlora_train.train.setup import Prepared
 
 
 def refuse_shorter(folder: RunFolder, num_steps: int) -> None:
-    """Raise `RunFolderError` where the run has trained more steps than it is to have. Going back to an older
-    checkpoint would be possible, and not what was asked for."""
+    """Raise `RunFolderError` where the run has trained more than `num_steps` steps already. Going back to an
+    older checkpoint would be possible, but was not asked for."""
     steps = list_checkpoints(folder.checkpoints)
     if steps and steps[-1] > num_steps:
         raise RunFolderError(
@@ -24,7 +24,7 @@ def refuse_shorter(folder: RunFolder, num_steps: int) -> None:
 
 
 def require_same_inputs(folder: RunFolder, state: TrainState, prepared: Prepared) -> None:
-    """Raise `RunFolderError` where data or base are not those of the run."""
+    """Raise `RunFolderError` where the data or the base differ from those the run began with."""
     if state.data_fingerprint != prepared.train_data.fingerprint():
         raise RunFolderError(
             f"{folder.path}: the training data are not those the run began with "
@@ -39,9 +39,9 @@ def require_same_inputs(folder: RunFolder, state: TrainState, prepared: Prepared
 
 
 def lengthened_line(begun: Recipe, prepared: Prepared, num_steps: int, next_step: int) -> str | None:
-    """What another number of steps than the run began with does to the learning rate; None: the same.
+    """A line about the learning rate of a run whose number of steps has changed; None: it has not.
 
-    begun: the recipe of the run so far. num_steps: that it has now."""
+    begun: the recipe of the run so far. num_steps: the new number."""
     training = prepared.recipe.training
     rows, rows_before = training.batch_size, num_rows(begun.training, prepared.train_data.num_bins)
     assert rows is not None, "of a resolved recipe"

@@ -1,4 +1,4 @@
-"""`train`: from a recipe to an adapter. The order matters: nothing is written before all has been read."""
+"""Runs `train`, from a recipe to an adapter. All input is read before anything is written."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _train(
     resume: bool,
     use_cache: bool,
 ) -> TrainResult:
-    """`run_training` in a folder that is ours."""
+    """`run_training`, with the run folder locked."""
     ranks = find_ranks(accelerator.device)
     device = find_device(accelerator.device)
     require_deterministic_products(device.torch)
@@ -64,7 +64,7 @@ def _train(
     setting = Setting(**ranks.gather(asdict(Setting.of(recipe, target, ranks.number)))[0])
     plan_log = PlanLog(folder.plan_file, folder.checkpoints, setting, writes=accelerator.is_main_process)
     with ExitStack() as limits, ExitStack() as metering:
-        limits.callback(device.limit_allocator, None)  # a notebook goes on
+        limits.callback(device.limit_allocator, None)  # the process (a notebook) may go on
         meter = metering.enter_context(MemoryTracker(device))
         prepared = prepare(
             recipe,
@@ -114,7 +114,7 @@ def _log(console: Console, line: str) -> None:
 
 
 def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> None:
-    """What is about to happen, in a few lines."""
+    """Log what is about to be trained, and how, in a few lines."""
     recipe, decoder, lora = prepared.recipe, prepared.model.decoder, prepared.model.lora
     plan = prepared.model.plan
     if resume and not first:
@@ -146,7 +146,7 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
 
 
 def _planned_seconds(prepared: Prepared, num_steps: int) -> float:
-    """Of all steps and evaluations."""
+    """Predicted seconds of all steps and evaluations."""
     plan, every, data = prepared.model.plan, prepared.recipe.training.eval_every, prepared.eval_data
     if data is None:
         return num_steps * plan.step_seconds
@@ -156,23 +156,23 @@ def _planned_seconds(prepared: Prepared, num_steps: int) -> float:
 
 
 def _rows_of_a_step(prepared: Prepared) -> str:
-    """How many a step takes, and how they are divided."""
+    """The rows of a step, and their split into processes and micro-batches, as text."""
     split, number = prepared.model.plan.workload.split, prepared.accelerator.num_processes
-    lora = [
+    parts = [
         f"{number} process" + ("es" if number > 1 else ""),
         f"{split.num_micro_batches} x {split.micro_batch_size} in each",
     ]
-    return f"{prepared.recipe.training.batch_size} rows ({', '.join(lora)})"
+    return f"{prepared.recipe.training.batch_size} rows ({', '.join(parts)})"
 
 
 def _first_micro_batch(prepared: Prepared) -> PackedTokens:
-    """The same on every rank."""
+    """The first micro-batch of the data, on every rank the same."""
     batch = prepared.train_data.micro_batch(range(prepared.model.plan.workload.micro_batch_size))
     return PackedTokens.from_host(batch, prepared.model.decoder.device.torch)
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:
-    """The recipe as trackers take it."""
+    """The recipe as `section.key` -> text, as trackers take it."""
     return {
         f"{section}.{key}": str(v)
         for section, values in recipe.model_dump().items()
@@ -181,6 +181,7 @@ def _flat(recipe: Recipe) -> dict[str, str]:
 
 
 def _last_losses(folder: RunFolder) -> tuple[float | None, float | None]:
+    """(training loss, evaluation loss), the last of each in metrics.jsonl."""
     rows = folder.metrics()
     losses = [row["loss"] for row in rows if "loss" in row]
     eval_losses = [row["eval_loss"] for row in rows if "eval_loss" in row]

@@ -1,4 +1,4 @@
-"""The folder of a run: who may use it, and what is appended to it.
+"""The folder of a run: its lock, its checks before training, and its metrics file.
 
     recipe.yaml      the resolved recipe
     plan.json        train/plan_log.py
@@ -6,9 +6,9 @@
     checkpoints/     train/checkpoint.py
     adapter/         PEFT format, written at the end
 
-A run never writes into another run's folder, nor two processes into one: the folder is locked from the check
-on. A resume continues only the recipe it began with, apart from keys that do not touch what is computed; rows
-of metrics.jsonl that are newer than the checkpoint are cut off and computed again."""
+A run never writes into another run's folder, nor do two processes into one: the folder is locked before it is
+checked. A resume continues only the recipe that the run began with, apart from keys that do not change what
+is computed; rows of metrics.jsonl that are newer than the checkpoint are removed and computed again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAY_CHANGE = {
     *("vram", "weights", "activations", "micro_batch_size"),  # planned anew (plan_log.py)
 }
 LENGTH = {"epochs", "max_steps"}
-"""May become more: that extends the run (`resumed.lengthened_line`)."""
+"""Keys whose values may grow in a resume, which extends the run (`resumed.lengthened_line`)."""
 
 
 class RunFolder:
@@ -50,10 +50,10 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-        """Keep the folder for this process alone while the block runs. It is made for that; where nothing was
-        written into it, it is removed again. say: told where the filesystem has no locks.
+        """Create and lock the folder while the block runs; it is removed again if it stays empty. log: called
+        with a line where the filesystem has no locks.
 
-        Raises `RunFolderError` where another process has it, or where no folder can be."""
+        Raises `RunFolderError` where another process has locked it, or where no folder can be made."""
         self._refuse_impossible()
         nested = (*reversed(self.path.absolute().parents), self.path)
         made = [path for path in nested if not os.path.lexists(path)]
@@ -83,12 +83,12 @@ class RunFolder:
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):  # the first that is in use, and so are those around it
+                with contextlib.suppress(OSError):  # one that is not empty ends it
                     for folder in reversed(made):
                         folder.rmdir()
 
     def _refuse_impossible(self) -> None:
-        """Raise `RunFolderError` where there cannot be a folder of a run."""
+        """Raise `RunFolderError` where no run folder can be made at the path."""
         path = self.path.absolute()
         if os.path.exists(path) and path.samefile(path.anchor):
             raise RunFolderError(
@@ -137,12 +137,12 @@ class RunFolder:
             )
 
     def begun_recipe(self) -> Recipe | None:
-        """What an earlier part of this run was told; None: there was none."""
+        """The recipe of an earlier part of this run; None: there was none."""
         return load_recipe(self.recipe_file) if self.recipe_file.is_file() else None
 
     def _refuse_odd_entries(self) -> None:
-        """Raise `RunFolderError` where a file stands in a folder's place or the other way round: training
-        would find out at its first save."""
+        """Raise `RunFolderError` where a file stands in a folder's place or the other way round, which would
+        fail at the first save."""
         for path in (self.plan_file, self.metrics_file, self.checkpoints, self.adapter):
             is_right = path.is_dir() if path in (self.checkpoints, self.adapter) else path.is_file()
             if os.path.lexists(path) and not is_right:
@@ -150,35 +150,34 @@ class RunFolder:
                 raise RunFolderError(f"{path}: must be a {kind} of the run and is none. Remove it.")
 
     def begin(self, recipe: Recipe) -> None:
-        """Create the folder and save the resolved recipe. What killed processes left half-written is
-        removed."""
+        """Create the folder, remove partial files of killed processes, and save the resolved recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
         _replace(self.recipe_file, recipe.to_yaml())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one object to metrics.jsonl. A number that is not finite becomes null, as JSON has none."""
+        """Append one object to metrics.jsonl. Numbers that are not finite become null, as JSON has none."""
         finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; lines that a crash or a disk damaged are left out."""
+        """The rows of metrics.jsonl, without damaged lines."""
         if not self.metrics_file.is_file():
             return []
         rows = (_row_of(line) for line in self.metrics_file.read_bytes().splitlines())
         return [row for row in rows if row is not None]
 
     def cut_metrics(self, last_step: int) -> None:
-        """Drop the rows of steps after `last_step`, and lines that do not read."""
+        """Remove the rows of steps after `last_step`, and damaged lines."""
         if self.metrics_file.is_file():
             kept = [row for row in self.metrics() if row["step"] <= last_step]
             _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:
-    """The row in a line of metrics.jsonl, if one is there."""
+    """The row in a line of metrics.jsonl; None: the line is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -195,14 +194,14 @@ def _partial(file: Path) -> Path:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
+    """Replace a file atomically."""
     partial = _partial(file)
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
 def _differences(saved: Recipe, wanted: Recipe) -> list[str]:
-    """Keys whose values differ, apart from those that may change."""
+    """The keys whose values differ between two recipes, apart from those that may change."""
     before, after = saved.model_dump(), wanted.model_dump()
     return [
         f"{section}.{key}"
@@ -213,7 +212,8 @@ def _differences(saved: Recipe, wanted: Recipe) -> list[str]:
 
 
 def _unmoved(value: Any) -> Any:
-    """Without the folders that paths lie in: their contents are compared by who reads them."""
+    """A recipe value with absolute paths cut to their last part: contents are compared by whoever reads
+    them."""
     if isinstance(value, str) and os.path.isabs(value):
         return os.path.basename(value)
     if isinstance(value, list | tuple):

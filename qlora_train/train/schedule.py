@@ -1,6 +1,6 @@
-"""How long a run is, and its learning rate as a pure function of the step.
+"""The length of a run, and its learning rate as a pure function of the step.
 
-A pure function has nothing to save: a resume computes the same numbers.
+A pure function has no state to save: a resume computes the same numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from qlora_train.recipe import TrainingSection
 def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, kind: str) -> float:
     """The learning rate of optimizer step `step` = 1 .. num_steps.
 
-    Warm-up is linear over ceil(warmup_ratio * num_steps) steps, from peak / warm-up steps to peak (never 0: a
-    step with rate 0 would be thrown away). Then "constant", or "linear" or "cosine" decay, which would reach
-    0 one step after the last.
+    Warm-up is linear over w = ceil(warmup_ratio * num_steps) steps, from peak / w to peak (never 0, as a step
+    with rate 0 would be wasted). Then "constant", or "linear" or "cosine" decay, which would reach 0 one step
+    after the last.
     """
     num_warmup = math.ceil(warmup_ratio * num_steps)
     if step <= num_warmup:
@@ -30,7 +30,7 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, k
 
 
 def num_rows(training: TrainingSection, num_bins: int) -> int:
-    """Bins of the whole run, all ranks together: full steps, or the epochs to their last bin."""
+    """Bins of the whole run on all ranks: max_steps full steps, or the epochs to their last bin."""
     if training.max_steps is not None:
         assert training.batch_size is not None, "of a resolved recipe"
         return training.max_steps * training.batch_size

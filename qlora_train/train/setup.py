@@ -1,4 +1,4 @@
-"""Everything that must be right before a run folder is touched: device, data, base, factors. Bad input ends
+"""Prepares a run before its folder is touched: device, data, base, LoRA parameters. Bad input is refused
 here."""
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from qlora_train.weights.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """The base and its LoRA parameters, where the plan puts them. plan: what this machine could do, by the
-    split into micro-batches that is followed. execution: what the run does: the plan's, or that of the run it
-    goes on with. host: for what waits in RAM."""
+    """The base and its LoRA parameters, placed as planned. plan: made for this machine, with the split that
+    is followed. execution: the one that is followed: `plan`'s, or that of the resumed run. host: the run's
+    host memory."""
 
     plan: Plan
     execution: ExecutionPlan
@@ -64,7 +64,7 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """What is written beside the trained factors. kept: factors that are applied, but not trained (a
+    """What is saved beside the trained LoRA parameters. kept: A and B that are applied but not trained (the
     head's)."""
 
     config: AdapterConfig
@@ -73,7 +73,8 @@ class TrainedAdapter:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The parts of a run. recipe: resolved (absolute base, commit, compute dtype, batch size)."""
+    """The parts of a run, ready to train. recipe: resolved (absolute base, commit, compute dtype, batch
+    size)."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -85,7 +86,8 @@ class Prepared:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Tell torch what the run wants of it and join the launch's processes."""
+    """Apply the run's torch settings and join the launch's processes. Raises `UserError` for a tracker that
+    is not installed; see `join_launch`."""
     absent = [name for name in recipe.training.report_to if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(
@@ -101,8 +103,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def resolve(
     recipe: Recipe, device: DeviceDescription, num_ranks: int = 1
 ) -> tuple[Recipe, Path, torch.dtype]:
-    """The recipe with what "auto", hub names, `lora.init_from` and the numbers of micro-batches stand for
-    here, the base's folder and the compute dtype. device: of all ranks."""
+    """(recipe with `auto`, hub names, `lora.init_from` and batch sizes resolved, the base's folder, compute
+    dtype). device: the least capable of all ranks."""
     folder, commit = find_base(recipe.model, Path(recipe.training.output_dir))
     check_base(folder, recipe.model.quantization)
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
@@ -140,20 +142,19 @@ def prepare(
     use_cache: bool = True,
     log: Callable[[str], None] = print,
 ) -> Prepared:
-    """Read data, plan, load the base.
+    """Read the data, make the plan, load the base and attach LoRA parameters.
 
-    recipe: resolved. data: of its data section. target: what the devices of all ranks can do; None: this
-    one's. saved: the plan of the run that is gone on with; it is followed, so that sums keep their order.
-    use_cache: keep the quantized base, and the tokens of large data, for later starts. say: told a line each
-    about what takes time. Raises a `UserError` for whatever does not fit together, a plan that does not fit
-    included.
+    recipe: resolved. data: of its data section. target: the least capable device of all ranks; None: this
+    one. saved: the plan of the resumed run, which is followed so that sums keep their order. use_cache: keep
+    the quantized base, and the tokens of large data, for later starts. log: called with a line about each
+    thing that takes time. Raises a `UserError` for contradictory input and for a plan that does not fit.
     """
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
     tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
     cache = cache_root() if use_cache else None
-    with ranks.leaders_first():  # one rank tokenises what is kept, the others map it
+    with ranks.leaders_first():  # one rank fills the token cache, the others map it
         train_data, eval_data = build_dataset(
             data,
             tokenizer,
@@ -195,10 +196,10 @@ def load_adapted_model(
     cache: Path | None,
     log: Callable[[str], None],
 ) -> AdaptedModel:
-    """Plan for this machine, load the base and attach the factors.
+    """Make the plan for this machine, load the base and attach LoRA parameters.
 
-    recipe: resolved. found: by the probe of the base's config. saved: to be followed instead of what is
-    planned; the first rank's holds for all. most_documents: in any micro-batch of so many bins. target: see
+    recipe: resolved. found: result of probing the base's config. saved: a plan to follow instead; the first
+    rank's counts for all. most_documents: the largest number in any micro-batch of so many bins. target: see
     `prepare`. cache: the folder of quantized bases; None: none is kept. Raises a `UserError` for a plan that
     does not fit.
     """
@@ -236,7 +237,7 @@ def load_adapted_model(
 def attach_lora(
     recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype
 ) -> tuple[LoraParameters, TrainedAdapter]:
-    """LoRA factors as the recipe (resolved) says, continued from `lora.init_from` where it is given."""
+    """Attach LoRA parameters as the resolved recipe says, with the values of `lora.init_from` if given."""
     section = recipe.lora
     chosen = choose_targets(section, decoder.linears)
     ranks = {path: target.rank for path, target in chosen.items()}

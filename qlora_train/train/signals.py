@@ -1,10 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in hand, with the state saved. A second one ends it at
-once.
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP end training after the current step, with the state saved; a second one
+ends it at once.
 
-The first says so immediately, written to stderr by the handler itself: a step can take minutes, and silence
-looks as if the key had not been heard. SIGHUP is a closed terminal or a lost connection: nobody reads what is
-printed from then on, and writing to it fails, so output goes nowhere. Where it is ignored (nohup) it stays
-ignored.
+A step can take minutes, so the handler itself acknowledges the first signal on stderr. SIGHUP is handled as
+in interrupts.py.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from qlora_train.interrupts import HANGUP, handled_signals, lost_signal, print_n
 
 
 class StopSignal:
-    """A context manager; `received` is the number of the first signal, or 0: one that went missing during
-    start-up counts. announce: the line that is written when it comes."""
+    """A context manager that notes signals. received: number of the first signal, or 0; one whose exception
+    was lost during start-up counts. announce: returns the line to print when it comes."""
 
     def __init__(self, announce: Callable[[], str] = lambda: "stopping after this step") -> None:
         self.received = 0
@@ -41,11 +39,11 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._restore()  # the next one does what it did before us
+        self._restore()  # the next signal has the previous handler
         if number == HANGUP:
             print_nowhere()
         else:
-            with contextlib.suppress(OSError):  # its reader may be gone, too
+            with contextlib.suppress(OSError):  # stderr may be closed
                 os.write(2, f"\n{self._announce()}\n".encode())
 
     def _restore(self) -> None:

@@ -75,8 +75,7 @@ class BaseCheckpoint:
         """Norms and biases in the compute dtype."""
         tensors = {}
         for name, shape in self.meta_model.plain_shapes.items():
-            dtype = self.meta_model.stored_buffers.get(name, self.meta_model.dtype)
-            value = torch.empty(shape, dtype=dtype, device=device)
+            value = torch.empty(shape, dtype=self.meta_model.plain_dtype(name), device=device)
             for start, stop, rows in self._checked_rows(name, shape):
                 value[start:stop] = rows
             if not torch.isfinite(value).all():

@@ -89,7 +89,7 @@ def loaded(folder: Path, plan: ExecutionPlan, gpu: torch.device) -> tuple[Frozen
         cache=folder.parent / "quantized",
         poison=True,
     )
-    decoder.skippable = "mlp.down_proj"
+    decoder.skippable = ("mlp.down_proj",)
     decoder.fuse(norms=True, mlps=True, qkv=True)
     lora = LoraParameters(
         decoder.linears, rank=8, scaling=2.0, dropout=0.1, seed=0, dtype=torch.bfloat16, device=gpu

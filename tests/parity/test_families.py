@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import (
     FAMILIES,
+    OTHER_FAMILIES,
     library_model,
     load_tiny,
     packed_row,
@@ -51,13 +52,12 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
 def test_packed_logits_and_gradients_are_the_library_models_on_documents_alone(
     tmp_path: Path, family: str
 ) -> None:
     folder = write_checkpoint(tmp_path, family)
     decoder, lora = load_tiny(folder, Quantization("none"))
-    assert len(decoder.layers) == 3
     tokens = packed_row(LENGTHS)
     model = library_model(folder, decoder, lora, torch.float32, attention="eager")
 
@@ -68,7 +68,8 @@ def test_packed_logits_and_gradients_are_the_library_models_on_documents_alone(
     num_supervised = len(tokens.supervised)
     loss_sum = F.cross_entropy(expected, tokens.labels, ignore_index=-100, reduction="sum")
     (loss_sum / num_supervised).backward()
-    policy = (ActivationPolicy.RECOMPUTE, ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE)
+    policy = ((ActivationPolicy.RECOMPUTE, ActivationPolicy.KEEP) * 2)[: len(decoder.layers)]
+    tolerance = TOLERANCE if family in FAMILIES else 2e-4
     for reference in (False, True):
         lora.gradient.zero_()
         walk = LayerWalk(decoder, lora, resident_plan(*policy), reference=reference)
@@ -76,8 +77,8 @@ def test_packed_logits_and_gradients_are_the_library_models_on_documents_alone(
         torch.testing.assert_close(walked_loss, loss_sum.detach(), rtol=TOLERANCE, atol=0)
         for name, (a, b) in lora.views(lora.gradient).items():
             linear = model.get_submodule(name)
-            assert relative(a, linear.a.grad) <= TOLERANCE, f"{name} A, reference={reference}"
-            assert relative(b, linear.b.grad) <= TOLERANCE, f"{name} B, reference={reference}"
+            assert relative(a, linear.a.grad) <= tolerance, f"{name} A, reference={reference}"
+            assert relative(b, linear.b.grad) <= tolerance, f"{name} B, reference={reference}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,9 +116,9 @@ def test_norm_weights_and_biases_are_random() -> None:
 
 REFUSED = {
     "stablelm": {},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 16},
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "llama4_text": {},
+    "gemma4_text": {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1},  # E2B, E4B
+    "gemma3n_text": {},
 }
 
 

@@ -14,7 +14,7 @@ from qlora_train.device.description import CPU, DeviceDescription, planned_gpu
 from qlora_train.errors import UserError
 from qlora_train.plan.from_recipe import plan_recipe
 from qlora_train.plan.host_budget import HostBudget, Machine
-from qlora_train.plan.host_bytes import HEAP_SHARE, MATRICES, PROCESS, ROWS_BYTES, SLABS, host_bytes
+from qlora_train.plan.host_bytes import HEAP_SHARE, LAYER_BUFFERS, MATRICES, PROCESS, ROWS_BYTES, host_bytes
 from qlora_train.plan.model_shape import _shape_of, known_shape
 from qlora_train.plan.plan import Choices, Plan
 from qlora_train.plan.planned_model import planned_model
@@ -227,14 +227,14 @@ def test_ranks_of_a_machine_divide_its_ram_and_have_the_base_once() -> None:
     for copies in (1, 2):
         together = planned(8, base, replace(AMPLE, machine=Machine(2, copies)))
         assert together.execution == alone.execution
-        assert together.host[SLABS] == copies * alone.host[SLABS]
+        assert together.host[LAYER_BUFFERS] == copies * alone.host[LAYER_BUFFERS]
         assert together.host[MATRICES] == copies * alone.host[MATRICES]
-        for cause in together.host.keys() - {SLABS, MATRICES}:
+        for cause in together.host.keys() - {LAYER_BUFFERS, MATRICES}:
             assert together.host[cause] == 2 * alone.host[cause]
         assert together.peak_ram_bytes == sum(together.host.values())
         in_ram = [row for row in together.entries() if row.place in ("RAM", "pinned RAM")]
         load = sum(row.num_bytes for row in in_ram if row.phase == "load")
-        assert load - sum(together.host[c] for c in (SLABS, MATRICES, PROCESS)) == ROWS_BYTES
+        assert load - sum(together.host[c] for c in (LAYER_BUFFERS, MATRICES, PROCESS)) == ROWS_BYTES
     one_copy = planned(8, base, HostBudget(60 * GIB, 2048 * GIB, machine=Machine(2, 1)))
     two_copies = planned(8, base, HostBudget(60 * GIB, 2048 * GIB, machine=Machine(2, 2)))
     assert one_copy.execution.head is Placement.RAM and two_copies.execution.head is Placement.DISK

@@ -1,0 +1,79 @@
+"""Token mixers with a memory (gated delta nets, short convolutions, state spaces), run on documents apart.
+
+Attention is told where documents end; a recurrent mixer is not: over a packed row its state and the taps of
+its convolution would carry one document into the next, silently. So documents are gathered into right-padded
+batches (kernels/document_gather.py), the library's mixer runs on each batch as it is, and the outputs are put
+back in the order of the row. All of it is causal, so padding behind a document changes nothing before it, and
+what a document gets does not depend on its neighbours.
+
+Which modules: those that own a convolution over time (`nn.Conv1d`), whatever a family calls them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from qlora_train.errors import UnsupportedModelError
+from qlora_train.kernels.document_gather import gather_documents, scatter_documents
+from qlora_train.model.attention import DocumentLayout
+from qlora_train.model.linear import FrozenLinear
+
+
+class ByDocument(nn.Module):
+    """A library's mixer over packed rows. documents: of the micro-batch that passes now; None: it cannot be
+    run, for nothing keeps its state between tokens."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.documents: DocumentLayout | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that a family reads off its mixer are the mixer's own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("mixer"), name)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """hidden_states [1, T, D] -> [1, T, D], in a tuple where the mixer returns one."""
+        documents = self.documents
+        if documents is None:
+            raise UnsupportedModelError(
+                f"{type(self.mixer).__name__} keeps a state between tokens, which `generate` does not have. "
+                "Export the run and use transformers or a server."
+            )
+        rows = gather_documents(hidden_states.transpose(0, 1), documents.buckets, documents.inverse)
+        outputs = [
+            self._run(batch[:, :, 0], index) for batch, index in zip(rows, documents.buckets, strict=True)
+        ]
+        values = [out[0] if isinstance(out, tuple) else out for out in outputs]
+        joined = scatter_documents([v[:, :, None] for v in values], documents.buckets, documents.inverse)
+        y = joined.transpose(0, 1)
+        return (y, *[None] * (len(outputs[0]) - 1)) if isinstance(outputs[0], tuple) else y
+
+    def _run(self, batch: Tensor, index: Tensor) -> Any:
+        """The mixer on a batch [N, L, D], whose tokens [N, L] dropout knows by what they are in the row."""
+        linears = (m for m in self.mixer.modules() if isinstance(m, FrozenLinear))
+        context = next((linear.lora.context for linear in linears if linear.lora is not None), None)
+        if context is None or context.tokens is None:
+            return self.mixer(hidden_states=batch)
+        before = context.tokens
+        context.tokens = before.of(index.flatten())
+        try:
+            return self.mixer(hidden_states=batch)
+        finally:
+            context.tokens = before
+
+
+def run_mixers_by_document(layer: nn.Module) -> list[ByDocument]:
+    """Put every recurrent mixer of a decoder layer into a `ByDocument`; returns those."""
+    found = []
+    for name, module in list(layer.named_modules()):
+        if name and any(isinstance(child, nn.Conv1d) for child in module.children()):
+            parent, _, attribute = name.rpartition(".")
+            found.append(ByDocument(module))
+            setattr(layer.get_submodule(parent), attribute, found[-1])
+    return found
