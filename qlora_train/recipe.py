@@ -47,6 +47,10 @@ from qlora_train.recipe_checks import (
     MOST_BINS,
     MOST_TOKENS,
     as_alpha,
+    as_layers,
+    as_names,
+    as_pattern,
+    as_targets,
     auto_or_bins,
     auto_or_count,
     contradictions,
@@ -60,14 +64,6 @@ def _as_sources(value: Any) -> Any:
     """`path`, `{path: ...}` or a list of either, as a list of `{path: ...}`."""
     items = value if isinstance(value, list | tuple) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-def _as_targets(value: Any) -> str | tuple[str, ...]:
-    if value == "all-linear":
-        return "all-linear"
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) and v for v in value):
-        raise ValueError("must be all-linear or a list of module name endings such as [q_proj, v_proj]")
-    return tuple(value)
 
 
 def _auto_or_bool(value: Any) -> Any:
@@ -142,13 +138,24 @@ class ModelSection(_Section):
     chat_template: Text | None = None
 
 
-class LoraSection(_Section):
-    """The trained LoRA parameters: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`."""
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+Alpha = Annotated[int | float, BeforeValidator(as_alpha)]
 
-    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
-    alpha: Annotated[int | float, BeforeValidator(as_alpha)] = 32
+
+class LoraSection(_Section):
+    """The trained LoRA parameters: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`.
+
+    Which linears have them, and of which rank and alpha: keys of PEFT with its meaning (module_patterns.py).
+    """
+
+    rank: Rank = 16
+    alpha: Alpha = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[Literal["all-linear"] | Texts, BeforeValidator(_as_targets)] = "all-linear"
+    target_modules: Annotated[Text | Texts, BeforeValidator(as_targets)] = "all-linear"
+    exclude_modules: Annotated[Text | Texts | None, BeforeValidator(as_names)] = None
+    layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_layers)] = None
+    rank_pattern: Annotated[dict[Text, Rank], BeforeValidator(as_pattern)] = Field(default_factory=dict)
+    alpha_pattern: Annotated[dict[Text, Alpha], BeforeValidator(as_pattern)] = Field(default_factory=dict)
     use_rslora: bool = False
     init_from: PathText | None = None
 

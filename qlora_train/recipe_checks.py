@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter
 
+from qlora_train.module_patterns import expression
 from qlora_train.recipe_yaml import KeyPath, nearest, show
 
 FOUR_BIT = ("nf4", "fp4")
@@ -49,6 +50,42 @@ def parse_size(text: Any) -> int:
 def as_alpha(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"must be a number greater than 0, got {show(value)}")
+    return value
+
+
+def as_targets(value: Any) -> Any:
+    """Of `lora.target_modules`."""
+    if value is None:
+        raise ValueError("must be all-linear, name endings such as [q_proj, v_proj] or a regular expression")
+    return as_names(value)
+
+
+def as_names(value: Any) -> Any:
+    """Modules by a list of name endings or by a regular expression; None: not said."""
+    if isinstance(value, str) and value:
+        expression(value)
+        return value
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) and v for v in value):
+        raise ValueError(
+            "must be a list of module name endings such as [q_proj, v_proj], or a regular expression, got "
+            + show(value)
+        )
+    return tuple(value)
+
+
+def as_layers(value: Any) -> Any:
+    """Layers by a list of their numbers, or by one number."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if value is None or (numbers and all(type(number) is int and number >= 0 for number in numbers)):
+        return value if value is None else tuple(numbers)
+    raise ValueError(f"must be a list of layer numbers such as [0, 1, 2], got {show(value)}")
+
+
+def as_pattern(value: Any) -> Any:
+    for key in value if isinstance(value, dict) else ():
+        expression(str(key), is_key=True)
     return value
 
 
@@ -92,7 +129,14 @@ def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Contradictions between keys, as (key to change, message)."""
-    model, data, training = _sections(values, "model", "data", "training")
+    model, lora, data, training = _sections(values, "model", "lora", "data", "training")
+    targets = lora.get("target_modules", "all-linear")
+    if lora.get("layers_to_transform") is not None and isinstance(targets, str) and targets != "all-linear":
+        yield (
+            ("lora", "layers_to_transform"),
+            "only beside all-linear or a list of name endings, and target_modules is a regular expression: "
+            "let the expression say the layers",
+        )
     quantization = model.get("quantization", "nf4")
     if model.get("double_quant") is not None and quantization in ("int8", "none"):
         yield (

@@ -90,7 +90,8 @@ def workload_for(
     """All linears with factors, all tokens supervised, one micro-batch."""
     shape = shape_of(config)
     options: dict[str, Any] = {
-        "rank": RANK, "targets": tuple(shape.linear_shapes), "dropout": False, "num_micro_batches": 1,
+        "lora_ranks": tuple((path, RANK) for path in shape.linear_shapes), "dropout": False,
+        "num_micro_batches": 1,
         "num_supervised": sum(documents), "optimizer": "adamw_8bit", "deterministic": False,
     }  # fmt: skip
     return Workload(
@@ -122,9 +123,10 @@ def cpu_model(workload: Workload) -> tuple[FrozenDecoder, LoraParameters]:
     decoder.skippable, found = shape.probed.skippable, shape.probed
     if not workload.reference:
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
+    ranks = dict(workload.lora_ranks)
     lora = LoraParameters(
-        decoder.linears, rank=workload.rank, scaling=1.0, dropout=0.5 if workload.dropout else 0.0, seed=0,
-        dtype=dtype, device="cpu",
+        {path: decoder.linears[path] for path in ranks}, rank=ranks, scaling=1.0, seed=0, dtype=dtype,
+        dropout=0.5 if workload.dropout else 0.0, device="cpu",
     )  # fmt: skip
     return decoder, lora
 

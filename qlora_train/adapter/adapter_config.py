@@ -21,6 +21,7 @@ from typing import Any
 
 from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
+from qlora_train.module_patterns import by_pattern, last_name, pattern_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<letter>[AB])(?:\.default)?\.weight")
@@ -50,9 +51,8 @@ UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class AdapterConfig:
     """An adapter's config.
 
-    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path, for
-    modules that differ from `rank` and `alpha`. layers: indices of the layers that target_modules apply to;
-    None: all.
+    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path; other
+    modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to; None: all.
     """
 
     base_model: str
@@ -73,9 +73,12 @@ class AdapterConfig:
     def rank_of(self, path: str) -> int:
         return self.rank_pattern.get(path, self.rank)
 
+    def alpha_of(self, path: str) -> float:
+        return self.alpha_pattern.get(path, self.alpha)
+
     def scaling_of(self, path: str) -> float:
         """The s in W + s B A of a module."""
-        return self._scaling(self.alpha_pattern.get(path, self.alpha), self.rank_of(path))
+        return self._scaling(self.alpha_of(path), self.rank_of(path))
 
     def renamed(self, names: Mapping[str, str]) -> AdapterConfig:
         """The config with module paths replaced by `names[path]`."""
@@ -104,9 +107,9 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
         if min([rank, *rank_pattern.values()]) < 1:
             raise ValueError(f"r = {rank}")
         dropout = float(raw.get("lora_dropout", 0.0))
-        alphas = {path: _by_pattern(alpha_pattern, path, alpha) for path in ranks}
-        expected = {path: _by_pattern(rank_pattern, path, rank) for path in ranks}
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
+        alphas = {path: by_pattern(alpha_pattern, path, alpha) for path in ranks}
+        expected = {path: by_pattern(rank_pattern, path, rank) for path in ranks}
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise BaseModelError(
             f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers, rank_pattern and alpha_pattern map "
             f"module names to numbers ({error!r})."
@@ -121,7 +124,7 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
         rank,
         alpha,
         dropout,
-        sorted({path.rpartition(".")[2] for path in ranks}),
+        sorted(set(map(last_name, ranks))),
         bool(raw.get("use_rslora", False)),
         {path: own for path, own in ranks.items() if own != rank},
         {path: own for path, own in alphas.items() if own != alpha},
@@ -132,12 +135,6 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no finite number")
     return value
-
-
-def _by_pattern(pattern: Mapping[str, Any], path: str, otherwise: Any) -> Any:
-    """The value for a module path, looked up as PEFT does: a key is a regular expression for a path's end."""
-    found = (value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", path))
-    return next(found, otherwise)
 
 
 def match_modules(paths: Iterable[str], existing: Iterable[str]) -> dict[str, str]:
@@ -161,39 +158,30 @@ def name_targets(trained: Iterable[str], existing: Iterable[str]) -> tuple[list[
     same ones; else whole paths. Sorted.
     """
     wanted, all_modules = set(trained), list(existing)
-    endings = {_last_part(path) for path in wanted}
-    layers = {_layer_of(path) for path in wanted}
+    endings = {last_name(path) for path in wanted}
+    layers = {layer_of(path) for path in wanted}
     for chosen in (None, layers):
         named = {
             path
             for path in all_modules
-            if _last_part(path) in endings and (chosen is None or _layer_of(path) in chosen)
+            if last_name(path) in endings and (chosen is None or layer_of(path) in chosen)
         }
         if named == wanted and (chosen is None or None not in chosen):
             return sorted(endings), None if chosen is None else sorted(i for i in chosen if i is not None)
-    partly = {_last_part(path) for path in all_modules if path not in wanted}
-    return sorted({path if _last_part(path) in partly else _last_part(path) for path in wanted}), None
+    partly = {last_name(path) for path in all_modules if path not in wanted}
+    return sorted({path if last_name(path) in partly else last_name(path) for path in wanted}), None
 
 
-def shortest_names(trained: Iterable[str], existing: Iterable[str]) -> list[str]:
-    """`target_modules` that name the trained modules without `layers_to_transform`: endings where every
-    existing module of that name is trained, else whole paths. Sorted."""
-    wanted = set(trained)
-    partly = {_last_part(path) for path in existing if path not in wanted}
-    return sorted({path if _last_part(path) in partly else _last_part(path) for path in wanted})
-
-
-def _last_part(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _layer_of(path: str) -> int | None:
+def layer_of(path: str) -> int | None:
+    """The number of the decoder layer that a module belongs to; None: it is in no layer."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
     return int(found[1]) if found else None
 
 
-def to_peft(config: AdapterConfig) -> dict[str, Any]:
-    """The values of adapter_config.json, as PEFT writes them for LoRA."""
+def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
+    """The values of adapter_config.json, as PEFT writes them for LoRA. paths: of all modules with LoRA
+    parameters."""
+    trained = sorted(paths)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -211,8 +199,8 @@ def to_peft(config: AdapterConfig) -> dict[str, Any]:
         "modules_to_save": None,
         "layers_to_transform": config.layers,
         "layers_pattern": None,
-        "rank_pattern": {re.escape(path): rank for path, rank in config.rank_pattern.items()},
-        "alpha_pattern": {re.escape(path): alpha for path, alpha in config.alpha_pattern.items()},
+        "rank_pattern": pattern_of({path: config.rank_of(path) for path in trained}, config.rank),
+        "alpha_pattern": pattern_of({path: config.alpha_of(path) for path in trained}, config.alpha),
         "use_dora": False,
     }
 

@@ -59,7 +59,7 @@ def save_adapter(
             )
     with atomic_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(
-            json.dumps(to_peft(config), indent=2, sort_keys=True) + "\n", "utf-8"
+            json.dumps(to_peft(config, lora), indent=2, sort_keys=True) + "\n", "utf-8"
         )
         for name, content in (other_files or {}).items():
             (partial / name).write_text(content, "utf-8")

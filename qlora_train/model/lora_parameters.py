@@ -20,7 +20,7 @@ starts equal to the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,31 +28,6 @@ from torch import Tensor
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.errors import BaseModelError
 from qlora_train.model.linear import DropoutContext, FrozenLinear, LinearLora
-
-
-def select_targets(
-    linears: Mapping[str, FrozenLinear], targets: str | Sequence[str]
-) -> dict[str, FrozenLinear]:
-    """The linears that get LoRA parameters.
-
-    targets: "all-linear", or module name endings such as ["q_proj", "v_proj"]. Raises `BaseModelError` for an
-    ending that matches no linear, listing the existing names.
-    """
-    if targets == "all-linear":
-        return dict(linears)
-    endings = [targets] if isinstance(targets, str) else list(targets)
-    missing = [e for e in endings if not any(_ends_with(name, e) for name in linears)]
-    if missing:
-        existing = sorted({name.split(".", 3)[-1] for name in linears})
-        raise BaseModelError(
-            f"lora.target_modules: {', '.join(missing)} matches no linear layer of this model; "
-            f"it has {', '.join(existing)} (or use all-linear)"
-        )
-    return {name: linear for name, linear in linears.items() if any(_ends_with(name, e) for e in endings)}
-
-
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
 
 
 class LoraParameters:
@@ -73,12 +48,11 @@ class LoraParameters:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.rank = rank
         self.scaling = scaling
         self.names = tuple(linears)
-        ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
+        self.ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
         self._shapes = {
-            name: ((ranks[name], linear.in_features), (linear.out_features, ranks[name]))
+            name: ((self.ranks[name], linear.in_features), (linear.out_features, self.ranks[name]))
             for name, linear in linears.items()
         }
         self.num_a = sum(math.prod(a) for a, _ in self._shapes.values())

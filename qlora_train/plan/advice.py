@@ -66,7 +66,10 @@ def _remedies(plan: Plan, recipe: Recipe) -> Iterator[Changes]:
         yield {"lora.rank": 8}
     if half < recipe.data.sequence_length:
         yield {"data.sequence_length": half}
-        yield one_by_one | {"data.sequence_length": min(512, half), "lora.rank": min(8, recipe.lora.rank)}
+        shortest: Changes = {"data.sequence_length": min(512, half)}
+        if recipe.lora.init_from is None:
+            shortest["lora.rank"] = min(8, recipe.lora.rank)
+        yield one_by_one | shortest
 
 
 def _changed(recipe: Recipe, changes: Changes) -> Recipe:

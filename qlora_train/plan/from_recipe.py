@@ -98,7 +98,8 @@ def plan_request(request: PlanRequest) -> dict[str, Any]:
     """The plan that `qlora-train plan` prints, as plain values, with advice."""
     recipe, target = request.recipe, request.target
     if recipe.lora.init_from is not None:
-        recipe = recipe.model_copy(update={"lora": as_continued(recipe.lora)})
+        shape = find_shape(recipe.model.base, recipe.model.revision)
+        recipe = recipe.model_copy(update={"lora": as_continued(recipe.lora, shape.linear_shapes)})
     plan = plan_recipe(
         recipe,
         target,

@@ -28,13 +28,14 @@ from qlora_train.quant.formats import UNQUANTIZED, Quantization
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder. config, config_text: where they are from, as JSON too. layers: of every layer the
-    sizes of its weights. experts_per_token: that a token goes through, in each layer that has experts.
-    plain_parameters: numbers in norms, biases, routers. head_quantization: how the checkpoint has quantized
-    the head. probed: what the start-up probe found."""
+    sizes of its weights. layer_paths: module paths of the layers. experts_per_token: that a token goes
+    through, in each layer that has experts. plain_parameters: numbers in norms, biases, routers.
+    head_quantization: how the checkpoint has quantized the head. probed: what the start-up probe found."""
 
     config: PretrainedConfig = field(repr=False, compare=False)
     config_text: str = field(repr=False)
     layers: tuple[LayerShapes, ...]
+    layer_paths: tuple[str, ...]
     experts_per_token: int
     vocabulary: int
     hidden: int
@@ -81,8 +82,21 @@ class ModelShape:
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Name within a layer -> (out, in), of all that any layer has."""
-        return {name: shape for layer in self.layers for name, shape in layer.linears}
+        """Module path -> (out, in), of all layers."""
+        return {
+            f"{path}.{name}": shape
+            for path, layer in zip(self.layer_paths, self.layers, strict=True)
+            for name, shape in layer.linears
+        }
+
+    @property
+    def expert_paths(self) -> list[str]:
+        """Of the matrices of experts."""
+        return [
+            f"{path}.{name}"
+            for path, layer in zip(self.layer_paths, self.layers, strict=True)
+            for name, _, _ in layer.experts
+        ]
 
     @property
     def skippable_parameters(self) -> int:
@@ -171,6 +185,7 @@ def _shape_of(known_by: _Config) -> ModelShape:
         config,
         text,
         layers,
+        meta_model.layer_paths,
         _experts_per_token(config),
         vocabulary,
         hidden,

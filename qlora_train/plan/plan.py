@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from qlora_train.adapter.lora_targets import coverage
 from qlora_train.kernels.planned_sdpa import flash_gap_bytes
 from qlora_train.plan.fixed_bytes import Bytes
 from qlora_train.plan.host_budget import HostBudget, Machine
@@ -212,6 +213,7 @@ class Plan:
             "fits": self.fits,
             "model_type": work.shape.model_type,
             "num_parameters": work.shape.num_parameters,
+            "lora": coverage((rank for _, rank in work.lora_ranks), len(work.shape.linear_shapes)),
             "micro_batch_size": work.micro_batch_size,
             "num_micro_batches": work.num_micro_batches,
             "tokens_per_step": work.tokens_per_step,

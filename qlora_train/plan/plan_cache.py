@@ -76,7 +76,13 @@ def _fingerprint(request: PlanRequest) -> str:
     values = recipe.to_dict()
     training = {k: v for k, v in values["training"].items() if k not in ("output_dir", "seed", "report_to")}
     follows_from = {
-        "recipe": [values["model"], values["lora"], training, values["memory"], recipe.data.sequence_length],
+        "recipe": [
+            values["model"],
+            recipe.lora.model_dump_json(),
+            training,
+            values["memory"],
+            recipe.data.sequence_length,
+        ],
         "config": dict(find_config(recipe.model.base, recipe.model.revision)),
         "adapter": _files_of(recipe.lora.init_from),
         "target": asdict(request.target),

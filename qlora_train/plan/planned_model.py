@@ -64,13 +64,10 @@ class PlannedModel:
         if not workload.reference:
             found = shape.probed
             self.decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
+        ranks = dict(workload.lora_ranks)
         self.lora = LoraParameters(
-            {
-                name: linear
-                for name, linear in self.decoder.linears.items()
-                if _within(name) in workload.targets
-            },
-            rank=workload.rank,
+            {path: self.decoder.linears[path] for path in ranks},
+            rank=ranks,
             scaling=1.0,
             dropout=0.5 if workload.dropout else 0.0,
             seed=0,
@@ -193,11 +190,6 @@ class PlannedHost(HostMemory):
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _within(name: str) -> str:
-    """A linear's name within its layer."""
-    return name.split(".layers.", 1)[-1].split(".", 1)[-1]
 
 
 def _fix_rotary_tables(model: nn.Module) -> None:

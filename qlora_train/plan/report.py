@@ -45,7 +45,8 @@ def _lines(plan: Values, request: PlanRequest, num_steps: int | None) -> list[st
         _verdict(plan),
         _time_line(plan, num_steps),
         f"model: {plan['model_type']}, {_count(plan['num_parameters'])} parameters, "
-        f"{len(plan['weights'])} layers, {recipe.model.quantization}, LoRA rank {recipe.lora.rank}",
+        f"{len(plan['weights'])} layers, {recipe.model.quantization}",
+        plan["lora"],
         f"device: {request.device_text}" + (f", {plan['in_words']}" if request.target.is_accelerator else ""),
         *([f"assumed: {request.assumed}"] if request.assumed else []),
         f"rates: {plan['rates']['source']}",

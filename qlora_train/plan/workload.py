@@ -6,15 +6,14 @@ Model sizes, quantization, LoRA parameters, tokens per micro-batch, optimizer. O
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 
+from qlora_train.adapter.lora_targets import choose_targets
 from qlora_train.device.description import DeviceDescription
-from qlora_train.errors import UserError
 from qlora_train.model.quantized_matrix import RowLayout
 from qlora_train.plan.host_budget import dtype_of
 from qlora_train.plan.model_shape import ModelShape
@@ -29,17 +28,16 @@ class Workload:
 
     documents: token counts of the documents of one micro-batch; their sum is T. known_most_documents: the
     largest number in any micro-batch of the data; 0: unknown. num_supervised: S, supervised tokens of one
-    micro-batch. num_micro_batches: K. micro_batch_size: bins in a micro-batch. targets: linears with LoRA
-    parameters, by name within a layer. splits_learning_rate: B has its own (LoRA+). target: the device.
-    deterministic: torch uses deterministic algorithms only. reference: the plain implementation, without
-    tiles and fused kernels.
+    micro-batch. num_micro_batches: K. micro_batch_size: bins in a micro-batch. lora_ranks: (module path,
+    rank) of every linear with LoRA parameters. splits_learning_rate: B has its own (LoRA+). target: the
+    device. deterministic: torch uses deterministic algorithms only. reference: the plain implementation,
+    without tiles and fused kernels.
     """
 
     shape: ModelShape
     quantization: Quantization
     dtype: torch.dtype
-    rank: int
-    targets: tuple[str, ...]
+    lora_ranks: tuple[tuple[str, int], ...]
     dropout: bool
     documents: tuple[int, ...]
     num_supervised: int
@@ -82,10 +80,11 @@ class Workload:
     @property
     def lora_sizes(self) -> tuple[int, int]:
         """(numbers in all A, numbers in all B)."""
-        linears = [
-            shape for layer in self.shape.layers for name, shape in layer.linears if name in self.targets
-        ]
-        return self.rank * sum(shape[1] for shape in linears), self.rank * sum(shape[0] for shape in linears)
+        shapes = self.shape.linear_shapes
+        return (
+            sum(rank * shapes[path][1] for path, rank in self.lora_ranks),
+            sum(rank * shapes[path][0] for path, rank in self.lora_ranks),
+        )
 
     @property
     def num_lora_parameters(self) -> int:
@@ -155,13 +154,13 @@ def workload_of(
     """
     model, training = recipe.model, recipe.training
     split = split or splits_of(recipe)[0]
+    chosen = choose_targets(recipe.lora, shape.linear_shapes, shape.expert_paths)
     lengths = tuple(documents or (recipe.data.sequence_length,) * split.micro_batch_size)
     return Workload(
         shape=shape,
         quantization=Quantization(model.quantization, model.double_quant),
         dtype=getattr(torch, dtype_of(recipe, target)),
-        rank=recipe.lora.rank,
-        targets=_targets(recipe.lora.target_modules, shape),
+        lora_ranks=tuple((path, target.rank) for path, target in chosen.items()),
         dropout=recipe.lora.dropout > 0,
         documents=lengths,
         num_supervised=sum(lengths) - len(lengths),
@@ -174,20 +173,3 @@ def workload_of(
         reference=training.kernels == "reference",
         known_most_documents=most_documents,
     )
-
-
-def _targets(targets: str | Sequence[str], shape: ModelShape) -> tuple[str, ...]:
-    """Names within a layer of the linears that `lora.target_modules` selects."""
-    names = tuple(shape.linear_shapes)
-    if isinstance(targets, str):
-        return names
-    targets = [
-        re.sub(r"^.*\blayers\.\d+\.", "", target) for target in targets
-    ]  # all layers are planned alike
-    missing = [e for e in targets if not any(name == e or name.endswith("." + e) for name in names)]
-    if missing:
-        raise UserError(
-            f"lora.target_modules: {', '.join(missing)} matches no linear layer of this model; "
-            f"it has {', '.join(names)} (or use all-linear)"
-        )
-    return tuple(name for name in names if any(name == e or name.endswith("." + e) for e in targets))

@@ -10,11 +10,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from rich.console import Console
 
+from qlora_train.adapter.lora_targets import coverage
 from qlora_train.data.building import open_data
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.device.settings import determinism_of_before, require_deterministic_products
 from qlora_train.kernels.on_device import find_device
-from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.plan.machine_plan import device_of_all
 from qlora_train.plan.report import residency_lines
@@ -123,8 +123,8 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device.torch}",
-        f"LoRA rank {_ranks(lora)} on {len(lora.names)} linears: {lora.masters.numel():,} "
-        "trainable parameters",
+        f"{coverage(lora.ranks.values(), len(decoder.linears))}; {lora.masters.numel():,} trainable "
+        "parameters",
         *(
             f"the factors on {', '.join(kept)} are applied and kept as they are, not trained"
             for kept in [prepared.model.adapter.kept]
@@ -169,12 +169,6 @@ def _first_micro_batch(prepared: Prepared) -> PackedTokens:
     """The first micro-batch of the data, on every rank the same."""
     batch = prepared.train_data.micro_batch(range(prepared.model.plan.workload.micro_batch_size))
     return PackedTokens.from_host(batch, prepared.model.decoder.device.torch)
-
-
-def _ranks(lora: LoraParameters) -> str:
-    """The LoRA rank, or the lowest and the highest, as text."""
-    ranks = [len(a) for a, _ in lora.views(lora.masters).values()]
-    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:

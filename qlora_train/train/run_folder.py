@@ -218,4 +218,6 @@ def _unmoved(value: Any) -> Any:
         return os.path.basename(value)
     if isinstance(value, list | tuple):
         return [_unmoved(item) for item in value]
-    return {k: _unmoved(v) for k, v in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):  # of keys of lora.rank_pattern the first that matches decides
+        return [(key, _unmoved(item)) for key, item in value.items()]
+    return value

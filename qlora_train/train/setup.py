@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, name_targets
 from qlora_train.adapter.adapter_files import LoraPairs, head_copy, load_fitting
 from qlora_train.adapter.continued_adapter import as_continued
+from qlora_train.adapter.lora_targets import choose_targets
 from qlora_train.adapter.trained_on import TrainedOn, find_base, read_trained_on
 from qlora_train.data.building import OpenData, build_dataset
 from qlora_train.data.dataset import PackedDataset
@@ -27,7 +28,7 @@ from qlora_train.errors import UserError
 from qlora_train.model.base import linear_names, read_config
 from qlora_train.model.base_folder import check_base
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.lora_parameters import LoraParameters, select_targets
+from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.rope_lengths import refuse_length_dependent_rope
 from qlora_train.plan.fixed_bytes import managed_bytes
@@ -238,21 +239,32 @@ def attach_lora(
 ) -> tuple[LoraParameters, TrainedAdapter]:
     """Attach LoRA parameters as the resolved recipe says, with the values of `lora.init_from` if given."""
     section = recipe.lora
-    targets = select_targets(decoder.linears, section.target_modules)
-    config = AdapterConfig(
-        recipe.model.base, section.rank, section.alpha, section.dropout, use_rslora=section.use_rslora
-    )
+    chosen = choose_targets(section, decoder.linears)
+    ranks = {path: target.rank for path, target in chosen.items()}
+    alphas = {path: target.alpha for path, target in chosen.items()}
     start: LoraPairs = {}
+    kept: LoraPairs = {}
     if section.init_from is not None:
         saved, start = load_fitting(Path(section.init_from), [*decoder.linears, HEAD])
-        config = replace(config, rank_pattern=saved.rank_pattern, alpha_pattern=saved.alpha_pattern)
-    kept = {HEAD: start.pop(HEAD)} if HEAD in start else {}
-    names, layers = name_targets([*targets, *kept], [*decoder.linears, HEAD])
-    config = replace(config, target_modules=names, layers=layers)
+        if HEAD in start:
+            kept = {HEAD: start.pop(HEAD)}
+            ranks[HEAD], alphas[HEAD] = saved.rank_of(HEAD), saved.alpha_of(HEAD)
+    names, layers = name_targets(ranks, [*decoder.linears, HEAD])
+    config = AdapterConfig(
+        recipe.model.base,
+        section.rank,
+        section.alpha,
+        section.dropout,
+        names,
+        section.use_rslora,
+        ranks,
+        alphas,
+        layers,
+    )
     lora = LoraParameters(
-        targets,
-        rank={name: config.rank_of(name) for name in targets},
-        scaling={name: config.scaling_of(name) for name in targets},
+        {path: decoder.linears[path] for path in chosen},
+        rank=ranks,
+        scaling={path: config.scaling_of(path) for path in chosen},
         dropout=section.dropout,
         seed=recipe.training.seed,
         dtype=dtype,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_train.adapter.adapter_config import CONFIG_FILE, AdapterConfig, shortest_names
+from qlora_train.adapter.adapter_config import CONFIG_FILE, AdapterConfig, name_targets
 from qlora_train.adapter.adapter_files import WEIGHTS_FILE, load_adapter, save_adapter
 from qlora_train.errors import BaseModelError
 
@@ -76,22 +76,22 @@ def test_we_load_what_peft_writes(tmp_path: Path, targets: list[str] | str) -> N
 @pytest.mark.parametrize(
     ("endings", "expected"),
     [
-        (("q_proj", "down_proj"), ["down_proj", "q_proj"]),
-        (("1.self_attn.q_proj", "up_proj"), ["model.layers.1.self_attn.q_proj", "up_proj"]),
-        (("layers.0.mlp.up_proj",), ["model.layers.0.mlp.up_proj"]),
+        (("q_proj", "down_proj"), (["down_proj", "q_proj"], None)),
+        (("1.self_attn.q_proj", "up_proj"), (["model.layers.1.self_attn.q_proj", "up_proj"], None)),
+        (("layers.0.mlp.up_proj",), (["up_proj"], [0])),
     ],
 )
 def test_the_config_names_no_module_that_was_not_trained(
-    tmp_path: Path, endings: tuple[str, ...], expected: list[str]
+    tmp_path: Path, endings: tuple[str, ...], expected: tuple[list[str], list[int] | None]
 ) -> None:
     model = tiny_llama()
     linears = [
         name for name, m in model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)
     ]
     trained = [name for name in linears if name.endswith(endings)]
-    names = shortest_names(trained, linears)
-    assert names == expected
-    config = peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM")
+    names, layers = name_targets(trained, linears)
+    assert (names, layers) == expected
+    config = peft.LoraConfig(r=2, target_modules=names, layers_to_transform=layers, task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config)
     tuned = {name for name, m in wrapped.base_model.model.named_modules() if hasattr(m, "lora_A")}
     assert tuned == set(trained)

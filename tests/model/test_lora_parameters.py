@@ -1,4 +1,4 @@
-"""Flat buffers, their views, the initialisation and the selection of targets."""
+"""Flat buffers, their views and the initialisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_train.errors import BaseModelError
 from qlora_train.model.linear import FrozenLinear
-from qlora_train.model.lora_parameters import LoraParameters, select_targets
+from qlora_train.model.lora_parameters import LoraParameters
 
 SIZES = {
     "model.layers.0.self_attn.q_proj": (12, 20),
@@ -123,23 +123,3 @@ def test_load_refuses_another_selection_or_shape() -> None:
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(BaseModelError, match=rf"{name} A is \(5, 12\), this run needs \(3, 12\)"):
         lora.load(adapter | {name: (torch.zeros(5, 12), torch.zeros(7, 5))})
-
-
-def test_select_targets() -> None:
-    everything = linears()
-    assert select_targets(everything, "all-linear") == everything
-    up = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
-    assert list(select_targets(everything, ["up_proj"])) == up
-    assert list(select_targets(everything, ["mlp.up_proj"])) == up
-    assert (
-        list(select_targets(everything, ["layers.1.mlp.up_proj", "q_proj"]))
-        == list(SIZES)[:1] + list(SIZES)[2:]
-    )
-
-
-def test_a_target_that_matches_nothing_lists_what_exists() -> None:
-    with pytest.raises(BaseModelError) as caught:
-        select_targets(linears(), ["q_proj", "p_proj", "proj"])  # "proj" is no whole name
-    message = str(caught.value)
-    assert "lora.target_modules: p_proj, proj matches no linear layer" in message
-    assert "it has mlp.up_proj, self_attn.q_proj" in message

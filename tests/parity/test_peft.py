@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -13,10 +14,12 @@ from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_train.adapter.lora_targets import choose_targets
 from qlora_train.model.attention import NAME
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.quant.formats import Quantization
+from qlora_train.recipe import LoraSection
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ActivationPolicy
 
@@ -91,9 +94,61 @@ def test_loss_and_gradients_equal_pefts(tmp_path: Path, family: str, quantizatio
     folder = write_checkpoint(tmp_path, family, intermediate_size=128)
     decoder, lora = load_tiny(folder, quantization)
     wrapped = adapted(quantised_model(folder, decoder, quantization), lora)
+    check_one_step(decoder, lora, wrapped)
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "ranks": {
+        "target_modules": r".*_proj",
+        "exclude_modules": ["layers.2.mlp.down_proj", "o_proj"],
+        "rank_pattern": {r"layers\.1\..*(q|gate)_proj": 8, "v_proj": 2, "k_proj": 2, "q_proj": 2},
+        "alpha_pattern": {"up_proj": 3, r"layers\.0\..*": 20},
+    },
+    "rank stabilized, some layers": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj"],
+        "layers_to_transform": (0, 2),
+        "rank_pattern": {"k_proj": 9},
+        "use_rslora": True,
+    },
+}
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fused", "reference"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_mix_of_ranks_gives_pefts_gradients(tmp_path: Path, name: str, reference: bool) -> None:
+    """q, k and v have one rank in some layers, where their A are stacked, and several ranks in others."""
+    keys, quantization = CHOICES[name], Quantization("nf4")
+    folder = write_checkpoint(tmp_path, "llama", intermediate_size=128)
+    decoder, _ = load_tiny(folder, quantization)
+    for linear in decoder.linears.values():
+        linear.lora = None
+    section = LoraSection(rank=RANK, alpha=6, **keys)
+    config = LoraConfig(r=RANK, lora_alpha=6, init_lora_weights=False, **keys)
+    wrapped = get_peft_model(quantised_model(folder, decoder, quantization), config)
+    chosen = choose_targets(section, decoder.linears)
+    root = 0.5 if section.use_rslora else 1
+    lora = LoraParameters(
+        {path: decoder.linears[path] for path in chosen},
+        rank={path: target.rank for path, target in chosen.items()},
+        scaling={path: target.alpha / target.rank**root for path, target in chosen.items()},
+        dropout=0.0, seed=0, dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    assert len(set(lora.ranks.values())) > 1
+    for path, (a, b) in lora.views(lora.masters).items():
+        layer = wrapped.get_submodule(f"base_model.model.{path}")
+        a.copy_(layer.lora_A["default"].weight.data)
+        b.copy_(layer.lora_B["default"].weight.data)
+    if not reference:
+        decoder.fuse(norms=True, mlps=True, qkv=True)
+    check_one_step(decoder, lora, wrapped, reference=reference)
+
+
+def check_one_step(
+    decoder: FrozenDecoder, lora: LoraParameters, wrapped: nn.Module, *, reference: bool = False
+) -> None:
+    """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters."""
     trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(lora.names)
-
     tokens = packed_row([21, 4, 30])
     logits = wrapped(
         input_ids=tokens.token_ids,
@@ -107,7 +162,7 @@ def test_loss_and_gradients_equal_pefts(tmp_path: Path, family: str, quantizatio
     loss.backward()
 
     num_supervised = len(tokens.supervised)
-    walk = LayerWalk(decoder, lora, resident_plan(*[ActivationPolicy.RECOMPUTE] * 3), reference=False)
+    walk = LayerWalk(decoder, lora, resident_plan(*[ActivationPolicy.RECOMPUTE] * 3), reference=reference)
     loss_sum = walk.accumulate([tokens], seed=0, step=1, num_supervised=num_supervised)
     torch.testing.assert_close(loss_sum / num_supervised, loss.detach(), rtol=TOLERANCE, atol=0)
     for name, (a, b) in lora.views(lora.gradient).items():

@@ -47,8 +47,7 @@ def workload(name: str = "llama-3.1-8b", tokens: int = 2048, **changes: object) 
         shape=shape(name),
         quantization=NF4,
         dtype=torch.bfloat16,
-        rank=16,
-        targets=tuple(shape(name).linear_shapes),
+        lora_ranks=tuple((path, 16) for path in shape(name).linear_shapes),
         dropout=False,
         documents=(tokens,),
         num_supervised=tokens,
@@ -120,6 +119,20 @@ def test_what_stays_is_what_the_real_objects_take() -> None:
         told = fixed_bytes(run, replace(plan(16), hold_dequantized=holds))[DEQUANTIZE_BUFFER]
         assert told == model.decoder.weights.buffer_bytes
     assert WORKING not in fixed_bytes(replace(run, dtype=torch.float32), plan(16))
+
+
+def test_a_mix_of_ranks_is_counted_linear_by_linear() -> None:
+    of_name = {"q_proj": 4, "up_proj": 32, "down_proj": 7}
+    every = shape("llama-3.2-1b").linear_shapes
+    ranks = {path: of_name[name] for path in every if (name := path.rpartition(".")[2]) in of_name}
+    del ranks["model.layers.3.mlp.up_proj"]
+    run = workload("llama-3.2-1b", lora_ranks=tuple(ranks.items()))
+    assert run.lora_sizes == (
+        16 * (4 * 2048 + 32 * 2048 + 7 * 8192) - 32 * 2048,
+        16 * (4 * 2048 + 32 * 8192 + 7 * 2048) - 32 * 8192,
+    )
+    lora = PlannedModel(run).lora
+    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
 
 
 def test_a_tied_matrix_counts_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -29,7 +30,12 @@ def test_sizes_are_those_of_the_skeleton(family: str, tmp_path: Path) -> None:
     matrices = [meta_model.matrix_shape] * (1 if meta_model.is_tied else 2)
     plain = list(meta_model.plain_shapes.values())
     assert shape.num_parameters == sum(torch.Size(s).numel() for s in [*linears, *matrices, *plain])
-    assert shape.linear_shapes == dict(meta_model.layer_shapes(0).items())
+    modules = dict(meta_model.model.named_modules())
+    assert all(
+        size == (modules[path].out_features, modules[path].in_features)
+        for path, size in shape.linear_shapes.items()
+    )
+    assert len(shape.linear_shapes) == len(linears)
     assert find_config(str(tmp_path))["hidden_size"] == shape.hidden == 72
 
 
@@ -147,3 +153,14 @@ def test_a_sequence_that_train_refuses_is_not_planned(tmp_path: Path) -> None:
     longer = values | {"data": {"train": "x", "sequence_length": 512}}
     with pytest.raises(QloraTrainError, match="rope type dynamic"):
         plan_recipe(Recipe.from_dict(longer), planned_gpu(None, None), 8 * 2**30)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"target_modules": ["experts.gate_up_proj"]}, {"rank_pattern": {"gate_up_proj": 8}}]
+)
+def test_experts_are_no_targets_of_lora(keys: dict[str, Any]) -> None:
+    recipe = Recipe.from_dict({"model": {"base": "Qwen/Qwen3-30B-A3B"}, "data": {"train": "x"}, "lora": keys})
+    with pytest.raises(
+        UserError, match="experts are frozen and have no LoRA parameters; there are self_attn"
+    ):
+        plan_recipe(recipe, planned_gpu("NVIDIA H100", None), 80 * 2**30)

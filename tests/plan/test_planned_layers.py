@@ -112,6 +112,22 @@ def test_a_walk_over_quantised_weights(quantization: str, holds: bool) -> None:
     assert peak_of_plan(workload, plan) == peak_on_cpu(workload, plan)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_layers_with_other_targets_or_ranks_are_other_kinds(reference: bool) -> None:
+    """Four layers: as they are, without LoRA on k, with a larger rank on up, and as the first."""
+    workload = workload_for(
+        small_config("llama", 4), documents=DOCUMENTS, num_supervised=173, reference=reference
+    )
+    ranks = dict(workload.lora_ranks)
+    del ranks["model.layers.1.self_attn.k_proj"]
+    ranks["model.layers.2.mlp.up_proj"] = 96
+    mixed = replace(workload, lora_ranks=tuple(ranks.items()))
+    assert PlannedModel(workload).decoder.kinds == [0, 0, 0, 0]
+    assert PlannedModel(mixed).decoder.kinds == [0, 1, 2, 0]
+    plan = replace(everything_resident(4, activation=KEEP), loss_tokens=64, head_tile_rows=40)
+    assert peak_of_plan(mixed, plan) == peak_on_cpu(mixed, plan) > peak_of_plan(workload, plan)
+
+
 @pytest.mark.parametrize("activation", [KEEP, RECOMPUTE])
 def test_a_walk_in_reference_mode(activation: ActivationPolicy) -> None:
     workload = workload_for(small_config("llama", 3), reference=True, num_supervised=197)

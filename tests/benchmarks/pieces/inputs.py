@@ -31,7 +31,7 @@ from transformers import (
 
 from benchmarks.pieces.figures import compute_device, compute_dtype
 from benchmarks.process import answer
-from qlora_train.adapter.adapter_config import AdapterConfig, shortest_names
+from qlora_train.adapter.adapter_config import AdapterConfig, name_targets
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.device.compute_dtype import dtype_name
 from qlora_train.files.atomic_folder import atomic_folder
@@ -126,7 +126,7 @@ def write_run(folder: Path, base: Path, rank: int) -> None:
         )
         for name, linear in linears.items()
     }
-    config = AdapterConfig(str(base), rank, 2 * rank, target_modules=shortest_names(linears, linears))
+    config = AdapterConfig(str(base), rank, 2 * rank, target_modules=name_targets(linears, linears)[0])
     save_adapter(folder / "adapter", config, lora)
     recipe = Recipe.from_dict(
         {

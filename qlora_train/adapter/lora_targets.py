@@ -1,0 +1,134 @@
+"""Which linears of a base get LoRA parameters, and of which rank and alpha: keys as PEFT reads them.
+
+    layers_to_transform            the layers that are looked at; None: all
+    target_modules                 their linears that are chosen
+    exclude_modules                of those, the ones that are not
+    rank_pattern, alpha_pattern    ranks and alphas of single modules; the others have `rank` and `alpha`
+
+PEFT passes over a name that no module has, or warns; here it is an error, since a part of the model that was
+meant to be trained would stay as it is. Imports no torch: `plan` and `train` both choose here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_train.adapter.adapter_config import layer_of
+from qlora_train.errors import BaseModelError
+from qlora_train.module_patterns import Names, Number, deciding_key, naming
+from qlora_train.recipe import LoraSection
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """The size of one linear's LoRA parameters, and the alpha that they are scaled by."""
+
+    rank: int
+    alpha: float
+
+
+def choose_targets(
+    lora: LoraSection, linears: Iterable[str], experts: Iterable[str] = ()
+) -> dict[str, LoraTarget]:
+    """The linears that are trained, by module path, in the order of `linears`.
+
+    linears: paths of all linears in decoder layers. experts: paths of experts' weights, which are frozen.
+    Raises `BaseModelError` for a key that names nothing, with what there is to name.
+    """
+    experts = list(experts)
+    chosen = choose_linears(lora, linears, experts)
+    ranks = _by_pattern("rank_pattern", lora.rank_pattern, lora.rank, chosen, experts)
+    alphas = _by_pattern("alpha_pattern", lora.alpha_pattern, lora.alpha, chosen, experts)
+    return {path: LoraTarget(ranks[path], alphas[path]) for path in chosen}
+
+
+def choose_linears(lora: LoraSection, linears: Iterable[str], experts: Iterable[str] = ()) -> list[str]:
+    """`choose_targets` without ranks and alphas."""
+    chosen = _in_layers(lora.layers_to_transform, list(linears))
+    if lora.target_modules != "all-linear":
+        chosen = _named("target_modules", lora.target_modules, chosen, experts)
+    if lora.exclude_modules is not None:
+        excluded = set(_named("exclude_modules", lora.exclude_modules, chosen, experts))
+        chosen = [path for path in chosen if path not in excluded]
+    if not chosen:
+        raise BaseModelError("lora.exclude_modules: excludes all linears; nothing would be trained")
+    return chosen
+
+
+def coverage(ranks: Iterable[int], num_linears: int) -> str:
+    """In words, how many linears are trained and with which ranks. ranks: of each that is."""
+    counts = sorted(Counter(ranks).items())
+    if len(counts) == 1:
+        return f"LoRA rank {counts[0][0]} on {counts[0][1]} of {num_linears} linears"
+    parts = ", ".join(f"rank {rank} on {number}" for rank, number in counts)
+    return f"LoRA on {sum(number for _, number in counts)} of {num_linears} linears: {parts}"
+
+
+def _in_layers(layers: Sequence[int] | None, linears: list[str]) -> list[str]:
+    if layers is None:
+        return linears
+    known = {layer_of(path) for path in linears}
+    if strange := [str(layer) for layer in layers if layer not in known]:
+        raise BaseModelError(
+            f"lora.layers_to_transform: {', '.join(strange)} is no layer of this model; it has layers 0 to "
+            f"{len(known) - 1}"
+        )
+    return [path for path in linears if layer_of(path) in layers]
+
+
+def _named(key: str, names: Names, among: Sequence[str], experts: Iterable[str]) -> list[str]:
+    """The paths that name endings or a regular expression choose."""
+    if isinstance(names, str):
+        hint = f"a text is a regular expression for a whole path such as {among[0]}, name endings are a list"
+    else:
+        hint = "all-linear takes all" if key == "target_modules" else "leave the others out"
+    texts = [names] if isinstance(names, str) else names
+    found = _meant(key, texts, lambda path: naming(path, names), among, experts, hint)
+    return [path for path in among if found[path]]
+
+
+def _by_pattern(
+    key: str,
+    pattern: Mapping[str, Number],
+    usual: Number,
+    among: Sequence[str],
+    experts: Iterable[str],
+) -> dict[str, Number]:
+    """The value of every path."""
+
+    def deciding(path: str) -> set[str]:
+        first = deciding_key(pattern, path)
+        return set() if first is None else {first}
+
+    hint = "where several match a path, the first decides"
+    found = _meant(key, list(pattern), deciding, among, experts, hint)
+    return {path: next((pattern[text] for text in found[path]), usual) for path in among}
+
+
+def _meant(
+    key: str,
+    texts: Sequence[str],
+    meaning: Callable[[str], set[str]],
+    among: Sequence[str],
+    experts: Iterable[str],
+    hint: str,
+) -> dict[str, set[str]]:
+    """By path, which texts of a key mean it. Raises `BaseModelError` for texts that mean none. meaning: of
+    the texts, those for a path."""
+    found = {path: meaning(path) for path in among}
+    if idle := set(texts).difference(*found.values()):
+        names_experts = any("experts" in text for text in idle) or any(idle & meaning(e) for e in experts)
+        raise BaseModelError(
+            f"lora.{key}: {', '.join(text for text in texts if text in idle)} matches no linear layer "
+            f"{'of this model' if key == 'target_modules' else 'that is trained'}; "
+            + ("experts are frozen and have no LoRA parameters; " if names_experts else "")
+            + f"there are {', '.join(sorted({_within_layer(path) for path in among}))} ({hint})"
+        )
+    return found
+
+
+def _within_layer(path: str) -> str:
+    return re.sub(r"^(.*?\.)?layers\.\d+\.", "", path)
