@@ -18,6 +18,8 @@ from qlora_train.quant.formats import UNQUANTIZED, FormatName, Quantization
 
 CONFIG_REMEDY = "Download the model's config.json again."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+READABLE_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8")
+"""quant_method in a config.json: who has quantized weights that can be read."""
 MERGED_KEY = "qlora_train"
 """Key in a merged folder's config.json: {"merged_onto": "original" | "dequantized", "quantization": ...}."""
 
@@ -77,13 +79,15 @@ def _refuse_dangling_weights(folder: Path) -> None:
 
 
 def _refuse_other_formats(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse weights that were quantized by anything but bitsandbytes."""
+    """Refuse weights that are quantized in a format that is not read."""
     stored = config.get("quantization_config") or config.get("compression_config")
     method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else "bitsandbytes"
-    if method != "bitsandbytes":
+    if method not in READABLE_METHODS:
         raise BaseModelError(
-            f"{folder}: its weights are quantized by {method}; only bitsandbytes' can be trained. "
-            "Take the same model with weights in 16 bits: model.quantization quantizes them here."
+            f"{folder}: its weights are quantized by {method}, which is not read here ("
+            f"{', '.join(READABLE_METHODS)} are). Take the repository with the same model's weights in 16 "
+            "bits, usually the same name without an ending such as -AWQ: model.quantization quantizes them "
+            "here."
         )
 
 

@@ -1,10 +1,11 @@
 """Reads a base checkpoint and quantizes it, a block of rows at a time; the 16-bit model is never in memory.
 
 Linears of a layer are quantized straight into the layer buffer. Weights that bitsandbytes has already
-quantized are copied there as they are. Norms, biases, embedding and head are cast to the compute dtype, with
-no fp32 upcasts; a head that bitsandbytes has quantized stays quantized (quantized_matrix.py). Peak: what is
-being filled, plus one block of rows (64 MiB) and the quantizer's scratch (64 MiB), or the quantized head.
-(transformers' own loader first materializes 16-bit weights.)
+quantized are copied there as they are; those in FP8 are quantized like 16-bit ones (fp8_checkpoint.py).
+Norms, biases, embedding and head are cast to the compute dtype, with no fp32 upcasts; a head that
+bitsandbytes has quantized stays quantized (quantized_matrix.py). Peak: what is being filled, plus one block
+of rows (64 MiB) and the quantizer's scratch (64 MiB), or the quantized head. (transformers' own loader first
+materializes 16-bit weights.)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qlora_train.quant.quantize import quantize
 from qlora_train.quant.weight import QuantizedWeight
 from qlora_train.weights.bitsandbytes_checkpoint import bitsandbytes_quantization, read_bitsandbytes_weight
 from qlora_train.weights.checkpoint_names import RowPart, row_parts, tensors_of
+from qlora_train.weights.fp8_checkpoint import Fp8Reader
 
 
 class BaseCheckpoint:
@@ -43,7 +45,7 @@ class BaseCheckpoint:
     def __init__(self, folder: Path, meta_model: MetaModel, reader: ShardReader | None = None) -> None:
         """reader: reads the tensors; None: a new one for the files in `folder`."""
         self.folder, self.meta_model = folder, meta_model
-        self.reader = reader or ShardReader(folder)
+        self.reader = reader or Fp8Reader(folder)
         weights = {
             meta_model.parameter_name(layer, name): (layer, name)
             for layer in range(len(meta_model.layer_paths))

@@ -14,19 +14,19 @@ from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.adapter.adapter_files import save_adapter
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
+from qlora_train.device.process_peak import process_peak_bytes
 from qlora_train.export.merge import merge
 from qlora_train.model.base import MetaModel, read_config
 from qlora_train.quant.formats import Quantization
-peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 base, adapter, out = map(Path, sys.argv[1:4])
 MetaModel(read_config(base), torch.float16)  # imports the family's module
-before_mib = peak_mib()
+before = process_peak_bytes()
 quantization = Quantization("nf4", True) if sys.argv[4] == "quantized" else None
 merge(base, adapter, out, quantization=quantization, dtype=torch.float16)
-print(peak_mib() - before_mib)
+print((process_peak_bytes() - before) / 2**20)
 """
 
 

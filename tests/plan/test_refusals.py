@@ -29,14 +29,14 @@ def base_of(family: str, folder: Path, **changes: Any) -> Path:
     [
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantized by gptq"),
         ("llama", {"quantization_config": {"quant_method": "awq", "bits": 4}}, {}, "quantized by awq"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, {}, "quantized by fp8"),
+        ("llama", {"quantization_config": {"quant_method": "nvfp4"}}, {}, "quantized by nvfp4"),
         ("llama", {"compression_config": {"quant_method": "compressed-tensors"}}, {}, "compressed-tensors"),
         ("mixtral", {}, {}, "mixtral is not supported"),
         ("stablelm", {}, {}, "stablelm is not supported"),
         ("llama", {"rope_parameters": ROPE}, {"sequence_length": 512}, "rope type dynamic"),
         ("llama", {"hidden_size": 10**9}, {}, "hidden_size"),
     ],
-    ids=["gptq", "awq", "fp8", "compressed", "moe", "stablelm", "rope", "size"],
+    ids=["gptq", "awq", "nvfp4", "compressed", "moe", "stablelm", "rope", "size"],
 )
 def test_both_refuse(
     family: str,
@@ -70,8 +70,19 @@ def test_a_dtype_that_the_card_has_not_is_refused(tmp_path: Path, capsys: pytest
     assert "no bfloat16 arithmetic" in capsys.readouterr().err
 
 
-def test_bitsandbytes_is_not_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stored = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "quant_method": "bitsandbytes"}
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "quant_method": "bitsandbytes"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]},
+    ],
+    ids=["bitsandbytes", "blocks", "static", "rows"],
+)
+def test_what_can_be_read_is_not_refused(
+    stored: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = base_of("llama", tmp_path / "base", quantization_config=stored)
     values = recipe_values(base, tmp_path / "x", tmp_path / "run")
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
