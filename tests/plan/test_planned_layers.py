@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,14 @@ def test_a_layer_of_every_family(family: str, dtype: torch.dtype, documents: tup
         within = STATISTICS_IN_FP32.get(family, 0)
         for name, num_bytes in vars(expected).items():
             assert getattr(found, name) == pytest.approx(num_bytes, rel=within), name
+
+
+def test_the_readme_lists_the_families_that_pass() -> None:
+    """Those of the test above, and no other."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| | pass today |")[2].partition("\n\n")[0]
+    listed = [name.strip() for row in table.splitlines()[2:] for name in row.split("|")[2].split(",")]
+    assert sorted(listed) == sorted([*FAMILIES, *OTHER_FAMILIES])
 
 
 def peak_on_cpu(workload: Workload, plan: ExecutionPlan) -> int:
