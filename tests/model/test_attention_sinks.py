@@ -59,7 +59,7 @@ def test_decoding_gives_the_last_row() -> None:
         k,
         v,
         None,
-        kv_lengths=torch.tensor([k.shape[2]]),
+        kv_lengths=length,
         s_aux=sinks,
         scaling=0.3,
     )
