@@ -111,7 +111,7 @@ def _cpu_200m(activations: str, target: str) -> Case:
 
 MIXTURE = Case(
     name="cpu-moe-16-experts",
-    about="a mixture of 16 experts on the CPU, 2 x 512 tokens a step; peers keep the experts in 16 or 32 bits",
+    about="16 experts on the CPU, 2 x 512 tokens a step; peers keep the experts in 16 or 32 bits",
     contenders=(
         _ours(memory={"activations": "recompute"}),
         _ours(f"{OURS}, from disk", memory={"activations": "recompute", "weights": "disk"}),
