@@ -125,6 +125,7 @@ class MergedWeights:
         self._config, lora = adapter
         self._is_quantized_already: set[str] = set()
         self._quantized: dict[tuple[int, str], QuantizedWeight] = {}
+        self._unchanged = checkpoint.unchanged - checkpoint.reader.fp8  # FP8 is written in 16 bits anyway
         names = (name for name in self._reader.names() if not is_bitsandbytes_constant(name))
         self.shapes = {name: self._shape_of(name) for name in names}
         if self._is_quantized_already and quantization is None:
@@ -141,7 +142,8 @@ class MergedWeights:
                 self.shapes[self._head] = self.shapes[self._head_source]
         self._lora = self._match(lora)
         is_quantized = quantization is not None and quantization.is_quantized
-        self.dequantized = self._is_quantized_already | (checkpoint.parts.keys() if is_quantized else set())
+        quantized = checkpoint.parts.keys() - checkpoint.reader.experts if is_quantized else set()
+        self.dequantized = self._is_quantized_already | quantized
 
     @property
     def changes_head(self) -> bool:
@@ -151,7 +153,7 @@ class MergedWeights:
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a tensor is written in: `dtype`, or what it has where it is of another part of the model, or
         where the family keeps it in fp32."""
-        return self._reader.info(name).dtype if name in self._checkpoint.unchanged else dtype
+        return self._reader.info(name).dtype if name in self._unchanged else dtype
 
     def num_bytes(self, dtype: torch.dtype) -> dict[str, int]:
         """Bytes of every tensor as it is written, by name."""
@@ -162,7 +164,7 @@ class MergedWeights:
 
     def rows_in(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """Blocks of rows as they are written. Raises `ExportError` for values that `dtype` does not hold."""
-        if name in self._checkpoint.unchanged:
+        if name in self._unchanged:
             if not self.shapes[name]:
                 yield self._reader.read(name)
             else:
@@ -227,7 +229,7 @@ class MergedWeights:
         if shape is not None or bitsandbytes_quantization(self._reader, name) is not None:
             self._is_quantized_already.add(name)
             return shape or info.shape
-        if info.dtype not in MERGEABLE_DTYPES and name not in self._checkpoint.unchanged:
+        if info.dtype not in MERGEABLE_DTYPES and name not in self._unchanged:
             raise BaseModelError(
                 f"{self._checkpoint.folder}: {name} has the dtype {info.dtype}, which cannot be merged. "
                 "Convert the checkpoint to bfloat16 first."

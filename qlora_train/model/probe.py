@@ -118,6 +118,7 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     if "head_dim" in fields:
         fields["head_dim"] = fields.get("qk_rope_head_dim") or 16  # multi-head latent attention
     fields.update(_tiny_experts(fields))
+    fields.pop("quantization_config", None)  # of weights that are not there
     if fields.get("sliding_window") is not None:
         fields["sliding_window"] = WINDOW
     for name in ("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout"):

@@ -67,11 +67,9 @@ def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
     the largest layer's with `hold_dequantized`. 0 in reference mode, which makes a tensor for each weight."""
     if workload.reference:
         return 0
-    if workload.quantization.format == "none":
-        return 0
     layouts = [layer.layout(workload.quantization, workload.dtype) for layer in set(workload.shape.layers)]
-    of_weights = max if not plan.hold_dequantized else sum
-    whole = max(of_weights(whole_sizes(layout)) for layout in layouts)
+    sizes = [list(whole_sizes(layout)) for layout in layouts]
+    whole = max(sum(layer) if plan.hold_dequantized else max(layer, default=0) for layer in sizes)
     chunks = chunk_sizes(layouts, experts_at_once(workload.target.dequantize_kernel))
     return workload.itemsize * (whole + sum(chunks.values()))
 

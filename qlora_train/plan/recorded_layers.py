@@ -85,7 +85,7 @@ class PlannedWeights(ResidentWeights):
     def make_buffer(self, dtype: torch.dtype) -> None:
         """Make the buffer that weights are dequantized into, before it is first used."""
         some = next(iter(self.quantized.values()))
-        if some.quantization.format != "none" and not self.copies_dequantized:
+        if not self.copies_dequantized:
             self._make_room(
                 self._largest_layer if self.hold_dequantized else self._largest_weight, some, dtype
             )

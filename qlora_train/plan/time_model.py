@@ -125,14 +125,14 @@ def _dequantize_seconds(
     workload: Workload, plan: ExecutionPlan, group: int, num_groups: int, rates: Rates
 ) -> float:
     """Seconds of dequantizing in a step: each use of a weight writes it in the compute dtype and reads it."""
-    if workload.quantization.format == "none":
-        return 0.0
     again = sum(policy is ActivationPolicy.RECOMPUTE for policy in plan.activations)
     every_time = num_groups * group * (2 * plan.num_layers + again)
     once_a_visit = num_groups * 2 * plan.num_layers
     shape = workload.shape
     linears = (once_a_visit if plan.hold_dequantized else every_time) * shape.linear_parameters
     experts = every_time * (shape.layer_parameters - shape.linear_parameters)
+    if not workload.quantization.is_quantized:
+        linears, experts = 0, experts if shape.keeps_experts else 0
     return (linears + experts) * (2 * workload.itemsize + 0.5) / rates.memory
 
 

@@ -135,6 +135,19 @@ def test_a_mix_of_ranks_is_counted_linear_by_linear() -> None:
     assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
 
 
+@pytest.mark.parametrize("quantization", [NF4, Quantization("none")], ids=str)
+def test_experts_that_stay_in_mxfp4_are_dequantized_in_chunks(quantization: Quantization) -> None:
+    """Whatever the linears are in: gpt-oss-20b has 32 experts of 3 x 2880 x 2880, 16 of them at once."""
+    run = workload("gpt-oss-20b", quantization=quantization)
+    model, told = PlannedModel(run), fixed_bytes(run, plan(24))[DEQUANTIZE_BUFFER]
+    model.decoder.weights.make_buffer(torch.bfloat16)
+    largest_linear = 4096 * 2880 if quantization.is_quantized else 0
+    assert told == model.decoder.weights.buffer_bytes == 2 * (16 * 3 * 2880 * 2880 + largest_linear)
+    linears = 2 * (64 + 8) * 64 * 2880 * (0.5159 if quantization.is_quantized else 2)
+    assert run.layer_buffer_bytes == pytest.approx(32 * 3 * 2880 * 2880 * 17 / 32 + linears, rel=1e-3)
+    step_bytes(replace(run, reference=True), plan(24))  # library operations of experts have a plan, too
+
+
 def test_a_tied_matrix_counts_once() -> None:
     tied = fixed_bytes(workload("llama-3.2-1b"), plan(16))
     assert tied[EMBEDDING] == 128256 * 2048 * 2 and HEAD not in tied
