@@ -122,9 +122,10 @@ def _check_decoder(model: PreTrainedModel) -> None:
     if not hasattr(decoder, "layers"):
         raise UnsupportedModelError(f"{family}: not a LLaMA-class decoder (embedding, layers, norm)")
     final_norm_name(decoder)
-    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding)]
-    if any(table is not model.get_input_embeddings() for table in tables):
-        raise UnsupportedModelError(f"{family}: its layers have embeddings of their own")
+    own: Any = model.get_input_embeddings()
+    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not own]
+    if any(2 * table.num_embeddings > own.num_embeddings for table in tables):  # positions are few
+        raise UnsupportedModelError(f"{family}: its layers look up token ids in an embedding of their own")
     if getattr(model.config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{family}: its layers share keys and values with each other")
 

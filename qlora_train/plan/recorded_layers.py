@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_train.device.memory_tracker import StorageReference
 from qlora_train.model.decoder import FrozenDecoder, LayerArguments
 from qlora_train.model.linear import DropoutContext
 from qlora_train.model.tiled_mlp import TiledMlp
@@ -200,18 +201,19 @@ class _Run:
         arguments: LayerArguments,
     ) -> None:
         self._meter = meter
-        self._saved: dict[int, int] = {}
+        self._saved: dict[int, StorageReference] = {}
         self._gradient = torch.empty_like(x)
         leaf = x.detach().requires_grad_(x.requires_grad)
         with meter, saved_tensors_hooks(self._note, _as_it_is):
             self._y = run(leaf, arguments)
         self.forward, self.backward = meter.peak_bytes - meter.live_bytes, 0
-        output = self._saved.pop(self._y.untyped_storage()._cdata, 0)
-        saved = sum(self._saved.values())
+        saved = [known for known in self._saved.values() if meter.is_alive(known)]
+        output = meter.find(self._y.untyped_storage())
+        saved_bytes = sum(known.num_bytes for known in saved if known is not output)
         self.record = Record(
-            saved=saved,
-            fixed_saved=meter.live_bytes - self._y.nbytes - saved,
-            saves_output=output > 0,
+            saved=saved_bytes,
+            fixed_saved=meter.live_bytes - self._y.nbytes - saved_bytes,
+            saves_output=output in saved,
         )
 
     def run_backward(self) -> None:
@@ -223,9 +225,9 @@ class _Run:
         self.backward = self._meter.peak_bytes - live_bytes
 
     def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if self._meter.saw(storage) and tensor.is_floating_point():
-            self._saved[storage._cdata] = storage.nbytes()
+        known = self._meter.find(tensor.untyped_storage())
+        if known is not None and tensor.is_floating_point():
+            self._saved[id(known)] = known
         return tensor
 
 
