@@ -135,8 +135,9 @@ class MergedWeights:
             )
         meta_model = checkpoint.meta_model
         self._head_source = checkpoint.find(meta_model.head_name)
-        self._head = meta_model.own_head_name if meta_model.is_tied else self._head_source
+        self._head = self._head_source
         if meta_model.is_tied:
+            self._head = checkpoint.own_head
             self.shapes.pop(self._head, None)  # it repeats the embedding
             if any(path.rpartition(".")[2] == HEAD for path in lora):
                 self.shapes[self._head] = self.shapes[self._head_source]
@@ -226,6 +227,11 @@ class MergedWeights:
     def _shape_of(self, name: str) -> tuple[int, ...]:
         info = self._reader.info(name)
         shape = bitsandbytes_shape(self._reader, name)
+        if shape is not None and name in self._unchanged:
+            raise ExportError(
+                f"{self._checkpoint.folder}: {name}, which is not of the language model, is quantized by "
+                "bitsandbytes. Merge onto the same model in 16 bits."
+            )
         if shape is not None or bitsandbytes_quantization(self._reader, name) is not None:
             self._is_quantized_already.add(name)
             return shape or info.shape

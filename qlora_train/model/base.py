@@ -122,9 +122,8 @@ def _check_decoder(model: PreTrainedModel) -> None:
     if not hasattr(decoder, "layers"):
         raise UnsupportedModelError(f"{family}: not a LLaMA-class decoder (embedding, layers, norm)")
     final_norm_name(decoder)
-    own: Any = model.get_input_embeddings()
-    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not own]
-    if any(2 * table.num_embeddings > own.num_embeddings for table in tables):  # positions are few
+    tables = [child for child in decoder.children() if isinstance(child, nn.Embedding)]
+    if any(table is not model.get_input_embeddings() for table in tables):
         raise UnsupportedModelError(f"{family}: its layers look up token ids in an embedding of their own")
     if getattr(model.config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{family}: its layers share keys and values with each other")
@@ -177,7 +176,7 @@ class MetaModel:
         return torch.float32 if self.keeps_fp32(name) else self.dtype
 
     def keeps_fp32(self, name: str) -> bool:
-        """Whether transformers loads this parameter in fp32 whatever the others are in."""
+        """Whether transformers loads this parameter in fp32 beside others in 16 bits of either kind."""
         always_fp32 = self.model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in always_fp32)
 

@@ -46,7 +46,8 @@ class FrozenExperts(nn.Module):
     name: module path of the library's experts module, which holds this one as `frozen`. shapes: name of a
     matrix within that module -> (rows, columns) of one expert, as it is stored. skip_output: the
     output is zeros, while backward stays what it is. counts: rows per expert, by name of the module, of the
-    micro-batch that passes now. keeps_counts: they are there already, from its first forward pass.
+    micro-batch that passes now. keeps_counts: read the counts that the first forward pass of this
+    micro-batch left there, which a recomputation repeats bit for bit.
     kept: how the checkpoint has quantized the matrices, if they stay so; they are [out, in] then.
     is_transposed: they are [in, out].
     """

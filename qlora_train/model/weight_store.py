@@ -56,8 +56,8 @@ class WeightStore(Protocol):
     """Experts whose weights are dequantized together."""
 
     def dequantize_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows of a weight that holds those of `experts_at_once` experts or fewer: [stop - start, in]. Valid
-        until other rows of a weight with the same last name are asked for; never held."""
+        """Rows start..stop of a weight of experts, of `experts_at_once` experts at the most: [rows, in]. Valid
+        until rows of a weight with the same last name are asked for again; never held for a visit."""
         ...
 
 
@@ -110,7 +110,8 @@ class PresentWeights:
         """See `WeightStore`."""
         quantized = self.quantized[name]
         if self.copies_dequantized or not quantized.quantization.is_quantized:
-            return quantized.dequantize_rows(start, stop, dtype)
+            rows = quantized.dequantize_rows(start, stop, dtype)
+            return rows.clone() if self.copies_dequantized else rows
         columns = quantized.shape[1]
         buffer = self._chunk_buffer(name.rpartition(".")[2], quantized.tensors["data"].device, dtype)
         room = buffer[: (stop - start) * columns].view(stop - start, columns)

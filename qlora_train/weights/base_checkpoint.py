@@ -179,13 +179,12 @@ class BaseCheckpoint:
         self._check_shape(names[0], (num_experts * rows, columns), shape)
         self.reader.read_kept(names[0], tensors)
 
-    def _check_tied_head(self) -> None:
+    def _check_tied_head(self, head: str) -> None:
         """A tied head that is in the file as well must equal the embedding: otherwise transformers unties
         them."""
-        head, embedding = self.meta_model.own_head_name, self.find(self.meta_model.embedding_name)
-        if head not in self.reader:
-            return
-        same = self.reader.info(head).shape == self.reader.info(embedding).shape
+        embedding = self.find(self.meta_model.embedding_name)
+        found, wanted = self.reader.info(head), self.reader.info(embedding)
+        same = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
         pairs = zip(self.reader.row_blocks(head), self.reader.row_blocks(embedding), strict=False)
         if not same or not all(torch.equal(ours, theirs) for (_, _, ours), (_, _, theirs) in pairs):
             raise BaseModelError(
@@ -204,6 +203,12 @@ class BaseCheckpoint:
         for name in self._tensors[parameter]:
             for _, _, rows in self.reader.row_blocks(name, max_bytes):
                 yield rows.flatten(0, -2) if rows.dim() > 2 else rows
+
+    @property
+    def own_head(self) -> str:
+        """The tensor of a head that is not tied, or what it would be called."""
+        name = self.meta_model.own_head_name
+        return self._tensors.get(name, (name,))[0]
 
     def find(self, name: str) -> str:
         """The one tensor that holds a parameter. Raises `BaseModelError` if there is none."""
@@ -238,15 +243,16 @@ class BaseCheckpoint:
         wanted = [meta_model.embedding_name, meta_model.head_name, *meta_model.plain_shapes]
         used = {self.find(name) for name in wanted} | self.parts.keys()
         if meta_model.is_tied:
-            used.add(meta_model.own_head_name)
-            self._check_tied_head()
+            for head in self._tensors.get(meta_model.own_head_name, ()):
+                used.add(head)
+                self._check_tied_head(head)
         kept = {n for n in self.reader.names() if n not in used and self._is_of_another_part(n)}
         always_fp32 = {self.find(n) for n in meta_model.plain_shapes if meta_model.keeps_fp32(n)}
         self.unchanged = frozenset(kept | always_fp32)
         surplus = [
             n
             for n in self.reader.names()
-            if n.endswith((".weight", ".bias")) and n not in used and n not in kept
+            if (n.endswith((".weight", ".bias")) or ".experts." in n) and n not in used and n not in kept
         ]
         if surplus:
             raise BaseModelError(
