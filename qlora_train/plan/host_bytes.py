@@ -38,7 +38,7 @@ def host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_R
     matrices = workload.matrix_bytes if plan.embedding is Placement.RAM else 0
     if plan.head is Placement.RAM and not workload.shape.is_tied:
         matrices += workload.head_bytes
-    group = -(-workload.num_micro_batches // plan.num_groups)
+    group = plan.group_size(workload.num_micro_batches)
     x_bytes = workload.x_bytes
     num_recomputed = plan.activations.count(ActivationPolicy.RECOMPUTE)
     from_disk = Placement.DISK in (*plan.weights, plan.head)

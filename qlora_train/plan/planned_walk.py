@@ -68,15 +68,10 @@ class StepBytes:
     host_bytes: int
 
 
-def group_size(workload: Workload, plan: ExecutionPlan) -> int:
-    """Number of micro-batches that pass the layers together."""
-    return -(-workload.num_micro_batches // plan.num_groups)
-
-
 def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
     """Bytes of an optimizer step from the second on, when optimizer state exists."""
     model, tokens, meter = set_up(workload, plan)
-    group = group_size(workload, plan)
+    group = plan.group_size(workload.num_micro_batches)
     number = min(workload.num_micro_batches, 2 * group)  # a third group is like the second
     host = PlannedHost(model.device, meter)
     plan_of_two = replace(plan, num_groups=-(-number // group))
@@ -99,7 +94,7 @@ def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
 def evaluation_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
     """Peak bytes on the device by cause in an evaluation, beside optimizer state and gradient."""
     model, tokens, meter = set_up(workload, plan)
-    group = group_size(workload, plan)
+    group = plan.group_size(workload.num_micro_batches)
     with meter:
         loss_sum(
             model.decoder,

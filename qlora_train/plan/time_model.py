@@ -66,7 +66,7 @@ class StepTime:
 
 def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime:
     """The time of one optimizer step of a workload under a plan."""
-    group = math.ceil(workload.num_micro_batches / plan.num_groups)
+    group = plan.group_size(workload.num_micro_batches)
     num_groups = math.ceil(workload.num_micro_batches / group)
     num_tokens = workload.num_micro_batches * workload.num_tokens
     forward_flops = _forward_flops(workload)
