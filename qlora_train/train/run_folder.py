@@ -24,6 +24,7 @@ from typing import Any
 
 from qlora_train.boundary import is_disk_failure, reason_of
 from qlora_train.errors import RunFolderError
+from qlora_train.files.atomic_file import partial_of, replace_text
 from qlora_train.files.folder_lock import lock_folder, remove_leftovers
 from qlora_train.recipe import Recipe, load_recipe
 
@@ -42,7 +43,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
-        self._begun = _partial(self.recipe_file)  # alone in a folder: a run killed before it began
+        self._begun = partial_of(self.recipe_file)  # alone in a folder: a run killed before it began
         self.plan_file = path / "plan.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -154,7 +155,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
-        _replace(self.recipe_file, recipe.to_yaml())
+        replace_text(self.recipe_file, recipe.to_yaml())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl. Numbers that are not finite become null, as JSON has none."""
@@ -173,7 +174,7 @@ class RunFolder:
         """Remove the rows of steps after `last_step`, and damaged lines."""
         if self.metrics_file.is_file():
             kept = [row for row in self.metrics() if row["step"] <= last_step]
-            _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+            replace_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:
@@ -187,17 +188,6 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 
 def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _partial(file: Path) -> Path:
-    return file.with_suffix(".partial")
-
-
-def _replace(file: Path, text: str) -> None:
-    """Replace a file atomically."""
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _differences(saved: Recipe, wanted: Recipe) -> list[str]:
