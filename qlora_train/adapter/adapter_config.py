@@ -98,7 +98,7 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
     Raises `BaseModelError` for a folder that holds no such adapter, features beyond LoRA, and ranks other
     than the config's.
     """
-    raw = _read_json(folder / CONFIG_FILE, folder)
+    raw = read_json(folder / CONFIG_FILE, BaseModelError, "Copy the adapter again.")
     _refuse_unsupported(folder, raw)
     try:
         rank, alpha = int(raw["r"]), _number(raw["lora_alpha"])
@@ -203,12 +203,6 @@ def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
         "alpha_pattern": pattern_of({path: config.alpha_of(path) for path in trained}, config.alpha),
         "use_dora": False,
     }
-
-
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
-    return read_json(path, BaseModelError, "Copy the adapter again.")
 
 
 def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:

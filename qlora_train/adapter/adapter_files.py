@@ -75,8 +75,6 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
     name.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
         names = _names_by_path(reader)
         lora: LoraPairs = {}
@@ -120,8 +118,6 @@ def head_copy(folder: Path) -> Tensor | None:
 
 def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, int]]]:
     """The config and {module path: (in, out)}, without reading A and B."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
         shapes = {
             path: [reader.info(pair[letter]).shape for letter in "AB"]
@@ -132,7 +128,9 @@ def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, in
 
 
 def _open(folder: Path) -> ShardReader:
-    """A reader of the adapter's tensors. Raises `BaseModelError` where they are missing or pickled."""
+    """A reader of the adapter's tensors. Raises `BaseModelError` where a file is missing or pickled."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise BaseModelError(
