@@ -62,7 +62,7 @@ def test_a_budget_is_never_exceeded_and_as_few_layers_as_fit_stream(gib: float) 
     else:
         assert plan.execution.embedding is Placement.RAM
     if num_streamed:
-        one_less = placed(plan.execution, Placement.RAM, num_streamed - 1, is_tied=False)
+        one_less = placed(plan.execution, num_streamed - 1, place=Placement.RAM, is_tied=False)
         then = generate_peak(plan.workload, one_less, plan.size, in_training=False)
         bytes_then = max(sum(then.values()), sum(load_peak(plan.workload, one_less).values()))
         assert bytes_then > room_in(int(gib * GIB), plan.workload)
@@ -183,7 +183,7 @@ def test_plan_matches_meter(
     shape = find_shape(str(tmp_path / "base"))
     workload = bare_workload(shape, quantization, dtype, TARGET_CPU)
     resident = everything_resident(shape.num_layers)
-    streamed = placed(resident, Placement.DISK, shape.num_layers, is_tied=shape.is_tied)
+    streamed = placed(resident, shape.num_layers, place=Placement.DISK, is_tied=shape.is_tied)
     if quantization.is_4bit:
         quantize([torch.zeros(64, 64)], (64, 64), quantization)  # the quantizer's look-up table is made once
     for execution in (resident, streamed):
