@@ -22,19 +22,14 @@ from functools import partial
 from itertools import product
 from typing import Literal
 
-import torch
-
-from qlora_train.device.description import DeviceDescription
 from qlora_train.plan.fixed_bytes import Bytes
 from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.host_bytes import host_bytes
-from qlora_train.plan.model_shape import ModelShape
 from qlora_train.plan.placement import fewest, mlp_tiles, place_of_streamed, placed
 from qlora_train.plan.plan import budget_for, room_in
 from qlora_train.plan.planned_walk import GenerateSize, generate_peak, load_peak
 from qlora_train.plan.words import gib, refusal
 from qlora_train.plan.workload import Workload
-from qlora_train.quant.formats import Quantization
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement, everything_resident
 
 SMALL_TILE_ROWS, SMALLEST_MLP_TILE = 1024, 64
@@ -81,24 +76,6 @@ class GenerationPlan:
             f"within {gib(self.budget_bytes)}: layers {', '.join(counts)}; "
             f"embedding {plan.embedding}, head {plan.head}"
         )
-
-
-def bare_workload(
-    shape: ModelShape, quantization: Quantization, dtype: torch.dtype, target: DeviceDescription
-) -> Workload:
-    """The workload of a model without LoRA parameters, for `plan_generation`."""
-    return Workload(
-        shape=shape,
-        quantization=quantization,
-        dtype=dtype,
-        lora_ranks=(),
-        dropout=False,
-        documents=(1,),
-        num_supervised=0,
-        num_micro_batches=1,
-        optimizer="adamw",
-        target=target,
-    )
 
 
 def plan_generation(

@@ -48,10 +48,8 @@ def workload(name: str = "llama-3.1-8b", tokens: int = 2048, **changes: object) 
         quantization=NF4,
         dtype=torch.bfloat16,
         lora_ranks=tuple((path, 16) for path in shape(name).linear_shapes),
-        dropout=False,
         documents=(tokens,),
         num_supervised=tokens,
-        num_micro_batches=1,
         optimizer="paged_adamw_8bit",
         target=RTX_3060,
     )
