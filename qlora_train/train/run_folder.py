@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_train.boundary import is_disk_failure, reason_of
+from qlora_train.boundary import is_disk_failure, reason_of, require_creatable
 from qlora_train.errors import RunFolderError
 from qlora_train.files.atomic_file import partial_of, replace_text
 from qlora_train.files.folder_lock import lock_folder, remove_leftovers
@@ -55,8 +55,14 @@ class RunFolder:
         with a line where the filesystem has no locks.
 
         Raises `RunFolderError` where another process has locked it, or where no folder can be made."""
-        self._refuse_impossible()
-        nested = (*reversed(self.path.absolute().parents), self.path)
+        path = self.path.absolute()
+        if os.path.exists(path) and path.samefile(path.anchor):
+            raise RunFolderError(
+                f"{self.path}: is the root of all files, not a folder for a run. Choose another "
+                "training.output_dir."
+            )
+        require_creatable(self.path, RunFolderError, "Choose another training.output_dir.")
+        nested = (*reversed(path.parents), self.path)
         made = [path for path in nested if not os.path.lexists(path)]
         try:
             lock = None
@@ -88,30 +94,9 @@ class RunFolder:
                     for folder in reversed(made):
                         folder.rmdir()
 
-    def _refuse_impossible(self) -> None:
-        """Raise `RunFolderError` where no run folder can be made at the path."""
-        path = self.path.absolute()
-        if os.path.exists(path) and path.samefile(path.anchor):
-            raise RunFolderError(
-                f"{self.path}: is the root of all files, not a folder for a run. Choose another "
-                "training.output_dir."
-            )
-        lies_in = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-        if not lies_in.is_dir():
-            kind = "a file" if lies_in.exists() else "a link to nowhere"
-            raise RunFolderError(
-                f"{self.path}: {lies_in} is {kind}, so no folder can be made in it. Choose another "
-                "training.output_dir."
-            )
-        if not os.access(lies_in, os.W_OK | os.X_OK):
-            raise RunFolderError(
-                f"{self.path}: {lies_in} may not be written to. Choose another training.output_dir."
-            )
-
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """Raise `RunFolderError` unless the folder is free, or holds a run of this (resolved) recipe that is
         to be resumed."""
-        self._refuse_impossible()
         if not self.path.exists() or (self.path.is_dir() and set(self.path.iterdir()) <= {self._begun}):
             if resume:
                 raise RunFolderError(
