@@ -26,7 +26,7 @@ from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog, SavedPlan, Setting
 from qlora_train.train.resumed import lengthened_line
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
+from qlora_train.train.setup import Prepared, RunContext, make_accelerator, prepare, resolve
 from qlora_train.walk.optimizer import paging_lines
 from qlora_train.walk.overflow import require_range
 from qlora_train.weights.ranks import find_ranks
@@ -67,19 +67,9 @@ def _train(
     with ExitStack() as limits, ExitStack() as metering:
         limits.callback(device.limit_allocator, None)  # the process (a notebook) may go on
         meter = metering.enter_context(MemoryTracker(device))
-        prepared = prepare(
-            recipe,
-            base,
-            dtype,
-            data,
-            accelerator,
-            device,
-            ranks=ranks,
-            target=target,
-            saved=plan_log.read() if resume else None,
-            use_cache=use_cache,
-            log=log,
-        )
+        run = RunContext(recipe, base, dtype, device, ranks, target, log)
+        saved = plan_log.read() if resume else None
+        prepared = prepare(run, data, accelerator, saved, use_cache=use_cache)
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume(log) if resume else 0
         near = require_range(prepared.model.decoder, _first_micro_batch(prepared))
