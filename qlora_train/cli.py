@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(parser=sub, **defaults)
         return sub
 
-    train = command("train", "train LoRA factors as a recipe says", run=_train)
+    train = command("train", "train LoRA parameters as a recipe says", run=_train)
     _add_recipe(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     train.add_argument("--no-cache", action="store_true", help="keep no quantized base and no tokens")

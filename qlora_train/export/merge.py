@@ -246,7 +246,7 @@ class MergedWeights:
             name = f"{names[path]}.weight"
             if self.shapes[name] != (len(b), a.shape[1]):
                 raise ExportError(
-                    f"the adapter's factors for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
+                    f"the adapter's A and B for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
                     f"{self._checkpoint.folder} is {list(self.shapes[name])}. Is this the base it was "
                     "trained on?"
                 )

@@ -114,7 +114,7 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
         f"{coverage(lora.ranks.values(), len(decoder.linears))}; {lora.masters.numel():,} trainable "
         "parameters",
         *(
-            [f"the factors on {', '.join(kept)} are applied and kept as they are, not trained"]
+            [f"the LoRA parameters on {', '.join(kept)} are applied and kept as they are, not trained"]
             if kept
             else []
         ),
