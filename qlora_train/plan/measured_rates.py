@@ -56,7 +56,8 @@ def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: 
         key = _key(device.description, dtype, num_ranks)
         with contextlib.suppress(OSError):  # a disk that may not be written: the next start measures again
             cache.mkdir(parents=True, exist_ok=True)
-            replace_text(cache / FILE, seal(_read(cache / FILE) | {key: asdict(rates)}))
+            known = _read(cache / FILE) | {key: asdict(rates)}
+            replace_text(cache / FILE, seal(known), is_shared=True)
     return rates
 
 

@@ -45,7 +45,7 @@ def cached_plan(request: PlanRequest, make: Callable[[PlanRequest], dict[str, An
     if plan["fits"]:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            replace_text(file, seal({"room": room, "plan": plan}))
+            replace_text(file, seal({"room": room, "plan": plan}), is_shared=True)
             _forget_old(folder)
     return plan
 
