@@ -73,8 +73,8 @@ def _train(
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume(log) if resume else 0
         near = require_range(prepared.model.decoder, _first_micro_batch(prepared))
-        for line in _introduction(prepared, loop, first, resume=resume):
-            log(line)
+        for text in _introduction(prepared, loop, first, resume=resume):
+            log(text)
         if near is not None:
             log(near)
         begun = folder.begun_recipe() if first else None
