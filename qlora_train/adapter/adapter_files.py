@@ -75,8 +75,6 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
     name.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
         names = _names_by_path(reader)
         lora: LoraPairs = {}
@@ -84,14 +82,14 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
             a, b = (reader.read(pair[letter]) for letter in "AB")
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 raise BaseModelError(
-                    f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
+                    f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
                     " they must be [rank, in] and [out, rank]."
                 )
             if not (a.is_floating_point() and b.is_floating_point()):
-                raise BaseModelError(f"{folder}: the factors of {path} are {a.dtype}, no real numbers.")
+                raise BaseModelError(f"{folder}: A and B of {path} are {a.dtype}, no real numbers.")
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise BaseModelError(
-                    f"{folder}: the factors of {path} hold values that are not finite. Copy the "
+                    f"{folder}: A and B of {path} hold values that are not finite. Copy the "
                     "adapter again, or train it anew."
                 )
             lora[path] = (a.float(), b.float())
@@ -105,8 +103,8 @@ def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, 
     names = match_modules(lora, existing)
     if strange := [path for path in lora if path not in names]:
         raise BaseModelError(
-            f"{folder}: the adapter has factors for {strange[0]} (and {len(strange) - 1} more modules), "
-            "which this base does not have. Is it the base that the adapter was trained on?"
+            f"{folder}: the adapter has LoRA parameters for {strange[0]} (and {len(strange) - 1} more "
+            "modules), which this base does not have. Is it the base that the adapter was trained on?"
         )
     return config.renamed(names), {names[path]: pair for path, pair in lora.items()}
 
@@ -120,8 +118,6 @@ def head_copy(folder: Path) -> Tensor | None:
 
 def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, int]]]:
     """The config and {module path: (in, out)}, without reading A and B."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
         shapes = {
             path: [reader.info(pair[letter]).shape for letter in "AB"]
@@ -132,7 +128,9 @@ def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, in
 
 
 def _open(folder: Path) -> ShardReader:
-    """A reader of the adapter's tensors. Raises `BaseModelError` where they are missing or pickled."""
+    """A reader of the adapter's tensors. Raises `BaseModelError` where a file is missing or pickled."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise BaseModelError(
@@ -157,7 +155,7 @@ def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
             )
         found.setdefault(parts["path"], {})[parts["letter"]] = name
     if not found:
-        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no factors.")
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no LoRA parameters.")
     if halves := [path for path, pair in found.items() if len(pair) < 2]:
-        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one factor of {halves[0]}.")
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one of A and B of {halves[0]}.")
     return found

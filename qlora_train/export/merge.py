@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
 from qlora_train.adapter.adapter_files import LoraPairs, load_adapter
-from qlora_train.boundary import require_free_disk
+from qlora_train.boundary import require_creatable, require_free_disk
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export.companions import copy_companions, list_end_ids, merged_config
 from qlora_train.export.disk_writer import DiskWriter
@@ -104,9 +104,7 @@ def require_new_folder(out: Path) -> None:
     """Raise `ExportError` unless `out` is an empty folder or can be made."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: exists and is not an empty folder. Remove it, or give another --out.")
-    lies_in = next(parent for parent in out.absolute().parents if parent.exists())
-    if not lies_in.is_dir():
-        raise ExportError(f"{out}: {lies_in} is a file, so no folder can be made in it. Give another --out.")
+    require_creatable(out, ExportError, "Give another --out.")
 
 
 class MergedWeights:
@@ -256,7 +254,7 @@ class MergedWeights:
             name = f"{names[path]}.weight"
             if self.shapes[name] != (len(b), a.shape[1]):
                 raise ExportError(
-                    f"the adapter's factors for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
+                    f"the adapter's A and B for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
                     f"{self._checkpoint.folder} is {list(self.shapes[name])}. Is this the base it was "
                     "trained on?"
                 )

@@ -228,9 +228,9 @@ class MetaModel:
         """Return the decoder with these weights on `device`; the meta model cannot be used afterwards.
 
         source: of the quantized linears. plain: the parameters of `plain_shapes` by name."""
-        return self.come_alive_as(FrozenDecoder, source, plain, embedding, head, device)
+        return self.materialize_as(FrozenDecoder, source, plain, embedding, head, device)
 
-    def come_alive_as(
+    def materialize_as(
         self,
         kind: type[Decoder],
         source: WeightStore,

@@ -9,6 +9,8 @@ optimizer state             8 bytes per LoRA parameter, or 2 and two scales per 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from math import prod
 
 from qlora_train.model.weight_store import chunk_sizes, experts_at_once, whole_sizes
@@ -46,7 +48,7 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
         if at is Placement.DEVICE
     ]
     n = workload.num_lora_parameters
-    result = {
+    parts = {
         QUANTIZED: sum(codes for codes, _ in layer_buffers),
         CONSTANTS: sum(constants for _, constants in layer_buffers),
         EMBEDDING: workload.matrix_bytes if plan.embedding is Placement.DEVICE else 0,
@@ -59,7 +61,12 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
         WORKING: 0 if itemsize == 4 else itemsize * n,
         OPTIMIZER: optimizer_state_bytes(workload),
     }
-    return {cause: num_bytes for cause, num_bytes in result.items() if num_bytes}
+    return total(parts)
+
+
+def total(*parts: Mapping[str, int]) -> Bytes:
+    """The sum of bytes by cause; causes without bytes are left out."""
+    return dict(sum(map(Counter, parts), Counter()))  # adding counters leaves out zeros
 
 
 def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:

@@ -59,7 +59,7 @@ class PlannedModel:
             name: _empty(size, meta_model.plain_dtype(name)) for name, size in meta_model.plain_shapes.items()
         }
         matrix = self._matrix(shape.head_format(dtype), Placement.DEVICE, HEAD_TILE_ROWS)
-        self.decoder = meta_model.come_alive_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
+        self.decoder = meta_model.materialize_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
         self.decoder.skippable = shape.probed.skippable
         if not workload.reference:
             found = shape.probed

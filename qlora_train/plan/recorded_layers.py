@@ -93,11 +93,6 @@ class PlannedWeights(ResidentWeights):
             for matrix in self._chunk_sizes:
                 self._chunk_buffer(matrix, torch.device("meta"), dtype)
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Of that buffer."""
-        return self._buffer.nbytes + sum(chunk.nbytes for chunk in self._chunks.values())
-
 
 class PlannedTiles(TiledMlp):
     """An MLP that runs two tiles and the remainder: its peak does not depend on the number of tiles."""
