@@ -38,9 +38,9 @@ class Magnitude(nn.Module):
 
     def __init__(self, m: Tensor, gradient: Tensor, row_norms: Tensor, base_squares: Tensor) -> None:
         super().__init__()
-        self.m = nn.Parameter(m)
-        self.gradient = gradient
-        self.row_norms, self.base_squares = row_norms, base_squares
+        # .data: autograd, which has saved other linears' parts of the buffers, does not take them for changed
+        self.m, self.row_norms = nn.Parameter(m.data), row_norms.data
+        self.gradient, self.base_squares = gradient, base_squares
         self.is_measured, self.is_stale = False, True
 
     @torch.no_grad()
@@ -75,4 +75,4 @@ class Magnitude(nn.Module):
 def _row_squares(weight: Tensor) -> Tensor:
     """|W_i|^2 [out] in fp32, a few rows of W at a time."""
     num_rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    return torch.cat([rows.float().square_().sum(1) for rows in weight.split(num_rows)])
+    return torch.cat([rows.to(torch.float32, copy=True).square_().sum(1) for rows in weight.split(num_rows)])
