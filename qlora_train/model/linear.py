@@ -18,7 +18,7 @@ Two paths, chosen by `training.kernels`:
 Why not bitsandbytes' own MatMul4Bit: it keeps the quantized tensor itself on ctx. If weights are streamed
 through reused slots, that tensor is overwritten before backward, and the gradient is silently wrong.
 
-With DoRA, y is scaled row by row and its bias added after that (model/magnitude.py).
+With DoRA, y without its bias is scaled row by row (model/magnitude.py).
 
 With dropout, x in the LoRA branch is dropout(x); the mask is a pure function of the token
 (kernels/dropout.py) and is recomputed in backward.
@@ -123,15 +123,14 @@ class FrozenLinear(nn.Module):
             a, b = (lora.A, lora.B) if lora is not None else (None, None)
             return _FrozenLinearFunction.apply(x, a, b, self)
         weight, lora = self.source.dequantize(self.name, x.dtype), self.lora
+        y = F.linear(x, weight, self.bias)
         if lora is None:
-            return F.linear(x, weight, self.bias)
-        branch = F.linear(F.linear(_dropped(x, lora), lora.A), lora.B) * lora.scaling
+            return y
+        y = y + F.linear(F.linear(_dropped(x, lora), lora.A), lora.B) * lora.scaling
         if lora.magnitude is None:
-            return F.linear(x, weight, self.bias) + branch
+            return y
         lora.magnitude.refresh(weight, lora.A, lora.B, lora.scaling)
-        y = F.linear(x, weight) + branch
-        y = y + y * lora.magnitude.factor(y.dtype)
-        return y if self.bias is None else y + self.bias
+        return y + (y if self.bias is None else y - self.bias) * lora.magnitude.factor(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.in_features} -> {self.out_features}"
@@ -157,7 +156,7 @@ def linear_forward(linear: FrozenLinear, x: Tensor, h: Tensor | None = None) -> 
         weight = linear.source.dequantize(linear.name, x.dtype)
         if lora is not None and magnitude is not None:
             magnitude.refresh(weight, lora.A, lora.B, lora.scaling)
-        y = F.linear(x, weight, linear.bias if magnitude is None else None)
+        y = F.linear(x, weight, linear.bias)
     if lora is None:
         return y, None
     if h is None:
@@ -165,15 +164,8 @@ def linear_forward(linear: FrozenLinear, x: Tensor, h: Tensor | None = None) -> 
     if not linear.skip_output:
         y.addmm_(h, lora.B.t(), alpha=lora.scaling)
         if magnitude is not None:
-            _scale_(linear, magnitude, y)
+            magnitude.scale_(y, linear.bias)
     return y, h
-
-
-def _scale_(linear: FrozenLinear, magnitude: Magnitude, y: Tensor) -> None:
-    """c y + b in place."""
-    magnitude.scale_(y)
-    if linear.bias is not None:
-        y.add_(linear.bias)
 
 
 def linear_backward(

@@ -10,7 +10,7 @@ and in PEFT. Its square is computed without the sum W + s B A, from products of 
 |W_i|^2 is a constant of the base. n changes once per optimizer step; it is computed when W is dequantized
 anyway, for the first forward pass after the change. Cost: 2 in out R FLOPs per linear and step.
 
-c is near 1, where 16 bits are coarse: y is scaled by y += y (c - 1), with c - 1 from fp32. At the start
+c is near 1, where 16 bits are coarse: y is scaled by y += (c - 1) (y - b), with c - 1 from fp32. At the start
 c - 1 is 0, and the adapted model gives the base's bits.
 
 Backward needs p = x W^T + s h B^T, h = x A^T, and computes it again instead of saving T out elements per
@@ -61,9 +61,12 @@ class Magnitude(nn.Module):
         """c - 1 [out]."""
         return ((self.m - self.row_norms) / self.row_norms).to(dtype)
 
-    def scale_(self, y: Tensor) -> Tensor:
-        """c y [T, out], in place."""
-        return y.addcmul_(y, self.factor(y.dtype))
+    def scale_(self, y: Tensor, bias: Tensor | None) -> None:
+        """Scale y [T, out] by c in place, without the bias [out] that it contains."""
+        factor = self.factor(y.dtype)
+        y.addcmul_(y, factor)
+        if bias is not None:
+            y.sub_(factor.mul_(bias))
 
     def backward(self, gradient: Tensor, p: Tensor) -> Tensor:
         """From gradient = dL/dy and p, [T, out] each, to dL/dp, which overwrites p; adds dm."""
