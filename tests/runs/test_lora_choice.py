@@ -37,10 +37,12 @@ MIXES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"down_proj": 3},
         "use_rslora": True,
     },
+    "DoRA": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "use_dora": True},
 }
 COVERAGE = {
     "expression": "LoRA on 9 of 14 linears: rank 2 on 2, rank 4 on 6, rank 6 on 1",
     "layers, rank stabilized": "LoRA on 7 of 14 linears: rank 3 on 1, rank 4 on 6",
+    "DoRA": "LoRA rank 4 on 8 of 14 linears",
 }
 
 
@@ -64,7 +66,7 @@ def test_peft_loads_what_was_trained_and_a_run_goes_on_from_it(
 
     decoder = load_base(base, Quantization("none"), torch.float32, THE_CPU)
     config, pairs = load_fitting(adapter, decoder.linears)
-    assert all(b.count_nonzero() for _, b in pairs.values())
+    assert all(b.count_nonzero() for _, b, *_ in pairs.values())
     LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=torch.float32, device="cpu")
     tokens = packed_row([23])
     with torch.no_grad():
