@@ -145,6 +145,7 @@ Alpha = Annotated[int | float, BeforeValidator(as_alpha)]
 
 class LoraSection(_Section):
     """The trained LoRA parameters: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`.
+    With `use_dora`, the length of every row of W + (alpha / rank) B A is trained too (model/magnitude.py).
 
     Which linears have them, and of which rank and alpha: keys of PEFT with its meaning (module_patterns.py).
     """
@@ -158,6 +159,7 @@ class LoraSection(_Section):
     rank_pattern: Annotated[dict[Text, Rank], BeforeValidator(as_pattern)] = Field(default_factory=dict)
     alpha_pattern: Annotated[dict[Text, Alpha], BeforeValidator(as_pattern)] = Field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     init_from: PathText | None = None
 
 

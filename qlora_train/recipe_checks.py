@@ -127,6 +127,12 @@ def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: filled[k] if k in filled and isinstance(v, dict) else v for k, v in values.items()}
 
 
+NO_DROPOUT_WITH_DORA = (
+    "must be 0 with use_dora, which scales the base's output too: it would have to be computed a second time, "
+    "from the input that is left"
+)
+
+
 def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Contradictions between keys, as (key to change, message)."""
     model, lora, data, training = _sections(values, "model", "lora", "data", "training")
@@ -137,6 +143,8 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             "only beside all-linear or a list of name endings, and target_modules is a regular expression: "
             "let the expression say the layers",
         )
+    if lora.get("use_dora") and lora.get("dropout"):
+        yield ("lora", "dropout"), NO_DROPOUT_WITH_DORA
     quantization = model.get("quantization", "nf4")
     if model.get("double_quant") is not None and quantization in ("int8", "none"):
         yield (

@@ -58,6 +58,7 @@ def measured(
         return meter.peak_bytes
 
     def without_graph() -> None:
+        as_in_the_first_step(decoder)
         with torch.no_grad():
             forward(x)
 
@@ -68,6 +69,7 @@ def measured(
 
     without_graph()  # whatever is made once
     gc.collect()
+    as_in_the_first_step(decoder)
     with new_meter() as meter:
         y = forward(x.detach().requires_grad_())
         kept_forward, live = meter.peak_bytes, meter.live_bytes
@@ -77,6 +79,13 @@ def measured(
     return LayerPeaks(
         peak_of(without_graph), live - y.nbytes, kept_forward, kept_backward, peak_of(recompute)
     )
+
+
+def as_in_the_first_step(decoder: FrozenDecoder) -> None:
+    """With DoRA, the next forward pass computes every linear's row norms."""
+    for linear in decoder.linears.values():
+        if linear.lora is not None and linear.lora.magnitude is not None:
+            linear.lora.magnitude.is_measured, linear.lora.magnitude.is_stale = False, True
 
 
 def workload_for(
@@ -126,7 +135,7 @@ def cpu_model(workload: Workload) -> tuple[FrozenDecoder, LoraParameters]:
     ranks = dict(workload.lora_ranks)
     lora = LoraParameters(
         {path: decoder.linears[path] for path in ranks}, rank=ranks, scaling=1.0, seed=0, dtype=dtype,
-        dropout=0.5 if workload.dropout else 0.0, device="cpu",
+        dropout=0.5 if workload.dropout else 0.0, device="cpu", use_dora=workload.use_dora,
     )  # fmt: skip
     return decoder, lora
 

@@ -63,6 +63,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "rank_pattern": {},
             "alpha_pattern": {},
             "use_rslora": False,
+            "use_dora": False,
             "init_from": None,
         },
         "data": {
@@ -272,6 +273,11 @@ def test_values_out_of_type_or_range(key: str, value: Any, message: str) -> None
         (
             {"training__epochs": 1, "training__max_steps": 10},
             "training.max_steps: contradicts training.epochs: write one of them",
+        ),
+        (
+            {"lora__use_dora": True, "lora__dropout": 0.05},
+            "lora.dropout: must be 0 with use_dora, which scales the base's output too: it would have to be "
+            "computed a second time, from the input that is left",
         ),
         (
             {"training__epochs": None},

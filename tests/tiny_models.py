@@ -181,15 +181,18 @@ def load_tiny(
     dropout: float = 0.0,
     seed: int = 0,
     plan: ExecutionPlan | None = None,
+    use_dora: bool = False,
 ) -> tuple[FrozenDecoder, LoraParameters]:
     """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears."""
     decoder = load_base(folder, quantization, dtype, THE_CPU, plan=plan, poison=True)
     decoder.skippable = _skippable(str(folder))
     lora = LoraParameters(
-        decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu"
-    )
+        decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu",
+        use_dora=use_dora,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(seed + 1)
-    lora.masters.copy_(0.1 * torch.randn(lora.masters.shape, generator=generator))
+    factors = lora.masters[: len(lora.masters) - len(lora.row_norms)]
+    factors.copy_(0.1 * torch.randn(factors.shape, generator=generator))
     lora.refresh_working()
     return decoder, lora
 

@@ -1,8 +1,8 @@
 """Reads and writes PEFT's `adapter_config.json`, and matches an adapter's module paths with those of a base.
 
 Imports no torch, so that `plan` can read the adapter that training continues. PEFT's format has many variants
-(DoRA, saved embeddings, ...). One that needs more than A, B and a scaling per module is refused by name:
-loaded as plain LoRA it would silently be a different model.
+(trained biases, saved embeddings, ...). One that needs more than A, B, a scaling and DoRA's magnitudes per
+module is refused by name: loaded as plain LoRA it would silently be a different model.
 
 PEFT names tensors `base_model.model.<path>.lora_A.weight`, with the path from the class that was trained.
 Classes and tools differ: the same layer is `model.layers.0`, `layers.0`, `model.language_model.layers.0` or
@@ -24,13 +24,15 @@ from qlora_train.errors import BaseModelError
 from qlora_train.module_patterns import by_pattern, last_name, pattern_of
 
 CONFIG_FILE = "adapter_config.json"
-TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<letter>[AB])(?:\.default)?\.weight")
+TENSOR_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?P<path>.+)"
+    r"\.lora_(?:(?P<letter>[AB])(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
+)
 HEAD = "lm_head"
 _WRAPPERS = ("base_model", "model", "language_model", "text_model")
 
-# Keys of PEFT's LoraConfig that, when set, mean more than W + scaling * B A.
+# Keys of PEFT's LoraConfig that, when set, mean more than W + scaling * B A, or that with a magnitude.
 UNSUPPORTED_KEYS = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias in A and B",
     "modules_to_save": "fully trained modules",
     "fan_in_fan_out": "transposed (Conv1D) weights",
@@ -64,6 +66,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
+    use_dora: bool = False
 
     @property
     def scaling(self) -> float:
@@ -95,10 +98,16 @@ class AdapterConfig:
 def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig:
     """The config of an adapter whose tensors have these ranks, by module path.
 
-    Raises `BaseModelError` for a folder that holds no such adapter, features beyond LoRA, and ranks other
-    than the config's.
+    Raises `BaseModelError` for a folder that holds no such adapter, features beyond LoRA and DoRA, and ranks
+    other than the config's.
     """
     raw = read_json(folder / CONFIG_FILE, BaseModelError, "Copy the adapter again.")
+    use_dora = bool(raw.get("use_dora", False))
+    if use_dora and (heads := [path for path in ranks if last_name(path) == HEAD]):
+        raise BaseModelError(
+            f"{folder}: the adapter uses DoRA (use_dora) on {heads[0]}; it is supported on the linears of decoder "
+            "layers. Merge it into its base with peft, and train on the merged model."
+        )
     _refuse_unsupported(folder, raw)
     try:
         rank, alpha = int(raw["r"]), _number(raw["lora_alpha"])
@@ -128,6 +137,7 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
         bool(raw.get("use_rslora", False)),
         {path: own for path, own in ranks.items() if own != rank},
         {path: own for path, own in alphas.items() if own != alpha},
+        use_dora=use_dora,
     )
 
 
@@ -201,7 +211,7 @@ def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
         "layers_pattern": None,
         "rank_pattern": pattern_of({path: config.rank_of(path) for path in trained}, config.rank),
         "alpha_pattern": pattern_of({path: config.alpha_of(path) for path in trained}, config.alpha),
-        "use_dora": False,
+        "use_dora": config.use_dora,
     }
 
 

@@ -3,7 +3,8 @@
 An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in], B [out, rank] and
 s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
 tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
-from the CausalLM.
+from the CausalLM. With DoRA there is a third, the magnitudes m [out] (model/magnitude.py):
+`...lora_magnitude_vector`.
 
 peft itself would need the whole model in memory to save an adapter. For variants of other tools, and what is
 refused, see adapter_config.py.
@@ -35,25 +36,26 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD_COPY = f"{HEAD}.base_layer.weight"
 """Name of the copy of the base's head that PEFT saves beside an adapter of the head."""
-SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 
-LoraPairs = dict[str, tuple[Tensor, Tensor]]
+LoraPairs = dict[str, tuple[Tensor, ...]]
+"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out])."""
 
 
 def save_adapter(
     folder: Path,
     config: AdapterConfig,
-    lora: Mapping[str, tuple[Tensor, Tensor]],
+    lora: Mapping[str, tuple[Tensor, ...]],
     other_files: Mapping[str, str] | None = None,
 ) -> None:
     """Write (or replace as a whole) an adapter folder; the same input gives the same bytes.
 
-    lora: module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj" -> (A [rank, in],
-    B [out, rank]), stored in fp32. other_files: name -> text of files to write beside them.
+    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; stored in fp32, of which
+    there are m where the config uses DoRA. other_files: name -> text of files to write beside them.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(lora):
-        for suffix, matrix in zip(SUFFIXES, lora[path], strict=True):
+        for suffix, matrix in zip(SUFFIXES[: len(lora[path])], lora[path], strict=True):
             tensors[PREFIX + path + suffix] = (
                 matrix.detach().to(device="cpu", dtype=torch.float32).contiguous()
             )
@@ -68,32 +70,22 @@ def save_adapter(
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
-    """Read an adapter that this package, peft or another tool wrote: its config and {module path: (A [rank,
-    in], B [out, rank])} in fp32, with paths as they are written there.
+    """Read an adapter that this package, peft or another tool wrote: its config and its tensors in fp32, with
+    paths as they are written there.
 
-    Raises `BaseModelError` for a folder that holds no such adapter, and for features beyond plain LoRA, by
+    Raises `BaseModelError` for a folder that holds no such adapter, and for features beyond LoRA and DoRA, by
     name.
     """
     folder = Path(folder)
     with _open(folder) as reader:
-        names = _names_by_path(reader)
-        lora: LoraPairs = {}
-        for path, pair in names.items():
-            a, b = (reader.read(pair[letter]) for letter in "AB")
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                raise BaseModelError(
-                    f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
-                    " they must be [rank, in] and [out, rank]."
-                )
-            if not (a.is_floating_point() and b.is_floating_point()):
-                raise BaseModelError(f"{folder}: A and B of {path} are {a.dtype}, no real numbers.")
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise BaseModelError(
-                    f"{folder}: A and B of {path} hold values that are not finite. Copy the "
-                    "adapter again, or train it anew."
-                )
-            lora[path] = (a.float(), b.float())
-    return read_adapter_config(folder, {path: len(a) for path, (a, _) in lora.items()}), lora
+        lora = {path: _read(reader, path, names) for path, names in _names_by_path(reader).items()}
+    config = read_adapter_config(folder, {path: len(a) for path, (a, *_) in lora.items()})
+    if wrong := [path for path, tensors in lora.items() if (len(tensors) > 2) != config.use_dora]:
+        raise BaseModelError(
+            f"{folder}: the config says use_dora: {str(config.use_dora).lower()}, and {WEIGHTS_FILE} holds "
+            f"{'no' if config.use_dora else 'a'} lora_magnitude_vector of {wrong[0]}. Copy the adapter again."
+        )
+    return config, lora
 
 
 def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, LoraPairs]:
@@ -142,8 +134,33 @@ def _open(folder: Path) -> ShardReader:
     return ShardReader(folder, single_file=WEIGHTS_FILE)
 
 
+def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Tensor, ...]:
+    """The tensors of one module in fp32. names: of `_names_by_path`. Raises `BaseModelError` for odd ones."""
+    folder = reader.folder
+    tensors = a, b, *m = [reader.read(names[letter]) for letter in "ABm" if letter in names]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise BaseModelError(
+            f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
+            " they must be [rank, in] and [out, rank]."
+        )
+    if m and m[0].shape != b.shape[:1]:
+        raise BaseModelError(
+            f"{folder}: the lora_magnitude_vector of {path} has the shape {list(m[0].shape)}; it must be "
+            f"[{len(b)}], a number for every row of B."
+        )
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise BaseModelError(f"{folder}: the factors of {path} are {tensor.dtype}, no real numbers.")
+        if not torch.isfinite(tensor).all():
+            raise BaseModelError(
+                f"{folder}: the factors of {path} hold values that are not finite. Copy the "
+                "adapter again, or train it anew."
+            )
+    return tuple(tensor.float() for tensor in tensors)
+
+
 def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
-    """Module path -> {"A": tensor name, "B": tensor name}."""
+    """Module path -> {"A": tensor name, "B": tensor name}, with DoRA "m" too."""
     found: dict[str, dict[str, str]] = {}
     for name in reader.names():
         if name.endswith(HEAD_COPY):
@@ -153,9 +170,9 @@ def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
             raise BaseModelError(
                 f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which plain LoRA does not have."
             )
-        found.setdefault(parts["path"], {})[parts["letter"]] = name
+        found.setdefault(parts["path"], {})[parts["letter"] or "m"] = name
     if not found:
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no LoRA parameters.")
-    if halves := [path for path, pair in found.items() if len(pair) < 2]:
+    if halves := [path for path, pair in found.items() if not {"A", "B"} <= pair.keys()]:
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one of A and B of {halves[0]}.")
     return found

@@ -17,6 +17,7 @@ from qlora_train.adapter.lora_targets import LoraTarget, choose_linears, choose_
 from qlora_train.errors import BaseModelError
 from qlora_train.module_patterns import last_name, pattern_of
 from qlora_train.recipe import LoraSection
+from qlora_train.recipe_checks import NO_DROPOUT_WITH_DORA
 
 
 def as_continued(lora: LoraSection, linears: Iterable[str]) -> LoraSection:
@@ -33,6 +34,7 @@ def as_continued(lora: LoraSection, linears: Iterable[str]) -> LoraSection:
         "rank": config.rank,
         "alpha": _plain(config.alpha),
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
     }
     if wrong := [key for key in own if key in lora.model_fields_set and getattr(lora, key) != own[key]]:
         needed = ", ".join(f"lora.{key} {str(value).lower()}" for key, value in own.items())
@@ -52,6 +54,8 @@ def as_continued(lora: LoraSection, linears: Iterable[str]) -> LoraSection:
         update=own | _left_out(lora, has, config.rank, _plain(config.alpha), existing)
     )
     _require_same(continued, has, existing)
+    if continued.use_dora and continued.dropout:
+        raise BaseModelError(f"lora.dropout: {NO_DROPOUT_WITH_DORA} ({folder} uses DoRA)")
     return continued
 
 

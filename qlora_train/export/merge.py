@@ -1,4 +1,5 @@
-"""Merges an adapter: writes W + scaling * B A for every trained weight W as a safetensors checkpoint.
+"""Merges an adapter: writes W + scaling * B A for every trained weight W as a safetensors checkpoint; with DoRA
+those rows scaled to the lengths m.
 
 It works on a few rows of one tensor at a time: rows are read, computed in fp32, cast and appended to the
 shard. A safetensors header holds only dtypes, shapes and offsets, which follow from the base's shapes, so it
@@ -179,8 +180,10 @@ class MergedWeights:
         for start, stop, block in self._base_rows(self._head_source if name == self._head else name):
             values = block.float()
             if name in self._lora:
-                a, b, scaling = self._lora[name]
+                (a, b, *m), scaling = self._lora[name]
                 values.addmm_(b[start:stop], a, alpha=scaling)
+                if m:
+                    values.mul_((m[0][start:stop] / values.norm(dim=1))[:, None])
             yield values
 
     def _base_rows(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
@@ -240,12 +243,13 @@ class MergedWeights:
             )
         return info.shape
 
-    def _match(self, lora: LoraPairs) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """(A, B, scaling) by tensor name. Raises `ExportError` where the adapter does not fit the base."""
+    def _match(self, lora: LoraPairs) -> dict[str, tuple[tuple[Tensor, ...], float]]:
+        """((A, B), scaling), with DoRA ((A, B, m), scaling), by tensor name. Raises `ExportError` where the adapter does not fit the base."""
         modules = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
         names = match_modules(lora, modules)
-        matched: dict[str, tuple[Tensor, Tensor, float]] = {}
-        for path, (a, b) in lora.items():
+        matched: dict[str, tuple[tuple[Tensor, ...], float]] = {}
+        for path, tensors in lora.items():
+            a, b, *_ = tensors
             if path not in names:
                 raise ExportError(
                     f"the adapter trains {path}, but {self._checkpoint.folder} has no tensor {path}.weight. "
@@ -258,7 +262,7 @@ class MergedWeights:
                     f"{self._checkpoint.folder} is {list(self.shapes[name])}. Is this the base it was "
                     "trained on?"
                 )
-            matched[name] = (a, b, self._config.scaling_of(path))
+            matched[name] = (tensors, self._config.scaling_of(path))
         return matched
 
 

@@ -161,7 +161,7 @@ def _attach(
     adapter: tuple[AdapterConfig, LoraPairs],
     dtype: torch.dtype,
     device: ComputeDevice,
-) -> tuple[tuple[Tensor, Tensor], float] | None:
+) -> tuple[tuple[Tensor, ...], float] | None:
     """Attach LoRA parameters to the linears; returns ((A, B), scaling) of the head, if the adapter has
     them."""
     config, pairs = adapter[0], dict(adapter[1])

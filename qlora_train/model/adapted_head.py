@@ -29,7 +29,7 @@ class AdaptedHead:
     @staticmethod
     def of(
         stored: VocabMatrix,
-        lora: tuple[Tensor, Tensor],
+        lora: tuple[Tensor, ...],
         scaling: float,
         device: torch.device,
         made_for: Tensor | None,

@@ -191,7 +191,7 @@ class FrozenDecoder:
         if qkv:
             fuse_qkv(self.layers)
 
-    def adapt_head(self, lora: tuple[Tensor, Tensor], scaling: float, made_for: Tensor | None = None) -> None:
+    def adapt_head(self, lora: tuple[Tensor, ...], scaling: float, made_for: Tensor | None = None) -> None:
         """Replace the head W by W + scaling B A.
 
         lora: (A [R, D], B [V, R]). made_for: the head that they were trained on, None if unknown. Raises

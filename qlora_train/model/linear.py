@@ -18,6 +18,8 @@ Two paths, chosen by `training.kernels`:
 Why not bitsandbytes' own MatMul4Bit: it keeps the quantized tensor itself on ctx. If weights are streamed
 through reused slots, that tensor is overwritten before backward, and the gradient is silently wrong.
 
+With DoRA, y without its bias is scaled row by row (model/magnitude.py).
+
 With dropout, x in the LoRA branch is dropout(x); the mask is a pure function of the token
 (kernels/dropout.py) and is recomputed in backward.
 """
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_train.kernels.dropout import DropoutKeys, dropout, keep_mask
+from qlora_train.model.magnitude import Magnitude
 from qlora_train.model.weight_store import WeightStore
 
 
@@ -44,8 +47,9 @@ class DropoutContext:
 class LinearLora(nn.Module):
     """The LoRA parameters A [R, in] and B [out, R] of one linear: views of the flat working copy.
 
-    They are the only trainable parameters of a model. gradient_a, gradient_b: views of the flat fp32
-    gradient. scaling: s. module_id: distinguishes the dropout masks of the linears.
+    With its magnitude they are the only trainable parameters. gradient_a, gradient_b: views of the flat fp32
+    gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude: of DoRA, or
+    None.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class LinearLora(nn.Module):
         dropout_probability: float,
         module_id: int,
         context: DropoutContext,
+        magnitude: Magnitude | None = None,
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(a)
@@ -68,6 +73,7 @@ class LinearLora(nn.Module):
         self.dropout_probability = dropout_probability
         self.module_id = module_id
         self.context = context
+        self.magnitude = magnitude
 
     def tokens_to_drop(self) -> DropoutKeys | None:
         """The dropout keys, or None if nothing is dropped (evaluation, probability 0)."""
@@ -79,10 +85,13 @@ class LinearLora(nn.Module):
         self.gradient_b.add_(gradient_b)
 
     def collect_autograd(self) -> None:
-        """Add the `.grad` of A and B (reference path) to the flat fp32 gradient and clear it."""
+        """Add the `.grad` of A, B and m (reference path) to the flat fp32 gradient and clear it."""
         if self.A.grad is not None and self.B.grad is not None:
             self.add_gradients(self.A.grad, self.B.grad)
             self.A.grad = self.B.grad = None
+        if self.magnitude is not None and self.magnitude.m.grad is not None:
+            self.magnitude.gradient.add_(self.magnitude.m.grad)
+            self.magnitude.m.grad = None
 
 
 class FrozenLinear(nn.Module):
@@ -113,11 +122,15 @@ class FrozenLinear(nn.Module):
             lora = self.lora
             a, b = (lora.A, lora.B) if lora is not None else (None, None)
             return _FrozenLinearFunction.apply(x, a, b, self)
-        y = F.linear(x, self.source.dequantize(self.name, x.dtype), self.bias)
-        if self.lora is None:
+        weight, lora = self.source.dequantize(self.name, x.dtype), self.lora
+        y = F.linear(x, weight, self.bias)
+        if lora is None:
             return y
-        branch = _dropped(x, self.lora)
-        return y + F.linear(F.linear(branch, self.lora.A), self.lora.B) * self.lora.scaling
+        y = y + F.linear(F.linear(_dropped(x, lora), lora.A), lora.B) * lora.scaling
+        if lora.magnitude is None:
+            return y
+        lora.magnitude.refresh(weight, lora.A, lora.B, lora.scaling)
+        return y + (y if self.bias is None else y - self.bias) * lora.magnitude.factor(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.in_features} -> {self.out_features}"
@@ -135,17 +148,23 @@ def linear_forward(linear: FrozenLinear, x: Tensor, h: Tensor | None = None) -> 
 
     The returned h is None without LoRA parameters. With `skip_output`, y is zeros. h: x A^T if it is already
     computed."""
+    lora = linear.lora
+    magnitude = None if lora is None else lora.magnitude
     if linear.skip_output:
         y = x.new_zeros(()).expand(len(x), linear.out_features)
     else:
-        y = F.linear(x, linear.source.dequantize(linear.name, x.dtype), linear.bias)
-    lora = linear.lora
+        weight = linear.source.dequantize(linear.name, x.dtype)
+        if lora is not None and magnitude is not None:
+            magnitude.refresh(weight, lora.A, lora.B, lora.scaling)
+        y = F.linear(x, weight, linear.bias)
     if lora is None:
         return y, None
     if h is None:
         h = F.linear(_dropped(x, lora), lora.A)
     if not linear.skip_output:
         y.addmm_(h, lora.B.t(), alpha=lora.scaling)
+        if magnitude is not None:
+            magnitude.scale_(y, linear.bias)
     return y, h
 
 
@@ -165,10 +184,9 @@ def linear_backward(
     the dropout keys of the forward pass; None: nothing was dropped. add_to: a tensor [T, in] that dL/dx is
     added to in place and that is returned.
     """
-    grad_input = grad_input_of_weight(linear, gradient, add_to) if needs_dx else None
     lora = linear.lora
     if lora is None:
-        return grad_input
+        return backward_of_weight(linear, gradient, x, h, add_to, needs_dx=needs_dx)[0]
     a, kept = lora.A.detach(), None
     if tokens is not None:
         mask = keep_mask(tokens, lora.module_id, linear.in_features, lora.dropout_probability)
@@ -176,6 +194,7 @@ def linear_backward(
         x = x * kept
     if h is None:
         h = F.linear(x, a)
+    grad_input, gradient = backward_of_weight(linear, gradient, x, h, add_to, needs_dx=needs_dx)
     dh, gradient_b = grad_of_low_rank(lora, gradient, h)
     lora.add_gradients(dh.t() @ x, gradient_b)
     del gradient_b
@@ -184,10 +203,31 @@ def linear_backward(
     return grad_input
 
 
-def grad_input_of_weight(linear: FrozenLinear, gradient: Tensor, add_to: Tensor | None) -> Tensor:
-    """gradient W [T, in], added to `add_to` in place if it is given."""
+def backward_of_weight(
+    linear: FrozenLinear,
+    gradient: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    add_to: Tensor | None,
+    *,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """From gradient = dL/dy [T, out]: (its product with W [T, in], added to `add_to` in place if that is
+    given; the gradient [T, out] that reaches the LoRA branch).
+
+    Without `needs_dx` the product is None. With DoRA, the gradient that arrives is scaled by c first, and dm,
+    which x [T, in] and h [T, R] are for, is added to the flat gradient."""
+    magnitude = None if linear.lora is None else linear.lora.magnitude
+    if magnitude is None and not needs_dx:
+        return None, gradient
     weight = linear.source.dequantize(linear.name, gradient.dtype)
-    return gradient @ weight if add_to is None else add_to.addmm_(gradient, weight)
+    if linear.lora is not None and magnitude is not None:
+        assert h is not None
+        p = F.linear(x, weight).addmm_(h, linear.lora.B.detach().t(), alpha=linear.lora.scaling)
+        gradient = magnitude.backward(gradient, p)
+    if not needs_dx:
+        return None, gradient
+    return gradient @ weight if add_to is None else add_to.addmm_(gradient, weight), gradient
 
 
 def grad_of_low_rank(lora: LinearLora, gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

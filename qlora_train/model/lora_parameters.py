@@ -11,16 +11,19 @@ of small launches, and bitsandbytes' paging and 8-bit state only apply to tensor
 or B does not reach.
 
 Order: every A first (by layer, then module), then every B, so that LoRA+ (Hayou et al. 2024,
-arXiv:2402.12354), which gives B a higher learning rate than A, has two contiguous parameter groups.
+arXiv:2402.12354), which gives B a higher learning rate than A, has two contiguous parameter groups. With DoRA
+(model/magnitude.py) every m [out] follows, in the group of B and with its weight decay, as in PEFT. m is used
+in fp32, as the masters have it; only A and B are read from the working copy. Row norms are two more buffers
+of fp32, 8 bytes per row.
 
 Initialized as in PEFT: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero, so the adapted model
-starts equal to the base.
+starts equal to the base, and m by the first forward pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -28,13 +31,15 @@ from torch import Tensor
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.errors import BaseModelError
 from qlora_train.model.linear import DropoutContext, FrozenLinear, LinearLora
+from qlora_train.model.magnitude import Magnitude
 
 
 class LoraParameters:
     """The LoRA parameters of `linears` in flat buffers, attached to each linear as views (`linear.lora`).
 
     rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: of the
-    initialization of A. dtype: of the working copy. An existing `linear.lora` is replaced.
+    initialization of A. dtype: of the working copy. use_dora: each linear has a magnitude m too; needs dropout
+    0. An existing `linear.lora` is replaced.
     """
 
     def __init__(
@@ -47,7 +52,9 @@ class LoraParameters:
         seed: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        use_dora: bool = False,
     ) -> None:
+        assert not (use_dora and dropout), "the base's product would be of what is dropped, too"
         self.scaling = scaling
         self.names = tuple(linears)
         self.ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
@@ -56,13 +63,19 @@ class LoraParameters:
             for name, linear in linears.items()
         }
         self.num_a = sum(math.prod(a) for a, _ in self._shapes.values())
-        num_elements = self.num_a + sum(math.prod(b) for _, b in self._shapes.values())
+        self._num_ab = self.num_a + sum(math.prod(b) for _, b in self._shapes.values())
+        self._num_rows = sum(linear.out_features for linear in linears.values()) if use_dora else 0
+        num_elements = self._num_ab + self._num_rows
         self.masters = torch.zeros(num_elements, dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.masters)
         self.working = self.masters if dtype == torch.float32 else torch.zeros_like(self.masters, dtype=dtype)
+        self.row_norms, self._base_squares = (
+            torch.zeros(self._num_rows, dtype=torch.float32, device=device) for _ in range(2)
+        )
         self.dropout_context = DropoutContext()
         if not self.masters.is_meta:
-            self._initialise_a(seed)
+            self._initialise(seed)
+        self._magnitudes: dict[str, Magnitude] = dict(self._make_magnitudes()) if use_dora else {}
         self._attach(linears, dropout)
         self.refresh_working()
 
@@ -70,14 +83,14 @@ class LoraParameters:
     def of_adapter(
         linears: Mapping[str, FrozenLinear],
         config: AdapterConfig,
-        lora: Mapping[str, tuple[Tensor, Tensor]],
+        lora: Mapping[str, tuple[Tensor, ...]],
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> LoraParameters:
         """The LoRA parameters of a finished adapter, without dropout, attached to the linears that it adapts.
 
-        lora: (A, B) by the names of `linears`. Raises `BaseModelError` if shapes differ."""
+        lora: (A, B), with DoRA (A, B, m), by the names of `linears`. Raises `BaseModelError` if shapes differ."""
         targets = {name: linear for name, linear in linears.items() if name in lora}
         buffers = LoraParameters(
             targets,
@@ -87,27 +100,41 @@ class LoraParameters:
             seed=0,
             dtype=dtype,
             device=device,
+            use_dora=config.use_dora,
         )
         buffers.load(lora)
         return buffers
 
-    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """{module name: (A [R, in], B [out, R])} as views of `flat`, one of the flat buffers."""
-        pairs, at_a, at_b = {}, 0, self.num_a
+    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """{module name: (A [R, in], B [out, R]), with DoRA (A, B, m [out])} as views of `flat`, one of the flat
+        buffers."""
+        pairs: dict[str, tuple[Tensor, ...]] = {}
+        at_a, at_b = 0, self.num_a
         for name, (shape_a, shape_b) in self._shapes.items():
             size_a, size_b = math.prod(shape_a), math.prod(shape_b)
             pairs[name] = (flat[at_a : at_a + size_a].view(shape_a), flat[at_b : at_b + size_b].view(shape_b))
             at_a, at_b = at_a + size_a, at_b + size_b
-        return pairs
+        magnitudes = self._of_rows(flat[self._num_ab :])
+        return {name: (*pair, *magnitudes.get(name, ())) for name, pair in pairs.items()}
+
+    def _of_rows(self, flat: Tensor) -> dict[str, tuple[Tensor]]:
+        """{module name: its part [out]} of numbers for every row; empty without DoRA."""
+        if not self._num_rows:
+            return {}
+        parts = flat.split([b[0] for _, b in self._shapes.values()])
+        return {name: (part,) for name, part in zip(self._shapes, parts, strict=True)}
 
     def refresh_working(self) -> None:
-        """Cast the masters into the working copy; call it once per optimizer step."""
+        """Cast the masters into the working copy, and compute row norms at the next use; call it once per
+        optimizer step."""
         if self.working is not self.masters:
             self.working.copy_(self.masters)
+        for magnitude in self._magnitudes.values():
+            magnitude.is_stale = True
 
-    def load(self, lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set the masters to an adapter's (A, B) by module name. Raises `BaseModelError` if modules or shapes
-        differ."""
+    def load(self, lora: Mapping[str, tuple[Tensor, ...]]) -> None:
+        """Set the masters to an adapter's (A, B), with DoRA (A, B, m), by module name. Raises `BaseModelError`
+        if modules or shapes differ."""
         views = self.views(self.masters)
         missing, unknown = sorted(views.keys() - lora.keys()), sorted(lora.keys() - views.keys())
         if missing or unknown:
@@ -116,7 +143,7 @@ class LoraParameters:
                 f"{unknown[:3] or 'nothing'} besides; use the adapter's own target_modules"
             )
         for name, pair in lora.items():
-            for letter, mine, given in zip("AB", views[name], pair, strict=True):
+            for letter, mine, given in zip("ABm"[: len(pair)], views[name], pair, strict=True):
                 if mine.shape != given.shape:
                     raise BaseModelError(
                         f"the adapter's {name} {letter} is {tuple(given.shape)}, this run needs "
@@ -130,20 +157,28 @@ class LoraParameters:
         """The `LinearLora` modules of these linears."""
         return [lin.lora for lin in linears if lin.lora is not None]
 
-    def _initialise_a(self, seed: int) -> None:
+    def _initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for a, _ in self.views(self.masters).values():
+        for a, *_ in self.views(self.masters).values():
             bound = 1.0 / math.sqrt(a.shape[1])
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+        self.masters[self._num_ab :].fill_(math.nan)  # until the base is measured
+
+    def _make_magnitudes(self) -> Iterator[tuple[str, Magnitude]]:
+        buffers = self.masters[self._num_ab :], self.gradient[self._num_ab :]
+        parts = [self._of_rows(flat) for flat in (*buffers, self.row_norms, self._base_squares)]
+        for name in self.names:
+            yield name, Magnitude(*(part[name][0] for part in parts))
 
     def _attach(self, linears: Mapping[str, FrozenLinear], dropout: float) -> None:
         working, gradient = self.views(self.working), self.views(self.gradient)
         for module_id, (name, linear) in enumerate(linears.items()):
             linear.lora = LinearLora(
-                *working[name],
-                *gradient[name],
+                *working[name][:2],
+                *gradient[name][:2],
                 scaling=self.scaling[name] if isinstance(self.scaling, Mapping) else self.scaling,
                 dropout_probability=dropout,
                 module_id=module_id,
                 context=self.dropout_context,
+                magnitude=self._magnitudes.get(name),
             )

@@ -30,7 +30,7 @@ from qlora_train.model.linear import (
     FrozenLinear,
     LinearLora,
     as_own,
-    grad_input_of_weight,
+    backward_of_weight,
     grad_of_low_rank,
     linear_backward,
     linear_forward,
@@ -77,9 +77,9 @@ def backward_of_all(
     rank = len(lora[0].A)
     low = []
     for linear, module, gradient, h in zip(linears, lora, gradients, hs[0].split(rank, 1), strict=True):
-        if needs_dx:
-            grad_input = grad_input_of_weight(linear, gradient, grad_input)
-        low.append(grad_of_low_rank(module, gradient, h))
+        grad_input, reaching = backward_of_weight(linear, gradient, x, h, grad_input, needs_dx=needs_dx)
+        low.append(grad_of_low_rank(module, reaching, h))
+        del reaching
     dh = torch.cat([d for d, _ in low], dim=1)
     for module, gradient_a, (_, gradient_b) in zip(lora, (dh.t() @ x).split(rank), low, strict=True):
         module.add_gradients(gradient_a, gradient_b)

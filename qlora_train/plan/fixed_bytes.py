@@ -3,7 +3,7 @@
 quantized weights, constants   the layer buffers of resident layers (model/layer_buffer.py)
 embedding, head             where they are resident; for a quantized head, one dequantized tile more
 ring slots                  num_slots times the largest item that streams
-LoRA parameters             masters and gradient in fp32, and the working copy
+LoRA parameters             masters and gradient in fp32, and the working copy; with DoRA its row norms too
 optimizer state             8 bytes per LoRA parameter, or 2 and two scales per 256
 """
 
@@ -27,6 +27,7 @@ PLAIN = "norms and biases"
 MASTERS = "LoRA: fp32 masters"
 GRADIENT = "LoRA: gradient"
 WORKING = "LoRA: working copy"
+ROW_NORMS = "DoRA: row norms"
 OPTIMIZER = "optimizer state"
 OPTIMIZER_SCRATCH = "optimizer scratch"
 DEQUANTIZE_BUFFER = "dequantize buffer"
@@ -59,6 +60,7 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
         MASTERS: 4 * n,
         GRADIENT: 4 * n,
         WORKING: 0 if itemsize == 4 else itemsize * n,
+        ROW_NORMS: 8 * workload.num_magnitudes,
         OPTIMIZER: optimizer_state_bytes(workload),
     }
     return total(parts)

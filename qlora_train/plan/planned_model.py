@@ -73,6 +73,7 @@ class PlannedModel:
             seed=0,
             dtype=dtype,
             device=self.device.torch,
+            use_dora=workload.use_dora,
         )
         self.decoder.prepare()
 

@@ -27,6 +27,7 @@ from qlora_train.plan.fixed_bytes import (
     MICRO_BATCH,
     OPTIMIZER,
     OPTIMIZER_SCRATCH,
+    ROW_NORMS,
     ROWS_BLOCK_BYTES,
     WORKING,
     Bytes,
@@ -157,7 +158,7 @@ def load_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
     parts = {
         cause: num_bytes
         for cause, num_bytes in fixed_bytes(workload, plan).items()
-        if cause not in (MASTERS, GRADIENT, WORKING, OPTIMIZER, DEQUANTIZE_BUFFER)
+        if cause not in (MASTERS, GRADIENT, WORKING, ROW_NORMS, OPTIMIZER, DEQUANTIZE_BUFFER)
     }
     streams = any(place is not Placement.DEVICE for place in plan.weights)
     loading = 2 * ROWS_BLOCK_BYTES + (workload.layer_buffer_bytes if streams else 0)

@@ -3,7 +3,7 @@
 A walk over a model of 80 layers calls the same few kinds of layers hundreds of times. A layer runs, on the
 meta device under a meter, only for the first call of its kind: with a graph or without, with a gradient for
 its input or not, with its last product skipped or not, its MLP in tiles or whole, its weights dequantized
-already or not. A replay then allocates and frees the same bytes:
+already or not. With DoRA a visit's first run also computes the rows' norms. A replay then allocates and frees the same bytes:
 
     forward     the output, the tensors saved for backward (one for all that may be offloaded, one for the
                 rest), and briefly the rest of the run's peak
@@ -162,11 +162,15 @@ class RecordedDecoder(FrozenDecoder):
         return self.records[call]
 
     def _measured(self, call: Call, index: int, x: Tensor, arguments: LayerArguments) -> Record:
-        """Run the layer in visits of its own; twice in a visit if weights stay dequantized."""
+        """Run the layer in visits of its own; twice in a visit if weights stay dequantized, or with DoRA."""
         self.weights.make_buffer(self.dtype)
+        lora = [linear.lora for linear in self.linears_of(index) if linear.lora is not None]
+        magnitudes = [module.magnitude for module in lora if module.magnitude is not None]
+        for magnitude in magnitudes:  # row norms are computed in the first run of a step
+            magnitude.is_measured, magnitude.is_stale = False, not call.runs_again
         runs: list[_Run] = []
         with self.weights.holding():
-            for _ in range(2 if call.holds else 1):
+            for _ in range(2 if call.holds or magnitudes else 1):
                 runs.append(_Run(self.meter.another(), partial(super().run_layer, index), x, arguments))
                 if call.runs_again:  # a layer that is run again is taken back in the same visit
                     runs[-1].run_backward()
@@ -174,9 +178,8 @@ class RecordedDecoder(FrozenDecoder):
             for run in runs:
                 if call.with_graph and not call.runs_again:
                     run.run_backward()
-        for linear in self.linears_of(index):
-            if linear.lora is not None:  # what autograd left there in reference mode
-                linear.lora.A.grad = linear.lora.B.grad = None
+        for module in lora:
+            module.zero_grad()  # of what autograd left there in reference mode
         return replace(
             runs[0].record,
             forward=(runs[0].forward, runs[-1].forward),

@@ -75,7 +75,7 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     for policy in plan.activations:
         forward += num_tokens * forward_flops
         extra = again if policy is ActivationPolicy.RECOMPUTE else 0.0
-        back += num_tokens * forward_flops * (1.0 + extra)
+        back += num_tokens * (forward_flops * (1.0 + extra) + _dora_flops(workload))
         if plan.mlp_tile_tokens is not None and policy is not ActivationPolicy.RECOMPUTE:
             back += num_tokens * 4 * down
     head = 4 * workload.num_supervised * workload.num_micro_batches * workload.shape.matrix_parameters
@@ -115,6 +115,14 @@ def _forward_flops(workload: Workload) -> float:
     lora = workload.num_lora_parameters / workload.shape.num_layers
     mean_length = sum(n * n for n in workload.documents) / workload.num_tokens
     return 2 * workload.shape.active_parameters + 3 * lora + 2 * mean_length * workload.shape.q_width
+
+
+def _dora_flops(workload: Workload) -> float:
+    """FLOPs per token and layer that DoRA adds to backward: the products of its linears once more."""
+    if not workload.use_dora:
+        return 0.0
+    shapes = workload.shape.linear_shapes
+    return 2 * sum(math.prod(shapes[path]) for path, _ in workload.lora_ranks) / workload.shape.num_layers
 
 
 def _dequantize_seconds(

@@ -31,7 +31,7 @@ class Workload:
     micro-batch. num_micro_batches: K. micro_batch_size: bins in a micro-batch. lora_ranks: (module path,
     rank) of every linear with LoRA parameters. splits_learning_rate: B has its own (LoRA+). target: the
     device. deterministic: torch uses deterministic algorithms only. reference: the plain implementation,
-    without tiles and fused kernels.
+    without tiles and fused kernels. use_dora: every linear with LoRA parameters has magnitudes too.
     """
 
     shape: ModelShape
@@ -47,6 +47,7 @@ class Workload:
     deterministic: bool = False
     splits_learning_rate: bool = False
     reference: bool = False
+    use_dora: bool = False
     known_most_documents: int = 0
     micro_batch_size: int = field(default=1, compare=False)  # `documents` decides it
 
@@ -79,12 +80,19 @@ class Workload:
 
     @property
     def lora_sizes(self) -> tuple[int, int]:
-        """(numbers in all A, numbers in all B)."""
+        """(numbers in all A, numbers in all B and m)."""
         shapes = self.shape.linear_shapes
         return (
             sum(rank * shapes[path][1] for path, rank in self.lora_ranks),
-            sum(rank * shapes[path][0] for path, rank in self.lora_ranks),
+            sum(rank * shapes[path][0] for path, rank in self.lora_ranks) + self.num_magnitudes,
         )
+
+    @property
+    def num_magnitudes(self) -> int:
+        """Numbers in all m of DoRA: the rows of the linears that are trained."""
+        if not self.use_dora:
+            return 0
+        return sum(self.shape.linear_shapes[path][0] for path, _ in self.lora_ranks)
 
     @property
     def num_lora_parameters(self) -> int:
@@ -171,5 +179,6 @@ def workload_of(
         deterministic=training.deterministic is True,
         splits_learning_rate=training.lora_b_lr_ratio != 1.0,
         reference=training.kernels == "reference",
+        use_dora=recipe.lora.use_dora,
         known_most_documents=most_documents,
     )

@@ -251,6 +251,7 @@ def attach_lora(
         ranks,
         alphas,
         layers,
+        section.use_dora,
     )
     lora = LoraParameters(
         {path: decoder.linears[path] for path in chosen},
@@ -260,6 +261,7 @@ def attach_lora(
         seed=recipe.training.seed,
         dtype=dtype,
         device=decoder.device.torch,
+        use_dora=section.use_dora,
     )
     if section.init_from is not None:
         lora.load(start)

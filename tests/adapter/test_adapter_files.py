@@ -126,7 +126,7 @@ def test_a_failing_write_leaves_the_old_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora: true, and .* holds no lora_magnitude_vector of"),
         ({"bias": "all"}, "biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "have rank 3, its config says 8"),

@@ -76,8 +76,9 @@ def attach(decoder: FrozenDecoder, folder: Path) -> None:
         {"alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 8}, "use_rslora": True},
         {"layers_to_transform": [0, 2]},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"use_dora": True, "use_rslora": True},
     ],
-    ids=["plain", "ranks", "alphas", "layers", "head"],
+    ids=["plain", "ranks", "alphas", "layers", "head", "DoRA"],
 )
 def test_the_loss_is_pefts(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     adapted = with_peft(base, tmp_path / "a", **options)
@@ -109,6 +110,31 @@ def test_every_name_of_a_module(base: Path, tmp_path: Path, change: Callable[[st
     _, found = load_fitting(tmp_path / "a", names)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n][i], expected[n][i]) for n in expected for i in (0, 1))
+
+
+def test_every_name_of_a_magnitude(base: Path, tmp_path: Path) -> None:
+    with_peft(base, tmp_path / "a", use_dora=True)
+    for ending in ("", ".default", ".default.weight"):
+        rename(tmp_path / "a", lambda name, e=ending: re.sub(r"(magnitude_vector).*", rf"\1{e}", name))  # type: ignore[misc]
+        _, found = load_fitting(tmp_path / "a", linear_names(tiny_config("llama-tied")))
+        assert all(m.shape == b.shape[:1] and m.count_nonzero() for _, b, m in found.values())
+
+
+def test_dora_of_a_head_or_of_other_rows_is_refused(base: Path, tmp_path: Path) -> None:
+    with_peft(base, tmp_path / "a", use_dora=True, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(BaseModelError, match=r"DoRA \(use_dora\) on model\.lm_head|on lm_head"):
+        load_adapter(tmp_path / "a")
+    with_peft(base, tmp_path / "b", use_dora=True, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "b" / WEIGHTS_FILE)
+    short = {name: t[:5].clone() if "magnitude" in name else t for name, t in tensors.items()}
+    save_file(short, tmp_path / "b" / WEIGHTS_FILE)
+    with pytest.raises(BaseModelError, match=r"has the shape \[5\]; it must be \[64\]"):
+        load_adapter(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / CONFIG_FILE).read_text())
+    (tmp_path / "b" / CONFIG_FILE).write_text(json.dumps(config | {"use_dora": False}))
+    save_file(tensors, tmp_path / "b" / WEIGHTS_FILE)
+    with pytest.raises(BaseModelError, match="use_dora: false, and .* holds a lora_magnitude_vector"):
+        load_adapter(tmp_path / "b")
 
 
 def test_another_tower_is_not_the_text_model(base: Path, tmp_path: Path) -> None:

@@ -170,6 +170,20 @@ def test_an_adapter_of_every_choice_is_continued(tmp_path: Path, name: str) -> N
         assert as_continued(continued, LINEARS) == continued  # a resume reads it resolved
 
 
+def test_an_adapter_with_dora_is_continued_without_dropout(tmp_path: Path) -> None:
+    config = AdapterConfig("b", 4, 8, target_modules=["q_proj"], use_dora=True)
+    tensors = (torch.ones(4, 8), torch.ones(8, 4), torch.ones(8))
+    save_adapter(tmp_path, config, {path: tensors for path in LINEARS if path.endswith("q_proj")})
+    continued = {"init_from": str(tmp_path)}
+    assert as_continued(lora_section(**continued), LINEARS).use_dora
+    for keys, message in (
+        ({"dropout": 0.1}, "dropout: must be 0 with"),
+        ({"use_dora": False}, "another use_dora"),
+    ):
+        with pytest.raises(BaseModelError, match=message):
+            as_continued(lora_section(**continued, **keys), LINEARS)
+
+
 def test_a_recipe_that_says_other_ranks_than_the_adapter_is_refused(tmp_path: Path) -> None:
     path = LINEARS[0]
     config = AdapterConfig("b", 4, 8, target_modules=[path], rank_pattern={path: 2})

@@ -57,19 +57,25 @@ def write_base(folder: Path, tied: bool = False, shard_size: str = "5GB") -> Lla
 
 
 def write_adapter(
-    folder: Path, model: LlamaForCausalLM, targets: set[str] = LINEARS, scale: float = 0.1
+    folder: Path,
+    model: LlamaForCausalLM,
+    targets: set[str] = LINEARS,
+    scale: float = 0.1,
+    use_dora: bool = False,
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     lora = {
         name: (
             torch.randn(4, module.in_features, generator=generator) * scale,
             torch.randn(module.out_features, 4, generator=generator) * scale,
+            *([torch.rand(module.out_features, generator=generator) + 0.5] if use_dora else []),
         )
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.endswith(tuple(targets))
     }
     endings = sorted({name.rsplit(".", 1)[1] for name in lora})
-    save_adapter(folder, AdapterConfig("base", 4, 8, target_modules=endings), lora)
+    config = AdapterConfig("base", 4, 8, target_modules=endings, use_dora=use_dora)
+    save_adapter(folder, config, lora)
 
 
 @torch.no_grad()
@@ -94,15 +100,16 @@ def dequantized(weight: torch.Tensor, quantization: Quantization) -> torch.Tenso
     )
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("tied,shard_size", [(False, "5GB"), (True, "100KB")])
 @pytest.mark.parametrize(
     "quantization", [None, Quantization("nf4", True), Quantization("fp4"), Quantization("int8")]
 )
 def test_merged_folder_is_base_plus_adapter(
-    tmp_path: Path, tied: bool, shard_size: str, quantization
+    tmp_path: Path, tied: bool, shard_size: str, quantization, use_dora: bool
 ) -> None:
     model = write_base(tmp_path / "base", tied, shard_size)
-    write_adapter(tmp_path / "adapter", model, {"q_proj", "down_proj"}, scale=0.3)
+    write_adapter(tmp_path / "adapter", model, {"q_proj", "down_proj"}, scale=0.3, use_dora=use_dora)
     merge(
         tmp_path / "base",
         tmp_path / "adapter",

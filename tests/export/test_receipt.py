@@ -30,7 +30,11 @@ UNQUANTIZED = Quantization("none")
 
 
 def write_run(
-    folder: Path, family: str = "llama-tied", scale: float = 0.02, dtype: torch.dtype = torch.float32
+    folder: Path,
+    family: str = "llama-tied",
+    scale: float = 0.02,
+    dtype: torch.dtype = torch.float32,
+    use_dora: bool = False,
 ) -> Path:
     """A base, data, and an adapter as small as one epoch of training makes it."""
     sizes = {"hidden_size": 128, "intermediate_size": 256}  # as bitsandbytes' kernel for CPUs wants them
@@ -47,6 +51,7 @@ def write_run(
         name: (
             torch.randn(4, module.in_features, generator=generator) * scale,
             torch.randn(module.out_features, 4, generator=generator) * scale,
+            *([module.weight.detach().norm(dim=1) * 1.2] if use_dora else []),
         )
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "layers" in name
@@ -54,7 +59,7 @@ def write_run(
     recipe = load_recipe(run / "recipe.yaml")
     trained_on = TrainedOn.of(recipe.model, folder / "base", run, byte_tokenizer())
     said = {"trained_on.json": trained_on.to_json(3, 3)}
-    save_adapter(run / "adapter", AdapterConfig("base", 4, 8), lora, said)
+    save_adapter(run / "adapter", AdapterConfig("base", 4, 8, use_dora=use_dora), lora, said)
     return run
 
 
@@ -116,8 +121,9 @@ def test_the_default_survives_quantizing_and_the_other_base_does_not(tmp_path: P
     assert config["qlora_train"] == {"merged_onto": "original"} and config["dtype"] == "float16"
 
 
-def test_the_receipt_of_the_dequantized_base(tmp_path: Path) -> None:
-    folder = export(write_run(tmp_path), base="dequantized", dtype="float32")
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+def test_the_receipt_of_the_dequantized_base(tmp_path: Path, use_dora: bool) -> None:
+    folder = export(write_run(tmp_path, use_dora=use_dora), base="dequantized", dtype="float32")
     found = figures_of(folder)
     assert found["merged onto dequantized weights, float32 (written)"]["kl"] < 1e-6
     assert "merged onto original weights, float32 (not written)" in found

@@ -82,7 +82,8 @@ def adapted(model: PreTrainedModel, lora: LoraParameters) -> nn.Module:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
+    difference = float((ours - theirs).norm())
+    return difference and difference / float(theirs.norm())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -144,11 +145,18 @@ def test_a_mix_of_ranks_gives_pefts_gradients(tmp_path: Path, name: str, referen
 
 
 def check_one_step(
-    decoder: FrozenDecoder, lora: LoraParameters, wrapped: nn.Module, *, reference: bool = False
+    decoder: FrozenDecoder,
+    lora: LoraParameters,
+    wrapped: nn.Module,
+    *,
+    reference: bool = False,
+    policy: ActivationPolicy = ActivationPolicy.RECOMPUTE,
 ) -> None:
     """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters."""
     trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad]
-    assert len(trainable) == 2 * len(lora.names)
+    assert len(trainable) == sum(map(len, lora.views(lora.masters).values()))
+    wrapped.zero_grad()
+    lora.gradient.zero_()
     tokens = packed_row([21, 4, 30])
     logits = wrapped(
         input_ids=tokens.token_ids,
@@ -162,10 +170,51 @@ def check_one_step(
     loss.backward()
 
     num_supervised = len(tokens.supervised)
-    walk = LayerWalk(decoder, lora, resident_plan(*[ActivationPolicy.RECOMPUTE] * 3), reference=reference)
+    walk = LayerWalk(decoder, lora, resident_plan(*[policy] * 3), reference=reference)
     loss_sum = walk.accumulate([tokens], seed=0, step=1, num_supervised=num_supervised)
     torch.testing.assert_close(loss_sum / num_supervised, loss.detach(), rtol=TOLERANCE, atol=0)
-    for name, (a, b) in lora.views(lora.gradient).items():
+    for name, tensors in lora.views(lora.gradient).items():
         layer = wrapped.get_submodule(f"base_model.model.{name}")
-        assert relative(a, layer.lora_A["default"].weight.grad) <= TOLERANCE, name
-        assert relative(b, layer.lora_B["default"].weight.grad) <= TOLERANCE, name
+        for ours, theirs in zip(tensors, weights_of(layer), strict=True):
+            assert relative(ours, theirs.grad) <= TOLERANCE, name
+
+
+def weights_of(layer: nn.Module) -> list[Tensor]:
+    """A, B and, with DoRA, m of PEFT's linear."""
+    parts = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
+    return [part["default"].weight for part in parts if part]
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fused", "reference"])
+@pytest.mark.parametrize("policy", [ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE])
+@pytest.mark.parametrize("quantization", [Quantization("nf4"), Quantization("none")], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_dora_is_pefts_for_two_steps(
+    tmp_path: Path, family: str, quantization: Quantization, policy: ActivationPolicy, reference: bool
+) -> None:
+    """m begins as PEFT's; loss and gradients are PEFT's, and again after a large step, with other row norms."""
+    folder = write_checkpoint(tmp_path, family, intermediate_size=128)
+    decoder, _ = load_tiny(folder, quantization)
+    config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules="all-linear", use_dora=True)
+    wrapped = get_peft_model(quantised_model(folder, decoder, quantization), config)
+    lora = LoraParameters(
+        decoder.linears, rank=RANK, scaling=SCALING, dropout=0.0, seed=0, dtype=torch.float32, device="cpu",
+        use_dora=True,
+    )  # fmt: skip
+    if not reference:
+        decoder.fuse(norms=True, mlps=True, qkv=True)
+    layers = {name: wrapped.get_submodule(f"base_model.model.{name}") for name in lora.names}
+    for name, (a, *_) in lora.views(lora.masters).items():
+        layers[name].lora_A["default"].weight.data.copy_(a)
+    check_one_step(decoder, lora, wrapped, reference=reference, policy=policy)
+    for name, (_, _, m) in lora.views(lora.masters).items():
+        torch.testing.assert_close(m, weights_of(layers[name])[2].data, rtol=1e-6, atol=0)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(2):
+        for name, tensors in lora.views(lora.masters).items():
+            for ours, theirs in zip(tensors, weights_of(layers[name]), strict=True):
+                change = 0.1 * torch.randn(ours.shape, generator=generator)
+                ours.add_(change)
+                theirs.data.add_(change)
+        lora.refresh_working()
+        check_one_step(decoder, lora, wrapped, reference=reference, policy=policy)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_meter import cpu_model, measured, small_config, workload_for
+from layer_meter import as_in_the_first_step, cpu_model, measured, small_config, workload_for
 from tiny_models import OTHER_FAMILIES, packed_row, tiny_config
 
 from qlora_train.device.memory_tracker import StorageMeter
@@ -43,7 +43,21 @@ KEEP, RECOMPUTE, OFFLOAD = ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE, Ac
 def test_a_layer_of_every_family(family: str, dtype: torch.dtype, documents: tuple[int, ...]) -> None:
     """All kinds of layers; of experts the first ones, which get every token, as the plan says."""
     config = tiny_config(family) if family in OTHER_FAMILIES else small_config(family)
-    workload = workload_for(config, dtype, documents)
+    check_layers(family, workload_for(config, dtype, documents))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("dtype", "documents"), [(torch.bfloat16, DOCUMENTS), (torch.float32, (20,))], ids=str
+)
+def test_a_layer_with_dora(family: str, dtype: torch.dtype, documents: tuple[int, ...]) -> None:
+    """Also of a few tokens, where row norms take more than the layer's values."""
+    config = tiny_config(family) if family in OTHER_FAMILIES else small_config(family)
+    check_layers(family, workload_for(config, dtype, documents, use_dora=True))
+
+
+def check_layers(family: str, workload: Workload) -> None:
+    documents = workload.documents
     decoder, _ = cpu_model(workload)
     planned = PlannedModel(workload)
     tokens = planned.micro_batch(documents, sum(documents))
@@ -70,6 +84,7 @@ def peak_on_cpu(workload: Workload, plan: ExecutionPlan) -> int:
     tokens = [packed_row(list(workload.documents), seed=k) for k in range(workload.num_micro_batches)]
     for _ in range(2):  # what is made once is there the second time
         gc.collect()
+        as_in_the_first_step(decoder)
         with StorageMeter("cpu") as meter:
             walk.accumulate(tokens, seed=0, step=1, num_supervised=100)
     return meter.peak_bytes
@@ -142,6 +157,29 @@ def test_a_walk_in_reference_mode(activation: ActivationPolicy) -> None:
     workload = workload_for(small_config("llama", 3), reference=True, num_supervised=197)
     plan = everything_resident(3, activation=activation)
     assert peak_of_plan(workload, plan) == peak_on_cpu(workload, plan)
+
+
+DORA_WALKS: dict[str, tuple[tuple[ActivationPolicy, ...], dict[str, Any], dict[str, Any]]] = {
+    "keep": ((KEEP,) * 4, {}, {}),
+    "recompute": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {}),
+    "tiles": ((RECOMPUTE, KEEP, RECOMPUTE, KEEP), {}, {"mlp_tile_tokens": 24}),
+    "reference": ((RECOMPUTE,) * 4, {"reference": True}, {}),
+    "reference, kept": ((KEEP,) * 4, {"reference": True}, {}),
+}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("name", DORA_WALKS)
+def test_a_walk_with_dora(name: str, quantization: str) -> None:
+    """Of a few tokens, where row norms count most, and of many."""
+    activations, changes, cuts = DORA_WALKS[name]
+    plan = replace(everything_resident(4), activations=activations, loss_tokens=64, head_tile_rows=40, **cuts)
+    for documents in ((30,), DOCUMENTS):
+        workload = workload_for(
+            small_config("llama", 4), documents=documents, quantization=Quantization(quantization),  # type: ignore[arg-type]
+            use_dora=True, **({"num_supervised": sum(documents) - 3 * len(documents)} | changes),
+        )  # fmt: skip
+        assert peak_of_plan(workload, plan) == peak_on_cpu(workload, plan)
 
 
 def test_an_offloaded_walk_is_over_by_what_the_last_layer_takes_back_at_once() -> None:

@@ -19,7 +19,11 @@ from qlora_train.adapter.adapter_config import CONFIG_FILE
 from qlora_train.adapter.adapter_files import WEIGHTS_FILE, load_fitting
 from qlora_train.cli import main
 from qlora_train.device.compute import THE_CPU
+from qlora_train.export import export
+from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.model_folder import find_model
 from qlora_train.model.lora_parameters import LoraParameters
+from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import load_recipe
 from qlora_train.train import train
@@ -37,10 +41,12 @@ MIXES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"down_proj": 3},
         "use_rslora": True,
     },
+    "DoRA": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "use_dora": True},
 }
 COVERAGE = {
     "expression": "LoRA on 9 of 14 linears: rank 2 on 2, rank 4 on 6, rank 6 on 1",
     "layers, rank stabilized": "LoRA on 7 of 14 linears: rank 3 on 1, rank 4 on 6",
+    "DoRA": "LoRA rank 4 on 8 of 14 linears",
 }
 
 
@@ -64,7 +70,7 @@ def test_peft_loads_what_was_trained_and_a_run_goes_on_from_it(
 
     decoder = load_base(base, Quantization("none"), torch.float32, THE_CPU)
     config, pairs = load_fitting(adapter, decoder.linears)
-    assert all(b.count_nonzero() for _, b in pairs.values())
+    assert all(b.count_nonzero() for _, b, *_ in pairs.values())
     LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=torch.float32, device="cpu")
     tokens = packed_row([23])
     with torch.no_grad():
@@ -74,12 +80,14 @@ def test_peft_loads_what_was_trained_and_a_run_goes_on_from_it(
         ours = decoder.logits(decoder.norm(x))
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         before = plain(tokens.token_ids).logits
-        theirs = PeftModel.from_pretrained(plain, adapter).eval()(tokens.token_ids).logits
+        wrapped = PeftModel.from_pretrained(plain, adapter).eval()
+        theirs = wrapped(tokens.token_ids).logits
+    wrapped.save_pretrained(tmp_path / "by-peft")
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before, theirs, atol=1e-3)
 
-    continued = ["lora.init_from=" + str(adapter), "training.learning_rate=1e-30"]
-    for number, left_out in enumerate((True, False)):
+    for number, (left_out, folder) in enumerate([(True, adapter), (False, tmp_path / "by-peft")]):
+        continued = [f"lora.init_from={folder}", "training.learning_rate=1e-30"]
         values = json.loads(recipe.read_text())
         if left_out:
             del values["lora"]
@@ -93,6 +101,19 @@ def test_peft_loads_what_was_trained_and_a_run_goes_on_from_it(
         before_it, after_it = load_file(adapter / WEIGHTS_FILE), load_file(again / WEIGHTS_FILE)
         assert before_it.keys() == after_it.keys()
         assert all(torch.equal(before_it[key], after_it[key]) for key in before_it)
+
+
+def test_what_dora_has_trained_is_generated_and_merged(tmp_path: Path, base: Path, train_file: Path) -> None:
+    """The run's own model and the merged one write the same tokens, which the base does not."""
+    keys = {"training.learning_rate": "0.05", "model.quantization": "nf4", "lora.use_dora": "true"}
+    recipe = mixed_recipe(base, train_file, tmp_path, {})
+    train(load_recipe(recipe, [f"{key}={value}" for key, value in keys.items()]))
+    merged = export(tmp_path / "run", base="dequantized", dtype="float32", receipt=None)
+    found = []
+    for folder in (tmp_path / "run", merged, base):
+        model = find_model(folder).load(GenerateSize((4, 2), 8))
+        found.append(generate_tokens(model.decoder, [[5, 9, 7, 30], [8, 40]], Sampling(8), frozenset()))
+    assert found[0] == found[1] != found[2]
 
 
 def test_resume_refuses_another_choice_and_takes_the_same(

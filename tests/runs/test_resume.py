@@ -39,6 +39,12 @@ REFERENCE: Sections = {
     "data": {"packing": False},
     "training": {"epochs": 2, "save_every": 4, "optimizer": "adamw", "kernels": "reference"},
 }
+DORA: Sections = {
+    "model": {"compute_dtype": "bfloat16"},
+    "lora": {"use_dora": True},
+    "data": {"eval": 0.2},
+    "training": {"epochs": 2, "save_every": 3, "eval_every": 4, "optimizer": "adamw_8bit"},
+}
 LORA_PLUS: Sections = {
     "model": {"compute_dtype": "bfloat16", "quantization": "int8"},
     "lora": {"dropout": 0.05},
@@ -71,7 +77,9 @@ def stop_at(signal_number: int, step: int, recipe: Path, run_dir: Path) -> subpr
 
 
 @pytest.mark.parametrize(
-    ("sections", "kill_after", "resumes_after"), [(FP16, 8, 6), (REFERENCE, 9, 8)], ids=["fp16", "reference"]
+    ("sections", "kill_after", "resumes_after"),
+    [(FP16, 8, 6), (REFERENCE, 9, 8), (DORA, 5, 3)],
+    ids=["fp16", "reference", "DoRA"],
 )
 def test_killed_in_the_second_epoch(
     tmp_path: Path, base: Path, train_file: Path, sections: Sections, kill_after: int, resumes_after: int
