@@ -140,7 +140,7 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
     tensors = a, b, *m = [reader.read(names[letter]) for letter in "ABm" if letter in names]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise BaseModelError(
-            f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
+            f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
             " they must be [rank, in] and [out, rank]."
         )
     if m and m[0].shape != b.shape[:1]:
@@ -150,10 +150,10 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
         )
     for tensor in tensors:
         if not tensor.is_floating_point():
-            raise BaseModelError(f"{folder}: the factors of {path} are {tensor.dtype}, no real numbers.")
+            raise BaseModelError(f"{folder}: A and B of {path} are {tensor.dtype}, no real numbers.")
         if not torch.isfinite(tensor).all():
             raise BaseModelError(
-                f"{folder}: the factors of {path} hold values that are not finite. Copy the "
+                f"{folder}: A and B of {path} hold values that are not finite. Copy the "
                 "adapter again, or train it anew."
             )
     return tuple(tensor.float() for tensor in tensors)
