@@ -50,8 +50,8 @@ def save_adapter(
 ) -> None:
     """Write (or replace as a whole) an adapter folder; the same input gives the same bytes.
 
-    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; stored in fp32, of which
-    there are m where the config uses DoRA. other_files: name -> text of files to write beside them.
+    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; with m if the config
+    uses DoRA; stored in fp32. other_files: name -> text of files to write beside them.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(lora):

@@ -91,7 +91,7 @@ class LayerWalk:
         """
         for modules in self._modules:
             for module in modules:
-                module.A.grad = module.B.grad = None  # left by an aborted step
+                module.zero_grad()  # left by an aborted step
         groups = list(_groups(micro_batches, self.plan.num_groups))
         self._decoder.weights.set_schedule(self._order(len(groups)))
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
