@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,17 @@ def read_json(file: Path, refusal: type[UserError], remedy: str) -> dict[str, An
     if not isinstance(values, dict):
         raise refusal(f"{file}: must hold a JSON object. {remedy}")
     return values
+
+
+def require_creatable(folder: Path, refusal: type[QloraTrainError], remedy: str) -> None:
+    """Raise `refusal` where a folder neither is at a path nor can be made there."""
+    path = folder.absolute()
+    lies_in = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not lies_in.is_dir():
+        kind = "a file" if lies_in.exists() else "a link to nowhere"
+        raise refusal(f"{folder}: {lies_in} is {kind}, so no folder can be made in it. {remedy}")
+    if not os.access(lies_in, os.W_OK | os.X_OK):
+        raise refusal(f"{folder}: {lies_in} may not be written to. {remedy}")
 
 
 def require_free_disk(

@@ -27,6 +27,7 @@ from qlora_train.boundary import os_error
 from qlora_train.cli_types import count, count_or_none, not_negative, seed, share, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, QloraTrainError, RecipeError, UserError
+from qlora_train.export import BASES, LOADERS
 from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(parser=sub, **defaults)
         return sub
 
-    train = command("train", "train LoRA factors as a recipe says", run=_train)
+    train = command("train", "train LoRA parameters as a recipe says", run=_train)
     _add_recipe(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     train.add_argument("--no-cache", action="store_true", help="keep no quantized base and no tokens")
@@ -139,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", choices=("merged",), default="merged")
     export.add_argument(
         "--base",
-        choices=("original", "dequantized"),
+        choices=BASES,
         help="the weights to merge onto (default: original, where they are there)",
     )
     export.add_argument(
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="loaders",
         action="append",
         default=[],
-        choices=("transformers", "bnb-4bit"),
+        choices=LOADERS,
         help="load what was written with this, too, for the receipt; may be given several times",
     )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: inside the run folder")

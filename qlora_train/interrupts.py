@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from qlora_train.errors import Interrupted
 
@@ -23,40 +23,49 @@ HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
 
 
-class RaisesInterrupted:
-    """Raises `Interrupted` on signals; a context manager around a command, in the main thread. received:
-    number of the last signal, or 0."""
+class SignalHandler:
+    """Handles the signals that end a command while its block runs, in the main thread. received: number of
+    the last one, or 0."""
 
     def __init__(self) -> None:
         self.received = 0
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> RaisesInterrupted:
-        for number in handled_signals():
-            self._previous[number] = signal.signal(number, self)
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self)
         return self
 
-    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
-        """The signal handler."""
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if number == HANGUP:
             print_nowhere()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        """Give the signals back to their previous handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class RaisesInterrupted(SignalHandler):
+    """Raises `Interrupted` on signals; a context manager around a command."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        super().__call__(number, frame)
         raise Interrupted(number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        super().__exit__(kind, error, trace)
         if self.received and not isinstance(error, Interrupted):
             raise Interrupted(self.received) from error
-
-
-def handled_signals() -> list[signal.Signals]:
-    """`SIGNALS` without SIGHUP if it is ignored."""
-    return [
-        number for number in SIGNALS if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
-    ]
 
 
 def print_nowhere() -> None:

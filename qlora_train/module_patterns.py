@@ -1,9 +1,11 @@
 r"""Names and patterns of modules in a recipe or an adapter's config, matched with module paths as in PEFT.
 
-name endings    [q_proj, mlp.up_proj]      the path ends with one of them, from a dot on
-an expression   .*\.(q|v)_proj             a regular expression for the whole path
-pattern keys    {q_proj: 8, 'layers\.0\..*': 4}   expressions for the end of the path, from a dot on; the
-                                           first that matches decides
+    name endings      [q_proj, mlp.up_proj]     the path ends with one of them, from a dot on
+    an expression     .*\.(q|v)_proj            a regular expression for the whole path
+    pattern keys      {q_proj: 8, up_.*: 4}     expressions for the end of the path, from a dot on
+
+The first two choose modules (`lora.target_modules`, `exclude_modules`). A pattern gives modules a number
+(`rank_pattern`, `alpha_pattern`): of the keys that match a path the first decides.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ def expression(text: str, *, is_key: bool = False) -> re.Pattern[str]:
         raise ValueError(f"{text!r} is no regular expression: {getattr(error, 'msg', error)}") from error
 
 
-def naming(path: str, names: Names) -> set[str]:
-    """The name endings that mean this path, or the one expression if it does."""
+def matching_names(path: str, names: Names) -> set[str]:
+    """The name endings that match this path, or the one expression if it does."""
     if isinstance(names, str):
         return {names} if expression(names).fullmatch(path) else set()
     parts = path.split(".")

@@ -128,7 +128,8 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class ModelSection(_Section):
-    """The frozen base and its quantization. `double_quant` is False wherever it does not apply."""
+    """The frozen base and its quantization, but for experts in MXFP4, which stay so. `double_quant` is False
+    wherever it does not apply."""
 
     base: PathText
     revision: Text | None = None

@@ -99,10 +99,10 @@ def workload_for(
     """All linears with factors, all tokens supervised, one micro-batch."""
     shape = shape_of(config)
     options: dict[str, Any] = {
-        "lora_ranks": tuple((path, RANK) for path in shape.linear_shapes), "dropout": False,
-        "num_micro_batches": 1,
-        "num_supervised": sum(documents), "optimizer": "adamw_8bit", "deterministic": False,
-    }  # fmt: skip
+        "lora_ranks": tuple((path, RANK) for path in shape.linear_shapes),
+        "num_supervised": sum(documents),
+        "optimizer": "adamw_8bit",
+    }
     return Workload(
         shape=shape,
         quantization=quantization,

@@ -101,8 +101,8 @@ def load_in_ram(ranks: Ranks, base: Path, cache: Path | None, *, shares: bool) -
     num_layers = 4
     plan = placed(
         everything_resident(num_layers, activation=ActivationPolicy.RECOMPUTE),
-        Placement.RAM,
         num_layers,
+        place=Placement.RAM,
         is_tied=False,
     )
     said: list[str] = []

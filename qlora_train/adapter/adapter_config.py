@@ -33,7 +33,7 @@ _WRAPPERS = ("base_model", "model", "language_model", "text_model")
 
 # Keys of PEFT's LoraConfig that, when set, mean more than W + scaling * B A, or that with a magnitude.
 UNSUPPORTED_KEYS = {
-    "lora_bias": "a bias in the LoRA factors",
+    "lora_bias": "a bias in A and B",
     "modules_to_save": "fully trained modules",
     "fan_in_fan_out": "transposed (Conv1D) weights",
     "layer_replication": "replicated layers",
@@ -101,7 +101,7 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
     Raises `BaseModelError` for a folder that holds no such adapter, features beyond LoRA and DoRA, and ranks
     other than the config's.
     """
-    raw = _read_json(folder / CONFIG_FILE, folder)
+    raw = read_json(folder / CONFIG_FILE, BaseModelError, "Copy the adapter again.")
     use_dora = bool(raw.get("use_dora", False))
     if use_dora and (heads := [path for path in ranks if last_name(path) == HEAD]):
         raise BaseModelError(
@@ -125,7 +125,7 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
         ) from error
     if wrong := [path for path in ranks if ranks[path] != expected[path]]:
         raise BaseModelError(
-            f"{folder}: the factors of {wrong[0]} have rank {ranks[wrong[0]]}, its config says "
+            f"{folder}: A and B of {wrong[0]} have rank {ranks[wrong[0]]}, its config says "
             f"{expected[wrong[0]]} (r or rank_pattern)."
         )
     return AdapterConfig(
@@ -215,14 +215,8 @@ def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
-    return read_json(path, BaseModelError, "Copy the adapter again.")
-
-
 def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
-    """Raise `BaseModelError` for a config that means more than plain LoRA."""
+    """Raise `BaseModelError` for a config that means more than LoRA and DoRA."""
     found = [f"{meaning} ({key})" for key, meaning in UNSUPPORTED_KEYS.items() if raw.get(key)]
     if raw.get("peft_type") != "LORA":
         found.append(f"the method {raw.get('peft_type')} (peft_type)")
@@ -233,6 +227,6 @@ def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
         found.append(f"an initialisation that changes the base weights (init_lora_weights: {init})")
     if found:
         raise BaseModelError(
-            f"{folder}: the adapter uses {', '.join(found)}; only LoRA factors of linear layers are "
+            f"{folder}: the adapter uses {', '.join(found)}; only LoRA parameters of linear layers are "
             "supported. Merge it into its base with peft, and train on the merged model."
         )

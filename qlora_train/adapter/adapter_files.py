@@ -77,8 +77,6 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
     name.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
         lora = {path: _read(reader, path, names) for path, names in _names_by_path(reader).items()}
     config = read_adapter_config(folder, {path: len(a) for path, (a, *_) in lora.items()})
@@ -97,8 +95,8 @@ def load_fitting(folder: Path, existing: Iterable[str]) -> tuple[AdapterConfig, 
     names = match_modules(lora, existing)
     if strange := [path for path in lora if path not in names]:
         raise BaseModelError(
-            f"{folder}: the adapter has factors for {strange[0]} (and {len(strange) - 1} more modules), "
-            "which this base does not have. Is it the base that the adapter was trained on?"
+            f"{folder}: the adapter has LoRA parameters for {strange[0]} (and {len(strange) - 1} more "
+            "modules), which this base does not have. Is it the base that the adapter was trained on?"
         )
     return config.renamed(names), {names[path]: pair for path, pair in lora.items()}
 
@@ -112,8 +110,6 @@ def head_copy(folder: Path) -> Tensor | None:
 
 def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, int]]]:
     """The config and {module path: (in, out)}, without reading A and B."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     with _open(folder) as reader:
         shapes = {
             path: [reader.info(pair[letter]).shape for letter in "AB"]
@@ -124,7 +120,9 @@ def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, in
 
 
 def _open(folder: Path) -> ShardReader:
-    """A reader of the adapter's tensors. Raises `BaseModelError` where they are missing or pickled."""
+    """A reader of the adapter's tensors. Raises `BaseModelError` where a file is missing or pickled."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise BaseModelError(f"{folder}: no adapter here: {CONFIG_FILE} is missing.")
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise BaseModelError(
@@ -142,7 +140,7 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
     tensors = a, b, *m = [reader.read(names[letter]) for letter in "ABm" if letter in names]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise BaseModelError(
-            f"{folder}: the factors of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
+            f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
             " they must be [rank, in] and [out, rank]."
         )
     if m and m[0].shape != b.shape[:1]:
@@ -152,10 +150,10 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
         )
     for tensor in tensors:
         if not tensor.is_floating_point():
-            raise BaseModelError(f"{folder}: the factors of {path} are {tensor.dtype}, no real numbers.")
+            raise BaseModelError(f"{folder}: the tensors of {path} are {tensor.dtype}, no real numbers.")
         if not torch.isfinite(tensor).all():
             raise BaseModelError(
-                f"{folder}: the factors of {path} hold values that are not finite. Copy the "
+                f"{folder}: the tensors of {path} hold values that are not finite. Copy the "
                 "adapter again, or train it anew."
             )
     return tuple(tensor.float() for tensor in tensors)
@@ -170,11 +168,11 @@ def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
         parts = TENSOR_NAME.fullmatch(name)
         if parts is None:
             raise BaseModelError(
-                f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which plain LoRA does not have."
+                f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which neither LoRA nor DoRA has."
             )
         found.setdefault(parts["path"], {})[parts["letter"] or "m"] = name
     if not found:
-        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no factors.")
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no LoRA parameters.")
     if halves := [path for path, pair in found.items() if not {"A", "B"} <= pair.keys()]:
-        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one factor of {halves[0]}.")
+        raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one of A and B of {halves[0]}.")
     return found

@@ -46,8 +46,8 @@ def as_continued(lora: LoraSection, linears: Iterable[str]) -> LoraSection:
     names = match_modules(paths, existing)
     if strange := [path for path in paths if path not in names]:
         raise BaseModelError(
-            f"lora.init_from: {folder} has factors for {strange[0]} (and {len(strange) - 1} more modules), "
-            f"which this base does not have (the adapter names {config.base_model or 'no'} base)."
+            f"lora.init_from: {folder} has LoRA parameters for {strange[0]} (and {len(strange) - 1} more "
+            f"modules), which this base does not have (the adapter names {config.base_model or 'no'} base)."
         )
     has = {names[path]: LoraTarget(config.rank_of(path), _plain(config.alpha_of(path))) for path in paths}
     continued = lora.model_copy(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from qlora_train.adapter.adapter_config import layer_of
 from qlora_train.errors import BaseModelError
-from qlora_train.module_patterns import Names, Number, deciding_key, naming
+from qlora_train.module_patterns import Names, Number, deciding_key, matching_names
 from qlora_train.recipe import LoraSection
 
 
@@ -84,9 +84,9 @@ def _named(key: str, names: Names, among: Sequence[str], experts: Iterable[str])
     if isinstance(names, str):
         hint = f"a text is a regular expression for a whole path such as {among[0]}, name endings are a list"
     else:
-        hint = "all-linear takes all" if key == "target_modules" else "leave the others out"
+        hint = "all-linear takes all" if key == "target_modules" else "no other need be excluded"
     texts = [names] if isinstance(names, str) else names
-    found = _meant(key, texts, lambda path: naming(path, names), among, experts, hint)
+    found = _matches(key, texts, lambda path: matching_names(path, names), among, experts, hint)
     return [path for path in among if found[path]]
 
 
@@ -104,23 +104,23 @@ def _by_pattern(
         return set() if first is None else {first}
 
     hint = "where several match a path, the first decides"
-    found = _meant(key, list(pattern), deciding, among, experts, hint)
+    found = _matches(key, list(pattern), deciding, among, experts, hint)
     return {path: next((pattern[text] for text in found[path]), usual) for path in among}
 
 
-def _meant(
+def _matches(
     key: str,
     texts: Sequence[str],
-    meaning: Callable[[str], set[str]],
+    matching: Callable[[str], set[str]],
     among: Sequence[str],
     experts: Iterable[str],
     hint: str,
 ) -> dict[str, set[str]]:
-    """By path, which texts of a key mean it. Raises `BaseModelError` for texts that mean none. meaning: of
-    the texts, those for a path."""
-    found = {path: meaning(path) for path in among}
+    """By path, which texts of a key match it. Raises `BaseModelError` for texts that match none. matching: of
+    the texts, those that match a path."""
+    found = {path: matching(path) for path in among}
     if idle := set(texts).difference(*found.values()):
-        names_experts = any("experts" in text for text in idle) or any(idle & meaning(e) for e in experts)
+        names_experts = any("experts" in text for text in idle) or any(idle & matching(e) for e in experts)
         raise BaseModelError(
             f"lora.{key}: {', '.join(text for text in texts if text in idle)} matches no linear layer "
             f"{'of this model' if key == 'target_modules' else 'that is trained'}; "

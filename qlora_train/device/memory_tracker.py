@@ -96,7 +96,7 @@ class StorageMeter(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         self.cause = ""
         self.is_paused = False
-        self._alive: dict[int, _StorageReference] = {}
+        self._alive: dict[int, StorageReference] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -114,9 +114,13 @@ class StorageMeter(TorchDispatchMode):
                 self._note(tensor.untyped_storage(), given)
         return output
 
-    def saw(self, storage: torch.UntypedStorage) -> bool:
-        """Whether this storage was allocated since entering and is still alive."""
-        return storage._cdata in self._alive
+    def find(self, storage: torch.UntypedStorage) -> StorageReference | None:
+        """What is known of a storage that was allocated since entering; None: it was not."""
+        return self._alive.get(storage._cdata)
+
+    def is_alive(self, known: StorageReference) -> bool:
+        """Whether that storage is still there. A later one may lie at its address."""
+        return self._alive.get(known.key) is known
 
     def reset_peak(self) -> None:
         """Let the peak begin at what is alive now."""
@@ -135,12 +139,12 @@ class StorageMeter(TorchDispatchMode):
         if known is None:
             if key in given or num_bytes == 0:
                 return  # a view, an in-place result, or nothing
-            known = self._alive[key] = _StorageReference(storage, self._freed)
+            known = self._alive[key] = StorageReference(storage, self._freed)
             known.key, known.num_bytes, known.cause = key, 0, self.cause
         grown_bytes, known.num_bytes = num_bytes - known.num_bytes, num_bytes  # it may have been resized
         self.add(grown_bytes, known.cause)
 
-    def _freed(self, reference: _StorageReference) -> None:
+    def _freed(self, reference: StorageReference) -> None:
         del self._alive[reference.key]
         self.add(-reference.num_bytes, reference.cause)
 
@@ -162,7 +166,7 @@ def _accumulates_in_place(args: tuple[Any, ...]) -> bool:
     )
 
 
-class _StorageReference(weakref.ref):
+class StorageReference(weakref.ref):
     """A weak reference to a storage, with its key, bytes and cause for the time after it is freed."""
 
     key: int

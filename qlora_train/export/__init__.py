@@ -11,7 +11,15 @@ from typing import Any
 
 from qlora_train.device.system import require_unix
 
-__all__ = ["export"]
+__all__ = ["BASES", "LOADERS", "export"]
+
+BASES = ("original", "dequantized")
+"""The weights that an adapter may be merged onto: see export_run.py."""
+LOADERS = {
+    "transformers": "loaded by transformers",
+    "bnb-4bit": "loaded by transformers + bitsandbytes in 4 bits",
+}
+"""How the written folder may be loaded for the receipt, by name: see loaders.py."""
 
 
 def export(run: Path | str, *arguments: Any, **options: Any) -> Path:

@@ -28,8 +28,8 @@ from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.compute_dtype import COMPUTE_DTYPES, dtype_name, resolve_dtype
 from qlora_train.device.description import CPU
 from qlora_train.errors import DataError, ExportError
+from qlora_train.export import BASES, LOADERS
 from qlora_train.export.held_out import held_out
-from qlora_train.export.loaders import LOADERS
 from qlora_train.export.measure import Measure, Source
 from qlora_train.export.merge import merge, require_new_folder
 from qlora_train.export.quantized_layers import cached_layers
@@ -129,11 +129,7 @@ def export(
 def _check_arguments(
     to: str, base: str | None, dtype: str, receipt: int | None, loaders: Sequence[str]
 ) -> None:
-    if (
-        to != "merged"
-        or base not in (None, "original", "dequantized")
-        or dtype not in ("auto", *COMPUTE_DTYPES)
-    ):
+    if to != "merged" or base not in (None, *BASES) or dtype not in ("auto", *COMPUTE_DTYPES):
         raise ExportError(
             f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged', base is 'original' or"
             f" 'dequantized', dtype is auto or one of {', '.join(COMPUTE_DTYPES)}."

@@ -18,13 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import ExportError
+from qlora_train.export import LOADERS
 from qlora_train.export.walked_model import HeldOut, WalkedModel
 from qlora_train.model.decoder import FrozenDecoder
-
-LOADERS = {
-    "transformers": "loaded by transformers",
-    "bnb-4bit": "loaded by transformers + bitsandbytes in 4 bits",
-}
 
 
 @torch.no_grad()

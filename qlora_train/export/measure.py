@@ -12,7 +12,8 @@ from qlora_train.adapter.adapter_config import HEAD
 from qlora_train.adapter.adapter_files import load_adapter, load_fitting
 from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.errors import ExportError
-from qlora_train.export.loaders import LOADERS, load_and_run
+from qlora_train.export import LOADERS
+from qlora_train.export.loaders import load_and_run
 from qlora_train.export.merge import MergedReader, MergedWeights
 from qlora_train.export.quantized_layers import QuantizedLayers
 from qlora_train.export.receipt import Figures, Receipt, compare

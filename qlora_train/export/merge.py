@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
 from qlora_train.adapter.adapter_files import LoraPairs, load_adapter
-from qlora_train.boundary import require_free_disk
+from qlora_train.boundary import require_creatable, require_free_disk
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export.companions import copy_companions, list_end_ids, merged_config
 from qlora_train.export.disk_writer import DiskWriter
@@ -105,9 +105,7 @@ def require_new_folder(out: Path) -> None:
     """Raise `ExportError` unless `out` is an empty folder or can be made."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: exists and is not an empty folder. Remove it, or give another --out.")
-    lies_in = next(parent for parent in out.absolute().parents if parent.exists())
-    if not lies_in.is_dir():
-        raise ExportError(f"{out}: {lies_in} is a file, so no folder can be made in it. Give another --out.")
+    require_creatable(out, ExportError, "Give another --out.")
 
 
 class MergedWeights:
@@ -126,6 +124,7 @@ class MergedWeights:
         self._config, lora = adapter
         self._is_quantized_already: set[str] = set()
         self._quantized: dict[tuple[int, str], QuantizedWeight] = {}
+        self._unchanged = checkpoint.unchanged - checkpoint.reader.fp8  # FP8 is written in 16 bits anyway
         names = (name for name in self._reader.names() if not is_bitsandbytes_constant(name))
         self.shapes = {name: self._shape_of(name) for name in names}
         if self._is_quantized_already and quantization is None:
@@ -135,14 +134,16 @@ class MergedWeights:
             )
         meta_model = checkpoint.meta_model
         self._head_source = checkpoint.find(meta_model.head_name)
-        self._head = meta_model.own_head_name if meta_model.is_tied else self._head_source
+        self._head = self._head_source
         if meta_model.is_tied:
+            self._head = checkpoint.own_head
             self.shapes.pop(self._head, None)  # it repeats the embedding
             if any(path.rpartition(".")[2] == HEAD for path in lora):
                 self.shapes[self._head] = self.shapes[self._head_source]
         self._lora = self._match(lora)
         is_quantized = quantization is not None and quantization.is_quantized
-        self.dequantized = self._is_quantized_already | (checkpoint.parts.keys() if is_quantized else set())
+        quantized = checkpoint.parts.keys() - checkpoint.reader.experts if is_quantized else set()
+        self.dequantized = self._is_quantized_already | quantized
 
     @property
     def changes_head(self) -> bool:
@@ -152,7 +153,7 @@ class MergedWeights:
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a tensor is written in: `dtype`, or what it has where it is of another part of the model, or
         where the family keeps it in fp32."""
-        return self._reader.info(name).dtype if name in self._checkpoint.unchanged else dtype
+        return self._reader.info(name).dtype if name in self._unchanged else dtype
 
     def num_bytes(self, dtype: torch.dtype) -> dict[str, int]:
         """Bytes of every tensor as it is written, by name."""
@@ -163,7 +164,7 @@ class MergedWeights:
 
     def rows_in(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """Blocks of rows as they are written. Raises `ExportError` for values that `dtype` does not hold."""
-        if name in self._checkpoint.unchanged:
+        if name in self._unchanged:
             if not self.shapes[name]:
                 yield self._reader.read(name)
             else:
@@ -227,10 +228,15 @@ class MergedWeights:
     def _shape_of(self, name: str) -> tuple[int, ...]:
         info = self._reader.info(name)
         shape = bitsandbytes_shape(self._reader, name)
+        if shape is not None and name in self._unchanged:
+            raise ExportError(
+                f"{self._checkpoint.folder}: {name}, which is not of the language model, is quantized by "
+                "bitsandbytes. Merge onto the same model in 16 bits."
+            )
         if shape is not None or bitsandbytes_quantization(self._reader, name) is not None:
             self._is_quantized_already.add(name)
             return shape or info.shape
-        if info.dtype not in MERGEABLE_DTYPES and name not in self._checkpoint.unchanged:
+        if info.dtype not in MERGEABLE_DTYPES and name not in self._unchanged:
             raise BaseModelError(
                 f"{self._checkpoint.folder}: {name} has the dtype {info.dtype}, which cannot be merged. "
                 "Convert the checkpoint to bfloat16 first."
@@ -253,7 +259,7 @@ class MergedWeights:
             name = f"{names[path]}.weight"
             if self.shapes[name] != (len(b), a.shape[1]):
                 raise ExportError(
-                    f"the adapter's factors for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
+                    f"the adapter's A and B for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
                     f"{self._checkpoint.folder} is {list(self.shapes[name])}. Is this the base it was "
                     "trained on?"
                 )

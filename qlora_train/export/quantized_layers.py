@@ -25,7 +25,7 @@ class QuantizedLayers:
     def __init__(self, base: QuantizedBase) -> None:
         self._base = base
         self._file = DiskFile(base.layer_buffer(0).path)
-        self._layer_buffer: Tensor | None = None
+        self._layer_buffer = torch.empty(0, dtype=torch.uint8)
         self._layer = -1
 
     def __enter__(self) -> QuantizedLayers:
@@ -49,12 +49,11 @@ class QuantizedLayers:
     def get(self, layer: int, name: str) -> QuantizedWeight:
         """The quantized weight; valid until one of another layer is read."""
         if layer != self._layer:
-            part = self._base.layer_buffer(layer)
-            if self._layer_buffer is None or self._layer_buffer.numel() != part.num_bytes:
-                self._layer_buffer = torch.empty(part.num_bytes, dtype=torch.uint8)
-            self._file.read(part.offset_bytes, self._layer_buffer)
+            num_bytes = self._base.layer_buffer(layer).num_bytes
+            if self._layer_buffer.numel() != num_bytes:
+                self._layer_buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            self.read_layer(layer, self._layer_buffer)
             self._layer = layer
-        assert self._layer_buffer is not None
         return self._base.layouts[layer].weights(self._layer_buffer)[name]
 
 

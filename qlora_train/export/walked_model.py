@@ -119,6 +119,8 @@ def walk_model(
     config and LoRA parameters by the base's module paths.
     """
     config = read_config(folder)
+    if reader is not None:  # a merged model is not quantized
+        config.__dict__.pop("quantization_config", None)
     shape_of_all = MetaModel(config, dtype)  # stays on meta; the other one is materialized and used up
     checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike
     meta_model = MetaModel(config, dtype)

@@ -26,17 +26,21 @@ def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
                 "the revision"
             )
         return folder, None
-    if folder.is_absolute() or base.startswith(".") or base.count("/") > 1:
+    if not is_hub_id(base):
         raise BaseModelError(f"model.base: there is no folder {base}")
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         reason = str(error).strip().split("\n")[0]
         raise BaseModelError(
             f"model.base: there is no folder {base}, and as a hub id it cannot be fetched ({reason})"
         ) from error
     return folder, folder.name
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether the text can be an id on the hub; else it is a path."""
+    return not (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1)

@@ -32,7 +32,7 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import DropoutContext
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.probe import ProbeResult, probe
-from qlora_train.plan.generation import GenerationPlan, bare_workload
+from qlora_train.plan.generation import GenerationPlan
 from qlora_train.plan.machine_plan import enforce_budget, plan_generation_here
 from qlora_train.plan.model_shape import find_shape
 from qlora_train.plan.planned_walk import GenerateSize
@@ -135,7 +135,7 @@ class ModelSource:
         shape, target = find_shape(str(self.folder)), self.device.description
         if self.recipe is not None and self.adapter is not None:
             return workload_of(self.recipe, shape, target)
-        return bare_workload(shape, self.quantization, self.dtype, target)
+        return Workload(shape, self.quantization, self.dtype, target)
 
     def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
         config, pairs = load_fitting(adapter, [*decoder.linears, HEAD])

@@ -41,7 +41,7 @@ class AdaptedHead:
             if len(b) != stored.num_rows or a.shape[1] != rows.shape[1]:
                 found = f"[{len(b)}, {a.shape[1]}]"
                 raise BaseModelError(
-                    f"the adapter's factors on lm_head make a {found} weight, this base's head is "
+                    f"the adapter's A and B on lm_head make a {found} weight, this base's head is "
                     f"[{stored.num_rows}, {rows.shape[1]}]"
                 )
             if expected is not None and not torch.equal(expected, rows):

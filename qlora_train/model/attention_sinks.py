@@ -2,10 +2,14 @@
 
     out = sum_j exp(s_j) v_j / (exp(sink) + sum_j exp(s_j)).
 
-As one more token in front of every document, whose key scores `sink` with every query of the head and whose
+We put a virtual token in front of every document: its key scores `sink` with every query of the head, its
 value is zero. So any fused causal kernel computes it, forward and backward, and key heads stay shared: the
-number is put into the query, in columns where other keys are zero. Heads grow by 8 columns (kernels want
-multiples of 8); two are used, since in 16 bits one number does not hold the sink exactly.
+number is put into the query, in columns where all other keys are zero,
+
+    q' = [q, hi, lo, 0 ...]    k' = [k, 0, 0, ...]    virtual k' = [0, 1, 1, 0 ...]    hi + lo = sink / scale,
+
+with hi rounded to 16 bits and lo the rest, for one 16-bit number does not hold it. Heads grow by 8 columns,
+of which kernels want multiples.
 
 Why not the sum of exponentials that kernels return: its gradient does not flow through them.
 """

@@ -27,7 +27,7 @@ from qlora_train.boundary import parsing
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
-from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
+from qlora_train.model.base_folder import CONFIG_REMEDY, kept_quantization, read_plain_config
 from qlora_train.model.decoder import FrozenDecoder, final_norm_name
 from qlora_train.model.frozen_experts import NAME as EXPERTS_NAME
 from qlora_train.model.frozen_experts import FrozenExperts, freeze_experts, is_experts
@@ -122,9 +122,9 @@ def _check_decoder(model: PreTrainedModel) -> None:
     if not hasattr(decoder, "layers"):
         raise UnsupportedModelError(f"{family}: not a LLaMA-class decoder (embedding, layers, norm)")
     final_norm_name(decoder)
-    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding)]
+    tables = [child for child in decoder.children() if isinstance(child, nn.Embedding)]
     if any(table is not model.get_input_embeddings() for table in tables):
-        raise UnsupportedModelError(f"{family}: its layers have embeddings of their own")
+        raise UnsupportedModelError(f"{family}: its layers look up token ids in an embedding of their own")
     if getattr(model.config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{family}: its layers share keys and values with each other")
 
@@ -176,7 +176,7 @@ class MetaModel:
         return torch.float32 if self.keeps_fp32(name) else self.dtype
 
     def keeps_fp32(self, name: str) -> bool:
-        """Whether transformers loads this parameter in fp32 whatever the others are in."""
+        """Whether transformers loads this parameter in fp32 beside others in 16 bits of either kind."""
         always_fp32 = self.model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in always_fp32)
 
@@ -192,17 +192,17 @@ class MetaModel:
 
     def layer_shapes(self, layer: int) -> LayerShapes:
         """Sizes of a layer's quantized weights, in module order."""
-        linears, experts = [], []
+        linears, experts, kept = [], [], None
         for name, module in self.model.get_submodule(self.layer_paths[layer]).named_modules():
             if isinstance(module, FrozenLinear):
                 linears.append((name, (module.out_features, module.in_features)))
             elif isinstance(module, FrozenExperts):
-                path = name.removesuffix(".frozen")
+                path, kept = name.removesuffix(".frozen"), module.kept
                 experts += [
                     (f"{path}.{matrix}", shape, module.num_experts)
                     for matrix, shape in module.stacked_shapes().items()
                 ]
-        return LayerShapes(tuple(linears), tuple(experts))
+        return LayerShapes(tuple(linears), tuple(experts), kept)
 
     def parameter_name(self, layer: int, weight: str) -> str:
         """The name in transformers' model of a layer's quantized weight."""
@@ -228,9 +228,9 @@ class MetaModel:
         """Return the decoder with these weights on `device`; the meta model cannot be used afterwards.
 
         source: of the quantized linears. plain: the parameters of `plain_shapes` by name."""
-        return self.come_alive_as(FrozenDecoder, source, plain, embedding, head, device)
+        return self.materialize_as(FrozenDecoder, source, plain, embedding, head, device)
 
-    def come_alive_as(
+    def materialize_as(
         self,
         kind: type[Decoder],
         source: WeightStore,
@@ -254,6 +254,12 @@ class MetaModel:
         return kind(self.model, source, embedding, head, self.dtype, device)
 
 
+def quantization_config(config: PretrainedConfig) -> Mapping[str, Any]:
+    """What a config says of how the checkpoint is quantized."""
+    stored = getattr(config, "quantization_config", None)
+    return stored if isinstance(stored, Mapping) else getattr(stored, "to_dict", dict)()
+
+
 def swap_linears(model: PreTrainedModel) -> str:
     """Replace every nn.Linear in the decoder layers by a FrozenLinear, and experts' weights by FrozenExperts;
     returns the layers' module path.
@@ -262,10 +268,11 @@ def swap_linears(model: PreTrainedModel) -> str:
     layers = model.get_decoder().layers
     path = next(name for name, module in model.named_modules() if module is layers)
     sizes = dict.fromkeys(range(len(layers)), 0)
+    kept = kept_quantization(quantization_config(model.config))
     for name, module in list(layers.named_modules()):
         layer = int(name.partition(".")[0] or 0)
         if is_experts(module):
-            experts = freeze_experts(f"{path}.{name}", module)
+            experts = freeze_experts(f"{path}.{name}", module, kept)
             sizes[layer] += sum(rows * columns for rows, columns in experts.stacked_shapes().values())
         if type(module) is not nn.Linear:
             continue

@@ -14,11 +14,11 @@ from typing import Any
 
 from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
-from qlora_train.quant.formats import UNQUANTIZED, FormatName, Quantization
+from qlora_train.quant.formats import MXFP4, UNQUANTIZED, FormatName, Quantization
 
 CONFIG_REMEDY = "Download the model's config.json again."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-READABLE_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8")
+READABLE_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4")
 """quant_method in a config.json: who has quantized weights that can be read."""
 MERGED_KEY = "qlora_train"
 """Key in a merged folder's config.json: {"merged_onto": "original" | "dequantized", "quantization": ...}."""
@@ -47,6 +47,11 @@ def stored_quantization(stored: Mapping[str, Any]) -> Quantization:
         form: FormatName = "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
         return Quantization(form, bool(stored.get("bnb_4bit_use_double_quant")))
     return UNQUANTIZED
+
+
+def kept_quantization(stored: Mapping[str, Any]) -> Quantization | None:
+    """How a checkpoint's experts are quantized, from its quantization_config, if training keeps them so."""
+    return MXFP4 if stored.get("quant_method") == "mxfp4" else None
 
 
 def check_base(folder: Path, quantization: str = "none") -> None:

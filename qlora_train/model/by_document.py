@@ -20,6 +20,12 @@ from qlora_train.kernels.document_gather import gather_documents, scatter_docume
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.linear import FrozenLinear
 
+_INERT_ARGUMENTS = {
+    *("documents", "attention_kernels", "position_ids", "position_embeddings", "use_cache"),
+    *("cache_params", "past_key_values"),  # a prompt needs none, and an answer is refused below
+}
+"""What decoders hand to every mixer; documents say all that matters to one with a memory."""
+
 
 class ByDocument(nn.Module):
     """A library's mixer over packed rows. documents: of the micro-batch that passes now; None: it cannot be
@@ -37,8 +43,13 @@ class ByDocument(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("mixer"), name)
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """hidden_states [1, T, D] -> [1, T, D], in a tuple where the mixer returns one."""
+    def forward(self, hidden_states: Tensor, **others: Any) -> Any:
+        """hidden_states [1, T, D] -> [1, T, D], in a tuple where the mixer returns one. Raises
+        `UnsupportedModelError` for arguments that it does not know."""
+        unknown = {name for name, value in others.items() if value is not None} - _INERT_ARGUMENTS
+        if unknown:
+            mixer, listed = type(self.mixer).__name__, ", ".join(sorted(unknown))
+            raise UnsupportedModelError(f"{mixer} is handed {listed}, which packing cannot honour")
         documents = self.documents
         if documents is None:
             raise UnsupportedModelError(

@@ -123,19 +123,20 @@ class FrozenDecoder:
         self, ids: TokenIds, position_ids: Tensor, **attention_arguments: Any
     ) -> tuple[Tensor, list[LayerArguments]]:
         """ids [B * T], position_ids [B, T] -> x_0 [B, T, D] and each layer's keyword arguments."""
-        self._calls.clear()
         self._embedding.weight = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
         row_of_token = torch.arange(len(ids), device=self.device.torch).view(position_ids.shape)
-        output = self._decoder(
-            input_ids=row_of_token,
-            position_ids=position_ids,
-            use_cache=False,
-            attention_kernels=self.kernels.attention,
-            **attention_arguments,
-        )
-        self._embedding.weight = self._no_rows
-        arguments = list(self._calls)
-        self._calls.clear()
+        try:
+            output = self._decoder(
+                input_ids=row_of_token,
+                position_ids=position_ids,
+                use_cache=False,
+                attention_kernels=self.kernels.attention,
+                **attention_arguments,
+            )
+            arguments = list(self._calls)
+        finally:  # where memory ran out, the next try needs it
+            self._embedding.weight = self._no_rows
+            self._calls.clear()
         return output.last_hidden_state, arguments
 
     def embed_packed(self, tokens: PackedTokens) -> tuple[Tensor, list[LayerArguments]]:
@@ -211,8 +212,8 @@ class FrozenDecoder:
             return
         if not self._tiled_mlps:
             for index, layer in enumerate(self.layers):
-                if self.experts[index]:
-                    continue  # which compute their rows in tiles anyway
+                if self.experts[index] or not hasattr(layer, "mlp"):
+                    continue  # experts compute their rows in tiles anyway
                 last = next((end for end in self._ends(index) if isinstance(end, FrozenLinear)), None)
                 layer.mlp = self._tiled_mlps[index] = self.tiled_mlp(layer.mlp, context, last)
         for mlp in self._tiled_mlps.values():

@@ -33,6 +33,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.weight_store import WeightStore
+from qlora_train.quant.formats import Quantization
 
 NAME = "qlora_train_frozen_experts"
 TILE_ROWS = 2048
@@ -43,21 +44,28 @@ class FrozenExperts(nn.Module):
     """The two matrices of a layer's experts, asked from a `WeightStore` a few experts at a time.
 
     name: module path of the library's experts module, which holds this one as `frozen`. shapes: name of a
-    matrix within that module -> (rows, columns) of one expert, as the library stores it. skip_output: the
+    matrix within that module -> (rows, columns) of one expert, as it is stored. skip_output: the
     output is zeros, while backward stays what it is. counts: rows per expert, by name of the module, of the
-    micro-batch that passes now. keeps_counts: they are there already, from its first forward pass.
+    micro-batch that passes now. keeps_counts: read the counts that the first forward pass of this
+    micro-batch left there, which a recomputation repeats bit for bit.
+    kept: how the checkpoint has quantized the matrices, if they stay so; they are [out, in] then.
+    is_transposed: they are [in, out].
     """
 
     source: WeightStore
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, kept: Quantization | None = None) -> None:
         super().__init__()
         self.name = name
         self.first = "gate_up_proj" if module.has_gate else "up_proj"
         self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
+        self.kept = kept
+        self.is_transposed = bool(module.is_transposed) and kept is None
         self.shapes = {
             matrix: tuple(getattr(module, matrix).shape[1:]) for matrix in (self.first, "down_proj")
         }
+        if self.is_transposed != bool(module.is_transposed):
+            self.shapes = {matrix: (rows, columns) for matrix, (columns, rows) in self.shapes.items()}
         self.skip_output = False
         self.use_autograd = False
         self.counts: dict[str, list[int]] = {}
@@ -79,11 +87,20 @@ class FrozenExperts(nn.Module):
         """Rows of every expert: read by the host, or kept from the micro-batch's first forward pass."""
         if self.keeps_counts and self.name in self.counts:
             return self.counts[self.name]
-        if experts.is_meta:  # a plan: the first ones take every token, which is the most they can get
-            num_chosen = experts.shape[1]
-            return [len(experts)] * num_chosen + [0] * (self.num_experts - num_chosen)
+        if experts.is_meta:
+            return self._most_counts(*experts.shape)
         self.counts[self.name] = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
         return self.counts[self.name]
+
+    def _most_counts(self, num_tokens: int, num_chosen: int) -> list[int]:
+        """For a plan: the first experts take every token, which is the most they can get. In reference mode
+        the others take one, since autograd saves the weights of every expert that has any."""
+        counts, left = [], num_tokens * num_chosen
+        for others in reversed(range(self.num_experts)):
+            kept = others if self.use_autograd else 0
+            counts.append(min(num_tokens, max(left - kept, min(left, 1))))
+            left -= counts[-1]
+        return counts
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.num_experts} experts, {self.shapes}"
@@ -94,13 +111,14 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "has_bias", "_apply_gate"))
 
 
-def freeze_experts(name: str, module: nn.Module) -> FrozenExperts:
-    """Take the 3-D parameters of a library's experts module away and let it compute with ours.
+def freeze_experts(name: str, module: nn.Module, kept: Quantization | None) -> FrozenExperts:
+    """Take the 3-D parameters of a library's experts module away and let it compute with ours. kept: see
+    `FrozenExperts`.
 
     Raises `UnsupportedModelError` for experts that are followed by norms of their own."""
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedModelError(f"{name}: a norm behind every expert is not supported")
-    frozen = FrozenExperts(name, module)
+    frozen = FrozenExperts(name, module, kept)
     for matrix in frozen.shapes:
         delattr(module, matrix)
     module.frozen = frozen
@@ -126,14 +144,14 @@ def _activated(module: Any, z: Tensor) -> Tensor:
     return h
 
 
-def _times(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """x through one expert's matrix; gpt_oss stores them as [in, out]."""
-    return x @ weight if module.is_transposed else x @ weight.t()
+def _times(frozen: FrozenExperts, x: Tensor, weight: Tensor) -> Tensor:
+    """x through one expert's matrix."""
+    return x @ weight if frozen.is_transposed else x @ weight.t()
 
 
-def _times_back(module: Any, gradient: Tensor, weight: Tensor) -> Tensor:
+def _times_back(frozen: FrozenExperts, gradient: Tensor, weight: Tensor) -> Tensor:
     """dL/dx from dL/dy of `_times`."""
-    return gradient @ weight.t() if module.is_transposed else gradient @ weight
+    return gradient @ weight.t() if frozen.is_transposed else gradient @ weight
 
 
 def _bias(module: Any, matrix: str, expert: int) -> Tensor | None:
@@ -143,18 +161,19 @@ def _bias(module: Any, matrix: str, expert: int) -> Tensor | None:
 def _with_autograd(module: Any, frozen: FrozenExperts, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """The reference: library operations, one expert after another, gradients by autograd."""
     y = torch.zeros_like(x)
-    for expert, count in enumerate(frozen.counts_of(chosen)):
-        if not count:
+    order = chosen.flatten().argsort(stable=True)
+    for expert, places in enumerate(order.split(frozen.counts_of(chosen))):
+        if not len(places):
             continue
-        tokens, place = torch.where(chosen == expert)
+        tokens = places // chosen.shape[1]
         only = range(expert, expert + 1)
-        z = _times(module, x[tokens], frozen.weights(frozen.first, only, x.dtype)[0])
+        z = _times(frozen, x[tokens], frozen.weights(frozen.first, only, x.dtype)[0])
         if (bias := _bias(module, frozen.first, expert)) is not None:
             z = z + bias
-        out = _times(module, _activated(module, z), frozen.weights("down_proj", only, x.dtype)[0])
+        out = _times(frozen, _activated(module, z), frozen.weights("down_proj", only, x.dtype)[0])
         if (bias := _bias(module, "down_proj", expert)) is not None:
             out = out + bias
-        y = y.index_add(0, tokens, (out * weights[tokens, place, None]).to(x.dtype))
+        y = y.index_add(0, tokens, (out * weights.flatten()[places, None]).to(x.dtype))
     return y
 
 
@@ -189,7 +208,7 @@ def _tiles(
 
 def _hidden(module: Any, frozen: FrozenExperts, tile: _Tile, x: Tensor) -> Tensor:
     """What an expert's first matrix gives for a tile's rows."""
-    z = _times(module, x[tile.tokens], tile.first)
+    z = _times(frozen, x[tile.tokens], tile.first)
     bias = _bias(module, frozen.first, tile.expert)
     return z if bias is None else z.add_(bias)
 
@@ -228,7 +247,7 @@ def _add_output(
 ) -> None:
     """Add a tile's rows to y [T, D]. weights: flat [T k]."""
     h = _activated(module, _hidden(module, frozen, tile, x))
-    out = _times(module, h, tile.down)
+    out = _times(frozen, h, tile.down)
     del h
     if (bias := _bias(module, "down_proj", tile.expert)) is not None:
         out.add_(bias)
@@ -250,7 +269,7 @@ def _add_gradients(
     with torch.enable_grad():
         h = _activated(module, z)
     g = gradient[tile.tokens]
-    q = _times_back(module, g, tile.down)
+    q = _times_back(frozen, g, tile.down)
     d_weight = torch.linalg.vecdot(h.detach().float(), q.float())
     if (bias := _bias(module, "down_proj", tile.expert)) is not None:
         d_weight += g.float() @ bias.float()
@@ -258,4 +277,4 @@ def _add_gradients(
     dh = (q * weights[tile.places, None]).to(x.dtype)
     del g, q
     (dz,) = torch.autograd.grad(h, z, dh)
-    dx.index_add_(0, tile.tokens, _times_back(module, dz, tile.first))
+    dx.index_add_(0, tile.tokens, _times_back(frozen, dz, tile.first))

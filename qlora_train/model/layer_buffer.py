@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,10 +36,12 @@ def aligned(num_bytes: int) -> int:
 @dataclass(frozen=True)
 class LayerShapes:
     """Sizes of a layer's quantized weights, by name within the layer. linears: (out, in). experts: (rows of
-    all experts, columns), and how many experts."""
+    all experts, columns), and how many experts. kept: how the checkpoint has quantized the experts, if they
+    stay so."""
 
     linears: tuple[tuple[str, tuple[int, int]], ...]
     experts: tuple[tuple[str, tuple[int, int], int], ...] = ()
+    kept: Quantization | None = None
 
     def items(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Every weight, in the order of the layer buffer."""
@@ -48,7 +50,7 @@ class LayerShapes:
 
     def layout(self, quantization: Quantization, dtype: torch.dtype) -> LayerBufferLayout:
         num_experts = {name: number for name, _, number in self.experts}
-        return LayerBufferLayout.of(dict(self.items()), quantization, dtype, num_experts)
+        return LayerBufferLayout.of(dict(self.items()), quantization, dtype, num_experts, self.kept)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class LayerBufferLayout:
     num_bytes: int
     num_experts: tuple[tuple[str, int], ...] = ()
     """Of weights that hold the rows of several experts, one after another: how many."""
+    kept: Quantization | None = None
+    """How these are quantized if not as the others."""
 
     @staticmethod
     def of(
@@ -85,17 +89,25 @@ class LayerBufferLayout:
         quantization: Quantization,
         dtype: torch.dtype,
         num_experts: Mapping[str, int] | None = None,
+        kept: Quantization | None = None,
     ) -> LayerBufferLayout:
         """shapes: weight name within the layer -> (out, in), in the order of the layer buffer. dtype: of
-        unquantized weights. num_experts: see the field."""
+        unquantized weights. num_experts, kept: see the fields."""
+        stacked = tuple((num_experts or {}).items())
+        layout = LayerBufferLayout(quantization, tuple(shapes.items()), (), 0, stacked, kept)
         entries, offset = [], 0
         for weight, shape in shapes.items():
-            for tensor, (kind, size) in quantized_layout(quantization, shape, dtype).items():
+            for tensor, (kind, size) in quantized_layout(
+                layout.quantization_of(weight), shape, dtype
+            ).items():
                 entry = LayerBufferEntry(weight, tensor, kind, size, offset)
                 entries.append(entry)
                 offset += aligned(entry.num_bytes)
-        stacked = tuple((num_experts or {}).items())
-        return LayerBufferLayout(quantization, tuple(shapes.items()), tuple(entries), offset, stacked)
+        return replace(layout, entries=tuple(entries), num_bytes=offset)
+
+    def quantization_of(self, weight: str) -> Quantization:
+        """How the weight of this name is quantized."""
+        return self.kept if self.kept is not None and weight in dict(self.num_experts) else self.quantization
 
     def weights(self, layer_buffer: Tensor) -> dict[str, QuantizedWeight]:
         """The quantized weights as views of `layer_buffer` (uint8, at least num_bytes long, on any
@@ -106,6 +118,6 @@ class LayerBufferLayout:
             part = layer_buffer[entry.offset_bytes : entry.offset_bytes + entry.num_bytes]
             tensors[entry.weight][entry.tensor] = part.view(entry.dtype).view(entry.shape)
         return {
-            weight: QuantizedWeight(self.quantization, shape, tensors[weight])
+            weight: QuantizedWeight(self.quantization_of(weight), shape, tensors[weight])
             for weight, shape in self.shapes
         }

@@ -12,7 +12,7 @@ tests decide what is allowed: whether recomputation may skip the output of a lay
 it goes straight into the residual sum (llama) or first through a norm whose gradient needs it (gemma2,
 olmo2); and whether fused norms, MLPs and q, k, v projections (fused.py, shared_input.py) give the same
 outputs and gradients. The probe takes a fraction of a second. A family that fails is refused by name. Known
-to fail: stablelm (drops the keyword with the document boundaries), gpt_oss (attention sinks, fused experts).
+to fail: stablelm (drops the keyword with the document boundaries), llama4 (experts of its own).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora_train.boundary import reason_of
@@ -44,11 +44,12 @@ from qlora_train.quant.formats import UNQUANTIZED
 from qlora_train.quant.quantize import quantize
 
 TOLERANCE = 2e-4  # relative, fp32, against the largest value
-DOCUMENT_LENGTHS = (13, 9)
+DOCUMENT_LENGTHS, LONG_DOCUMENT = (13, 9), 70
+"""Two short documents; behind them a long one where mixers have a memory, longer than their chunks."""
 VOCABULARY_SIZE = 64
 LORA_SCALING = 0.5
 TILE_ROWS, BLOCK_TOKENS = 24, 8  # several tiles and blocks, the last ones smaller
-MOST_LAYERS = 4
+MOST_KINDS = 8
 WINDOW = 5  # shorter than the documents, so that a sliding window has an effect
 
 
@@ -118,6 +119,7 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     if "head_dim" in fields:
         fields["head_dim"] = fields.get("qk_rope_head_dim") or 16  # multi-head latent attention
     fields.update(_tiny_experts(fields))
+    fields.pop("quantization_config", None)  # of weights that are not there
     if fields.get("sliding_window") is not None:
         fields["sliding_window"] = WINDOW
     for name in ("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
@@ -155,8 +157,10 @@ def _tiny_experts(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers_of_every_kind(kinds: list[tuple[Any, ...]]) -> list[int]:
-    """Indices of two layers or more: the first of each kind, of four kinds at the most."""
-    first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]][:MOST_LAYERS]
+    """Indices of two layers or more: the first of each kind."""
+    first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    if len(first) > MOST_KINDS:
+        raise UnsupportedModelError(f"its layers are of {len(first)} kinds, more than can be tried out")
     return first if len(first) > 1 else [0, len(kinds) - 1]
 
 
@@ -181,9 +185,11 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
     for name, (a, b) in pairs.items():
         reference.get_parameter(f"{name}.weight").data += LORA_SCALING * b @ a
 
-    tokens = torch.randint(0, VOCABULARY_SIZE, (sum(DOCUMENT_LENGTHS),), generator=generator)
-    packed = _packed(tokens)
-    expected_logits, expected_loss = _run_alone(reference, tokens)
+    has_memory = any(isinstance(module, nn.Conv1d) for module in reference.modules())
+    lengths = (*DOCUMENT_LENGTHS, LONG_DOCUMENT) if has_memory else DOCUMENT_LENGTHS
+    tokens = torch.randint(0, VOCABULARY_SIZE, (sum(lengths),), generator=generator)
+    packed = _packed(tokens, lengths)
+    expected_logits, expected_loss = _run_alone(reference, tokens, lengths)
     x, arguments = decoder.embed_packed(packed)
     for index in decoder.layers_in_turn():
         x = decoder.run_layer(index, x, arguments[index])
@@ -290,39 +296,36 @@ def _walked_copy(reference: PreTrainedModel) -> _Walked:
     return decoder, lora
 
 
-def _labels(tokens: Tensor) -> Tensor:
+def _labels(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Next-token labels within each document."""
     labels = torch.full_like(tokens, IGNORED_LABEL)
     start = 0
-    for length in DOCUMENT_LENGTHS:
+    for length in lengths:
         labels[start : start + length - 1] = tokens[start + 1 : start + length]
         start += length
     return labels
 
 
-def _packed(tokens: Tensor) -> PackedTokens:
+def _packed(tokens: Tensor, lengths: tuple[int, ...]) -> PackedTokens:
     """Both documents packed into one row."""
     row = MicroBatch(
         token_ids=tokens.numpy(),
-        position_ids=np.concatenate([np.arange(n) for n in DOCUMENT_LENGTHS]),
-        labels=_labels(tokens).numpy(),
-        cu_seqlens=np.cumsum((0, *DOCUMENT_LENGTHS)),
+        position_ids=np.concatenate([np.arange(n) for n in lengths]),
+        labels=_labels(tokens, lengths).numpy(),
+        cu_seqlens=np.cumsum((0, *lengths)),
         row_ids=np.zeros(len(tokens)),
         token_offsets=np.arange(len(tokens)),
     )
     return PackedTokens.from_host(row, "cpu")
 
 
-def _run_alone(reference: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _run_alone(reference: PreTrainedModel, tokens: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Run each document alone through the library's model: (logits [T, V], loss sum). The gradients are in
     the weights' `.grad`."""
     logits = torch.cat(
-        [
-            reference(input_ids=part[None], use_cache=False).logits[0]
-            for part in tokens.split(DOCUMENT_LENGTHS)
-        ]
+        [reference(input_ids=part[None], use_cache=False).logits[0] for part in tokens.split(lengths)]
     )
-    loss = F.cross_entropy(logits, _labels(tokens), reduction="sum")
+    loss = F.cross_entropy(logits, _labels(tokens, lengths), reduction="sum")
     loss.backward()
     return logits.detach(), loss.detach()
 

@@ -56,8 +56,8 @@ class WeightStore(Protocol):
     """Experts whose weights are dequantized together."""
 
     def dequantize_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows of a weight that holds those of `experts_at_once` experts or fewer: [stop - start, in]. Valid
-        until other rows of a weight with the same last name are asked for; never held."""
+        """Rows start..stop of a weight of experts, `experts_at_once` experts at the most: [n, in]. Valid until
+        rows of a weight with the same last name are asked for again; never held for a visit."""
         ...
 
 
@@ -77,7 +77,8 @@ class PresentWeights:
         self.copies_dequantized = False
         self.experts_at_once = experts_at_once(dequantize_kernel)
         sizes = [list(whole_sizes(layout)) for layout in layouts]
-        self._largest_weight, self._largest_layer = max(map(max, sizes)), max(map(sum, sizes))
+        self._largest_layer = max(map(sum, sizes))
+        self._largest_weight = max((size for layer in sizes for size in layer), default=0)
         self._chunk_sizes = chunk_sizes(layouts, self.experts_at_once)
         self._chunks: dict[str, Tensor] = {}
         self._buffer = torch.empty(0)
@@ -109,7 +110,8 @@ class PresentWeights:
         """See `WeightStore`."""
         quantized = self.quantized[name]
         if self.copies_dequantized or not quantized.quantization.is_quantized:
-            return quantized.dequantize_rows(start, stop, dtype)
+            rows = quantized.dequantize_rows(start, stop, dtype)
+            return rows.clone() if self.copies_dequantized else rows
         columns = quantized.shape[1]
         buffer = self._chunk_buffer(name.rpartition(".")[2], quantized.tensors["data"].device, dtype)
         room = buffer[: (stop - start) * columns].view(stop - start, columns)
@@ -159,17 +161,24 @@ def experts_at_once(dequantize_kernel: DequantizeKernel) -> int:
 
 
 def whole_sizes(layout: LayerBufferLayout) -> Iterator[int]:
-    """Numbers in each weight that is dequantized as a whole: all but experts."""
+    """Numbers in each quantized weight that is dequantized as a whole: all but experts."""
     stacked = {name for name, _ in layout.num_experts}
-    return (math.prod(shape) for name, shape in layout.shapes if name not in stacked)
+    return (
+        math.prod(shape)
+        for name, shape in layout.shapes
+        if name not in stacked and layout.quantization_of(name).is_quantized
+    )
 
 
 def chunk_sizes(layouts: Iterable[LayerBufferLayout], experts_at_once: int) -> dict[str, int]:
-    """Last name of a matrix of experts -> numbers in the largest chunk that is dequantized at once."""
+    """Last name of a quantized matrix of experts -> numbers in the largest chunk that is dequantized at
+    once."""
     sizes: dict[str, int] = {}
     for layout in layouts:
         shapes = dict(layout.shapes)
         for name, num_experts in layout.num_experts:
+            if not layout.quantization_of(name).is_quantized:
+                continue
             size = math.prod(shapes[name]) // num_experts * min(experts_at_once, num_experts)
             matrix = name.rpartition(".")[2]
             sizes[matrix] = max(size, sizes.get(matrix, 0))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.errors import BaseModelError
+from qlora_train.files.hub import is_hub_id
 from qlora_train.model.base_folder import read_plain_config
 from qlora_train.plan.known_models import KNOWN
 
@@ -39,13 +40,12 @@ def fetch_config(base: str, revision: str | None) -> Path:
     """Download config.json alone into the hub's cache and return its folder. Raises `BaseModelError` where
     there is no such model, or no network."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if not _is_hub_id(base):
+    if not is_hub_id(base):
         raise BaseModelError(f"model.base: there is no folder {base}")
     try:
         return Path(hf_hub_download(base, "config.json", revision=revision)).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise BaseModelError(
             f"model.base: {base} is neither a folder, nor in the hub's cache, nor a known model, and its "
@@ -60,7 +60,3 @@ def known_name(base: str) -> str:
     name = re.sub(r"^meta-", "", name)
     name = re.sub(r"-(instruct|chat|base|hf|it|unsloth|bnb|4bit|coder|math|\d{4})(?=-|$)", "", name)
     return re.sub(r"^(tinyllama-1\.1b)-.*", r"\1", name)
-
-
-def _is_hub_id(base: str) -> bool:
-    return not (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1)

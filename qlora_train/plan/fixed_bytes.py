@@ -9,6 +9,8 @@ optimizer state             8 bytes per LoRA parameter, or 2 and two scales per 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from math import prod
 
 from qlora_train.model.weight_store import chunk_sizes, experts_at_once, whole_sizes
@@ -47,7 +49,7 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
         if at is Placement.DEVICE
     ]
     n = workload.num_lora_parameters
-    result = {
+    parts = {
         QUANTIZED: sum(codes for codes, _ in layer_buffers),
         CONSTANTS: sum(constants for _, constants in layer_buffers),
         EMBEDDING: workload.matrix_bytes if plan.embedding is Placement.DEVICE else 0,
@@ -61,7 +63,12 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
         ROW_NORMS: 8 * workload.num_magnitudes,
         OPTIMIZER: optimizer_state_bytes(workload),
     }
-    return {cause: num_bytes for cause, num_bytes in result.items() if num_bytes}
+    return total(parts)
+
+
+def total(*parts: Mapping[str, int]) -> Bytes:
+    """The sum of bytes by cause; causes without bytes are left out."""
+    return dict(sum(map(Counter, parts), Counter()))  # adding counters leaves out zeros
 
 
 def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
@@ -69,11 +76,9 @@ def dequantize_buffer_bytes(workload: Workload, plan: ExecutionPlan) -> int:
     the largest layer's with `hold_dequantized`. 0 in reference mode, which makes a tensor for each weight."""
     if workload.reference:
         return 0
-    if workload.quantization.format == "none":
-        return 0
     layouts = [layer.layout(workload.quantization, workload.dtype) for layer in set(workload.shape.layers)]
-    of_weights = max if not plan.hold_dequantized else sum
-    whole = max(of_weights(whole_sizes(layout)) for layout in layouts)
+    sizes = [list(whole_sizes(layout)) for layout in layouts]
+    whole = max(sum(layer) if plan.hold_dequantized else max(layer, default=0) for layer in sizes)
     chunks = chunk_sizes(layouts, experts_at_once(workload.target.dequantize_kernel))
     return workload.itemsize * (whole + sum(chunks.values()))
 

@@ -22,19 +22,14 @@ from functools import partial
 from itertools import product
 from typing import Literal
 
-import torch
-
-from qlora_train.device.description import DeviceDescription
 from qlora_train.plan.fixed_bytes import Bytes
 from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.host_bytes import host_bytes
-from qlora_train.plan.model_shape import ModelShape
-from qlora_train.plan.placement import fewest, place_of_streamed, placed
+from qlora_train.plan.placement import fewest, mlp_tiles, place_of_streamed, placed
 from qlora_train.plan.plan import budget_for, room_in
 from qlora_train.plan.planned_walk import GenerateSize, generate_peak, load_peak
 from qlora_train.plan.words import gib, refusal
 from qlora_train.plan.workload import Workload
-from qlora_train.quant.formats import Quantization
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement, everything_resident
 
 SMALL_TILE_ROWS, SMALLEST_MLP_TILE = 1024, 64
@@ -83,24 +78,6 @@ class GenerationPlan:
         )
 
 
-def bare_workload(
-    shape: ModelShape, quantization: Quantization, dtype: torch.dtype, target: DeviceDescription
-) -> Workload:
-    """The workload of a model without LoRA parameters, for `plan_generation`."""
-    return Workload(
-        shape=shape,
-        quantization=quantization,
-        dtype=dtype,
-        lora_ranks=(),
-        dropout=False,
-        documents=(1,),
-        num_supervised=0,
-        num_micro_batches=1,
-        optimizer="adamw",
-        target=target,
-    )
-
-
 def plan_generation(
     workload: Workload,
     size: GenerateSize,
@@ -143,37 +120,26 @@ class _Search:
         self._room = room_in(budget_bytes, workload)
         self._start = everything_resident(workload.shape.num_layers)
         place = place_of_streamed(workload, self._start, host)
-        self._place = Placement(weights) if weights in ("ram", "disk") else place
+        place = Placement(weights) if weights in ("ram", "disk") else place
+        self._placed = partial(placed, place=place, is_tied=workload.shape.is_tied)
 
     def plans(self) -> Iterator[ExecutionPlan]:
         """Execution plans in the order of preference; the last needs the least memory on the device."""
+        tiles = mlp_tiles(sum(self._size.prompts), SMALLEST_MLP_TILE)
         if self._weights == "resident":
-            yield from (replace(self._start, mlp_tile_tokens=tile) for tile in self._mlp_tiles())
+            yield from (replace(self._start, mlp_tile_tokens=tile) for tile in tiles)
             return
         num_layers = self._start.num_layers
         if self._weights == "auto":
             yield self._start
             yield self._placed(self._start, 0, with_head=False)
-        for tile, rows in product(self._mlp_tiles(), (HEAD_TILE_ROWS, SMALL_TILE_ROWS)):
+        for tile, rows in product(tiles, (HEAD_TILE_ROWS, SMALL_TILE_ROWS)):
             start = replace(self._start, mlp_tile_tokens=tile, head_tile_rows=rows)
             if self._weights == "auto":
                 found = fewest(partial(self._placed, start), num_layers, self.fits)
                 if found is not None:
                     yield found
             yield self._placed(start, num_layers)
-
-    def _placed(self, plan: ExecutionPlan, num_streamed: int, *, with_head: bool = True) -> ExecutionPlan:
-        is_tied = self._workload.shape.is_tied
-        return placed(plan, self._place, num_streamed, is_tied=is_tied, with_head=with_head)
-
-    def _mlp_tiles(self) -> list[int | None]:
-        """Tokens per MLP tile: None (no tiles), then a half, a quarter, ... of all prompts' tokens."""
-        tiles: list[int | None] = [None]
-        size = sum(self._size.prompts) // 2
-        while size >= SMALLEST_MLP_TILE:
-            tiles.append(size)
-            size //= 2
-        return tiles
 
     def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
         """Bytes on the device by cause, while loading and while generating."""

@@ -7,7 +7,7 @@ too: each rank's bytes from planned_walk.py come on top.
 
 from __future__ import annotations
 
-from qlora_train.plan.fixed_bytes import Bytes, optimizer_state_bytes
+from qlora_train.plan.fixed_bytes import Bytes, optimizer_state_bytes, total
 from qlora_train.plan.host_budget import ONE_RANK, Machine
 from qlora_train.plan.step_sum import layer_bytes
 from qlora_train.plan.workload import Workload
@@ -38,7 +38,7 @@ def host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_R
     matrices = workload.matrix_bytes if plan.embedding is Placement.RAM else 0
     if plan.head is Placement.RAM and not workload.shape.is_tied:
         matrices += workload.head_bytes
-    group = -(-workload.num_micro_batches // plan.num_groups)
+    group = plan.group_size(workload.num_micro_batches)
     x_bytes = workload.x_bytes
     num_recomputed = plan.activations.count(ActivationPolicy.RECOMPUTE)
     from_disk = Placement.DISK in (*plan.weights, plan.head)
@@ -53,9 +53,7 @@ def host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_R
         LAYER_BUFFERS: sum(sum(size) for size, at in layer_buffers if at is Placement.RAM),
         MATRICES: matrices,
     }
-    result = {cause: machine.num_ranks * num_bytes for cause, num_bytes in of_every_rank.items()}
-    result |= {cause: machine.num_copies * num_bytes for cause, num_bytes in of_every_copy.items()}
-    return {cause: num_bytes for cause, num_bytes in result.items() if num_bytes}
+    return total(*[of_every_rank] * machine.num_ranks, *[of_every_copy] * machine.num_copies)
 
 
 def ram_of_devices(peak_bytes: int, machine: Machine) -> int:

@@ -17,7 +17,7 @@ def _known(
     *,
     tied: bool = False,
     window: int | None = None,
-    **others: int,
+    **others: Any,
 ) -> dict[str, Any]:
     """The values of config.json that decide sizes. window: of sliding attention, in tokens."""
     return {
@@ -91,6 +91,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         head_dim=64,
         num_local_experts=32,
         num_experts_per_tok=4,
+        quantization_config={"quant_method": "mxfp4"},
     ),  # fmt: skip
     "mixtral-8x7b-v0.1": _known(
         "mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, num_local_experts=8, num_experts_per_tok=2

@@ -10,13 +10,11 @@ small because the device was nearly full. On a full device nothing is timed and 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train import __version__
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.description import DeviceDescription
+from qlora_train.files.atomic_file import replace_text
+from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.plan.plan_cache import RATES_FILE as FILE
 from qlora_train.plan.time_model import Rates, stated_rates
 from qlora_train.weights.host_memory import HostMemory
@@ -53,7 +54,10 @@ def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: 
     device.release_cached()  # what products and copies took would stay beside other sizes
     if not host.num_unpinned_bytes and size == _wanted_size(device.description):
         key = _key(device.description, dtype, num_ranks)
-        _write(cache / FILE, _read(cache / FILE) | {key: asdict(rates)})
+        with contextlib.suppress(OSError):  # a disk that may not be written: the next start measures again
+            cache.mkdir(parents=True, exist_ok=True)
+            known = _read(cache / FILE) | {key: asdict(rates)}
+            replace_text(cache / FILE, seal(known), is_shared=True)
     return rates
 
 
@@ -61,38 +65,21 @@ def kept_rates(
     device: DeviceDescription, dtype: torch.dtype, cache: Path, num_ranks: int = 1
 ) -> Rates | None:
     """Rates stored by an earlier run on this machine; None: there are none."""
-    return _rates_in(_read(cache / FILE).get(_key(device, dtype, num_ranks)))
+    kept = _read(cache / FILE).get(_key(device, dtype, num_ranks))
+    return None if kept is None else Rates(**kept)
 
 
 def _key(device: DeviceDescription, dtype: torch.dtype, num_ranks: int) -> str:
     name = device.name or platform.processor() or "cpu"
-    key = f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
+    key = f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}, {__version__}"
     return f"{key}, {num_ranks} at a time" if num_ranks > 1 else key
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        known = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):  # not there, or damaged: measured again
+        return unseal(file)
+    except (OSError, ValueError):  # not there, or damaged: measured again
         return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _rates_in(values: Any) -> Rates | None:
-    """The rates in a JSON value; None where it is not `asdict` of `Rates` with positive finite numbers."""
-    names = {field.name for field in fields(Rates)}
-    if not isinstance(values, dict) or values.keys() != names or not isinstance(values["source"], str):
-        return None
-    numbers = [values[name] for name in names - {"source"}]
-    return Rates(**values) if all(type(n) in (int, float) and 0 < n < math.inf for n in numbers) else None
-
-
-def _write(file: Path, known: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a disk that may not be written: the next start measures again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = file.with_name(f"{FILE}.partial-{os.getpid()}")  # others may be reading
-        partial_file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        partial_file.replace(file)
 
 
 def copy_rate(device: ComputeDevice, host: Tensor) -> float:

@@ -7,7 +7,6 @@ of known models, so that a plan can be made before anything is downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from qlora_train.errors import UnsupportedModelError
-from qlora_train.model.base import MetaModel, read_config
+from qlora_train.model.base import MetaModel, quantization_config, read_config
 from qlora_train.model.base_folder import stored_quantization
 from qlora_train.model.layer_buffer import LayerShapes
 from qlora_train.model.probe import ProbeResult, probe
@@ -123,6 +122,11 @@ class ModelShape:
         """Quantized numbers of one layer, on average."""
         return self.quantized_parameters // self.num_layers
 
+    @property
+    def keeps_experts(self) -> bool:
+        """Experts stay quantized as the checkpoint has them, whatever `model.quantization` is."""
+        return any(layer.kept is not None for layer in self.layers)
+
     @cached_property
     def linear_parameters(self) -> int:
         """Of those, the numbers that are not experts'."""
@@ -206,8 +210,7 @@ def _experts_per_token(config: PretrainedConfig) -> int:
 def _head_quantization(config: PretrainedConfig, hidden: int) -> Quantization:
     """The quantization of an untied head's rows in a checkpoint with this quantization_config. bitsandbytes
     leaves the head unquantized unless it is told which other modules to skip."""
-    stored = getattr(config, "quantization_config", None)
-    stored = stored if isinstance(stored, Mapping) else getattr(stored, "to_dict", dict)()
+    stored = quantization_config(config)
     skipped = stored.get("llm_int8_skip_modules")
     if not stored or skipped is None or any("lm_head".endswith(str(name)) for name in skipped):
         return UNQUANTIZED

@@ -16,24 +16,16 @@ from qlora_train.weights.execution_plan import ExecutionPlan, Placement
 
 
 def placed(
-    plan: ExecutionPlan,
-    place: Placement,
-    num_streamed: int,
-    *,
-    is_tied: bool,
-    with_embedding: bool = True,
-    with_head: bool = True,
+    plan: ExecutionPlan, num_streamed: int, *, place: Placement, is_tied: bool, with_head: bool = True
 ) -> ExecutionPlan:
-    """The plan with num_streamed layers and, if asked for, embedding and head in `place`, the rest resident.
-    is_tied: embedding and head are one matrix."""
-    if is_tied:
-        with_embedding = with_head
+    """The plan with num_streamed layers, the embedding and, if asked for, the head in `place`, the rest
+    resident. is_tied: embedding and head are one matrix."""
     num_layers, num_resident = plan.num_layers, plan.num_layers - num_streamed
     resident = {(2 * j + 1) * num_layers // (2 * num_resident) for j in range(num_resident)}
     return replace(
         plan,
         weights=tuple(Placement.DEVICE if i in resident else place for i in range(num_layers)),
-        embedding=place if with_embedding else Placement.DEVICE,
+        embedding=place if with_head or not is_tied else Placement.DEVICE,
         head=place if with_head else Placement.DEVICE,
         num_slots=2 if num_streamed or with_head else 0,
     )
@@ -44,9 +36,18 @@ def place_of_streamed(workload: Workload, start: ExecutionPlan, budget: HostBudg
     already, always disk."""
     if not workload.on_accelerator:
         return Placement.DISK
-    everything = placed(start, Placement.RAM, start.num_layers, is_tied=workload.shape.is_tied)
+    is_tied = workload.shape.is_tied
+    everything = placed(start, start.num_layers, place=Placement.RAM, is_tied=is_tied)
     needed = sum(host_bytes(workload, everything, budget.machine).values())
     return Placement.RAM if needed <= budget.ram_bytes else Placement.DISK
+
+
+def mlp_tiles(num_tokens: int, smallest: int) -> list[int | None]:
+    """Tokens per MLP tile to try: None (no tiles), then a half, a quarter, ... of num_tokens."""
+    tiles: list[int | None] = [None]
+    while (num_tokens := num_tokens // 2) >= smallest:
+        tiles.append(num_tokens)
+    return tiles
 
 
 def fewest(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qlora_train.adapter.lora_targets import coverage
 from qlora_train.kernels.planned_sdpa import flash_gap_bytes
-from qlora_train.plan.fixed_bytes import Bytes
+from qlora_train.plan.fixed_bytes import Bytes, total
 from qlora_train.plan.host_budget import HostBudget, Machine
 from qlora_train.plan.host_bytes import (
     load_host_bytes,
@@ -43,11 +43,8 @@ PINNED = "pinned: "
 
 def context_parts(workload: Workload) -> Bytes:
     """Bytes on the device besides tensors, by cause: CUDA context and cuBLAS workspaces."""
-    parts = {
-        CONTEXT: workload.target.context_bytes,
-        WORKSPACES: workload.target.workspace_bytes(deterministic=workload.deterministic),
-    }
-    return {cause: num_bytes for cause, num_bytes in parts.items() if num_bytes}
+    workspace_bytes = workload.target.workspace_bytes(deterministic=workload.deterministic)
+    return total({CONTEXT: workload.target.context_bytes, WORKSPACES: workspace_bytes})
 
 
 def room_in(budget_bytes: int, workload: Workload) -> int:

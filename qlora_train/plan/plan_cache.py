@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_train
+from qlora_train.files.atomic_file import replace_text
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.plan.base_config import find_config
 from qlora_train.plan.host_budget import device_budget
@@ -45,9 +45,7 @@ def cached_plan(request: PlanRequest, make: Callable[[PlanRequest], dict[str, An
     if plan["fits"]:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".partial-{os.getpid()}")
-            partial.write_text(seal({"room": room, "plan": plan}), encoding="utf-8")
-            partial.replace(file)
+            replace_text(file, seal({"room": room, "plan": plan}), is_shared=True)
             _forget_old(folder)
     return plan
 

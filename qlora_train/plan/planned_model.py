@@ -1,6 +1,6 @@
 """A model of meta tensors with LoRA parameters; the program runs it to find out its memory.
 
-weights     one quantized weight for each shape, shared by all layers
+weights     of one layer of each layout, shared by all such layers
 head        three tiles and a remainder: the peak of the loss does not depend on the number of tiles
 layers      as many as the model has; each kind runs once and is replayed from then on (recorded_layers.py)
 host        meta tensors, which are not counted as the device's
@@ -20,16 +20,18 @@ from qlora_train.device.planned import PlannedDevice
 from qlora_train.kernels.planned_sdpa import attention_scratch
 from qlora_train.micro_batch import IGNORED_LABEL, MicroBatch
 from qlora_train.model.base import MetaModel
+from qlora_train.model.layer_buffer import LayerBufferLayout
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.loss import TiledLoss
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.quantized_matrix import RowLayout, as_vocab_matrix
 from qlora_train.model.vocab_matrix import ResidentMatrix, TokenIds, VocabMatrix
+from qlora_train.model.weight_store import by_path
 from qlora_train.plan.planned_meter import PlannedMeter
 from qlora_train.plan.recorded_layers import PlannedWeights, RecordedDecoder
 from qlora_train.plan.workload import Workload
 from qlora_train.quant.formats import UNQUANTIZED
-from qlora_train.quant.weight import QuantizedWeight, quantized_layout
+from qlora_train.quant.weight import QuantizedWeight
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement
 from qlora_train.weights.host_memory import HostMemory
 
@@ -46,20 +48,18 @@ class PlannedModel:
         self._workload = workload
         meta_model = MetaModel(shape.config, dtype)
         _fix_rotary_tables(meta_model.model)
-        weights = PlannedWeights(meta_model.layouts(workload.quantization), workload.target.dequantize_kernel)
-        by_shape: dict[tuple[int, int], QuantizedWeight] = {}
-        for index, path in enumerate(meta_model.layer_paths):
-            for name, size in meta_model.layer_shapes(index).items():
-                if size not in by_shape:
-                    layout = quantized_layout(workload.quantization, size, dtype)
-                    tensors = {key: _empty(of, kind) for key, (kind, of) in layout.items()}
-                    by_shape[size] = QuantizedWeight(workload.quantization, size, tensors)
-                weights.quantized[f"{path}.{name}"] = by_shape[size]
+        layouts = meta_model.layouts(workload.quantization)
+        weights = PlannedWeights(layouts, workload.target.dequantize_kernel)
+        empty: dict[LayerBufferLayout, dict[str, QuantizedWeight]] = {}
+        for layout, path in zip(layouts, meta_model.layer_paths, strict=True):
+            if layout not in empty:
+                empty[layout] = layout.weights(_empty((layout.num_bytes,), torch.uint8))
+            weights.quantized |= by_path(empty[layout], path)
         plain = {
             name: _empty(size, meta_model.plain_dtype(name)) for name, size in meta_model.plain_shapes.items()
         }
         matrix = self._matrix(shape.head_format(dtype), Placement.DEVICE, HEAD_TILE_ROWS)
-        self.decoder = meta_model.come_alive_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
+        self.decoder = meta_model.materialize_as(RecordedDecoder, weights, plain, matrix, matrix, self.device)
         self.decoder.skippable = shape.probed.skippable
         if not workload.reference:
             found = shape.probed

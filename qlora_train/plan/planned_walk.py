@@ -33,6 +33,7 @@ from qlora_train.plan.fixed_bytes import (
     Bytes,
     fixed_bytes,
     optimizer_scratch_bytes,
+    total,
 )
 from qlora_train.plan.planned_meter import PlannedMeter
 from qlora_train.plan.planned_model import PlannedHost, PlannedLoss, PlannedModel, planned_model
@@ -69,15 +70,10 @@ class StepBytes:
     host_bytes: int
 
 
-def group_size(workload: Workload, plan: ExecutionPlan) -> int:
-    """Number of micro-batches that pass the layers together."""
-    return -(-workload.num_micro_batches // plan.num_groups)
-
-
 def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
     """Bytes of an optimizer step from the second on, when optimizer state exists."""
     model, tokens, meter = set_up(workload, plan)
-    group = group_size(workload, plan)
+    group = plan.group_size(workload.num_micro_batches)
     number = min(workload.num_micro_batches, 2 * group)  # a third group is like the second
     host = PlannedHost(model.device, meter)
     plan_of_two = replace(plan, num_groups=-(-number // group))
@@ -100,7 +96,7 @@ def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
 def evaluation_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
     """Peak bytes on the device by cause in an evaluation, beside optimizer state and gradient."""
     model, tokens, meter = set_up(workload, plan)
-    group = group_size(workload, plan)
+    group = plan.group_size(workload.num_micro_batches)
     with meter:
         loss_sum(
             model.decoder,
@@ -133,11 +129,9 @@ def generate_peak(
     itemsize = workload.itemsize
     # Logits of the token before in fp32, and of this one: tiles and all of them, or all of them and in fp32.
     last = {"logits": logits * (4 + max(2 * itemsize, itemsize + 4))}
-    fixed = {
-        cause: num_bytes
-        for cause, num_bytes in fixed_bytes(workload, plan).items()
-        if in_training or cause != OPTIMIZER
-    }
+    fixed = fixed_bytes(workload, plan)
+    if not in_training:
+        fixed.pop(OPTIMIZER, None)
     largest = max(meter.peak, last, key=lambda parts: sum(parts.values()))
     return total(fixed, {KV_CACHE: cached_numbers * itemsize}, largest)
 
@@ -171,15 +165,6 @@ def load_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
     if workload.head_is_quantized and not workload.on_accelerator:
         loading += workload.head_bytes  # read as a whole, on the host
     return total(parts, {LOADING: loading})
-
-
-def total(*parts: Mapping[str, int]) -> Bytes:
-    """The sum of bytes by cause, causes without bytes left out."""
-    result: Bytes = {}
-    for part in parts:
-        for cause, num_bytes in part.items():
-            result[cause] = result.get(cause, 0) + num_bytes
-    return {cause: num_bytes for cause, num_bytes in result.items() if num_bytes}
 
 
 def set_up(workload: Workload, plan: ExecutionPlan) -> tuple[PlannedModel, PackedTokens, PlannedMeter]:

@@ -27,13 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import TypeVar
 
 from qlora_train.plan.fixed_bytes import Bytes, fixed_bytes
 from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.host_bytes import QUANTIZED_BASE, disk_bytes, host_bytes, ram_of_devices
-from qlora_train.plan.placement import fewest, place_of_streamed, placed
+from qlora_train.plan.placement import fewest, mlp_tiles, place_of_streamed, placed
 from qlora_train.plan.plan import Choices, Plan, budget_for, room_in
 from qlora_train.plan.planned_walk import (
     MOST_TOGETHER,
@@ -178,6 +179,7 @@ class _Search:
             self._host_place = Placement(choices.weights)
         else:
             self._host_place = place_of_streamed(workload, self._start(1, holds=False), host_budget)
+        self._placed = partial(placed, place=self._host_place, is_tied=workload.shape.is_tied)
 
     def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
         """Peak bytes on the device by phase and cause, from a planned walk."""
@@ -301,7 +303,7 @@ class _Search:
             hold_dequantized=holds,
         )
         if self._choices.weights in ("ram", "disk"):
-            plan = self._placed(plan, self._num_layers, with_embedding=True, with_head=True)
+            plan = self._placed(plan, self._num_layers)
         return plan
 
     def _policies(self, start: ExecutionPlan, alternative: _Alternative) -> Iterator[ExecutionPlan]:
@@ -322,7 +324,7 @@ class _Search:
         if self._choices.weights != "auto":
             return
         start = _not_kept(start, self._num_layers, alternative)
-        yield self._placed(start, 0, with_embedding=True, with_head=False)
+        yield self._placed(start, 0, with_head=False)
         yield from self._fewest_streamed(start)
 
     def _last_resorts(self, start: ExecutionPlan, alternative: _Alternative) -> Iterator[ExecutionPlan]:
@@ -335,34 +337,14 @@ class _Search:
         """No layer kept and all weights off the device, with smaller and smaller tiles, cheapest first."""
         start = _not_kept(start, self._num_layers, alternative)
         if self._choices.weights == "auto":
-            start = self._placed(start, self._num_layers, with_embedding=True, with_head=True)
+            start = self._placed(start, self._num_layers)
         blocks = ((LOSS_TOKENS, HEAD_TILE_ROWS), (128, 4096), (SMALLEST_LOSS_TOKENS, SMALLEST_TILE_ROWS))
-        for tile, (loss_tokens, rows) in product(self._mlp_tiles(), blocks):
+        tiles = mlp_tiles(self._workload.num_tokens, SMALLEST_MLP_TILE)
+        for tile, (loss_tokens, rows) in product(tiles, blocks):
             yield replace(start, loss_tokens=loss_tokens, head_tile_rows=rows, mlp_tile_tokens=tile)
 
-    def _mlp_tiles(self) -> list[int | None]:
-        """Tokens per MLP tile: None (no tiles), then a half, a quarter, ... of a micro-batch."""
-        tiles: list[int | None] = [None]
-        size = self._workload.num_tokens // 2
-        while size >= SMALLEST_MLP_TILE:
-            tiles.append(size)
-            size //= 2
-        return tiles
-
-    def _placed(
-        self, plan: ExecutionPlan, num_streamed: int, *, with_embedding: bool, with_head: bool
-    ) -> ExecutionPlan:
-        return placed(
-            plan,
-            self._host_place,
-            num_streamed,
-            is_tied=self._workload.shape.is_tied,
-            with_embedding=with_embedding,
-            with_head=with_head,
-        )
-
     def _fewest_streamed(self, plan: ExecutionPlan) -> Iterator[ExecutionPlan]:
-        return self._fewest(lambda m: self._placed(plan, m, with_embedding=True, with_head=True))
+        return self._fewest(partial(self._placed, plan))
 
     def _fewest(self, plan_of: Callable[[int], ExecutionPlan]) -> Iterator[ExecutionPlan]:
         plan = fewest(plan_of, self._num_layers, self.fits)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_train.device.memory_tracker import StorageReference
 from qlora_train.model.decoder import FrozenDecoder, LayerArguments
 from qlora_train.model.linear import DropoutContext
 from qlora_train.model.tiled_mlp import TiledMlp
@@ -86,17 +87,12 @@ class PlannedWeights(ResidentWeights):
     def make_buffer(self, dtype: torch.dtype) -> None:
         """Make the buffer that weights are dequantized into, before it is first used."""
         some = next(iter(self.quantized.values()))
-        if some.quantization.format != "none" and not self.copies_dequantized:
+        if not self.copies_dequantized:
             self._make_room(
                 self._largest_layer if self.hold_dequantized else self._largest_weight, some, dtype
             )
             for matrix in self._chunk_sizes:
                 self._chunk_buffer(matrix, torch.device("meta"), dtype)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Of that buffer."""
-        return self._buffer.nbytes + sum(chunk.nbytes for chunk in self._chunks.values())
 
 
 class PlannedTiles(TiledMlp):
@@ -204,18 +200,19 @@ class _Run:
         arguments: LayerArguments,
     ) -> None:
         self._meter = meter
-        self._saved: dict[int, int] = {}
+        self._saved: dict[int, StorageReference] = {}
         self._gradient = torch.empty_like(x)
         leaf = x.detach().requires_grad_(x.requires_grad)
         with meter, saved_tensors_hooks(self._note, _as_it_is):
             self._y = run(leaf, arguments)
         self.forward, self.backward = meter.peak_bytes - meter.live_bytes, 0
-        output = self._saved.pop(self._y.untyped_storage()._cdata, 0)
-        saved = sum(self._saved.values())
+        saved = [known for known in self._saved.values() if meter.is_alive(known)]
+        output = meter.find(self._y.untyped_storage())
+        saved_bytes = sum(known.num_bytes for known in saved if known is not output)
         self.record = Record(
-            saved=saved,
-            fixed_saved=meter.live_bytes - self._y.nbytes - saved,
-            saves_output=output > 0,
+            saved=saved_bytes,
+            fixed_saved=meter.live_bytes - self._y.nbytes - saved_bytes,
+            saves_output=output in saved,
         )
 
     def run_backward(self) -> None:
@@ -227,9 +224,9 @@ class _Run:
         self.backward = self._meter.peak_bytes - live_bytes
 
     def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if self._meter.saw(storage) and tensor.is_floating_point():
-            self._saved[storage._cdata] = storage.nbytes()
+        known = self._meter.find(tensor.untyped_storage())
+        if known is not None and tensor.is_floating_point():
+            self._saved[id(known)] = known
         return tensor
 
 

@@ -14,7 +14,7 @@ from qlora_train.kernels.dropout import DropoutKeys
 from qlora_train.model.loss import reference_loss
 from qlora_train.plan.fixed_bytes import fixed_bytes
 from qlora_train.plan.planned_model import PlannedLoss
-from qlora_train.plan.planned_walk import group_size, load_peak, set_up
+from qlora_train.plan.planned_walk import load_peak, set_up
 from qlora_train.plan.recorded_layers import Record
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement, everything_resident
@@ -37,7 +37,7 @@ class LayerBytes:
 
 def peak_by_sum(workload: Workload, plan: ExecutionPlan) -> int:
     """Estimated peak bytes on the device in a step and while loading."""
-    group, x_bytes = group_size(workload, plan), workload.x_bytes
+    group, x_bytes = plan.group_size(workload.num_micro_batches), workload.x_bytes
     layers = layer_bytes(workload, plan.hold_dequantized, plan.mlp_tile_tokens)
     kept_bytes = group * x_bytes
     largest = 0

@@ -53,11 +53,9 @@ def stated_rates(device: DeviceDescription) -> Rates:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. compute_seconds, copy_seconds: of each alone; total_seconds: with
-    overlap. flops, copied_bytes: of the step. evaluation_seconds: for evaluating as many tokens."""
+    """Seconds of one optimizer step. total_seconds: copies overlap with arithmetic. flops, copied_bytes: of
+    the step. evaluation_seconds: for evaluating as many tokens."""
 
-    compute_seconds: float
-    copy_seconds: float
     total_seconds: float
     flops: float
     copied_bytes: int
@@ -66,7 +64,7 @@ class StepTime:
 
 def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime:
     """The time of one optimizer step of a workload under a plan."""
-    group = math.ceil(workload.num_micro_batches / plan.num_groups)
+    group = plan.group_size(workload.num_micro_batches)
     num_groups = math.ceil(workload.num_micro_batches / group)
     num_tokens = workload.num_micro_batches * workload.num_tokens
     forward_flops = _forward_flops(workload)
@@ -92,7 +90,6 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     row_bytes = workload.num_micro_batches * x_bytes if plan.embedding is not Placement.DEVICE else 0
     if plan.inputs is Placement.RAM:
         offloaded += group * plan.activations.count(ActivationPolicy.RECOMPUTE) * x_bytes
-    compute = (forward + back + head) / rates.flops + dequantize
     forward_seconds = forward / rates.flops / num_groups + dequantize / num_groups / 3
     back_seconds = back / rates.flops / num_groups + dequantize * 2 / num_groups / 3
     row_seconds = _fetch_seconds(plan.embedding, row_bytes, rates)
@@ -106,11 +103,10 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
         + (plan.head is not Placement.DEVICE) * workload.head_bytes
         + 2 * offloaded
     )
-    copies = row_seconds + num_groups * (2 * forward_copies + head_copies + 2 * offloaded / rates.copy)
     evaluation = row_seconds + num_groups * (
         max(forward_seconds, forward_copies) + max(head / 2 / rates.flops / num_groups, head_copies)
     )
-    return StepTime(compute, copies, total, forward + back + head, copied, evaluation)
+    return StepTime(total, forward + back + head, copied, evaluation)
 
 
 def _forward_flops(workload: Workload) -> float:
@@ -133,14 +129,14 @@ def _dequantize_seconds(
     workload: Workload, plan: ExecutionPlan, group: int, num_groups: int, rates: Rates
 ) -> float:
     """Seconds of dequantizing in a step: each use of a weight writes it in the compute dtype and reads it."""
-    if workload.quantization.format == "none":
-        return 0.0
     again = sum(policy is ActivationPolicy.RECOMPUTE for policy in plan.activations)
     every_time = num_groups * group * (2 * plan.num_layers + again)
     once_a_visit = num_groups * 2 * plan.num_layers
     shape = workload.shape
     linears = (once_a_visit if plan.hold_dequantized else every_time) * shape.linear_parameters
     experts = every_time * (shape.layer_parameters - shape.linear_parameters)
+    if not workload.quantization.is_quantized:
+        linears, experts = 0, experts if shape.keeps_experts else 0
     return (linears + experts) * (2 * workload.itemsize + 0.5) / rates.memory
 
 

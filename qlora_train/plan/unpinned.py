@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -28,22 +29,16 @@ _LEAST_LOSS = 0.05
 
 
 def host_memory_of_run(
-    plan: Plan,
-    execution: ExecutionPlan,
-    device: ComputeDevice,
-    log: Callable[[str], None],
+    plan: Plan, execution: ExecutionPlan, device: ComputeDevice, log: Callable[[str], None]
 ) -> HostMemory:
     """Host memory that logs, when pinning is first refused, its cost per training step. execution: the plan
     that the run follows, which in a resume is not `plan`'s own."""
 
-    def step_seconds(copy_bytes_per_second: float) -> float:
-        rates = replace(plan.rates, copy=copy_bytes_per_second)
-        return step_time(plan.workload, execution, rates).total_seconds
+    def step_seconds(copy_rate: float) -> float:
+        return step_time(plan.workload, execution, replace(plan.rates, copy=copy_rate)).total_seconds
 
-    def refused(host: HostMemory) -> None:
-        log(refusal_line(device, host, plan.rates.copy, step_seconds, "step"))
-
-    return HostMemory(device, refused=refused)
+    cost_line = partial(_cost_line, device, plan.rates.copy, step_seconds, "step")
+    return HostMemory(device, refused=lambda host: log(cost_line(host)))
 
 
 def host_memory_of_generation(
@@ -52,22 +47,16 @@ def host_memory_of_generation(
     """Host memory that logs, when pinning is first refused, its cost per new token of all prompts. Generation
     is planned without rates, so the stated one is compared with."""
     stated = stated_rates(device.description).copy
-
-    def token_seconds(copy_bytes_per_second: float) -> float:
-        return plan.copied_bytes_per_token / copy_bytes_per_second
-
-    def refused(host: HostMemory) -> None:
-        log(refusal_line(device, host, stated, token_seconds, "token"))
-
-    return HostMemory(device, refused=refused)
+    cost_line = partial(_cost_line, device, stated, lambda rate: plan.copied_bytes_per_token / rate, "token")
+    return HostMemory(device, refused=lambda host: log(cost_line(host)))
 
 
-def refusal_line(
+def _cost_line(
     device: ComputeDevice,
-    host: HostMemory,
     planned_rate: float,
     seconds_at: Callable[[float], float],
     unit: str,
+    host: HostMemory,
 ) -> str:
     """The line to log: pinning was refused, the measured and the planned rate (bytes/s), and the seconds lost
     per `unit` of work, which takes seconds_at(rate)."""

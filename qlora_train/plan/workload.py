@@ -24,7 +24,7 @@ from qlora_train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step of a run.
+    """One optimizer step of a run; by default of a model without LoRA parameters, which takes one token.
 
     documents: token counts of the documents of one micro-batch; their sum is T. known_most_documents: the
     largest number in any micro-batch of the data; 0: unknown. num_supervised: S, supervised tokens of one
@@ -37,13 +37,13 @@ class Workload:
     shape: ModelShape
     quantization: Quantization
     dtype: torch.dtype
-    lora_ranks: tuple[tuple[str, int], ...]
-    dropout: bool
-    documents: tuple[int, ...]
-    num_supervised: int
-    num_micro_batches: int
-    optimizer: str
     target: DeviceDescription
+    lora_ranks: tuple[tuple[str, int], ...] = ()
+    dropout: bool = False
+    documents: tuple[int, ...] = (1,)
+    num_supervised: int = 0
+    num_micro_batches: int = 1
+    optimizer: str = "adamw"
     deterministic: bool = False
     splits_learning_rate: bool = False
     reference: bool = False

@@ -14,6 +14,13 @@ table of 256 values:
 
 That is (4 + 8/64 + 32/(64*256)) / 8 = 0.5159 byte per number, against 0.5625 without it.
 
+mxfp4, as published (gpt_oss): weights are kept so, never quantized to it here. The 16 values are those of a
+4-bit float (e2m1), and a block of 32 has a power of two for its scale, stored as its exponent. Written with
+the tensors above it is nf4 with another table, blocks of 32, and double quantization whose table holds all
+powers of two:
+
+    absmax[b] = nested_code[exponent] = 2^(exponent - 127),     nested_absmax 1, nested_offset 0
+
 8 bits (int8). One absmax per row, `data` int8 [out, in] and `row_absmax` float32 [out], W = data * row_absmax
 / 127.
 
@@ -26,15 +33,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-FormatName = Literal["nf4", "fp4", "int8", "none"]
+FormatName = Literal["nf4", "fp4", "mxfp4", "int8", "none"]
 NESTED_BLOCK_SIZE = 256
 SCALE_BYTES = 4  # of one fp32 absmax
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The quantization of frozen weights. `double_quant` and `block_size` (numbers per absmax) apply to nf4
-    and fp4 only."""
+    """The quantization of frozen weights. `double_quant` and `block_size` (numbers per absmax) apply to 4
+    bits only."""
 
     format: FormatName
     double_quant: bool = False
@@ -42,7 +49,7 @@ class Quantization:
 
     @property
     def is_4bit(self) -> bool:
-        return self.format in ("nf4", "fp4")
+        return self.format in ("nf4", "fp4", "mxfp4")
 
     @property
     def is_quantized(self) -> bool:
@@ -87,3 +94,5 @@ class Quantization:
 
 
 UNQUANTIZED = Quantization("none")
+MXFP4 = Quantization("mxfp4", double_quant=True, block_size=32)
+MXFP4_CODE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

@@ -15,7 +15,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qlora_train.device.description import DequantizeKernel
-from qlora_train.quant.formats import NESTED_BLOCK_SIZE, FormatName, Quantization
+from qlora_train.quant.formats import MXFP4, MXFP4_CODE, NESTED_BLOCK_SIZE, FormatName, Quantization
 
 DEQUANTIZE_ELEMENTS = 2**21  # numbers dequantized at once without a GPU
 INT8_ELEMENTS = 2**20  # for int8, whose fp32 numbers are cast afterwards
@@ -52,7 +52,8 @@ class QuantizedWeight:
         if self.quantization.is_4bit and kernel == "triton":
             return out if out.is_meta else self._dequantize_in_one_launch(out, first_row)
         num_rows, columns, block = len(out), self.shape[1], self.quantization.block_size
-        if self.quantization.is_4bit and kernel == "library" and columns % block == 0:
+        is_whole = self.quantization.is_4bit and columns % block == 0
+        if is_whole and kernel == "library" and self.quantization != MXFP4:
             begin, end = first_row * columns, (first_row + num_rows) * columns
             if out.is_meta:  # of what the library's kernel takes, only absmax is written out
                 self.block_absmax(begin // block, end // block)
@@ -84,6 +85,8 @@ class QuantizedWeight:
         assert 0 <= start <= stop <= self.shape[0], (start, stop, self.shape)
         if start == stop:
             return torch.empty(0, self.shape[1], dtype=dtype, device=self.tensors["data"].device)
+        if self.quantization == MXFP4:
+            return self._dequantize_mxfp4(start, stop, dtype)
         if self.quantization.is_4bit:
             return self._dequantize_4bit(start, stop, dtype)
         if self.quantization.format == "int8":
@@ -97,6 +100,15 @@ class QuantizedWeight:
         data = self.tensors["data"][origin // 2 : limit // 2].unsqueeze(1)
         flat = bnb.dequantize_4bit(data, self._state(start, stop, dtype)).reshape(-1)
         return flat[begin - origin : end - origin].reshape(stop - start, columns)
+
+    def _dequantize_mxfp4(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """By a table of all pairs of codes: the library has no function for it. Exact in bfloat16."""
+        columns, block = self.shape[1], self.quantization.block_size
+        begin, end = start * columns, stop * columns
+        pairs = self.tensors["data"][begin // 2 : end // 2]
+        values = _mxfp4_pairs_on(pairs.device).index_select(0, pairs.int()).view(torch.float32)
+        values = values.view(-1, block).mul_(self.block_absmax(begin // block, end // block)[:, None])
+        return values.view(stop - start, columns).to(dtype)
 
     def _stored_range(self, begin: int, end: int) -> tuple[int, int]:
         """The range begin..end of flat numbers extended to whole blocks, within the stored numbers."""
@@ -153,11 +165,21 @@ def _code_on(form: FormatName, device: torch.device) -> Tensor:
     """float32 [16] on `device`: the numbers that the library dequantizes the 16 codes to there.
 
     The library has one table per device and another for quantizing, which differ in last bits; so its
-    dequantization is called."""
+    dequantization is called. It has none for mxfp4."""
+    if form == "mxfp4":
+        return torch.tensor(MXFP4_CODE, device=device)
     every_code = torch.tensor([[17 * even + 1] for even in range(0, 16, 2)], dtype=torch.uint8, device=device)
     ones = torch.ones(1, device=device)
     state = bnb.QuantState(ones, torch.Size((1, 16)), blocksize=64, quant_type=form, dtype=torch.float32)
     return bnb.dequantize_4bit(every_code, state).view(-1)
+
+
+@cache
+def _mxfp4_pairs_on(device: torch.device) -> Tensor:
+    """[256] on `device`: for every byte its two float32 numbers, seen as one float64, which is gathered as
+    fast as one of them."""
+    code = torch.tensor(MXFP4_CODE, device=device)
+    return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1).view(torch.float64).view(-1)
 
 
 def quantized_layout(

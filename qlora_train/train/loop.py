@@ -276,7 +276,7 @@ class TrainLoop:
         assert data is not None
         groups = list(_groups(list(range(data.num_bins)), self._split.micro_batch_size))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
-        group_size = math.ceil(self._split.num_micro_batches / self.plan.num_groups)
+        group_size = self.plan.group_size(self._split.num_micro_batches)
         with BatchPrefetcher(
             lambda i: [data.micro_batch(mine[i])], range(len(mine)), self._decoder.device, self._uploads
         ) as ahead:

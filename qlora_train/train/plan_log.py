@@ -18,6 +18,7 @@ import psutil
 from qlora_train.boundary import reason_of
 from qlora_train.device.description import DeviceDescription
 from qlora_train.errors import RunFolderError
+from qlora_train.files.atomic_file import replace_text
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.plan.split import Split
 from qlora_train.plan.words import gib
@@ -169,6 +170,4 @@ class PlanLog:
 
     def _write(self) -> None:
         if self._writes:
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(seal(self._content), encoding="utf-8")
-            partial.replace(self._file)
+            replace_text(self._file, seal(self._content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +26,7 @@ from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog, SavedPlan, Setting
 from qlora_train.train.resumed import lengthened_line
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.setup import Prepared, make_accelerator, prepare, resolve
+from qlora_train.train.setup import Prepared, RunContext, make_accelerator, prepare, resolve
 from qlora_train.walk.optimizer import paging_lines
 from qlora_train.walk.overflow import require_range
 from qlora_train.weights.ranks import find_ranks
@@ -37,17 +38,17 @@ def run_training(recipe: Recipe, on_step: OnStep, *, resume: bool, use_cache: bo
     with determinism_of_before():
         accelerator = make_accelerator(recipe)
         console = Console(quiet=not accelerator.is_main_process, highlight=False)
-        claim = folder.claimed(partial(_log, console)) if accelerator.is_main_process else nullcontext()
-        with claim:
-            return _train(recipe, folder, accelerator, console, on_step, resume=resume, use_cache=use_cache)
+        log = partial(console.print, markup=False, soft_wrap=True)
+        with folder.claimed(log) if accelerator.is_main_process else nullcontext():
+            return _train(recipe, folder, accelerator, on_step, log, resume=resume, use_cache=use_cache)
 
 
 def _train(
     recipe: Recipe,
     folder: RunFolder,
     accelerator: Accelerator,
-    console: Console,
     on_step: OnStep,
+    log: Callable[[str], None],
     *,
     resume: bool,
     use_cache: bool,
@@ -66,33 +67,24 @@ def _train(
     with ExitStack() as limits, ExitStack() as metering:
         limits.callback(device.limit_allocator, None)  # the process (a notebook) may go on
         meter = metering.enter_context(MemoryTracker(device))
-        prepared = prepare(
-            recipe,
-            base,
-            dtype,
-            data,
-            accelerator,
-            device,
-            ranks=ranks,
-            target=target,
-            saved=plan_log.read() if resume else None,
-            use_cache=use_cache,
-            log=partial(_log, console),
-        )
+        run = RunContext(recipe, base, dtype, device, ranks, target, log)
+        saved = plan_log.read() if resume else None
+        prepared = prepare(run, data, accelerator, saved, use_cache=use_cache)
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
-        first = loop.resume(partial(_log, console)) if resume else 0
+        first = loop.resume(log) if resume else 0
         near = require_range(prepared.model.decoder, _first_micro_batch(prepared))
-        _introduce(console, prepared, loop, first, resume=resume)
+        for text in _introduction(prepared, loop, first, resume=resume):
+            log(text)
         if near is not None:
-            _log(console, near)
+            log(near)
         begun = folder.begun_recipe() if first else None
         if begun is not None and (line := lengthened_line(begun, prepared, loop.num_steps, first + 1)):
-            _log(console, line)
+            log(line)
         ranks.wait()  # no rank may still be checking the folder
         if accelerator.is_main_process:
             folder.begin(recipe)
         if plan_log.moved:
-            _log(console, f"planned anew from step {first + 1} on ({', '.join(plan_log.moved)})")
+            log(f"planned anew from step {first + 1} on ({', '.join(plan_log.moved)})")
         followed = SavedPlan(prepared.model.execution, prepared.model.plan.workload.split)
         values = prepared.model.plan.to_dict() | {
             "seconds_to_the_end": _planned_seconds(prepared, loop.num_steps)
@@ -105,30 +97,26 @@ def _train(
             prepared.model.decoder.close()
             accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
-    _log(console, f"done: adapter in {folder.adapter}")
+    log(f"done: adapter in {folder.adapter}")
     return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
 
 
-def _log(console: Console, line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)
-
-
-def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> None:
-    """Log what is about to be trained, and how, in a few lines."""
+def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> list[str]:
+    """What is about to be trained, and how, in a few lines."""
     recipe, decoder, lora = prepared.recipe, prepared.model.decoder, prepared.model.lora
-    plan = prepared.model.plan
-    if resume and not first:
-        _log(console, f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning")
-    lines = [
+    plan, kept = prepared.model.plan, prepared.model.adapter.kept
+    no_checkpoint = f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning"
+    return [
+        *([no_checkpoint] if resume and not first else []),
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device.torch}",
         f"{coverage(lora.ranks.values(), len(decoder.linears))}; {lora.masters.numel():,} trainable "
         "parameters",
         *(
-            f"the factors on {', '.join(kept)} are applied and kept as they are, not trained"
-            for kept in [prepared.model.adapter.kept]
+            [f"the LoRA parameters on {', '.join(kept)} are applied and kept as they are, not trained"]
             if kept
+            else []
         ),
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
@@ -141,8 +129,6 @@ def _introduce(console: Console, prepared: Prepared, loop: TrainLoop, first: int
         f"{loop.num_steps} optimizer steps of {_rows_of_a_step(prepared)}"
         + (f", going on after step {first}" if first else ""),
     ]
-    for line in lines:
-        _log(console, line)
 
 
 def _planned_seconds(prepared: Prepared, num_steps: int) -> float:

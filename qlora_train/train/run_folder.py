@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_train.boundary import is_disk_failure, reason_of
+from qlora_train.boundary import is_disk_failure, reason_of, require_creatable
 from qlora_train.errors import RunFolderError
+from qlora_train.files.atomic_file import partial_of, replace_text
 from qlora_train.files.folder_lock import lock_folder, remove_leftovers
 from qlora_train.recipe import Recipe, load_recipe
 
@@ -42,7 +43,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
-        self._begun = _partial(self.recipe_file)  # alone in a folder: a run killed before it began
+        self._begun = partial_of(self.recipe_file)  # alone in a folder: a run killed before it began
         self.plan_file = path / "plan.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -54,8 +55,14 @@ class RunFolder:
         with a line where the filesystem has no locks.
 
         Raises `RunFolderError` where another process has locked it, or where no folder can be made."""
-        self._refuse_impossible()
-        nested = (*reversed(self.path.absolute().parents), self.path)
+        path = self.path.absolute()
+        if os.path.exists(path) and path.samefile(path.anchor):
+            raise RunFolderError(
+                f"{self.path}: is the root of all files, not a folder for a run. Choose another "
+                "training.output_dir."
+            )
+        require_creatable(self.path, RunFolderError, "Choose another training.output_dir.")
+        nested = (*reversed(path.parents), self.path)
         made = [path for path in nested if not os.path.lexists(path)]
         try:
             lock = None
@@ -87,30 +94,9 @@ class RunFolder:
                     for folder in reversed(made):
                         folder.rmdir()
 
-    def _refuse_impossible(self) -> None:
-        """Raise `RunFolderError` where no run folder can be made at the path."""
-        path = self.path.absolute()
-        if os.path.exists(path) and path.samefile(path.anchor):
-            raise RunFolderError(
-                f"{self.path}: is the root of all files, not a folder for a run. Choose another "
-                "training.output_dir."
-            )
-        lies_in = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-        if not lies_in.is_dir():
-            kind = "a file" if lies_in.exists() else "a link to nowhere"
-            raise RunFolderError(
-                f"{self.path}: {lies_in} is {kind}, so no folder can be made in it. Choose another "
-                "training.output_dir."
-            )
-        if not os.access(lies_in, os.W_OK | os.X_OK):
-            raise RunFolderError(
-                f"{self.path}: {lies_in} may not be written to. Choose another training.output_dir."
-            )
-
     def check(self, recipe: Recipe, *, resume: bool) -> None:
         """Raise `RunFolderError` unless the folder is free, or holds a run of this (resolved) recipe that is
         to be resumed."""
-        self._refuse_impossible()
         if not self.path.exists() or (self.path.is_dir() and set(self.path.iterdir()) <= {self._begun}):
             if resume:
                 raise RunFolderError(
@@ -154,7 +140,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
-        _replace(self.recipe_file, recipe.to_yaml())
+        replace_text(self.recipe_file, recipe.to_yaml())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl. Numbers that are not finite become null, as JSON has none."""
@@ -173,7 +159,7 @@ class RunFolder:
         """Remove the rows of steps after `last_step`, and damaged lines."""
         if self.metrics_file.is_file():
             kept = [row for row in self.metrics() if row["step"] <= last_step]
-            _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+            replace_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:
@@ -187,17 +173,6 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 
 def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _partial(file: Path) -> Path:
-    return file.with_suffix(".partial")
-
-
-def _replace(file: Path, text: str) -> None:
-    """Replace a file atomically."""
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _differences(saved: Recipe, wanted: Recipe) -> list[str]:

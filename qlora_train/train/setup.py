@@ -45,7 +45,21 @@ from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.execution_plan import ExecutionPlan
 from qlora_train.weights.host_memory import HostMemory
 from qlora_train.weights.load import load_base
-from qlora_train.weights.ranks import ALONE, Ranks
+from qlora_train.weights.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every part of a run's start-up needs. recipe: see `resolve`. dtype: to compute in. target: the
+    least capable device of all ranks. log: called with a line about each thing that takes time."""
+
+    recipe: Recipe
+    base_folder: Path
+    dtype: torch.dtype
+    device: ComputeDevice
+    ranks: Ranks
+    target: DeviceDescription
+    log: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -100,9 +114,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return join_launch(list(recipe.training.report_to), Path(recipe.training.output_dir))
 
 
-def resolve(
-    recipe: Recipe, device: DeviceDescription, num_ranks: int = 1
-) -> tuple[Recipe, Path, torch.dtype]:
+def resolve(recipe: Recipe, device: DeviceDescription, num_ranks: int) -> tuple[Recipe, Path, torch.dtype]:
     """(recipe with `auto`, hub names, `lora.init_from` and batch sizes resolved, the base's folder, compute
     dtype). device: the least capable of all ranks."""
     folder, commit = find_base(recipe.model, Path(recipe.training.output_dir))
@@ -129,32 +141,21 @@ def resolve(
 
 
 def prepare(
-    recipe: Recipe,
-    folder: Path,
-    dtype: torch.dtype,
-    data: OpenData,
-    accelerator: Accelerator,
-    device: ComputeDevice,
-    *,
-    ranks: Ranks = ALONE,
-    target: DeviceDescription | None = None,
-    saved: SavedPlan | None = None,
-    use_cache: bool = True,
-    log: Callable[[str], None] = print,
+    run: RunContext, data: OpenData, accelerator: Accelerator, saved: SavedPlan | None, *, use_cache: bool
 ) -> Prepared:
     """Read the data, make the plan, load the base and attach LoRA parameters.
 
-    recipe: resolved. data: of its data section. target: the least capable device of all ranks; None: this
-    one. saved: the plan of the resumed run, which is followed so that sums keep their order. use_cache: keep
-    the quantized base, and the tokens of large data, for later starts. log: called with a line about each
-    thing that takes time. Raises a `UserError` for contradictory input and for a plan that does not fit.
+    data: of the recipe's data section. saved: the plan of the resumed run, which is followed so that sums
+    keep their order. use_cache: keep the quantized base, and the tokens of large data, for later starts.
+    Raises a `UserError` for contradictory input and for a plan that does not fit.
     """
+    recipe, folder = run.recipe, run.base_folder
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
     tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
     cache = cache_root() if use_cache else None
-    with ranks.leaders_first():  # one rank fills the token cache, the others map it
+    with run.ranks.leaders_first():  # one rank fills the token cache, the others map it
         train_data, eval_data = build_dataset(
             data,
             tokenizer,
@@ -163,56 +164,38 @@ def prepare(
             vocabulary_size=config.vocab_size,
             cache=cache,
         )
+    rows = num_rows(recipe.training, train_data.num_bins)
     model = load_adapted_model(
-        recipe,
-        folder,
-        dtype,
-        device,
-        found,
-        saved,
-        most_documents=lambda micro_batch_size: train_data.most_documents(
-            micro_batch_size, num_rows(recipe.training, train_data.num_bins)
-        ),
-        ranks=ranks,
-        target=target,
-        cache=cache,
-        log=log,
+        run, found, saved, lambda micro_batch_size: train_data.most_documents(micro_batch_size, rows), cache
     )
     trained_on = TrainedOn.of(recipe.model, folder, Path(recipe.training.output_dir), tokenizer)
     return Prepared(recipe, accelerator, tokenizer, train_data, eval_data, model, trained_on)
 
 
 def load_adapted_model(
-    recipe: Recipe,
-    folder: Path,
-    dtype: torch.dtype,
-    device: ComputeDevice,
+    run: RunContext,
     found: ProbeResult,
-    saved: SavedPlan | None = None,
-    *,
+    saved: SavedPlan | None,
     most_documents: Callable[[int], int],
-    ranks: Ranks = ALONE,
-    target: DeviceDescription | None = None,
     cache: Path | None,
-    log: Callable[[str], None],
 ) -> AdaptedModel:
     """Make the plan for this machine, load the base and attach LoRA parameters.
 
-    recipe: resolved. found: result of probing the base's config. saved: a plan to follow instead; the first
-    rank's counts for all. most_documents: the largest number in any micro-batch of so many bins. target: see
-    `prepare`. cache: the folder of quantized bases; None: none is kept. Raises a `UserError` for a plan that
-    does not fit.
+    found: result of probing the base's config. saved: a plan to follow instead; the first rank's counts for
+    all. most_documents: the largest number in any micro-batch of so many bins. cache: the folder of quantized
+    bases; None: none is kept. Raises a `UserError` for a plan that does not fit.
     """
+    recipe, device, ranks = run.recipe, run.device, run.ranks
     told = ranks.gather(None if saved is None else saved.to_dict())[0]
     saved = None if told is None else SavedPlan.from_dict(told)
     plan = plan_here(
         recipe,
-        folder,
-        dtype,
+        run.base_folder,
+        run.dtype,
         device,
         most_documents,
         ranks,
-        target,
+        run.target,
         split=None if saved is None else saved.split,
         keeps_quantized_base=cache is not None,
     )
@@ -221,15 +204,23 @@ def load_adapted_model(
         device, plan.workload, recipe.memory.vram_bytes, managed_bytes=managed_bytes(plan.workload)
     )
     execution = plan.execution if saved is None else saved.execution
-    host = host_memory_of_run(plan, execution, device, log)
+    host = host_memory_of_run(plan, execution, device, run.log)
     quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
     decoder = load_base(
-        folder, quantization, dtype, device, plan=execution, cache=cache, host=host, ranks=ranks, log=log
+        run.base_folder,
+        quantization,
+        run.dtype,
+        device,
+        plan=execution,
+        cache=cache,
+        host=host,
+        ranks=ranks,
+        log=run.log,
     )
     decoder.skippable = found.skippable
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
-    lora, adapter = attach_lora(recipe, decoder, dtype)
+    lora, adapter = attach_lora(recipe, decoder, run.dtype)
     device.release_cached()  # what loading and quantizing took would stay beside other sizes
     return AdaptedModel(plan, execution, host, decoder, lora, adapter)
 

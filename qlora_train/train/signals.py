@@ -9,43 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Self
 
-from qlora_train.interrupts import HANGUP, handled_signals, lost_signal, print_nowhere
+from qlora_train.interrupts import HANGUP, SignalHandler, lost_signal
 
 
-class StopSignal:
+class StopSignal(SignalHandler):
     """A context manager that notes signals. received: number of the first signal, or 0; one whose exception
     was lost during start-up counts. announce: returns the line to print when it comes."""
 
     def __init__(self, announce: Callable[[], str] = lambda: "stopping after this step") -> None:
-        self.received = 0
+        super().__init__()
         self._announce = announce
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         self.received = lost_signal()
-        for number in handled_signals():
-            self._previous[number] = signal.signal(number, self._note)
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         self._restore()  # the next signal has the previous handler
-        if number == HANGUP:
-            print_nowhere()
-        else:
+        super().__call__(number, frame)
+        if number != HANGUP:
             with contextlib.suppress(OSError):  # stderr may be closed
                 os.write(2, f"\n{self._announce()}\n".encode())
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

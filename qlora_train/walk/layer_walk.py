@@ -92,7 +92,8 @@ class LayerWalk:
         for modules in self._modules:
             for module in modules:
                 module.zero_grad()  # left by an aborted step
-        groups = list(_groups(micro_batches, self.plan.num_groups))
+        size = self.plan.group_size(len(micro_batches))
+        groups = [micro_batches[start : start + size] for start in range(0, len(micro_batches), size)]
         self._decoder.weights.set_schedule(self._order(len(groups)))
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
         for group in groups:
@@ -193,8 +194,3 @@ class LayerWalk:
             yield
         finally:
             self._lora.dropout_context.tokens = None
-
-
-def _groups(micro_batches: Sequence[PackedTokens], num_groups: int) -> Iterator[Sequence[PackedTokens]]:
-    size = -(-len(micro_batches) // num_groups)
-    return (micro_batches[start : start + size] for start in range(0, len(micro_batches), size))

@@ -1,7 +1,8 @@
 """Reads a base checkpoint and quantizes it, a block of rows at a time; the 16-bit model is never in memory.
 
 Linears of a layer are quantized straight into the layer buffer. Weights that bitsandbytes has already
-quantized are copied there as they are; those in FP8 are quantized like 16-bit ones (fp8_checkpoint.py).
+quantized are copied there as they are; those in FP8 are quantized like 16-bit ones (fp8_checkpoint.py),
+experts in MXFP4 stay so (mxfp4_checkpoint.py).
 Norms, biases, embedding and head are cast to the compute dtype, with no fp32 upcasts; a head that
 bitsandbytes has quantized stays quantized (quantized_matrix.py). Peak: what is being filled, plus one block
 of rows (64 MiB) and the quantizer's scratch (64 MiB), or the quantized head. (transformers' own loader first
@@ -19,16 +20,16 @@ import torch
 from torch import Tensor
 
 from qlora_train.errors import BaseModelError
-from qlora_train.files.shards import MAX_READ_BYTES, ShardReader
+from qlora_train.files.shards import MAX_READ_BYTES
 from qlora_train.model.base import MetaModel
 from qlora_train.model.layer_buffer import LayerBufferLayout
 from qlora_train.model.quantized_matrix import RowLayout
-from qlora_train.quant.formats import UNQUANTIZED, Quantization
+from qlora_train.quant.formats import MXFP4, UNQUANTIZED, Quantization
 from qlora_train.quant.quantize import quantize
 from qlora_train.quant.weight import QuantizedWeight
 from qlora_train.weights.bitsandbytes_checkpoint import bitsandbytes_quantization, read_bitsandbytes_weight
 from qlora_train.weights.checkpoint_names import RowPart, row_parts, tensors_of
-from qlora_train.weights.fp8_checkpoint import Fp8Reader
+from qlora_train.weights.mxfp4_checkpoint import Mxfp4Reader
 
 
 class BaseCheckpoint:
@@ -42,10 +43,10 @@ class BaseCheckpoint:
     the file headers show it, otherwise when the tensor is read.
     """
 
-    def __init__(self, folder: Path, meta_model: MetaModel, reader: ShardReader | None = None) -> None:
+    def __init__(self, folder: Path, meta_model: MetaModel, reader: Mxfp4Reader | None = None) -> None:
         """reader: reads the tensors; None: a new one for the files in `folder`."""
         self.folder, self.meta_model = folder, meta_model
-        self.reader = reader or Fp8Reader(folder)
+        self.reader = reader or Mxfp4Reader(folder)
         weights = {
             meta_model.parameter_name(layer, name): (layer, name)
             for layer in range(len(meta_model.layer_paths))
@@ -75,7 +76,7 @@ class BaseCheckpoint:
         """Quantize every linear of a layer into `layer_buffer` (uint8), on the device of that buffer."""
         for name, weight in layout.weights(layer_buffer).items():
             parameter = self.meta_model.parameter_name(layer, name)
-            self._quantize_into(parameter, weight.shape, layout.quantization, weight.tensors)
+            self._quantize_into(parameter, weight.shape, weight.quantization, weight.tensors)
 
     def plain(self, device: torch.device) -> dict[str, Tensor]:
         """Norms and biases in the compute dtype."""
@@ -146,6 +147,9 @@ class BaseCheckpoint:
         self, name: str, shape: tuple[int, int], quantization: Quantization, tensors: dict[str, Tensor]
     ) -> None:
         names = self._tensors[name]
+        if quantization == MXFP4:
+            self._read_kept(names, shape, tensors)
+            return
         already = read_bitsandbytes_weight(self.reader, names[0]) if len(names) == 1 else None
         if already is None:
             found = self.reader.info(names[0]).shape
@@ -165,13 +169,22 @@ class BaseCheckpoint:
         for key, tensor in already.tensors.items():
             tensors[key].copy_(tensor)
 
-    def _check_tied_head(self) -> None:
+    def _read_kept(self, names: tuple[str, ...], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        if names[0] not in self.reader.experts:
+            raise BaseModelError(
+                f"{self.folder}: {names[0]} is not in MXFP4, as config.json has it (quantization_config). "
+                "Check that config.json belongs to these weights."
+            )
+        num_experts, columns, rows = self.reader.info(names[0]).shape
+        self._check_shape(names[0], (num_experts * rows, columns), shape)
+        self.reader.read_kept(names[0], tensors)
+
+    def _check_tied_head(self, head: str) -> None:
         """A tied head that is in the file as well must equal the embedding: otherwise transformers unties
         them."""
-        head, embedding = self.meta_model.own_head_name, self.find(self.meta_model.embedding_name)
-        if head not in self.reader:
-            return
-        same = self.reader.info(head).shape == self.reader.info(embedding).shape
+        embedding = self.find(self.meta_model.embedding_name)
+        found, wanted = self.reader.info(head), self.reader.info(embedding)
+        same = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
         pairs = zip(self.reader.row_blocks(head), self.reader.row_blocks(embedding), strict=False)
         if not same or not all(torch.equal(ours, theirs) for (_, _, ours), (_, _, theirs) in pairs):
             raise BaseModelError(
@@ -190,6 +203,12 @@ class BaseCheckpoint:
         for name in self._tensors[parameter]:
             for _, _, rows in self.reader.row_blocks(name, max_bytes):
                 yield rows.flatten(0, -2) if rows.dim() > 2 else rows
+
+    @property
+    def own_head(self) -> str:
+        """The tensor of a head that is not tied, or what it would be called."""
+        name = self.meta_model.own_head_name
+        return self._tensors.get(name, (name,))[0]
 
     def find(self, name: str) -> str:
         """The one tensor that holds a parameter. Raises `BaseModelError` if there is none."""
@@ -224,15 +243,16 @@ class BaseCheckpoint:
         wanted = [meta_model.embedding_name, meta_model.head_name, *meta_model.plain_shapes]
         used = {self.find(name) for name in wanted} | self.parts.keys()
         if meta_model.is_tied:
-            used.add(meta_model.own_head_name)
-            self._check_tied_head()
+            for head in self._tensors.get(meta_model.own_head_name, ()):
+                used.add(head)
+                self._check_tied_head(head)
         kept = {n for n in self.reader.names() if n not in used and self._is_of_another_part(n)}
         always_fp32 = {self.find(n) for n in meta_model.plain_shapes if meta_model.keeps_fp32(n)}
         self.unchanged = frozenset(kept | always_fp32)
         surplus = [
             n
             for n in self.reader.names()
-            if n.endswith((".weight", ".bias")) and n not in used and n not in kept
+            if (n.endswith((".weight", ".bias")) or ".experts." in n) and n not in used and n not in kept
         ]
         if surplus:
             raise BaseModelError(

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from qlora_train.errors import UnsupportedModelError
+from qlora_train.errors import BaseModelError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def tensors_of(
         else:
             continue
         place = (0, 0) if pattern is None else _place(name, pattern, _gathering(converters, pattern, name))
+        if place in found[parameter]:
+            other = found[parameter][place]
+            raise BaseModelError(f"{other} and {name}: two tensors of the checkpoint stand for {parameter}")
         found[parameter][place] = name
     return {name: tuple(tensors[place] for place in sorted(tensors)) for name, tensors in found.items()}
 

@@ -89,6 +89,10 @@ class ExecutionPlan:
         """Whether all weights are stored on the device."""
         return all(place is Placement.DEVICE for place in (*self.weights, self.embedding, self.head))
 
+    def group_size(self, num_micro_batches: int) -> int:
+        """Number of micro-batches that pass the layers together."""
+        return -(-num_micro_batches // self.num_groups)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for plan.json, metrics and checkpoints."""
         return {key: _plain(value) for key, value in asdict(self).items()}

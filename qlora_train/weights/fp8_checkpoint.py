@@ -66,7 +66,7 @@ class _Scaling:
 
 
 class Fp8Reader(ShardReader):
-    """The tensors of a checkpoint, those in FP8 in float32 and without their scales.
+    """The tensors of a checkpoint, those in FP8 (`fp8`) in float32 and without their scales.
 
     Raises `BaseModelError` on opening, as `ShardReader` does, and for an FP8 weight whose scales are missing
     or do not fit it, or scales that no FP8 weight has: a weight without its scale is hundreds of times too
@@ -76,12 +76,12 @@ class Fp8Reader(ShardReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         names = super().names()
-        fp8 = [name for name in names if self._place(name).info.dtype in FP8_DTYPES]
-        block = _block_size(folder) if fp8 else None
-        self._scalings = {name: self._scaling_of(name, block) for name in fp8}
+        self.fp8 = frozenset(name for name in names if self._place(name).info.dtype in FP8_DTYPES)
+        block = _block_size(folder) if self.fp8 else None
+        self._scalings = {name: self._scaling_of(name, block) for name in names if name in self.fp8}
         self._hidden = {scaling.scales for scaling in self._scalings.values()}
         self._refuse_surplus(names)
-        self._hidden |= {name.removesuffix("weight") + ending for name in fp8 for ending in INPUT_SCALES}
+        self._hidden |= {name.removesuffix("weight") + ending for name in self.fp8 for ending in INPUT_SCALES}
 
     def names(self) -> list[str]:
         """Every weight's name, in the order of the files and of the bytes in them."""

@@ -157,7 +157,7 @@ def test_damaged_adapter_folders_are_refused(tmp_path: Path) -> None:
         load_adapter(tmp_path / "a")
     tensors.pop("base_model.model.model.layers.1.mlp.down_proj.lora_B.weight")
     save_file(tensors, tmp_path / "a" / WEIGHTS_FILE)
-    with pytest.raises(BaseModelError, match=r"only one factor of model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(BaseModelError, match=r"only one of A and B of model\.layers\.1\.mlp\.down_proj"):
         load_adapter(tmp_path / "a")
     (tmp_path / "a" / WEIGHTS_FILE).rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(BaseModelError, match="pickle"):

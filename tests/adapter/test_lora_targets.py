@@ -34,6 +34,10 @@ CHOICES: dict[str, dict[str, Any]] = {
         "target_modules": r".*_proj",
         "exclude_modules": r".*\.layers\.2\..*|.*down_proj",
     },
+    "all but some": {
+        "target_modules": "all-linear",
+        "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"],
+    },
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [2, 0]},
     "one layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
     "patterns": {

@@ -19,8 +19,8 @@ MERGE_AND_UNLOAD = "peft merge_and_unload, save_pretrained"
 BITSANDBYTES = "bitsandbytes"
 
 
-def _base(name: str, **sizes: int) -> dict[str, Any]:
-    return {"name": name, "config": {"model_type": "llama", **sizes}}
+def _base(name: str, model_type: str = "llama", **sizes: int) -> dict[str, Any]:
+    return {"name": name, "config": {"model_type": model_type, **sizes}}
 
 
 LLAMA_200M = _base(
@@ -30,6 +30,21 @@ LLAMA_200M = _base(
     num_hidden_layers=12,
     num_attention_heads=16,
     num_key_value_heads=4,
+    vocab_size=32000,
+    max_position_embeddings=4096,
+)
+MIXTURE_100M = _base(
+    "mixture-100m",
+    "qwen3_moe",
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=384,
     vocab_size=32000,
     max_position_embeddings=4096,
 )
@@ -94,6 +109,18 @@ def _cpu_200m(activations: str, target: str) -> Case:
     )
 
 
+MIXTURE = Case(
+    name="cpu-moe-16-experts",
+    about="16 experts on the CPU, 2 x 512 tokens a step; peers keep the experts in 16 or 32 bits",
+    contenders=(
+        _ours(memory={"activations": "recompute"}),
+        _ours(f"{OURS}, from disk", memory={"activations": "recompute", "weights": "disk"}),
+        _peft(PEFT, as_documented=True),
+    ),
+    reference=PEFT,
+    settings={**STEPS, "sequence_length": ROW_TOKENS, "micro_batch_size": 2, "rows_per_micro_batch": 2},
+    inputs={"base": MIXTURE_100M, "rows": _texts(14)},
+)
 CHAT_ROWS = Case(
     name="cpu-chat-rows",
     about="200M LLaMA on the CPU, short prompts and answers of very different lengths, packed to 1,024",
@@ -186,6 +213,7 @@ DEQUANTIZE = Case(
 CASES: tuple[Case, ...] = (
     _cpu_200m("keep", ">= 2.3x tokens/s at <= 0.85x peak"),
     _cpu_200m("recompute", ">= 1.7x tokens/s at <= 0.62x peak"),
+    MIXTURE,
     CHAT_ROWS,
     LOAD,
     MERGE,

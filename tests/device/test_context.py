@@ -11,10 +11,10 @@ import torch
 from qlora_train.device import context, driver
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.context import context_bytes, in_use_before, make_workspaces
-from qlora_train.plan.generation import bare_workload
 from qlora_train.plan.machine_plan import plan_generation_here
 from qlora_train.plan.model_shape import find_shape
 from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.plan.workload import Workload
 from qlora_train.quant.formats import Quantization
 
 MIB, GIB = 2**20, 2**30
@@ -103,7 +103,7 @@ def test_asked_too_late_and_asked_again(card: Card, sim: ComputeDevice) -> None:
 def test_plans_take_what_is_measured(card: Card, sim: ComputeDevice) -> None:
     in_use_before()
     shape = find_shape("meta-llama/Llama-3.2-1B", None)
-    workload = bare_workload(shape, Quantization("nf4", True), torch.bfloat16, sim.description)
+    workload = Workload(shape, Quantization("nf4", True), torch.bfloat16, sim.description)
     plan = plan_generation_here(workload, GenerateSize(), sim, vram_bytes=4 * GIB, weights="auto")
     assert plan.workload.target.context_bytes == card.ours != STATED == sim.description.context_bytes
     free = plan_generation_here(workload, GenerateSize(), sim, vram_bytes=None, weights="auto")

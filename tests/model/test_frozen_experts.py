@@ -206,3 +206,31 @@ def test_experts_out_of_the_probes_reach_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(probing, "_tiny_experts", lambda fields: {"mlp_only_layers": [0, 1]})
     with pytest.raises(UnsupportedModelError, match="did not reach its experts"):
         shape_of(config)
+
+
+@pytest.mark.parametrize("place", [Placement.RAM, Placement.DISK])
+def test_in_reference_mode_kept_graphs_outlive_the_ring_slot(tmp_path: Path, place: Placement) -> None:
+    """Unquantized experts would be views of a slot that the next layer overwrites."""
+    folder = write_checkpoint(tmp_path, "qwen3_moe")
+    gradients = []
+    for where in (Placement.DEVICE, place):
+        num_slots = 0 if where is Placement.DEVICE else 2
+        plan = resident_plan(*[ActivationPolicy.KEEP] * 3, weights=(where,) * 3, num_slots=num_slots)
+        decoder, lora = load_tiny(folder, NO, plan=plan)
+        walk = LayerWalk(decoder, lora, plan, reference=True)
+        walk.accumulate([packed_row(LENGTHS)], seed=0, step=1, num_supervised=50)
+        gradients.append(lora.gradient.clone())
+        decoder.close()
+    assert torch.equal(*gradients)
+
+
+def test_layers_without_an_mlp_of_that_name_are_not_tiled(tmp_path: Path) -> None:
+    decoder, lora = load_tiny(write_checkpoint(tmp_path, "lfm2"), NO)
+    gradients = []
+    for tile_tokens in (None, 16):
+        plan = resident_plan(*[ActivationPolicy.RECOMPUTE] * 3, mlp_tile_tokens=tile_tokens)
+        lora.gradient.zero_()
+        walk = LayerWalk(decoder, lora, plan, reference=False)
+        walk.accumulate([packed_row(LENGTHS)], seed=0, step=1, num_supervised=50)
+        gradients.append(lora.gradient.clone())
+    assert torch.equal(*gradients)

@@ -19,13 +19,13 @@ from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.errors import UserError
 from qlora_train.generate.decoding import Sampling, generate_tokens
 from qlora_train.plan.fixed_bytes import KV_CACHE, OPTIMIZER, WORKING
-from qlora_train.plan.generation import GenerationPlan, bare_workload, plan_generation
+from qlora_train.plan.generation import GenerationPlan, plan_generation
 from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.model_shape import find_shape, known_shape
 from qlora_train.plan.placement import placed
 from qlora_train.plan.plan import room_in
 from qlora_train.plan.planned_walk import GenerateSize, generate_peak, load_peak
-from qlora_train.plan.workload import workload_of
+from qlora_train.plan.workload import Workload, workload_of
 from qlora_train.quant.formats import Quantization
 from qlora_train.quant.quantize import quantize
 from qlora_train.recipe import Recipe
@@ -46,7 +46,7 @@ def planned(
     target: DeviceDescription = GPU,
     **options: Any,
 ) -> GenerationPlan:
-    workload = bare_workload(known_shape(base), *SIXTEEN_BITS, target)
+    workload = Workload(known_shape(base), *SIXTEEN_BITS, target)
     return plan_generation(workload, size, int(gib * GIB), host, **options)
 
 
@@ -62,7 +62,7 @@ def test_a_budget_is_never_exceeded_and_as_few_layers_as_fit_stream(gib: float) 
     else:
         assert plan.execution.embedding is Placement.RAM
     if num_streamed:
-        one_less = placed(plan.execution, Placement.RAM, num_streamed - 1, is_tied=False)
+        one_less = placed(plan.execution, num_streamed - 1, place=Placement.RAM, is_tied=False)
         then = generate_peak(plan.workload, one_less, plan.size, in_training=False)
         bytes_then = max(sum(then.values()), sum(load_peak(plan.workload, one_less).values()))
         assert bytes_then > room_in(int(gib * GIB), plan.workload)
@@ -181,9 +181,9 @@ def test_plan_matches_meter(
     model = AutoModelForCausalLM.from_config(tiny_config(family, max_position_embeddings=512, **sizes))
     model.save_pretrained(tmp_path / "base")
     shape = find_shape(str(tmp_path / "base"))
-    workload = bare_workload(shape, quantization, dtype, TARGET_CPU)
+    workload = Workload(shape, quantization, dtype, TARGET_CPU)
     resident = everything_resident(shape.num_layers)
-    streamed = placed(resident, Placement.DISK, shape.num_layers, is_tied=shape.is_tied)
+    streamed = placed(resident, shape.num_layers, place=Placement.DISK, is_tied=shape.is_tied)
     if quantization.is_4bit:
         quantize([torch.zeros(64, 64)], (64, 64), quantization)  # the quantizer's look-up table is made once
     for execution in (resident, streamed):

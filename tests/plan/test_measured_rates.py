@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from simulated_gpu.fixture import SimulatedGpu
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.files.sealed_json import unseal
 from qlora_train.plan import measured_rates
 from qlora_train.plan.measured_rates import matrix_size, rates_of
 from qlora_train.plan.time_model import stated_rates
@@ -34,7 +36,7 @@ def test_measured_once(small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_pa
     assert rates_of(small, torch.float32, tmp_path) == measured
     assert simulated_gpu.num_operators == calls
     assert rates_of(small, torch.float16, tmp_path) != measured
-    assert len(json.loads((tmp_path / "rates.json").read_text())) == 2
+    assert len(unseal(tmp_path / "rates.json")) == 2
 
 
 def test_on_the_cpu(small: ComputeDevice, tmp_path: Path) -> None:
@@ -42,10 +44,14 @@ def test_on_the_cpu(small: ComputeDevice, tmp_path: Path) -> None:
     assert rates_of(THE_CPU, torch.float32, tmp_path) == kept
 
 
-def test_a_damaged_file_is_written_anew(small: ComputeDevice, tmp_path: Path) -> None:
-    (tmp_path / "rates.json").write_text("{")
+@pytest.mark.parametrize("damaged_copy", ["-5.0", "Infinity", '"fast"', "7.0", "{"])
+def test_a_damaged_file_is_written_anew(small: ComputeDevice, tmp_path: Path, damaged_copy: str) -> None:
     rates_of(small, torch.float32, tmp_path)
-    assert len(json.loads((tmp_path / "rates.json").read_text())) == 1
+    text = (tmp_path / "rates.json").read_text()
+    (tmp_path / "rates.json").write_text(re.sub(r'"copy": [^,]*', f'"copy": {damaged_copy}', text))
+    again = rates_of(small, torch.float32, tmp_path)
+    assert 0 < again.copy < math.inf and again.copy != 7
+    assert len(unseal(tmp_path / "rates.json")) == 1
 
 
 def test_rates_of_copies_that_were_refused_are_not_kept(

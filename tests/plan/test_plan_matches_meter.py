@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mxfp4_bases import write_mxfp4_base
 from tiny_models import packed_row, quantize_with_head, tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +57,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-wide-head": ("llama", {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 5001}),
     "qwen3-3m": ("qwen3", {"hidden_size": 192, "intermediate_size": 576, "vocab_size": 3000, "head_dim": 64}),
+    "gpt_oss-mxfp4": ("gpt_oss", {"hidden_size": 256, "intermediate_size": 320, "vocab_size": 1000}),
     "phi3-4m": ("phi3", {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 500}),
     "gemma-3m": ("gemma", {"hidden_size": 192, "intermediate_size": 768, "vocab_size": 700, "head_dim": 48}),
     **{
@@ -161,6 +163,8 @@ CASES = {
     "held": Case("llama-4m", num_micro_batches=3, activations=(RECOMPUTE,), plan={"hold_dequantized": True}),
     "held-kept": Case("llama-4m", num_micro_batches=2, plan={"hold_dequantized": True}, documents=(32,)),
     "qwen3": Case("qwen3-3m", activations=(KEEP, RECOMPUTE), documents=(100, 28)),
+    "mxfp4": Case("gpt_oss-mxfp4", activations=(KEEP, RECOMPUTE)),
+    "mxfp4-reference": Case("gpt_oss-mxfp4", reference=True, quantization=Quantization("none")),
     "phi3": Case("phi3-4m", activations=(RECOMPUTE, KEEP)),
     "gemma": Case("gemma-3m", activations=(RECOMPUTE,), documents=(256,)),
     "ministral": Case("ministral", activations=(KEEP, RECOMPUTE), num_micro_batches=2),
@@ -264,6 +268,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if quantization is not None:
             return quantize_with_head(folder(name, None), root / f"{name} {quantization}", quantization)
         family, sizes = SHAPES[name]
+        if name.endswith("-mxfp4"):
+            return write_mxfp4_base(root / name, **sizes)
         config = tiny_config(family, **({"max_position_embeddings": 2048} | sizes))
         torch.manual_seed(0)
         with torch.no_grad():

@@ -120,7 +120,7 @@ def test_a_walk_takes_what_the_plan_says(family: str, name: str) -> None:
     config = small_config(family, 4) if family in WALKED else tiny_config(family, num_hidden_layers=4)
     workload = workload_for(config, documents=DOCUMENTS, **({"num_supervised": 173} | changes))
     plan = replace(everything_resident(4), activations=activations, loss_tokens=64, head_tile_rows=40, **cuts)
-    within = 0.015 if family == "qwen3_5_moe_text" else 0  # its two kinds of layers peak at other places
+    within = 0.03 if family == "qwen3_5_moe_text" else 0  # its chunked recurrence ends a little later there
     assert peak_of_plan(workload, plan) == pytest.approx(peak_on_cpu(workload, plan), rel=within)
 
 

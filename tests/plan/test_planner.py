@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -309,9 +310,11 @@ def test_streaming_hides_behind_arithmetic_in_large_groups() -> None:
     for tokens, hidden in ((16 * 1024, True), (128, False)):
         asked = recipe(data={"sequence_length": tokens}, training={"gradient_accumulation_steps": 1})
         workload = workload_of(asked, known_shape("llama-3.1-8b"), GPU)
-        time = step_time(workload, plan, RATES)
-        assert (time.total_seconds < 1.1 * time.compute_seconds) == hidden
-        assert (time.copy_seconds > time.compute_seconds) != hidden
+        seconds = step_time(workload, plan, RATES).total_seconds
+        compute_seconds = step_time(workload, plan, replace(RATES, copy=math.inf)).total_seconds
+        only_copies = replace(RATES, flops=math.inf, memory=math.inf)
+        assert (seconds < 1.1 * compute_seconds) == hidden
+        assert (step_time(workload, plan, only_copies).total_seconds > compute_seconds) != hidden
 
 
 def test_flops_per_token_and_parameter() -> None:
@@ -324,6 +327,8 @@ def test_flops_per_token_and_parameter() -> None:
     head = 4 * workload.num_supervised * workload.num_micro_batches * workload.shape.matrix_parameters
     assert (step_time(workload, kept, RATES).flops - head) / work == pytest.approx(4, rel=0.01)
     assert (step_time(workload, recomputed, RATES).flops - head) / work == pytest.approx(5.46, rel=0.01)
+    dora = replace(workload, use_dora=True)  # every product with a weight once more in backward
+    assert (step_time(dora, kept, RATES).flops - head) / work == pytest.approx(6, rel=0.01)
 
 
 def test_a_recipe_becomes_a_plan_for_a_device() -> None:

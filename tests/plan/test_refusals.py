@@ -31,12 +31,12 @@ def base_of(family: str, folder: Path, **changes: Any) -> Path:
         ("llama", {"quantization_config": {"quant_method": "awq", "bits": 4}}, {}, "quantized by awq"),
         ("llama", {"quantization_config": {"quant_method": "nvfp4"}}, {}, "quantized by nvfp4"),
         ("llama", {"compression_config": {"quant_method": "compressed-tensors"}}, {}, "compressed-tensors"),
-        ("mixtral", {}, {}, "mixtral is not supported"),
+        ("llama4_text", {}, {}, "llama4_text is not supported"),
         ("stablelm", {}, {}, "stablelm is not supported"),
         ("llama", {"rope_parameters": ROPE}, {"sequence_length": 512}, "rope type dynamic"),
         ("llama", {"hidden_size": 10**9}, {}, "hidden_size"),
     ],
-    ids=["gptq", "awq", "nvfp4", "compressed", "moe", "stablelm", "rope", "size"],
+    ids=["gptq", "awq", "nvfp4", "compressed", "llama4", "stablelm", "rope", "size"],
 )
 def test_both_refuse(
     family: str,

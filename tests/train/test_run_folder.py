@@ -113,8 +113,8 @@ def test_a_run_killed_before_its_recipe_was_there_leaves_the_folder_free(
 def test_a_folder_below_a_file_is_refused(tmp_path: Path, below: str) -> None:
     (tmp_path / "notes").write_text("a file")
     folder = RunFolder(tmp_path / "notes" / below / "run")
-    with pytest.raises(RunFolderError, match=r"notes is a file.*training\.output_dir"):
-        folder.check(make_recipe(tmp_path), resume=False)
+    with pytest.raises(RunFolderError, match=r"notes is a file.*training\.output_dir"), folder.claimed():
+        pytest.fail("claimed")
 
 
 def test_another_runs_folder_needs_resume(tmp_path: Path, folder: RunFolder) -> None:
@@ -261,9 +261,9 @@ def test_where_there_are_no_locks_it_is_said(folder: RunFolder, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("path", ["/", "/..", "//"])
-def test_the_root_of_all_files_is_refused(tmp_path: Path, path: str) -> None:
-    with pytest.raises(RunFolderError, match="is the root of all files"):
-        RunFolder(Path(path)).check(make_recipe(tmp_path), resume=False)
+def test_the_root_of_all_files_is_refused(path: str) -> None:
+    with pytest.raises(RunFolderError, match="is the root of all files"), RunFolder(Path(path)).claimed():
+        pytest.fail("claimed")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "link/run", "loop", "/proc/x", "/dev/null/x"])
