@@ -128,8 +128,8 @@ def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 NO_DROPOUT_WITH_DORA = (
-    "must be 0 with use_dora, which scales the base's output too: it would have to be computed a second time, "
-    "from the input that is left"
+    "must be 0 with use_dora, which scales the base's output too: that would have to be computed a second "
+    "time, from the input that is left"
 )
 
 

@@ -275,11 +275,6 @@ def test_values_out_of_type_or_range(key: str, value: Any, message: str) -> None
             "training.max_steps: contradicts training.epochs: write one of them",
         ),
         (
-            {"lora__use_dora": True, "lora__dropout": 0.05},
-            "lora.dropout: must be 0 with use_dora, which scales the base's output too: it would have to be "
-            "computed a second time, from the input that is left",
-        ),
-        (
             {"training__epochs": None},
             "training.epochs: epochs and max_steps are both null: write one of them",
         ),

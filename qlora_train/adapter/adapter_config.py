@@ -105,8 +105,8 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
     use_dora = bool(raw.get("use_dora", False))
     if use_dora and (heads := [path for path in ranks if last_name(path) == HEAD]):
         raise BaseModelError(
-            f"{folder}: the adapter uses DoRA (use_dora) on {heads[0]}; it is supported on the linears of decoder "
-            "layers. Merge it into its base with peft, and train on the merged model."
+            f"{folder}: the adapter uses DoRA (use_dora) on {heads[0]}; it is supported on the linears of "
+            "decoder layers. Merge it into its base with peft, and train on the merged model."
         )
     _refuse_unsupported(folder, raw)
     try:
@@ -216,7 +216,7 @@ def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
 
 
 def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
-    """Raise `BaseModelError` for a config that means more than plain LoRA."""
+    """Raise `BaseModelError` for a config that means more than LoRA and DoRA."""
     found = [f"{meaning} ({key})" for key, meaning in UNSUPPORTED_KEYS.items() if raw.get(key)]
     if raw.get("peft_type") != "LORA":
         found.append(f"the method {raw.get('peft_type')} (peft_type)")

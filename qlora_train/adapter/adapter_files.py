@@ -50,8 +50,8 @@ def save_adapter(
 ) -> None:
     """Write (or replace as a whole) an adapter folder; the same input gives the same bytes.
 
-    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; stored in fp32, of which
-    there are m where the config uses DoRA. other_files: name -> text of files to write beside them.
+    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; with m if the config
+    uses DoRA; stored in fp32. other_files: name -> text of files to write beside them.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(lora):
@@ -150,10 +150,10 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
         )
     for tensor in tensors:
         if not tensor.is_floating_point():
-            raise BaseModelError(f"{folder}: A and B of {path} are {tensor.dtype}, no real numbers.")
+            raise BaseModelError(f"{folder}: the tensors of {path} are {tensor.dtype}, no real numbers.")
         if not torch.isfinite(tensor).all():
             raise BaseModelError(
-                f"{folder}: A and B of {path} hold values that are not finite. Copy the "
+                f"{folder}: the tensors of {path} hold values that are not finite. Copy the "
                 "adapter again, or train it anew."
             )
     return tuple(tensor.float() for tensor in tensors)
@@ -168,7 +168,7 @@ def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
         parts = TENSOR_NAME.fullmatch(name)
         if parts is None:
             raise BaseModelError(
-                f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which plain LoRA does not have."
+                f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which neither LoRA nor DoRA has."
             )
         found.setdefault(parts["path"], {})[parts["letter"] or "m"] = name
     if not found:

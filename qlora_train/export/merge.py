@@ -1,5 +1,5 @@
-"""Merges an adapter: writes W + scaling * B A for every trained weight W as a safetensors checkpoint; with DoRA
-those rows scaled to the lengths m.
+"""Merges an adapter: writes W + scaling * B A for every trained weight W as a safetensors checkpoint, with
+DoRA (m / n) (W + scaling * B A), whose rows have the lengths m.
 
 It works on a few rows of one tensor at a time: rows are read, computed in fp32, cast and appended to the
 shard. A safetensors header holds only dtypes, shapes and offsets, which follow from the base's shapes, so it
@@ -244,7 +244,8 @@ class MergedWeights:
         return info.shape
 
     def _match(self, lora: LoraPairs) -> dict[str, tuple[tuple[Tensor, ...], float]]:
-        """((A, B), scaling), with DoRA ((A, B, m), scaling), by tensor name. Raises `ExportError` where the adapter does not fit the base."""
+        """(tensors of the adapter, scaling) by tensor name. Raises `ExportError` where they do not fit the
+        base."""
         modules = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
         names = match_modules(lora, modules)
         matched: dict[str, tuple[tuple[Tensor, ...], float]] = {}

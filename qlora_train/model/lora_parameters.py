@@ -38,8 +38,8 @@ class LoraParameters:
     """The LoRA parameters of `linears` in flat buffers, attached to each linear as views (`linear.lora`).
 
     rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: of the
-    initialization of A. dtype: of the working copy. use_dora: each linear has a magnitude m too; needs dropout
-    0. An existing `linear.lora` is replaced.
+    initialization of A. dtype: of the working copy. use_dora: with a magnitude for each linear; dropout must
+    be 0. An existing `linear.lora` is replaced.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class LoraParameters:
     ) -> LoraParameters:
         """The LoRA parameters of a finished adapter, without dropout, attached to the linears that it adapts.
 
-        lora: (A, B), with DoRA (A, B, m), by the names of `linears`. Raises `BaseModelError` if shapes differ."""
+        lora: (A, B), with DoRA (A, B, m), by the names of `linears`. Raises `BaseModelError` if shapes
+        differ."""
         targets = {name: linear for name, linear in linears.items() if name in lora}
         buffers = LoraParameters(
             targets,
@@ -106,8 +107,8 @@ class LoraParameters:
         return buffers
 
     def views(self, flat: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """{module name: (A [R, in], B [out, R]), with DoRA (A, B, m [out])} as views of `flat`, one of the flat
-        buffers."""
+        """{module name: (A [R, in], B [out, R]), with DoRA (A, B, m [out])} as views of `flat`, one of the
+        flat buffers."""
         pairs: dict[str, tuple[Tensor, ...]] = {}
         at_a, at_b = 0, self.num_a
         for name, (shape_a, shape_b) in self._shapes.items():
@@ -133,8 +134,8 @@ class LoraParameters:
             magnitude.is_stale = True
 
     def load(self, lora: Mapping[str, tuple[Tensor, ...]]) -> None:
-        """Set the masters to an adapter's (A, B), with DoRA (A, B, m), by module name. Raises `BaseModelError`
-        if modules or shapes differ."""
+        """Set the masters to an adapter's (A, B), with DoRA (A, B, m), by module name. Raises
+        `BaseModelError` if modules or shapes differ."""
         views = self.views(self.masters)
         missing, unknown = sorted(views.keys() - lora.keys()), sorted(lora.keys() - views.keys())
         if missing or unknown:
@@ -173,9 +174,12 @@ class LoraParameters:
     def _attach(self, linears: Mapping[str, FrozenLinear], dropout: float) -> None:
         working, gradient = self.views(self.working), self.views(self.gradient)
         for module_id, (name, linear) in enumerate(linears.items()):
+            (a, b, *_), (gradient_a, gradient_b, *_) = working[name], gradient[name]
             linear.lora = LinearLora(
-                *working[name][:2],
-                *gradient[name][:2],
+                a,
+                b,
+                gradient_a,
+                gradient_b,
                 scaling=self.scaling[name] if isinstance(self.scaling, Mapping) else self.scaling,
                 dropout_probability=dropout,
                 module_id=module_id,

@@ -56,7 +56,7 @@ class WeightStore(Protocol):
     """Experts whose weights are dequantized together."""
 
     def dequantize_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows start..stop of a weight of experts, of `experts_at_once` or fewer: [stop - start, in]. Valid until
+        """Rows start..stop of a weight of experts, of `experts_at_once` or fewer, as [rows, in]. Valid until
         rows of a weight with the same last name are asked for again; never held for a visit."""
         ...
 

@@ -3,7 +3,8 @@
 A walk over a model of 80 layers calls the same few kinds of layers hundreds of times. A layer runs, on the
 meta device under a meter, only for the first call of its kind: with a graph or without, with a gradient for
 its input or not, with its last product skipped or not, its MLP in tiles or whole, its weights dequantized
-already or not. With DoRA a visit's first run also computes the rows' norms. A replay then allocates and frees the same bytes:
+already or not. With DoRA the first run also computes row norms. A replay then allocates and frees the same
+bytes:
 
     forward     the output, the tensors saved for backward (one for all that may be offloaded, one for the
                 rest), and briefly the rest of the run's peak

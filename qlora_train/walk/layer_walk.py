@@ -91,7 +91,7 @@ class LayerWalk:
         """
         for modules in self._modules:
             for module in modules:
-                module.A.grad = module.B.grad = None  # left by an aborted step
+                module.zero_grad()  # left by an aborted step
         size = self.plan.group_size(len(micro_batches))
         groups = [micro_batches[start : start + size] for start in range(0, len(micro_batches), size)]
         self._decoder.weights.set_schedule(self._order(len(groups)))

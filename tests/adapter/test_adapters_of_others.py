@@ -122,7 +122,7 @@ def test_every_name_of_a_magnitude(base: Path, tmp_path: Path) -> None:
 
 def test_dora_of_a_head_or_of_other_rows_is_refused(base: Path, tmp_path: Path) -> None:
     with_peft(base, tmp_path / "a", use_dora=True, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(BaseModelError, match=r"DoRA \(use_dora\) on model\.lm_head|on lm_head"):
+    with pytest.raises(BaseModelError, match=r"DoRA \(use_dora\) on lm_head"):
         load_adapter(tmp_path / "a")
     with_peft(base, tmp_path / "b", use_dora=True, target_modules=["q_proj"])
     tensors = load_file(tmp_path / "b" / WEIGHTS_FILE)

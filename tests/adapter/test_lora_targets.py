@@ -143,6 +143,12 @@ def test_layers_beside_an_expression_are_a_contradiction() -> None:
         lora_section(target_modules=r".*q_proj", layers_to_transform=[1])
 
 
+def test_dropout_beside_dora_is_a_contradiction() -> None:
+    with pytest.raises(RecipeError, match=r"lora\.dropout: must be 0 with use_dora, which scales the base's"):
+        lora_section(use_dora=True, dropout=0.05)
+    assert lora_section(use_dora=True, use_rslora=True).use_dora
+
+
 def test_coverage_in_words() -> None:
     assert coverage([8] * 14, 21) == "LoRA rank 8 on 14 of 21 linears"
     assert coverage([8, 4, 8, 16], 21) == "LoRA on 4 of 21 linears: rank 4 on 1, rank 8 on 2, rank 16 on 1"
@@ -176,12 +182,10 @@ def test_an_adapter_with_dora_is_continued_without_dropout(tmp_path: Path) -> No
     save_adapter(tmp_path, config, {path: tensors for path in LINEARS if path.endswith("q_proj")})
     continued = {"init_from": str(tmp_path)}
     assert as_continued(lora_section(**continued), LINEARS).use_dora
-    for keys, message in (
-        ({"dropout": 0.1}, "dropout: must be 0 with"),
-        ({"use_dora": False}, "another use_dora"),
-    ):
-        with pytest.raises(BaseModelError, match=message):
-            as_continued(lora_section(**continued, **keys), LINEARS)
+    with pytest.raises(BaseModelError, match="dropout: must be 0 with"):
+        as_continued(lora_section(**continued, dropout=0.1), LINEARS)
+    with pytest.raises(BaseModelError, match="another use_dora"):
+        as_continued(lora_section(**continued, use_dora=False), LINEARS)
 
 
 def test_a_recipe_that_says_other_ranks_than_the_adapter_is_refused(tmp_path: Path) -> None:

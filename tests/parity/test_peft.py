@@ -192,7 +192,7 @@ def weights_of(layer: nn.Module) -> list[Tensor]:
 def test_dora_is_pefts_for_two_steps(
     tmp_path: Path, family: str, quantization: Quantization, policy: ActivationPolicy, reference: bool
 ) -> None:
-    """m begins as PEFT's; loss and gradients are PEFT's, and again after a large step, with other row norms."""
+    """m begins as PEFT's; loss and gradients are PEFT's, also after large steps, with other row norms."""
     folder = write_checkpoint(tmp_path, family, intermediate_size=128)
     decoder, _ = load_tiny(folder, quantization)
     config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules="all-linear", use_dora=True)

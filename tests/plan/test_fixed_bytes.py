@@ -134,6 +134,16 @@ def test_a_mix_of_ranks_is_counted_linear_by_linear() -> None:
     assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_magnitudes_and_row_norms_of_dora(dtype: torch.dtype) -> None:
+    run = workload("llama-3.2-1b", use_dora=True, dtype=dtype)
+    lora, parts = PlannedModel(run).lora, fixed_bytes(run, plan(16))
+    rows = 16 * (2048 + 2 * 512 + 2048 + 2 * 8192 + 2048)
+    assert run.num_magnitudes == rows and parts[ROW_NORMS] == 8 * rows == 2 * lora.row_norms.nbytes
+    assert run.num_lora_parameters == lora.masters.numel() and parts[MASTERS] == lora.masters.nbytes
+    assert parts.get(WORKING, 0) == (lora.working.nbytes if dtype == torch.bfloat16 else 0)
+
+
 @pytest.mark.parametrize("quantization", [NF4, Quantization("none")], ids=str)
 def test_experts_that_stay_in_mxfp4_are_dequantized_in_chunks(quantization: Quantization) -> None:
     """Whatever the linears are in: gpt-oss-20b has 32 experts of 3 x 2880 x 2880, 16 of them at once."""
@@ -145,16 +155,6 @@ def test_experts_that_stay_in_mxfp4_are_dequantized_in_chunks(quantization: Quan
     linears = 2 * (64 + 8) * 64 * 2880 * (0.5159 if quantization.is_quantized else 2)
     assert run.layer_buffer_bytes == pytest.approx(32 * 3 * 2880 * 2880 * 17 / 32 + linears, rel=1e-3)
     step_bytes(replace(run, reference=True), plan(24))  # library operations of experts have a plan, too
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_magnitudes_and_row_norms_of_dora(dtype: torch.dtype) -> None:
-    run = workload("llama-3.2-1b", use_dora=True, dtype=dtype)
-    lora, parts = PlannedModel(run).lora, fixed_bytes(run, plan(16))
-    rows = 16 * (2048 + 2 * 512 + 2048 + 2 * 8192 + 2048)
-    assert run.num_magnitudes == rows and parts[ROW_NORMS] == 8 * rows == 2 * lora.row_norms.nbytes
-    assert run.num_lora_parameters == lora.masters.numel() and parts[MASTERS] == lora.masters.nbytes
-    assert parts.get(WORKING, 0) == (lora.working.nbytes if dtype == torch.bfloat16 else 0)
 
 
 def test_a_tied_matrix_counts_once() -> None:

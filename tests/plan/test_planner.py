@@ -327,6 +327,8 @@ def test_flops_per_token_and_parameter() -> None:
     head = 4 * workload.num_supervised * workload.num_micro_batches * workload.shape.matrix_parameters
     assert (step_time(workload, kept, RATES).flops - head) / work == pytest.approx(4, rel=0.01)
     assert (step_time(workload, recomputed, RATES).flops - head) / work == pytest.approx(5.46, rel=0.01)
+    dora = replace(workload, use_dora=True)  # every product with a weight once more in backward
+    assert (step_time(dora, kept, RATES).flops - head) / work == pytest.approx(6, rel=0.01)
 
 
 def test_a_recipe_becomes_a_plan_for_a_device() -> None:
