@@ -60,6 +60,8 @@ class BaseCheckpoint:
             *weights,
         }
         self._tensors = tensors_of(meta_model.model, parameters, self.reader.names())
+        self._computed = meta_model.stored_buffers - self._tensors.keys()
+        """Buffers that this checkpoint does not have: as the family makes them."""
         self._tensors_of_text = {name for names in self._tensors.values() for name in names}
         self.parts: dict[str, RowPart] = {}
         for parameter, (layer, weight) in weights.items():
@@ -79,12 +81,17 @@ class BaseCheckpoint:
             self._quantize_into(parameter, weight.shape, weight.quantization, weight.tensors)
 
     def plain(self, device: torch.device) -> dict[str, Tensor]:
-        """Norms and biases in the compute dtype."""
+        """Norms, biases, routers and stored buffers, mostly in the compute dtype."""
         tensors = {}
         for name, shape in self.meta_model.plain_shapes.items():
             value = torch.empty(shape, dtype=self.meta_model.plain_dtype(name), device=device)
-            for start, stop, rows in self._checked_rows(name, shape):
-                value[start:stop] = rows
+            if name in self._computed:
+                value.copy_(self.meta_model.model.get_buffer(name))
+            elif not shape:
+                value.copy_(self.reader.read(self.find(name)))
+            else:
+                for start, stop, rows in self._checked_rows(name, shape):
+                    value[start:stop] = rows
             if not torch.isfinite(value).all():
                 raise self._not_finite(name)
             tensors[name] = value
@@ -240,14 +247,15 @@ class BaseCheckpoint:
         """Check that every parameter has a tensor and every weight is read; a surplus weight means that
         config.json belongs to another checkpoint."""
         meta_model = self.meta_model
-        wanted = [meta_model.embedding_name, meta_model.head_name, *meta_model.plain_shapes]
+        plain = meta_model.plain_shapes.keys() - self._computed
+        wanted = [meta_model.embedding_name, meta_model.head_name, *plain]
         used = {self.find(name) for name in wanted} | self.parts.keys()
         if meta_model.is_tied:
             for head in self._tensors.get(meta_model.own_head_name, ()):
                 used.add(head)
                 self._check_tied_head(head)
         kept = {n for n in self.reader.names() if n not in used and self._is_of_another_part(n)}
-        always_fp32 = {self.find(n) for n in meta_model.plain_shapes if meta_model.keeps_fp32(n)}
+        always_fp32 = {self.find(n) for n in plain if meta_model.keeps_fp32(n)}
         self.unchanged = frozenset(kept | always_fp32)
         surplus = [
             n
