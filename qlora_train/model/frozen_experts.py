@@ -83,14 +83,17 @@ class FrozenExperts(nn.Module):
         )
         return found.view(len(experts), rows, columns)
 
-    def counts_of(self, experts: Tensor) -> list[int]:
-        """Rows of every expert: read by the host, or kept from the micro-batch's first forward pass."""
+    def sorted_rows(self, chosen: Tensor) -> tuple[Tensor, list[int]]:
+        """From the chosen experts [T, k]: the T k rows in the order of their experts, and how many each has:
+        read by the host, or kept from the micro-batch's first forward pass."""
+        experts, order = chosen.flatten().sort(stable=True)
         if self.keeps_counts and self.name in self.counts:
-            return self.counts[self.name]
-        if experts.is_meta:
-            return self._most_counts(*experts.shape)
-        self.counts[self.name] = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
-        return self.counts[self.name]
+            return order, self.counts[self.name]
+        if chosen.is_meta:
+            return order, self._most_counts(*chosen.shape)
+        ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True)
+        self.counts[self.name] = ends.diff(prepend=ends.new_zeros(1)).tolist()  # the one read
+        return order, self.counts[self.name]
 
     def _most_counts(self, num_tokens: int, num_chosen: int) -> list[int]:
         """For a plan: the first experts take every token, which is the most they can get. In reference mode
@@ -161,8 +164,8 @@ def _bias(module: Any, matrix: str, expert: int) -> Tensor | None:
 def _with_autograd(module: Any, frozen: FrozenExperts, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """The reference: library operations, one expert after another, gradients by autograd."""
     y = torch.zeros_like(x)
-    order = chosen.flatten().argsort(stable=True)
-    for expert, places in enumerate(order.split(frozen.counts_of(chosen))):
+    order, counts = frozen.sorted_rows(chosen)
+    for expert, places in enumerate(order.split(counts)):
         if not len(places):
             continue
         tokens = places // chosen.shape[1]
@@ -219,8 +222,7 @@ class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, module: Any) -> Tensor:
         frozen: FrozenExperts = module.frozen
-        counts = frozen.counts_of(chosen)
-        order = chosen.flatten().argsort(stable=True)
+        order, counts = frozen.sorted_rows(chosen)
         ctx.save_for_backward(x, weights, order)
         ctx.module, ctx.counts = module, counts
         y = torch.zeros_like(x)

@@ -118,6 +118,7 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
             if kept
             else []
         ),
+        *_peft_lines(prepared),
         *prepared.train_data.report.lines(),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *positions_line(recipe.data.sequence_length, decoder.config.max_position_embeddings),
@@ -128,6 +129,19 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
         f"{duration(_planned_seconds(prepared, loop.num_steps))} for all steps and evaluations",
         f"{loop.num_steps} optimizer steps of {_rows_of_a_step(prepared)}"
         + (f", going on after step {first}" if first else ""),
+    ]
+
+
+def _peft_lines(prepared: Prepared) -> list[str]:
+    """What PEFT makes of an adapter with projections beside a mixture of experts (shared experts, dense
+    layers): it takes their names for the experts', and leaves them out without a word (seen with 0.21)."""
+    names = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+    beside = [path for path in prepared.model.lora.names if path.rpartition(".")[2] in names]
+    if not beside or not any(prepared.model.decoder.experts):
+        return []
+    return [
+        f"peft may take {beside[0]} and others of its name for experts and leave them out: use this adapter "
+        "through `export --to merged`, or train attention alone (lora.target_modules)"
     ]
 
 

@@ -199,7 +199,9 @@ def golden(request: pytest.FixtureRequest) -> dict[torch.dtype, Curve]:
 
 def test_the_run_is_one_that_tells(golden: dict[torch.dtype, Curve]) -> None:
     """The base can be fused as runs fuse it, and in every dtype the loss falls."""
-    assert probed() == ProbeResult("mlp.down_proj", fuses_norms=True, fuses_mlps=True, fuses_qkv=True)
+    assert probed() == ProbeResult(
+        ("mlp.down_proj",), has_experts=False, fuses_norms=True, fuses_mlps=True, fuses_qkv=True
+    )
     for expected in golden.values():
         assert len(expected.losses) == len(expected.grad_norms) == NUM_STEPS
         assert sum(expected.losses[-10:]) < 0.7 * sum(expected.losses[:10])

@@ -137,13 +137,13 @@ def test_loading_leaves_nothing_in_the_allocators_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int]] = []
-    introduce = run_module._introduce
+    introduction = run_module._introduction
 
-    def noting(*arguments: Any, **keywords: Any) -> None:
+    def noting(*arguments: Any, **keywords: Any) -> list[str]:
         seen.append((simulated_gpu.live_bytes(), simulated_gpu.reserved_bytes()))
-        introduce(*arguments, **keywords)
+        return introduction(*arguments, **keywords)
 
-    monkeypatch.setattr(run_module, "_introduce", noting)
+    monkeypatch.setattr(run_module, "_introduction", noting)
     monkeypatch.setattr(setup, "load_base", with_scratch(setup.load_base))
     train(recipe(base, train_file, tmp_path / "run"))
     ((live, reserved),) = seen

@@ -18,8 +18,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from simulated_gpu.fixture import SimulatedGpu
+from tiny_models import random_model, tiny_config
 from tiny_runs import (
     adapter_bytes,
+    byte_tokenizer,
     losses_of,
     metrics_of,
     recipe_values,
@@ -140,6 +142,22 @@ def test_wherever_things_wait(
     assert set(plan["activations"]) == {MEMORY[name]["activations"]}
     assert_same_run(tmp_path / "run", cpu_run())
     assert host_reads_while_training(by_document) == {"walk/step.py": NUM_STEPS, "train/loop.py": 2}
+
+
+def test_experts(
+    base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu
+) -> None:
+    """The CPU's bits, and one read of the experts' row counts for each layer and micro-batch. (Recurrent
+    mixers are not tried: the simulator has no convolutions.)"""
+    config = tiny_config("qwen3_moe", vocab_size=259)
+    random_model(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model = {"base": str(tmp_path / "base")}
+    asked = {"model": model, "data": {"eval": None}}
+    train(recipe(base, train_file, tmp_path / "run", memory=MEMORY["disk, recompute"], **asked))
+    assert_same_run(tmp_path / "run", cpu_run(**asked))
+    reads = host_reads_while_training(by_document)
+    assert reads["model/frozen_experts.py"] == config.num_hidden_layers * 2 * NUM_STEPS
 
 
 def test_dropout_micro_batches_and_bits(
