@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,6 +171,14 @@ class MetaModel:
         self.stored_buffers = {name for name in self.model.state_dict() if name not in parameters}
         self.plain_shapes |= {name: tuple(self.model.get_buffer(name).shape) for name in self.stored_buffers}
 
+    @cached_property
+    def _layer_shapes(self) -> list[LayerShapes]:
+        return [layer_shapes(self.model.get_submodule(path)) for path in self.layer_paths]
+
+    def layer_shapes(self, layer: int) -> LayerShapes:
+        """Sizes of a layer's quantized weights, in module order."""
+        return self._layer_shapes[layer]
+
     def plain_dtype(self, name: str) -> torch.dtype:
         """Of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family says so, as
         transformers loads it (some routers)."""
@@ -189,20 +198,6 @@ class MetaModel:
         """(V, D) of the embedding."""
         rows, columns = self.model.get_parameter(self.embedding_name).shape
         return rows, columns
-
-    def layer_shapes(self, layer: int) -> LayerShapes:
-        """Sizes of a layer's quantized weights, in module order."""
-        linears, experts, kept = [], [], None
-        for name, module in self.model.get_submodule(self.layer_paths[layer]).named_modules():
-            if isinstance(module, FrozenLinear):
-                linears.append((name, (module.out_features, module.in_features)))
-            elif isinstance(module, FrozenExperts):
-                path, kept = name.removesuffix(".frozen"), module.kept
-                experts += [
-                    (f"{path}.{matrix}", shape, module.num_experts)
-                    for matrix, shape in module.stacked_shapes().items()
-                ]
-        return LayerShapes(tuple(linears), tuple(experts), kept)
 
     def parameter_name(self, layer: int, weight: str) -> str:
         """The name in transformers' model of a layer's quantized weight."""
@@ -258,6 +253,21 @@ def quantization_config(config: PretrainedConfig) -> Mapping[str, Any]:
     """What a config says of how the checkpoint is quantized."""
     stored = getattr(config, "quantization_config", None)
     return stored if isinstance(stored, Mapping) else getattr(stored, "to_dict", dict)()
+
+
+def layer_shapes(layer: nn.Module) -> LayerShapes:
+    """Sizes of a layer's quantized weights, in module order."""
+    linears, experts, kept = [], [], None
+    for name, module in layer.named_modules():
+        if isinstance(module, FrozenLinear):
+            linears.append((name, (module.out_features, module.in_features)))
+        elif isinstance(module, FrozenExperts):
+            path, kept = name.removesuffix(".frozen"), module.kept
+            experts += [
+                (f"{path}.{matrix}", shape, module.num_experts)
+                for matrix, shape in module.stacked_shapes().items()
+            ]
+    return LayerShapes(tuple(linears), tuple(experts), kept)
 
 
 def swap_linears(model: PreTrainedModel) -> str:
