@@ -117,7 +117,7 @@ def _smallest(budgets: list[dict[str, Any]]) -> HostBudget:
 
 def _slowest(rates: list[dict[str, Any]]) -> Rates:
     """The lowest of all ranks for each rate."""
-    least = {name: min(of[name] for of in rates) for name in ("flops", "memory", "copy", "disk")}
+    least = {name: min(of[name] for of in rates) for name in rates[0] if name != "source"}
     several = f", the slowest of {len(rates)} ranks" if len(rates) > 1 else ""
     return Rates(**least, source=rates[0]["source"] + several)
 

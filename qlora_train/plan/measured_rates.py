@@ -1,4 +1,4 @@
-"""Measures this machine's rates per second: matrix products, device memory, copies to and from the host.
+"""Measures this machine's rates per second: products, attention, device memory, copies to and from the host.
 
 The planner's seconds are bytes and FLOPs divided by rates. Timing products and copies takes a second or two;
 the result is kept in the cache folder under the device's name, the dtype and torch's version. The disk
@@ -19,14 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from qlora_train import __version__
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.description import DeviceDescription
 from qlora_train.files.atomic_file import replace_text
 from qlora_train.files.sealed_json import seal, unseal
+from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
 from qlora_train.plan.plan_cache import RATES_FILE as FILE
 from qlora_train.plan.time_model import Rates, stated_rates
 from qlora_train.weights.host_memory import HostMemory
@@ -36,6 +39,7 @@ _LARGEST_MATRIX, _CPU_MATRIX, _ROWS_PER_MULTIPROCESSOR = 8192, 2048, 128
 _SHARE_OF_FREE = 0.25
 _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above one
 _REPEATS = 5
+_RANK, _HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 16, 64, 512
 
 
 def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
@@ -107,20 +111,60 @@ def _wanted_size(device: DeviceDescription) -> int:
 def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor) -> Rates:
     """Time products of size x size, copies of `host` (uint8), and copies within the device."""
     num_bytes = host.numel()
-    a, b = (torch.randn(size, size, dtype=dtype, device=device.torch) for _ in range(2))
+    random = partial(torch.randn, dtype=dtype, device=device.torch)
+    a, b = random(size, size), random(size, size)
     product_seconds = fastest_seconds(device, partial(torch.matmul, a, b.t()))
+    elementwise_seconds = fastest_seconds(device, partial(_gated, a, b))
+    low_seconds = fastest_seconds(device, partial(_low_rank_product, a, random(_RANK, size), b))
     del a, b
+    attention = _attention_rate(device, dtype, min(_ATTENTION_TOKENS, size))
     copy = copy_rate(device, host)
     here = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch)
     there = torch.empty_like(here)
     memory_seconds = fastest_seconds(device, lambda: there.copy_(here))
     return Rates(
         flops=2 * size**3 / product_seconds,
+        attention=attention,
+        low_rank=4 * _RANK * size**2 / low_seconds,
+        elementwise=5 * dtype.itemsize * size**2 / elementwise_seconds,
         memory=2 * num_bytes / memory_seconds,
         copy=copy,
         disk=stated_rates(device.description).disk,
         source=f"measured here (products of {size} x {size} in {dtype}); disk as stated",
     )
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Five reads and writes of as many numbers."""
+    return F.silu(gate) * up
+
+
+def _low_rank_product(x: Tensor, low: Tensor, y: Tensor) -> Tensor:
+    """y + (x A^T) A: two products of a rank's width, as LoRA has."""
+    return y.addmm_(F.linear(x, low), low)
+
+
+def _attention_rate(device: ComputeDevice, dtype: torch.dtype, num_tokens: int) -> float:
+    """FLOPs per second of the attention that layers run, forward and backward, over one document."""
+    q, k, v = (
+        torch.randn(1, _HEADS, num_tokens, _HEAD_DIM, dtype=dtype, device=device.torch, requires_grad=True)
+        for _ in range(3)
+    )
+    documents = DocumentLayout.of(np.array([0, num_tokens]), device.torch)
+    attend = partial(
+        packed_attention,
+        nn.Identity(),
+        attention_mask=None,
+        documents=documents,
+        attention_kernels=AttentionKernels.on(device, dtype),
+    )
+
+    def run() -> None:
+        y, _ = attend(q, k, v)
+        torch.autograd.grad(y, (q, k, v), y)
+
+    forward_flops = 2 * num_tokens**2 * _HEADS * _HEAD_DIM
+    return 3.5 * forward_flops / fastest_seconds(device, run)
 
 
 def fastest_seconds(device: ComputeDevice, run: Callable[[], object]) -> float:

@@ -128,6 +128,15 @@ class ModelShape:
         return any(layer.kept is not None for layer in self.layers)
 
     @cached_property
+    def active_outputs(self) -> int:
+        """Numbers that a token's linears and experts put out, in a layer on average."""
+        linears = sum(shape[0] for layer in self.layers for _, shape in layer.linears)
+        experts = sum(
+            self._active((shape[0], 1), number) for layer in self.layers for _, shape, number in layer.experts
+        )
+        return (linears + experts) // self.num_layers
+
+    @cached_property
     def linear_parameters(self) -> int:
         """Of those, the numbers that are not experts'."""
         return sum(prod(shape) for layer in self.layers for _, shape in layer.linears) // self.num_layers

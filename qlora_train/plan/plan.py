@@ -236,6 +236,9 @@ class Plan:
             "most_documents": self.workload.most_documents,
             "rates": {
                 "flops_per_second": self.rates.flops,
+                "attention_flops_per_second": self.rates.attention,
+                "low_rank_flops_per_second": self.rates.low_rank,
+                "elementwise_bytes_per_second": self.rates.elementwise,
                 "memory_bytes_per_second": self.rates.memory,
                 "copy_bytes_per_second": self.rates.copy,
                 "disk_bytes_per_second": self.rates.disk,

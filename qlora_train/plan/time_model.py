@@ -2,15 +2,17 @@
 
 Per token and parameter of the linears: 2 FLOPs forward and 2 backward (the base is frozen, so only the
 gradient of the input is computed), 2 more where a layer is recomputed, less the last linear where its product
-may be skipped; attention and LoRA are added. Copies overlap with arithmetic, so a pass over the layers takes
-the larger of the two times; only the rows of an embedding that is off the device are waited for. The estimate
-serves to choose between plans and to inform; nothing depends on its being exact.
+may be skipped. Attention, the narrow products of LoRA and operations on single numbers (norms, rotary
+tables, activations, sums) each have a rate of their own: on a CPU they are a third of a step. Copies overlap
+with arithmetic, so a pass over the layers takes the larger of the two times; only the rows of an embedding
+that is off the device are waited for. The estimate serves to choose between plans and to inform; nothing
+depends on its being exact.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_train.device.cards import ASSUMED_CARD, CARDS, known_card
 from qlora_train.device.description import DeviceDescription
@@ -21,11 +23,16 @@ from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, 
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine's rates per second. flops: of large matrix products in the compute dtype. memory: bytes read
-    or written by the device. copy: bytes between host and device, each way. disk: bytes read. source: where
-    the numbers come from, in a few words."""
+    """A machine's rates per second. flops: of large matrix products in the compute dtype. attention: FLOPs of
+    causal attention, both directions. low_rank: FLOPs of products with A and B. elementwise: bytes read or
+    written by operations on single numbers. memory: bytes read or written by copies within the device. copy:
+    bytes between host and device, each way. disk: bytes read. source: where the numbers come from, in a few
+    words."""
 
     flops: float
+    attention: float
+    low_rank: float
+    elementwise: float
     memory: float
     copy: float
     disk: float
@@ -33,17 +40,28 @@ class Rates:
 
 
 DISK_BYTES_PER_SECOND = 2e9
+_ATTENTION_SHARE, _LOW_RANK_SHARE = 0.4, 0.1
+"""Of a card's FLOP/s in large products, until they are measured."""
+_ELEMENTWISE_READS = 8
+"""How often a layer's elementwise operations read or write its stream of tokens, [T, hidden], in a forward
+pass: two norms (2 each) and two residual sums, of which one is in place."""
+_OUTPUT_READS = 4
+"""The same for each linear's output: rotary embedding, gathering by document, activation and product."""
 
 
 def stated_rates(device: DeviceDescription) -> Rates:
     """Rates from the table of cards, by the device's name; for an unknown name, those of a modest card."""
     if not device.is_accelerator:
-        return Rates(100e9, 10e9, 5e9, 1e9, "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s")
+        source = "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s"
+        return Rates(100e9, 40e9, 20e9, 5e9, memory=10e9, copy=5e9, disk=1e9, source=source)
     known = known_card(device.name)
     card = CARDS[known or ASSUMED_CARD]
     source = f"stated for {known}" if known else f"assumed: a card like an {ASSUMED_CARD}"
     return Rates(
         card.flops,
+        card.flops * _ATTENTION_SHARE,
+        card.flops * _LOW_RANK_SHARE,
+        card.memory,
         card.memory,
         card.copy,
         DISK_BYTES_PER_SECOND,
@@ -67,18 +85,22 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     group = plan.group_size(workload.num_micro_batches)
     num_groups = math.ceil(workload.num_micro_batches / group)
     num_tokens = workload.num_micro_batches * workload.num_tokens
-    forward_flops = _forward_flops(workload)
-    products = workload.shape.active_parameters
+    work, head_work = _forward_work(workload), _head_work(workload)
+    back = work.back(_dora_flops(workload))
     down = workload.shape.skippable_parameters
-    again = 1 - down / products
-    forward = back = 0.0
+    again = work.without(2 * down)
+    tiled = replace(_NO_WORK, linear=4 * down)
+    passes = []
     for policy in plan.activations:
-        forward += num_tokens * forward_flops
-        extra = again if policy is ActivationPolicy.RECOMPUTE else 0.0
-        back += num_tokens * (forward_flops * (1.0 + extra) + _dora_flops(workload))
-        if plan.mlp_tile_tokens is not None and policy is not ActivationPolicy.RECOMPUTE:
-            back += num_tokens * 4 * down
-    head = 4 * workload.num_supervised * workload.num_micro_batches * workload.shape.matrix_parameters
+        is_again = policy is ActivationPolicy.RECOMPUTE
+        is_tiled = plan.mlp_tile_tokens is not None and not is_again
+        passes.append([back, *([again] * is_again), *([tiled] * is_tiled)])
+    forward_seconds = num_tokens * plan.num_layers * work.seconds(rates)
+    back_seconds = num_tokens * sum(part.seconds(rates) for parts in passes for part in parts)
+    flops = num_tokens * (
+        plan.num_layers * work.flops + sum(part.flops for parts in passes for part in parts)
+    )
+    head_seconds = head_work.seconds(rates)
     dequantize = _dequantize_seconds(workload, plan, group, num_groups, rates)
     streamed = [i for i, place in enumerate(plan.weights) if place is not Placement.DEVICE]
     forward_copies = sum(
@@ -90,12 +112,12 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     row_bytes = workload.num_micro_batches * x_bytes if plan.embedding is not Placement.DEVICE else 0
     if plan.inputs is Placement.RAM:
         offloaded += group * plan.activations.count(ActivationPolicy.RECOMPUTE) * x_bytes
-    forward_seconds = forward / rates.flops / num_groups + dequantize / num_groups / 3
-    back_seconds = back / rates.flops / num_groups + dequantize * 2 / num_groups / 3
+    forward_seconds = (forward_seconds + dequantize / 3) / num_groups
+    back_seconds = (back_seconds + dequantize * 2 / 3) / num_groups
     row_seconds = _fetch_seconds(plan.embedding, row_bytes, rates)
     total = row_seconds + num_groups * (
         max(forward_seconds, forward_copies + offloaded / rates.copy)
-        + max(head / rates.flops / num_groups, head_copies)
+        + max(head_seconds / num_groups, head_copies)
         + max(back_seconds, forward_copies + offloaded / rates.copy)
     )
     copied = row_bytes + num_groups * (
@@ -104,17 +126,66 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
         + 2 * offloaded
     )
     evaluation = row_seconds + num_groups * (
-        max(forward_seconds, forward_copies) + max(head / 2 / rates.flops / num_groups, head_copies)
+        max(forward_seconds, forward_copies) + max(head_seconds / 2 / num_groups, head_copies)
     )
-    return StepTime(total, forward + back + head, copied, evaluation)
+    return StepTime(total, flops + head_work.flops, copied, evaluation)
 
 
-def _forward_flops(workload: Workload) -> float:
-    """FLOPs per token and layer in one direction: linears 2 per parameter, A and B 3 (6 for forward and
+@dataclass(frozen=True)
+class _Work:
+    """Work of one kind each. linear, low_rank, attention: FLOPs. elementwise: bytes."""
+
+    linear: float
+    low_rank: float
+    attention: float
+    elementwise: float
+
+    @property
+    def flops(self) -> float:
+        return self.linear + self.low_rank + self.attention
+
+    def seconds(self, rates: Rates) -> float:
+        return (
+            self.linear / rates.flops
+            + self.low_rank / rates.low_rank
+            + self.attention / rates.attention
+            + self.elementwise / rates.elementwise
+        )
+
+    def back(self, more_flops: float) -> _Work:
+        """The work of backward, for that of forward: attention has five products for two."""
+        return _Work(self.linear + more_flops, self.low_rank, 2.5 * self.attention, 2 * self.elementwise)
+
+    def without(self, linear_flops: float) -> _Work:
+        """The same without products of linears that are skipped."""
+        return replace(self, linear=self.linear - linear_flops)
+
+
+_NO_WORK = _Work(0.0, 0.0, 0.0, 0.0)
+
+
+def _forward_work(workload: Workload) -> _Work:
+    """Work per token and layer in one direction. FLOPs: linears 2 per parameter, A and B 3 (6 for forward and
     backward), causal attention 2 (token-weighted mean length of documents) (query width)."""
-    lora = workload.num_lora_parameters / workload.shape.num_layers
+    shape = workload.shape
     mean_length = sum(n * n for n in workload.documents) / workload.num_tokens
-    return 2 * workload.shape.active_parameters + 3 * lora + 2 * mean_length * workload.shape.q_width
+    outputs = shape.active_outputs
+    return _Work(
+        linear=2 * shape.active_parameters,
+        low_rank=3 * workload.num_lora_parameters / shape.num_layers,
+        attention=2 * mean_length * shape.q_width,
+        elementwise=workload.itemsize * (_ELEMENTWISE_READS * shape.hidden + _OUTPUT_READS * outputs),
+    )
+
+
+def _head_work(workload: Workload) -> _Work:
+    """Work of the loss and its gradient in a step: two products, and in fp32 the maximum, the exponentials
+    and their sum, the probabilities and their cast."""
+    supervised = workload.num_supervised * workload.num_micro_batches
+    logits = supervised * workload.shape.vocabulary
+    return replace(
+        _NO_WORK, linear=4 * supervised * workload.shape.matrix_parameters, elementwise=6 * 4 * logits
+    )
 
 
 def _dora_flops(workload: Workload) -> float:
