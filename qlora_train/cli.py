@@ -1,4 +1,4 @@
-"""The commands: `qlora-train train | plan | preview | generate | export | recipes | cache`.
+"""The commands: `qlora-train train | plan | preview | generate | chat | export | recipes | cache`.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes` do
 not import torch) and calls one function of a lower layer. User errors and failures of a run arrive here as a
@@ -24,7 +24,8 @@ from typing import Any
 
 from qlora_train import __version__
 from qlora_train.boundary import os_error
-from qlora_train.cli_types import count, count_or_none, not_negative, seed, share, size
+from qlora_train.cli_generate import CHECKPOINT_HELP, add_chat, add_generate
+from qlora_train.cli_types import count, count_or_none, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, QloraTrainError, RecipeError, UserError
 from qlora_train.export import BASES, LOADERS
@@ -32,8 +33,7 @@ from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
 
-NEED_UNIX = {"train", "generate", "export", "cache"}
-CHECKPOINT_HELP = "of a run (default: the finished adapter, else the last checkpoint)"
+NEED_UNIX = {"train", "generate", "chat", "export", "cache"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,23 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("-n", "--num-rows", type=count, default=3, metavar="N", help="rows (default: 3)")
     preview.add_argument("--no-cache", action="store_true", help="do not keep the tokens for training")
 
-    generate = command("generate", "answer prompts with a run or a merged model", run=_generate)
-    generate.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
-    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    generate.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
-    generate.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
-    generate.add_argument("--temperature", type=not_negative, default=0.0, help="0 is greedy (default)")
-    generate.add_argument("--top-p", type=share, default=1.0, help="above 0, at most 1 (default)")
-    generate.add_argument("--seed", type=seed, default=0, help="for --temperature above 0")
-    generate.add_argument(
-        "--vram",
-        type=size,
-        metavar="SIZE",
-        help="memory to stay within, such as 2GiB (default: what is free)",
-    )
-    generate.add_argument(
-        "--raw", action="store_true", help="the prompt as it is, without the run's template"
-    )
+    add_generate(command)
+    add_chat(command)
 
     export = command("export", "write a run as a model that other tools load", run=_export)
     export.add_argument("run_dir", metavar="RUN", type=Path)
@@ -236,22 +221,6 @@ def _preview(args: argparse.Namespace) -> None:
         vocabulary_size=config.get("vocab_size"),
         cache=None if args.no_cache else cache_root(),
         remarks=positions_line(recipe.data.sequence_length, positions) if positions else (),
-    )
-
-
-def _generate(args: argparse.Namespace) -> None:
-    from qlora_train.generate.command import generate_command
-
-    generate_command(
-        args.target,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        raw=args.raw,
-        checkpoint=args.checkpoint,
-        vram_bytes=args.vram,
     )
 
 

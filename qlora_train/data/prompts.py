@@ -8,7 +8,7 @@ look bad.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, cast
 
 from qlora_train.data.building import open_data
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from qlora_train.recipe import DataSection
 
 
-def encode_prompt(prompt: str, data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids to generate from.
+def encode_prompt(
+    prompt: str, data: DataSection | None, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
+) -> list[int]:
+    """Token ids to generate from. system: a system message before it, where prompts are conversations.
 
     messages and alpaca (if only for a part of the data): one user message through the chat template, with its
     generation prompt; the text of a special token in it is text. prompt_completion: the filled
@@ -38,24 +40,30 @@ def encode_prompt(prompt: str, data: DataSection | None, tokenizer: PreTrainedTo
     trained here): the chat template if there is one, else text. Raises DataError for a prompt that does not
     fit the template, or a chat template that is missing or refuses it.
     """
-    if _is_chat(data, tokenizer):
-        return _encode_as_chat(prompt, data, tokenizer)
+    if is_chat(data, tokenizer):
+        question = {"role": "user", "content": prompt}
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return encode_messages([*first, question], data, tokenizer)
+    if system is not None:
+        raise DataError("A system message needs conversations, and this model's prompts are plain text.")
     if data is not None and data.prompt_template is not None:
         prompt = _fill(PromptTemplate(data.prompt_template), prompt)
     return encode_raw(prompt, tokenizer)
 
 
-def _encode_as_chat(prompt: str, data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    _refuse_half_characters(prompt)
+def encode_messages(
+    messages: Sequence[Mapping[str, str]], data: DataSection | None, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Token ids of a conversation ({"role", "content"} each) that the assistant is to continue, written as in
+    training. Raises DataError where the chat template is missing or refuses it."""
+    for message in messages:
+        _refuse_half_characters(message["content"])
     control_text, options = ControlText(tokenizer), {} if data is None else data.chat_template_kwargs
     writer = ChatFormat(tokenizer, (), options=options).writer(with_tools=False)
-
-    def text_of(question: str) -> str:
-        return writer.render([{"role": "user", "content": question}], prompt=True)
-
+    plain = [dict(message) for message in messages]
     try:
-        text = text_of(prompt)
-        marked = text_of(control_text.mark(prompt)) if control_text.is_in(prompt) else text
+        text = writer.render(plain, prompt=True)
+        marked = writer.render(control_text.mark(plain), prompt=True) if control_text.is_in(plain) else text
     except ChatProblem as problem:
         raise DataError(f"The prompt cannot be written as a conversation: {problem}") from problem
     is_exact = marked != text and without_marks(marked) == text
@@ -103,8 +111,8 @@ def stop_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
-def _is_chat(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether prompts are conversations; they are where only some of the training data was."""
+def is_chat(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model's prompts are conversations; they are where only some of the training data was."""
     if data is None:
         return bool(tokenizer.chat_template)
     return not _formats(data).isdisjoint(CHAT_FORMATS)

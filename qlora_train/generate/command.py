@@ -2,85 +2,90 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from qlora_train.generate.decoding import Sampling, generate_tokens
-from qlora_train.generate.model_folder import LoadedModel, find_model
+from qlora_train.errors import UserError
+from qlora_train.generate.decoding import generate_tokens
+from qlora_train.generate.model_folder import LoadedModel, ModelSource, find_model
+from qlora_train.generate.prompts_file import Messages
+from qlora_train.generate.sampling import Sampling
+from qlora_train.generate.text_stream import TextStream
 from qlora_train.plan.planned_walk import GenerateSize
-
-_UNFINISHED = "\ufffd"  # decoding of an incomplete multi-byte character
 
 
 def generate_command(
     target: Path | str,
-    prompts: list[str],
+    prompts: Sequence[str | Messages],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    system: str | None,
     raw: bool,
-    checkpoint: str | None = None,
+    batch_size: int,
+    as_json: bool,
+    checkpoint: str | None,
     vram_bytes: int | None,
 ) -> None:
-    """Print the answer to each prompt. raw: give the prompt to the model as it is, without template or chat
-    turns. checkpoint: see `find_adapter`. vram_bytes: budget on the device; None: the run's, or what is free.
+    """Print the answer to each prompt, a text or a conversation. system: a system message before texts. raw:
+    give the prompt to the model as it is, without template or chat turns. batch_size: prompts that run
+    together. as_json: a line {"prompt", "answer"} each. checkpoint: see `find_adapter`. vram_bytes: budget on
+    the device; None: the run's, or what is free.
 
-    One prompt streams; several run in one batch and are printed in order. Notes, such as which weights
-    stream, go to stderr.
+    A single prompt streams. Notes, such as which weights stream, go to stderr.
     """
+    if raw and (system is not None or not all(isinstance(prompt, str) for prompt in prompts)):
+        raise UserError(
+            "--raw gives texts to the model as they are: it goes with no system message and no conversation"
+        )
     log = partial(print, file=sys.stderr)
     source = find_model(target, checkpoint=checkpoint, log=log)
-    encoded = [source.encode(prompt, raw=raw) for prompt in prompts]
-    size = GenerateSize(tuple(len(tokens) for tokens in encoded), max_new_tokens)
+    encoded = [_encoded(source, prompt, system=system, raw=raw) for prompt in prompts]
+    lengths = sorted(map(len, encoded), reverse=True)
+    size = GenerateSize(tuple(lengths[:batch_size]), sampling.max_new_tokens)
     model = source.load(size, vram_bytes=vram_bytes, log=log)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     try:
-        _answer(model, prompts, encoded, sampling)
+        if len(prompts) == 1 and not as_json:
+            _stream(model, encoded, sampling)
+            return
+        for prompt, answer in zip(prompts, _answers(model, encoded, sampling, batch_size), strict=True):
+            _print_answer(prompt, answer, as_json=as_json)
     finally:
         model.decoder.close()
 
 
-def _answer(model: LoadedModel, prompts: list[str], encoded: list[list[int]], sampling: Sampling) -> None:
-    if len(prompts) == 1:
-        stream = TextStream(model.tokenizer, lambda text: print(text, end="", flush=True))
-        generate_tokens(model.decoder, encoded, sampling, model.stop_ids, lambda _, token: stream.add(token))
-        stream.finish()
-        print()
-        return
-    answers = generate_tokens(model.decoder, encoded, sampling, model.stop_ids)
-    for prompt, tokens in zip(prompts, answers, strict=True):
-        sys.stdout.write(f"> {prompt}\n{model.tokenizer.decode(tokens, skip_special_tokens=True)}\n\n")
+def _encoded(source: ModelSource, prompt: str | Messages, *, system: str | None, raw: bool) -> list[int]:
+    if isinstance(prompt, str):
+        return source.encode(prompt, system=system, raw=raw)
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return source.encode_messages([*first, *prompt])
 
 
-class TextStream:
-    """Writes text as tokens come. A character may span tokens, so the whole answer is decoded again for each
-    token, and only its new, complete characters are written.
+def _stream(model: LoadedModel, encoded: list[list[int]], sampling: Sampling) -> None:
+    stream = TextStream(model.tokenizer, lambda text: print(text, end="", flush=True))
+    generate_tokens(model.decoder, encoded, sampling, model.stop_ids, lambda _, token: stream.add(token))
+    stream.finish()
+    print()
 
-    transformers' TextStreamer restarts after a newline, where SentencePiece tokenizers lose a space of
-    indentation; tokenizers' DecodeStream raises at bytes that are no character."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        self._tokenizer, self._write = tokenizer, write
-        self._tokens: list[int] = []
-        self._num_written = 0
+def _answers(
+    model: LoadedModel, encoded: Sequence[list[int]], sampling: Sampling, batch_size: int
+) -> Iterator[str]:
+    for start in range(0, len(encoded), batch_size):
+        batch = range(start, min(start + batch_size, len(encoded)))
+        answers = generate_tokens(
+            model.decoder, [encoded[i] for i in batch], sampling, model.stop_ids, numbers=batch
+        )
+        for tokens in answers:
+            yield str(model.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def add(self, token: int) -> None:
-        """Write the characters that this token completes."""
-        self._tokens.append(token)
-        text = self._text()
-        if not text.endswith(_UNFINISHED):
-            self._write(text[self._num_written :])
-            self._num_written = len(text)
 
-    def finish(self) -> None:
-        """Write the remaining text, complete or not."""
-        self._write(self._text()[self._num_written :])
-
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+def _print_answer(prompt: str | Messages, answer: str, *, as_json: bool) -> None:
+    if as_json:
+        key = "prompt" if isinstance(prompt, str) else "messages"
+        print(json.dumps({key: prompt, "answer": answer}, ensure_ascii=False), flush=True)
+    else:
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        sys.stdout.write(f"> {question}\n{answer}\n\n")

@@ -1,37 +1,23 @@
 """Generates tokens: one prefill of all prompts, packed into a row, then a decoding step per token for all.
 
 Each step is the same walk over the layers as in training, with a key-value cache: one pass over the layers
-per token, whatever the number of prompts. Greedy decoding takes the argmax; sampling divides logits by the
-temperature and keeps the smallest set of tokens whose probability reaches top_p (nucleus sampling, Holtzman
-et al. 2020, arXiv:1904.09751). Tokens are drawn on the CPU with one generator per prompt, so a prompt's
-random numbers do not depend on the other prompts.
+per token, whatever the number of prompts. generate/sampling.py chooses the tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qlora_train.generate.kv_cache import KeyValueCache
+from qlora_train.generate.sampling import Sampling, choose
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.rope_lengths import batches_by_table
 from qlora_train.model.vocab_matrix import TokenIds
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of decoding. temperature: 0 is greedy. top_p: in (0, 1]. seed: prompt b is seeded with
-    seed + b."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @torch.no_grad()
@@ -41,22 +27,26 @@ def generate_tokens(
     sampling: Sampling,
     stop_ids: frozenset[int],
     on_token: Callable[[int, int], None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one) until a stop token or `max_new_tokens`.
 
-    on_token(prompt index, token id) is called for each new token except stop tokens. Returns the new tokens
-    of each prompt, without the stop token. Where the rotary table depends on the longest sequence
+    on_token(prompt index, token id) is called for each new token except stop tokens. numbers: of the prompts
+    among all of a command's, for their seeds; None: their indices. Returns the new tokens of each prompt,
+    without the stop token. Where the rotary table depends on the longest sequence
     (model/rope_lengths.py), prompts run in one batch per table; raises `UnsupportedModelError` for a prompt
     whose table would change while it is continued.
     """
     answers: list[list[int]] = [[] for _ in prompts]
+    numbers = range(len(prompts)) if numbers is None else numbers
     for members in batches_by_table(decoder.config, [len(p) for p in prompts], sampling.max_new_tokens):
 
         def tell(b: int, token: int, members: Sequence[int] = members) -> None:
             if on_token is not None:
                 on_token(members[b], token)
 
-        found = _generate([prompts[b] for b in members], members, decoder, sampling, stop_ids, tell)
+        chosen, seeds = [prompts[b] for b in members], [numbers[b] for b in members]
+        found = _generate(chosen, seeds, decoder, sampling, stop_ids, tell)
         for b, answer in zip(members, found, strict=True):
             answers[b] = answer
     return answers
@@ -73,6 +63,7 @@ def _generate(
     """Continue the prompts of one batch. numbers: their indices among all prompts, for their seeds."""
     answers: list[list[int]] = [[] for _ in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed + b) for b in numbers]
+    sequences = [list(prompt) for prompt in prompts]
     running = set(range(len(prompts)))
     lengths = [len(prompt) for prompt in prompts]
     boundaries = np.cumsum([0, *lengths])
@@ -81,12 +72,13 @@ def _generate(
     )
     logits = _prefill(decoder, prompts, boundaries, cache)
     for num_done in range(1, sampling.max_new_tokens + 1):
-        chosen = _choose(logits, sampling, generators)
+        chosen = choose(logits, sampling, generators, sequences)
         for b in sorted(running):
             if chosen[b] in stop_ids:
                 running.remove(b)
             else:
                 answers[b].append(chosen[b])
+                sequences[b].append(chosen[b])
                 on_token(b, chosen[b])
         if not running or num_done == sampling.max_new_tokens:
             break
@@ -117,16 +109,3 @@ def _decode(decoder: FrozenDecoder, tokens: Sequence[int], cache: KeyValueCache)
         x = decoder.run_layer(i, x, arguments[i] | {"past_key_values": cache})
     cache.advance()
     return decoder.logits(decoder.norm(x))[:, 0].float()
-
-
-def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """The next token of each sequence, from logits [B, V]."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1).tolist()
-    below_best = logits - logits.amax(dim=-1, keepdim=True)  # divided by a tiny temperature: 0 or -inf
-    probabilities = torch.softmax(below_best / sampling.temperature, dim=-1).cpu()
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
-    picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(ordered, generators, strict=True)]
-    return [int(order[b, pick]) for b, pick in enumerate(picks)]

@@ -6,8 +6,8 @@ plan for their lengths (plan/generation.py) and loads the weights as planned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,16 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.adapter.adapter_config import HEAD
 from qlora_train.adapter.adapter_files import load_fitting
 from qlora_train.adapter.trained_on import find_base, read_trained_on
-from qlora_train.data.prompts import encode_prompt, encode_raw, stop_token_ids
+from qlora_train.data.prompts import encode_messages, encode_prompt, encode_raw, is_chat, stop_token_ids
 from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.device.settings import apply_settings
-from qlora_train.errors import RunFolderError
+from qlora_train.errors import DataError, RunFolderError
 from qlora_train.files.hub import resolve_base
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.run_adapter import find_adapter
+from qlora_train.generate.sampling import Sampling
 from qlora_train.kernels.on_device import find_device
+from qlora_train.model.adapted_head import AdaptedHead
 from qlora_train.model.base import read_config
 from qlora_train.model.base_folder import check_base, read_plain_config, stored_quantization
 from qlora_train.model.decoder import FrozenDecoder
@@ -66,7 +68,7 @@ class LoadedModel:
 class ModelSource:
     """A model whose weights are not loaded. folder: of the base. probed: result of the start-up probe.
     recipe: of the run, its compute dtype resolved; None for a model without a run. adapter: its folder, if
-    any."""
+    any. other_recipes: of runs whose adapters may be attached later."""
 
     folder: Path
     probed: ProbeResult
@@ -76,16 +78,24 @@ class ModelSource:
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe | None = None
     adapter: Path | None = None
+    other_recipes: tuple[Recipe, ...] = ()
 
     @property
     def data(self) -> DataSection | None:
         return None if self.recipe is None else self.recipe.data
 
-    def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt written as in training; raw: as it is."""
+    def encode(self, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
+        """Token ids of a prompt written as in training, after a system message; raw: as it is."""
         if raw:
             return encode_raw(prompt, self.tokenizer)
-        return encode_prompt(prompt, self.data, self.tokenizer)
+        return encode_prompt(prompt, self.data, self.tokenizer, system=system)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation that is to be continued, written as in training. Raises `DataError`
+        where the model's prompts are no conversations."""
+        if not is_chat(self.data, self.tokenizer):
+            raise DataError("The model's prompts are plain text, no conversations: use generate --prompt.")
+        return encode_messages(messages, self.data, self.tokenizer)
 
     def load(
         self,
@@ -125,23 +135,48 @@ class ModelSource:
                 norms=self.probed.fuses_norms, mlps=self.probed.fuses_mlps, qkv=self.probed.fuses_qkv
             )
         if self.adapter is not None:
-            self._attach(decoder, self.adapter)
+            self.attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
         self.device.release_cached()  # what loading took would stay beside other sizes
         stop_ids = stop_token_ids(self.tokenizer, read_stop_ids(str(self.folder)), self.data)
         return LoadedModel(decoder, self.tokenizer, self.data, frozenset(stop_ids), plan)
 
-    def _workload(self) -> Workload:
-        shape, target = find_shape(str(self.folder)), self.device.description
-        if self.recipe is not None and self.adapter is not None:
-            return workload_of(self.recipe, shape, target)
-        return Workload(shape, self.quantization, self.dtype, target)
+    def with_adapters(
+        self, runs: Mapping[str, Path], log: Callable[[str], None]
+    ) -> tuple[ModelSource, dict[str, Path]]:
+        """(this source, with room in its plan for the largest adapter, {name: adapter folder}). runs: of
+        other adapters, by name. Raises a `UserError` for one that was trained on another base."""
+        folders = {} if self.adapter is None else {"trained": self.adapter}
+        recipes = [] if self.recipe is None else [self.recipe]
+        for name, run in runs.items():
+            folders[name] = find_adapter(run, None, log)
+            if (trained_on := read_trained_on(folders[name])) is not None:
+                trained_on.check_base(self.folder, folders[name])
+                trained_on.check_tokenizer(self.tokenizer, folders[name])
+            recipes.append(load_recipe(run / "recipe.yaml"))
+        return replace(self, other_recipes=tuple(recipes)), folders
 
-    def _attach(self, decoder: FrozenDecoder, adapter: Path) -> None:
+    def attach(self, decoder: FrozenDecoder, adapter: Path | None) -> None:
+        """Put an adapter's LoRA parameters in the place of those that there are; None: the base alone."""
+        for linear in decoder.linears.values():
+            linear.lora = None
+        if isinstance(decoder.head, AdaptedHead):
+            decoder.head = decoder.head.stored
+        if adapter is None:
+            return
         config, pairs = load_fitting(adapter, [*decoder.linears, HEAD])
         if HEAD in pairs:
             decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
         LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=self.dtype, device=self.device.torch)
+
+    def _workload(self) -> Workload:
+        shape, target = find_shape(str(self.folder)), self.device.description
+        recipes = [] if self.recipe is None or self.adapter is None else [self.recipe]
+        with_lora = [workload_of(recipe, shape, target) for recipe in (*recipes, *self.other_recipes)]
+        if with_lora:
+            largest = max(with_lora, key=lambda workload: workload.num_lora_parameters)
+            return replace(largest, quantization=self.quantization, dtype=self.dtype)
+        return Workload(shape, self.quantization, self.dtype, target)
 
 
 def find_model(

@@ -23,7 +23,7 @@ class AdaptedHead:
     """A `VocabMatrix` [V, D]: `stored` + scaling b a. a [R, D], b [V, R]: fp32, on the device of the rows."""
 
     def __init__(self, stored: VocabMatrix, a: Tensor, b: Tensor, scaling: float) -> None:
-        self._stored, self._a, self._b, self._scaling = stored, a, b, scaling
+        self.stored, self._a, self._b, self._scaling = stored, a, b, scaling
         self.num_rows, self.tile_rows, self.items = stored.num_rows, stored.tile_rows, stored.items
 
     @staticmethod
@@ -52,12 +52,12 @@ class AdaptedHead:
         return AdaptedHead(stored, a, b, scaling)
 
     def gather(self, ids: TokenIds) -> Tensor:
-        return self._adapted(self._stored.gather(ids), self._b[ids.device])
+        return self._adapted(self.stored.gather(ids), self._b[ids.device])
 
     @contextmanager
     def tile(self, index: int) -> Iterator[Tensor]:
         start = index * self.tile_rows
-        with self._stored.tile(index) as rows:
+        with self.stored.tile(index) as rows:
             adapted = self._adapted(rows, self._b[start : start + len(rows)])
         yield adapted
 

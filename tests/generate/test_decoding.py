@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_models import VOCABULARY_SIZE, library_model, load_tiny, write_checkpoint
 
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
+from qlora_train.generate.sampling import Sampling
 from qlora_train.quant.formats import Quantization
 
 NUM_NEW = 12

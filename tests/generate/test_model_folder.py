@@ -17,8 +17,9 @@ from qlora_train.device.compute import THE_CPU
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.errors import UserError
 from qlora_train.generate import model_folder
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.model_folder import LoadedModel, find_model
+from qlora_train.generate.sampling import Sampling
 from qlora_train.model.quantized_matrix import QuantizedMatrix
 from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.quant.formats import Quantization

@@ -10,7 +10,8 @@ from tiny_models import random_model, tiny_config
 
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import UnsupportedModelError
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
+from qlora_train.generate.sampling import Sampling
 from qlora_train.model.rope_lengths import batches_by_table
 from qlora_train.quant.formats import Quantization
 from qlora_train.weights.load import load_base

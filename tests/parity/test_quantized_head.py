@@ -20,7 +20,8 @@ from tiny_models import (
     write_checkpoint,
 )
 
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
+from qlora_train.generate.sampling import Sampling
 from qlora_train.model.quantized_matrix import QuantizedMatrix
 from qlora_train.quant.formats import Quantization
 from qlora_train.walk.evaluate import loss_sum

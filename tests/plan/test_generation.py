@@ -17,7 +17,8 @@ from qlora_train.device.description import CPU as TARGET_CPU
 from qlora_train.device.description import DeviceDescription, planned_gpu
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.errors import UserError
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
+from qlora_train.generate.sampling import Sampling
 from qlora_train.plan.fixed_bytes import KV_CACHE, OPTIMIZER, WORKING
 from qlora_train.plan.generation import GenerationPlan, plan_generation
 from qlora_train.plan.host_budget import HostBudget

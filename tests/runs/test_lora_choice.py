@@ -20,8 +20,9 @@ from qlora_train.adapter.adapter_files import WEIGHTS_FILE, load_fitting
 from qlora_train.cli import main
 from qlora_train.device.compute import THE_CPU
 from qlora_train.export import export
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.model_folder import find_model
+from qlora_train.generate.sampling import Sampling
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.quant.formats import Quantization

@@ -200,8 +200,8 @@ def test_generate_streams_within_the_runs_plan(
     base: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All prompts in one batch; per token every layer is fetched at most once."""
-    from qlora_train.generate.decoding import Sampling
     from qlora_train.generate.model_folder import load_run
+    from qlora_train.generate.sampling import Sampling
     from qlora_train.weights.streaming import StreamedWeights
 
     cpu, prompts, num_tokens = THE_CPU, ["abc:", "fedcba:"], 6

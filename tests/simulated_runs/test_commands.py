@@ -28,8 +28,9 @@ from tiny_runs import (
 )
 
 from qlora_train.cli import main
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.model_folder import find_model
+from qlora_train.generate.sampling import Sampling
 from qlora_train.kernels.on_device import find_device
 from qlora_train.model.vocab_matrix import ResidentMatrix
 from qlora_train.plan.planned_walk import GenerateSize

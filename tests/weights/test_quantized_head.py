@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.errors import BaseModelError
-from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.decoding import generate_tokens
+from qlora_train.generate.sampling import Sampling
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.quantized_matrix import QuantizedMatrix
 from qlora_train.model.vocab_matrix import ResidentMatrix

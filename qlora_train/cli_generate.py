@@ -1,0 +1,140 @@
+"""The commands that answer prompts: `qlora-train generate | chat`. Their options, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_train.cli_types import (
+    count,
+    named_path,
+    not_negative,
+    number_or_zero,
+    positive,
+    probability,
+    seed,
+    share,
+    size,
+)
+from qlora_train.errors import UserError
+
+CHECKPOINT_HELP = "of a run (default: the finished adapter, else the last checkpoint)"
+_CONTEXT_TOKENS = 4096
+
+AddCommand = Callable[..., argparse.ArgumentParser]
+"""Adds a command by name, help text and defaults, of which `run` is what it calls with its arguments."""
+
+
+def add_generate(command: AddCommand) -> None:
+    """Add `generate`."""
+    generate = command("generate", "answer prompts with a run or a merged model", run=_generate)
+    _add_model(generate)
+    generate.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    generate.add_argument(
+        "--file",
+        type=Path,
+        help='prompts: a line of text each, or .jsonl with {"prompt": ...} or {"messages": [...]}',
+    )
+    generate.add_argument("--stdin", action="store_true", help="what standard input says is one prompt")
+    generate.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
+    _add_sampling(generate, 128)
+    generate.add_argument(
+        "--batch-size", type=count, default=16, metavar="N", help="prompts that run together"
+    )
+    generate.add_argument("--json", action="store_true", help="a line of JSON for each answer")
+    generate.add_argument(
+        "--raw", action="store_true", help="the prompt as it is, without the run's template"
+    )
+
+
+def add_chat(command: AddCommand) -> None:
+    """Add `chat`."""
+    chat = command("chat", "talk with a run or a merged model", run=_chat)
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    chat.add_argument(
+        "--adapter",
+        action="append",
+        type=named_path,
+        default=[],
+        metavar="NAME=RUN",
+        help="of another run on the same base, which /adapter NAME switches to; may be given several times",
+    )
+    chat.add_argument(
+        "--context",
+        type=count,
+        default=_CONTEXT_TOKENS,
+        metavar="N",
+        help=f"tokens of conversation and answer together (default: {_CONTEXT_TOKENS})",
+    )
+    _add_sampling(chat, 512)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
+    parser.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
+    parser.add_argument(
+        "--vram",
+        type=size,
+        metavar="SIZE",
+        help="memory to stay within, such as 2GiB (default: what is free)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help=f"default: {max_new_tokens}"
+    )
+    parser.add_argument("--temperature", type=not_negative, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=share, default=1.0, help="above 0, at most 1 (default)")
+    parser.add_argument("--top-k", type=number_or_zero, default=0, help="0 is all tokens (default)")
+    parser.add_argument(
+        "--min-p", type=probability, default=0.0, help="share of the likeliest token's probability; 0: off"
+    )
+    parser.add_argument("--repetition-penalty", type=positive, default=1.0, help="1 is none (default)")
+    parser.add_argument("--seed", type=seed, default=0, help="for --temperature above 0")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from qlora_train.generate.command import generate_command
+    from qlora_train.generate.prompts_file import read_prompts
+    from qlora_train.generate.sampling import Sampling
+
+    prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
+    if args.stdin:
+        prompts.append(sys.stdin.read())
+    if not prompts:
+        raise UserError("generate needs a prompt: --prompt TEXT, --file FILE or --stdin")
+    generate_command(
+        args.target,
+        prompts,
+        Sampling(**_sampling(args)),
+        system=args.system,
+        raw=args.raw,
+        batch_size=args.batch_size,
+        as_json=args.json,
+        checkpoint=args.checkpoint,
+        vram_bytes=args.vram,
+    )
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from qlora_train.generate.chat_command import chat_command
+    from qlora_train.generate.sampling import Sampling
+
+    chat_command(
+        args.target,
+        Sampling(**_sampling(args)),
+        system=args.system,
+        context_tokens=args.context,
+        adapters=dict(args.adapter),
+        checkpoint=args.checkpoint,
+        vram_bytes=args.vram,
+    )
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, float]:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(args, name) for name in names}
