@@ -32,6 +32,7 @@ from qlora_train.export import BASES, LOADERS
 from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
+from qlora_train.terminal_text import printable
 
 NEED_UNIX = {"train", "generate", "chat", "export", "cache"}
 
@@ -305,9 +306,7 @@ def _fail(error: QloraTrainError | Interrupted) -> int:
         sys.stdout.flush()
     except OSError:
         _discard_output()
-    text = "".join(
-        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in str(error)
-    )
+    text = printable(str(error))
     several = isinstance(error, RecipeError) and len(error.problems) > 1
     print("qlora-train:", f"several problems\n{text}" if several else text, file=sys.stderr)
     return error.exit_code

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_train.cli_types import (
     count,
@@ -19,6 +20,9 @@ from qlora_train.cli_types import (
     size,
 )
 from qlora_train.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_train.generate.sampling import Sampling
 
 CHECKPOINT_HELP = "of a run (default: the finished adapter, else the last checkpoint)"
 _CONTEXT_TOKENS = 4096
@@ -100,7 +104,6 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from qlora_train.generate.command import generate_command
     from qlora_train.generate.prompts_file import read_prompts
-    from qlora_train.generate.sampling import Sampling
 
     prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
     if args.stdin:
@@ -110,7 +113,7 @@ def _generate(args: argparse.Namespace) -> None:
     generate_command(
         args.target,
         prompts,
-        Sampling(**_sampling(args)),
+        _sampling(args),
         system=args.system,
         raw=args.raw,
         batch_size=args.batch_size,
@@ -122,11 +125,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     from qlora_train.generate.chat_command import chat_command
-    from qlora_train.generate.sampling import Sampling
 
     chat_command(
         args.target,
-        Sampling(**_sampling(args)),
+        _sampling(args),
         system=args.system,
         context_tokens=args.context,
         adapters=dict(args.adapter),
@@ -135,6 +137,15 @@ def _chat(args: argparse.Namespace) -> None:
     )
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, float]:
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-    return {name: getattr(args, name) for name in names}
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from qlora_train.generate.sampling import Sampling
+
+    return Sampling(
+        args.max_new_tokens,
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        args.min_p,
+        args.repetition_penalty,
+        args.seed,
+    )

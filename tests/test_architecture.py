@@ -18,6 +18,7 @@ FLOORS = {
     "module_patterns": 1,
     "recipe_yaml": 1,
     "recipe_checks": 1,
+    "terminal_text": 1,
     "recipe": 1,
     "device": 1,
     "files": 1,
@@ -36,6 +37,7 @@ FLOORS = {
     "report": 10,
     "cli": 12,
     "cli_types": 12,
+    "cli_generate": 12,
     "__init__": 13,
     "__main__": 13,
 }
@@ -48,9 +50,11 @@ LIGHT = (
     "module_patterns",
     "recipe",
     "recipe_yaml",
+    "terminal_text",
     "recipe_checks",
     "cli",
     "cli_types",
+    "cli_generate",
     "__init__",
     "__main__",
 )

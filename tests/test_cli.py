@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ import pytest
 import qlora_train
 from qlora_train import cli
 from qlora_train.errors import DataError, TrainingFailure
+from qlora_train.generate.sampling import Sampling
 from qlora_train.recipe import Recipe, bundled_recipes
+from qlora_train.terminal_text import show
 
 COMMANDS = (
     "train",
@@ -95,7 +98,7 @@ def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
-@pytest.mark.parametrize("argv", [["chat", "runs/x"], ["bench"], ["export", "runs/x", "--to", "gguf"]])
+@pytest.mark.parametrize("argv", [["bench"], ["export", "runs/x", "--to", "gguf"]])
 def test_what_does_not_exist_is_an_unknown_word(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
@@ -178,10 +181,29 @@ def test_generate_calls_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["generate", "runs/x", "--prompt", "a", "--prompt", "b", "--temperature", "0.5", "--raw"]
     assert cli.main(command) == 0
     assert cli.main([*command, "--vram", "1.5GiB"]) == 0
-    options = {"max_new_tokens": 128, "temperature": 0.5, "top_p": 1.0, "seed": 0, "raw": True}
-    options |= {"checkpoint": None}
-    budgets = [None, 3 * 2**29]
-    assert generate.calls == [(("runs/x", ["a", "b"]), options | {"vram_bytes": b}) for b in budgets]
+    options = {"system": None, "raw": True, "batch_size": 16, "as_json": False, "checkpoint": None}
+    budgets, sampling = [None, 3 * 2**29], Sampling(128, 0.5)
+    assert generate.calls == [
+        (("runs/x", ["a", "b"], sampling), options | {"vram_bytes": b}) for b in budgets
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--top-k", "-1"],
+        ["--min-p", "1"],
+        ["--min-p", "nan"],
+        ["--repetition-penalty", "0"],
+        ["--repetition-penalty", "inf"],
+        ["--temperature", "nan"],
+        ["--batch-size", "0"],
+    ],
+)
+def test_sampling_settings_have_bounds(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "runs/x", "--prompt", "a", *options])
+    assert stop.value.code == 2
 
 
 def test_export_calls_what_it_says(
@@ -349,3 +371,14 @@ for name in ("train", "export"):
 
 def _root() -> Path:
     return Path(__file__).parent.parent
+
+
+def test_a_terminal_is_shown_no_escape_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_terminal, expected in (
+        (True, "a\\x1b[2Jb\tc\n\\x9b\\u202e\u6f22"),
+        (False, "a\x1b[2Jb\tc\n\x9b\u202e\u6f22"),
+    ):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda answer=is_terminal: answer)
+        show("a\x1b[2Jb\tc\n\x9b\u202e\u6f22", stream)
+        assert stream.getvalue() == expected

@@ -15,6 +15,7 @@ from qlora_train.generate.chat import Chat, StopAnswer
 from qlora_train.generate.model_folder import ModelSource, find_model
 from qlora_train.generate.sampling import Sampling
 from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.terminal_text import printable, show
 
 with contextlib.suppress(ImportError):  # arrow keys and history while typing; Windows has none
     import readline  # noqa: F401
@@ -78,7 +79,7 @@ class Terminal:
             try:
                 self._obey(line)
             except QloraTrainError as error:
-                print(f"qlora-train: {error}", file=sys.stderr)
+                print(printable(f"qlora-train: {error}"), file=sys.stderr)
 
     def _obey(self, line: str) -> None:
         if not line.strip():
@@ -124,7 +125,7 @@ class Terminal:
         with _ctrl_c_ends_the_answer() as check:
 
             def write(text: str) -> None:
-                print(text, end="", flush=True)
+                show(text)
                 check()
 
             answer(write)

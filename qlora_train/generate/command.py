@@ -15,6 +15,7 @@ from qlora_train.generate.prompts_file import Messages
 from qlora_train.generate.sampling import Sampling
 from qlora_train.generate.text_stream import TextStream
 from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.terminal_text import show
 
 
 def generate_command(
@@ -22,12 +23,12 @@ def generate_command(
     prompts: Sequence[str | Messages],
     sampling: Sampling,
     *,
-    system: str | None,
-    raw: bool,
-    batch_size: int,
-    as_json: bool,
-    checkpoint: str | None,
-    vram_bytes: int | None,
+    system: str | None = None,
+    raw: bool = False,
+    batch_size: int = 16,
+    as_json: bool = False,
+    checkpoint: str | None = None,
+    vram_bytes: int | None = None,
 ) -> None:
     """Print the answer to each prompt, a text or a conversation. system: a system message before texts. raw:
     give the prompt to the model as it is, without template or chat turns. batch_size: prompts that run
@@ -64,7 +65,7 @@ def _encoded(source: ModelSource, prompt: str | Messages, *, system: str | None,
 
 
 def _stream(model: LoadedModel, encoded: list[list[int]], sampling: Sampling) -> None:
-    stream = TextStream(model.tokenizer, lambda text: print(text, end="", flush=True))
+    stream = TextStream(model.tokenizer, show)
     generate_tokens(model.decoder, encoded, sampling, model.stop_ids, lambda _, token: stream.add(token))
     stream.finish()
     print()
@@ -88,4 +89,4 @@ def _print_answer(prompt: str | Messages, answer: str, *, as_json: bool) -> None
         print(json.dumps({key: prompt, "answer": answer}, ensure_ascii=False), flush=True)
     else:
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        sys.stdout.write(f"> {question}\n{answer}\n\n")
+        show(f"> {question}\n{answer}\n\n")

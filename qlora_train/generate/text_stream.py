@@ -26,8 +26,9 @@ class TextStream:
         self._tokens.append(token)
         text = self.text
         if not text.endswith(_UNFINISHED):
-            self._write(text[self._num_written :])
+            new = text[self._num_written :]
             self._num_written = len(text)
+            self._write(new)
 
     def finish(self) -> None:
         """Write the remaining text, complete or not."""

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from qlora_train import export, load_recipe, train
-from qlora_train.generate.sampling import Sampling
 from qlora_train.generate.model_folder import load_run
+from qlora_train.generate.sampling import Sampling
 from qlora_train.kernels.on_device import find_device
 from qlora_train.recipe import Recipe
 

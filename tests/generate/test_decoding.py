@@ -63,7 +63,8 @@ def test_sampling_follows_seed_temperature_and_top_p(tmp_path: Path) -> None:
     decoder, _ = load_tiny(write_checkpoint(tmp_path))
 
     def sample(seed: int, temperature: float = 2.0, top_p: float = 1.0) -> list[list[int]]:
-        return generate_tokens(decoder, prompts(), Sampling(NUM_NEW, temperature, top_p, seed), frozenset())
+        sampling = Sampling(NUM_NEW, temperature, top_p, seed=seed)
+        return generate_tokens(decoder, prompts(), sampling, frozenset())
 
     greedy = generate_tokens(decoder, prompts(), Sampling(NUM_NEW), frozenset())
     assert sample(1) == sample(1)

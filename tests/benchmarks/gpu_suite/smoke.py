@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks.process import PLAINLY, answer
 from qlora_train.export import export
 from qlora_train.generate.command import generate_command
+from qlora_train.generate.sampling import Sampling
 from qlora_train.recipe import bundled_recipes_dir, load_recipe
 from qlora_train.train import train
 
@@ -135,16 +136,7 @@ class Smoke:
         prompt = row["messages"][-2]["content"]
         screen = io.StringIO()
         with contextlib.redirect_stdout(screen):
-            generate_command(
-                target,
-                [prompt],
-                max_new_tokens=16,
-                temperature=0.0,
-                top_p=1.0,
-                seed=0,
-                raw=False,
-                vram_bytes=None,
-            )
+            generate_command(target, [prompt], Sampling(16))
         assert screen.getvalue().strip(), "no answer"
         self.remarks.append(f"{target.name}: {prompt} -> {screen.getvalue().strip()}")
         return {}
