@@ -1,4 +1,4 @@
-"""The commands: `qlora-train train | plan | preview | generate | chat | export | recipes | cache`.
+"""The commands: `qlora-train train | plan | preview | generate | chat | eval | export | recipes | cache`.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes` do
 not import torch) and calls one function of a lower layer. User errors and failures of a run arrive here as a
@@ -24,7 +24,7 @@ from typing import Any
 
 from qlora_train import __version__
 from qlora_train.boundary import os_error
-from qlora_train.cli_generate import CHECKPOINT_HELP, add_chat, add_generate
+from qlora_train.cli_generate import CHECKPOINT_HELP, add_chat, add_eval, add_generate
 from qlora_train.cli_types import count, count_or_none, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, QloraTrainError, RecipeError, UserError
@@ -34,7 +34,7 @@ from qlora_train.recipe import bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
 from qlora_train.terminal_text import printable
 
-NEED_UNIX = {"train", "generate", "chat", "export", "cache"}
+NEED_UNIX = {"train", "generate", "chat", "eval", "export", "cache"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_generate(command)
     add_chat(command)
+    add_eval(command)
 
     export = command("export", "write a run as a model that other tools load", run=_export)
     export.add_argument("run_dir", metavar="RUN", type=Path)

@@ -1,4 +1,5 @@
-"""The commands that answer prompts: `qlora-train generate | chat`. Their options, and what they call."""
+"""The commands that answer prompts: `qlora-train generate | chat | eval`. Their options, and what they
+call."""
 
 from __future__ import annotations
 
@@ -76,6 +77,27 @@ def add_chat(command: AddCommand) -> None:
     _add_sampling(chat, 512)
 
 
+def add_eval(command: AddCommand) -> None:
+    """Add `eval`."""
+    evaluate = command("eval", "loss and answers of a run or a model on held-out rows", run=_eval)
+    _add_model(evaluate)
+    evaluate.add_argument("--data", metavar="FILE", help="rows (default: those that the run holds out)")
+    evaluate.add_argument(
+        "--num-answers",
+        type=number_or_zero,
+        default=100,
+        metavar="N",
+        help="rows to answer, for exact match, ROUGE and BLEU (default: the first 100)",
+    )
+    evaluate.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="default: 256")
+    evaluate.add_argument("--batch-size", type=count, default=16, metavar="N", help="rows answered together")
+    evaluate.add_argument("--base", action="store_true", help="the base's scores beside")
+    evaluate.add_argument(
+        "--out", type=Path, metavar="FILE", help="prompts, references and answers, as .jsonl"
+    )
+    evaluate.add_argument("--json", action="store_true", help="for programs")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
     parser.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
@@ -132,6 +154,23 @@ def _chat(args: argparse.Namespace) -> None:
         system=args.system,
         context_tokens=args.context,
         adapters=dict(args.adapter),
+        checkpoint=args.checkpoint,
+        vram_bytes=args.vram,
+    )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from qlora_train.generate.evaluate_command import evaluate_command
+
+    evaluate_command(
+        args.target,
+        data=args.data,
+        num_answers=args.num_answers,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        with_base=args.base,
+        out=args.out,
+        as_json=args.json,
         checkpoint=args.checkpoint,
         vram_bytes=args.vram,
     )

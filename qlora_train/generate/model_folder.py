@@ -138,8 +138,11 @@ class ModelSource:
             self.attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
         self.device.release_cached()  # what loading took would stay beside other sizes
-        stop_ids = stop_token_ids(self.tokenizer, read_stop_ids(str(self.folder)), self.data)
-        return LoadedModel(decoder, self.tokenizer, self.data, frozenset(stop_ids), plan)
+        return LoadedModel(decoder, self.tokenizer, self.data, self.stop_ids(), plan)
+
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset(stop_token_ids(self.tokenizer, read_stop_ids(str(self.folder)), self.data))
 
     def with_adapters(
         self, runs: Mapping[str, Path], log: Callable[[str], None]

@@ -27,7 +27,7 @@ from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.host_bytes import host_bytes
 from qlora_train.plan.placement import fewest, mlp_tiles, place_of_streamed, placed
 from qlora_train.plan.plan import budget_for, room_in
-from qlora_train.plan.planned_walk import GenerateSize, generate_peak, load_peak
+from qlora_train.plan.planned_walk import GenerateSize, evaluation_peak, generate_peak, load_peak
 from qlora_train.plan.words import gib, refusal
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement, everything_resident
@@ -142,9 +142,13 @@ class _Search:
             yield self._placed(start, num_layers)
 
     def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
-        """Bytes on the device by cause, while loading and while generating."""
+        """Bytes on the device by cause, while loading, generating and evaluating."""
         generate = generate_peak(self._workload, plan, self._size, in_training=False)
-        return {"load": load_peak(self._workload, plan), "generate": generate}
+        found = {"load": load_peak(self._workload, plan), "generate": generate}
+        if n := self._size.evaluated_tokens:
+            row = replace(self._workload, documents=(n,), num_supervised=n - 1, num_micro_batches=1)
+            found["evaluate"] = evaluation_peak(row, plan, in_training=False)
+        return found
 
     def peak(self, plan: ExecutionPlan) -> int:
         return max(sum(phase.values()) for phase in self.phases(plan).values())

@@ -51,10 +51,12 @@ arithmetic and dequantizing is negligible."""
 
 @dataclass(frozen=True)
 class GenerateSize:
-    """Size of a batch to generate. prompts: token counts. new_tokens: of each prompt at most."""
+    """Size of a batch to generate. prompts: token counts. new_tokens: of each prompt at most.
+    evaluated_tokens: of a row whose loss is computed besides; 0: none is."""
 
     prompts: tuple[int, ...] = (512,)
     new_tokens: int = 128
+    evaluated_tokens: int = 0
 
     @property
     def capacity(self) -> int:
@@ -93,8 +95,8 @@ def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
     return StepBytes(total(fixed, largest), host.num_bytes)
 
 
-def evaluation_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
-    """Peak bytes on the device by cause in an evaluation, beside optimizer state and gradient."""
+def evaluation_peak(workload: Workload, plan: ExecutionPlan, *, in_training: bool = True) -> Bytes:
+    """Peak bytes on the device by cause in an evaluation. in_training: beside optimizer state."""
     model, tokens, meter = set_up(workload, plan)
     group = plan.group_size(workload.num_micro_batches)
     with meter:
@@ -105,8 +107,8 @@ def evaluation_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
             loss_tokens=plan.loss_tokens,
             make_loss=PlannedLoss,
         )
-    fixed = total(fixed_bytes(workload, plan), _micro_batch_bytes(workload, tokens))
-    return total(fixed, meter.peak)
+    staying = _staying_bytes(workload, plan, in_training=in_training)
+    return total(staying, _micro_batch_bytes(workload, tokens), meter.peak)
 
 
 def generate_peak(
@@ -129,11 +131,15 @@ def generate_peak(
     itemsize = workload.itemsize
     # Logits of the token before in fp32, and of this one: tiles and all of them, or all of them and in fp32.
     last = {"logits": logits * (4 + max(2 * itemsize, itemsize + 4))}
-    fixed = fixed_bytes(workload, plan)
-    if not in_training:
-        fixed.pop(OPTIMIZER, None)
+    staying = _staying_bytes(workload, plan, in_training=in_training)
     largest = max(meter.peak, last, key=lambda parts: sum(parts.values()))
-    return total(fixed, {KV_CACHE: cached_numbers * itemsize}, largest)
+    return total(staying, {KV_CACHE: cached_numbers * itemsize}, largest)
+
+
+def _staying_bytes(workload: Workload, plan: ExecutionPlan, *, in_training: bool) -> Bytes:
+    """Bytes that stay on the device; optimizer state only in training."""
+    parts = fixed_bytes(workload, plan)
+    return {cause: n for cause, n in parts.items() if in_training or cause != OPTIMIZER}
 
 
 def _cached_numbers(layer: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> int:

@@ -1,0 +1,113 @@
+"""`qlora-train eval`: loss, perplexity and the answers of a run or a model on held-out rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qlora_train.data.building import build_dataset
+from qlora_train.data.dataset import PackedDataset
+from qlora_train.data.tokenizer import read_stop_ids
+from qlora_train.errors import UserError
+from qlora_train.files.atomic_file import replace_text
+from qlora_train.generate.evaluation import Question, Scores, evaluate, questions_of, text_metrics
+from qlora_train.generate.model_folder import ModelSource, find_model
+from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.recipe import DataSection
+from qlora_train.terminal_text import show
+from qlora_train.weights.cache_key import cache_root
+
+
+def evaluate_command(
+    target: Path | str,
+    *,
+    data: str | None,
+    num_answers: int,
+    max_new_tokens: int,
+    batch_size: int,
+    with_base: bool,
+    out: Path | None,
+    as_json: bool,
+    checkpoint: str | None,
+    vram_bytes: int | None,
+) -> dict[str, Any]:
+    """Print, and return, the scores of a run or a model. data: rows, in the run's format; None: those that
+    the run holds out. num_answers: rows to answer, the first ones. batch_size: that are answered together.
+    with_base: the base's scores beside. out: a file for prompts, references and answers, a JSON object a
+    line. Other arguments as of `generate_command`."""
+    log = partial(print, file=sys.stderr)
+    source = find_model(target, checkpoint=checkpoint, log=log)
+    if with_base and source.adapter is None:
+        raise UserError("--base compares a run with its base, and this is a model without an adapter")
+    if num_answers:
+        text_metrics(["a"], ["a"])  # the libraries are missed now, not after the answers
+    rows, name = _rows(source, data)
+    stop_ids = source.stop_ids()
+    questions = questions_of(rows, stop_ids, source.tokenizer.decode)[:num_answers]
+    lengths = sorted((len(question.prompt) for question in questions), reverse=True)[:batch_size]
+    size = GenerateSize(tuple(lengths) or (1,), max_new_tokens, evaluated_tokens=rows.sequence_length)
+    model = source.load(size, vram_bytes=vram_bytes, log=log)
+    run = partial(evaluate, model, rows, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    try:
+        scores = {"trained" if source.adapter else "model": run()}
+        if with_base:
+            source.attach(model.decoder, None)
+            scores["base"] = run()
+    finally:
+        model.decoder.close()
+    if out is not None:
+        replace_text(out, "".join(_lines(source, questions, scores)))
+    found = {name: _figures(of) for name, of in scores.items()}
+    show(json.dumps(found) + "\n" if as_json else _table(scores, name, len(questions)))
+    return found
+
+
+def _rows(source: ModelSource, data: str | None) -> tuple[PackedDataset, str]:
+    """(rows to evaluate on, where they are from, as text)."""
+    if data is None and (source.data is None or source.data.eval is None):
+        raise UserError(
+            "nothing is held out to evaluate on (data.eval in the recipe): give --data FILE with rows that "
+            "the model was not trained on"
+        )
+    if data is None:
+        section = source.data
+        assert section is not None
+    else:
+        common = {} if source.data is None else source.data.model_dump(exclude_unset=True)
+        section = DataSection.model_validate(common | {"train": data, "eval": None})
+    seed = 0 if source.recipe is None else source.recipe.training.seed
+    stop_ids = read_stop_ids(str(source.folder))
+    train, held_out = build_dataset(
+        section, source.tokenizer, seed=seed, stop_ids=stop_ids, cache=cache_root()
+    )
+    return (train, data) if data is not None else (held_out or train, "held out by data.eval")
+
+
+def _figures(scores: Scores) -> dict[str, Any]:
+    figures = {"loss": scores.loss, "perplexity": scores.perplexity, "num_tokens": scores.num_tokens}
+    return {**figures, **scores.metrics, "num_answers": len(scores.answers)}
+
+
+def _table(scores: dict[str, Scores], name: str, num_answers: int) -> str:
+    """Scores as text, a column for each model."""
+    first = next(iter(scores.values()))
+    rows = {"loss": [f"{of.loss:.4f}" for of in scores.values()]}
+    rows["perplexity"] = [f"{of.perplexity:.2f}" for of in scores.values()]
+    for metric in first.metrics:
+        rows[metric] = [f"{of.metrics[metric]:.1f} %" for of in scores.values()]
+    lines = [f"{first.num_tokens:,} supervised tokens, {num_answers} answers ({name})"]
+    lines.append(" " * 14 + "".join(f"{column:>14}" for column in scores))
+    lines += [f"{label:<14}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(source: ModelSource, questions: list[Question], scores: dict[str, Scores]) -> list[str]:
+    lines = []
+    for i, question in enumerate(questions):
+        row = {"prompt": source.tokenizer.decode(question.prompt), "reference": question.reference}
+        answers = {name: of.answers[i] for name, of in scores.items()}
+        lines.append(json.dumps(row | answers, ensure_ascii=False) + "\n")
+    return lines
