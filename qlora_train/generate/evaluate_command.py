@@ -46,7 +46,7 @@ def evaluate_command(
         text_metrics(["a"], ["a"])  # the libraries are missed now, not after the answers
     rows, name = _rows(source, data)
     stop_ids = source.stop_ids()
-    questions = questions_of(rows, stop_ids, source.tokenizer.decode)[:num_answers]
+    questions = questions_of(rows, stop_ids, source.tokenizer)[:num_answers]
     lengths = sorted((len(question.prompt) for question in questions), reverse=True)[:batch_size]
     size = GenerateSize(tuple(lengths) or (1,), max_new_tokens, evaluated_tokens=rows.sequence_length)
     model = source.load(size, vram_bytes=vram_bytes, log=log)

@@ -9,10 +9,11 @@ whitespace aside), ROUGE (Lin 2004, rouge-score) and BLEU (Papineni et al. 2002;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.documents import Document
@@ -48,15 +49,17 @@ class Scores:
 
 
 def questions_of(
-    data: PackedDataset, model_stops: frozenset[int], decode: Callable[..., str]
+    data: PackedDataset, stop_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
-    """The questions of all documents that have a prompt before their last answer. model_stops: tokens that
-    end answers. decode: of the tokenizer."""
-    found = (_question(data.document(i), model_stops, decode) for i in range(len(data.lengths)))
+    """The questions of all documents that have a prompt before their last answer. stop_ids: tokens that end
+    answers."""
+    found = (_question(data.document(i), stop_ids, tokenizer) for i in range(len(data.lengths)))
     return [question for question in found if question is not None]
 
 
-def _question(document: Document, stop_ids: frozenset[int], decode: Callable[..., str]) -> Question | None:
+def _question(
+    document: Document, stop_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
+) -> Question | None:
     supervised = np.flatnonzero(document.supervised)
     if not len(supervised):
         return None
@@ -67,7 +70,8 @@ def _question(document: Document, stop_ids: frozenset[int], decode: Callable[...
         answer.pop()
     if start < 2 or not answer:  # a text without a prompt; an empty answer
         return None
-    return Question(document.token_ids[:start].tolist(), decode(answer, skip_special_tokens=True))
+    reference = str(tokenizer.decode(answer, skip_special_tokens=True))
+    return Question(document.token_ids[:start].tolist(), reference)
 
 
 def evaluate(
