@@ -8,6 +8,7 @@ floating-point constants have to make sense, so that losses and gradients are fi
     absmax         offset + code * nested_absmax, spread a quarter around what that mean square asks for
     embedding, head   normal, mean square 1/D: logits of size one, a loss near ln V + 1/2
     norms          ones; biases zeros
+    routers        normal, mean square 1/D: every expert gets its share of the tokens
 
 What costs is bandwidth, not random numbers: one random pattern, a little longer than a slab, is copied from
 another place for every layer (likewise for blocks of matrix rows), so no two layers are alike and 40 GB take
@@ -115,13 +116,15 @@ class RandomWeights:
             yield pattern[number * SHIFT :][: rows * num_columns].view(rows, num_columns)
 
     def plain(self, device: torch.device) -> dict[str, Tensor]:
-        """Norms and biases."""
-        return {
-            name: torch.full(
-                shape, 0.0 if name.endswith("bias") else 1.0, dtype=self._meta_model.dtype, device=device
-            )
-            for name, shape in self._meta_model.plain_shapes.items()
-        }
+        """Norms, biases and routers."""
+        shapes = self._meta_model.plain_shapes
+        return {name: self._plain(name, shape).to(device) for name, shape in shapes.items()}
+
+    def _plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 2:  # of one number each, a router would send every token to the same experts
+            values = torch.empty(shape).normal_(std=shape[1] ** -0.5, generator=self._generator)
+            return values.to(self._meta_model.dtype)
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=self._meta_model.dtype)
 
     def _random_bytes(self, num_bytes: int) -> Tensor:
         words = torch.empty(-(-num_bytes // 8), dtype=torch.int64)

@@ -13,7 +13,7 @@ from benchmarks.gpu_suite import peer, smoke, training
 from benchmarks.gpu_suite.stages import DRY, REAL, Stage, files_of_tests, stages_of
 from simulated_gpu.fixture import SimulatedGpu
 from tiny_runs import PROJECT
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
 from qlora_train.device.description import planned_gpu
 from qlora_train.plan.host_budget import HostBudget
@@ -38,7 +38,9 @@ def plans_of(stage: Stage) -> list[Plan]:
         sections = {**stage.arguments["recipe"], **changes}
         data = {"train": "x", **sections["data"]}
         recipe = Recipe.from_dict({"model": {"base": "x"}, **sections, "data": data})
-        workload = workload_of(recipe, shape_of(LlamaConfig(**stage.arguments["model"]["config"])), H100)
+        workload = workload_of(
+            recipe, shape_of(AutoConfig.for_model(**stage.arguments["model"]["config"])), H100
+        )
         choices = Choices(recipe.memory.weights, recipe.memory.activations)
         budget = recipe.memory.vram_bytes or 75 * GIB
         host = HostBudget(100 * GIB, 60 * GIB)
@@ -54,6 +56,7 @@ def test_the_most_telling_come_first_and_every_stage_fits_into_a_call() -> None:
         "memory-8b-4gib",
         "memory-8b-exact",
         "speed-8b",
+        "memory-30b-experts",
         "memory-70b-8gib",
         "peer-peft",
         "peer-soup",
@@ -70,6 +73,15 @@ def test_what_is_asked_for_fits_and_streams_from_ram(name: str, gib: int) -> Non
     assert plan.fits and plan.budget_bytes == gib * GIB
     assert plan.workload.num_tokens * plan.workload.num_micro_batches == 2048
     assert Placement.RAM in plan.execution.weights and Placement.DISK not in plan.execution.weights
+
+
+def test_experts_are_compared_resident_and_within_4_gib() -> None:
+    resident, streamed = plans_of(STAGES["memory-30b-experts"])
+    assert resident.fits and not resident.execution.streams
+    assert streamed.fits and streamed.budget_bytes == 4 * GIB and Placement.RAM in streamed.execution.weights
+    assert all(
+        plan.workload.num_tokens * plan.workload.num_micro_batches == 4096 for plan in (resident, streamed)
+    )
 
 
 def test_streamed_and_resident_are_one_group_of_8192_tokens_with_the_same_sums() -> None:

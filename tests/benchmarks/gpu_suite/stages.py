@@ -6,6 +6,7 @@
     memory-8b-streamed     8,192 tokens in one group: resident, then streamed
     memory-8b-exact        the same, deterministic: twice resident and once streamed, the same bytes
     speed-8b               4,096 packed tokens, with a profiler trace and the allocator's history
+    memory-30b-experts     4,096 tokens of a mixture of 128 experts: resident, then streamed within 4 GiB
     memory-70b-8gib        2,048 tokens a step within 8 GiB
     peer-...               peft + bitsandbytes, trl and unsloth on the tokens of speed-8b
     speed-8b-streamed-512  one row of 512 tokens within 3.3 GB, and soup-cli on it
@@ -52,18 +53,21 @@ class Stage:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """A config.json for a known model of the llama family."""
+    """A config.json for a known model."""
     sizes = KNOWN[name]
-    assert sizes["model_type"] == "llama", name
-    return sizes | {
-        "architectures": ["LlamaForCausalLM"],
-        "head_dim": sizes["hidden_size"] // sizes["num_attention_heads"],
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
+    architecture = {"llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[sizes["model_type"]]
+    return (
+        {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"]}
+        | sizes
+        | {
+            "architectures": [architecture],
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        }
+    )
 
 
 TINY = {
@@ -75,6 +79,9 @@ TINY = {
     "head_dim": 16,
     "vocab_size": 401,
     "max_position_embeddings": 256,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
 }
 
 
@@ -127,6 +134,7 @@ def stages_of(size: Size, tests: tuple[str, ...]) -> tuple[Stage, ...]:
         *(_tests(file) for file in tests),
         *_memory_8b(size),
         _speed_8b(size),
+        _memory_30b_experts(size),
         _memory_70b(size),
         *_peers(size),
         _budget("memory-8b-4gib-disk", size, {"vram": "4GiB", "weights": "disk"}),
@@ -178,6 +186,7 @@ def _training(
 
 
 _8B = ("random-8b", config_of("llama-3.1-8b"))
+_30B_EXPERTS = ("random-30b-experts", config_of("qwen3-30b-a3b"))
 _70B = ("random-70b", config_of("llama-3.1-70b"))
 _ROW = {"sequence_length": 2048}
 
@@ -203,6 +212,27 @@ def _memory_8b(size: Size) -> Iterator[Stage]:
         runs={"resident": {}, "resident again": {}, "streamed": streamed},
         num_timed=2,
         same_bytes=True,
+    )
+
+
+def _memory_30b_experts(size: Size) -> Stage:
+    """Of 128 experts 8 take each token, so that a layer's copy has little arithmetic to hide behind."""
+    return _training(
+        "memory-30b-experts",
+        size,
+        _30B_EXPERTS,
+        {
+            "data": {"sequence_length": 4096},
+            "training": {**_ONE, "optimizer": "adamw_8bit"},
+            "memory": {"activations": "recompute", "weights": "resident"},
+        },
+        runs={
+            "resident": {},
+            "streamed": {"memory": {"activations": "recompute", "weights": "ram", "vram": "4GiB"}},
+        },
+        timeout_seconds=240,
+        least_seconds=90,
+        remove_base=True,
     )
 
 
