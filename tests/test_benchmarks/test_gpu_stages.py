@@ -177,6 +177,14 @@ def test_streamed_resident_and_again_end_with_the_same_bytes(dry: Dry) -> None:
     assert set(figures["runs"]["streamed"]["weights"]) == {"ram"}
 
 
+def test_experts_stream_within_their_budget(dry: Dry) -> None:
+    figures = dry.measure("memory-30b-experts")
+    resident, streamed = figures["runs"]["resident"], figures["runs"]["streamed"]
+    assert figures["problems"] == [] and set(streamed["weights"]) == {"ram"}
+    assert streamed["last_loss"] == pytest.approx(resident["last_loss"], rel=1e-3)
+    assert abs(resident["first_loss"] - 6.5) < 0.7
+
+
 def test_the_speed_stage_leaves_a_trace_and_a_table(dry: Dry) -> None:
     figures = dry.measure("speed-8b")
     (run,) = figures["runs"].values()
