@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
@@ -32,6 +33,8 @@ class SignalHandler:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # of a notebook, say: only the main thread may handle signals
         for number in SIGNALS:
             if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self)

@@ -19,6 +19,7 @@ FLOORS = {
     "recipe_yaml": 1,
     "recipe_checks": 1,
     "terminal_text": 1,
+    "rows_file": 2,
     "recipe": 1,
     "device": 1,
     "files": 1,

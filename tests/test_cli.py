@@ -18,6 +18,7 @@ import qlora_train
 from qlora_train import cli
 from qlora_train.errors import DataError, TrainingFailure
 from qlora_train.generate.sampling import Sampling
+from qlora_train.plan import request
 from qlora_train.recipe import Recipe, bundled_recipes
 from qlora_train.terminal_text import show
 
@@ -141,7 +142,7 @@ def test_preview_calls_what_it_says(monkeypatch: pytest.MonkeyPatch, recipe_file
 def test_plan_prints_json_for_a_card_that_is_not_here(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qlora_train.plan.request.find_card", lambda: None)
+    monkeypatch.setattr(request, "find_card", lambda: None)
     argv = ["plan", str(recipe_file), "model.base=TinyLlama/TinyLlama-1.1B-Chat-v1.0", "--json"]
     argv += ["training.micro_batch_size=4"]
     assert cli.main([*argv, "--vram", "24GiB", "training.max_steps=10"]) == 0
@@ -169,7 +170,7 @@ def test_plan_refuses(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("qlora_train.plan.request.find_card", lambda: None)
+    monkeypatch.setattr(request, "find_card", lambda: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert cli.main(["plan", str(recipe_file), *words]) == 2
     assert message in capsys.readouterr().err

@@ -119,7 +119,7 @@ class Terminal:
         self._chat.system = text or None
 
     def _clear(self, _: str) -> None:
-        self._chat.messages.clear()
+        self._chat.messages = []
 
     def _write_answer(self, answer: Callable[[Callable[[str], None]], None]) -> None:
         with _ctrl_c_ends_the_answer() as check:

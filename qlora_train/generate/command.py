@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qlora_train.errors import UserError
 from qlora_train.generate.decoding import generate_tokens
@@ -37,6 +39,49 @@ def generate_command(
 
     A single prompt streams. Notes, such as which weights stream, go to stderr.
     """
+    with _loaded(
+        target,
+        prompts,
+        sampling,
+        system=system,
+        raw=raw,
+        batch_size=batch_size,
+        checkpoint=checkpoint,
+        vram_bytes=vram_bytes,
+    ) as (model, encoded):
+        if len(prompts) == 1 and not as_json:
+            _stream(model, encoded, sampling)
+            return
+        for prompt, answer in zip(prompts, _answers(model, encoded, sampling, batch_size), strict=True):
+            _print_answer(prompt, answer, as_json=as_json)
+
+
+def answer_prompts(
+    target: Path | str,
+    prompts: Sequence[str | Messages],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    **options: Any,
+) -> list[str]:
+    """The answers to prompts, as text; arguments as of `generate_command`."""
+    with _loaded(target, prompts, sampling, batch_size=batch_size, **options) as (model, encoded):
+        return list(_answers(model, encoded, sampling, batch_size))
+
+
+@contextmanager
+def _loaded(
+    target: Path | str,
+    prompts: Sequence[str | Messages],
+    sampling: Sampling,
+    *,
+    system: str | None,
+    raw: bool,
+    batch_size: int,
+    checkpoint: str | None,
+    vram_bytes: int | None,
+) -> Iterator[tuple[LoadedModel, list[list[int]]]]:
+    """Context with the model, and the token ids of the prompts."""
     if raw and (system is not None or not all(isinstance(prompt, str) for prompt in prompts)):
         raise UserError(
             "--raw gives texts to the model as they are: it goes with no system message and no conversation"
@@ -48,11 +93,7 @@ def generate_command(
     size = GenerateSize(tuple(lengths[:batch_size]), sampling.max_new_tokens)
     model = source.load(size, vram_bytes=vram_bytes, log=log)
     try:
-        if len(prompts) == 1 and not as_json:
-            _stream(model, encoded, sampling)
-            return
-        for prompt, answer in zip(prompts, _answers(model, encoded, sampling, batch_size), strict=True):
-            _print_answer(prompt, answer, as_json=as_json)
+        yield model, encoded
     finally:
         model.decoder.close()
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.building import build_dataset
 from qlora_train.data.dataset import PackedDataset
@@ -21,32 +25,83 @@ from qlora_train.terminal_text import show
 from qlora_train.weights.cache_key import cache_root
 
 
-def evaluate_command(
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found on rows. rows_name: where they are from. scores: by the model's name. tokenizer: of the
+    model."""
+
+    rows_name: str
+    questions: list[Question]
+    scores: dict[str, Scores]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """The scores as plain values."""
+        return {
+            name: {
+                "loss": of.loss,
+                "perplexity": of.perplexity,
+                "num_tokens": of.num_tokens,
+                **of.metrics,
+                "num_answers": len(of.answers),
+            }
+            for name, of in self.scores.items()
+        }
+
+    def table(self) -> str:
+        """The scores as text, a column for each model."""
+        first = next(iter(self.scores.values()))
+        rows = {"loss": [f"{of.loss:.4f}" for of in self.scores.values()]}
+        rows["perplexity"] = [f"{of.perplexity:.2f}" for of in self.scores.values()]
+        for metric in first.metrics:
+            rows[metric] = [f"{of.metrics[metric]:.1f} %" for of in self.scores.values()]
+        lines = [f"{first.num_tokens:,} supervised tokens, {len(first.answers)} answers ({self.rows_name})"]
+        lines.append(" " * 14 + "".join(f"{column:>14}" for column in self.scores))
+        lines += [f"{label:<14}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows.items()]
+        return "\n".join(lines) + "\n"
+
+    def answers(self) -> str:
+        """Prompts, references and answers, a JSON object a line."""
+        lines = []
+        for i, question in enumerate(self.questions):
+            row = {"prompt": self.tokenizer.decode(question.prompt), "reference": question.reference}
+            given = {name: of.answers[i] for name, of in self.scores.items()}
+            lines.append(json.dumps(row | given, ensure_ascii=False) + "\n")
+        return "".join(lines)
+
+
+def evaluate_command(target: Path | str, *, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Print the scores of a run or a model. out: a file for prompts, references and answers. options: see
+    `evaluate_model`."""
+    found = evaluate_model(target, log=partial(print, file=sys.stderr), **options)
+    if out is not None:
+        replace_text(out, found.answers())
+    show(json.dumps(found.figures) + "\n" if as_json else found.table())
+
+
+def evaluate_model(
     target: Path | str,
     *,
-    data: str | None,
-    num_answers: int,
-    max_new_tokens: int,
-    batch_size: int,
-    with_base: bool,
-    out: Path | None,
-    as_json: bool,
-    checkpoint: str | None,
-    vram_bytes: int | None,
-) -> dict[str, Any]:
-    """Print, and return, the scores of a run or a model. data: rows, in the run's format; None: those that
-    the run holds out. num_answers: rows to answer, the first ones. batch_size: that are answered together.
-    with_base: the base's scores beside. out: a file for prompts, references and answers, a JSON object a
-    line. Other arguments as of `generate_command`."""
-    log = partial(print, file=sys.stderr)
+    data: str | None = None,
+    num_answers: int = 100,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    with_base: bool = False,
+    checkpoint: str | None = None,
+    vram_bytes: int | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
+    """Evaluate a run or a model. data: rows, in the run's format; None: those that the run holds out.
+    num_answers: rows to answer, the first ones. batch_size: that are answered together. with_base: the base
+    too. Other arguments as of `generate_command`."""
     source = find_model(target, checkpoint=checkpoint, log=log)
     if with_base and source.adapter is None:
         raise UserError("--base compares a run with its base, and this is a model without an adapter")
     if num_answers:
         text_metrics(["a"], ["a"])  # the libraries are missed now, not after the answers
     rows, name = _rows(source, data)
-    stop_ids = source.stop_ids()
-    questions = questions_of(rows, stop_ids, source.tokenizer)[:num_answers]
+    questions = questions_of(rows, source.stop_ids(), source.tokenizer)[:num_answers]
     lengths = sorted((len(question.prompt) for question in questions), reverse=True)[:batch_size]
     size = GenerateSize(tuple(lengths) or (1,), max_new_tokens, evaluated_tokens=rows.sequence_length)
     model = source.load(size, vram_bytes=vram_bytes, log=log)
@@ -58,11 +113,7 @@ def evaluate_command(
             scores["base"] = run()
     finally:
         model.decoder.close()
-    if out is not None:
-        replace_text(out, "".join(_lines(source, questions, scores)))
-    found = {name: _figures(of) for name, of in scores.items()}
-    show(json.dumps(found) + "\n" if as_json else _table(scores, name, len(questions)))
-    return found
+    return Evaluation(name, questions, scores, source.tokenizer)
 
 
 def _rows(source: ModelSource, data: str | None) -> tuple[PackedDataset, str]:
@@ -84,30 +135,3 @@ def _rows(source: ModelSource, data: str | None) -> tuple[PackedDataset, str]:
         section, source.tokenizer, seed=seed, stop_ids=stop_ids, cache=cache_root()
     )
     return (train, data) if data is not None else (held_out or train, "held out by data.eval")
-
-
-def _figures(scores: Scores) -> dict[str, Any]:
-    figures = {"loss": scores.loss, "perplexity": scores.perplexity, "num_tokens": scores.num_tokens}
-    return {**figures, **scores.metrics, "num_answers": len(scores.answers)}
-
-
-def _table(scores: dict[str, Scores], name: str, num_answers: int) -> str:
-    """Scores as text, a column for each model."""
-    first = next(iter(scores.values()))
-    rows = {"loss": [f"{of.loss:.4f}" for of in scores.values()]}
-    rows["perplexity"] = [f"{of.perplexity:.2f}" for of in scores.values()]
-    for metric in first.metrics:
-        rows[metric] = [f"{of.metrics[metric]:.1f} %" for of in scores.values()]
-    lines = [f"{first.num_tokens:,} supervised tokens, {num_answers} answers ({name})"]
-    lines.append(" " * 14 + "".join(f"{column:>14}" for column in scores))
-    lines += [f"{label:<14}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _lines(source: ModelSource, questions: list[Question], scores: dict[str, Scores]) -> list[str]:
-    lines = []
-    for i, question in enumerate(questions):
-        row = {"prompt": source.tokenizer.decode(question.prompt), "reference": question.reference}
-        answers = {name: of.answers[i] for name, of in scores.items()}
-        lines.append(json.dumps(row | answers, ensure_ascii=False) + "\n")
-    return lines

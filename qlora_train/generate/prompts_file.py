@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_train.errors import DataError
 
-Messages = list[dict[str, str]]
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: {"role", "content"} each."""
 _REMEDY = 'Write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} on every line.'
 
 

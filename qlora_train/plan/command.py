@@ -26,15 +26,27 @@ def plan_command(
     """Print the plan of a recipe. card, ram_bytes, disk_bytes: see `request_of`. Raises `UserError` where it
     does not fit."""
     request = request_of(recipe, card, ram_bytes, disk_bytes)
-    plan = cached_plan(request, _made_plan)
-    num_steps = recipe.training.max_steps
+    plan = _values(request)
     if as_json:
-        seconds = None if num_steps is None else num_steps * plan["step_seconds"]
-        print(json.dumps({**plan, "assumed": request.assumed, "seconds_to_the_end": seconds}, indent=1))
+        print(json.dumps(plan, indent=1))
     else:
-        print_plan(plan, request, Console(), num_steps, details=details)
+        print_plan(plan, request, Console(), recipe.training.max_steps, details=details)
     if not plan["fits"]:
         raise refusal(plan["problems"], plan["floor"], plan["advice"])
+
+
+def plan_values(
+    recipe: Recipe, *, card: str | None, ram_bytes: int | None, disk_bytes: int | None
+) -> dict[str, Any]:
+    """The plan of a recipe as plain values; arguments and errors as of `plan_command`, but a plan that does
+    not fit is no error."""
+    return _values(request_of(recipe, card, ram_bytes, disk_bytes))
+
+
+def _values(request: PlanRequest) -> dict[str, Any]:
+    plan, num_steps = cached_plan(request, _made_plan), request.recipe.training.max_steps
+    seconds = None if num_steps is None else num_steps * plan["step_seconds"]
+    return {**plan, "assumed": request.assumed, "seconds_to_the_end": seconds}
 
 
 def _made_plan(request: PlanRequest) -> dict[str, Any]:

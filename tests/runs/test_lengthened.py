@@ -29,6 +29,7 @@ from qlora_train.adapter.trained_on import progress_of
 from qlora_train.cli import main
 from qlora_train.errors import RunFolderError, UnsupportedModelError
 from qlora_train.generate.run_adapter import find_adapter
+from qlora_train.plan import request
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import loop as loop_module
 from qlora_train.train import train
@@ -158,7 +159,7 @@ def test_fp16_learns_as_bf16_does(tmp_path: Path, base: Path, train_file: Path) 
 def test_positions_beyond_the_models_are_said(
     tmp_path: Path, train_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_train.plan.request.find_card", lambda: None)
+    monkeypatch.setattr(request, "find_card", lambda: None)
     base = write_base(tmp_path / "base", max_position_embeddings=16)
     values = recipe_values(base, train_file, tmp_path / "run", training={"max_steps": 1})
     recipe = write_recipe(tmp_path / "r.yaml", values)
