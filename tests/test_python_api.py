@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -90,3 +91,24 @@ def test_rows_that_json_cannot_hold(tmp_path: Path, rows: list[Any], message: st
     assert file.read_text() == "before\n" and list(tmp_path.iterdir()) == [file]
     with pytest.raises(DataError, match="name it .jsonl"):
         save_rows([{"a": 1}], tmp_path / "rows.csv")
+
+
+def test_the_notebooks_cells_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them, on the bundled base and for two steps; the lines that install are left out."""
+    notebook = json.loads((PROJECT / "recipes" / "colab.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join(cells)
+    for name, value in (
+        ("BASE", str(PROJECT / "recipes" / "quickstart" / "base")),
+        ("MAX_STEPS", 2),
+        ("FOLDER", str(tmp_path)),
+    ):
+        code, number = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", code, flags=re.MULTILINE)
+        assert number == 1
+    commands = re.findall(r"^!qlora-train (.*)$", code, flags=re.MULTILINE)
+    assert commands == ["doctor"] and "%pip install" in code
+    python = "\n".join(line for line in code.splitlines() if not line.startswith(("!", "%")))
+    exec(compile(python, "colab.ipynb", "exec"), {})  # as a notebook does
+    said = capsys.readouterr().out
+    assert "\nfits\n" in f"\n{said}" and "exact match" in said and "merged" in said
+    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
