@@ -113,13 +113,17 @@ HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
     "gemma4_text": {"hidden_size_per_layer_input": 0, "head_dim": 16, "sliding_window": 8},
+    "gemma4_text+experts": {
+        "hidden_size_per_layer_input": 0, "head_dim": 16, "sliding_window": 8, "enable_moe_block": True,
+        "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 48,
+    },
 }  # fmt: skip
 OTHER_FAMILIES = EXPERT_FAMILIES | HYBRID_FAMILIES
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """A 3-layer config of a family in FAMILIES (or any model type of transformers)."""
-    model_type, extra = FAMILIES.get(family, (family, OTHER_FAMILIES.get(family, {})))
+    """A 3-layer config of a family in FAMILIES (or any model type of transformers; `type+variant`)."""
+    model_type, extra = FAMILIES.get(family, (family.partition("+")[0], OTHER_FAMILIES.get(family, {})))
     options: dict[str, Any] = {
         "vocab_size": VOCABULARY_SIZE,
         "hidden_size": 64,
