@@ -1,4 +1,5 @@
-"""The commands: `qlora-train train | plan | preview | generate | chat | eval | export | recipes | cache`.
+"""The commands: `qlora-train train | plan | preview | generate | chat | eval | export | report | recipes |
+cache`.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes` do
 not import torch) and calls one function of a lower layer. User errors and failures of a run arrive here as a
@@ -154,6 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: inside the run folder")
 
+    report = command("report", "write a run's page, report.html; of several runs a comparison", run=_report)
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the comparison (default: comparison.html)")
+    report.add_argument(
+        "--base", action="store_true", help="read the base, too: how far its directions are amplified"
+    )
+
     recipes = command("recipes", "list, show or copy the bundled recipes", run=_list_recipes)
     actions = recipes.add_subparsers(metavar="show | copy")
     show = actions.add_parser("show", help="print a recipe")
@@ -241,6 +249,12 @@ def _export(args: argparse.Namespace) -> None:
         log=print,
     )
     print(folder)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from qlora_train.report.write import report_command
+
+    report_command(args.runs, out=args.out, with_base=args.base)
 
 
 def _list_recipes(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ FLOORS = {
     "train": 9,
     "generate": 9,
     "export": 10,
-    "report": 10,
+    "report": 8,
     "cli": 12,
     "cli_types": 12,
     "cli_generate": 12,

@@ -14,7 +14,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def kept_rates(
 ) -> Rates | None:
     """Rates stored by an earlier run on this machine; None: there are none."""
     kept = _read(cache / FILE).get(_key(device, dtype, num_ranks))
-    return None if kept is None else Rates(**kept)
+    names = {column.name for column in fields(Rates)}
+    return None if kept is None or kept.keys() != names else Rates(**kept)  # an older version's: others
 
 
 def _key(device: DeviceDescription, dtype: torch.dtype, num_ranks: int) -> str:

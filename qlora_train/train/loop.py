@@ -21,6 +21,7 @@ from qlora_train.errors import Interrupted, OutOfMemory, TrainingFailure
 from qlora_train.micro_batch import MicroBatch
 from qlora_train.plan.plan import largest_causes
 from qlora_train.plan.time_model import step_time
+from qlora_train.report.write import refresh_report
 from qlora_train.train.batches import BatchPrefetcher
 from qlora_train.train.checkpoint import (
     Expected,
@@ -312,6 +313,8 @@ class TrainLoop:
             self._recipe.training.keep_checkpoints,
             self._write_adapter,
         )
+        if problem := refresh_report(self._folder.path):
+            self._log(problem)
 
     def _write_adapter(self, folder: Path) -> None:
         trained, step = self._prepared.model.adapter, self._state.step

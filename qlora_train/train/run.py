@@ -73,7 +73,8 @@ def _train(
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume(log) if resume else 0
         near = require_range(prepared.model.decoder, _first_micro_batch(prepared))
-        for text in _introduction(prepared, loop, first, resume=resume):
+        introduction = _introduction(prepared, loop, first, resume=resume)
+        for text in introduction:
             log(text)
         if near is not None:
             log(near)
@@ -87,7 +88,8 @@ def _train(
             log(f"planned anew from step {first + 1} on ({', '.join(plan_log.moved)})")
         followed = SavedPlan(prepared.model.execution, prepared.model.plan.workload.split)
         values = prepared.model.plan.to_dict() | {
-            "seconds_to_the_end": _planned_seconds(prepared, loop.num_steps)
+            "seconds_to_the_end": _planned_seconds(prepared, loop.num_steps),
+            "introduction": introduction,
         }
         plan_log.begin(values, followed, first + 1)
         accelerator.init_trackers("qlora_train", config=_flat(recipe))

@@ -12,7 +12,8 @@ import torch
 from simulated_gpu.fixture import SimulatedGpu
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
-from qlora_train.files.sealed_json import unseal
+from qlora_train.files.atomic_file import replace_text
+from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.plan import measured_rates
 from qlora_train.plan.measured_rates import matrix_size, rates_of
 from qlora_train.plan.time_model import stated_rates
@@ -52,6 +53,14 @@ def test_a_damaged_file_is_written_anew(small: ComputeDevice, tmp_path: Path, da
     again = rates_of(small, torch.float32, tmp_path)
     assert 0 < again.copy < math.inf and again.copy != 7
     assert len(unseal(tmp_path / "rates.json")) == 1
+
+
+def test_rates_of_an_older_version_are_measured_again(small: ComputeDevice, tmp_path: Path) -> None:
+    rates_of(small, torch.float32, tmp_path)
+    kept = unseal(tmp_path / "rates.json")
+    ((key, rates),) = ((k, v) for k, v in kept.items() if isinstance(v, dict))
+    replace_text(tmp_path / "rates.json", seal({key: {k: v for k, v in rates.items() if k != "attention"}}))
+    assert rates_of(small, torch.float32, tmp_path).attention > 0
 
 
 def test_rates_of_copies_that_were_refused_are_not_kept(

@@ -1,0 +1,1 @@
+"""What a person looks at: a run's page, `report.html`, made from the files of its folder and nothing else."""

@@ -1,0 +1,270 @@
+"""The page of a run, and the page that compares runs: what stands on them, as one self-contained HTML file.
+
+Everything that came from data, recipes or models is escaped by the template engine. A page loads nothing: no
+script, no font, no picture from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+
+from qlora_train.report.adapter_facts import ModuleFacts
+from qlora_train.report.chart import Chart, Point, Series, smoothed
+from qlora_train.report.run_facts import RunFacts
+
+GIB = 2**30
+NUM_COLORS = 8
+_MOST_SAMPLES, _MOST_LETTERS, _MOST_RUNS = 20, 2000, NUM_COLORS
+_NO_NUMBERS = 99
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of parts. parts: (name, percent of the whole bar, color)."""
+
+    label: str
+    parts: Sequence[tuple[str, float, int]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: lines, bars, charts, a table (folded away under `folded`, where that is said), a
+    text. numbers_from: the first column of numbers."""
+
+    title: str
+    lines: Sequence[str] = ()
+    bars: Sequence[Bar] = ()
+    charts: Sequence[Chart] = ()
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    numbers_from: int = _NO_NUMBERS
+    folded: str = ""
+    text: str = ""
+
+
+def run_page(run: RunFacts, modules: Sequence[ModuleFacts]) -> str:
+    """The page of a run. modules: of its newest adapter; empty: there is none yet."""
+    sections = [
+        *_memory(run),
+        *_data(run),
+        *_samples(run),
+        *_adapter(modules),
+        *_receipts(run),
+        Section("Recipe", folded="recipe.yaml, resolved", text=run.recipe.to_yaml()),
+    ]
+    return _render(run.name, _subtitle(run), _tiles(run), run.charts(), sections)
+
+
+def comparison_page(runs: Sequence[RunFacts]) -> str:
+    """A page with the losses of several runs, and the keys of their recipes that differ."""
+    shown = runs[:_MOST_RUNS]
+    charts = []
+    for title, key in (("Loss", "loss"), ("Evaluation loss", "eval_loss"), ("Gradient norm", "grad_norm")):
+        lines = [Series(run.name, _drawn(run, key), color) for color, run in enumerate(shown)]
+        charts.append(Chart(title, "optimizer step", [line for line in lines if line.points]))
+    head = ["", *(run.name for run in runs)]
+    figures = list(zip(*(_tiles(run) for run in runs), strict=True))
+    rows = [[of_runs[0][0], *(value for _, value in of_runs)] for of_runs in figures]
+    sections = [
+        Section("Figures", head=head, rows=rows, numbers_from=1),
+        Section("Recipe keys that differ", head=head, rows=list(_differing(runs))),
+    ]
+    more = [f"charts show the first {_MOST_RUNS} of {len(runs)} runs"] if len(runs) > _MOST_RUNS else []
+    title = " · ".join(run.name for run in shown)
+    return _render(title, more, [], [chart for chart in charts if not chart.is_empty], sections)
+
+
+def _render(
+    title: str,
+    subtitle: Sequence[str],
+    tiles: Sequence[tuple[str, str]],
+    charts: Sequence[Chart],
+    sections: Sequence[Section],
+) -> str:
+    source = (files("qlora_train.report") / "page.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, trim_blocks=True).from_string(source)
+    return template.render(title=title, subtitle=subtitle, tiles=tiles, charts=charts, sections=sections)
+
+
+def _subtitle(run: RunFacts) -> list[str]:
+    model, lora = run.recipe.model, run.recipe.lora
+    last = run.steps[-1]["step"] if run.steps else 0
+    of = f" of {run.num_steps}" if run.num_steps else ""
+    return [
+        f"{model.base}, {model.quantization}, {model.compute_dtype}",
+        run.plan.get("lora") or f"LoRA rank {lora.rank}",
+        f"step {last}{of}, {run.num_tokens:,} tokens",
+    ]
+
+
+def _tiles(run: RunFacts) -> list[tuple[str, str]]:
+    """(label, value) of the figures at the top."""
+    best, seconds = run.best_evaluation, run.median_step_seconds
+    planned, measured = run.plan.get("step_vram_bytes"), run.plan.get("measured_step_vram_bytes")
+    planned_seconds = run.plan.get("step_seconds")
+    found = [
+        ("last loss", _figure(run.last_loss, ".4f")),
+        (f"best evaluation loss{f', step {best[0]}' if best else ''}", _figure(best and best[1], ".4f")),
+        ("seconds a step, median", _figure(seconds, ".3g")),
+        ("seconds a step, planned", _figure(planned_seconds, ".3g")),
+        ("peak of a step, measured", _size(measured)),
+        ("peak of a step, planned", _size(planned)),
+    ]
+    return [(label, value) for label, value in found]
+
+
+def _figure(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return "–"
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _memory(run: RunFacts) -> Iterator[Section]:
+    """Planned bytes of a step by cause, beside what was measured."""
+    planned = run.planned_bytes()
+    if not planned:
+        return
+    whole = sum(num_bytes for _, num_bytes in planned)
+    measured = run.plan.get("measured_step_vram_bytes")
+    widest = max(whole, measured or 0)
+    main, rest = planned[: NUM_COLORS - 1], planned[NUM_COLORS - 1 :]
+    if rest:
+        main = [*main, ("everything else", sum(num_bytes for _, num_bytes in rest))]
+    parts = [
+        (f"{cause} {_size(num_bytes)}", 100 * num_bytes / widest, color)
+        for color, (cause, num_bytes) in enumerate(main)
+    ]
+    bars = [Bar(f"planned, at the peak of a step: {_size(whole)}", parts)]
+    if measured is not None:
+        bars.append(
+            Bar(
+                f"measured: {_size(measured)} ({measured / whole - 1:+.1%})",
+                [("", 100 * measured / widest, 7)],
+            )
+        )
+    yield Section("Memory on the device", lines=run.plan.get("changes", []), bars=bars)
+
+
+def _data(run: RunFacts) -> Iterator[Section]:
+    if lines := run.plan.get("introduction"):
+        yield Section("What was trained", lines=lines)
+
+
+def _samples(run: RunFacts) -> Iterator[Section]:
+    """The answers to each prompt of `training.samples`, by step."""
+    steps = sorted({row["step"] for row in run.samples})
+    if not steps:
+        return
+    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    answers: dict[str, dict[int, str]] = {}
+    for row in run.samples:
+        answers.setdefault(_cut(str(row.get("prompt", ""))), {})[row["step"]] = _cut(
+            str(row.get("answer", ""))
+        )
+    rows = [
+        [prompt, *(of.get(step, "") for step in shown)]
+        for prompt, of in list(answers.items())[:_MOST_SAMPLES]
+    ]
+    yield Section("The same prompts", head=["prompt", *(f"step {step}" for step in shown)], rows=rows)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"
+
+
+def _adapter(modules: Sequence[ModuleFacts]) -> Iterator[Section]:
+    """The size of every module's update, by layer, and all of it as a table."""
+    if not modules:
+        return
+    names = list(dict.fromkeys(facts.name for facts in modules))
+    charts = [
+        Chart(title, "layer", [line for line in _by_layer(modules, names, key) if line.points], True)
+        for title, key in (("Norm of the update", "norm"), ("Effective rank of the update", "effective_rank"))
+    ]
+    has_amplification = any(facts.amplification is not None for facts in modules)
+    head = ["module", "norm", "effective rank", "largest singular values"]
+    rows = [
+        [
+            facts.path,
+            f"{facts.norm:.4g}",
+            f"{facts.effective_rank:.2f} of {len(facts.singular_values)}",
+            "  ".join(f"{value:.3g}" for value in facts.singular_values[:4]),
+            *([_figure(facts.amplification, ".2f")] if has_amplification else []),
+        ]
+        for facts in modules
+    ]
+    lines = [
+        "Norm: Frobenius, of s B A. Effective rank: the exponential of the entropy of its singular values.",
+    ]
+    if has_amplification:
+        head.append("amplification")
+        lines.append("Amplification: the update's norm over that of the base's weight in its directions.")
+    yield Section(
+        "The adapter from inside",
+        lines=lines,
+        charts=[chart for chart in charts if not chart.is_empty],
+        head=head,
+        rows=rows,
+        numbers_from=1,
+        folded=f"all {len(modules)} modules",
+    )
+
+
+def _by_layer(modules: Sequence[ModuleFacts], names: Sequence[str], key: str) -> Iterator[Series]:
+    for color, name in enumerate(names):
+        of_name = [facts for facts in modules if facts.name == name and facts.layer is not None]
+        points = [(float(facts.layer or 0), getattr(facts, key)) for facts in of_name]
+        yield Series(name, points, color % NUM_COLORS)
+
+
+def _receipts(run: RunFacts) -> Iterator[Section]:
+    for folder, receipt in run.receipts.items():
+        figures = receipt.get("figures", [])
+        rows = [
+            [
+                f["model"],
+                f"{f['loss']:.4f}",
+                f"{f['loss'] - receipt['trained_loss']:+.4f}",
+                f"{f['kl']:.1e}",
+                f"{f['top1']:.1%}",
+            ]
+            for f in figures
+        ]
+        yield Section(
+            f"Receipt of {folder}",
+            lines=[f"{receipt.get('num_tokens', 0):,} supervised tokens {receipt.get('source', '')}"],
+            head=["", "loss", "difference", "KL", "top-1 agreement"],
+            rows=[["base + adapter as trained", f"{receipt['trained_loss']:.4f}", "", "", ""], *rows],
+            numbers_from=1,
+        )
+
+
+def _drawn(run: RunFacts, key: str) -> Sequence[Point]:
+    points = run.points(key)
+    return points if key == "eval_loss" else smoothed(points, run.span())
+
+
+def _differing(runs: Sequence[RunFacts]) -> Iterator[list[str]]:
+    """(key, its value in each run) where not all are the same."""
+    flat = [dict(_flat(run.recipe.model_dump(mode="json"))) for run in runs]
+    for key in dict.fromkeys(key for values in flat for key in values):
+        values = [str(of.get(key)) for of in flat]
+        if len(set(values)) > 1:
+            yield [key, *map(_cut, values)]
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and not before:
+            yield from _flat(value, f"{key}.")
+        else:
+            yield f"{before}{key}", value

@@ -1,0 +1,162 @@
+"""Reads what a run's folder says of the run, as far as it is there and readable."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from qlora_train.errors import RunFolderError
+from qlora_train.recipe import Recipe, load_recipe
+from qlora_train.report.chart import Chart, Point, Series, smoothed
+
+_SMOOTHED_SHARE, _LEAST_SPAN = 0.05, 5
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run. steps, evaluations: rows of metrics.jsonl. plan: plan.json, empty if it does not read. samples:
+    rows of samples.jsonl. receipts: by the folder that an export wrote. adapter: the newest adapter's
+    folder."""
+
+    path: Path
+    recipe: Recipe
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    adapter: Path | None = None
+
+    @staticmethod
+    def read(path: Path) -> RunFacts:
+        """Raises `RunFolderError` for a folder that holds no run."""
+        if not (path / "recipe.yaml").is_file():
+            raise RunFolderError(
+                f"{path}: not a run folder: recipe.yaml is missing. Give the folder that training wrote."
+            )
+        rows = _rows(path / "metrics.jsonl")
+        return RunFacts(
+            path=path,
+            recipe=load_recipe(path / "recipe.yaml"),
+            steps=[row for row in rows if "tokens_per_second" in row],
+            evaluations=[row for row in rows if "eval_loss" in row],
+            plan=_object(path / "plan.json"),
+            samples=_rows(path / "samples.jsonl"),
+            receipts={
+                file.parent.name: receipt
+                for file in sorted(path.glob("*/receipt.json"))
+                if (receipt := _object(file))
+            },
+            adapter=_newest_adapter(path),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def num_steps(self) -> int | None:
+        """Optimizer steps of the whole run, where the recipe says."""
+        return self.recipe.training.max_steps
+
+    @property
+    def last_loss(self) -> float | None:
+        return self.steps[-1].get("loss") if self.steps else None
+
+    @property
+    def best_evaluation(self) -> tuple[int, float] | None:
+        """(step, loss) of the best evaluation."""
+        found = [(row["step"], row["eval_loss"]) for row in self.evaluations if row["eval_loss"] is not None]
+        return min(found, key=lambda pair: pair[1]) if found else None
+
+    @property
+    def median_step_seconds(self) -> float | None:
+        """Of the steps after the first, which are metered and warm up."""
+        rates = [row for row in self.steps if row["step"] > _WARM_UP_STEPS and row["tokens_per_second"]]
+        return median(row["num_tokens"] / row["tokens_per_second"] for row in rates) if rates else None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row["num_tokens"] for row in self.steps)
+
+    def points(self, key: str) -> list[Point]:
+        """(step, value) of a column of metrics.jsonl; what is no number is a gap."""
+        rows = self.evaluations if key == "eval_loss" else self.steps
+        return [(row["step"], _number(row.get(key))) for row in rows]
+
+    def span(self) -> int:
+        """Steps that a smoothed line averages over."""
+        return max(_LEAST_SPAN, round(_SMOOTHED_SHARE * len(self.steps)))
+
+    def charts(self) -> list[Chart]:
+        """Loss, learning rate, gradient norm and speed, by step; those that have values."""
+        loss, span = self.points("loss"), self.span()
+        lines = [
+            Series("loss of each step", loss, 0, is_faint=True),
+            Series(f"its mean over about {span} steps", smoothed(loss, span), 0),
+            Series("evaluation loss", self.points("eval_loss"), 1),
+        ]
+        charts = [
+            Chart("Loss", "optimizer step", [line for line in lines if line.points]),
+            Chart("Gradient norm", "optimizer step", [Series("norm", self.points("grad_norm"), 2)]),
+            Chart("Learning rate", "optimizer step", [Series("rate", self.points("learning_rate"), 3)], True),
+            Chart(
+                "Tokens per second",
+                "optimizer step",
+                [Series("speed", self.points("tokens_per_second"), 4)],
+                True,
+            ),
+        ]
+        return [chart for chart in charts if not chart.is_empty]
+
+    def planned_bytes(self, phase: str = "step") -> list[tuple[str, int]]:
+        """(cause, bytes) on the device in a phase, by the plan, the largest first."""
+        rows = self.plan.get("rows", [])
+        places = ("VRAM", "tensors in RAM")
+        found = [(r["cause"], r["bytes"]) for r in rows if r["phase"] == phase and r["place"] in places]
+        return sorted(found, key=lambda pair: -pair[1])
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that have a step; damaged lines are left out."""
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found.append(row)
+    return found
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _newest_adapter(run: Path) -> Path | None:
+    """The finished adapter, else that of the last checkpoint."""
+    if (run / "adapter" / "adapter_config.json").is_file():
+        return run / "adapter"
+    found = [
+        (int(p.parent.name[5:]), p)
+        for p in run.glob("checkpoints/step-*/adapter")
+        if p.parent.name[5:].isdecimal()
+    ]
+    return max(found)[1] if found else None

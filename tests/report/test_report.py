@@ -1,0 +1,216 @@
+"""A run's page: every figure on it is in the run's files, nothing is loaded, hostile text stays text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import write_checkpoint
+from tiny_runs import recipe_values, reversal_rows, write_base, write_rows
+
+from qlora_train import Recipe, train
+from qlora_train.adapter.adapter_config import AdapterConfig
+from qlora_train.adapter.adapter_files import save_adapter
+from qlora_train.cli import main
+from qlora_train.report.adapter_facts import adapter_facts
+from qlora_train.report.chart import MOST_POINTS, Chart, Series, smoothed
+from qlora_train.report.run_facts import RunFacts
+from qlora_train.report.write import write_comparison, write_report
+
+EVIL = "</script><script>alert(1)</script>\x1b[2J\u202e & <b>"
+
+
+class Page(HTMLParser):
+    """What of a page a test looks at: charts by title, texts, tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.charts: list[dict[str, Any]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attributes}
+        self.tags.append(tag)
+        self.links += [found[name] for name in ("href", "src", "xlink:href") if name in found]
+        if tag == "svg":
+            edges = {name: float(found[f"data-{name}"]) for name in ("x0", "x1", "y0", "y1")}
+            _, _, width, height = map(float, found["viewbox"].split())
+            self.charts.append({"title": found["aria-label"], "lines": {}, "size": (width, height), **edges})
+        if tag in ("polyline", "circle"):
+            text = found.get("points") or f"{found.get('cx')},{found.get('cy')}"
+            points = [tuple(map(float, point.split(","))) for point in text.split()]
+            self.charts[-1]["lines"].setdefault(found["data-name"], []).extend(points)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, title: str, name: str) -> list[tuple[float, float]]:
+        """The points of a line, read back from where they are drawn."""
+        (chart,) = (chart for chart in self.charts if chart["title"].startswith(f"{title}, by"))
+        width, height = chart["size"]
+        left, right, top, bottom = 64, 14, 12, 40
+        across, up = chart["x1"] - chart["x0"], chart["y1"] - chart["y0"]
+        return [
+            (
+                chart["x0"] + (x - left) / (width - left - right) * across,
+                chart["y0"] + (height - bottom - y) / (height - top - bottom) * up,
+            )
+            for x, y in chart["lines"][name]
+        ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reported")
+    rows = write_rows(folder / "rows.jsonl", reversal_rows(12))
+    values = recipe_values(write_base(folder / "base"), rows, folder / "run")
+    values["data"]["eval"] = 0.25
+    values["training"] |= {"max_steps": 4, "eval_every": 2, "save_every": 2}
+    return train(Recipe.from_dict(values)).run_dir
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_leaves_a_page_with_its_figures(run: Path) -> None:
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    rows = metrics_of(run)
+    for title, name, key in (
+        ("Loss", "loss of each step", "loss"),
+        ("Loss", "evaluation loss", "eval_loss"),
+        ("Gradient norm", "norm", "grad_norm"),
+        ("Learning rate", "rate", "learning_rate"),
+        ("Tokens per second", "speed", "tokens_per_second"),
+    ):
+        expected = [(row["step"], row[key]) for row in rows if key in row]
+        found = page.values(title, name)
+        assert [round(x) for x, _ in found] == [x for x, _ in expected]
+        scale = max(abs(y) for _, y in expected)
+        assert [y for _, y in found] == pytest.approx([y for _, y in expected], abs=2e-4 * scale)
+    last = [row["loss"] for row in rows if "loss" in row][-1]
+    assert f"{last:.4f}" in page.text and "planned, at the peak of a step" in page.text
+    assert "12 rows ->" in page.text or "9 rows ->" in page.text  # what the data are
+    assert page.links == [] and "script" not in page.tags and "link" not in page.tags
+    assert (
+        "url(" not in (run / "report.html").read_text() and "@import" not in (run / "report.html").read_text()
+    )
+
+
+def test_samples_and_hostile_text_stay_text(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("recipe.yaml", "plan.json", "metrics.jsonl"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    lines = [{"step": step, "prompt": EVIL, "answer": f"{EVIL} {step}" + "x" * 5000} for step in (0, 2, 4)]
+    (copy / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copy / "merged").mkdir()
+    figures = {"model": EVIL, "loss": 1.25, "kl": 0.5, "top1": 0.75}
+    receipt = {"source": EVIL, "num_tokens": 7, "trained_loss": 1.0, "figures": [figures]}
+    (copy / "merged" / "receipt.json").write_text(json.dumps(receipt))
+    page = Page(write_report(copy).read_text(encoding="utf-8"))
+    assert "script" not in page.tags and "b" in page.tags and page.tags.count("html") == 1
+    assert page.text.count("alert(1)") == 1 + 3 + 2 and "+0.2500" in page.text and len(page.text) < 30_000
+
+
+def test_a_run_that_has_not_stepped_and_damaged_files(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())
+    assert "No step has been taken yet" in write_report(tmp_path).read_text()
+    (tmp_path / "plan.json").write_text("{")
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"\xff\n[]\n" + (run / "metrics.jsonl").read_bytes() + b'{"step":'
+    )
+    page = Page(write_report(tmp_path).read_text())
+    assert len(page.values("Loss", "loss of each step")) == 4
+
+
+def test_several_runs_are_compared(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = (run / "recipe.yaml").read_text().replace("rank: ", "rank: 3", 1)
+    (other / "recipe.yaml").write_text(changed)
+    (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    out = tmp_path / "both.html"
+    assert main(["report", str(run), str(other), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(run / "report.html"),
+        str(other / "report.html"),
+        str(out),
+    ]
+    page = Page(out.read_text())
+    assert len(page.values("Loss", run.name)) == len(page.values("Loss", "other")) == 4
+    assert "lora.rank" in page.text and "model.base" not in page.text
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(run), "--out", str(out)]) == 2
+    assert main(["report", str(run), str(other), "--out", str(tmp_path / "no" / "x.html")]) == 2
+
+
+def test_a_page_that_cannot_be_written_ends_no_training(run: Path, tmp_path: Path) -> None:
+    from qlora_train.report.write import refresh_report
+
+    assert refresh_report(run) is None
+    assert "not a run folder" in (refresh_report(tmp_path) or "")
+
+
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_singular_values_are_those_of_the_whole_update(tmp_path: Path, rank: int) -> None:
+    write_checkpoint(tmp_path / "base")
+    generator = torch.Generator().manual_seed(rank)
+    path = "model.layers.1.mlp.up_proj"
+    a, b = torch.randn(rank, 64, generator=generator), torch.randn(112, rank, generator=generator)
+    config = AdapterConfig("base", rank, 2 * rank, target_modules=["up_proj"])
+    save_adapter(tmp_path / "adapter", config, {path: (a, b)})
+    (facts,) = adapter_facts(tmp_path / "adapter", tmp_path / "base")
+    update = (2.0 * b @ a).double()
+    values = torch.linalg.svdvals(update)[:rank]
+    assert facts.singular_values[: len(values)] == pytest.approx(values.tolist(), rel=1e-5)
+    assert facts.norm == pytest.approx(float(update.norm()), rel=1e-6)
+    shares = values / values.sum()
+    assert facts.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-4)
+    from safetensors.torch import load_file
+
+    weight = load_file(tmp_path / "base" / "model.safetensors")[f"{path}.weight"].double()
+    u, _, v = torch.linalg.svd(update)
+    seen = (u[:, :rank].T @ weight @ v[:rank].T).norm()
+    assert facts.amplification == pytest.approx(float(update.norm() / seen), rel=1e-4)
+    assert (facts.layer, facts.name) == (1, "up_proj")
+
+
+def test_an_update_of_zero_has_no_rank(tmp_path: Path) -> None:
+    config = AdapterConfig("base", 2, 2, target_modules=["q_proj"])
+    save_adapter(tmp_path, config, {"model.layers.0.self_attn.q_proj": (torch.ones(2, 4), torch.zeros(4, 2))})
+    (facts,) = adapter_facts(tmp_path)
+    assert facts.norm == 0 and facts.effective_rank == 0 and facts.amplification is None
+
+
+def test_charts_of_odd_values() -> None:
+    points = [(1.0, 2.0), (2.0, math.nan), (3.0, math.inf), (4.0, 5.0), (5.0, 6.0)]
+    svg = Chart("t", "x", [Series("s", points)]).svg()
+    assert svg.count("<circle") == 1 and svg.count("<polyline") == 1  # a gap, and a point alone
+    assert "nan" not in svg and "inf" not in svg
+    for constant in ([(1.0, 0.0)], [(1.0, 3.0), (2.0, 3.0)], [(5.0, -1e-9)]):
+        assert "data-y0" in Chart("t", "x", [Series("s", constant)]).svg()
+    many = [(float(x), 1.0) for x in range(25_000)]
+    drawn = re.findall(r'points="([^"]*)"', Chart("t", "x", [Series("s", many)]).svg())
+    assert len(drawn[0].split()) <= MOST_POINTS
+    assert Chart("t", "x", [Series("s", [(1.0, math.nan)])]).is_empty
+    assert [y for _, y in smoothed([(0.0, 2.0), (1.0, 2.0), (2.0, math.nan)], 5)] == pytest.approx([2.0, 2.0])
+
+
+def test_facts_of_a_run(run: Path) -> None:
+    facts = RunFacts.read(run)
+    rows = metrics_of(run)
+    evaluations = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
+    assert facts.best_evaluation == min(evaluations)[::-1]
+    assert facts.num_tokens == sum(row.get("num_tokens", 0) for row in rows)
+    assert facts.adapter == run / "adapter" and facts.num_steps == 4
+    write_comparison([run], run.parent / "one.html")
