@@ -54,10 +54,17 @@ def as_alpha(value: Any) -> Any:
 
 
 def as_targets(value: Any) -> Any:
-    """Of `lora.target_modules`."""
+    """Of `lora.target_modules`; an empty list: no linear, experts alone."""
     if value is None:
         raise ValueError("must be all-linear, name endings such as [q_proj, v_proj] or a regular expression")
-    return as_names(value)
+    return () if isinstance(value, list | tuple) and not value else as_names(value)
+
+
+def as_parameters(value: Any) -> Any:
+    """Weights of experts by a list of name endings; None: none."""
+    if value is None or _is_list_of_names(value):
+        return value and tuple(value)
+    raise ValueError(f"must be a list of name endings such as [mlp.experts.down_proj], got {show(value)}")
 
 
 def as_names(value: Any) -> Any:
@@ -67,12 +74,16 @@ def as_names(value: Any) -> Any:
         return value
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) and v for v in value):
+    if not _is_list_of_names(value):
         raise ValueError(
             "must be a list of module name endings such as [q_proj, v_proj], or a regular expression, got "
             + show(value)
         )
     return tuple(value)
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) and v for v in value)
 
 
 def as_layers(value: Any) -> Any:
@@ -127,6 +138,9 @@ def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: filled[k] if k in filled and isinstance(v, dict) else v for k, v in values.items()}
 
 
+NO_DROPOUT_WITH_EXPERTS = (
+    "must be 0 with target_parameters: PEFT adds B A to the weights of experts, and cannot drop their inputs"
+)
 NO_DROPOUT_WITH_DORA = (
     "must be 0 with use_dora, which scales the base's output too: that would have to be computed a second "
     "time, from the input that is left"
@@ -145,6 +159,13 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         )
     if lora.get("use_dora") and lora.get("dropout"):
         yield ("lora", "dropout"), NO_DROPOUT_WITH_DORA
+    if lora.get("target_parameters") and lora.get("dropout"):
+        yield ("lora", "dropout"), NO_DROPOUT_WITH_EXPERTS
+    if lora.get("target_parameters") and lora.get("use_dora"):
+        yield (
+            ("lora", "use_dora"),
+            "is for linears, and PEFT refuses it with target_parameters: remove one of them",
+        )
     quantization = model.get("quantization", "nf4")
     if model.get("double_quant") is not None and quantization in ("int8", "none"):
         yield (

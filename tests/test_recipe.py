@@ -62,6 +62,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "layers_to_transform": None,
             "rank_pattern": {},
             "alpha_pattern": {},
+            "target_parameters": None,
             "use_rslora": False,
             "use_dora": False,
             "init_from": None,
