@@ -60,13 +60,6 @@ def as_targets(value: Any) -> Any:
     return () if isinstance(value, list | tuple) and not value else as_names(value)
 
 
-def as_parameters(value: Any) -> Any:
-    """Weights of experts by a list of name endings; None: none."""
-    if value is None or _is_list_of_names(value):
-        return value and tuple(value)
-    raise ValueError(f"must be a list of name endings such as [mlp.experts.down_proj], got {show(value)}")
-
-
 def as_names(value: Any) -> Any:
     """Modules by a list of name endings or by a regular expression; None: not said."""
     if isinstance(value, str) and value:
@@ -74,16 +67,12 @@ def as_names(value: Any) -> Any:
         return value
     if value is None:
         return None
-    if not _is_list_of_names(value):
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) and v for v in value):
         raise ValueError(
             "must be a list of module name endings such as [q_proj, v_proj], or a regular expression, got "
             + show(value)
         )
     return tuple(value)
-
-
-def _is_list_of_names(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) and v for v in value)
 
 
 def as_layers(value: Any) -> Any:
@@ -157,6 +146,8 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             "only beside all-linear or a list of name endings, and target_modules is a regular expression: "
             "let the expression say the layers",
         )
+    if isinstance(targets, list | tuple) and not targets and not lora.get("target_parameters"):
+        yield ("lora", "target_modules"), "is empty, and so is target_parameters: nothing would be trained"
     if lora.get("use_dora") and lora.get("dropout"):
         yield ("lora", "dropout"), NO_DROPOUT_WITH_DORA
     if lora.get("target_parameters") and lora.get("dropout"):

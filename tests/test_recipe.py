@@ -209,7 +209,7 @@ trainig: {}
             None,
             "must be all-linear, name endings such as [q_proj, v_proj] or a regular",
         ),
-        ("lora__target_modules", [], "must be a list of module name endings such as [q_proj, v_proj], or a"),
+        ("lora__target_modules", [], "is empty, and so is target_parameters: nothing would be trained"),
         ("lora__exclude_modules", ["q_proj", 3], "must be a list of module name endings"),
         (
             "lora__layers_to_transform",

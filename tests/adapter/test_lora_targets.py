@@ -55,8 +55,10 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def lora_section(**keys: Any) -> LoraSection:
-    """Through every check of a recipe."""
-    return Recipe.from_dict({"model": {"base": "b"}, "data": {"train": "t"}, "lora": keys}).lora
+    """Through every check of a recipe, and from its resolved copy."""
+    recipe = Recipe.from_dict({"model": {"base": "b"}, "data": {"train": "t"}, "lora": keys})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    return recipe.lora
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -128,7 +130,6 @@ def test_all_linear_takes_exclusions_and_layers() -> None:
             "lora.target_parameters: experts.up_proj, up_proj matches no weight of experts; there are "
             "mlp.experts.down_proj, mlp.experts.gate_up_proj",
         ),
-        ({"target_modules": []}, "leave no linear; nothing would be trained"),
     ],
 )
 def test_what_names_nothing_is_an_error_that_lists_what_there_is(keys: dict[str, Any], message: str) -> None:
@@ -160,7 +161,7 @@ def test_weights_of_experts_are_chosen_besides(tmp_path: Path) -> None:
     ):
         lora = lora_section(rank=4, **keys)
         chosen = choose_targets(lora, LINEARS, EXPERTS)
-        without = lora_section(**keys | {"target_parameters": None, "rank_pattern": {}})
+        without = lora.model_copy(update={"target_parameters": None})
         linears = choose_paths(without, LINEARS) if lora.target_modules else []
         assert list(chosen) == linears + experts
         assert {chosen[path].rank for path in experts} == ranks
@@ -195,8 +196,12 @@ def test_a_model_without_experts_has_no_parameters_to_name() -> None:
     [
         ({"dropout": 0.1}, r"lora\.dropout: must be 0 with target_parameters"),
         ({"use_dora": True}, r"lora\.use_dora: is for linears, and PEFT refuses it with target_parameters"),
-        ({"target_parameters": "down_proj"}, r"lora\.target_parameters: must be a list of name endings"),
-        ({"target_parameters": []}, r"lora\.target_parameters: must be a list of name endings"),
+        ({"target_parameters": "down_proj"}, r"lora\.target_parameters: must be a list"),
+        ({"target_parameters": [""]}, r"lora\.target_parameters"),
+        (
+            {"target_parameters": [], "target_modules": []},
+            "so is target_parameters: nothing would be trained",
+        ),
     ],
 )
 def test_what_does_not_go_with_experts(keys: dict[str, Any], message: str) -> None:

@@ -26,6 +26,7 @@ from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ActivationPolicy
 
 TOLERANCE = 1e-5
+LENGTHS = [21, 4, 30]
 RANK, SCALING = 4, 2.0  # as load_tiny has them
 QUANTIZATIONS = [
     Quantization("nf4"),
@@ -153,19 +154,25 @@ def check_one_step(
     *,
     reference: bool = False,
     policy: ActivationPolicy = ActivationPolicy.RECOMPUTE,
+    apart: bool = False,
 ) -> None:
-    """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters."""
+    """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters. apart: that runs
+    each document alone."""
     trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad]
     assert len(trainable) == sum(map(len, lora.views(lora.masters).values()))
     wrapped.zero_grad()
     lora.gradient.zero_()
-    tokens = packed_row([21, 4, 30])
-    logits = wrapped(
-        input_ids=tokens.token_ids,
-        position_ids=tokens.position_ids,
-        documents=tokens.documents,
-        use_cache=False,
-    ).logits[0]
+    tokens = packed_row(LENGTHS)
+    if apart:
+        parts = tokens.token_ids.split(LENGTHS, dim=1)
+        logits = torch.cat([wrapped(input_ids=ids, use_cache=False).logits[0] for ids in parts])
+    else:
+        logits = wrapped(
+            input_ids=tokens.token_ids,
+            position_ids=tokens.position_ids,
+            documents=tokens.documents,
+            use_cache=False,
+        ).logits[0]
     loss = F.cross_entropy(
         logits, tokens.labels, ignore_index=-100
     )  # the library's mean over supervised tokens
@@ -264,7 +271,7 @@ def test_lora_on_experts_is_pefts(
         dropout=0.0, seed=0, dtype=torch.float32, device="cpu",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=NAME, experts_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     config = LoraConfig(r=RANK, lora_alpha=6, init_lora_weights=False, target_parameters=parameters, **keys)
     wrapped = get_peft_model(model, config)
@@ -273,4 +280,4 @@ def test_lora_on_experts_is_pefts(
             ours.copy_(theirs.data)
     if not reference:
         decoder.fuse(norms=True, mlps=True, qkv=True)
-    check_one_step(decoder, lora, wrapped, reference=reference, policy=policy)
+    check_one_step(decoder, lora, wrapped, reference=reference, policy=policy, apart=True)

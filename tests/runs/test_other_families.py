@@ -15,6 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.adapter.adapter_config import CONFIG_FILE
 from qlora_train.cli import main
+from qlora_train.export import export
+from qlora_train.generate.decoding import Sampling, generate_tokens
+from qlora_train.generate.model_folder import find_model
+from qlora_train.plan.planned_walk import GenerateSize
 
 PEFT_LEAVES_OUT = {"deepseek_v3", "qwen3_5_moe_text"}
 """It takes projections of shared experts for the experts', where transformers has renamed those."""
@@ -92,3 +96,15 @@ def test_a_run_goes_on_from_an_adapter_with_experts(
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
         config = [json.loads((run / "adapter" / CONFIG_FILE).read_text()) for run in (first, again)]
         assert config[0] == config[1] and config[0]["target_parameters"] == sorted(EXPERTS)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_run_with_experts_writes_what_its_merged_model_writes(tmp_path: Path, family: str) -> None:
+    base = write_base_of(tmp_path / "base", family)
+    run = train(tmp_path, base, "run", 4, "training.learning_rate=0.05", experts=EXPERTS)
+    merged = export(run, base="dequantized", dtype="float32", receipt=None)
+    found = []
+    for folder in (run, merged, base):
+        model = find_model(folder).load(GenerateSize((4, 2), 8))
+        found.append(generate_tokens(model.decoder, [[5, 9, 7, 30], [8, 40]], Sampling(8), frozenset()))
+    assert found[0] == found[1] != found[2]
