@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qlora_train.adapter.adapter_config import AdapterConfig, match_modules
+from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
 from qlora_train.adapter.adapter_files import LoraPairs
 from qlora_train.adapter.expert_parameters import refuse_older_orientation
 from qlora_train.errors import ExportError
@@ -60,16 +60,25 @@ Update = LinearUpdate | ExpertsUpdate
 
 
 def updates_of(
-    config: AdapterConfig, lora: LoraPairs, checkpoint: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]]
+    config: AdapterConfig,
+    lora: LoraPairs,
+    checkpoint: BaseCheckpoint,
+    head: str,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Update]:
     """What is added to each tensor, by its name.
 
-    config, lora: the adapter, with paths as in its files. shapes: of the checkpoint's tensors. Raises
+    config, lora: the adapter, with paths as in its files. head: the tensor of the head. shapes: of the
+    tensors of the checkpoint, which may have other names than the model's parameters. Raises
     `ExportError` where the adapter does not fit the base, and `BaseModelError` for experts in the orientation
     of older files."""
-    modules = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
-    stacks = expert_stacks(checkpoint.meta_model.model)
-    names = match_modules(lora, [*modules, *stacks])
+    meta_model = checkpoint.meta_model
+    tensors_by_path = {HEAD: head} if head in shapes else {}
+    for layer, layer_path in enumerate(meta_model.layer_paths):
+        for name, _ in meta_model.layer_shapes(layer).linears:
+            tensors_by_path[f"{layer_path}.{name}"] = checkpoint.find(f"{layer_path}.{name}.weight")
+    stacks = expert_stacks(meta_model.model)
+    names = match_modules(lora, [*tensors_by_path, *stacks])
     found: dict[str, Update] = {}
     for path, tensors in lora.items():
         if path not in names:
@@ -81,14 +90,13 @@ def updates_of(
         if name in stacks:
             found |= _of_experts(config, path, tensors, stacks[name], checkpoint)
             continue
-        a, b, *_ = tensors
-        if shapes[f"{name}.weight"] != (len(b), a.shape[1]):
+        (a, b, *_), tensor = tensors, tensors_by_path[name]
+        if shapes[tensor] != (len(b), a.shape[1]):
             raise ExportError(
-                f"the adapter's A and B for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name}.weight "
-                f"in {checkpoint.folder} is {list(shapes[f'{name}.weight'])}. Is this the base it was "
-                "trained on?"
+                f"the adapter's A and B for {path} make a [{len(b)}, {a.shape[1]}] weight, but {tensor} in "
+                f"{checkpoint.folder} is {list(shapes[tensor])}. Is this the base it was trained on?"
             )
-        found[f"{name}.weight"] = LinearUpdate(tensors, config.scaling_of(path))
+        found[tensor] = LinearUpdate(tensors, config.scaling_of(path))
     return found
 
 

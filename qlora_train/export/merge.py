@@ -142,7 +142,7 @@ class MergedWeights:
             self.shapes.pop(self._head, None)  # it repeats the embedding
             if any(path.rpartition(".")[2] == HEAD for path in lora):
                 self.shapes[self._head] = self.shapes[self._head_source]
-        self._updates = updates_of(config, lora, checkpoint, self.shapes)
+        self._updates = updates_of(config, lora, checkpoint, self._head, self.shapes)
         is_quantized = quantization is not None and quantization.is_quantized
         quantized = checkpoint.parts.keys() - checkpoint.reader.experts if is_quantized else set()
         self.dequantized = self._is_quantized_already | quantized

@@ -156,8 +156,8 @@ def check_one_step(
     policy: ActivationPolicy = ActivationPolicy.RECOMPUTE,
     apart: bool = False,
 ) -> None:
-    """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters. apart: that runs
-    each document alone."""
+    """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters. apart: that
+    runs each document alone."""
     trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad]
     assert len(trainable) == sum(map(len, lora.views(lora.masters).values()))
     wrapped.zero_grad()
