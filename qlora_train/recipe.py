@@ -147,13 +147,13 @@ class LoraSection(_Section):
     """The trained LoRA parameters: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`.
     With `use_dora`, the length of every row of W + (alpha / rank) B A is trained too (model/magnitude.py).
 
-    Which linears have them, and of which rank and alpha: keys of PEFT with its meaning (module_patterns.py).
-    """
+    Which weights have them, of which rank and alpha: keys of PEFT with its meaning (module_patterns.py)."""
 
     rank: Rank = 16
     alpha: Alpha = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[Text | Texts, BeforeValidator(as_targets)] = "all-linear"
+    target_parameters: Texts | None = None
     exclude_modules: Annotated[Text | Texts | None, BeforeValidator(as_names)] = None
     layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_layers)] = None
     rank_pattern: Annotated[dict[Text, Rank], BeforeValidator(as_pattern)] = Field(default_factory=dict)

@@ -54,10 +54,10 @@ def as_alpha(value: Any) -> Any:
 
 
 def as_targets(value: Any) -> Any:
-    """Of `lora.target_modules`."""
+    """Of `lora.target_modules`; an empty list: no linear, experts alone."""
     if value is None:
         raise ValueError("must be all-linear, name endings such as [q_proj, v_proj] or a regular expression")
-    return as_names(value)
+    return () if isinstance(value, list | tuple) and not value else as_names(value)
 
 
 def as_names(value: Any) -> Any:
@@ -127,6 +127,9 @@ def with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: filled[k] if k in filled and isinstance(v, dict) else v for k, v in values.items()}
 
 
+NO_DROPOUT_WITH_EXPERTS = (
+    "must be 0 with target_parameters: PEFT adds B A to the weights of experts, and cannot drop their inputs"
+)
 NO_DROPOUT_WITH_DORA = (
     "must be 0 with use_dora, which scales the base's output too: that would have to be computed a second "
     "time, from the input that is left"
@@ -143,8 +146,17 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             "only beside all-linear or a list of name endings, and target_modules is a regular expression: "
             "let the expression say the layers",
         )
+    if isinstance(targets, list | tuple) and not targets and not lora.get("target_parameters"):
+        yield ("lora", "target_modules"), "is empty, and so is target_parameters: nothing would be trained"
     if lora.get("use_dora") and lora.get("dropout"):
         yield ("lora", "dropout"), NO_DROPOUT_WITH_DORA
+    if lora.get("target_parameters") and lora.get("dropout"):
+        yield ("lora", "dropout"), NO_DROPOUT_WITH_EXPERTS
+    if lora.get("target_parameters") and lora.get("use_dora"):
+        yield (
+            ("lora", "use_dora"),
+            "is for linears, and PEFT refuses it with target_parameters: remove one of them",
+        )
     quantization = model.get("quantization", "nf4")
     if model.get("double_quant") is not None and quantization in ("int8", "none"):
         yield (

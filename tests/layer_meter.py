@@ -134,7 +134,7 @@ def cpu_model(workload: Workload) -> tuple[FrozenDecoder, LoraParameters]:
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
     ranks = dict(workload.lora_ranks)
     lora = LoraParameters(
-        {path: decoder.linears[path] for path in ranks}, rank=ranks, scaling=1.0, seed=0, dtype=dtype,
+        {path: decoder.adaptable[path] for path in ranks}, rank=ranks, scaling=1.0, seed=0, dtype=dtype,
         dropout=0.5 if workload.dropout else 0.0, device="cpu", use_dora=workload.use_dora,
     )  # fmt: skip
     return decoder, lora

@@ -62,6 +62,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "layers_to_transform": None,
             "rank_pattern": {},
             "alpha_pattern": {},
+            "target_parameters": None,
             "use_rslora": False,
             "use_dora": False,
             "init_from": None,
@@ -208,7 +209,7 @@ trainig: {}
             None,
             "must be all-linear, name endings such as [q_proj, v_proj] or a regular",
         ),
-        ("lora__target_modules", [], "must be a list of module name endings such as [q_proj, v_proj], or a"),
+        ("lora__target_modules", [], "is empty, and so is target_parameters: nothing would be trained"),
         ("lora__exclude_modules", ["q_proj", 3], "must be a list of module name endings"),
         (
             "lora__layers_to_transform",

@@ -186,13 +186,15 @@ def load_tiny(
     seed: int = 0,
     plan: ExecutionPlan | None = None,
     use_dora: bool = False,
+    experts: bool = False,
 ) -> tuple[FrozenDecoder, LoraParameters]:
-    """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears."""
+    """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears, and
+    on experts if asked for."""
     decoder = load_base(folder, quantization, dtype, THE_CPU, plan=plan, poison=True)
     decoder.skippable = _skippable(str(folder))
     lora = LoraParameters(
-        decoder.linears, rank=rank, scaling=2.0, dropout=dropout, seed=seed, dtype=dtype, device="cpu",
-        use_dora=use_dora,
+        decoder.adaptable if experts else decoder.linears, rank=rank, scaling=2.0, dropout=dropout,
+        seed=seed, dtype=dtype, device="cpu", use_dora=use_dora,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed + 1)
     factors = lora.masters[: len(lora.masters) - len(lora.row_norms)]

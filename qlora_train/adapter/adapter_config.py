@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
-from qlora_train.module_patterns import by_pattern, last_name, pattern_of
+from qlora_train.module_patterns import by_pattern, last_name, matching_names, pattern_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_NAME = re.compile(
@@ -38,7 +38,6 @@ UNSUPPORTED_KEYS = {
     "fan_in_fan_out": "transposed (Conv1D) weights",
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "LoRA on parameters instead of modules",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
@@ -55,6 +54,7 @@ class AdapterConfig:
 
     target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path; other
     modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to; None: all.
+    target_parameters: of experts that have LoRA parameters, name endings or whole paths.
     """
 
     base_model: str
@@ -67,6 +67,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
     use_dora: bool = False
+    target_parameters: list[str] = field(default_factory=list)
 
     @property
     def scaling(self) -> float:
@@ -89,21 +90,33 @@ class AdapterConfig:
             self,
             rank_pattern={names[path]: rank for path, rank in self.rank_pattern.items()},
             alpha_pattern={names[path]: alpha for path, alpha in self.alpha_pattern.items()},
+            target_parameters=[names[path] for path in self.target_parameters],
         )
+
+    def experts_of(self, paths: Iterable[str]) -> list[str]:
+        """Those of the paths that are parameters of experts."""
+        return [path for path in paths if matching_names(path, self.target_parameters)]
 
     def _scaling(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig:
-    """The config of an adapter whose tensors have these ranks, by module path.
+def read_json_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    return read_json(folder / CONFIG_FILE, BaseModelError, "Copy the adapter again.")
 
-    Raises `BaseModelError` for a folder that holds no such adapter, features beyond LoRA and DoRA, and ranks
-    other than the config's.
+
+def read_adapter_config(
+    folder: Path, raw: dict[str, Any], num_rows: Mapping[str, int], experts: Collection[str]
+) -> AdapterConfig:
+    """The config of an adapter whose A have these numbers of rows, by path.
+
+    raw: `read_json_config`. experts: the paths that are experts' parameters, whose A have the rows of every
+    expert; the config holds their paths as target_parameters. Raises `BaseModelError` for a folder that holds
+    no such adapter, features beyond LoRA and DoRA, and ranks other than the config's.
     """
-    raw = read_json(folder / CONFIG_FILE, BaseModelError, "Copy the adapter again.")
     use_dora = bool(raw.get("use_dora", False))
-    if use_dora and (heads := [path for path in ranks if last_name(path) == HEAD]):
+    if use_dora and (heads := [path for path in num_rows if last_name(path) == HEAD]):
         raise BaseModelError(
             f"{folder}: the adapter uses DoRA (use_dora) on {heads[0]}; it is supported on the linears of "
             "decoder layers. Merge it into its base with peft, and train on the merged model."
@@ -116,28 +129,35 @@ def read_adapter_config(folder: Path, ranks: Mapping[str, int]) -> AdapterConfig
         if min([rank, *rank_pattern.values()]) < 1:
             raise ValueError(f"r = {rank}")
         dropout = float(raw.get("lora_dropout", 0.0))
-        alphas = {path: by_pattern(alpha_pattern, path, alpha) for path in ranks}
-        expected = {path: by_pattern(rank_pattern, path, rank) for path in ranks}
+        alphas = {path: by_pattern(alpha_pattern, path, alpha) for path in num_rows}
+        ranks = {path: by_pattern(rank_pattern, path, rank) for path in num_rows}
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise BaseModelError(
             f"{folder / CONFIG_FILE}: r and lora_alpha must be numbers, rank_pattern and alpha_pattern map "
             f"module names to numbers ({error!r})."
         ) from error
-    if wrong := [path for path in ranks if ranks[path] != expected[path]]:
-        raise BaseModelError(
-            f"{folder}: A and B of {wrong[0]} have rank {ranks[wrong[0]]}, its config says "
-            f"{expected[wrong[0]]} (r or rank_pattern)."
-        )
+    for path, rows in num_rows.items():
+        if path in experts and rows % ranks[path]:
+            raise BaseModelError(
+                f"{folder}: A of {path} has {rows} rows, which is no multiple of the rank {ranks[path]} that "
+                "its config says (r or rank_pattern)."
+            )
+        if path not in experts and rows != ranks[path]:
+            raise BaseModelError(
+                f"{folder}: A and B of {path} have rank {rows}, its config says {ranks[path]} (r or "
+                "rank_pattern)."
+            )
     return AdapterConfig(
         str(raw.get("base_model_name_or_path") or ""),
         rank,
         alpha,
         dropout,
-        sorted(set(map(last_name, ranks))),
+        sorted({last_name(path) for path in ranks if path not in experts}),
         bool(raw.get("use_rslora", False)),
         {path: own for path, own in ranks.items() if own != rank},
         {path: own for path, own in alphas.items() if own != alpha},
         use_dora=use_dora,
+        target_parameters=sorted(experts),
     )
 
 
@@ -182,6 +202,18 @@ def name_targets(trained: Iterable[str], existing: Iterable[str]) -> tuple[list[
     return sorted({path if last_name(path) in partly else last_name(path) for path in wanted}), None
 
 
+def name_parameters(trained: Collection[str], existing: Iterable[str]) -> list[str]:
+    """`target_parameters` that name the trained parameters of experts and no other: what follows the layer
+    where those of all layers are trained, else whole paths. Sorted."""
+    partly = {within_layer(path) for path in existing if path not in trained}
+    return sorted({path if within_layer(path) in partly else within_layer(path) for path in trained})
+
+
+def within_layer(path: str) -> str:
+    """A path without its layer."""
+    return re.sub(r"^(.*?\.)?layers\.\d+\.", "", path)
+
+
 def layer_of(path: str) -> int | None:
     """The number of the decoder layer that a module belongs to; None: it is in no layer."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
@@ -201,6 +233,7 @@ def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": list(config.target_modules),
+        "target_parameters": list(config.target_parameters) or None,
         "use_rslora": config.use_rslora,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -3,8 +3,8 @@
 An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in], B [out, rank] and
 s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
 tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
-from the CausalLM. With DoRA there is a third, the magnitudes m [out] (model/magnitude.py):
-`...lora_magnitude_vector`.
+from the CausalLM. Weights of experts have longer A and B (expert_parameters.py). With DoRA there is a third,
+the magnitudes m [out] (model/magnitude.py): `...lora_magnitude_vector`.
 
 peft itself would need the whole model in memory to save an adapter. For variants of other tools, and what is
 refused, see adapter_config.py.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from qlora_train.adapter.adapter_config import (
     AdapterConfig,
     match_modules,
     read_adapter_config,
+    read_json_config,
     to_peft,
 )
+from qlora_train.adapter.expert_parameters import parameter_paths, stored_paths
 from qlora_train.errors import BaseModelError
 from qlora_train.files.atomic_folder import atomic_folder
 from qlora_train.files.shards import ShardReader, write_tensors
@@ -39,7 +42,8 @@ HEAD_COPY = f"{HEAD}.base_layer.weight"
 SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 
 LoraPairs = dict[str, tuple[Tensor, ...]]
-"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out])."""
+"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out]); parameter path of E experts -> (A
+[E rank, in], B [out, rank E])."""
 
 
 def save_adapter(
@@ -54,9 +58,10 @@ def save_adapter(
     uses DoRA; stored in fp32. other_files: name -> text of files to write beside them.
     """
     tensors: dict[str, Tensor] = {}
+    nested = stored_paths(config.experts_of(lora))
     for path in sorted(lora):
         for suffix, matrix in zip(SUFFIXES[: len(lora[path])], lora[path], strict=True):
-            tensors[PREFIX + path + suffix] = (
+            tensors[PREFIX + nested.get(path, path) + suffix] = (
                 matrix.detach().to(device="cpu", dtype=torch.float32).contiguous()
             )
     with atomic_folder(Path(folder)) as partial:
@@ -78,8 +83,9 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
     """
     folder = Path(folder)
     with _open(folder) as reader:
-        lora = {path: _read(reader, path, names) for path, names in _names_by_path(reader).items()}
-    config = read_adapter_config(folder, {path: len(a) for path, (a, *_) in lora.items()})
+        names_by_path, raw, experts = _names_by_path(reader)
+        lora = {path: _read(reader, path, names) for path, names in names_by_path.items()}
+    config = read_adapter_config(folder, raw, {path: len(a) for path, (a, *_) in lora.items()}, experts)
     if wrong := [path for path, tensors in lora.items() if (len(tensors) > 2) != config.use_dora]:
         raise BaseModelError(
             f"{folder}: the config says use_dora: {str(config.use_dora).lower()}, and {WEIGHTS_FILE} holds "
@@ -111,11 +117,11 @@ def head_copy(folder: Path) -> Tensor | None:
 def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, int]]]:
     """The config and {module path: (in, out)}, without reading A and B."""
     with _open(folder) as reader:
+        names_by_path, raw, experts = _names_by_path(reader)
         shapes = {
-            path: [reader.info(pair[letter]).shape for letter in "AB"]
-            for path, pair in _names_by_path(reader).items()
+            path: [reader.info(pair[letter]).shape for letter in "AB"] for path, pair in names_by_path.items()
         }
-    config = read_adapter_config(folder, {path: a[0] for path, (a, _) in shapes.items()})
+    config = read_adapter_config(folder, raw, {path: a[0] for path, (a, _) in shapes.items()}, experts)
     return config, {path: (a[1], b[0]) for path, (a, b) in shapes.items()}
 
 
@@ -159,8 +165,11 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
     return tuple(tensor.float() for tensor in tensors)
 
 
-def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
-    """Module path -> {"A": tensor name, "B": tensor name}, with DoRA "m" too."""
+def _names_by_path(
+    reader: ShardReader,
+) -> tuple[dict[str, dict[str, str]], dict[str, Any], frozenset[str]]:
+    """(path -> {"A": tensor name, "B": tensor name}, with DoRA "m" too; the content of the config; the paths
+    that are parameters of experts)."""
     found: dict[str, dict[str, str]] = {}
     for name in reader.names():
         if name.endswith(HEAD_COPY):
@@ -175,4 +184,10 @@ def _names_by_path(reader: ShardReader) -> dict[str, dict[str, str]]:
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no LoRA parameters.")
     if halves := [path for path, pair in found.items() if not {"A", "B"} <= pair.keys()]:
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one of A and B of {halves[0]}.")
-    return found
+    raw = read_json_config(reader.folder)
+    try:
+        experts = parameter_paths(found, raw.get("target_parameters"))
+    except BaseModelError as error:
+        raise BaseModelError(f"{reader.folder}: {error}") from error
+    by_path = {experts.get(path, path): names for path, names in found.items()}
+    return by_path, raw, frozenset(experts.values())

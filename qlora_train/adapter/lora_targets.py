@@ -1,8 +1,9 @@
-"""Which linears of a base get LoRA parameters, and of which rank and alpha: keys as PEFT reads them.
+"""Which weights of a base get LoRA parameters, and of which rank and alpha: keys as PEFT reads them.
 
     layers_to_transform            the layers that are looked at; None: all
     target_modules                 their linears that are chosen
     exclude_modules                of those, the ones that are not
+    target_parameters              weights of experts that are chosen too, in all layers; None: none
     rank_pattern, alpha_pattern    ranks and alphas of single modules; the others have `rank` and `alpha`
 
 PEFT passes over a name that no module has, or warns; here it is an error, since a part of the model that was
@@ -11,12 +12,11 @@ meant to be trained would stay as it is. Imports no torch: `plan` and `train` bo
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_train.adapter.adapter_config import layer_of
+from qlora_train.adapter.adapter_config import layer_of, within_layer
 from qlora_train.errors import BaseModelError
 from qlora_train.module_patterns import Names, Number, deciding_key, matching_names
 from qlora_train.recipe import LoraSection
@@ -24,7 +24,7 @@ from qlora_train.recipe import LoraSection
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """The size of one linear's LoRA parameters, and the alpha that they are scaled by."""
+    """The size of one weight's LoRA parameters, and the alpha that they are scaled by."""
 
     rank: int
     alpha: float
@@ -33,38 +33,63 @@ class LoraTarget:
 def choose_targets(
     lora: LoraSection, linears: Iterable[str], experts: Iterable[str] = ()
 ) -> dict[str, LoraTarget]:
-    """The linears that are trained, by module path, in the order of `linears`.
+    """The linears that are trained, by module path, in the order of `linears`, then the weights of experts.
 
-    linears: paths of all linears in decoder layers. experts: paths of experts' weights, which are frozen.
-    Raises `BaseModelError` for a key that names nothing, with what there is to name.
+    linears: paths of all linears in decoder layers. experts: paths of experts' parameters. Raises
+    `BaseModelError` for a key that names nothing, with what there is to name.
     """
     experts = list(experts)
-    chosen = choose_linears(lora, linears, experts)
+    chosen = choose_paths(lora, linears, experts)
     ranks = _by_pattern("rank_pattern", lora.rank_pattern, lora.rank, chosen, experts)
     alphas = _by_pattern("alpha_pattern", lora.alpha_pattern, lora.alpha, chosen, experts)
     return {path: LoraTarget(ranks[path], alphas[path]) for path in chosen}
 
 
-def choose_linears(lora: LoraSection, linears: Iterable[str], experts: Iterable[str] = ()) -> list[str]:
+def choose_paths(lora: LoraSection, linears: Iterable[str], experts: Iterable[str] = ()) -> list[str]:
     """`choose_targets` without ranks and alphas."""
+    experts = list(experts)
     chosen = _in_layers(lora.layers_to_transform, list(linears))
     if lora.target_modules != "all-linear":
-        chosen = _named("target_modules", lora.target_modules, chosen, experts)
+        chosen = _named("target_modules", lora.target_modules, chosen, experts) if lora.target_modules else []
     if lora.exclude_modules is not None:
         excluded = set(_named("exclude_modules", lora.exclude_modules, chosen, experts))
         chosen = [path for path in chosen if path not in excluded]
+    chosen += _named_parameters(lora.target_parameters or (), experts)
     if not chosen:
-        raise BaseModelError("lora.exclude_modules: excludes all linears; nothing would be trained")
+        raise BaseModelError(
+            "lora.target_modules and exclude_modules leave no linear; nothing would be trained"
+        )
     return chosen
 
 
-def coverage(ranks: Iterable[int], num_linears: int) -> str:
-    """In words, how many linears are trained and with which ranks. ranks: of each that is."""
+def _named_parameters(names: Sequence[str], experts: Sequence[str]) -> list[str]:
+    """The experts' parameters that name endings choose."""
+    found = {path: matching_names(path, names) for path in experts}
+    if idle := [name for name in names if not any(name in matching for matching in found.values())]:
+        there = ", ".join(sorted({within_layer(path) for path in experts}))
+        raise BaseModelError(
+            f"lora.target_parameters: {', '.join(idle)} matches no weight of experts; "
+            + (f"there are {there}" if experts else "this model has no experts")
+        )
+    return [path for path in experts if found[path]]
+
+
+def coverage(ranks: Mapping[str, int], linears: Collection[str], experts: Collection[str] = ()) -> str:
+    """In words, how many linears and weights of experts are trained, with which ranks. ranks: of each that
+    is, by path."""
+    groups = {"linears": linears, "weights of experts": experts}
+    trained = {what: [ranks[path] for path in ranks if path in group] for what, group in groups.items()}
+    return "LoRA " + "; ".join(
+        _coverage(own, len(groups[what]), what) for what, own in trained.items() if own
+    )
+
+
+def _coverage(ranks: Iterable[int], num_all: int, what: str) -> str:
     counts = sorted(Counter(ranks).items())
     if len(counts) == 1:
-        return f"LoRA rank {counts[0][0]} on {counts[0][1]} of {num_linears} linears"
+        return f"rank {counts[0][0]} on {counts[0][1]} of {num_all} {what}"
     parts = ", ".join(f"rank {rank} on {number}" for rank, number in counts)
-    return f"LoRA on {sum(number for _, number in counts)} of {num_linears} linears: {parts}"
+    return f"on {sum(number for _, number in counts)} of {num_all} {what}: {parts}"
 
 
 def _in_layers(layers: Sequence[int] | None, linears: list[str]) -> list[str]:
@@ -124,11 +149,7 @@ def _matches(
         raise BaseModelError(
             f"lora.{key}: {', '.join(text for text in texts if text in idle)} matches no linear layer "
             f"{'of this model' if key == 'target_modules' else 'that is trained'}; "
-            + ("experts are frozen and have no LoRA parameters; " if names_experts else "")
-            + f"there are {', '.join(sorted({_within_layer(path) for path in among}))} ({hint})"
+            + ("experts are trained where lora.target_parameters names them; " if names_experts else "")
+            + f"there are {', '.join(sorted({within_layer(path) for path in among}))} ({hint})"
         )
     return found
-
-
-def _within_layer(path: str) -> str:
-    return re.sub(r"^(.*?\.)?layers\.\d+\.", "", path)

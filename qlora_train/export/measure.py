@@ -19,7 +19,7 @@ from qlora_train.export.quantized_layers import QuantizedLayers
 from qlora_train.export.receipt import Figures, Receipt, compare
 from qlora_train.export.walked_model import HeldOut, LargestValue, WalkedModel, walk_model
 from qlora_train.kernels.on_device import find_device
-from qlora_train.model.base import MetaModel, linear_names, read_config
+from qlora_train.model.base import MetaModel, adaptable_names, read_config
 from qlora_train.quant.formats import UNQUANTIZED, Quantization
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 
@@ -57,7 +57,7 @@ class Measure:
         self._source, self._documents, self._log = source, documents, log
         self._device = find_device()
         log(f"measuring on {len(documents.all_labels):,} supervised tokens {documents.source}")
-        names = [*linear_names(read_config(source.base_folder)), HEAD]
+        linears, experts = adaptable_names(read_config(source.base_folder))
         self._trained = walk_model(
             source.base_folder,
             documents,
@@ -65,7 +65,7 @@ class Measure:
             self._arithmetic(resolve_dtype(source.compute_dtype, self._device.description)),
             self._device,
             fill=None if cached is None else cached.read_layer,
-            adapter=load_fitting(source.adapter, names),
+            adapter=load_fitting(source.adapter, [*linears, *experts, HEAD]),
         )
 
     @property

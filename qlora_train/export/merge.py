@@ -1,5 +1,6 @@
 """Merges an adapter: writes W + scaling * B A for every trained weight W as a safetensors checkpoint, with
-DoRA (m / n) (W + scaling * B A), whose rows have the lengths m.
+DoRA (m / n) (W + scaling * B A), whose rows have the lengths m. Of experts every one has its own B and A,
+whether the checkpoint has a tensor for each or one for all.
 
 It works on a few rows of one tensor at a time: rows are read, computed in fp32, cast and appended to the
 shard. A safetensors header holds only dtypes, shapes and offsets, which follow from the base's shapes, so it
@@ -24,10 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
+from qlora_train.adapter.adapter_config import HEAD, AdapterConfig
 from qlora_train.adapter.adapter_files import LoraPairs, load_adapter
 from qlora_train.boundary import require_creatable, require_free_disk
 from qlora_train.errors import BaseModelError, ExportError
+from qlora_train.export.adapter_updates import updates_of
 from qlora_train.export.companions import copy_companions, list_end_ids, merged_config
 from qlora_train.export.disk_writer import DiskWriter
 from qlora_train.export.quantized_layers import QuantizedLayers
@@ -121,7 +123,7 @@ class MergedWeights:
     ) -> None:
         self._checkpoint, self._reader = checkpoint, checkpoint.reader
         self._quantization, self._cached = quantization, cached
-        self._config, lora = adapter
+        config, lora = adapter
         self._is_quantized_already: set[str] = set()
         self._quantized: dict[tuple[int, str], QuantizedWeight] = {}
         self._unchanged = checkpoint.unchanged - checkpoint.reader.fp8  # FP8 is written in 16 bits anyway
@@ -140,7 +142,7 @@ class MergedWeights:
             self.shapes.pop(self._head, None)  # it repeats the embedding
             if any(path.rpartition(".")[2] == HEAD for path in lora):
                 self.shapes[self._head] = self.shapes[self._head_source]
-        self._lora = self._match(lora)
+        self._updates = updates_of(config, lora, checkpoint, self._head, self.shapes)
         is_quantized = quantization is not None and quantization.is_quantized
         quantized = checkpoint.parts.keys() - checkpoint.reader.experts if is_quantized else set()
         self.dequantized = self._is_quantized_already | quantized
@@ -148,7 +150,7 @@ class MergedWeights:
     @property
     def changes_head(self) -> bool:
         """Whether the adapter trains the head."""
-        return self._head in self._lora
+        return self._head in self._updates
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a tensor is written in: `dtype`, or what it has where it is of another part of the model, or
@@ -177,13 +179,10 @@ class MergedWeights:
         if not self.shapes[name]:
             yield self._reader.read(name).float()
             return
-        for start, stop, block in self._base_rows(self._head_source if name == self._head else name):
+        for start, _, block in self._base_rows(self._head_source if name == self._head else name):
             values = block.float()
-            if name in self._lora:
-                (a, b, *m), scaling = self._lora[name]
-                values.addmm_(b[start:stop], a, alpha=scaling)
-                if m:
-                    values.mul_((m[0][start:stop] / values.norm(dim=1))[:, None])
+            if name in self._updates:
+                self._updates[name].add_to(values, start)
             yield values
 
     def _base_rows(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
@@ -242,29 +241,6 @@ class MergedWeights:
                 "Convert the checkpoint to bfloat16 first."
             )
         return info.shape
-
-    def _match(self, lora: LoraPairs) -> dict[str, tuple[tuple[Tensor, ...], float]]:
-        """(tensors of the adapter, scaling) by tensor name. Raises `ExportError` where they do not fit the
-        base."""
-        modules = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
-        names = match_modules(lora, modules)
-        matched: dict[str, tuple[tuple[Tensor, ...], float]] = {}
-        for path, tensors in lora.items():
-            a, b, *_ = tensors
-            if path not in names:
-                raise ExportError(
-                    f"the adapter trains {path}, but {self._checkpoint.folder} has no tensor {path}.weight. "
-                    "Is this the base it was trained on?"
-                )
-            name = f"{names[path]}.weight"
-            if self.shapes[name] != (len(b), a.shape[1]):
-                raise ExportError(
-                    f"the adapter's A and B for {path} make a [{len(b)}, {a.shape[1]}] weight, but {name} in "
-                    f"{self._checkpoint.folder} is {list(self.shapes[name])}. Is this the base it was "
-                    "trained on?"
-                )
-            matched[name] = (tensors, self._config.scaling_of(path))
-        return matched
 
 
 class MergedReader:

@@ -162,11 +162,11 @@ def _attach(
     dtype: torch.dtype,
     device: ComputeDevice,
 ) -> tuple[tuple[Tensor, ...], float] | None:
-    """Attach LoRA parameters to the linears; returns ((A, B), scaling) of the head, if the adapter has
-    them."""
+    """Attach LoRA parameters to linears and experts; returns ((A, B), scaling) of the head, if the adapter
+    has them."""
     config, pairs = adapter[0], dict(adapter[1])
     head = pairs.pop(HEAD, None)
-    LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=dtype, device=device.torch)
+    LoraParameters.of_adapter(decoder.adaptable, config, pairs, dtype=dtype, device=device.torch)
     return None if head is None else (head, config.scaling_of(HEAD))
 
 

@@ -161,16 +161,18 @@ class ModelSource:
 
     def attach(self, decoder: FrozenDecoder, adapter: Path | None) -> None:
         """Put an adapter's LoRA parameters in the place of those that there are; None: the base alone."""
-        for linear in decoder.linears.values():
-            linear.lora = None
+        for adaptable in decoder.adaptable.values():
+            adaptable.lora = None
         if isinstance(decoder.head, AdaptedHead):
             decoder.head = decoder.head.stored
         if adapter is None:
             return
-        config, pairs = load_fitting(adapter, [*decoder.linears, HEAD])
+        config, pairs = load_fitting(adapter, [*decoder.adaptable, HEAD])
         if HEAD in pairs:
             decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
-        LoraParameters.of_adapter(decoder.linears, config, pairs, dtype=self.dtype, device=self.device.torch)
+        LoraParameters.of_adapter(
+            decoder.adaptable, config, pairs, dtype=self.dtype, device=self.device.torch
+        )
 
     def _workload(self) -> Workload:
         shape, target = find_shape(str(self.folder)), self.device.description

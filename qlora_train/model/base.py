@@ -30,6 +30,7 @@ from qlora_train.errors import BaseModelError, UnsupportedModelError
 from qlora_train.model import attention
 from qlora_train.model.base_folder import CONFIG_REMEDY, kept_quantization, read_plain_config
 from qlora_train.model.decoder import FrozenDecoder, final_norm_name
+from qlora_train.model.expert_lora import expert_stacks
 from qlora_train.model.frozen_experts import NAME as EXPERTS_NAME
 from qlora_train.model.frozen_experts import FrozenExperts, freeze_experts, is_experts
 from qlora_train.model.layer_buffer import LayerBufferLayout, LayerShapes
@@ -136,11 +137,12 @@ def tie_head(model: PreTrainedModel) -> None:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
-def linear_names(config: PretrainedConfig) -> list[str]:
-    """Module paths of the linears of all decoder layers, in module order."""
+def adaptable_names(config: PretrainedConfig) -> tuple[list[str], list[str]]:
+    """(module paths of the linears of all decoder layers, paths of experts' parameters), in module order."""
     model = empty_model(config, torch.float32)
     swap_linears(model)
-    return [module.name for module in model.modules() if isinstance(module, FrozenLinear)]
+    linears = [module.name for module in model.modules() if isinstance(module, FrozenLinear)]
+    return linears, list(expert_stacks(model))
 
 
 class MetaModel:

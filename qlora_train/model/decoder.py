@@ -36,10 +36,11 @@ from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.adapted_head import AdaptedHead
 from qlora_train.model.by_document import run_mixers_by_document
+from qlora_train.model.expert_lora import ExpertStack, expert_stacks
 from qlora_train.model.frozen_experts import FrozenExperts
 from qlora_train.model.fused import fuse_mlps, fuse_norms
 from qlora_train.model.kernel_choice import KernelChoice
-from qlora_train.model.linear import DropoutContext, FrozenLinear
+from qlora_train.model.linear import DropoutContext, FrozenLinear, LinearLora
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.shared_input import SharedLinear, fuse_qkv
 from qlora_train.model.tiled_mlp import TiledMlp
@@ -53,12 +54,13 @@ Kind = TypeVar("Kind", bound=nn.Module)
 class FrozenDecoder:
     """The parts of a causal language model whose decoder layers hold `FrozenLinear`s.
 
-    layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. weights:
-    where those find their quantized weights. embedding, head: [V, D], the same object where tied. dtype,
-    device: of the computation. skippable: names within a layer of linears and experts whose output goes
-    straight into the residual sum, as the probe found. fingerprint: of the quantized base's content.
-    kernels: the fastest there are until others are chosen. The given model is taken over and cannot be called
-    as a whole afterwards; its embedding and head weights are dropped.
+    layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. stacks:
+    the matrices of experts, by parameter path. weights: where those find their quantized weights. embedding,
+    head: [V, D], the same object where tied. dtype, device: of the computation. skippable: names within a
+    layer of linears and experts whose output goes straight into the residual sum, as the probe found.
+    fingerprint: of the quantized base's content. kernels: the fastest there are until others are chosen. The
+    given model is taken over and cannot be called as a whole afterwards; its embedding and head weights are
+    dropped.
     """
 
     tiled_mlp: type[TiledMlp] = TiledMlp
@@ -80,6 +82,7 @@ class FrozenDecoder:
         self.head: VocabMatrix = head
         self.dtype, self.device = dtype, device
         self.linears = {m.name: m for m in model.modules() if isinstance(m, FrozenLinear)}
+        self.stacks = expert_stacks(model)
         self._decoder = model.get_decoder()
         self.layers = list(self._decoder.layers)
         self.experts = [_modules_of(layer, FrozenExperts) for layer in self.layers]
@@ -250,6 +253,15 @@ class FrozenDecoder:
             if isinstance(module, FrozenLinear | FrozenExperts)
             and any(module.name.endswith(f".{name}") for name in self.skippable)
         ]
+
+    @property
+    def adaptable(self) -> dict[str, FrozenLinear | ExpertStack]:
+        """All that may have LoRA parameters, by path."""
+        return self.linears | self.stacks
+
+    def lora_of(self, index: int) -> list[LinearLora]:
+        """The LoRA parameters of decoder layer `index`."""
+        return _modules_of(self.layers[index], LinearLora)
 
     def linears_of(self, index: int) -> list[FrozenLinear]:
         """The FrozenLinears of decoder layer `index`."""

@@ -1,4 +1,4 @@
-"""The frozen experts of a mixture-of-experts layer: y_t = sum_e p_te down_e(act(up_e(x_t))).
+"""The experts of a mixture-of-experts layer: y_t = sum_e p_te down_e(act(up_e(x_t))).
 
 transformers holds all experts of a layer in two 3-D parameters and lets a registered function compute with
 them (`ALL_EXPERTS_FUNCTIONS`). This is ours: the parameters are replaced by two matrices with the rows of
@@ -16,6 +16,7 @@ its rows and q = g W2:
     dL/dp = <h, q>  (+ <g, b2>)      dh = p q      dz = act'(z) dh      dx += dz W1
 
 The gradient of p needs h and q, not the expert's output, so a recomputation may leave out the last product.
+With LoRA (expert_lora.py), W1 and W2 stand for W + s B A everywhere; A and B get their gradients here.
 Routers are frozen, without an auxiliary loss: a frozen router could not follow it.
 
 Why not transformers' `grouped_mm`: it needs every expert in 16 bits at once, and keeps each intermediate for
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_train.errors import UnsupportedModelError
+from qlora_train.model.expert_lora import ExpertLora, ExpertStack
 from qlora_train.model.weight_store import WeightStore
 from qlora_train.quant.formats import Quantization
 
@@ -44,10 +46,10 @@ class FrozenExperts(nn.Module):
     """The two matrices of a layer's experts, asked from a `WeightStore` a few experts at a time.
 
     name: module path of the library's experts module, which holds this one as `frozen`. shapes: name of a
-    matrix within that module -> (rows, columns) of one expert, as it is stored. skip_output: the
-    output is zeros, while backward stays what it is. counts: rows per expert, by name of the module, of the
-    micro-batch that passes now. keeps_counts: read the counts that the first forward pass of this
-    micro-batch left there, which a recomputation repeats bit for bit.
+    matrix within that module -> (rows, columns) of one expert, as it is stored. stacks: the same matrices as
+    LoRA sees them. skip_output: the output is zeros, while backward stays what it is. counts: rows per
+    expert, by name of the module, of the micro-batch that passes now. keeps_counts: read the counts that the
+    first forward pass of this micro-batch left there, which a recomputation repeats bit for bit.
     kept: how the checkpoint has quantized the matrices, if they stay so; they are [out, in] then.
     is_transposed: they are [in, out].
     """
@@ -64,6 +66,12 @@ class FrozenExperts(nn.Module):
         self.shapes = {
             matrix: tuple(getattr(module, matrix).shape[1:]) for matrix in (self.first, "down_proj")
         }
+        self.stacks = nn.ModuleDict()
+        for matrix, (rows, columns) in self.shapes.items():
+            sizes = (rows, columns) if module.is_transposed else (columns, rows)
+            self.stacks[matrix] = ExpertStack(
+                f"{name}.{matrix}", *sizes, self.num_experts, bool(module.is_transposed)
+            )
         if self.is_transposed != bool(module.is_transposed):
             self.shapes = {matrix: (rows, columns) for matrix, (columns, rows) in self.shapes.items()}
         self.skip_output = False
@@ -82,6 +90,11 @@ class FrozenExperts(nn.Module):
             f"{self.name}.{matrix}", experts.start * rows, experts.stop * rows, dtype
         )
         return found.view(len(experts), rows, columns)
+
+    def stack(self, matrix: str) -> ExpertStack:
+        found = self.stacks[matrix]
+        assert isinstance(found, ExpertStack)
+        return found
 
     def sorted_rows(self, chosen: Tensor) -> tuple[Tensor, list[int]]:
         """From the chosen experts [T, k]: the T k rows in the order of their experts, and how many each has:
@@ -134,7 +147,8 @@ def experts_forward(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tenso
     assert isinstance(frozen, FrozenExperts)
     if frozen.use_autograd:
         return _with_autograd(module, frozen, x, chosen, weights)
-    y: Tensor = _ExpertsFunction.apply(x, weights, chosen, module)
+    lora = [stack.lora.A for stack in map(frozen.stack, frozen.shapes) if stack.lora is not None]
+    y: Tensor = _ExpertsFunction.apply(x, weights, chosen, module, *lora)
     return y
 
 
@@ -165,27 +179,41 @@ def _with_autograd(module: Any, frozen: FrozenExperts, x: Tensor, chosen: Tensor
     """The reference: library operations, one expert after another, gradients by autograd."""
     y = torch.zeros_like(x)
     order, counts = frozen.sorted_rows(chosen)
+    factors = {matrix: frozen.stack(matrix).factors() for matrix in frozen.shapes}
+
+    def product(rows: Tensor, matrix: str, expert: int) -> Tensor:
+        out = _times(frozen, rows, frozen.weights(matrix, range(expert, expert + 1), x.dtype)[0])
+        if (lora := frozen.stack(matrix).lora) is not None:
+            a, b = factors[matrix][expert]
+            out = out + rows @ a.t() @ b.t() * lora.scaling
+        bias = _bias(module, matrix, expert)
+        return out if bias is None else out + bias
+
     for expert, places in enumerate(order.split(counts)):
         if not len(places):
             continue
         tokens = places // chosen.shape[1]
-        only = range(expert, expert + 1)
-        z = _times(frozen, x[tokens], frozen.weights(frozen.first, only, x.dtype)[0])
-        if (bias := _bias(module, frozen.first, expert)) is not None:
-            z = z + bias
-        out = _times(frozen, _activated(module, z), frozen.weights("down_proj", only, x.dtype)[0])
-        if (bias := _bias(module, "down_proj", expert)) is not None:
-            out = out + bias
+        h = _activated(module, product(x[tokens], frozen.first, expert))
+        out = product(h, "down_proj", expert)
         y = y.index_add(0, tokens, (out * weights.flatten()[places, None]).to(x.dtype))
     return y
 
 
 class _Tile:
-    """Some rows of one expert. places: in the flattened [T k]; tokens: in [T]. first, down: its matrices."""
+    """Some rows of one expert. places: in the flattened [T k]; tokens: in [T]. first, down: its matrices.
+    first_lora, down_lora: their LoRA parameters."""
 
-    def __init__(self, expert: int, places: Tensor, num_chosen: int, first: Tensor, down: Tensor) -> None:
+    def __init__(
+        self,
+        expert: int,
+        places: Tensor,
+        num_chosen: int,
+        matrices: tuple[Tensor, Tensor],
+        loras: tuple[ExpertLora | None, ExpertLora | None],
+    ) -> None:
         self.expert, self.places, self.tokens = expert, places, places // num_chosen
-        self.first, self.down = first, down
+        self.first, self.down = matrices
+        self.first_lora, self.down_lora = loras
 
 
 def _tiles(
@@ -193,6 +221,7 @@ def _tiles(
 ) -> Iterator[_Tile]:
     """All rows, expert by expert, each expert dequantized once."""
     start, step = 0, frozen.source.experts_at_once
+    first_loras, down_loras = (frozen.stack(matrix).loras() for matrix in (frozen.first, "down_proj"))
     for begin in range(0, frozen.num_experts, step):
         hit = [e for e in range(begin, min(begin + step, frozen.num_experts)) if counts[e]]
         if not hit:
@@ -202,16 +231,22 @@ def _tiles(
         downs = frozen.weights("down_proj", chunk, dtype)
         for expert in hit:
             stop = start + counts[expert]
+            matrices = firsts[expert - chunk.start], downs[expert - chunk.start]
+            loras = (
+                first_loras[expert] if first_loras else None,
+                down_loras[expert] if down_loras else None,
+            )
             for places in order[start:stop].split(TILE_ROWS):
-                yield _Tile(
-                    expert, places, num_chosen, firsts[expert - chunk.start], downs[expert - chunk.start]
-                )
+                yield _Tile(expert, places, num_chosen, matrices, loras)
             start = stop
 
 
 def _hidden(module: Any, frozen: FrozenExperts, tile: _Tile, x: Tensor) -> Tensor:
     """What an expert's first matrix gives for a tile's rows."""
-    z = _times(frozen, x[tile.tokens], tile.first)
+    rows = x[tile.tokens]
+    z = _times(frozen, rows, tile.first)
+    if tile.first_lora is not None:
+        tile.first_lora.add_product(z, rows)
     bias = _bias(module, frozen.first, tile.expert)
     return z if bias is None else z.add_(bias)
 
@@ -220,7 +255,9 @@ class _ExpertsFunction(torch.autograd.Function):
     """See the module docstring."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, module: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, module: Any, *lora: Tensor
+    ) -> Tensor:  # lora: so that the output requires a gradient
         frozen: FrozenExperts = module.frozen
         order, counts = frozen.sorted_rows(chosen)
         ctx.save_for_backward(x, weights, order)
@@ -237,11 +274,11 @@ class _ExpertsFunction(torch.autograd.Function):
         module = ctx.module
         frozen: FrozenExperts = module.frozen
         if not any(ctx.needs_input_grad):
-            return None, None, None, None
+            return (None,) * len(ctx.needs_input_grad)
         dx, d_weights = torch.zeros_like(x), torch.zeros_like(weights)
         for tile in _tiles(frozen, ctx.counts, order, weights.shape[1], x.dtype):
             _add_gradients(module, frozen, tile, x, weights.flatten(), gradient, dx, d_weights.view(-1))
-        return dx, d_weights, None, None
+        return dx, d_weights, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 def _add_output(
@@ -250,6 +287,8 @@ def _add_output(
     """Add a tile's rows to y [T, D]. weights: flat [T k]."""
     h = _activated(module, _hidden(module, frozen, tile, x))
     out = _times(frozen, h, tile.down)
+    if tile.down_lora is not None:
+        tile.down_lora.add_product(out, h)
     del h
     if (bias := _bias(module, "down_proj", tile.expert)) is not None:
         out.add_(bias)
@@ -272,6 +311,8 @@ def _add_gradients(
         h = _activated(module, z)
     g = gradient[tile.tokens]
     q = _times_back(frozen, g, tile.down)
+    if tile.down_lora is not None:  # dA and dB are linear in h, which takes p
+        tile.down_lora.backward(g, (h.detach() * weights[tile.places, None]).to(x.dtype), q)
     d_weight = torch.linalg.vecdot(h.detach().float(), q.float())
     if (bias := _bias(module, "down_proj", tile.expert)) is not None:
         d_weight += g.float() @ bias.float()
@@ -279,4 +320,7 @@ def _add_gradients(
     dh = (q * weights[tile.places, None]).to(x.dtype)
     del g, q
     (dz,) = torch.autograd.grad(h, z, dh)
-    dx.index_add_(0, tile.tokens, _times_back(frozen, dz, tile.first))
+    d_rows = _times_back(frozen, dz, tile.first)
+    if tile.first_lora is not None:
+        tile.first_lora.backward(dz, x[tile.tokens], d_rows)
+    dx.index_add_(0, tile.tokens, d_rows)

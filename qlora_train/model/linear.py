@@ -45,7 +45,8 @@ class DropoutContext:
 
 
 class LinearLora(nn.Module):
-    """The LoRA parameters A [R, in] and B [out, R] of one linear: views of the flat working copy.
+    """The LoRA parameters A [R, in] and B [out, R] of one linear, or of a matrix of all experts
+    (expert_lora.py): views of the flat working copy.
 
     With its magnitude they are the only trainable parameters. gradient_a, gradient_b: views of the flat fp32
     gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude: of DoRA, or
@@ -103,6 +104,7 @@ class FrozenLinear(nn.Module):
     goes straight into the residual sum and only gradients are needed.
     """
 
+    num_matrices = 1
     bias: nn.Parameter | None
     source: WeightStore
 

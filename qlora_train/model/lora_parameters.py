@@ -4,11 +4,11 @@
     working    compute dtype   used by the forward pass; the A and B of each module are views of it
     gradient   fp32            backward adds to it; each module holds views of it
 
-N = sum over modules of R (in + out) elements: 4 N + 4 N bytes for masters and gradient and 2 N for a 16-bit
-working copy (in fp32 the working copy *is* the masters). One cast per optimizer step, one norm for clipping,
-one optimizer launch per learning-rate group, one all-reduce. Separate tensors per module would need hundreds
-of small launches, and bitsandbytes' paging and 8-bit state only apply to tensors above a size that a single A
-or B does not reach.
+N = sum over modules of R (in + out) elements, E times as many for a matrix of E experts (expert_lora.py): 4 N
++ 4 N bytes for masters and gradient and 2 N for a 16-bit working copy (in fp32 the working copy *is* the
+masters). One cast per optimizer step, one norm for clipping, one optimizer launch per learning-rate group,
+one all-reduce. Separate tensors per module would need hundreds of small launches, and bitsandbytes' paging
+and 8-bit state only apply to tensors above a size that a single A or B does not reach.
 
 Order: every A first (by layer, then module), then every B, so that LoRA+ (Hayou et al. 2024,
 arXiv:2402.12354), which gives B a higher learning rate than A, has two contiguous parameter groups. With DoRA
@@ -23,28 +23,33 @@ starts equal to the base, and m by the first forward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from qlora_train.adapter.adapter_config import AdapterConfig
+from qlora_train.adapter.expert_parameters import refuse_older_orientation
 from qlora_train.errors import BaseModelError
+from qlora_train.model.expert_lora import ExpertStack
 from qlora_train.model.linear import DropoutContext, FrozenLinear, LinearLora
 from qlora_train.model.magnitude import Magnitude
 
+Adaptable = FrozenLinear | ExpertStack
+
 
 class LoraParameters:
-    """The LoRA parameters of `linears` in flat buffers, attached to each linear as views (`linear.lora`).
+    """The LoRA parameters of `linears`, which may be matrices of experts too, in flat buffers, attached to
+    each as views (`linear.lora`).
 
     rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: of the
-    initialization of A. dtype: of the working copy. use_dora: with a magnitude for each linear; dropout must
-    be 0. An existing `linear.lora` is replaced.
+    initialization of A. dtype: of the working copy. use_dora: with a magnitude for each linear. Dropout must
+    be 0 with it, and neither goes with experts. An existing `linear.lora` is replaced.
     """
 
     def __init__(
         self,
-        linears: Mapping[str, FrozenLinear],
+        linears: Mapping[str, Adaptable],
         *,
         rank: int | Mapping[str, int],
         scaling: float | Mapping[str, float],
@@ -55,12 +60,15 @@ class LoraParameters:
         use_dora: bool = False,
     ) -> None:
         assert not (use_dora and dropout), "the base's product would be of what is dropped, too"
+        self._experts = {n: m for n, m in linears.items() if isinstance(m, ExpertStack)}
+        assert not (self._experts and (use_dora or dropout))
         self.scaling = scaling
         self.names = tuple(linears)
         self.ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
         self._shapes = {
-            name: ((self.ranks[name], linear.in_features), (linear.out_features, self.ranks[name]))
+            name: ((rows, linear.in_features), (linear.out_features, rows))
             for name, linear in linears.items()
+            for rows in (self.ranks[name] * linear.num_matrices,)
         }
         self.num_a = sum(math.prod(a) for a, _ in self._shapes.values())
         self._num_ab = self.num_a + sum(math.prod(b) for _, b in self._shapes.values())
@@ -81,7 +89,7 @@ class LoraParameters:
 
     @staticmethod
     def of_adapter(
-        linears: Mapping[str, FrozenLinear],
+        linears: Mapping[str, Adaptable],
         config: AdapterConfig,
         lora: Mapping[str, tuple[Tensor, ...]],
         *,
@@ -107,8 +115,8 @@ class LoraParameters:
         return buffers
 
     def views(self, flat: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """{module name: (A [R, in], B [out, R]), with DoRA (A, B, m [out])} as views of `flat`, one of the
-        flat buffers."""
+        """{module name: (A [R, in], B [out, R]), with DoRA (A, B, m [out]), of experts (A [E R, in], B [out,
+        R E])} as views of `flat`, one of the flat buffers."""
         pairs: dict[str, tuple[Tensor, ...]] = {}
         at_a, at_b = 0, self.num_a
         for name, (shape_a, shape_b) in self._shapes.items():
@@ -144,6 +152,9 @@ class LoraParameters:
                 f"{unknown[:3] or 'nothing'} besides; use the adapter's own target_modules"
             )
         for name, pair in lora.items():
+            if (stack := self._experts.get(name)) is not None:
+                a, b = (tensor.shape for tensor in pair)
+                refuse_older_orientation(name, a, b, stack.in_features, stack.out_features)
             for letter, mine, given in zip("ABm"[: len(pair)], views[name], pair, strict=True):
                 if mine.shape != given.shape:
                     raise BaseModelError(
@@ -153,10 +164,6 @@ class LoraParameters:
                     )
                 mine.copy_(given)
         self.refresh_working()
-
-    def modules(self, linears: Iterable[FrozenLinear]) -> list[LinearLora]:
-        """The `LinearLora` modules of these linears."""
-        return [lin.lora for lin in linears if lin.lora is not None]
 
     def _initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -171,7 +178,7 @@ class LoraParameters:
         for name in self.names:
             yield name, Magnitude(*(part[name][0] for part in parts))
 
-    def _attach(self, linears: Mapping[str, FrozenLinear], dropout: float) -> None:
+    def _attach(self, linears: Mapping[str, Adaptable], dropout: float) -> None:
         working, gradient = self.views(self.working), self.views(self.gradient)
         for module_id, (name, linear) in enumerate(linears.items()):
             (a, b, *_), (gradient_a, gradient_b, *_) = working[name], gradient[name]

@@ -99,7 +99,8 @@ def plan_request(request: PlanRequest) -> dict[str, Any]:
     recipe, target = request.recipe, request.target
     if recipe.lora.init_from is not None:
         shape = find_shape(recipe.model.base, recipe.model.revision)
-        recipe = recipe.model_copy(update={"lora": as_continued(recipe.lora, shape.linear_shapes)})
+        lora = as_continued(recipe.lora, shape.linear_shapes, shape.expert_shapes)
+        recipe = recipe.model_copy(update={"lora": lora})
     plan = plan_recipe(
         recipe,
         target,

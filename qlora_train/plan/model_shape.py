@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.base import MetaModel, quantization_config, read_config
 from qlora_train.model.base_folder import stored_quantization
+from qlora_train.model.expert_lora import expert_stacks
 from qlora_train.model.layer_buffer import LayerShapes
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.quantized_matrix import RowLayout
@@ -27,7 +28,8 @@ from qlora_train.quant.formats import UNQUANTIZED, Quantization
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder. config, config_text: where they are from, as JSON too. layers: of every layer the
-    sizes of its weights. layer_paths: module paths of the layers. experts_per_token: that a token goes
+    sizes of its weights. layer_paths: module paths of the layers. expert_shapes: path of each parameter of
+    experts -> (out, in, number of experts). experts_per_token: that a token goes
     through, in each layer that has experts. plain_parameters: numbers in norms, biases, routers.
     head_quantization: how the checkpoint has quantized the head. probed: what the start-up probe found."""
 
@@ -35,6 +37,7 @@ class ModelShape:
     config_text: str = field(repr=False)
     layers: tuple[LayerShapes, ...]
     layer_paths: tuple[str, ...]
+    expert_shapes: dict[str, tuple[int, int, int]]
     experts_per_token: int
     vocabulary: int
     hidden: int
@@ -88,14 +91,10 @@ class ModelShape:
             for name, shape in layer.linears
         }
 
-    @property
-    def expert_paths(self) -> list[str]:
-        """Of the matrices of experts."""
-        return [
-            f"{path}.{name}"
-            for path, layer in zip(self.layer_paths, self.layers, strict=True)
-            for name, _, _ in layer.experts
-        ]
+    @cached_property
+    def adaptable_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Of all that may have LoRA parameters: path -> (out, in, number of matrices)."""
+        return {path: (*shape, 1) for path, shape in self.linear_shapes.items()} | self.expert_shapes
 
     @property
     def skippable_parameters(self) -> int:
@@ -199,6 +198,10 @@ def _shape_of(known_by: _Config) -> ModelShape:
         text,
         layers,
         meta_model.layer_paths,
+        {
+            path: (stack.out_features, stack.in_features, stack.num_matrices)
+            for path, stack in expert_stacks(meta_model.model).items()
+        },
         _experts_per_token(config),
         vocabulary,
         hidden,

@@ -210,7 +210,7 @@ class Plan:
             "fits": self.fits,
             "model_type": work.shape.model_type,
             "num_parameters": work.shape.num_parameters,
-            "lora": coverage((rank for _, rank in work.lora_ranks), len(work.shape.linear_shapes)),
+            "lora": coverage(dict(work.lora_ranks), work.shape.linear_shapes, work.shape.expert_shapes),
             "micro_batch_size": work.micro_batch_size,
             "num_micro_batches": work.num_micro_batches,
             "tokens_per_step": work.tokens_per_step,

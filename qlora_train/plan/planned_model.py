@@ -66,7 +66,7 @@ class PlannedModel:
             self.decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
         ranks = dict(workload.lora_ranks)
         self.lora = LoraParameters(
-            {path: self.decoder.linears[path] for path in ranks},
+            {path: self.decoder.adaptable[path] for path in ranks},
             rank=ranks,
             scaling=1.0,
             dropout=0.5 if workload.dropout else 0.0,

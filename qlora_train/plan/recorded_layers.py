@@ -165,7 +165,7 @@ class RecordedDecoder(FrozenDecoder):
     def _measured(self, call: Call, index: int, x: Tensor, arguments: LayerArguments) -> Record:
         """Run the layer in visits of its own; twice in a visit if weights stay dequantized, or with DoRA."""
         self.weights.make_buffer(self.dtype)
-        lora = [linear.lora for linear in self.linears_of(index) if linear.lora is not None]
+        lora = self.lora_of(index)
         magnitudes = [module.magnitude for module in lora if module.magnitude is not None]
         for magnitude in magnitudes:  # row norms are computed in the first run of a step
             magnitude.is_measured, magnitude.is_stale = False, not call.runs_again

@@ -172,7 +172,7 @@ def _forward_work(workload: Workload) -> _Work:
     outputs = shape.active_outputs
     return _Work(
         linear=2 * shape.active_parameters,
-        low_rank=3 * workload.num_lora_parameters / shape.num_layers,
+        low_rank=3 * workload.lora_per_token / shape.num_layers,
         attention=2 * mean_length * shape.q_width,
         elementwise=workload.itemsize * (_ELEMENTWISE_READS * shape.hidden + _OUTPUT_READS * outputs),
     )

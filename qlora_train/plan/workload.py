@@ -29,9 +29,10 @@ class Workload:
     documents: token counts of the documents of one micro-batch; their sum is T. known_most_documents: the
     largest number in any micro-batch of the data; 0: unknown. num_supervised: S, supervised tokens of one
     micro-batch. num_micro_batches: K. micro_batch_size: bins in a micro-batch. lora_ranks: (module path,
-    rank) of every linear with LoRA parameters. splits_learning_rate: B has its own (LoRA+). target: the
-    device. deterministic: torch uses deterministic algorithms only. reference: the plain implementation,
-    without tiles and fused kernels. use_dora: every linear with LoRA parameters has magnitudes too.
+    rank) of every linear, and parameter of experts, with LoRA parameters. splits_learning_rate: B has its own
+    (LoRA+). target: the device. deterministic: torch uses deterministic algorithms only. reference: the plain
+    implementation, without tiles and fused kernels. use_dora: every linear with LoRA parameters has
+    magnitudes too.
     """
 
     shape: ModelShape
@@ -81,10 +82,19 @@ class Workload:
     @property
     def lora_sizes(self) -> tuple[int, int]:
         """(numbers in all A, numbers in all B and m)."""
-        shapes = self.shape.linear_shapes
-        return (
-            sum(rank * shapes[path][1] for path, rank in self.lora_ranks),
-            sum(rank * shapes[path][0] for path, rank in self.lora_ranks) + self.num_magnitudes,
+        num_a = num_b = 0
+        for path, rank in self.lora_ranks:
+            rows, columns, number = self.shape.adaptable_shapes[path]
+            num_a, num_b = num_a + rank * number * columns, num_b + rank * number * rows
+        return num_a, num_b + self.num_magnitudes
+
+    @property
+    def lora_per_token(self) -> int:
+        """Numbers in A and B that a token is multiplied by: of experts, those it goes through."""
+        return sum(
+            rank * (rows + columns) * min(number, max(1, self.shape.experts_per_token))
+            for path, rank in self.lora_ranks
+            for rows, columns, number in (self.shape.adaptable_shapes[path],)
         )
 
     @property
@@ -162,7 +172,7 @@ def workload_of(
     """
     model, training = recipe.model, recipe.training
     split = split or splits_of(recipe)[0]
-    chosen = choose_targets(recipe.lora, shape.linear_shapes, shape.expert_paths)
+    chosen = choose_targets(recipe.lora, shape.linear_shapes, shape.expert_shapes)
     lengths = tuple(documents or (recipe.data.sequence_length,) * split.micro_batch_size)
     return Workload(
         shape=shape,

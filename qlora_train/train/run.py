@@ -113,7 +113,7 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device.torch}",
-        f"{coverage(lora.ranks.values(), len(decoder.linears))}; {lora.masters.numel():,} trainable "
+        f"{coverage(lora.ranks, decoder.linears, decoder.stacks)}; {lora.masters.numel():,} trainable "
         "parameters",
         *(
             [f"the LoRA parameters on {', '.join(kept)} are applied and kept as they are, not trained"]
@@ -138,8 +138,9 @@ def _peft_lines(prepared: Prepared) -> list[str]:
     """What PEFT makes of an adapter with projections beside a mixture of experts (shared experts, dense
     layers): it takes their names for the experts', and leaves them out without a word (seen with 0.21)."""
     names = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-    beside = [path for path in prepared.model.lora.names if path.rpartition(".")[2] in names]
-    if not beside or not any(prepared.model.decoder.experts):
+    decoder, trained = prepared.model.decoder, prepared.model.lora.names
+    beside = [path for path in trained if path in decoder.linears and path.rpartition(".")[2] in names]
+    if not beside or not any(decoder.experts):
         return []
     return [
         f"peft may take {beside[0]} and others of its name for experts and leave them out: use this adapter "

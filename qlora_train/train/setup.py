@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, name_targets
+from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, name_parameters, name_targets
 from qlora_train.adapter.adapter_files import LoraPairs, head_copy, load_fitting
 from qlora_train.adapter.continued_adapter import as_continued
 from qlora_train.adapter.lora_targets import choose_targets
@@ -25,7 +25,7 @@ from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.device.description import DeviceDescription
 from qlora_train.device.settings import apply_settings, make_deterministic
 from qlora_train.errors import UserError
-from qlora_train.model.base import linear_names, read_config
+from qlora_train.model.base import adaptable_names, read_config
 from qlora_train.model.base_folder import check_base
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
@@ -126,7 +126,7 @@ def resolve(recipe: Recipe, device: DeviceDescription, num_ranks: int) -> tuple[
     )
     lora = recipe.lora
     if lora.init_from is not None:
-        lora = as_continued(lora, linear_names(read_config(folder)))
+        lora = as_continued(lora, *adaptable_names(read_config(folder)))
         trained_on = read_trained_on(Path(recipe.lora.init_from or ""))
         if trained_on is not None:
             trained_on.check_base(folder, Path(recipe.lora.init_from or ""))
@@ -230,17 +230,17 @@ def attach_lora(
 ) -> tuple[LoraParameters, TrainedAdapter]:
     """Attach LoRA parameters as the resolved recipe says, with the values of `lora.init_from` if given."""
     section = recipe.lora
-    chosen = choose_targets(section, decoder.linears)
+    chosen = choose_targets(section, decoder.linears, decoder.stacks)
     ranks = {path: target.rank for path, target in chosen.items()}
     alphas = {path: target.alpha for path, target in chosen.items()}
     start: LoraPairs = {}
     kept: LoraPairs = {}
     if section.init_from is not None:
-        saved, start = load_fitting(Path(section.init_from), [*decoder.linears, HEAD])
+        saved, start = load_fitting(Path(section.init_from), [*decoder.adaptable, HEAD])
         if HEAD in start:
             kept = {HEAD: start.pop(HEAD)}
             ranks[HEAD], alphas[HEAD] = saved.rank_of(HEAD), saved.alpha_of(HEAD)
-    names, layers = name_targets(ranks, [*decoder.linears, HEAD])
+    names, layers = name_targets(ranks.keys() - decoder.stacks.keys(), [*decoder.linears, HEAD])
     config = AdapterConfig(
         recipe.model.base,
         section.rank,
@@ -252,9 +252,10 @@ def attach_lora(
         alphas,
         layers,
         section.use_dora,
+        name_parameters(ranks.keys() & decoder.stacks.keys(), decoder.stacks),
     )
     lora = LoraParameters(
-        {path: decoder.linears[path] for path in chosen},
+        {path: decoder.adaptable[path] for path in chosen},
         rank=ranks,
         scaling={path: config.scaling_of(path) for path in chosen},
         dropout=section.dropout,

@@ -58,7 +58,7 @@ class LayerWalk:
         make_loss: type[TiledLoss] = TiledLoss,
     ) -> None:
         self._decoder, self._lora, self._reference = decoder, lora, reference
-        self._modules = [lora.modules(decoder.linears_of(i)) for i in range(len(decoder.layers))]
+        self._modules = [decoder.lora_of(i) for i in range(len(decoder.layers))]
         self._lowest = next(i for i, modules in enumerate(self._modules) if modules)
         kernels = decoder.kernels
         decoder.run_with(kernels.reference() if reference else replace(kernels, is_reference=False))

@@ -225,6 +225,10 @@ class BaseCheckpoint:
             )
         return self._tensors[name][0]
 
+    def parts_of(self, parameter: str) -> dict[str, RowPart]:
+        """Those of `parts` that make up one parameter of a layer."""
+        return {name: self.parts[name] for name in self._tensors[parameter]}
+
     def _parts_of(self, parameter: str, layer: int, weight: str) -> dict[str, RowPart]:
         """Tensor -> rows of a layer's weight, which all of them together fill."""
         num_rows, columns = dict(self.meta_model.layer_shapes(layer).items())[weight]

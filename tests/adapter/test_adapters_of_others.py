@@ -26,7 +26,7 @@ from qlora_train.adapter.adapter_files import (
 from qlora_train.adapter.continued_adapter import as_continued
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import BaseModelError
-from qlora_train.model.base import linear_names
+from qlora_train.model.base import adaptable_names
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.quant.formats import Quantization
@@ -104,7 +104,7 @@ def test_the_loss_is_pefts(base: Path, tmp_path: Path, options: dict[str, Any]) 
 )
 def test_every_name_of_a_module(base: Path, tmp_path: Path, change: Callable[[str], str]) -> None:
     with_peft(base, tmp_path / "a")
-    names = linear_names(tiny_config("llama-tied"))
+    names = adaptable_names(tiny_config("llama-tied"))[0]
     _, expected = load_fitting(tmp_path / "a", names)
     rename(tmp_path / "a", change)
     _, found = load_fitting(tmp_path / "a", names)
@@ -116,7 +116,7 @@ def test_every_name_of_a_magnitude(base: Path, tmp_path: Path) -> None:
     with_peft(base, tmp_path / "a", use_dora=True)
     for ending in ("", ".default", ".default.weight"):
         rename(tmp_path / "a", lambda name, e=ending: re.sub(r"(magnitude_vector).*", rf"\1{e}", name))  # type: ignore[misc]
-        _, found = load_fitting(tmp_path / "a", linear_names(tiny_config("llama-tied")))
+        _, found = load_fitting(tmp_path / "a", adaptable_names(tiny_config("llama-tied"))[0])
         assert all(m.shape == b.shape[:1] and m.count_nonzero() for _, b, m in found.values())
 
 
@@ -141,7 +141,7 @@ def test_another_tower_is_not_the_text_model(base: Path, tmp_path: Path) -> None
     with_peft(base, tmp_path / "a")
     rename(tmp_path / "a", lambda name: name.replace("model.model.", "model.model.vision_tower."))
     with pytest.raises(BaseModelError, match=r"vision_tower\.model\.layers\.0.*this base does not have"):
-        load_fitting(tmp_path / "a", linear_names(tiny_config("llama-tied")))
+        load_fitting(tmp_path / "a", adaptable_names(tiny_config("llama-tied"))[0])
     assert match_modules(["vision_tower.layers.0.q"], ["model.layers.0.q"]) == {}
 
 
@@ -162,7 +162,7 @@ def test_written_again_it_says_the_same(base: Path, tmp_path: Path) -> None:
         base, tmp_path / "a", layers_to_transform=[1], rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 5}
     )
     config, lora = load_adapter(tmp_path / "a")
-    names, layers = name_targets(lora, linear_names(tiny_config("llama-tied")))
+    names, layers = name_targets(lora, adaptable_names(tiny_config("llama-tied"))[0])
     assert (names, layers) == (sorted(ALL), [1])
     written = AdapterConfig(
         "b", 4, 8, 0.0, names, False, config.rank_pattern, config.alpha_pattern, layers=layers
@@ -178,7 +178,7 @@ def test_written_again_it_says_the_same(base: Path, tmp_path: Path) -> None:
 
 def test_the_adapter_decides_what_the_recipe_leaves_out(base: Path, tmp_path: Path) -> None:
     with_peft(base, tmp_path / "a", r=2, lora_alpha=5, target_modules=r".*layers\.[01]\..*(q|v)_proj")
-    linears = linear_names(tiny_config("llama-tied"))
+    linears = adaptable_names(tiny_config("llama-tied"))[0]
     for written in ({}, {"rank": 2}, {"target_modules": "all-linear"}):
         lora = as_continued(LoraSection(init_from=str(tmp_path / "a"), **written), linears)  # type: ignore[arg-type]
         assert (lora.rank, lora.alpha) == (2, 5)

@@ -12,15 +12,15 @@ import pytest
 import torch
 from tiny_models import random_model, tiny_config
 
-from qlora_train.adapter.adapter_config import CONFIG_FILE, AdapterConfig, name_targets
+from qlora_train.adapter.adapter_config import CONFIG_FILE, AdapterConfig, name_parameters, name_targets
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.adapter.continued_adapter import as_continued
-from qlora_train.adapter.lora_targets import LoraTarget, choose_linears, choose_targets, coverage
+from qlora_train.adapter.lora_targets import LoraTarget, choose_paths, choose_targets, coverage
 from qlora_train.errors import BaseModelError, RecipeError
-from qlora_train.model.base import linear_names
+from qlora_train.model.base import adaptable_names
 from qlora_train.recipe import LoraSection, Recipe
 
-LINEARS = linear_names(tiny_config("llama-tied"))
+LINEARS = adaptable_names(tiny_config("llama-tied"))[0]
 EXPERTS = [f"model.layers.{i}.mlp.experts.{name}" for i in range(3) for name in ("gate_up_proj", "down_proj")]
 CHOICES: dict[str, dict[str, Any]] = {
     "endings": {"target_modules": ["q_proj", "mlp.up_proj"]},
@@ -55,8 +55,10 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def lora_section(**keys: Any) -> LoraSection:
-    """Through every check of a recipe."""
-    return Recipe.from_dict({"model": {"base": "b"}, "data": {"train": "t"}, "lora": keys}).lora
+    """Through every check of a recipe, and from its resolved copy."""
+    recipe = Recipe.from_dict({"model": {"base": "b"}, "data": {"train": "t"}, "lora": keys})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    return recipe.lora
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -81,10 +83,10 @@ def test_the_choice_is_pefts(name: str) -> None:
 
 
 def test_all_linear_takes_exclusions_and_layers() -> None:
-    assert choose_linears(lora_section(), LINEARS) == LINEARS
+    assert choose_paths(lora_section(), LINEARS) == LINEARS
     lora = lora_section(exclude_modules=["down_proj"], layers_to_transform=[1])
     expected = [path for path in LINEARS if ".layers.1." in path and not path.endswith("down_proj")]
-    assert choose_linears(lora, LINEARS) == expected
+    assert choose_paths(lora, LINEARS) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,14 +122,91 @@ def test_all_linear_takes_exclusions_and_layers() -> None:
             {"alpha_pattern": {".*": 2, "up_proj": 3}},
             "lora.alpha_pattern: up_proj matches no linear layer that is trained",
         ),
-        ({"target_modules": ["experts.gate_up_proj"]}, "experts are frozen and have no LoRA parameters"),
-        ({"target_modules": r".*\.gate_up_proj"}, "experts are frozen and have no LoRA parameters"),
-        ({"rank_pattern": {r"experts\.down_proj": 8}}, "experts are frozen and have no LoRA parameters"),
+        ({"target_modules": ["experts.gate_up_proj"]}, "trained where lora.target_parameters names them"),
+        ({"target_modules": r".*\.gate_up_proj"}, "trained where lora.target_parameters names them"),
+        ({"rank_pattern": {r"experts\.down_proj": 8}}, "trained where lora.target_parameters names them"),
+        (
+            {"target_parameters": ["experts.down_proj", "experts.up_proj", "up_proj"]},
+            "lora.target_parameters: experts.up_proj, up_proj matches no weight of experts; there are "
+            "mlp.experts.down_proj, mlp.experts.gate_up_proj",
+        ),
     ],
 )
 def test_what_names_nothing_is_an_error_that_lists_what_there_is(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(BaseModelError, match=re.escape(message)):
         choose_targets(lora_section(**keys), LINEARS, EXPERTS)
+
+
+def test_weights_of_experts_are_chosen_besides(tmp_path: Path) -> None:
+    """In all layers, or in those that a name says, with ranks and alphas of their own; alone too. An adapter
+    of each choice is continued."""
+    for number, (keys, experts, ranks) in enumerate(
+        [
+            ({"target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"]}, EXPERTS, {4}),
+            ({"target_parameters": ["down_proj"], "layers_to_transform": [1]}, EXPERTS[1::2], {4}),
+            (
+                {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
+                EXPERTS[3:4],
+                {4},
+            ),
+            (
+                {
+                    "target_parameters": ["down_proj", "gate_up_proj"],
+                    "rank_pattern": {r"experts\.down_proj": 2},
+                },
+                EXPERTS,
+                {4, 2},
+            ),
+        ]
+    ):
+        lora = lora_section(rank=4, **keys)
+        chosen = choose_targets(lora, LINEARS, EXPERTS)
+        without = lora.model_copy(update={"target_parameters": None})
+        linears = choose_paths(without, LINEARS) if lora.target_modules else []
+        assert list(chosen) == linears + experts
+        assert {chosen[path].rank for path in experts} == ranks
+        config = AdapterConfig(
+            "b", 4, 32, target_modules=name_targets(linears, LINEARS)[0],
+            rank_pattern={path: target.rank for path, target in chosen.items()},
+            target_parameters=name_parameters(experts, EXPERTS),
+        )  # fmt: skip
+        rows = {path: target.rank * (6 if path in experts else 1) for path, target in chosen.items()}
+        folder = tmp_path / str(number)
+        save_adapter(folder, config, {path: (torch.ones(n, 8), torch.ones(8, n)) for path, n in rows.items()})
+        for section in (LoraSection(), lora):
+            section = section.model_copy(update={"init_from": str(folder)})
+            continued = as_continued(section, LINEARS, EXPERTS)
+            assert choose_targets(continued, LINEARS, EXPERTS) == chosen
+            assert as_continued(continued, LINEARS, EXPERTS) == continued
+        with pytest.raises(BaseModelError, match=r"lora\.dropout: must be 0 with target_parameters"):
+            as_continued(lora_section(init_from=str(folder), dropout=0.1), LINEARS, EXPERTS)
+        with pytest.raises(BaseModelError, match="which this base does not have"):
+            as_continued(lora_section(init_from=str(folder)), LINEARS)
+
+
+def test_a_model_without_experts_has_no_parameters_to_name() -> None:
+    with pytest.raises(
+        BaseModelError, match="down_proj matches no weight of experts; this model has no expe"
+    ):
+        choose_targets(lora_section(target_parameters=["down_proj"]), LINEARS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dropout": 0.1}, r"lora\.dropout: must be 0 with target_parameters"),
+        ({"use_dora": True}, r"lora\.use_dora: is for linears, and PEFT refuses it with target_parameters"),
+        ({"target_parameters": "down_proj"}, r"lora\.target_parameters: must be a list"),
+        ({"target_parameters": [""]}, r"lora\.target_parameters"),
+        (
+            {"target_parameters": [], "target_modules": []},
+            "so is target_parameters: nothing would be trained",
+        ),
+    ],
+)
+def test_what_does_not_go_with_experts(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        lora_section(**{"target_parameters": ["down_proj"]} | keys)
 
 
 def test_experts_are_spoken_of_where_they_are_meant() -> None:
@@ -150,8 +229,14 @@ def test_dropout_beside_dora_is_a_contradiction() -> None:
 
 
 def test_coverage_in_words() -> None:
-    assert coverage([8] * 14, 21) == "LoRA rank 8 on 14 of 21 linears"
-    assert coverage([8, 4, 8, 16], 21) == "LoRA on 4 of 21 linears: rank 4 on 1, rank 8 on 2, rank 16 on 1"
+    assert coverage(dict.fromkeys(LINEARS[:14], 8), LINEARS) == "LoRA rank 8 on 14 of 21 linears"
+    mixed = dict(zip(LINEARS, [8, 4, 8, 16], strict=False))
+    said = "LoRA on 4 of 21 linears: rank 4 on 1, rank 8 on 2, rank 16 on 1"
+    assert coverage(mixed, LINEARS, EXPERTS) == said
+    assert (
+        coverage(mixed | {EXPERTS[0]: 2}, LINEARS, EXPERTS) == f"{said}; rank 2 on 1 of 6 weights of experts"
+    )
+    assert coverage({EXPERTS[0]: 2}, LINEARS, EXPERTS) == "LoRA rank 2 on 1 of 6 weights of experts"
 
 
 @pytest.mark.parametrize("name", CHOICES)

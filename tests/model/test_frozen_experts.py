@@ -51,23 +51,34 @@ def results(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> list[Ten
     return [y.detach(), x.grad, weights.grad]
 
 
+@pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("quantization", [NO, NF4, Quantization("int8")])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_output_and_gradients_are_those_of_the_reference(
-    tmp_path: Path, family: str, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    family: str,
+    quantization: Quantization,
+    with_lora: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Gated or not, transposed with biases or not; tiles of rows; some experts with no row at all."""
-    decoder, _ = load_tiny(write_checkpoint(tmp_path, family), quantization)
+    decoder, lora = load_tiny(write_checkpoint(tmp_path, family), quantization, experts=with_lora)
     module, frozen = experts_of(decoder, len(decoder.layers) - 1)
     monkeypatch.setattr(frozen_experts, "TILE_ROWS", 7)
     x = torch.randn(37, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1))
     chosen, weights = routing(37, frozen.num_experts - 1, 2)
     with decoder.weights.layer_on_device(len(decoder.layers) - 1):
         ours = results(module, x, chosen, weights)
+        ours.append(lora.gradient.clone())
+        lora.gradient.zero_()
         decoder.weights.copies_dequantized = frozen.use_autograd = True
         expected = results(module, x, chosen, weights)
+        for of_layer in decoder.lora_of(len(decoder.layers) - 1):
+            of_layer.collect_autograd()
+        expected.append(lora.gradient)
+    assert bool(ours[-1].count_nonzero()) is with_lora
     for found, wanted in zip(ours, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 if with_lora else 1e-6)
 
 
 def test_the_bits_do_not_depend_on_how_many_experts_are_dequantized_at_once(tmp_path: Path) -> None:
@@ -167,7 +178,8 @@ def test_qwen3_30b_keeps_17_megabytes_a_layer() -> None:
     assert 17e6 < x.nbytes + weights.nbytes + kept < 17.2e6
 
 
-def test_a_run_over_experts_from_disk_has_the_bits_of_a_resident_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_run_over_experts_from_disk_has_the_bits_of_a_resident_one(tmp_path: Path, with_lora: bool) -> None:
     folder = write_checkpoint(tmp_path, "glm4_moe")
     gradients = []
     for place in (Placement.DEVICE, Placement.RAM, Placement.DISK):
@@ -176,7 +188,7 @@ def test_a_run_over_experts_from_disk_has_the_bits_of_a_resident_one(tmp_path: P
             weights=(place,) * 3,
             num_slots=0 if place is Placement.DEVICE else 2,
         )
-        decoder, lora = load_tiny(folder, plan=plan)
+        decoder, lora = load_tiny(folder, plan=plan, experts=with_lora)
         loss = LayerWalk(decoder, lora, plan, reference=False).accumulate(
             [packed_row(LENGTHS)], seed=0, step=1, num_supervised=50
         )

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny_models import load_tiny, packed_row, resident_plan, write_checkpoint
+from tiny_models import EXPERT_FAMILIES, load_tiny, packed_row, resident_plan, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_train.adapter.adapter_config import within_layer
+from qlora_train.adapter.expert_parameters import stored_paths
 from qlora_train.adapter.lora_targets import choose_targets
 from qlora_train.model.attention import NAME
 from qlora_train.model.decoder import FrozenDecoder
@@ -24,6 +26,7 @@ from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ActivationPolicy
 
 TOLERANCE = 1e-5
+LENGTHS = [21, 4, 30]
 RANK, SCALING = 4, 2.0  # as load_tiny has them
 QUANTIZATIONS = [
     Quantization("nf4"),
@@ -151,32 +154,44 @@ def check_one_step(
     *,
     reference: bool = False,
     policy: ActivationPolicy = ActivationPolicy.RECOMPUTE,
+    apart: bool = False,
+    tolerance: float = TOLERANCE,
 ) -> None:
-    """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters."""
+    """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters. apart: that
+    runs each document alone."""
     trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad]
     assert len(trainable) == sum(map(len, lora.views(lora.masters).values()))
     wrapped.zero_grad()
     lora.gradient.zero_()
-    tokens = packed_row([21, 4, 30])
-    logits = wrapped(
-        input_ids=tokens.token_ids,
-        position_ids=tokens.position_ids,
-        documents=tokens.documents,
-        use_cache=False,
-    ).logits[0]
+    tokens = packed_row(LENGTHS)
+    if apart:
+        parts = tokens.token_ids.split(LENGTHS, dim=1)
+        logits = torch.cat([wrapped(input_ids=ids, use_cache=False).logits[0] for ids in parts])
+    else:
+        logits = wrapped(
+            input_ids=tokens.token_ids,
+            position_ids=tokens.position_ids,
+            documents=tokens.documents,
+            use_cache=False,
+        ).logits[0]
     loss = F.cross_entropy(
         logits, tokens.labels, ignore_index=-100
     )  # the library's mean over supervised tokens
     loss.backward()
 
     num_supervised = len(tokens.supervised)
-    walk = LayerWalk(decoder, lora, resident_plan(*[policy] * 3), reference=reference)
+    walk = LayerWalk(decoder, lora, resident_plan(*[policy] * len(decoder.layers)), reference=reference)
     loss_sum = walk.accumulate([tokens], seed=0, step=1, num_supervised=num_supervised)
     torch.testing.assert_close(loss_sum / num_supervised, loss.detach(), rtol=TOLERANCE, atol=0)
     for name, tensors in lora.views(lora.gradient).items():
-        layer = wrapped.get_submodule(f"base_model.model.{name}")
-        for ours, theirs in zip(tensors, weights_of(layer), strict=True):
-            assert relative(ours, theirs.grad) <= TOLERANCE, name
+        for ours, theirs in zip(tensors, weights_of(layer_of(wrapped, decoder, name)), strict=True):
+            assert relative(ours, theirs.grad) <= tolerance, name
+
+
+def layer_of(wrapped: nn.Module, decoder: FrozenDecoder, name: str) -> nn.Module:
+    """PEFT's layer with the LoRA parameters of this name."""
+    experts = stored_paths(path for path in decoder.stacks if decoder.stacks[path].lora is not None)
+    return wrapped.get_submodule(f"base_model.model.{experts.get(name, name)}")
 
 
 def weights_of(layer: nn.Module) -> list[Tensor]:
@@ -218,3 +233,64 @@ def test_dora_is_pefts_for_two_steps(
                 theirs.data.add_(change)
         lora.refresh_working()
         check_one_step(decoder, lora, wrapped, reference=reference, policy=policy)
+
+
+CHOSEN: dict[str, dict[str, Any]] = {
+    "experts alone": {"target_modules": []},
+    "beside attention, rank stabilized": {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {r"layers\.1\..*experts.*": 5, "experts.down_proj": 2, "v_proj": 3},
+        "alpha_pattern": {"experts.gate_up_proj": 3},
+        "use_rslora": True,
+    },
+}
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fused", "reference"])
+@pytest.mark.parametrize("policy", [ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (family, "experts alone")
+        for family in (*EXPERT_FAMILIES, "nemotron_h", "lfm2_moe", "gemma4_text+experts", "qwen3_5_moe_text")
+    ]
+    + [(family, "beside attention, rank stabilized") for family in ("qwen3_moe", "mixtral", "gpt_oss")],
+)
+def test_lora_on_experts_is_pefts(
+    tmp_path: Path, family: str, name: str, policy: ActivationPolicy, reference: bool
+) -> None:
+    """No number of experts is a rank: an order of ranks and experts that is not PEFT's would not pass.
+    (Gemma-4's gradients of linears are as far apart as those of its experts.)"""
+    folder, keys = write_checkpoint(tmp_path, family), CHOSEN[name]
+    decoder, _ = load_tiny(folder, Quantization("none"))
+    for linear in decoder.linears.values():
+        linear.lora = None
+    parameters = sorted({within_layer(path) for path in decoder.stacks})
+    section = LoraSection(rank=RANK, alpha=6, target_parameters=tuple(parameters), **keys)
+    chosen = choose_targets(section, decoder.linears, decoder.stacks)
+    root = 0.5 if section.use_rslora else 1
+    lora = LoraParameters(
+        {path: decoder.adaptable[path] for path in chosen},
+        rank={path: target.rank for path, target in chosen.items()},
+        scaling={path: target.alpha / target.rank**root for path, target in chosen.items()},
+        dropout=0.0, seed=0, dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    config = LoraConfig(r=RANK, lora_alpha=6, init_lora_weights=False, target_parameters=parameters, **keys)
+    wrapped = get_peft_model(model, config)
+    for path, pair in lora.views(lora.masters).items():
+        for ours, theirs in zip(pair, weights_of(layer_of(wrapped, decoder, path)), strict=True):
+            ours.copy_(theirs.data)
+    if not reference:
+        decoder.fuse(norms=True, mlps=True, qkv=True)
+    check_one_step(
+        decoder,
+        lora,
+        wrapped,
+        reference=reference,
+        policy=policy,
+        apart=True,
+        tolerance=3e-5 if "gemma4" in family else TOLERANCE,
+    )

@@ -134,6 +134,22 @@ def test_a_mix_of_ranks_is_counted_linear_by_linear() -> None:
     assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
 
 
+def test_lora_on_experts_is_priced() -> None:
+    """Rank 16 on all experts of a Qwen3-30B: 629 million numbers, 18 bytes each with Adam."""
+    of_experts = shape("qwen3-30b-a3b").expert_shapes
+    ranks = tuple((path, 16) for path in of_experts)
+    run = workload("qwen3-30b-a3b", lora_ranks=ranks, optimizer="adamw")
+    assert run.lora_sizes == (
+        48 * 128 * 16 * (2048 + 768),
+        48 * 128 * 16 * (2 * 768 + 2048),
+    )
+    lora, parts = PlannedModel(run).lora, fixed_bytes(run, plan(48))
+    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
+    price = sum(parts[what] for what in (MASTERS, GRADIENT, WORKING)) + optimizer_state_bytes(run)
+    assert price == 18 * run.num_lora_parameters and round(price / 1e9, 1) == 11.3
+    assert run.lora_per_token * 16 == run.num_lora_parameters  # 8 of 128 experts
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_magnitudes_and_row_norms_of_dora(dtype: torch.dtype) -> None:
     run = workload("llama-3.2-1b", use_dora=True, dtype=dtype)

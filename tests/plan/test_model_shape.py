@@ -161,6 +161,6 @@ def test_a_sequence_that_train_refuses_is_not_planned(tmp_path: Path) -> None:
 def test_experts_are_no_targets_of_lora(keys: dict[str, Any]) -> None:
     recipe = Recipe.from_dict({"model": {"base": "Qwen/Qwen3-30B-A3B"}, "data": {"train": "x"}, "lora": keys})
     with pytest.raises(
-        UserError, match="experts are frozen and have no LoRA parameters; there are self_attn"
+        UserError, match="experts are trained where lora.target_parameters names them; there are self_attn"
     ):
         plan_recipe(recipe, planned_gpu("NVIDIA H100", None), 80 * 2**30)

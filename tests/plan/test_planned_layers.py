@@ -56,6 +56,26 @@ def test_a_layer_with_dora(family: str, dtype: torch.dtype, documents: tuple[int
     check_layers(family, workload_for(config, dtype, documents, use_dora=True))
 
 
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "documents"), [(torch.bfloat16, DOCUMENTS), (torch.float32, (200,))], ids=str
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h"])
+def test_a_layer_with_lora_on_experts(
+    family: str, dtype: torch.dtype, documents: tuple[int, ...], reference: bool
+) -> None:
+    """Of ranks 4 and 40: what the LoRA of one expert takes is a good part of the layer's values."""
+    config = tiny_config(family)
+    for rank in (4, 40):
+        check_layers(family, with_experts(workload_for(config, dtype, documents, reference=reference), rank))
+
+
+def with_experts(workload: Workload, rank: int) -> Workload:
+    """The workload with LoRA on experts too."""
+    experts = dict.fromkeys(workload.shape.expert_shapes, rank)
+    return replace(workload, lora_ranks=tuple((dict(workload.lora_ranks) | experts).items()))
+
+
 def check_layers(family: str, workload: Workload) -> None:
     documents = workload.documents
     decoder, _ = cpu_model(workload)
@@ -166,6 +186,20 @@ DORA_WALKS: dict[str, tuple[tuple[ActivationPolicy, ...], dict[str, Any], dict[s
     "reference": ((RECOMPUTE,) * 4, {"reference": True}, {}),
     "reference, kept": ((KEEP,) * 4, {"reference": True}, {}),
 }
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("name", WALKS.keys() - {"tiles"})
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_walk_with_lora_on_experts(family: str, name: str, quantization: str) -> None:
+    activations, changes, cuts = WALKS[name]
+    workload = workload_for(
+        tiny_config(family, num_hidden_layers=4), documents=DOCUMENTS,
+        quantization=Quantization(quantization), **({"num_supervised": 173} | changes),  # type: ignore[arg-type]
+    )  # fmt: skip
+    workload = with_experts(workload, 24)
+    plan = replace(everything_resident(4), activations=activations, loss_tokens=64, head_tile_rows=40, **cuts)
+    assert peak_of_plan(workload, plan) == peak_on_cpu(workload, plan)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

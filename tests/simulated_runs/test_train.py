@@ -144,8 +144,14 @@ def test_wherever_things_wait(
     assert host_reads_while_training(by_document) == {"walk/step.py": NUM_STEPS, "train/loop.py": 2}
 
 
+@pytest.mark.parametrize("experts", [None, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]])
 def test_experts(
-    base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu
+    base: Path,
+    train_file: Path,
+    tmp_path: Path,
+    cpu_run: Any,
+    by_document: SimulatedGpu,
+    experts: list[str] | None,
 ) -> None:
     """The CPU's bits, and one read of the experts' row counts for each layer and micro-batch. (Recurrent
     mixers are not tried: the simulator has no convolutions.)"""
@@ -153,7 +159,7 @@ def test_experts(
     random_model(config).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     model = {"base": str(tmp_path / "base")}
-    asked = {"model": model, "data": {"eval": None}}
+    asked = {"model": model, "data": {"eval": None}, "lora": {"target_parameters": experts}}
     train(recipe(base, train_file, tmp_path / "run", memory=MEMORY["disk, recompute"], **asked))
     assert_same_run(tmp_path / "run", cpu_run(**asked))
     reads = host_reads_while_training(by_document)
