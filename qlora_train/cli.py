@@ -29,7 +29,7 @@ from qlora_train.cli_generate import CHECKPOINT_HELP, add_chat, add_eval, add_ge
 from qlora_train.cli_types import count, count_or_none, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, QloraTrainError, RecipeError, UserError
-from qlora_train.export import BASES, LOADERS
+from qlora_train.export import BASES, LOADERS, QUANTS
 from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import bundled_recipes, load_recipe
 from qlora_train.recipe_yaml import nearest
@@ -125,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", "write a run as a model that other tools load", run=_export)
     export.add_argument("run_dir", metavar="RUN", type=Path)
-    export.add_argument("--to", choices=("merged",), default="merged")
+    export.add_argument("--to", choices=("merged", "gguf"), default="merged")
+    export.add_argument(
+        "--quant",
+        metavar="|".join(QUANTS),
+        help="with --to gguf, of the matrices in the file (default: f16)",
+    )
     export.add_argument(
         "--base",
         choices=BASES,
@@ -135,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", "float16", "bfloat16", "float32"),
         default="auto",
-        help="auto (default): float16 where the model's values stay well inside its range",
+        help="with --to merged; auto (default): float16 where the model's values stay well inside its range",
     )
     export.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
     export.add_argument(
@@ -246,6 +251,7 @@ def _export(args: argparse.Namespace) -> None:
         checkpoint=args.checkpoint,
         receipt=args.receipt,
         loaders=args.loaders,
+        quant=args.quant,
         log=print,
     )
     print(folder)

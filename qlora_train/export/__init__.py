@@ -1,5 +1,5 @@
-"""Exports a run as merged weights that other tools load, with a receipt that measures their difference from
-the trained model (export_run.py).
+"""Exports a run as merged weights or a GGUF file, which other tools load, with a receipt that measures the
+difference from the trained model (export_run.py).
 
 Heavy libraries are imported when `export` is called, as importing them takes seconds.
 """
@@ -11,8 +11,10 @@ from typing import Any
 
 from qlora_train.device.system import require_unix
 
-__all__ = ["BASES", "LOADERS", "export"]
+__all__ = ["BASES", "LOADERS", "QUANTS", "export"]
 
+QUANTS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""What matrices of a GGUF file may be written in."""
 BASES = ("original", "dequantized")
 """The weights that an adapter may be merged onto: see export_run.py."""
 LOADERS = {

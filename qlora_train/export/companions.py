@@ -25,21 +25,24 @@ from qlora_train.errors import BaseModelError
 from qlora_train.model.base_folder import ADAPTER_FILES, MERGED_KEY, read_plain_config
 from qlora_train.quant.formats import Quantization
 
+TEMPLATES = "additional_chat_templates"
+LICENSES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|AUTHORS)[^/]*", re.IGNORECASE)
 COPIED = re.compile(
-    r".*\.(json|jinja|model|txt|tiktoken|md)|tokenizer\..*|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|AUTHORS)[^/]*",
+    rf".*\.(json|jinja|model|txt|tiktoken|md)|tokenizer\..*|{TEMPLATES}/.*|{LICENSES.pattern}",
     re.IGNORECASE,
 )
-TEMPLATES = "additional_chat_templates"
 _NOT_COPIED = {"config.json", *ADAPTER_FILES, "quantize_config.json", "quantization_config.json"}
 
 
-def copy_companions(base_folder: Path, folder: Path, log: Callable[[str], None]) -> None:
+def copy_companions(
+    base_folder: Path, folder: Path, log: Callable[[str], None], copied: re.Pattern[str] = COPIED
+) -> None:
     """Copy the companion files of the base into `folder`. log: called with a line for each file that is left
-    out because it lies outside the base."""
+    out because it lies outside the base. copied: their names in it."""
     within = _homes(base_folder)
     for path in [*sorted(base_folder.iterdir()), *_templates(base_folder)]:
         name = path.relative_to(base_folder)
-        if not path.is_file() or not _is_companion(path):
+        if not path.is_file() or not _is_companion(name, copied):
             continue
         if not any(path.resolve().is_relative_to(home) for home in within):
             log(f"not copied: {name}, a link to a file outside the base ({path.resolve()})")
@@ -51,11 +54,11 @@ def copy_companions(base_folder: Path, folder: Path, log: Callable[[str], None])
             _leave_out_code(target)
 
 
-def _is_companion(path: Path) -> bool:
-    """Whether a file of the base is copied, by its name."""
-    if path.name in _NOT_COPIED or path.name.endswith(".index.json"):
+def _is_companion(name: Path, copied: re.Pattern[str]) -> bool:
+    """Whether a file of the base is copied, by its name in the base."""
+    if name.name in _NOT_COPIED or name.name.endswith(".index.json"):
         return False
-    return path.parent.name == TEMPLATES or COPIED.fullmatch(path.name) is not None
+    return copied.fullmatch(name.as_posix()) is not None
 
 
 def _templates(base_folder: Path) -> Iterator[Path]:

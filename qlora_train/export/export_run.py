@@ -14,10 +14,11 @@ forward pass is below a quarter of that.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,10 +29,11 @@ from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
 from qlora_train.device.compute_dtype import COMPUTE_DTYPES, dtype_name, resolve_dtype
 from qlora_train.device.description import CPU
 from qlora_train.errors import DataError, ExportError
-from qlora_train.export import BASES, LOADERS
+from qlora_train.export import BASES, LOADERS, QUANTS
 from qlora_train.export.held_out import held_out
 from qlora_train.export.measure import Measure, Source
 from qlora_train.export.merge import merge, require_new_folder
+from qlora_train.export.model_card import CARD_FILE, model_card
 from qlora_train.export.quantized_layers import cached_layers
 from qlora_train.export.walked_model import HeldOut, LargestValue
 from qlora_train.files.shards import ShardReader
@@ -41,9 +43,11 @@ from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.weights.bitsandbytes_checkpoint import is_bitsandbytes_constant
 
+if TYPE_CHECKING:
+    from qlora_train.export.gguf.export_gguf import GgufExport
+
 FP16_MARGIN = 0.25  # of fp16's range, for the largest value
 RECEIPT_TOKENS = 2000
-RECEIPT_FILE = "receipt.json"
 
 
 def export(
@@ -56,26 +60,29 @@ def export(
     checkpoint: str | None = None,
     receipt: int | None = RECEIPT_TOKENS,
     loaders: Sequence[str] = (),
+    quant: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write a run as merged weights and return their folder (default: `merged` inside the run).
+    """Write a run as merged weights (to: "merged") or a GGUF file ("gguf") and return the folder (default:
+    `merged`, or such as `gguf-q8_0`, inside the run).
 
     base: "dequantized" merges onto the quantized weights of training (from its cache, else they are quantized
     again), "original" onto the checkpoint's own; None: the original ones if they exist. dtype: "float16",
     "bfloat16", "float32" or "auto" (see the module docstring). checkpoint: "best", "last" or "step-N"; None:
     the finished adapter. receipt: number of supervised tokens to measure on; None: no receipt. loaders:
-    "transformers", "bnb-4bit": measure the written folder loaded by these, too. log: called with lines of
-    text. Needs no GPU; with tensors up to 1.1 GB, merging takes less than 1.2 GB of memory, a receipt one
-    layer more.
+    "transformers", "bnb-4bit": measure the written folder loaded by these, too. quant: what matrices of a
+    GGUF file are written in, one of `QUANTS` (None: "f16"). log: called with lines of text. Needs no GPU;
+    with tensors up to 1.1 GB, merging takes less than 1.2 GB of memory, a receipt one layer more.
 
     generation_config.json also lists the tokens that the chat template ends answers with; the template is the
     recipe's `model.chat_template`, if given. Raises `RunFolderError` (no run, or one without an adapter),
     `ExportError` and `BaseModelError` (see `merge`).
     """
-    _check_arguments(to, base, dtype, receipt, loaders)
+    _check_arguments(to, base, dtype, receipt, loaders, quant)
     run = Path(run)
     adapter = find_adapter(run, checkpoint, log)
-    target = Path(out) if out is not None else run / "merged"
+    inside = "merged" if to == "merged" else f"gguf-{quant or 'f16'}"
+    target = Path(out) if out is not None else run / inside
     require_new_folder(target)  # before anything is read through
     recipe = load_recipe(run / "recipe.yaml")
     folder, _ = find_base(recipe.model, run)
@@ -87,6 +94,8 @@ def export(
         trained_on.check_tokenizer(tokenizer, adapter)
     trained_quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
     quantization = _merged_onto(folder, base, trained_quantization)
+    end_ids = stop_token_ids(tokenizer, named, recipe.data)
+    gguf = _gguf_export(recipe, folder, tokenizer, end_ids, quant or "f16", log) if to == "gguf" else None
     documents = _held_out(recipe, tokenizer, named, receipt, log) if receipt is not None else None
     with ExitStack() as stack:
         cached = None
@@ -95,10 +104,12 @@ def export(
                 folder, trained_quantization, resolve_dtype(recipe.model.compute_dtype, CPU)
             )
             cached = stack.enter_context(cached) if cached is not None else None
-        measure = None
-        if documents is not None:
-            source = Source(folder, adapter, trained_quantization, quantization, recipe.model.compute_dtype)
-            measure = Measure(source, documents, cached, log)
+        source = Source(folder, adapter, trained_quantization, quantization, recipe.model.compute_dtype)
+        measure = Measure(source, documents, cached, log) if documents is not None else None
+        cached = cached if quantization is not None else None
+        if gguf is not None:
+            gguf.write(target, source, cached, measure)
+            return target
         chosen = _choose_dtype(
             dtype, measure.largest if measure is not None else None, _own_dtype(folder), log
         )
@@ -107,19 +118,21 @@ def export(
             if recipe.model.chat_template is not None:  # the one that training wrote conversations with
                 (partial / "chat_template.jinja").write_text(str(tokenizer.chat_template), "utf-8")
             if measure is not None:
-                found = measure.receipt(partial, chosen, loaders)
-                for line in found.lines():
-                    log(line)
-                (partial / RECEIPT_FILE).write_text(json.dumps(found.to_dict(), indent=1) + "\n", "utf-8")
+                models = measure.merged_models(partial, chosen, loaders)
+                measure.receipt(models, "--dtype bfloat16").write(partial, log)
+            if not (partial / CARD_FILE).exists():  # else it is the base's
+                usage = f"- load this folder as any model: `qlora-train generate {target.name} --prompt ...`."
+                card = model_card(recipe, folder, source.merged_onto, usage)
+                (partial / CARD_FILE).write_text(card, "utf-8")
 
         merge(
             folder,
             adapter,
             target,
             quantization=quantization,
-            cached=cached if quantization is not None else None,
+            cached=cached,
             dtype=chosen,
-            end_ids=stop_token_ids(tokenizer, named, recipe.data),
+            end_ids=end_ids,
             check=complete,
             log=log,
         )
@@ -127,12 +140,20 @@ def export(
 
 
 def _check_arguments(
-    to: str, base: str | None, dtype: str, receipt: int | None, loaders: Sequence[str]
+    to: str, base: str | None, dtype: str, receipt: int | None, loaders: Sequence[str], quant: str | None
 ) -> None:
-    if to != "merged" or base not in (None, *BASES) or dtype not in ("auto", *COMPUTE_DTYPES):
+    if to == "gguf" and (dtype != "auto" or loaders):
+        raise ExportError("--dtype and --for belong to --to merged: what a GGUF file holds is --quant's.")
+    if quant is not None and (to != "gguf" or quant not in QUANTS):
         raise ExportError(
-            f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged', base is 'original' or"
-            f" 'dequantized', dtype is auto or one of {', '.join(COMPUTE_DTYPES)}."
+            f"--quant {quant}: --to gguf writes {', '.join(QUANTS)}. llama.cpp's other formats it makes "
+            "itself: export with --to gguf --quant f16, then "
+            f"llama-quantize model-f16.gguf model-{quant}.gguf {quant.upper()}"
+        )
+    if to not in ("merged", "gguf") or base not in (None, *BASES) or dtype not in ("auto", *COMPUTE_DTYPES):
+        raise ExportError(
+            f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged' or 'gguf', base is 'original'"
+            f" or 'dequantized', dtype is auto or one of {', '.join(COMPUTE_DTYPES)}."
         )
     if receipt is None and loaders:
         raise ExportError(
@@ -140,6 +161,23 @@ def _check_arguments(
         )
     if unknown := [name for name in loaders if name not in LOADERS]:
         raise ExportError(f"--for {', '.join(unknown)}: not one of {', '.join(LOADERS)}.")
+
+
+def _gguf_export(
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Sequence[int],
+    quant: str,
+    log: Callable[[str], None],
+) -> GgufExport:
+    if find_spec("gguf") is None:
+        raise ExportError(
+            "--to gguf needs the gguf package: pip install 'qlora-train[gguf]' (or pip install gguf)."
+        )
+    from qlora_train.export.gguf.export_gguf import GgufExport
+
+    return GgufExport(recipe, folder, tokenizer, end_ids, quant, log)
 
 
 def _merged_onto(folder: Path, base: str | None, trained: Quantization) -> Quantization | None:

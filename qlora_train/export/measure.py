@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from qlora_train.kernels.on_device import find_device
 from qlora_train.model.base import MetaModel, adaptable_names, read_config
 from qlora_train.quant.formats import UNQUANTIZED, Quantization
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
+
+if TYPE_CHECKING:
+    from qlora_train.export.gguf.write import GgufReader  # of an optional library
 
 NF4 = Quantization("nf4", double_quant=True)
 CHEAP_BYTES = 4 * 10**9  # weights up to this size are also run in 4 bits, and merged onto the other base
@@ -73,27 +77,35 @@ class Measure:
         """The largest absolute value in the trained model's forward pass."""
         return self._trained.largest
 
-    def receipt(self, written: Path, dtype: torch.dtype, loaders: Sequence[str]) -> Receipt:
-        """The receipt of a folder written in `dtype`. Raises `ExportError` where its logits are not
-        finite."""
+    def receipt(self, models: Iterable[tuple[str, WalkedModel]], remedy: str) -> Receipt:
+        """The receipt of (name, model), the written model first. Raises `ExportError` where its logits are
+        not finite. remedy: the option that gives it more range."""
         trained_loss = 0.0
         figures: list[Figures] = []
-        for name, model in self._models(written, dtype, loaders):
+        for name, model in models:
             trained_loss, found = compare(self._trained, model, self._documents, name)
             if not figures and not found.is_finite:
                 where = model.largest.where or "its head"
-                raise ExportError(
-                    f"the merged model in {dtype_name(dtype)} gives logits that are not finite ({where}). "
-                    "Export with --dtype bfloat16."
-                )
+                raise ExportError(f"{name}: its logits are not finite ({where}). Export with {remedy}.")
             figures.append(found)
         num_tokens = len(self._documents.all_labels)
         return Receipt(self._documents.source, num_tokens, trained_loss, self.largest, tuple(figures))
 
-    def _models(
+    def run(self, reader: GgufReader) -> WalkedModel:
+        """The model whose weights a GGUF file holds, run on the documents in fp32."""
+        return walk_model(
+            self._source.base_folder,
+            self._documents,
+            UNQUANTIZED,
+            torch.float32,
+            self._device,
+            reader=reader,
+        )
+
+    def merged_models(
         self, written: Path, dtype: torch.dtype, loaders: Sequence[str]
     ) -> Iterator[tuple[str, WalkedModel]]:
-        """(name, model) for everything to compare, the written model first."""
+        """(name, model) for everything to compare with a folder written in `dtype`, which is the first."""
         source, arithmetic = self._source, self._arithmetic(dtype)
         name = f"merged onto {source.merged_onto} weights, {dtype_name(dtype)} (written)"
         yield name, walk_model(written, self._documents, UNQUANTIZED, arithmetic, self._device)

@@ -308,7 +308,7 @@ def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if largest >= torch.finfo(dtype).max and not torch.isfinite(cast).all():  # rounding decides at the limit
         raise ExportError(
             f"{name}: values up to {largest:.4g} do not fit into {dtype} "
-            f"(at most {torch.finfo(dtype).max:.4g}). Export with --dtype bfloat16."
+            f"(at most {torch.finfo(dtype).max:.4g}). Export with --dtype bfloat16 (--to gguf: --quant bf16)."
         )
     return cast
 

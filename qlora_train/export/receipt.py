@@ -14,10 +14,11 @@ lse = m + log s, KL = w / s_p - lse_p + lse_q. Memory: two tiles of logits for a
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from qlora_train.export.walked_model import HeldOut, LargestValue, WalkedModel
 
 BLOCK_TOKENS = 512
+RECEIPT_FILE = "receipt.json"
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Receipt:
     largest: LargestValue
     figures: tuple[Figures, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def write(self, folder: Path, log: Callable[[str], None]) -> None:
+        """Write the receipt into an export's folder, and its lines to the log."""
+        for line in self.lines():
+            log(line)
+        (folder / RECEIPT_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
 
     def lines(self) -> Iterator[str]:
         """The receipt as lines of a table."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from qlora_train.model.weight_store import PresentWeights, by_path
 from qlora_train.quant.formats import Quantization
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS
+
+if TYPE_CHECKING:
+    from qlora_train.export.gguf.write import GgufReader  # of an optional library
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def walk_model(
     dtype: torch.dtype,
     device: ComputeDevice,
     *,
-    reader: ShardReader | MergedReader | None = None,
+    reader: ShardReader | MergedReader | GgufReader | None = None,
     fill: Callable[[int, Tensor], None] | None = None,
     adapter: tuple[AdapterConfig, LoraPairs] | None = None,
 ) -> WalkedModel:

@@ -1,0 +1,202 @@
+"""What llama.cpp calls a model: its architecture, metadata and tensor names, from config.json.
+
+llama.cpp has one program per architecture and reads sizes from the file; whatever else a config can say is
+fixed in that program. `Architecture.of` refuses a config that says otherwise, by name, so that no file is
+written whose model would answer differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, get_tensor_name_map
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qlora_train.errors import ExportError
+
+OTHER_WAY = "Export with --to merged and try llama.cpp's convert_hf_to_gguf.py on that folder."
+ROPE_FACTORS = "rope_freqs.weight"
+"""Tensor [head size / 2]: what each rotary frequency is divided by."""
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """name: llama.cpp's architecture. pairs_rotate: it rotates neighbours in a head, where transformers
+    rotates the two halves, so rows of q and k change places. adds_one: norms are stored as w of 1 + w, and
+    llama.cpp wants the sum. has_biases: its linears may have them. full_every: the only layers that attend
+    to everything are every so manieth, in a family with sliding windows; 0: llama.cpp has no window there.
+    """
+
+    name: MODEL_ARCH
+    pairs_rotate: bool = False
+    adds_one: bool = False
+    has_biases: bool = False
+    full_every: int = 0
+    activation: str = "silu"
+
+
+_FAMILIES = {
+    "llama": _Family(MODEL_ARCH.LLAMA, pairs_rotate=True, has_biases=True),
+    "mistral": _Family(MODEL_ARCH.LLAMA, pairs_rotate=True),
+    "smollm3": _Family(MODEL_ARCH.SMOLLM3, pairs_rotate=True),
+    "qwen2": _Family(MODEL_ARCH.QWEN2, has_biases=True),
+    "qwen3": _Family(MODEL_ARCH.QWEN3),
+    "gemma": _Family(MODEL_ARCH.GEMMA, adds_one=True, activation="gelu_pytorch_tanh"),
+    "gemma2": _Family(MODEL_ARCH.GEMMA2, adds_one=True, full_every=2, activation="gelu_pytorch_tanh"),
+    "gemma3_text": _Family(MODEL_ARCH.GEMMA3, adds_one=True, full_every=6, activation="gelu_pytorch_tanh"),
+}
+_LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
+"""There llama.cpp scales attention by the hidden size per head, elsewhere by the head's own size."""
+
+
+class Architecture:
+    """llama.cpp's architecture for a config, its metadata and tensor names. context_length: tokens that the
+    model may be used with. remark: a line for the log; empty: none is needed."""
+
+    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
+        """folder: named in messages. Raises `ExportError` for a config that llama.cpp has no architecture
+        for."""
+        self._folder, self.config = folder, config
+        if config.model_type not in _FAMILIES:
+            known = ", ".join(_FAMILIES)
+            raise self._refusal(f"the family {config.model_type} (of {known})")
+        self.family = _FAMILIES[config.model_type]
+        self._head_size = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        self._names = get_tensor_name_map(self.family.name, config.num_hidden_layers)
+        self._rope = self._read_rope()
+        self.context_length, self.remark = self._read_context()
+        self._refuse_what_is_fixed()
+
+    @property
+    def name(self) -> str:
+        return str(MODEL_ARCH_NAMES[self.family.name])
+
+    def tensor_name(self, name: str) -> str:
+        """llama.cpp's name of a checkpoint's tensor."""
+        found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None or (name.endswith(".bias") and not self.family.has_biases):
+            raise self._refusal(f"the tensor {name}")
+        return str(found)
+
+    def num_rotated_heads(self, name: str) -> int:
+        """The heads whose rows of a tensor change places; 0: the rows stay as they are."""
+        heads = {
+            ".q_proj": self.config.num_attention_heads,
+            ".k_proj": self.config.num_key_value_heads,
+        }
+        path = name.rpartition(".")[0]
+        return next((n for ending, n in heads.items() if path.endswith(ending)), 0) * self.family.pairs_rotate
+
+    def is_shifted_norm(self, name: str) -> bool:
+        return self.family.adds_one and name.endswith("norm.weight")
+
+    def rope_factors(self) -> Tensor | None:
+        """The divisors of the rotary frequencies [head size / 2], for Llama 3's scaling."""
+        if self._rope["rope_type"] != "llama3":
+            return None
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](self.config, torch.device("cpu"))
+        steps = torch.arange(0, self._head_size, 2, dtype=torch.float64) / self._head_size
+        return (self._rope["rope_theta"] ** -steps / scaled.double()).float()
+
+    def write_metadata(self, writer: GGUFWriter) -> None:
+        config = self.config
+        writer.add_context_length(self.context_length)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(self._head_size)
+        writer.add_value_length(self._head_size)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(self._head_size)
+        writer.add_rope_freq_base(self._rope["rope_theta"])
+        if (kind := self._rope["rope_type"]) in ("linear", "yarn"):
+            writer.add_rope_scaling_type(RopeScalingType(kind))
+            writer.add_rope_scaling_factor(self._rope["factor"])
+        if kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(self._rope["original_max_position_embeddings"])
+        if self.family.full_every:
+            writer.add_sliding_window(config.sliding_window)
+        optional: dict[str, Callable[[float], None]] = {
+            "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+            "final_logit_softcapping": writer.add_final_logit_softcapping,
+        }
+        for key, add in optional.items():
+            if (value := getattr(config, key, None)) is not None:
+                add(value)
+
+    def _read_rope(self) -> Mapping[str, Any]:
+        """The rotary embedding of the layers that attend to everything. Raises `ExportError` for settings
+        that a GGUF file has no place for."""
+        given = dict(self.config.rope_parameters)
+        if "full_attention" in given:
+            sliding, given = given["sliding_attention"], dict(given["full_attention"])
+            if (sliding.get("rope_type"), sliding["rope_theta"]) != ("default", 10000.0):
+                raise self._refusal(f"the rotary embedding {sliding} of layers with a sliding window")
+        kind = given.setdefault("rope_type", "default")
+        known = {"rope_type", "rope_theta"} | {
+            "default": set(),
+            "linear": {"factor"},
+            "yarn": {"factor", "original_max_position_embeddings"},
+            "llama3": {
+                *("factor", "low_freq_factor", "high_freq_factor"),
+                "original_max_position_embeddings",
+            },
+        }.get(kind, set())
+        for key, value in given.items():
+            is_default = value is None or value == (_YARN_DEFAULTS | {"partial_rotary_factor": 1.0}).get(key)
+            if key not in known and not is_default:
+                raise self._refusal(f"the rotary embedding's {key}: {value}")
+        if kind not in ("default", "linear", "yarn", "llama3") or (
+            kind == "llama3" and self.family.name != MODEL_ARCH.LLAMA
+        ):
+            raise self._refusal(f"the rotary embedding {kind}")
+        return given
+
+    def _read_context(self) -> tuple[int, str]:
+        config = self.config
+        length = config.max_position_embeddings
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        slides = window is not None and (kinds is None or "sliding_attention" in kinds)
+        if self.family.full_every or not slides or window >= length:
+            return length, ""
+        return window, (
+            f"context: {window:,} tokens, the model's sliding window, which llama.cpp does not have for this"
+            f" family (config.json allows {length:,})"
+        )
+
+    def _refuse_what_is_fixed(self) -> None:
+        config, family = self.config, self.family
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation != family.activation:
+            raise self._refusal(f"the activation {activation} in {config.model_type}")
+        layers = range(1, config.num_hidden_layers + 1)
+        if family.full_every:
+            fixed = [f"{'sliding' if i % family.full_every else 'full'}_attention" for i in layers]
+            if list(config.layer_types) != fixed:
+                raise self._refusal("this order of layers with a sliding window")
+            in_head = self._head_size
+            if config.num_hidden_layers == _LAYERS_OF_GEMMA_27B[config.model_type]:
+                in_head = config.hidden_size // config.num_attention_heads
+            if config.query_pre_attn_scalar != in_head:
+                raise self._refusal(f"query_pre_attn_scalar {config.query_pre_attn_scalar}")
+        if getattr(config, "use_bidirectional_attention", False):
+            raise self._refusal("bidirectional attention")
+        with_rope = [int(i % 4 != 0) for i in layers]
+        if config.model_type == "smollm3" and list(config.no_rope_layers) != with_rope:
+            raise self._refusal("this order of layers without rotary embedding (no_rope_layers)")
+
+    def _refusal(self, what: str) -> ExportError:
+        return ExportError(f"{self._folder}: {what} is not among what --to gguf can write. {OTHER_WAY}")

@@ -1,0 +1,326 @@
+"""GGUF files against transformers on the merged model, in llama.cpp itself; and what is refused or undone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from gguf_tokenizers import BYTE_LEVEL_CUTS, HARD_TEXT, TEMPLATE, byte_level_bpe, sentencepiece_bpe
+from llama_cpp_server import LlamaCpp
+from tiny_models import random_model, tiny_config
+from tiny_runs import CHAT_TEMPLATE, byte_tokenizer, recipe_values, write_recipe, write_rows
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qlora_train.adapter.adapter_config import AdapterConfig
+from qlora_train.adapter.adapter_files import save_adapter
+from qlora_train.errors import ExportError
+from qlora_train.export import QUANTS, export
+from qlora_train.export.gguf import export_gguf, write
+from qlora_train.export.gguf.ollama import TurnTexts
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Add {i} and 1."},
+            {"role": "assistant", "content": str(i + 1)},
+        ]
+    }
+    for i in range(30)
+]
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+_GEMMA_SIZES = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with biases, tied": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama 3": ("llama3-rope", {"head_dim": 24}),
+    "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "mistral": ("mistral", {"sliding_window": 64}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 yarn": ("qwen2", {"rope_parameters": _YARN}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", _GEMMA_SIZES | {"tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", _GEMMA_SIZES | {"num_hidden_layers": 7, "tie_word_embeddings": True}),
+}
+
+
+def write_run(
+    folder: Path,
+    family: str = "llama",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    rows: list[dict[str, Any]] = CHATS,
+    data: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """A base with a tokenizer, data, and an adapter on all linears."""
+    tokenizer = tokenizer or byte_level_bpe()
+    model = random_model(tiny_config(family, vocab_size=len(tokenizer) + 3, **changes))
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    write_rows(folder / "rows.jsonl", rows)
+    run = folder / "run"
+    run.mkdir()
+    values = recipe_values(folder / "base", folder / "rows.jsonl", run, data={"eval": 0.5} | (data or {}))
+    write_recipe(run / "recipe.yaml", values)
+    generator = torch.Generator().manual_seed(2)
+    lora = {
+        name: (
+            torch.randn(4, module.in_features, generator=generator) * 0.1,
+            torch.randn(module.out_features, 4, generator=generator) * 0.1,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers" in name
+    }
+    save_adapter(run / "adapter", AdapterConfig("base", 4, 8), lora)
+    return run
+
+
+def merged_log_probabilities(run: Path, token_ids: list[int]) -> Tensor:
+    """transformers' own, of the token after these, by the merged weights in fp32."""
+    folder = run / "merged"
+    if not folder.exists():
+        export(run, dtype="float32", receipt=None)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([token_ids])).logits[0, -1].float(), -1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_merged_model(tmp_path: Path, name: str) -> None:
+    family, changes = MODELS[name]
+    run = write_run(tmp_path, family, **changes)
+    folder = export(run, to="gguf", quant="f32", receipt=None)
+    llama_cpp = LlamaCpp(folder / "model-f32.gguf")
+    token_ids = [(7 * i) % 90 + 3 for i in range(40)]  # beyond windows of 8, original contexts of 16
+    expected = merged_log_probabilities(run, token_ids)
+    found = llama_cpp.log_probabilities(token_ids, len(expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_every_quantization(tmp_path: Path, name: str) -> None:
+    """Small errors with many bits, larger ones with few; the receipt sees the same model as llama.cpp."""
+    family, changes = MODELS[name]
+    run = write_run(tmp_path, family, **changes)
+    token_ids = [(7 * i) % 90 + 3 for i in range(40)]
+    expected = merged_log_probabilities(run, token_ids)
+    bounds = {
+        "f32": 2e-4,
+        "f16": 5e-3,
+        "bf16": 5e-2,
+        "q8_0": 5e-2,
+        "q5_1": 0.3,
+        "q5_0": 0.3,
+        "q4_1": 0.6,
+        "q4_0": 0.6,
+    }
+    assert bounds.keys() == set(QUANTS)
+    for quant, bound in bounds.items():
+        said: list[str] = []
+        folder = export(run, to="gguf", quant=quant, log=said.append)
+        assert folder == run / f"gguf-{quant}"
+        found = LlamaCpp(folder / f"model-{quant}.gguf").log_probabilities(token_ids, len(expected))
+        assert float((found - expected).abs().max()) < bound
+        (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
+        assert figures["model"] == f"merged onto original weights, {quant} (written)"
+        assert figures["kl"] < bound and any(line.startswith("read back and compared") for line in said)
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL_CUTS, "sentencepiece", "sentencepiece without prefix"])
+def test_llama_cpp_tokenises_the_same(tmp_path: Path, kind: str) -> None:
+    if kind in BYTE_LEVEL_CUTS:
+        tokenizer = byte_level_bpe(kind)
+    else:
+        tokenizer = sentencepiece_bpe(with_prefix=kind == "sentencepiece")
+    run = write_run(tmp_path, tokenizer=tokenizer, num_hidden_layers=1)
+    llama_cpp = LlamaCpp(export(run, to="gguf", receipt=None) / "model-f16.gguf")
+    for text in (HARD_TEXT, *HARD_TEXT.splitlines(), "<|user|>Hi<|end|>\n<think> x"):
+        assert llama_cpp.token_ids(text) == tokenizer(text).input_ids, text
+    chat = [{"role": "user", "content": "Add 2 and 3."}, {"role": "assistant", "content": "5"}]
+    chat.append({"role": "user", "content": "Thanks, that's it"})
+    wanted = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert (
+        llama_cpp.token_ids(llama_cpp.prompt(chat))
+        == tokenizer(wanted.removeprefix(tokenizer.bos_token)).input_ids
+    )
+
+
+def test_bytes_without_merges(tmp_path: Path) -> None:
+    """The tokenizer of the quickstart's base, which llama.cpp would not load without any merge."""
+    tokenizer = byte_tokenizer()
+    run = write_run(tmp_path, tokenizer=tokenizer, num_hidden_layers=1)
+    llama_cpp = LlamaCpp(export(run, to="gguf", receipt=None) / "model-f16.gguf")
+    for text in ("Hi, you!  2+2", "<eos>a<bos>", "<eos> <eos>"):
+        assert llama_cpp.token_ids(text) == tokenizer(text).input_ids
+
+
+def test_answers_end_where_training_ended_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    folder = export(run, to="gguf", receipt=None)
+    fields = gguf.GGUFReader(folder / "model-f16.gguf").fields
+    tokenizer = byte_level_bpe()
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.convert_tokens_to_ids("<|end|>")
+    modelfile = (folder / "Modelfile").read_text()
+    assert 'PARAMETER stop "<|end|>"' in modelfile and 'PARAMETER stop "<eos>"' in modelfile
+    assert "FROM ./model-f16.gguf" in modelfile
+    assert modelfile.count("<bos>") == 0  # llama.cpp puts it there
+    start = "{{ if not .System }}<|user|>Be brief.<|end|>\n{{ end }}"
+    user = '{{ if eq .Role "user" }}<|user|>{{ .Content }}<|end|>\n'
+    assert f'TEMPLATE """{start}{{{{ range .Messages }}}}{user}' in modelfile
+
+
+def test_what_stands_beside_the_file(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (tmp_path / "base" / "LICENSE").write_text("do good")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# The base\n")
+    said: list[str] = []
+    folder = export(run, to="gguf", quant="f16", receipt=None, log=said.append)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"model-f16.gguf", "Modelfile", "README.md", "LICENSE"}
+    card = (folder / "README.md").read_text()
+    assert "license: apache-2.0" in card and "rows.jsonl" in card and "rank 4" in card
+    assert str(tmp_path) not in card + (folder / "Modelfile").read_text()
+    assert any("llama-quantize model-f16.gguf model-Q4_K_M.gguf Q4_K_M" in line for line in said)
+
+
+def test_prompts_that_are_no_chats(tmp_path: Path) -> None:
+    rows = [{"a": "2 + 2", "b": "4"}] * 4
+    data = {"prompt_template": "Q: {a}\nA: ", "columns": {"completion": "b"}}
+    run = write_run(tmp_path, rows=rows, data=data)
+    said: list[str] = []
+    folder = export(run, to="gguf", receipt=None, log=said.append)
+    assert 'TEMPLATE """Q: {{ .Prompt }}\nA: """' in (folder / "Modelfile").read_text()
+    assert any("-no-cnv" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "template,derived",
+    [
+        (TEMPLATE, True),
+        (CHAT_TEMPLATE, True),
+        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", False),
+    ],
+)
+def test_a_template_is_written_anew_only_where_it_is_text_around_messages(
+    template: str, derived: bool
+) -> None:
+    tokenizer = byte_tokenizer(None)
+
+    def render(messages: Any) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    assert (TurnTexts.read_off(render) is not None) == derived
+
+
+def test_the_dequantized_base(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    said: list[str] = []
+    export(run, to="gguf", base="dequantized", quant="f32", log=said.append)
+    (figures,) = json.loads((run / "gguf-f32" / "receipt.json").read_text())["figures"]
+    assert figures["model"].startswith("merged onto dequantized") and figures["kl"] < 1e-6
+
+
+def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "mistral", sliding_window=8)
+    said: list[str] = []
+    folder = export(run, to="gguf", receipt=None, log=said.append)
+    assert gguf.GGUFReader(folder / "model-f16.gguf").fields["llama.context_length"].contents() == 8
+    assert any(line.startswith("context: 8 tokens") for line in said)
+
+
+@pytest.mark.parametrize(
+    "family,changes,message",
+    [
+        ("olmo2", {}, "the family olmo2"),
+        ("gemma2", _GEMMA_SIZES | {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
+        ("gemma2", _GEMMA_SIZES | {"layer_types": ["full_attention"] * 3}, "order of layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
+        ("qwen2", {"rope_parameters": _YARN | {"attention_factor": 3.0}}, "attention_factor"),
+        ("qwen3", {"attention_bias": True}, r"q_proj\.bias"),
+        ("llama", {"hidden_act": "relu"}, "activation relu"),
+    ],
+)
+def test_other_models_are_refused_by_name(
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    run = write_run(tmp_path, family, **changes)
+    with pytest.raises(ExportError, match=message + ".*--to merged.*convert_hf_to_gguf"):
+        export(run, to="gguf", receipt=None)
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "recipe.yaml"]
+
+
+def test_other_tokenizers_are_refused_by_name(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    file = tmp_path / "base" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    for change, message in (
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+        ({"normalizer": {"type": "Lowercase"}}, "changes texts.*Lowercase"),
+        ({"pre_tokenizer": whole["pre_tokenizer"] | {"add_prefix_space": True}}, "add_prefix_space"),
+        ({"model": whole["model"] | {"ignore_merges": True}}, "cuts texts by"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(ExportError, match=message):
+            export(run, to="gguf", receipt=None)
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    run = write_run(tmp_path)
+
+    def fail(*arguments: Any) -> None:
+        assert any(path.suffix == ".gguf" for path in run.rglob("*"))  # it was being written
+        raise error
+
+    monkeypatch.setattr(export_gguf, "compare_with_merged", fail)
+    with pytest.raises(error):
+        export(run, to="gguf", receipt=None)
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "recipe.yaml"]
+
+
+def test_a_file_that_is_not_what_was_merged_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path)
+    quantized = write.GgufTensor.quantized
+
+    def lose_one_byte(tensor: write.GgufTensor, rows: Tensor) -> memoryview:
+        data = bytearray(quantized(tensor, rows))
+        if tensor.name == "blk.1.ffn_up.weight":
+            data[1] ^= 0x40
+        return memoryview(data)
+
+    monkeypatch.setattr(write.GgufTensor, "quantized", lose_one_byte)
+    with pytest.raises(ExportError, match=r"layers\.1\.mlp\.up_proj\.weight: read back"):
+        export(run, to="gguf", receipt=None)
+
+
+def test_arguments_that_do_not_fit_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path)
+    with pytest.raises(ExportError, match=r"llama-quantize model-f16\.gguf model-q4_k_m\.gguf Q4_K_M"):
+        export(run, to="gguf", quant="q4_k_m")
+    with pytest.raises(ExportError, match="--to gguf writes"):
+        export(run, quant="f16")
+    with pytest.raises(ExportError, match="--dtype and --for"):
+        export(run, to="gguf", dtype="float16")
+    export(run, to="gguf", receipt=None)
+    with pytest.raises(ExportError, match="not an empty folder"):
+        export(run, to="gguf", receipt=None)
