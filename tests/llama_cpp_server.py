@@ -46,7 +46,10 @@ class LlamaCpp:
         return str(self.ask("apply-template", messages=messages)["prompt"])
 
     def log_probabilities(self, token_ids: Sequence[int], num_tokens: int) -> Tensor:
-        """Of the token after these, over the whole vocabulary [num_tokens]."""
+        """Of the token after these, over the whole vocabulary [num_tokens].
+
+        The server tells them only with a token that it shows (no end, no part of a character), so a letter
+        is made the sampled one, which does not change them."""
         reply = self.ask(
             "completion",
             prompt=list(token_ids),
@@ -54,6 +57,7 @@ class LlamaCpp:
             n_probs=num_tokens,
             temperature=0,
             cache_prompt=False,
+            logit_bias=[[self.token_ids("a")[-1], 1000]],
         )
         found = torch.full((num_tokens,), -np.inf)
         for entry in reply["completion_probabilities"][0]["top_logprobs"]:

@@ -33,6 +33,8 @@ CHATS = [
     for i in range(30)
 ]
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+TOKEN_IDS = [(7 * i) % 90 + 3 for i in range(40)]  # beyond windows of 8, original contexts of 16
+_OF_BYTES = {"trim_offsets": True, "use_regex": True}
 _GEMMA_SIZES = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -47,6 +49,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2 yarn": ("qwen2", {"rope_parameters": _YARN}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", _GEMMA_SIZES | {"tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", _GEMMA_SIZES | {"num_hidden_layers": 7, "tie_word_embeddings": True}),
@@ -59,6 +64,7 @@ def write_run(
     tokenizer: PreTrainedTokenizerFast | None = None,
     rows: list[dict[str, Any]] = CHATS,
     data: dict[str, Any] | None = None,
+    quantization: str = "none",
     **changes: Any,
 ) -> Path:
     """A base with a tokenizer, data, and an adapter on all linears."""
@@ -69,7 +75,8 @@ def write_run(
     write_rows(folder / "rows.jsonl", rows)
     run = folder / "run"
     run.mkdir()
-    values = recipe_values(folder / "base", folder / "rows.jsonl", run, data={"eval": 0.5} | (data or {}))
+    sections = {"data": {"eval": 0.5} | (data or {}), "model": {"quantization": quantization}}
+    values = recipe_values(folder / "base", folder / "rows.jsonl", run, **sections)
     write_recipe(run / "recipe.yaml", values)
     generator = torch.Generator().manual_seed(2)
     lora = {
@@ -84,14 +91,11 @@ def write_run(
     return run
 
 
-def merged_log_probabilities(run: Path, token_ids: list[int]) -> Tensor:
-    """transformers' own, of the token after these, by the merged weights in fp32."""
-    folder = run / "merged"
-    if not folder.exists():
-        export(run, dtype="float32", receipt=None)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+def log_probabilities(folder: Path, **options: Any) -> Tensor:
+    """transformers' own, of the token after `TOKEN_IDS`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     with torch.no_grad():
-        return torch.log_softmax(model(torch.tensor([token_ids])).logits[0, -1].float(), -1)
+        return torch.log_softmax(model(torch.tensor([TOKEN_IDS])).logits[0, -1].float(), -1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,39 +104,26 @@ def test_llama_cpp_computes_the_merged_model(tmp_path: Path, name: str) -> None:
     run = write_run(tmp_path, family, **changes)
     folder = export(run, to="gguf", quant="f32", receipt=None)
     llama_cpp = LlamaCpp(folder / "model-f32.gguf")
-    token_ids = [(7 * i) % 90 + 3 for i in range(40)]  # beyond windows of 8, original contexts of 16
-    expected = merged_log_probabilities(run, token_ids)
-    found = llama_cpp.log_probabilities(token_ids, len(expected))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    expected = log_probabilities(export(run, dtype="float32", receipt=None))
+    found = llama_cpp.log_probabilities(TOKEN_IDS, len(expected))
+    atol = 1e-2 if "gemma" in name else 2e-4  # llama.cpp looks GELU up in a table in half precision
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_every_quantization(tmp_path: Path, name: str) -> None:
-    """Small errors with many bits, larger ones with few; the receipt sees the same model as llama.cpp."""
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_every_quantization(tmp_path: Path, name: str, quant: str) -> None:
+    """llama.cpp and transformers, which reads GGUF files itself, see the same model; so does the receipt."""
     family, changes = MODELS[name]
-    run = write_run(tmp_path, family, **changes)
-    token_ids = [(7 * i) % 90 + 3 for i in range(40)]
-    expected = merged_log_probabilities(run, token_ids)
-    bounds = {
-        "f32": 2e-4,
-        "f16": 5e-3,
-        "bf16": 5e-2,
-        "q8_0": 5e-2,
-        "q5_1": 0.3,
-        "q5_0": 0.3,
-        "q4_1": 0.6,
-        "q4_0": 0.6,
-    }
-    assert bounds.keys() == set(QUANTS)
-    for quant, bound in bounds.items():
-        said: list[str] = []
-        folder = export(run, to="gguf", quant=quant, log=said.append)
-        assert folder == run / f"gguf-{quant}"
-        found = LlamaCpp(folder / f"model-{quant}.gguf").log_probabilities(token_ids, len(expected))
-        assert float((found - expected).abs().max()) < bound
-        (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
-        assert figures["model"] == f"merged onto original weights, {quant} (written)"
-        assert figures["kl"] < bound and any(line.startswith("read back and compared") for line in said)
+    folder = export(write_run(tmp_path, family, **changes), to="gguf", quant=quant)
+    expected = log_probabilities(folder, gguf_file=f"model-{quant}.gguf", dtype=torch.float32)
+    found = LlamaCpp(folder / f"model-{quant}.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    rounding = {"f32": 2e-4, "f16": 5e-3, "bf16": 3e-2}.get(quant, 8e-2)  # of activations, in llama.cpp
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
+    (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
+    assert figures["model"] == f"merged onto original weights, {quant} (written)"
+    bounds = {"f32": 1e-6, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3, "q5_1": 0.02, "q5_0": 0.02}
+    assert figures["kl"] < bounds.get(quant, 0.05)
 
 
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL_CUTS, "sentencepiece", "sentencepiece without prefix"])
@@ -142,8 +133,13 @@ def test_llama_cpp_tokenises_the_same(tmp_path: Path, kind: str) -> None:
     else:
         tokenizer = sentencepiece_bpe(with_prefix=kind == "sentencepiece")
     run = write_run(tmp_path, tokenizer=tokenizer, num_hidden_layers=1)
-    llama_cpp = LlamaCpp(export(run, to="gguf", receipt=None) / "model-f16.gguf")
-    for text in (HARD_TEXT, *HARD_TEXT.splitlines(), "<|user|>Hi<|end|>\n<think> x"):
+    said: list[str] = []
+    llama_cpp = LlamaCpp(export(run, to="gguf", receipt=None, log=said.append) / "model-f16.gguf")
+    hard_text = HARD_TEXT
+    if kind in ("tekken", "gpt-4o"):
+        assert any("words in capitals" in line for line in said)
+        hard_text = hard_text.replace("ÉCOLE", "École").replace("e\u0301", "é")
+    for text in (hard_text, *hard_text.splitlines(), "<|user|>Hi<|end|>\n<think> x"):
         assert llama_cpp.token_ids(text) == tokenizer(text).input_ids, text
     chat = [{"role": "user", "content": "Add 2 and 3."}, {"role": "assistant", "content": "5"}]
     chat.append({"role": "user", "content": "Thanks, that's it"})
@@ -224,11 +220,11 @@ def test_a_template_is_written_anew_only_where_it_is_text_around_messages(
             )
         )
 
-    assert (TurnTexts.read_off(render) is not None) == derived
+    assert (TurnTexts.read_off(render, ["<|end|>", "<eos>"]) is not None) == derived
 
 
 def test_the_dequantized_base(tmp_path: Path) -> None:
-    run = write_run(tmp_path)
+    run = write_run(tmp_path, quantization="nf4", hidden_size=128, intermediate_size=128)
     said: list[str] = []
     export(run, to="gguf", base="dequantized", quant="f32", log=said.append)
     (figures,) = json.loads((run / "gguf-f32" / "receipt.json").read_text())["figures"]
@@ -246,12 +242,12 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "family,changes,message",
     [
-        ("olmo2", {}, "the family olmo2"),
+        ("cohere", {}, "the family cohere"),
         ("gemma2", _GEMMA_SIZES | {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
         ("gemma2", _GEMMA_SIZES | {"layer_types": ["full_attention"] * 3}, "order of layers"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
         ("qwen2", {"rope_parameters": _YARN | {"attention_factor": 3.0}}, "attention_factor"),
-        ("qwen3", {"attention_bias": True}, r"q_proj\.bias"),
+        ("qwen3", {"attention_bias": True}, r"_proj\.bias"),
         ("llama", {"hidden_act": "relu"}, "activation relu"),
     ],
 )
@@ -271,7 +267,10 @@ def test_other_tokenizers_are_refused_by_name(tmp_path: Path) -> None:
     for change, message in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
         ({"normalizer": {"type": "Lowercase"}}, "changes texts.*Lowercase"),
-        ({"pre_tokenizer": whole["pre_tokenizer"] | {"add_prefix_space": True}}, "add_prefix_space"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", **_OF_BYTES, "add_prefix_space": True}},
+            "ByteLevel.*prefix",
+        ),
         ({"model": whole["model"] | {"ignore_merges": True}}, "cuts texts by"),
     ):
         file.write_text(json.dumps(whole | change))

@@ -48,6 +48,9 @@ _FAMILIES = {
     "smollm3": _Family(MODEL_ARCH.SMOLLM3, pairs_rotate=True),
     "qwen2": _Family(MODEL_ARCH.QWEN2, has_biases=True),
     "qwen3": _Family(MODEL_ARCH.QWEN3),
+    "phi3": _Family(MODEL_ARCH.PHI3),
+    "olmo2": _Family(MODEL_ARCH.OLMO2),
+    "granite": _Family(MODEL_ARCH.GRANITE, pairs_rotate=True),
     "gemma": _Family(MODEL_ARCH.GEMMA, adds_one=True, activation="gelu_pytorch_tanh"),
     "gemma2": _Family(MODEL_ARCH.GEMMA2, adds_one=True, full_every=2, activation="gelu_pytorch_tanh"),
     "gemma3_text": _Family(MODEL_ARCH.GEMMA3, adds_one=True, full_every=6, activation="gelu_pytorch_tanh"),
@@ -131,6 +134,10 @@ class Architecture:
         optional: dict[str, Callable[[float], None]] = {
             "attn_logit_softcapping": writer.add_attn_logit_softcapping,
             "final_logit_softcapping": writer.add_final_logit_softcapping,
+            "logits_scaling": writer.add_logit_scale,
+            "residual_multiplier": writer.add_residual_scale,
+            "embedding_multiplier": writer.add_embedding_scale,
+            "attention_multiplier": writer.add_attention_scale,
         }
         for key, add in optional.items():
             if (value := getattr(config, key, None)) is not None:
@@ -166,11 +173,11 @@ class Architecture:
 
     def _read_context(self) -> tuple[int, str]:
         config = self.config
-        length = config.max_position_embeddings
+        length: int = config.max_position_embeddings
         kinds = getattr(config, "layer_types", None)
-        window = getattr(config, "sliding_window", None)
-        slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-        if self.family.full_every or not slides or window >= length:
+        window: int = getattr(config, "sliding_window", None) or length
+        slides = window < length and (kinds is None or "sliding_attention" in kinds)
+        if self.family.full_every or not slides:
             return length, ""
         return window, (
             f"context: {window:,} tokens, the model's sliding window, which llama.cpp does not have for this"

@@ -144,5 +144,7 @@ class GgufExport:
             return "{{ .Prompt }}" if prompt is None else go_prompt(PromptTemplate(prompt))
         writer = ChatFormat(tokenizer, (), options=data.chat_template_kwargs).writer(with_tools=False)
         bos = tokenizer.bos_token if self._vocabulary.adds_bos else ""
-        found = TurnTexts.read_off(lambda chat: writer.render(chat, prompt=True).removeprefix(bos))
+        found = TurnTexts.read_off(
+            lambda chat: writer.render(chat, prompt=True).removeprefix(bos), self._vocabulary.stop_texts
+        )
         return found.in_go() if found is not None else None

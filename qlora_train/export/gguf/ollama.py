@@ -30,14 +30,16 @@ class TurnTexts:
     prompt: str
 
     @staticmethod
-    def read_off(render: Render) -> TurnTexts | None:
-        """The texts of a template; None for one that does more than to write texts around messages."""
+    def read_off(render: Render, stops: Sequence[str]) -> TurnTexts | None:
+        """The texts of a template; None for one that does more than to write texts around messages. stops:
+        texts that end a turn, where one of them is between two."""
         plain = _between(render, [("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT)])
         if plain is None:
             return None
         first, to_answer, to_question, last = plain
-        before_user = _common_end(first, to_question)
+        before_user = _common_end(first, to_question[_end_of_turn(to_question, stops) :])
         after_user = os.path.commonprefix([to_answer, last])
+        after_user = after_user[: _end_of_turn(after_user, stops) or len(after_user)]
         around = {
             "user": (before_user, after_user),
             "assistant": (to_answer[len(after_user) :], to_question[: len(to_question) - len(before_user)]),
@@ -112,6 +114,12 @@ def _between(render: Render, turns: Sequence[tuple[str, str]]) -> list[str] | No
         part, _, rest = rest.partition(text)
         parts.append(part)
     return [*parts, rest]
+
+
+def _end_of_turn(text: str, stops: Sequence[str]) -> int:
+    """The place behind the last text that ends a turn, and behind white space there; 0: there is none."""
+    end = max(text.rfind(stop) + len(stop) if stop in text else 0 for stop in stops)
+    return len(text) - len(text[end:].lstrip()) if end else 0
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:

@@ -47,6 +47,7 @@ _CUTS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_BY_CASE % (_CONTRACTIONS, _CONTRACTIONS, r"\p{N}{1,3}"),), False): "gpt-4o",
 }
 """(how text is cut, whether a whole word that is a token is taken without merges) -> llama.cpp's name."""
+_CUT_BY_CASE = ("tekken", "gpt-4o")  # llama.cpp knows the case of A to Z alone
 
 
 class GgufTokenizer:
@@ -108,6 +109,8 @@ class GgufTokenizer:
             writer.add_chat_template(template_for(tokenizer, with_tools=False))
         if {"type": "NFC"} in self._steps("normalizer"):
             log("tokenizer: llama.cpp does not compose accents (NFC): write them as one character in prompts")
+        if self._cut in _CUT_BY_CASE:
+            log("tokenizer: llama.cpp cuts words in capitals that begin with an accent or mark otherwise")
 
     @property
     def stop_texts(self) -> list[str]:
@@ -137,8 +140,8 @@ class GgufTokenizer:
                     texts[token] = added.content.replace(SPACE, " ")
         if self._is_spm:
             for byte in range(256):
-                if (token := vocabulary.get(f"<0x{byte:02X}>")) is not None:
-                    kinds[token] = int(TokenType.BYTE)
+                if (piece := f"<0x{byte:02X}>") in vocabulary:
+                    kinds[vocabulary[piece]] = int(TokenType.BYTE)
             if (unknown := self._model.get("unk_token")) is not None:
                 kinds[vocabulary[unknown]] = int(TokenType.UNKNOWN)
         return texts, kinds

@@ -63,11 +63,11 @@ class GgufTensor:
     def num_bytes(self) -> int:
         return math.prod(gguf.quant_shape_to_byte_shape(self.shape, self.type))
 
-    def quantized(self, rows: Tensor) -> memoryview:
+    def quantized(self, rows: Tensor) -> bytes | memoryview:
         """The bytes of rows in fp32, or in the dtype that is written."""
         if (dtype := _DTYPES.get(self.type)) is not None:
             return tensor_bytes(rows.to(dtype).contiguous())
-        return memoryview(gguf.quantize(rows.numpy(), self.type)).cast("B")
+        return gguf.quantize(rows.numpy(), self.type).tobytes()
 
 
 def list_tensors(weights: MergedWeights, architecture: Architecture, quant: str) -> list[GgufTensor]:
