@@ -99,7 +99,7 @@ def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
-@pytest.mark.parametrize("argv", [["bench"], ["export", "runs/x", "--to", "gguf"]])
+@pytest.mark.parametrize("argv", [["bench"], ["export", "runs/x", "--to", "onnx"]])
 def test_what_does_not_exist_is_an_unknown_word(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
@@ -214,12 +214,16 @@ def test_export_calls_what_it_says(
     replace_module(monkeypatch, "qlora_train.export", export, "export")
     assert cli.main(["export", "runs/x"]) == 0
     assert cli.main(["export", "runs/x", "--base", "original", "--dtype", "bfloat16", "--out", "y"]) == 0
-    common = {"to": "merged", "checkpoint": None, "receipt": 2000, "loaders": [], "log": print}
+    assert cli.main(["export", "runs/x", "--to", "gguf", "--quant", "q8_0"]) == 0
+    common = {"checkpoint": None, "receipt": 2000, "loaders": [], "log": print}
+    merged = common | {"to": "merged", "quant": None}
+    gguf = common | {"to": "gguf", "quant": "q8_0", "base": None, "dtype": "auto", "out": None}
     assert export.calls == [
-        ((Path("runs/x"),), {"base": None, "dtype": "auto", "out": None} | common),
-        ((Path("runs/x"),), {"base": "original", "dtype": "bfloat16", "out": Path("y")} | common),
+        ((Path("runs/x"),), {"base": None, "dtype": "auto", "out": None} | merged),
+        ((Path("runs/x"),), {"base": "original", "dtype": "bfloat16", "out": Path("y")} | merged),
+        ((Path("runs/x"),), gguf),
     ]
-    assert capsys.readouterr().out == "runs/x/merged\n" * 2
+    assert capsys.readouterr().out == "runs/x/merged\n" * 3
 
 
 @pytest.mark.parametrize(
