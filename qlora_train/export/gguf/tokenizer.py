@@ -107,10 +107,17 @@ class GgufTokenizer:
                 add(token)
         if tokenizer.chat_template:
             writer.add_chat_template(template_for(tokenizer, with_tools=False))
+        for line in self._remarks():
+            log(f"tokenizer: llama.cpp {line}")
+
+    def _remarks(self) -> Iterator[str]:
+        """What llama.cpp does otherwise in corners of a text."""
         if {"type": "NFC"} in self._steps("normalizer"):
-            log("tokenizer: llama.cpp does not compose accents (NFC): write them as one character in prompts")
+            yield "does not compose accents (NFC): write them as one character in prompts"
         if self._cut in _CUT_BY_CASE:
-            log("tokenizer: llama.cpp cuts words in capitals that begin with an accent or mark otherwise")
+            yield "cuts words in capitals that begin with an accent or mark otherwise"
+        if any(step.get("prepend_scheme") == "first" for step in self._steps("pre_tokenizer")):
+            yield "puts a space behind every control token, training only before a text that begins with none"
 
     @property
     def stop_texts(self) -> list[str]:
