@@ -36,6 +36,7 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_po
 TOKEN_IDS = [(7 * i) % 90 + 3 for i in range(40)]  # beyond windows of 8, original contexts of 16
 _OF_BYTES = {"trim_offsets": True, "use_regex": True}
 _GEMMA_SIZES = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+_CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}  # that bite in a tiny model
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases, tied": (
@@ -53,7 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", _GEMMA_SIZES | {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", _GEMMA_SIZES | {"tie_word_embeddings": True} | _CAPS),
     "gemma3": ("gemma3_text", _GEMMA_SIZES | {"num_hidden_layers": 7, "tie_word_embeddings": True}),
 }
 
@@ -245,6 +246,7 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path) -> Non
         ("cohere", {}, "the family cohere"),
         ("gemma2", _GEMMA_SIZES | {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
         ("gemma2", _GEMMA_SIZES | {"layer_types": ["full_attention"] * 3}, "order of layers"),
+        ("gemma2", _GEMMA_SIZES | {"final_logit_softcapping": None}, "caps on these logits"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
         ("qwen2", {"rope_parameters": _YARN | {"attention_factor": 3.0}}, "attention_factor"),
         ("qwen3", {"attention_bias": True}, r"_proj\.bias"),

@@ -55,6 +55,7 @@ _FAMILIES = {
     "gemma2": _Family(MODEL_ARCH.GEMMA2, adds_one=True, full_every=2, activation="gelu_pytorch_tanh"),
     "gemma3_text": _Family(MODEL_ARCH.GEMMA3, adds_one=True, full_every=6, activation="gelu_pytorch_tanh"),
 }
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 """There llama.cpp scales attention by the hidden size per head, elsewhere by the head's own size."""
 
@@ -199,6 +200,9 @@ class Architecture:
                 in_head = config.hidden_size // config.num_attention_heads
             if config.query_pre_attn_scalar != in_head:
                 raise self._refusal(f"query_pre_attn_scalar {config.query_pre_attn_scalar}")
+        caps = [key for key in _CAPS if getattr(config, key, None) is not None]
+        if caps != (list(_CAPS) if config.model_type == "gemma2" else []):
+            raise self._refusal(f"{config.model_type} with caps on these logits alone: {caps}")
         if getattr(config, "use_bidirectional_attention", False):
             raise self._refusal("bidirectional attention")
         with_rope = [int(i % 4 != 0) for i in layers]
