@@ -1,4 +1,4 @@
-"""The memory of a merge."""
+"""The memory of a merge, and of a merge into a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,22 +18,38 @@ import sys
 from pathlib import Path
 import torch
 from qlora_train.device.process_peak import process_peak_bytes
-from qlora_train.export.merge import merge
+from gguf import GGUFWriter
+from qlora_train.adapter.adapter_files import load_adapter
+from qlora_train.export.gguf.architecture import Architecture
+from qlora_train.export.gguf.write import GgufReader, compare_with_merged, list_tensors, write_gguf
+from qlora_train.export.merge import MergedWeights, merge
+from qlora_train.weights.base_checkpoint import BaseCheckpoint
 from qlora_train.model.base import MetaModel, read_config
 from qlora_train.quant.formats import Quantization
 base, adapter, out = map(Path, sys.argv[1:4])
 MetaModel(read_config(base), torch.float16)  # imports the family's module
 before = process_peak_bytes()
 quantization = Quantization("nf4", True) if sys.argv[4] == "quantized" else None
-merge(base, adapter, out, quantization=quantization, dtype=torch.float16)
+if sys.argv[4] == "gguf":
+    config = read_config(base)
+    with BaseCheckpoint(base, MetaModel(config, torch.float32)) as checkpoint:
+        weights = MergedWeights(checkpoint, None, None, load_adapter(adapter))
+        tensors = list_tensors(weights, Architecture(base, config), "q8_0")
+        write_gguf(out, GGUFWriter(None, "llama"), tensors, weights, None)
+        compare_with_merged(GgufReader(base, out, tensors), tensors, weights)
+else:
+    merge(base, adapter, out, quantization=quantization, dtype=torch.float16)
 print((process_peak_bytes() - before) / 2**20)
 """
 
 
-@pytest.mark.parametrize("mode,bound_mib", [("original", 16 * 5 + 40), ("quantized", 16 * 5 + 40 + 64 + 32)])
+@pytest.mark.parametrize(
+    "mode,bound_mib",
+    [("original", 16 * 5 + 40), ("quantized", 16 * 5 + 40 + 64 + 32), ("gguf", 16 * 5 + 40 + 3 * 16)],
+)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, mode: str, bound_mib: int) -> None:
     """200 MB of weights, 64 MB in one: the bound is rows in fp16, fp32 and cast, plus scratch and a quantized
-    weight."""
+    weight, or for GGUF a q projection in fp32 before, while and after its rows change places."""
     config = LlamaConfig(
         vocab_size=16384,
         hidden_size=2048,
