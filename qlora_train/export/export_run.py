@@ -172,9 +172,7 @@ def _gguf_export(
     log: Callable[[str], None],
 ) -> GgufExport:
     if find_spec("gguf") is None:
-        raise ExportError(
-            "--to gguf needs the gguf package: pip install 'qlora-train[gguf]' (or pip install gguf)."
-        )
+        raise ExportError("--to gguf needs the gguf package: pip install 'gguf>=0.18'.")
     from qlora_train.export.gguf.export_gguf import GgufExport
 
     return GgufExport(recipe, folder, tokenizer, end_ids, quant, log)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.errors import ExportError
-from qlora_train.export import QUANTS, export
+from qlora_train.export import QUANTS, export, export_run
 from qlora_train.export.gguf import export_gguf, write
 from qlora_train.export.gguf.ollama import TurnTexts
 
@@ -325,3 +325,6 @@ def test_arguments_that_do_not_fit_are_errors(tmp_path: Path, monkeypatch: pytes
     export(run, to="gguf", receipt=None)
     with pytest.raises(ExportError, match="not an empty folder"):
         export(run, to="gguf", receipt=None)
+    monkeypatch.setattr(export_run, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match="pip install 'gguf"):
+        export(run, to="gguf", quant="q8_0", receipt=None)

@@ -305,6 +305,8 @@ def test_export_of_a_run(tmp_path: Path) -> None:
     assert line.startswith("no receipt: the data of the run cannot be read (") and "rows.jsonl" in line
     marked = json.loads((run / "merged" / "config.json").read_text())["qlora_train"]
     assert marked == {"merged_onto": "dequantized", "quantization": "fp4"}
+    card = (run / "merged" / "README.md").read_text()  # the base has none
+    assert "in fp4 and merged onto its dequantized weights" in card and str(tmp_path) not in card
     merge(
         tmp_path / "base",
         run / "adapter",
