@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import qlora_train
-from qlora_train import cli
+from qlora_train import cli, cli_recipes
 from qlora_train.errors import DataError, TrainingFailure
 from qlora_train.generate.sampling import Sampling
 from qlora_train.plan import request
@@ -29,6 +30,8 @@ COMMANDS = (
     "generate",
     "export",
     "recipes",
+    "init",
+    "doctor",
 )
 RECIPE = "model: {base: b}\ndata: {train: t}\n"
 
@@ -80,23 +83,59 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(COMMANDS) <= listed
 
 
+HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "datasets", "accelerate", "pyarrow"}
+
+
+def run_light(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which must have imported nothing heavy when it ends."""
+    script = (
+        "import sys\nfrom qlora_train.cli import main\ncode = 0\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)\nsys.exit(code)\n"
+    )
+    command = [sys.executable, "-c", script, *argv]
+    environment = os.environ | {"PYTHONPATH": str(_root())}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd or _root(), env=environment)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    return done
+
+
 @pytest.mark.parametrize(
-    "argv",
-    [
-        ["--help"],
-        ["recipes"],
-        ["recipes", "show", "gsm8k"],
-    ],
+    "argv", [["--help"], ["recipes"], ["recipes", "show", "gsm8k"], ["doctor", "--help"]]
 )
 def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
-    script = (
-        "import sys\nfrom qlora_train.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'bitsandbytes', 'numpy', 'datasets', 'accelerate'}\n"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, cwd=_root())
-    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    assert run_light(*argv).returncode == 0
+
+
+def test_bitsandbytes_says_nothing_about_a_kernel_that_is_not_used() -> None:
+    name = "bitsandbytes.backends.cpu.ops"
+    found = importlib.util.find_spec("bitsandbytes")
+    assert found is not None and found.submodule_search_locations is not None
+    module = Path(found.submodule_search_locations[0]).joinpath(*name.split(".")[1:]).with_suffix(".py")
+    assert module.read_text(encoding="utf-8").count("logger.warning") == 1, "another line would be lost"
+    script = f"import qlora_train, logging\nlogging.getLogger({name!r}).warning('about kernels')\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=_root())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "message"),
+    [
+        ("train", "model.base=./nosuch", "model.base: there is no folder ./nosuch"),
+        ("preview", "model.base=/no/such", "model.base: there is no folder /no/such"),
+        ("plan", "model.base=/no/such", "model.base: there is no folder /no/such"),
+        ("train", "data.train=nosuch.jsonl", "The data file nosuch.jsonl does not exist"),
+        ("preview", "data.train=[{path: a/b/c}]", "The data file a/b/c does not exist"),
+        ("train", "data.eval=[nosuch.csv.gz]", "The data file nosuch.csv.gz does not exist"),
+        ("train", "lora.init_from=nosuch", "lora.init_from: there is no folder nosuch"),
+    ],
+)
+def test_a_wrong_path_is_refused_before_anything_heavy_is_imported(
+    command: str, change: str, message: str, tmp_path: Path
+) -> None:
+    done = run_light(command, "quickstart", change, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["export", "runs/x", "--to", "gguf"]])
@@ -307,7 +346,7 @@ def test_wrong_usage_ends_with_2(argv: list[str], capsys: pytest.CaptureFixture[
 
 def test_recipes_lists_shows_and_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == list(bundled_recipes())
     assert any(line.startswith("gsm8k ") and "Grade-school maths" in line for line in lines)
 
@@ -337,7 +376,7 @@ def test_a_recipe_with_its_own_data_is_copied_as_a_folder(
     (source / "__pycache__").mkdir(parents=True)
     (source / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     (source / "rows.jsonl").write_text("{}\n", encoding="utf-8")
-    monkeypatch.setattr(cli, "bundled_recipes", lambda: {"own": source / "recipe.yaml"})
+    monkeypatch.setattr(cli_recipes, "bundled_recipes", lambda: {"own": source / "recipe.yaml"})
     monkeypatch.chdir(tmp_path)
     assert cli.main(["recipes", "copy", "own"]) == 0
     assert capsys.readouterr().out == "own\n"
