@@ -29,8 +29,13 @@ from qlora_train.recipe_paths import require_paths
 
 SEQUENCE_LENGTHS = (2048, 1024, 512, 256)
 LARGE_MODEL = 30e9
-_QLORA = "QLoRA (Dettmers et al. 2023, arXiv:2305.14314)"
-_REGRET = "LoRA Without Regret (Schulman et al. 2025, thinkingmachines.ai/blog/lora)"
+SOURCES = (
+    "sources of the comments:",
+    "  QLoRA: Dettmers et al. 2023, arXiv:2305.14314",
+    "  LoRA Without Regret: Schulman et al. 2025, thinkingmachines.ai/blog/lora",
+    "  LoRA Learns Less and Forgets Less: Biderman et al. 2024, arXiv:2405.09673",
+    "  rsLoRA: Kalajdzievski 2023, arXiv:2312.03732",
+)
 
 Values = dict[str, str]
 """`section.key` -> value as YAML text, in the order of the file."""
@@ -45,8 +50,8 @@ class Goal:
     reason: str
 
 
-_FEW = f"{_QLORA}, appendix A: with LoRA on all linears the rank made no difference"
-_MANY = "new knowledge takes more rank than new manners: LoRA Learns Less and Forgets Less (arXiv:2405.09673)"
+_FEW = "with LoRA on all linears it makes no difference to the result (QLoRA, appendix A)"
+_MANY = "new knowledge takes more rank than new manners (LoRA Learns Less and Forgets Less)"
 GOALS = {
     "chat": Goal(frozenset({"messages", "sharegpt"}), 16, _FEW),
     "instruct": Goal(frozenset({"alpaca", "prompt_completion"}), 16, _FEW),
@@ -74,17 +79,8 @@ def init_command(
     if file.exists():
         raise UserError(f"{file} is already there; name another file with --out")
     changes = dict(map(_change, overrides))
-    values = _values(base, data, name) | changes
-    if "training.max_steps" in changes:
-        del values["training.epochs"]
-    recipe = _recipe(values)
-    require_paths(recipe)
-    goal = _goal(recipe, goal)
-    values |= _values_for(goal, recipe.model.base) | changes
-    lengths = _lengths(recipe.model.base)
-    if "data.sequence_length" in changes:
-        lengths = [recipe.data.sequence_length]
-    request, plan = _longest_that_fits(values, lengths, card, ram_bytes)
+    values, goal = _before_planning(base, data, name, changes, goal)
+    request, plan = _longest_that_fits(values, changes, card, ram_bytes)
     values["data.sequence_length"] = str(request.recipe.data.sequence_length)
     if plan["num_parameters"] >= LARGE_MODEL:
         values |= {"training.learning_rate": "1.0e-4"} | changes
@@ -93,19 +89,40 @@ def init_command(
         *summary_lines(plan, request.recipe.training.max_steps),
     ]
     commands = ["next:", *(f"  qlora-train {command} {file}" for command in ("preview", "plan", "train"))]
-    head = [f"{base} on {data}, for {goal}", "", *verdict, "", *commands]
+    head = [f"{base} on {data}, for {goal}", "", *verdict, "", *commands, "", *SOURCES]
     with open(file, "x", encoding="utf-8") as written:
         written.writelines(f"# {line}".rstrip() + "\n" for line in head)
         written.write("\n" + _text(values, _comments(goal)))
     print("\n".join([str(file), *verdict, *commands]))
 
 
+def _before_planning(
+    base: str, data: str, name: str, changes: Values, said_goal: str | None
+) -> tuple[Values, str]:
+    """(the recipe with the longest sequences, its goal). name: of the run. Raises `UserError` for what is
+    wrong or not there."""
+    values = _values(base, data, name) | changes
+    if "training.max_steps" in changes:
+        del values["training.epochs"]
+    recipe = _recipe(values)
+    require_paths(recipe)
+    formats = _formats(recipe)
+    goal = _goal(formats, said_goal)
+    rank = GOALS[goal].rank
+    values |= {"lora.rank": str(rank), "lora.alpha": str(2 * rank)}
+    if (formats or GOALS[goal].formats) & CHAT_FORMATS and _lacks_chat_template(recipe.model.base):
+        values["model.chat_template"] = "plain"
+    return values | changes, goal
+
+
 def _longest_that_fits(
-    values: Values, lengths: Sequence[int], card: str | None, ram_bytes: int | None
+    values: Values, changes: Values, card: str | None, ram_bytes: int | None
 ) -> tuple[PlanRequest, Mapping[str, Any]]:
-    """The request with the first of these sequence lengths whose plan fits, and the plan. Raises `UserError`
-    where none does."""
-    for length in lengths:
+    """The request with the longest sequences whose plan fits, and the plan; a length in `changes` is the only
+    one. Raises `UserError` where none fits."""
+    recipe = _recipe(values)
+    given = "data.sequence_length" in changes
+    for length in [recipe.data.sequence_length] if given else _lengths(recipe.model.base):
         recipe = _recipe(values | {"data.sequence_length": str(length)})
         request = request_of(recipe, card, ram_bytes)
         plan = values_of(request)
@@ -139,30 +156,21 @@ def _values(base: str, data: str, name: str) -> Values:
     }
 
 
-def _values_for(goal: str, base: str) -> Values:
-    """What the goal decides. base: a folder or hub id."""
-    rank, formats = GOALS[goal].rank, GOALS[goal].formats
-    values = {"lora.rank": str(rank), "lora.alpha": str(2 * rank)}
-    if formats & CHAT_FORMATS and _lacks_chat_template(base):
-        values["model.chat_template"] = "plain"
-    return values
-
-
 def _comments(goal: str) -> dict[str, str]:
     """Lines above keys, with the source of what is claimed."""
     return {
         "model.chat_template": "the base has none of its own: chatml, plain, instruction or a Jinja file",
-        "model.quantization": f"{_QLORA}, section 4: fine-tuned, as good as 16 bits",
+        "model.quantization": "fine-tuned, as good as 16 bits (QLoRA, section 4)",
         "lora.rank": GOALS[goal].reason,
-        "lora.alpha": "for ranks beyond 64 use_rslora: true keeps the scale of updates (arXiv:2312.03732)",
-        "lora.target_modules": f"{_QLORA}, figure 2: as good as full fine-tuning with all linears only.\n"
-        f"{_REGRET}: MLPs matter most, attention alone falls behind",
+        "lora.alpha": "beyond rank 64, use_rslora: true keeps updates from shrinking (rsLoRA)",
+        "lora.target_modules": "all of them are needed to match full fine-tuning (QLoRA, figure 2);\n"
+        "MLPs matter most, attention alone falls behind (LoRA Without Regret)",
         "data.eval": "a share of the rows, held out by content",
         "data.sequence_length": "tokens; longer rows are cut (data.too_long: cut, drop or split)",
         "training.epochs": "fewer where the evaluation's loss rises again",
-        "training.batch_size": f"{_REGRET}: large batches cost LoRA more than full fine-tuning",
-        "training.learning_rate": f"{_QLORA}, table 9: 2e-4 up to 13B parameters, 1e-4 from 33B on.\n"
-        f"{_REGRET}: about 10 times that of full fine-tuning, at any rank",
+        "training.batch_size": "large batches cost LoRA more than full fine-tuning (LoRA Without Regret)",
+        "training.learning_rate": "2e-4 up to 13B parameters, 1e-4 from 33B on (QLoRA, appendix B);\n"
+        "about 10 times that of full fine-tuning, at any rank (LoRA Without Regret)",
     }
 
 
@@ -201,16 +209,22 @@ def _lengths(base: str) -> list[int]:
     return [length for length in SEQUENCE_LENGTHS if length <= positions] or [positions]
 
 
-def _goal(recipe: Recipe, said: str | None) -> str:
-    """The goal that is said, or else that of the data. Raises `UserError` where these differ, and for data of
-    no format."""
-    if not all(Path(source.path).exists() for source in recipe.data.train):
-        return said or "instruct"  # on the hub: nothing is downloaded here
-    formats = open_data(recipe.data).formats
+def _goal(formats: frozenset[str], said: str | None) -> str:
+    """The goal that is said, or else that of the data. formats: of the data; empty: unknown. Raises
+    `UserError` where these differ."""
+    if not formats:
+        return said or "instruct"
     found = next((name for name, goal in GOALS.items() if formats <= goal.formats), "instruct")
     if said not in (None, found):
         raise UserError(f"--goal {said}: the data are {' and '.join(sorted(formats))}; say --goal {found}")
     return found
+
+
+def _formats(recipe: Recipe) -> frozenset[str]:
+    """The formats of the data; none if they are on the hub, from which nothing is downloaded here. Raises
+    `DataError` for data of no format."""
+    is_here = all(Path(source.path).exists() for source in recipe.data.train)
+    return open_data(recipe.data).formats if is_here else frozenset()
 
 
 def _lacks_chat_template(base: str) -> bool:
