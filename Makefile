@@ -2,6 +2,7 @@
 # make lowest: what touches the libraries most, with the oldest versions of them that pyproject.toml allows
 # make mutants: takes each wait for a copy out of the product in turn; the simulated GPU must find it
 # make bench: speed and memory beside other trainers; make bench ARGS="--list" names the cases
+# make table: plans popular bases on common cards anew, for README.md and `qlora-train recipes`; some minutes
 # make gpu-suite: everything that needs a GPU, in stages; see tests/benchmarks/gpu_suite/command.py
 # make offline-wheels: what a GPU machine without a network may lack, into build/wheels, to be taken there
 # Another interpreter: make PYTHON=python3.12 demo
@@ -27,7 +28,7 @@ SUITE := -m benchmarks.gpu_suite --out $(OUT) $(if $(ONLY),--only $(ONLY)) \
   $(if $(AGAIN),--again) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER)) $(if $(DRY),--dry)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lowest mutants lint clean bench gpu-suite offline-wheels
+.PHONY: demo test lowest mutants lint clean bench table gpu-suite offline-wheels
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/quickstart/demo.py
@@ -43,6 +44,9 @@ mutants: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ARGS)
+
+table: $(VENV)/.installed-dev
+	$(BIN)/python .ci/card_table.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -17,12 +17,17 @@ to the functions afterwards.
 
 from __future__ import annotations
 
+import logging
+
 from qlora_train.export import export
 from qlora_train.generate import evaluate, generate
 from qlora_train.plan import plan
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.rows_file import save_rows
 from qlora_train.train import train
+
+# Its one line says at import, on a CPU with bfloat16, that a kernel is missing which nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = [

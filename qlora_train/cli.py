@@ -1,5 +1,5 @@
-"""The commands: `qlora-train train | plan | preview | generate | chat | eval | export | report | recipes |
-cache`.
+"""The commands: `qlora-train init | train | plan | doctor | preview | generate | chat | eval | export |
+report | recipes | cache`.
 
 A command parses its arguments, imports what it needs inside its own function (so `--help` and `recipes` do
 not import torch) and calls one function of a lower layer. User errors and failures of a run arrive here as a
@@ -16,7 +16,6 @@ import argparse
 import io
 import logging
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train import __version__
-from qlora_train.boundary import os_error
+from qlora_train.boundary import os_error, reason_of
 from qlora_train.cli_generate import CHECKPOINT_HELP, add_chat, add_eval, add_generate
+from qlora_train.cli_recipes import add_init, add_recipes
 from qlora_train.cli_types import count, count_or_none, size
 from qlora_train.device.system import require_unix
-from qlora_train.errors import Interrupted, QloraTrainError, RecipeError, UserError
+from qlora_train.errors import Interrupted, QloraTrainError, RecipeError
 from qlora_train.export import BASES, LOADERS, QUANTS
 from qlora_train.interrupts import RaisesInterrupted
-from qlora_train.recipe import bundled_recipes, load_recipe
-from qlora_train.recipe_yaml import nearest
+from qlora_train.recipe import load_recipe
 from qlora_train.terminal_text import printable
 
 NEED_UNIX = {"train", "generate", "chat", "eval", "export", "cache"}
@@ -100,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(parser=sub, **defaults)
         return sub
 
+    add_init(command)
+
     train = command("train", "train LoRA parameters as a recipe says", run=_train)
     _add_recipe(train)
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
@@ -113,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--disk", type=size, metavar="SIZE", help="free on another machine's disk")
     plan.add_argument("--details", action="store_true", help="a table of bytes by phase, place and cause")
     plan.add_argument("--json", action="store_true", help="for programs: what a run writes as plan.json")
+
+    command("doctor", "check this machine for training, and say what to change", run=_doctor)
 
     preview = command("preview", "print the tokens the model will see, supervised ones marked", run=_preview)
     _add_recipe(preview)
@@ -167,15 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         "--base", action="store_true", help="read the base, too: how far its directions are amplified"
     )
 
-    recipes = command("recipes", "list, show or copy the bundled recipes", run=_list_recipes)
-    actions = recipes.add_subparsers(metavar="show | copy")
-    show = actions.add_parser("show", help="print a recipe")
-    show.add_argument("name", metavar="NAME")
-    show.set_defaults(run=_show_recipe)
-    copy = actions.add_parser("copy", help="copy a recipe, and the data that comes with it")
-    copy.add_argument("name", metavar="NAME")
-    copy.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("."))
-    copy.set_defaults(run=_copy_recipe)
+    add_recipes(command)
 
     cache = command("cache", "list the quantized bases that are kept on disk, or make room", run=_list_cache)
     cache_actions = cache.add_subparsers(metavar="list | clear")
@@ -221,8 +216,22 @@ def _plan(args: argparse.Namespace) -> None:
     )
 
 
+def _doctor(args: argparse.Namespace) -> None:
+    try:
+        from qlora_train.doctor.command import doctor_command
+    except (ImportError, OSError) as error:  # a shared library that torch lacks, a version that does not fit
+        raise QloraTrainError(
+            f"libraries cannot be imported ({reason_of(error)}); install them again"
+        ) from error
+
+    doctor_command(Path("runs"))
+
+
 def _preview(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
+    from qlora_train.recipe_paths import require_paths
+
+    require_paths(recipe)
     from qlora_train.data.preview import preview
     from qlora_train.plan.base_config import find_config
     from qlora_train.plan.words import positions_line
@@ -263,37 +272,6 @@ def _report(args: argparse.Namespace) -> None:
     report_command(args.runs, out=args.out, with_base=args.base)
 
 
-def _list_recipes(args: argparse.Namespace) -> None:
-    recipes = bundled_recipes()
-    width = max(map(len, recipes), default=0)
-    for name, file in recipes.items():
-        first_line = file.read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{name:<{width}}  {first_line.lstrip('# ')}")
-
-
-def _show_recipe(args: argparse.Namespace) -> None:
-    print(_bundled(args.name).read_text(encoding="utf-8"), end="")
-
-
-def _copy_recipe(args: argparse.Namespace) -> None:
-    file = _bundled(args.name)
-    source = file.parent if file.name == "recipe.yaml" else file
-    target = args.folder / source.name
-    if target.exists():
-        raise UserError(
-            f"{target} is already there; name another folder: qlora-train recipes copy {args.name} DIR"
-        )
-    try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-    except (NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"{args.folder}: a file is in the way ({error}); name another folder") from error
-    if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-    else:
-        shutil.copyfile(source, target)
-    print(target)
-
-
 def _list_cache(args: argparse.Namespace) -> None:
     from qlora_train.weights.cache_command import list_cache
     from qlora_train.weights.cache_key import cache_root
@@ -312,14 +290,6 @@ def _clear_cache(args: argparse.Namespace) -> None:
     for entry in kept:
         print(f"{entry.folder.name}: in use, kept")
     print(f"removed {len(removed)}: {sum(entry.num_bytes for entry in removed) / 1e9:.2f} GB")
-
-
-def _bundled(name: str) -> Path:
-    recipes = bundled_recipes()
-    if name not in recipes:
-        known = ", ".join(recipes)
-        raise UserError(f"{name}: no such bundled recipe; there are {known}{nearest(name, recipes)}")
-    return recipes[name]
 
 
 def _fail(error: QloraTrainError | Interrupted) -> int:

@@ -42,6 +42,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from qlora_train.errors import RecipeError
+from qlora_train.other_trainers import recipe_key
 from qlora_train.recipe_checks import (
     FOUR_BIT,
     MOST_BINS,
@@ -380,8 +381,7 @@ def _problem(details: Any) -> tuple[KeyPath, str]:
     path: KeyPath = tuple(part for part in details["loc"] if not str(part).startswith("<"))
     if kind == "extra_forbidden":
         return path, "unknown key" + _nearest_key(path)
-    choices = context.get("expected", "").replace("'", "")
-    context["expected"] = choices
+    choices = context["expected"] = context.get("expected", "").replace("'", "")
     message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else details["msg"]
     if kind not in ("missing", "value_error"):
         message += f", got {show(value)}"
@@ -391,10 +391,10 @@ def _problem(details: Any) -> tuple[KeyPath, str]:
 
 
 def _nearest_key(path: KeyPath) -> str:
-    """`; did you mean ...?` with the nearest key of the same section, else of any section."""
+    """The key of another trainer's setting, else the nearest of the section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
     beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), DataSource.model_fields)
     elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}
     name = str(path[-1])
-    return nearest(name, beside) or nearest(name, elsewhere, elsewhere)
+    return recipe_key(name) or nearest(name, beside) or nearest(name, elsewhere, elsewhere)

@@ -9,6 +9,7 @@ import pytest
 import qlora_train.recipe as recipe_module
 from qlora_train import Recipe, load_recipe
 from qlora_train.errors import RecipeError
+from qlora_train.other_trainers import RECIPE_KEYS
 from qlora_train.recipe import DataSource
 
 
@@ -71,7 +72,7 @@ def test_problems_of_overrides_name_the_override(tmp_path: Path) -> None:
     )
     text = TEXT + "lora: {rank: 8}\n"
     assert problems_of(text, tmp_path, overrides) == [
-        "override lora.r=3: unknown key; did you mean rank?",
+        "override lora.r=3: unknown key; here it is lora.rank",
         "override training: is not section.key=value, such as training.epochs=2",
         "override lora=3: is not section.key=value, such as training.epochs=2",
         "override training.seed=[: the value is not valid YAML: expected the node content, but found "
@@ -144,3 +145,32 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert recipe.data.eval == (DataSource(path="org/e"),)
     assert recipe.training.output_dir == "a"
     assert loaded(text, beside).model.base == str(beside / "a")
+
+
+def test_settings_of_other_trainers_are_answered_with_ours_at_any_level(tmp_path: Path) -> None:
+    text = (
+        "model:\n  base: b\n  load_in_4bit: true\ndata:\n  train: t\n  max_seq_length: 512\n"
+        "num_train_epochs: 3\nlora: {lora_target_linear: true}\ntraining:\n  bf16: true\n"
+    )
+    assert problems_of(text, tmp_path, ("training.per_device_train_batch_size=4",)) == [
+        "recipe.yaml:3: model.load_in_4bit: unknown key; here it is model.quantization: nf4",
+        "recipe.yaml:6: data.max_seq_length: unknown key; here it is data.sequence_length",
+        "recipe.yaml:7: num_train_epochs: unknown key; here it is training.epochs",
+        "recipe.yaml:8: lora.lora_target_linear: unknown key; here it is lora.target_modules: all-linear",
+        "recipe.yaml:10: training.bf16: unknown key; here it is model.compute_dtype: bfloat16",
+        "override training.per_device_train_batch_size=4: unknown key; here it is training.micro_batch_size",
+    ]
+
+
+def test_what_is_answered_for_other_trainers_is_a_key_and_a_value_of_the_schema() -> None:
+    assert len(RECIPE_KEYS) > 100
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    ours = {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
+    assert {answer.partition(":")[0] for answer in RECIPE_KEYS.values()} <= ours
+    names = {key.partition(".")[2] for key in ours} | set(sections)
+    assert not names & set(RECIPE_KEYS), "a key of ours is no other trainer's"
+    for answer in {answer for answer in RECIPE_KEYS.values() if ":" in answer}:
+        section, _, rest = answer.partition(".")
+        key, _, value = rest.partition(": ")
+        needed = {"model": {"base": "b"}, "data": {"train": "t"}}
+        Recipe.from_dict(needed | {section: needed.get(section, {}) | {key: value}})

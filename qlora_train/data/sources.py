@@ -65,6 +65,13 @@ def load_source(source: DataSource) -> list[ExampleTable]:
     return tables
 
 
+def require_source(source: DataSource) -> None:
+    """Raise DataError for a source that is no file or folder and cannot be a data set on the hub."""
+    path = Path(source.path).expanduser()
+    if not path.exists() and (data_suffix(path) in _READERS or not _HUB_ID.fullmatch(source.path)):
+        raise DataError(f"The data file {source.path} does not exist (looked in {Path.cwd()}).")
+
+
 def _tables_of(source: DataSource) -> list[ExampleTable]:
     path = Path(source.path).expanduser()
     if path.is_dir():
@@ -75,9 +82,7 @@ def _tables_of(source: DataSource) -> list[ExampleTable]:
                 f"{path} is one file and has no split {source.split!r}: remove `split` from the source."
             )
         return [_load_file(path)]
-    looks_local = data_suffix(path) in _READERS or not _HUB_ID.fullmatch(source.path)
-    if looks_local:
-        raise DataError(f"The data file {source.path} does not exist (looked in {Path.cwd()}).")
+    require_source(source)
     return [_load_hub(source.path, source.split or "train")]
 
 

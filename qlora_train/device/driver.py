@@ -58,6 +58,14 @@ def num_cards() -> int:
     return count.value
 
 
+def cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA that NVIDIA's driver supports; None without one."""
+    driver, number = _driver(), ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
 def attribute(index: int, number: int) -> int | None:
     """Value of the CUdevice_attribute `number` of the card with CUDA index `index`; None if unknown."""
     driver, value = _driver(), ctypes.c_int()

@@ -26,8 +26,7 @@ def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
                 "the revision"
             )
         return folder, None
-    if not is_hub_id(base):
-        raise BaseModelError(f"model.base: there is no folder {base}")
+    require_folder_or_id(base)
 
     from huggingface_hub import snapshot_download
 
@@ -41,6 +40,8 @@ def resolve_base(base: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
-def is_hub_id(base: str) -> bool:
-    """Whether the text can be an id on the hub; else it is a path."""
-    return not (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1)
+def require_folder_or_id(base: str) -> None:
+    """Raise `BaseModelError` for a base that is no folder and cannot be an id on the hub."""
+    is_path = Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1
+    if is_path and not Path(base).is_dir():
+        raise BaseModelError(f"model.base: there is no folder {base}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.errors import BaseModelError
-from qlora_train.files.hub import is_hub_id
+from qlora_train.files.hub import require_folder_or_id
 from qlora_train.model.base_folder import read_plain_config
 from qlora_train.plan.known_models import KNOWN
 
@@ -41,8 +41,7 @@ def fetch_config(base: str, revision: str | None) -> Path:
     there is no such model, or no network."""
     from huggingface_hub import hf_hub_download
 
-    if not is_hub_id(base):
-        raise BaseModelError(f"model.base: there is no folder {base}")
+    require_folder_or_id(base)
     try:
         return Path(hf_hub_download(base, "config.json", revision=revision)).parent
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
@@ -58,5 +57,5 @@ def known_name(base: str) -> str:
     """The key in `KNOWN` of a hub id: small letters, without organisation and marks such as "-instruct"."""
     name = base.rpartition("/")[2].lower()
     name = re.sub(r"^meta-", "", name)
-    name = re.sub(r"-(instruct|chat|base|hf|it|unsloth|bnb|4bit|coder|math|\d{4})(?=-|$)", "", name)
+    name = re.sub(r"-(instruct|chat|base|hf|it|pt|unsloth|bnb|4bit|coder|math|\d{4})(?=-|$)", "", name)
     return re.sub(r"^(tinyllama-1\.1b)-.*", r"\1", name)

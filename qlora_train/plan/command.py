@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora_train.files.hub import require_folder_or_id
 from qlora_train.plan.plan_cache import cached_plan
 from qlora_train.plan.report import print_plan
 from qlora_train.plan.request import PlanRequest, request_of
@@ -26,7 +27,7 @@ def plan_command(
     """Print the plan of a recipe. card, ram_bytes, disk_bytes: see `request_of`. Raises `UserError` where it
     does not fit."""
     request = request_of(recipe, card, ram_bytes, disk_bytes)
-    plan = _values(request)
+    plan = values_of(request)
     if as_json:
         print(json.dumps(plan, indent=1))
     else:
@@ -40,10 +41,12 @@ def plan_values(
 ) -> dict[str, Any]:
     """The plan of a recipe as plain values; arguments and errors as of `plan_command`, but a plan that does
     not fit is no error."""
-    return _values(request_of(recipe, card, ram_bytes, disk_bytes))
+    return values_of(request_of(recipe, card, ram_bytes, disk_bytes))
 
 
-def _values(request: PlanRequest) -> dict[str, Any]:
+def values_of(request: PlanRequest) -> dict[str, Any]:
+    """The plan of a request as plain values, whether it fits or not."""
+    require_folder_or_id(request.recipe.model.base)
     plan, num_steps = cached_plan(request, _made_plan), request.recipe.training.max_steps
     seconds = None if num_steps is None else num_steps * plan["step_seconds"]
     return {**plan, "assumed": request.assumed, "seconds_to_the_end": seconds}

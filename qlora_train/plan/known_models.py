@@ -35,6 +35,7 @@ def _known(
 
 
 _LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
+_GEMMA_3: Any = {"tied": True, "head_dim": 256}
 _LLAMA_70B = (8192, 28672, 80, 64, 8, 128256)
 KNOWN: dict[str, dict[str, Any]] = {
     "llama-2-7b": _known("llama", 4096, 11008, 32, 32, 32, 32000, 4096),
@@ -51,6 +52,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "mistral-7b-v0.1": _known("mistral", 4096, 14336, 32, 32, 8, 32000, 32768, window=4096),
     "mistral-7b-v0.2": _known("mistral", 4096, 14336, 32, 32, 8, 32000, 32768),
     "mistral-7b-v0.3": _known("mistral", 4096, 14336, 32, 32, 8, 32768, 32768),
+    "mistral-nemo": _known("mistral", 5120, 14336, 40, 32, 8, 131072, 131072, head_dim=128),
+    "mistral-small-24b": _known("mistral", 5120, 32768, 40, 32, 8, 131072, 32768, head_dim=128),
     "qwen2.5-0.5b": _known("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, tied=True),
     "qwen2.5-1.5b": _known("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072, tied=True),
     "qwen2.5-3b": _known("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, tied=True),
@@ -93,6 +96,13 @@ KNOWN: dict[str, dict[str, Any]] = {
         num_experts_per_tok=4,
         quantization_config={"quant_method": "mxfp4"},
     ),  # fmt: skip
+    "gemma-3-1b": _known("gemma3_text", 1152, 6912, 26, 4, 1, 262144, 32768, window=512, **_GEMMA_3),
+    "gemma-3-4b": _known("gemma3_text", 2560, 10240, 34, 8, 4, 262208, 131072, window=1024, **_GEMMA_3),
+    "gemma-3-12b": _known("gemma3_text", 3840, 15360, 48, 16, 8, 262208, 131072, window=1024, **_GEMMA_3),
+    "gemma-3-27b": _known(
+        "gemma3_text", 5376, 21504, 62, 32, 16, 262208, 131072, window=1024, tied=True, head_dim=128
+    ),
+    "phi-4": _known("phi3", 5120, 17920, 40, 40, 10, 100352, 16384),
     "mixtral-8x7b-v0.1": _known(
         "mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, num_local_experts=8, num_experts_per_tok=2
     ),
@@ -100,8 +110,10 @@ KNOWN: dict[str, dict[str, Any]] = {
         "olmoe", 2048, 1024, 16, 16, 16, 50304, 4096, num_experts=64, num_experts_per_tok=8
     ),
     "tinyllama-1.1b": _known("llama", 2048, 5632, 22, 32, 4, 32000, 2048),
+    "smollm3-3b": _known("smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, tied=True),
     "smollm2-135m": _known("llama", 576, 1536, 30, 9, 3, 49152, 8192, tied=True),
     "smollm2-360m": _known("llama", 960, 2560, 32, 15, 5, 49152, 8192, tied=True),
     "smollm2-1.7b": _known("llama", 2048, 8192, 24, 32, 32, 49152, 8192, tied=True),
 }
-"""Config by hub name, without organisation and marks of chat variants, in small letters (`known_name`)."""
+"""Config by hub name, without organisation and marks of chat variants, in small letters (`known_name`). Of
+models of text and vision the language model, which is what is trained."""

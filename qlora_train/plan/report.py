@@ -42,8 +42,7 @@ def _lines(plan: Values, request: PlanRequest, num_steps: int | None) -> list[st
     recipe = request.recipe
     largest = max(_PHASES[:4], key=lambda phase: sum(_on_device(plan, phase).values()))
     return [
-        _verdict(plan),
-        _time_line(plan, num_steps),
+        *summary_lines(plan, num_steps),
         f"model: {plan['model_type']}, {_count(plan['num_parameters'])} parameters, "
         f"{len(plan['weights'])} layers, {recipe.model.quantization}",
         plan["lora"],
@@ -59,6 +58,11 @@ def _lines(plan: Values, request: PlanRequest, num_steps: int | None) -> list[st
             else []
         ),
     ]
+
+
+def summary_lines(plan: Values, num_steps: int | None) -> list[str]:
+    """Two lines of text: whether the plan fits, and how long it takes."""
+    return [_verdict(plan), _time_line(plan, num_steps)]
 
 
 def _count(number: int) -> str:

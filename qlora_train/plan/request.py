@@ -110,6 +110,12 @@ def find_card() -> FoundCard | None:
     return None
 
 
+def free_here() -> tuple[int, int]:
+    """(free bytes of this machine's GPU, 0 without one; bytes of RAM that a run may use)."""
+    card = find_card()
+    return card.free_bytes if card else 0, usable_ram(psutil.virtual_memory().available)
+
+
 def _multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16, as device/compute_dtype.py decides it, but without torch."""
     info = Path("/proc/cpuinfo")

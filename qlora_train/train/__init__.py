@@ -43,6 +43,9 @@ def train(
     before anything is written; `TrainingFailure` and `OutOfMemory` when training cannot go on; `Interrupted`
     after SIGINT, SIGTERM or SIGHUP, with the state saved."""
     require_unix("train")
+    from qlora_train.recipe_paths import require_paths
+
+    require_paths(recipe)
     from qlora_train.train.run import run_training
 
     return run_training(recipe, on_step, resume=resume, use_cache=use_cache)

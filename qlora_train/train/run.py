@@ -15,6 +15,7 @@ from qlora_train.adapter.lora_targets import coverage
 from qlora_train.data.building import open_data
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.device.settings import determinism_of_before, require_deterministic_products
+from qlora_train.doctor.command import machine_lines
 from qlora_train.kernels.on_device import find_device
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.plan.machine_plan import device_of_all
@@ -56,6 +57,8 @@ def _train(
     """`run_training`, with the run folder locked."""
     ranks = find_ranks(accelerator.device)
     device = find_device(accelerator.device)
+    for text in machine_lines(device, folder.path):
+        log(text)
     require_deterministic_products(device.torch)
     target = device_of_all(device, ranks)
     recipe, base, dtype = resolve(recipe, target, ranks.number)

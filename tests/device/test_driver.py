@@ -29,6 +29,9 @@ class Library:
         self.is_initialized = True
         return SUCCESS if self.cards else 100  # CUDA_ERROR_NO_DEVICE
 
+    def cuDriverGetVersion(self, version: object) -> int:
+        return self._answer(version, 12080)
+
     def cuDeviceGetCount(self, count: object) -> int:
         return self._answer(count, len(self.cards))
 
@@ -71,13 +74,14 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 @pytest.mark.parametrize("library", [None, Library([])], ids=["no driver", "no card"])
 def test_without_a_card_nothing_is_known(load, library: Library | None) -> None:
     load(library)
-    assert driver.num_cards() == 0 and not driver.has_context()
+    assert driver.num_cards() == 0 and not driver.has_context() and driver.cuda_version() is None
     assert driver.attribute(0, driver.CONCURRENT_MANAGED_ACCESS) is None
     assert not settings.segments_expand()
 
 
 def test_attributes_are_those_of_the_card(load) -> None:
     load(Library([{89: 1, 102: 1, 103: 1}, {102: 0}]))
+    assert driver.cuda_version() == (12, 8)
     assert driver.num_cards() == 2
     assert [driver.attribute(i, driver.CONCURRENT_MANAGED_ACCESS) for i in range(3)] == [1, 0, None]
     assert [driver.attribute(i, driver.VIRTUAL_MEMORY_MANAGEMENT) for i in range(3)] == [1, 0, None]

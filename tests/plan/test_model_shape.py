@@ -53,6 +53,14 @@ def test_sizes_are_those_of_the_skeleton(family: str, tmp_path: Path) -> None:
         ("Qwen/Qwen2.5-72B", 72.706),
         ("Qwen/Qwen3-0.6B-Base", 0.596),
         ("Qwen/Qwen3-32B", 32.762),
+        ("mistralai/Mistral-Nemo-Instruct-2407", 12.248),
+        ("mistralai/Mistral-Small-24B-Instruct-2501", 23.572),
+        ("google/gemma-3-1b-it", 1.000),
+        ("google/gemma-3-4b-pt", 3.880),
+        ("google/gemma-3-12b-it", 11.766),
+        ("google/gemma-3-27b-it", 27.009),
+        ("microsoft/phi-4", 14.660),
+        ("HuggingFaceTB/SmolLM3-3B", 3.075),
         ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1.100),
         ("HuggingFaceTB/SmolLM2-360M-Instruct", 0.362),
     ],
@@ -67,6 +75,7 @@ def test_an_unknown_model_is_none() -> None:
     assert known_shape("meta-llama/Llama-9-8B") is None and find_config("meta-llama/Llama-9-8B") == {}
     assert find_config("unsloth/Llama-3.2-1B-Instruct")["hidden_size"] == 2048
     families = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "mixtral", "olmoe"}
+    families |= {"gemma3_text", "phi3", "smollm3"}
     assert {values["model_type"] for values in KNOWN.values()} == families
 
 
