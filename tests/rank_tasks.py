@@ -1,17 +1,14 @@
 """Several ranks on one machine for tests: processes of their own that meet through a file, and what they do.
 
-`in_ranks(task, ...)` runs `task(ranks, ...)` in each and returns what each returned, in order. The processes
-are forked from one that has imported everything, so that a launch takes no longer than half a second.
+`in_ranks(task, ...)` runs `task(ranks, ...)` in each and returns what each returned, in order. They begin
+with everything imported (warm_processes), so that a launch takes no longer than half a second.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 from tiny_runs import recipe_values
+from warm_processes import warm_context
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
 from qlora_train.device.description import CPU, planned_gpu
@@ -39,23 +37,9 @@ TIMEOUT_SECONDS = 120
 
 def in_ranks(task: Callable[..., Any], meeting_place: Path, *arguments: Any, number: int = 2) -> list[Any]:
     """meeting_place: a file that is not there yet. What a task raises is raised here."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_tasks"])
-    with _search_path_in_environment(), ProcessPoolExecutor(number, context) as pool:
+    with warm_context() as context, ProcessPoolExecutor(number, context) as pool:
         running = [pool.submit(_join, task, meeting_place, i, number, arguments) for i in range(number)]
         return [future.result(TIMEOUT_SECONDS) for future in running]
-
-
-@contextmanager
-def _search_path_in_environment() -> Iterator[None]:
-    """The process that forks is not told where its parent finds modules (Python 3.11)."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    yield
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
 
 
 def _join(task: Callable[..., Any], meeting_place: Path, index: int, number: int, arguments: Any) -> Any:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "qlora_train"
@@ -78,6 +77,7 @@ def unit_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
+@cache
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 
@@ -109,11 +109,11 @@ def test_every_unit_has_a_floor() -> None:
     assert {unit_of(file) for file in MODULES} <= set(FLOORS)
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_no_module_imports_a_higher_floor(file: Path) -> None:
-    floor = FLOORS[unit_of(file)]
-    too_high = {unit for unit in imported_units(file) if FLOORS[unit] > floor}
-    assert not too_high, f"{name_of(file)} (floor {floor}) imports {sorted(too_high)}"
+def test_no_module_imports_a_higher_floor() -> None:
+    for file in MODULES:
+        floor = FLOORS[unit_of(file)]
+        too_high = {unit for unit in imported_units(file) if FLOORS[unit] > floor}
+        assert not too_high, f"{name_of(file)} (floor {floor}) imports {sorted(too_high)}"
 
 
 def test_units_on_one_floor_have_no_cycle() -> None:
@@ -140,15 +140,13 @@ def _standard_library() -> frozenset[str]:
     return frozenset(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=name_of)
-def test_files_are_short(file: Path) -> None:
-    num_lines = len(file.read_text(encoding="utf-8").splitlines())
-    assert num_lines <= MAX_LINES, f"{name_of(file)} has {num_lines} lines"
+def test_files_are_short() -> None:
+    num_lines = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in SOURCES}
+    assert not {name: number for name, number in num_lines.items() if number > MAX_LINES}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_every_module_says_what_it_is(file: Path) -> None:
-    assert ast.get_docstring(parse(file)), f"{name_of(file)} has no docstring"
+def test_every_module_says_what_it_is() -> None:
+    assert not [name_of(file) for file in MODULES if not ast.get_docstring(parse(file))]
 
 
 TEXT_METHODS = {"open", "read_text", "write_text", "reconfigure"}
@@ -170,9 +168,9 @@ def calls_without_encoding(tree: ast.AST) -> list[int]:
     return lines
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_text_is_utf_8_whatever_the_locale(file: Path) -> None:
-    assert not calls_without_encoding(parse(file))
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    lines = {name_of(file): calls_without_encoding(parse(file)) for file in MODULES}
+    assert not {name: found for name, found in lines.items() if found}
 
 
 def test_the_reader_of_encodings_sees_them() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -27,21 +26,6 @@ CHAT_TEMPLATE = (
     "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-# Run as `python -c`: its process gets a signal once metrics.jsonl has the row of a step, wherever training
-# is by then.
-STOPPED_RUN = """
-import os, sys, threading
-from pathlib import Path
-signal_number, metrics, row = int(sys.argv[1]), Path(sys.argv[2]), '{"step": %s, "loss"' % sys.argv[3]
-wake = threading.Event()
-def watch():
-    while not (metrics.is_file() and row in metrics.read_text()):
-        wake.wait(0.001)
-    os.kill(os.getpid(), signal_number)
-threading.Thread(target=watch, daemon=True).start()
-from qlora_train.cli import main
-sys.exit(main(sys.argv[4:]))
-"""
 
 
 @cache
@@ -148,8 +132,3 @@ def child_environment(**changes: str) -> dict[str, str]:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         **changes,
     }
-
-
-def stopped_run_command(signal_number: int, metrics: Path, step: int, *arguments: str) -> list[str]:
-    """`qlora-train *arguments` in a process that gets the signal once `step` has been logged."""
-    return [sys.executable, "-c", STOPPED_RUN, str(int(signal_number)), str(metrics), str(step), *arguments]

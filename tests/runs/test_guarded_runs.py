@@ -264,16 +264,17 @@ def test_what_is_written_is_utf_8_whatever_the_locale(tmp_path: Path, base: Path
     values["data"] |= {"prompt_template": "Résumé 日本 {prompt}\n", "sequence_length": 128}
     recipe = write_recipe(tmp_path / "r.yaml", values)
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
-    for command in (["train", str(recipe)], ["preview", str(recipe)], ["export", "runs"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "qlora_train", *command],
-            env=child_environment(**plain),
-            cwd=tmp_path,
-            capture_output=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        assert command[0] != "preview" or b"R?sum?" in done.stdout
+    commands = [["train", str(recipe)], ["preview", str(recipe)], ["export", "runs"]]
+    code = f"from qlora_train.cli import main\nassert [main(c) for c in {commands!r}] == [0, 0, 0]"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=child_environment(**plain),
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"R?sum?" in done.stdout
     assert "Résumé 日本" in (tmp_path / "runs" / "recipe.yaml").read_text("utf-8")
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import (
     adapter_bytes,
-    child_environment,
     metrics_of,
     recipe_values,
-    stopped_run_command,
     write_recipe,
 )
+from warm_processes import Ended, SignalAfterStep, run_command
 
+from qlora_train.cli import main
 from qlora_train.errors import RunFolderError
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import loop as loop_module
@@ -27,6 +26,7 @@ from qlora_train.train.checkpoint import TrainState, list_checkpoints, save_chec
 from qlora_train.walk.loss_scale import LossScale
 
 Sections = dict[str, dict[str, Any]]
+StraightRun = Callable[[Sections], Path]
 
 # 17 packed bins or 28 rows, 4 a step: the second epoch begins in step 5 or after step 7
 FP16: Sections = {
@@ -57,9 +57,23 @@ def products_in_float32() -> None:
     """Not here (see tests/conftest.py): runs in processes of their own are compared with one in this."""
 
 
-def run_straight(base: Path, train_file: Path, tmp_path: Path, sections: Sections) -> Path:
-    train(Recipe.from_dict(recipe_values(base, train_file, tmp_path / "straight", **sections)))
-    return tmp_path / "straight"
+@pytest.fixture(scope="module")
+def straight_run(base: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> StraightRun:
+    """Makes the finished run of a recipe; each once. Nothing changes it, as two tests say."""
+    made = dict[str, Path]()
+
+    def run(sections: Sections) -> Path:
+        key = json.dumps(sections, sort_keys=True)
+        if key not in made:
+            made[key] = train_straight(base, train_file, tmp_path_factory.mktemp("straight"), sections)
+        return made[key]
+
+    return run
+
+
+def train_straight(base: Path, train_file: Path, folder: Path, sections: Sections) -> Path:
+    train(Recipe.from_dict(recipe_values(base, train_file, folder / "straight", **sections)))
+    return folder / "straight"
 
 
 def write_stopped_recipe(
@@ -71,9 +85,9 @@ def write_stopped_recipe(
     return write_recipe(tmp_path / "recipe.yaml", values), run_dir
 
 
-def stop_at(signal_number: int, step: int, recipe: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
-    command = stopped_run_command(signal_number, run_dir / "metrics.jsonl", step, "train", str(recipe))
-    return subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
+def stop_at(signal_number: int, step: int, recipe: Path, run_dir: Path) -> Ended:
+    stop = SignalAfterStep(signal_number, run_dir / "metrics.jsonl", step)
+    return run_command(["train", str(recipe)], recipe.with_suffix(".log"), stop)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +96,18 @@ def stop_at(signal_number: int, step: int, recipe: Path, run_dir: Path) -> subpr
     ids=["fp16", "reference", "DoRA"],
 )
 def test_killed_in_the_second_epoch(
-    tmp_path: Path, base: Path, train_file: Path, sections: Sections, kill_after: int, resumes_after: int
+    tmp_path: Path,
+    base: Path,
+    train_file: Path,
+    straight_run: StraightRun,
+    sections: Sections,
+    kill_after: int,
+    resumes_after: int,
 ) -> None:
-    straight = run_straight(base, train_file, tmp_path, sections)
+    straight = straight_run(sections)
     recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, sections)
     killed = stop_at(signal.SIGKILL, kill_after, recipe, run_dir)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.code == -signal.SIGKILL, killed.said
     assert not (run_dir / "adapter").exists()
     newest = list_checkpoints(run_dir / "checkpoints")[-1]
     num_steps = max(row["step"] for row in metrics_of(straight))
@@ -101,33 +121,38 @@ def test_killed_in_the_second_epoch(
         assert (run_dir / last).read_bytes() == (straight / last).read_bytes()
 
 
-def test_the_fp16_scale_goes_on_counting(tmp_path: Path, base: Path, train_file: Path) -> None:
+def test_the_fp16_scale_goes_on_counting(straight_run: StraightRun) -> None:
     """Guards the test above: its runs do scale, and a resume that forgot the count would end with another."""
-    straight = run_straight(base, train_file, tmp_path, FP16)
+    straight = straight_run(FP16)
     num_steps = list_checkpoints(straight / "checkpoints")[-1]
     state = json.loads((straight / "checkpoints" / f"step-{num_steps}" / "state.json").read_text())
     assert state["loss_scale"] == 2.0**13 and state["loss_scale_good_steps"] == num_steps > 6
 
 
-def test_stopped_by_sigterm_the_state_is_saved(tmp_path: Path, base: Path, train_file: Path) -> None:
-    straight = run_straight(base, train_file, tmp_path, LORA_PLUS)
+def test_stopped_by_sigterm_the_state_is_saved(
+    tmp_path: Path,
+    base: Path,
+    train_file: Path,
+    straight_run: StraightRun,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    straight = straight_run(LORA_PLUS)
     recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, LORA_PLUS)
     stopped = stop_at(signal.SIGTERM, 6, recipe, run_dir)
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert stopped.code == 128 + signal.SIGTERM, stopped.said
+    assert "--resume" in stopped.said and "Traceback" not in stopped.said
     (saved,) = list_checkpoints(run_dir / "checkpoints")  # no save_every: only what the signal saved
     assert saved >= 6 and metrics_of(run_dir)[-1]["step"] == saved
 
-    command = [sys.executable, "-m", "qlora_train", "train", str(recipe), "--resume"]
-    resumed = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after step {saved}" in resumed.stdout
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--resume"]) == 0
+    assert f"going on after step {saved}" in capsys.readouterr().out
     assert adapter_bytes(run_dir) == adapter_bytes(straight)
     assert metrics_of(run_dir) == metrics_of(straight)
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, base: Path, train_file: Path) -> None:
-    run_dir = run_straight(base, train_file, tmp_path, FP16)
+def test_resuming_a_finished_run_changes_nothing(straight_run: StraightRun) -> None:
+    run_dir = straight_run(FP16)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     result = train(load_recipe(run_dir / "recipe.yaml"), resume=True)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
@@ -150,9 +175,13 @@ def crash_in_save(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, save_number: 
 
 
 def test_killed_before_the_first_checkpoint(
-    tmp_path: Path, base: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    base: Path,
+    train_file: Path,
+    straight_run: StraightRun,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    straight = run_straight(base, train_file, tmp_path, FP16)
+    straight = straight_run(FP16)
     recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, FP16)
 
     crash_in_save(monkeypatch, load_recipe(recipe), save_number=1)
@@ -167,7 +196,7 @@ def test_overflows_are_replayed(
 ) -> None:
     """The scale starts so high that the first checkpoint holds no applied step: no optimizer state yet."""
     monkeypatch.setattr(LossScale, "INITIAL", 2.0**24)
-    straight = run_straight(base, train_file, tmp_path, FP16)
+    straight = train_straight(base, train_file, tmp_path, FP16)
     recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, FP16)
     crash_in_save(monkeypatch, load_recipe(recipe), save_number=2)
     assert list_checkpoints(run_dir / "checkpoints") == [3]
@@ -179,8 +208,8 @@ def test_overflows_are_replayed(
     assert metrics_of(run_dir) == metrics_of(straight)
 
 
-def test_a_changed_recipe_is_not_resumed(tmp_path: Path, base: Path, train_file: Path) -> None:
-    run_dir = run_straight(base, train_file, tmp_path, REFERENCE)
+def test_a_changed_recipe_is_not_resumed(straight_run: StraightRun) -> None:
+    run_dir = straight_run(REFERENCE)
     before = adapter_bytes(run_dir)
     changed = load_recipe(run_dir / "recipe.yaml", ["lora.alpha=9"])
     with pytest.raises(RunFolderError, match=r"these keys differ: lora\.alpha\."):

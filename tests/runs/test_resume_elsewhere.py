@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ import torch
 from tiny_runs import (
     adapter_bytes,
     adapter_tensors,
-    child_environment,
     metrics_of,
     recipe_values,
     write_recipe,
 )
+from warm_processes import run_in_ranks
 
+from qlora_train.cli import main
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import train
 from qlora_train.train.checkpoint import list_checkpoints
@@ -121,27 +120,20 @@ def test_elsewhere_it_is_planned_anew_and_said(
 def test_another_number_of_processes_goes_on_with_the_same_rows(
     straight: Path, tmp_path: Path, num_processes: int
 ) -> None:
-    """Six rows a step: three in each of two; of four, two take no more than one."""
+    """Six rows a step: three in each of two; of four, two take no more than one. (torchrun itself starts the
+    runs of test_two_processes.py.)"""
     run = stopped_copy(straight, tmp_path)
-    environment = child_environment(GLOO_SOCKET_IFNAME="lo")
-    if not torch.accelerator.is_available():
-        environment.pop("ACCELERATE_USE_CPU", None)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", str(num_processes), "-m", "qlora_train", "train", str(run)]
-    done = subprocess.run(
-        [*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"planned anew from step 4 on (processes: {num_processes} instead of 1)" in done.stdout
+    done = run_in_ranks(["train", str(run), "--resume"], tmp_path, num_processes)
+    assert done.code == 0, done.said
+    assert f"planned anew from step 4 on (processes: {num_processes} instead of 1)" in done.said
     require_the_same_training(run, straight)
 
 
 def test_two_numbers_that_do_not_agree_with_the_launch_are_refused(
-    base: Path, train_file: Path, tmp_path: Path
+    base: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = recipe_values(base, train_file, tmp_path / "run")
     values["training"] |= {"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
-    command = [sys.executable, "-m", "qlora_train", "train", str(recipe)]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "2 x 2 x 1 = 4" in done.stderr
+    assert main(["train", str(recipe)]) == 2
+    assert "2 x 2 x 1 = 4" in capsys.readouterr().err

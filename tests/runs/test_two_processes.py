@@ -17,6 +17,7 @@ from tiny_runs import (
     recipe_values,
     write_recipe,
 )
+from warm_processes import run_in_ranks
 
 from qlora_train.recipe import Recipe
 from qlora_train.train import train
@@ -65,6 +66,7 @@ def test_two_processes_are_two_micro_batches_and_resume_to_the_same_bytes(
     last = list_checkpoints(tmp_path / "together" / "checkpoints")[-1]
     shutil.rmtree(tmp_path / "together" / "checkpoints" / f"step-{last}")
     shutil.rmtree(tmp_path / "together" / "adapter")
-    run_in_a_child([*command, "--resume"])
+    resumed = run_in_ranks(["train", str(recipe), "--resume"], tmp_path, 2)
+    assert resumed.code == 0, resumed.said
     assert adapter_bytes(tmp_path / "together") == straight
     assert metrics_of(tmp_path / "together") == rows

@@ -133,27 +133,31 @@ def test_another_gpu_than_the_one_that_is_meant_shows(
         generate_tokens(decoder, [[5, 6, 7]], Sampling(2), frozenset())
 
 
-def on_simulated_gpu(arguments: Sequence[str], cache: Path, *, num_ranks: int = 1) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    command = [sys.executable, "-W", "ignore", *(launch if num_ranks > 1 else ()), "-m", "simulated_gpu"]
-    environment = child_environment(QLORA_TRAIN_CACHE=str(cache), GLOO_SOCKET_IFNAME="lo")
+def in_two_ranks(arguments: Sequence[str]) -> None:
+    """The command in a launch of two, with a simulated GPU each."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-W", "ignore", *launch, "-m", "simulated_gpu", "qlora_train", *arguments]
+    environment = child_environment(GLOO_SOCKET_IFNAME="lo")
     environment["PYTHONPATH"] += os.pathsep + str(PROJECT / "tests")
-    done = subprocess.run(
-        [*command, "qlora_train", *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_ranks_with_a_device_each_are_one_with_twice_the_batches(
-    base: Path, train_file: Path, tmp_path: Path
+    base: Path, train_file: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    """The one alone in this process, when the two have ended."""
     training: dict[str, Any] = {"max_steps": 2, "optimizer": "adamw"}
     for ranks in (2, 1):
         asked = training | {"gradient_accumulation_steps": 2 // ranks}
         out, memory = tmp_path / str(ranks), {"weights": "ram", "activations": "offload"}
         file = tmp_path / f"{ranks}.json"
         write_recipe(file, recipe_values(base, train_file, out, training=asked) | {"memory": memory})
-        on_simulated_gpu(["train", str(file)], tmp_path / "cache", num_ranks=ranks)
+    in_two_ranks(["train", str(tmp_path / "2.json")])
+    request.getfixturevalue("simulated_gpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["train", str(tmp_path / "1.json")]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert losses_of(tmp_path / "2") == losses_of(tmp_path / "1")  # a sum of two, in either order
     assert adapter_bytes(tmp_path / "2") == adapter_bytes(tmp_path / "1")
     plan = json.loads((tmp_path / "2" / "plan.json").read_text())
