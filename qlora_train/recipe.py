@@ -54,6 +54,8 @@ from qlora_train.recipe_checks import (
     auto_or_bins,
     auto_or_count,
     contradictions,
+    expanded,
+    nameable,
     parse_size,
     with_dependent_defaults,
 )
@@ -84,28 +86,6 @@ def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     return sources
 
 
-def _nameable(text: str) -> str:
-    """The text, if the system can take it as a file name. Raises ValueError otherwise."""
-    if "\0" in text:
-        raise ValueError("holds a NUL character, which no path can")
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"holds {ascii(error.object[error.start])}, which this locale ({error.encoding}) has no bytes "
-            "for; start with the environment variable PYTHONUTF8=1"
-        ) from error
-    return text
-
-
-def _expanded(text: str) -> str:
-    """The path with `~` expanded to the home folder, as by a shell."""
-    try:
-        return str(Path(text).expanduser()) if text.startswith("~") else text
-    except RuntimeError as error:  # ~nosuchuser
-        raise ValueError(f"no home folder is known for {show(text)}; write the whole path") from error
-
-
 def _share_or_sources(value: Any) -> str:
     return "<share>" if isinstance(value, int | float) else "<sources>"
 
@@ -115,7 +95,7 @@ class _Section(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(_nameable), AfterValidator(_expanded)]
+PathText = Annotated[Text, AfterValidator(nameable), AfterValidator(expanded)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
 Count = Annotated[int, Field(ge=1)]
 Bins = Annotated[int, Field(ge=1, le=MOST_BINS)]
@@ -201,6 +181,14 @@ class DataSection(_Section):
     packing: bool = True
 
 
+class EarlyStopping(_Section):
+    """A run ends after `patience` evaluations in a row that did not lower the loss by more than `min_delta`
+    below the last one that did."""
+
+    patience: Count
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+
+
 class TrainingSection(_Section):
     """The training loop. `epochs` is None where `max_steps` gives the length. `*_every` are in optimizer
     steps (`save_every: auto`: about every 10 minutes; null: at the end and when stopped). `batch_size` is the
@@ -224,6 +212,7 @@ class TrainingSection(_Section):
     deterministic: AutoOrBool = "auto"
     log_every: Count = 1
     eval_every: Count | None = None
+    early_stopping: EarlyStopping | None = None
     save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
@@ -394,7 +383,8 @@ def _nearest_key(path: KeyPath) -> str:
     """`; did you mean ...?` with the nearest key of the same section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
-    beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), DataSource.model_fields)
+    items = EarlyStopping if path[0] == "training" else DataSource
+    beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), items.model_fields)
     elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}
     name = str(path[-1])
     return nearest(name, beside) or nearest(name, elsewhere, elsewhere)

@@ -6,6 +6,7 @@ Both look at **written** values, before defaults: `quantization: int8` is valid,
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,28 @@ def parse_size(text: Any) -> int:
     if num_bytes < 1:
         raise ValueError(f"must be more than nothing, got {text!r}")
     return num_bytes
+
+
+def nameable(text: str) -> str:
+    """The text, if the system can take it as a file name. Raises ValueError otherwise."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path can")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds {ascii(error.object[error.start])}, which this locale ({error.encoding}) has no bytes "
+            "for; start with the environment variable PYTHONUTF8=1"
+        ) from error
+    return text
+
+
+def expanded(text: str) -> str:
+    """The path with `~` expanded to the home folder, as by a shell."""
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:  # ~nosuchuser
+        raise ValueError(f"no home folder is known for {show(text)}; write the whole path") from error
 
 
 def as_alpha(value: Any) -> Any:
@@ -172,6 +195,14 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     yield from _batch_contradictions(training, data)
     if training.get("eval_every") is not None and data.get("eval") is None:
         yield ("training", "eval_every"), "there is nothing to evaluate: write data.eval too"
+    if training.get("early_stopping") is not None:
+        if data.get("eval") is None:
+            yield ("training", "early_stopping"), "looks at the evaluation loss: write data.eval too"
+        if training.get("eval_every") is None:
+            yield (
+                ("training", "early_stopping"),
+                "needs evaluations on the way: write training.eval_every too",
+            )
     for i, source in enumerate(data["eval"] if isinstance(data.get("eval"), list) else []):
         if isinstance(source, dict) and source.get("weight") not in (None, 1, 1.0):
             yield ("data", "eval", i, "weight"), "weights are for training; evaluation sees each row once"

@@ -100,6 +100,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "deterministic": "auto",
             "log_every": 1,
             "eval_every": None,
+            "early_stopping": None,
             "save_every": "auto",
             "keep_checkpoints": 2,
             "report_to": [],

@@ -109,6 +109,11 @@ class TrainLoop:
         )
 
     @property
+    def step(self) -> int:
+        """The last step that was trained."""
+        return self._state.step
+
+    @property
     def plan(self) -> ExecutionPlan:
         """The execution plan that steps follow now."""
         return self._runner.walk.plan
@@ -139,9 +144,10 @@ class TrainLoop:
         """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state
         saved."""
         training, first = self._recipe.training, self._state.step
+        stopping = training.early_stopping
         quiet = not self._accelerator.is_main_process
         started = time.monotonic()
-        steps = range(first + 1, self.num_steps + 1)
+        steps = range(first + 1, first + 1 if self._state.stops_early(stopping) else self.num_steps + 1)
         with (
             StopSignal(self._stopping_line) as stop,
             TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
@@ -161,6 +167,7 @@ class TrainLoop:
                 last, is_best = step == self.num_steps, False
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)
+                last |= self._state.stops_early(stopping)
                 signal_number = self._agreed(stop.received)
                 if last or signal_number or self._save_is_due(step, is_best):
                     self._save()
@@ -172,6 +179,10 @@ class TrainLoop:
                         f"stopped after step {step} of {self.num_steps}; the state is saved, go on "
                         "with --resume",
                     )
+                if last:
+                    break
+            if self._state.step < self.num_steps:
+                progress.log(self._state.early_end_line(self.num_steps))
         if self._accelerator.is_main_process:
             self._write_adapter(self._folder.adapter)
         self._accelerator.wait_for_everyone()  # other ranks return once rank 0 has written everything
@@ -290,11 +301,7 @@ class TrainLoop:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
         self._accelerator.log({"eval_loss": eval_loss}, step=step)
         progress.log(f"step {step}: eval loss {eval_loss:.4f}")
-        best = self._state.best_eval_loss
-        if best is not None and eval_loss >= best:
-            return False
-        self._state.best_eval_loss, self._state.best_step = eval_loss, step
-        return True
+        return self._state.count_evaluation(eval_loss, self._recipe.training.early_stopping)
 
     def _save(self) -> None:
         self._require_finite()

@@ -100,7 +100,7 @@ def _train(
             accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
     log(f"done: adapter in {folder.adapter}")
-    return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
+    return TrainResult(folder.path, folder.adapter, loop.step, loss, eval_loss)
 
 
 def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> list[str]:

@@ -30,6 +30,7 @@ from qlora_train.recipe import Recipe, load_recipe
 
 MAY_CHANGE = {
     *("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir"),
+    "early_stopping",  # the length of the run, not what a step computes
     *("base", "revision"),  # the weights themselves are compared: a base may move
     *("vram", "weights", "activations", "micro_batch_size"),  # planned anew (plan_log.py)
 }
