@@ -44,12 +44,14 @@ from ruamel.yaml import YAML
 from qlora_train.errors import RecipeError
 from qlora_train.recipe_checks import (
     FOUR_BIT,
+    MESSAGES,
     MOST_BINS,
     MOST_TOKENS,
     as_alpha,
     as_layers,
     as_names,
     as_pattern,
+    as_prompts,
     as_targets,
     auto_or_bins,
     auto_or_count,
@@ -189,6 +191,19 @@ class EarlyStopping(_Section):
     min_delta: Annotated[float, Field(ge=0)] = 0.0
 
 
+MOST_SAMPLE_TOKENS = 128
+"""New tokens of a sample, for which every plan has room."""
+
+
+class Samples(_Section):
+    """Prompts, texts or conversations, that the model answers before and after training, and after `every`
+    steps (null: not on the way)."""
+
+    prompts: Annotated[tuple[Any, ...], BeforeValidator(as_prompts)]
+    every: Count | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_SAMPLE_TOKENS)] = 64
+
+
 class TrainingSection(_Section):
     """The training loop. `epochs` is None where `max_steps` gives the length. `*_every` are in optimizer
     steps (`save_every: auto`: about every 10 minutes; null: at the end and when stopped). `batch_size` is the
@@ -213,6 +228,7 @@ class TrainingSection(_Section):
     log_every: Count = 1
     eval_every: Count | None = None
     early_stopping: EarlyStopping | None = None
+    samples: Samples | None = None
     save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
@@ -342,27 +358,6 @@ def _finish(draft: Draft) -> Recipe:
     return recipe
 
 
-_MESSAGES = {
-    "missing": "required, and missing",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping of keys",
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be {ge:,.12g} or more",
-    "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be {le:,.12g} or less",
-    "literal_error": "must be one of {expected}",
-    "value_error": "{error}",
-}
-
-
 def _problem(details: Any) -> tuple[KeyPath, str]:
     """(key, message for a recipe's author) of one pydantic error."""
     kind, context, value = details["type"], dict(details.get("ctx", {})), details["input"]
@@ -371,7 +366,7 @@ def _problem(details: Any) -> tuple[KeyPath, str]:
         return path, "unknown key" + _nearest_key(path)
     choices = context.get("expected", "").replace("'", "")
     context["expected"] = choices
-    message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else details["msg"]
+    message = MESSAGES[kind].format(**context) if kind in MESSAGES else details["msg"]
     if kind not in ("missing", "value_error"):
         message += f", got {show(value)}"
     if kind == "literal_error":
@@ -383,7 +378,8 @@ def _nearest_key(path: KeyPath) -> str:
     """`; did you mean ...?` with the nearest key of the same section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
-    items = EarlyStopping if path[0] == "training" else DataSource
+    nested = {"early_stopping": EarlyStopping, "samples": Samples}
+    items = next((nested[str(key)] for key in path if key in nested), DataSource)
     beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), items.model_fields)
     elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}
     name = str(path[-1])

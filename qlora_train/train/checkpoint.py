@@ -82,8 +82,9 @@ class TrainState:
     def early_end_line(self, num_steps: int) -> str:
         """A line about a run that stopped early, instead of after `num_steps` steps."""
         return (
-            f"stopped early after step {self.step} of {num_steps}: {self.evals_without_improvement} evaluations "
-            f"without improvement; the best was {self.best_eval_loss:.4f} after step {self.best_step}"
+            f"stopped early after step {self.step} of {num_steps}: {self.evals_without_improvement} "
+            f"evaluations without improvement; the best was {self.best_eval_loss:.4f} after step "
+            f"{self.best_step}"
         )
 
 

@@ -30,6 +30,7 @@ from qlora_train.train.checkpoint import (
     newest_valid,
     save_checkpoint,
 )
+from qlora_train.train.metrics import metrics_row
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
@@ -42,7 +43,7 @@ from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.optimizer import FlatOptimizer
-from qlora_train.walk.step import StepOutcome, StepRunner
+from qlora_train.walk.step import StepRunner
 from qlora_train.weights.execution_plan import ExecutionPlan
 from qlora_train.weights.uploads import Uploads
 
@@ -135,9 +136,8 @@ class TrainLoop:
             runner.scale.num_overflows = state.num_overflows
             runner.num_skipped, runner.num_skipped_in_a_row = state.num_skipped, state.skipped_in_a_row
         if self._accelerator.is_main_process:
-            self._folder.cut_metrics(
-                -1 if found is None else self._state.step
-            )  # -1: the first evaluation comes again
+            last_step = -1 if found is None else self._state.step  # -1: the first evaluation comes again
+            self._folder.cut_rows(last_step)
         return self._state.step
 
     def run(self) -> None:
@@ -156,6 +156,8 @@ class TrainLoop:
             self._log = progress.log
             if first == 0 and self._prepared.eval_data is not None:
                 self._evaluate(0, progress)
+            if first == 0:
+                self._answer_samples(0)
             self._meter.reset_peak()
             for step in steps:
                 row = self._one_step_or_save(step)
@@ -168,6 +170,8 @@ class TrainLoop:
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)
                 last |= self._state.stops_early(stopping)
+                if last or _due(step, training.samples and training.samples.every):
+                    self._answer_samples(step)
                 signal_number = self._agreed(stop.received)
                 if last or signal_number or self._save_is_due(step, is_best):
                     self._save()
@@ -247,7 +251,7 @@ class TrainLoop:
         seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
-        return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
+        return metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
             "peak_bytes": peak_bytes(self._decoder.device),
             "plan": self._plan_log.in_force(step)[0],
         }
@@ -302,6 +306,15 @@ class TrainLoop:
         self._accelerator.log({"eval_loss": eval_loss}, step=step)
         progress.log(f"step {step}: eval loss {eval_loss:.4f}")
         return self._state.count_evaluation(eval_loss, self._recipe.training.early_stopping)
+
+    def _answer_samples(self, step: int) -> None:
+        """Answer the prompts of training.samples, if there are any; every rank does, so that none waits."""
+        if (samples := self._prepared.samples) is None:
+            return
+        rows = samples.rows(self._decoder, step)
+        if self._accelerator.is_main_process:
+            self._folder.append_samples(rows)
+        self._log(f"step {step}: the prompts of training.samples are answered in samples.jsonl")
 
     def _save(self) -> None:
         self._require_finite()
@@ -373,27 +386,3 @@ def _groups(positions: Sequence[int | None], size: int) -> Iterator[Sequence[int
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _metrics_row(
-    step: int,
-    outcome: StepOutcome,
-    rate: float,
-    num_tokens: int,
-    num_supervised: int,
-    seconds: float,
-    runner: StepRunner,
-) -> dict[str, float | int | bool]:
-    row: dict[str, float | int | bool] = {
-        "step": step,
-        "loss": outcome.loss,
-        "learning_rate": rate,
-        "grad_norm": outcome.grad_norm,
-        "num_tokens": num_tokens,
-        "num_supervised_tokens": num_supervised,
-        "tokens_per_second": num_tokens / seconds,
-        "applied": outcome.applied,
-    }
-    if runner.scale.dynamic:
-        row |= {"loss_scale": runner.scale.value, "overflowed": outcome.overflowed}
-    return row
