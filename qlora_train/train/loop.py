@@ -145,12 +145,10 @@ class TrainLoop:
         saved."""
         training, first = self._recipe.training, self._state.step
         stopping = training.early_stopping
-        quiet = not self._accelerator.is_main_process
-        started = time.monotonic()
         steps = range(first + 1, first + 1 if self._state.stops_early(stopping) else self.num_steps + 1)
         with (
             StopSignal(self._stopping_line) as stop,
-            TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
+            self._progress(first) as progress,
             BatchPrefetcher(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
         ):
             self._log = progress.log
@@ -162,9 +160,7 @@ class TrainLoop:
             for step in steps:
                 row = self._one_step_or_save(step)
                 self._compare_with_plan(step - first)
-                self._report(
-                    row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step)
-                )
+                self._report(row, progress)
                 self._on_step(row)
                 last, is_best = step == self.num_steps, False
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
@@ -190,6 +186,16 @@ class TrainLoop:
         if self._accelerator.is_main_process:
             self._write_adapter(self._folder.adapter)
         self._accelerator.wait_for_everyone()  # other ranks return once rank 0 has written everything
+
+    def _progress(self, first: int) -> TrainProgress:
+        return TrainProgress(
+            self.num_steps,
+            first,
+            self._recipe.training.log_every,
+            slow_steps=STEPS_METERED,
+            quiet=not self._accelerator.is_main_process,
+            peak_name="peak" if self._decoder.device.is_accelerator else "process peak",
+        )
 
     def _one_step_or_save(self, step: int) -> dict[str, float | int | bool]:
         """Run a step; if memory runs out for good, save the state before it and raise `OutOfMemory`."""
@@ -270,9 +276,7 @@ class TrainLoop:
         first = (step - 1) * self._rows_per_step
         return [p if p < self._num_rows else None for p in range(first, first + self._rows_per_step)]
 
-    def _report(
-        self, row: dict[str, float | int | bool], progress: TrainProgress, seconds_left: float
-    ) -> None:
+    def _report(self, row: dict[str, float | int | bool], progress: TrainProgress) -> None:
         step = int(row["step"])
         if self._accelerator.is_main_process:
             self._folder.append_metrics(row)
@@ -284,7 +288,9 @@ class TrainLoop:
             )
         elif not row["applied"]:
             progress.log(f"step {step}: the gradient is not finite; the step is skipped")
-        progress.step(step, row["loss"], row["tokens_per_second"], int(row["peak_bytes"]), seconds_left)
+        epoch = min(step * self._rows_per_step, self._num_rows) / self._prepared.train_data.num_bins
+        assert self._step_seconds is not None, "a step was taken"
+        progress.step(row, epoch, self._step_seconds)
 
     def _evaluate(self, step: int, progress: TrainProgress) -> bool:
         """Compute and log the loss on the evaluation data; True if it is the best so far."""
