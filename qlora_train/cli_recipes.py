@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_train.cli_generate import AddCommand
 from qlora_train.cli_types import size
 from qlora_train.errors import UserError
-from qlora_train.recipe import bundled_recipes
+from qlora_train.recipe_files import bundled_recipes
 from qlora_train.recipe_yaml import nearest
 
 

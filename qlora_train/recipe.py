@@ -45,6 +45,7 @@ from qlora_train.errors import RecipeError
 from qlora_train.other_trainers import recipe_key
 from qlora_train.recipe_checks import (
     FOUR_BIT,
+    MESSAGES,
     MOST_BINS,
     MOST_TOKENS,
     all_different,
@@ -52,6 +53,7 @@ from qlora_train.recipe_checks import (
     as_layers,
     as_names,
     as_pattern,
+    as_prompts,
     as_targets,
     as_tokens,
     auto_or_bins,
@@ -63,6 +65,7 @@ from qlora_train.recipe_checks import (
     parse_size,
     with_dependent_defaults,
 )
+from qlora_train.recipe_files import bundled_recipes_dir, find_recipe, is_run_folder
 from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
 
 
@@ -198,6 +201,27 @@ class DataSection(_Section):
     packing: bool = True
 
 
+class EarlyStopping(_Section):
+    """A run ends after `patience` evaluations in a row that did not lower the loss by more than `min_delta`
+    below the last one that did."""
+
+    patience: Count
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+
+
+MOST_SAMPLE_TOKENS = 128
+"""New tokens of a sample, for which every plan has room."""
+
+
+class Samples(_Section):
+    """Prompts, texts or conversations, that the model answers before and after training, and after `every`
+    steps (null: not on the way)."""
+
+    prompts: Annotated[tuple[Any, ...], BeforeValidator(as_prompts)]
+    every: Count | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_SAMPLE_TOKENS)] = 64
+
+
 class TrainingSection(_Section):
     """The training loop. `epochs` is None where `max_steps` gives the length. `*_every` are in optimizer
     steps (`save_every: auto`: about every 10 minutes; null: at the end and when stopped). `batch_size` is the
@@ -221,6 +245,8 @@ class TrainingSection(_Section):
     deterministic: AutoOrBool = "auto"
     log_every: Count = 1
     eval_every: Count | None = None
+    early_stopping: EarlyStopping | None = None
+    samples: Samples | None = None
     save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
@@ -304,37 +330,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError([*error.problems, f"{file.parent}: {hint}"]) from error
 
 
-def bundled_recipes_dir() -> Path:
-    """The folder of bundled recipes: inside the package in a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent / "_recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def bundled_recipes() -> dict[str, Path]:
-    """Bundled recipes by name: `NAME.yaml`, or `NAME/recipe.yaml` if it comes with data."""
-    root = bundled_recipes_dir()
-    alone = {file.stem: file for file in root.glob("*.yaml")}
-    folders = {file.parent.name: file for file in root.glob("*/recipe.yaml")}
-    return dict(sorted((alone | folders).items()))
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The recipe file that `path` names: itself, its `recipe.yaml`, or the bundled recipe of this name."""
-    bundled = bundled_recipes()
-    for file in (Path(path), Path(path) / "recipe.yaml", bundled.get(str(path))):
-        if file is not None and file.is_file():
-            return file
-    guess = nearest(str(path), bundled)
-    raise RecipeError(
-        [f"{path}: no such recipe file; bundled recipes are {', '.join(bundled) or 'none'}" + guess]
-    )
-
-
-def is_run_folder(folder: Path) -> bool:
-    """Whether a folder holds a run (train/run_folder.py), not only a recipe with its data."""
-    return any((folder / name).exists() for name in ("plan.json", "metrics.jsonl", "checkpoints"))
-
-
 def _finish(draft: Draft) -> Recipe:
     """Cross-check, fill dependent defaults, type-check. Raises `RecipeError` with all problems."""
     for name in Recipe.model_fields:
@@ -350,27 +345,6 @@ def _finish(draft: Draft) -> Recipe:
     return recipe
 
 
-_MESSAGES = {
-    "missing": "required, and missing",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping of keys",
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be {ge:,.12g} or more",
-    "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be {le:,.12g} or less",
-    "literal_error": "must be one of {expected}",
-    "value_error": "{error}",
-}
-
-
 def _problem(details: Any) -> tuple[KeyPath, str]:
     """(key, message for a recipe's author) of one pydantic error."""
     kind, context, value = details["type"], dict(details.get("ctx", {})), details["input"]
@@ -378,7 +352,7 @@ def _problem(details: Any) -> tuple[KeyPath, str]:
     if kind == "extra_forbidden":
         return path, "unknown key" + _nearest_key(path)
     choices = context["expected"] = context.get("expected", "").replace("'", "")
-    message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else details["msg"]
+    message = MESSAGES[kind].format(**context) if kind in MESSAGES else details["msg"]
     if kind not in ("missing", "value_error"):
         message += f", got {show(value)}"
     if kind == "literal_error":
@@ -390,7 +364,8 @@ def _nearest_key(path: KeyPath) -> str:
     """The key of another trainer's setting, else the nearest of the section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
-    items = NewToken if path[0] == "model" else DataSource
+    nested = {"add_tokens": NewToken, "early_stopping": EarlyStopping, "samples": Samples}
+    items = next((nested[str(key)] for key in path if key in nested), DataSource)
     beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), items.model_fields)
     elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}
     name = str(path[-1])

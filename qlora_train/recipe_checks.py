@@ -30,6 +30,26 @@ COLUMN_ROLES = {
 OPTIONAL_ROLES = frozenset({"input", "system", "history", "tools", "functions", "label"})
 """Roles that a table may lack; mapped to null, they are not read."""
 
+MESSAGES = {
+    "missing": "required, and missing",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping of keys",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be {ge:,.12g} or more",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be {le:,.12g} or less",
+    "literal_error": "must be one of {expected}",
+    "value_error": "{error}",
+}
+"""What a value must be, by the type of pydantic's error."""
 
 DEFAULT_BATCH_SIZE = 16
 MOST_BINS, MOST_TOKENS = 2**20, 2**22
@@ -132,6 +152,24 @@ def as_pattern(value: Any) -> Any:
     return value
 
 
+def as_prompts(value: Any) -> Any:
+    """Of `training.samples.prompts`."""
+    if isinstance(value, list | tuple) and value and all(map(_is_prompt, value)):
+        return tuple(value)
+    raise ValueError(
+        "must be a list of texts, or of conversations to be answered such as [{role: user, content: Hello}], "
+        f"got {show(value)}"
+    )
+
+
+def _is_prompt(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return isinstance(value, str) and bool(value)
+    keys = ("role", "content")
+    are_messages = all(isinstance(m, dict) and [*map(type, map(m.get, keys))] == [str, str] for m in value)
+    return are_messages and all(len(m) == 2 for m in value) and value[-1]["role"] != "assistant"
+
+
 def auto_or_count(value: Any) -> Any:
     if value is not None and value != "auto" and not _is_count(value):
         raise ValueError(f"must be auto, null or a whole number of 1 or more, got {show(value)}")
@@ -215,6 +253,14 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     yield from _batch_contradictions(training, data)
     if training.get("eval_every") is not None and data.get("eval") is None:
         yield ("training", "eval_every"), "there is nothing to evaluate: write data.eval too"
+    if training.get("early_stopping") is not None:
+        if data.get("eval") is None:
+            yield ("training", "early_stopping"), "looks at the evaluation loss: write data.eval too"
+        if training.get("eval_every") is None:
+            yield (
+                ("training", "early_stopping"),
+                "needs evaluations on the way: write training.eval_every too",
+            )
     for i, source in enumerate(data["eval"] if isinstance(data.get("eval"), list) else []):
         if isinstance(source, dict) and source.get("weight") not in (None, 1, 1.0):
             yield ("data", "eval", i, "weight"), "weights are for training; evaluation sees each row once"

@@ -19,7 +19,8 @@ from qlora_train import cli, cli_recipes
 from qlora_train.errors import DataError, TrainingFailure
 from qlora_train.generate.sampling import Sampling
 from qlora_train.plan import request
-from qlora_train.recipe import Recipe, bundled_recipes
+from qlora_train.recipe import Recipe
+from qlora_train.recipe_files import bundled_recipes
 from qlora_train.terminal_text import show
 
 COMMANDS = (

@@ -11,7 +11,8 @@ from ruamel.yaml import YAML
 
 from qlora_train import Recipe, load_recipe
 from qlora_train.errors import RecipeError
-from qlora_train.recipe import DataSource, bundled_recipes
+from qlora_train.recipe import DataSource
+from qlora_train.recipe_files import bundled_recipes
 
 MINIMAL = {"model": {"base": "org/base"}, "data": {"train": "org/rows"}}
 REPOSITORY = Path(__file__).parent.parent
@@ -100,7 +101,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "kernels": "auto",
             "deterministic": "auto",
             "log_every": 1,
-            "eval_every": None,
+            **dict.fromkeys(("eval_every", "early_stopping", "samples")),
             "save_every": "auto",
             "keep_checkpoints": 2,
             "report_to": [],

@@ -26,7 +26,7 @@ from qlora_train.plan.host_budget import HostBudget, device_budget, free_host_me
 from qlora_train.plan.measured_rates import kept_rates, rates_of
 from qlora_train.plan.model_shape import ModelShape, find_shape
 from qlora_train.plan.plan import Choices, Plan
-from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.plan.planned_walk import generate_size_in_training
 from qlora_train.plan.planner import best_of, make_plan
 from qlora_train.plan.request import PlanRequest
 from qlora_train.plan.split import Split, smallest_split, splits_of
@@ -75,7 +75,7 @@ def plan_recipe(
     def plan_with(recipe: Recipe) -> Plan:
         refuse_length_dependent_rope(shape.config, recipe.data.sequence_length)
         budget = device_budget(target, free_bytes, recipe.memory.vram_bytes, has_context=has_context)
-        generate = GenerateSize(prompts=(min(512, recipe.data.sequence_length),))
+        generate = generate_size_in_training(recipe.data.sequence_length)
         choices = Choices(recipe.memory.weights, recipe.memory.activations)
 
         def plan_of(split: Split) -> Plan:

@@ -38,6 +38,7 @@ from qlora_train.plan.fixed_bytes import (
 from qlora_train.plan.planned_meter import PlannedMeter
 from qlora_train.plan.planned_model import PlannedHost, PlannedLoss, PlannedModel, planned_model
 from qlora_train.plan.workload import Workload
+from qlora_train.recipe import MOST_SAMPLE_TOKENS
 from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
@@ -55,13 +56,18 @@ class GenerateSize:
     evaluated_tokens: of a row whose loss is computed besides; 0: none is."""
 
     prompts: tuple[int, ...] = (512,)
-    new_tokens: int = 128
+    new_tokens: int = MOST_SAMPLE_TOKENS
     evaluated_tokens: int = 0
 
     @property
     def capacity(self) -> int:
         """Tokens per prompt that the key-value cache has room for."""
         return max(self.prompts) + self.new_tokens
+
+
+def generate_size_in_training(sequence_length: int) -> GenerateSize:
+    """The size that every plan of a run has room for beside its training: one prompt."""
+    return GenerateSize(prompts=(min(512, sequence_length),), new_tokens=MOST_SAMPLE_TOKENS)
 
 
 @dataclass(frozen=True)

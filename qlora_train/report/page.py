@@ -167,14 +167,21 @@ def _samples(run: RunFacts) -> Iterator[Section]:
     shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
     answers: dict[str, dict[int, str]] = {}
     for row in run.samples:
-        answers.setdefault(_cut(str(row.get("prompt", ""))), {})[row["step"]] = _cut(
+        answers.setdefault(_prompt_text(row.get("prompt", "")), {})[row["step"]] = _cut(
             str(row.get("answer", ""))
         )
     rows = [
-        [prompt, *(of.get(step, "") for step in shown)]
+        [_cut(prompt), *(of.get(step, "") for step in shown)]
         for prompt, of in list(answers.items())[:_MOST_SAMPLES]
     ]
     yield Section("The same prompts", head=["prompt", *(f"step {step}" for step in shown)], rows=rows)
+
+
+def _prompt_text(prompt: Any) -> str:
+    """A prompt as text: itself, or the messages of a conversation, a line each."""
+    if not isinstance(prompt, list):
+        return str(prompt)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _cut(text: str) -> str:

@@ -33,6 +33,7 @@ from qlora_train.files.atomic_folder import atomic_folder
 from qlora_train.files.hashed_file import FileEntry, HashingFile, entry_of
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.files.shards import write_tensors
+from qlora_train.recipe import EarlyStopping
 
 _STATE, _TENSORS, _ADAPTER = "state.json", "state.safetensors", "adapter"
 _MASTERS, _OPTIMIZER = "masters", "optimizer."
@@ -44,7 +45,8 @@ class TrainState:
 
     data_position: rows (bins) of the data order that are consumed. loss_scale_good_steps: steps since the
     scale changed. num_overflows, num_skipped: steps not applied. best_eval_loss, best_step: of the best
-    evaluation so far.
+    evaluation so far. loss_to_improve: of the last evaluation that improved, as early stopping sees it;
+    evals_without_improvement: those since. Both are counted only with early stopping.
     """
 
     step: int = 0
@@ -56,8 +58,34 @@ class TrainState:
     skipped_in_a_row: int = 0
     best_eval_loss: float | None = None
     best_step: int | None = None
+    loss_to_improve: float | None = None
+    evals_without_improvement: int = 0
     data_fingerprint: str = ""
     base_fingerprint: str = ""
+
+    def count_evaluation(self, eval_loss: float, stopping: EarlyStopping | None) -> bool:
+        """Take in the evaluation after this step; True if its loss is the best so far."""
+        if stopping is not None:
+            before = math.inf if self.loss_to_improve is None else self.loss_to_improve
+            self.evals_without_improvement += 1
+            if eval_loss < before - stopping.min_delta:
+                self.loss_to_improve, self.evals_without_improvement = eval_loss, 0
+        if self.best_eval_loss is not None and eval_loss >= self.best_eval_loss:
+            return False
+        self.best_eval_loss, self.best_step = eval_loss, self.step
+        return True
+
+    def stops_early(self, stopping: EarlyStopping | None) -> bool:
+        """Whether the run ends after this step, as its evaluations no longer improve."""
+        return stopping is not None and self.evals_without_improvement >= stopping.patience
+
+    def early_end_line(self, num_steps: int) -> str:
+        """A line about a run that stopped early, instead of after `num_steps` steps."""
+        return (
+            f"stopped early after step {self.step} of {num_steps}: {self.evals_without_improvement} "
+            f"evaluations without improvement; the best was {self.best_eval_loss:.4f} after step "
+            f"{self.best_step}"
+        )
 
 
 class Checkpoint(NamedTuple):
@@ -175,6 +203,7 @@ def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[st
         "num_overflows": step,
         "skipped_in_a_row": step,
         "best_step": step,
+        "evals_without_improvement": step + 1,
     }
     for name in ("step", "data_position", "loss_scale_good_steps", *list(most)[1:]):
         value = values[name]
@@ -183,11 +212,12 @@ def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[st
             wrong.append(f"{name} is {value!r}")
     if values["step"] != step:
         wrong.append(f"it is in the folder of step {step} and says step {values['step']!r}")
-    scale, best = values["loss_scale"], values["best_eval_loss"]
+    scale = values["loss_scale"]
     if not (isinstance(scale, float) and 1 <= scale < math.inf and math.frexp(scale)[0] == 0.5):
         wrong.append(f"loss_scale is {scale!r}, no power of two")
-    if not (best is None or isinstance(best, float)):
-        wrong.append(f"best_eval_loss is {best!r}")
+    for name in ("best_eval_loss", "loss_to_improve"):
+        if not (values[name] is None or isinstance(values[name], float)):
+            wrong.append(f"{name} is {values[name]!r}")
     return wrong
 
 

@@ -30,6 +30,7 @@ from qlora_train.train.checkpoint import (
     newest_valid,
     save_checkpoint,
 )
+from qlora_train.train.metrics import metrics_row
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
@@ -42,7 +43,7 @@ from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.optimizer import FlatOptimizer
-from qlora_train.walk.step import StepOutcome, StepRunner
+from qlora_train.walk.step import StepRunner
 from qlora_train.weights.execution_plan import ExecutionPlan
 from qlora_train.weights.uploads import Uploads
 
@@ -109,6 +110,11 @@ class TrainLoop:
         )
 
     @property
+    def step(self) -> int:
+        """The last step that was trained."""
+        return self._state.step
+
+    @property
     def plan(self) -> ExecutionPlan:
         """The execution plan that steps follow now."""
         return self._runner.walk.plan
@@ -130,37 +136,38 @@ class TrainLoop:
             runner.scale.num_overflows = state.num_overflows
             runner.num_skipped, runner.num_skipped_in_a_row = state.num_skipped, state.skipped_in_a_row
         if self._accelerator.is_main_process:
-            self._folder.cut_metrics(
-                -1 if found is None else self._state.step
-            )  # -1: the first evaluation comes again
+            last_step = -1 if found is None else self._state.step  # -1: the first evaluation comes again
+            self._folder.cut_rows(last_step)
         return self._state.step
 
     def run(self) -> None:
         """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state
         saved."""
         training, first = self._recipe.training, self._state.step
-        quiet = not self._accelerator.is_main_process
-        started = time.monotonic()
-        steps = range(first + 1, self.num_steps + 1)
+        stopping = training.early_stopping
+        steps = range(first + 1, first + 1 if self._state.stops_early(stopping) else self.num_steps + 1)
         with (
             StopSignal(self._stopping_line) as stop,
-            TrainProgress(self.num_steps, first, training.log_every, quiet=quiet) as progress,
+            self._progress(first) as progress,
             BatchPrefetcher(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
         ):
             self._log = progress.log
             if first == 0 and self._prepared.eval_data is not None:
                 self._evaluate(0, progress)
+            if first == 0:
+                self._answer_samples(0)
             self._meter.reset_peak()
             for step in steps:
                 row = self._one_step_or_save(step)
                 self._compare_with_plan(step - first)
-                self._report(
-                    row, progress, (time.monotonic() - started) / (step - first) * (self.num_steps - step)
-                )
+                self._report(row, progress)
                 self._on_step(row)
                 last, is_best = step == self.num_steps, False
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)
+                last |= self._state.stops_early(stopping)
+                if last or _due(step, training.samples and training.samples.every):
+                    self._answer_samples(step)
                 signal_number = self._agreed(stop.received)
                 if last or signal_number or self._save_is_due(step, is_best):
                     self._save()
@@ -172,9 +179,23 @@ class TrainLoop:
                         f"stopped after step {step} of {self.num_steps}; the state is saved, go on "
                         "with --resume",
                     )
+                if last:
+                    break
+            if self._state.step < self.num_steps:
+                progress.log(self._state.early_end_line(self.num_steps))
         if self._accelerator.is_main_process:
             self._write_adapter(self._folder.adapter)
         self._accelerator.wait_for_everyone()  # other ranks return once rank 0 has written everything
+
+    def _progress(self, first: int) -> TrainProgress:
+        return TrainProgress(
+            self.num_steps,
+            first,
+            self._recipe.training.log_every,
+            slow_steps=STEPS_METERED,
+            quiet=not self._accelerator.is_main_process,
+            peak_name="peak" if self._decoder.device.is_accelerator else "process peak",
+        )
 
     def _one_step_or_save(self, step: int) -> dict[str, float | int | bool]:
         """Run a step; if memory runs out for good, save the state before it and raise `OutOfMemory`."""
@@ -236,7 +257,7 @@ class TrainLoop:
         seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
-        return _metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
+        return metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
             "peak_bytes": peak_bytes(self._decoder.device),
             "plan": self._plan_log.in_force(step)[0],
         }
@@ -255,9 +276,7 @@ class TrainLoop:
         first = (step - 1) * self._rows_per_step
         return [p if p < self._num_rows else None for p in range(first, first + self._rows_per_step)]
 
-    def _report(
-        self, row: dict[str, float | int | bool], progress: TrainProgress, seconds_left: float
-    ) -> None:
+    def _report(self, row: dict[str, float | int | bool], progress: TrainProgress) -> None:
         step = int(row["step"])
         if self._accelerator.is_main_process:
             self._folder.append_metrics(row)
@@ -269,7 +288,9 @@ class TrainLoop:
             )
         elif not row["applied"]:
             progress.log(f"step {step}: the gradient is not finite; the step is skipped")
-        progress.step(step, row["loss"], row["tokens_per_second"], int(row["peak_bytes"]), seconds_left)
+        epoch = min(step * self._rows_per_step, self._num_rows) / self._prepared.train_data.num_bins
+        assert self._step_seconds is not None, "a step was taken"
+        progress.step(row, epoch, self._step_seconds)
 
     def _evaluate(self, step: int, progress: TrainProgress) -> bool:
         """Compute and log the loss on the evaluation data; True if it is the best so far."""
@@ -290,11 +311,16 @@ class TrainLoop:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
         self._accelerator.log({"eval_loss": eval_loss}, step=step)
         progress.log(f"step {step}: eval loss {eval_loss:.4f}")
-        best = self._state.best_eval_loss
-        if best is not None and eval_loss >= best:
-            return False
-        self._state.best_eval_loss, self._state.best_step = eval_loss, step
-        return True
+        return self._state.count_evaluation(eval_loss, self._recipe.training.early_stopping)
+
+    def _answer_samples(self, step: int) -> None:
+        """Answer the prompts of training.samples, if there are any; every rank does, so that none waits."""
+        if (samples := self._prepared.samples) is None:
+            return
+        rows = samples.rows(self._decoder, step)
+        if self._accelerator.is_main_process:
+            self._folder.append_samples(rows)
+        self._log(f"step {step}: the prompts of training.samples are answered in samples.jsonl")
 
     def _save(self) -> None:
         self._require_finite()
@@ -366,27 +392,3 @@ def _groups(positions: Sequence[int | None], size: int) -> Iterator[Sequence[int
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _metrics_row(
-    step: int,
-    outcome: StepOutcome,
-    rate: float,
-    num_tokens: int,
-    num_supervised: int,
-    seconds: float,
-    runner: StepRunner,
-) -> dict[str, float | int | bool]:
-    row: dict[str, float | int | bool] = {
-        "step": step,
-        "loss": outcome.loss,
-        "learning_rate": rate,
-        "grad_norm": outcome.grad_norm,
-        "num_tokens": num_tokens,
-        "num_supervised_tokens": num_supervised,
-        "tokens_per_second": num_tokens / seconds,
-        "applied": outcome.applied,
-    }
-    if runner.scale.dynamic:
-        row |= {"loss_scale": runner.scale.value, "overflowed": outcome.overflowed}
-    return row

@@ -1,34 +1,42 @@
-"""Shows the progress of a run: a live bar on a terminal, plain lines in a log file."""
+"""Shows the progress of a run: a live bar and the newest values on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
-import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from statistics import median
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 GIB = 2**30
+STEPS_LOOKED_AT = 100
+"""The newest steps, of whose seconds the median counts."""
 
 
 class TrainProgress:
-    """Progress output; a context manager around the steps of a run. quiet: print nothing (other ranks)."""
+    """Progress output; a context manager around the steps of a run."""
 
-    def __init__(self, num_steps: int, first_step: int, log_every: int, *, quiet: bool) -> None:
+    def __init__(
+        self, num_steps: int, first_step: int, log_every: int, *, slow_steps: int, quiet: bool, peak_name: str
+    ) -> None:
+        """slow_steps: first steps to leave out of the time left, as they are metered. quiet: print nothing
+        (other ranks). peak_name: what the bytes of `step` are the peak of."""
         self._console = Console(quiet=quiet, highlight=False)
-        self._log_every = log_every
-        self._bar = Progress(
+        self._num_steps, self._log_every, self._peak_name = num_steps, log_every, peak_name
+        self._bar = _BarAndValues(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[time_left]}"),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=num_steps, completed=first_step, status="")
-        self._num_steps = num_steps
+        self._task = self._bar.add_task("training", total=num_steps, completed=first_step, time_left="")
+        self._time_left = TimeLeft(slow_steps)
 
     def __enter__(self) -> TrainProgress:
         self._bar.start()
@@ -43,16 +51,59 @@ class TrainProgress:
         """Print a line above the bar."""
         self._console.print(line, markup=False, soft_wrap=True)
 
-    def step(
-        self, step: int, loss: float, tokens_per_second: float, peak_bytes: int, seconds_left: float
-    ) -> None:
-        """Show the values of an optimizer step."""
-        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  peak {peak_bytes / GIB:.2f} GiB"
-        self._bar.update(self._task, completed=step, status=status)
+    def step(self, row: Mapping[str, float | int | bool], epoch: float, seconds: float) -> None:
+        """Show the values of an optimizer step. row: of metrics.jsonl. epoch: of the data, at its end.
+        seconds: that it took."""
+        step = int(row["step"])
+        values = (
+            f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3g}  "
+            f"epoch {epoch:.2f}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"{self._peak_name} {row['peak_bytes'] / GIB:.2f} GiB"
+        )
+        seconds_left = self._time_left.after(seconds, self._num_steps - step)
+        time_left = "" if seconds_left is None else f"ETA {_clock(seconds_left)}"
+        self._bar.values = values
+        self._bar.update(self._task, completed=step, time_left=time_left)
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._num_steps):
-            self.log(f"step {step}/{self._num_steps}  {status}  ETA {_clock(seconds_left)}")
+            self.log("  ".join(filter(None, (f"step {step}/{self._num_steps}", values, time_left))))
+
+
+class _BarAndValues(Progress):
+    """A bar with a line of values under it, which is as wide as the terminal."""
+
+    values = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.values:
+            yield Text(self.values)
+
+
+class TimeLeft:
+    """Seconds to the end of a run: a median step for each that is left, and its share of what happens between
+    steps (evaluations, checkpoints)."""
+
+    def __init__(self, num_left_out: int) -> None:
+        """num_left_out: first steps to ignore."""
+        self._num_left_out = num_left_out
+        self._seconds: deque[float] = deque(maxlen=STEPS_LOOKED_AT)
+        self._began: float | None = None
+        self._in_steps, self._num_steps = 0.0, 0
+
+    def after(self, seconds: float, num_left: int) -> float | None:
+        """The seconds left after another step, which took `seconds`; None as long as they are not known."""
+        if self._num_left_out > 0:
+            self._num_left_out -= 1
+            return None
+        if self._began is None:
+            self._began = time.monotonic() - seconds
+        self._seconds.append(seconds)
+        self._in_steps += seconds
+        self._num_steps += 1
+        between = max(0.0, time.monotonic() - self._began - self._in_steps) / self._num_steps
+        return num_left * (median(self._seconds) + between)
 
 
 def _clock(seconds: float) -> str:
-    whole = math.ceil(seconds)
+    whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

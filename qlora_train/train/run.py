@@ -76,6 +76,8 @@ def _train(
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume(log) if resume else 0
         near = require_range(prepared.model.decoder, _first_micro_batch(prepared))
+        if prepared.samples is not None:
+            prepared.samples.require_answerable(prepared.model.decoder)
         introduction = _introduction(prepared, loop, first, resume=resume)
         for text in introduction:
             log(text)
@@ -103,7 +105,7 @@ def _train(
             accelerator.end_training()
     loss, eval_loss = _last_losses(folder)
     log(f"done: adapter in {folder.adapter}")
-    return TrainResult(folder.path, folder.adapter, loop.num_steps, loss, eval_loss)
+    return TrainResult(folder.path, folder.adapter, loop.step, loss, eval_loss)
 
 
 def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bool) -> list[str]:

@@ -3,6 +3,7 @@
     recipe.yaml      the resolved recipe
     plan.json        train/plan_log.py
     metrics.jsonl    one object per optimizer step and per evaluation
+    samples.jsonl    one object per answer to a prompt of training.samples
     checkpoints/     train/checkpoint.py
     adapter/         PEFT format, written at the end
 
@@ -30,6 +31,7 @@ from qlora_train.recipe import Recipe, load_recipe
 
 MAY_CHANGE = {
     *("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir"),
+    *("early_stopping", "samples"),  # change no step
     *("base", "revision"),  # the weights themselves are compared: a base may move
     *("vram", "weights", "activations", "micro_batch_size"),  # planned anew (plan_log.py)
 }
@@ -46,6 +48,7 @@ class RunFolder:
         self._begun = partial_of(self.recipe_file)  # alone in a folder: a run killed before it began
         self.plan_file = path / "plan.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
 
@@ -129,7 +132,7 @@ class RunFolder:
     def _refuse_odd_entries(self) -> None:
         """Raise `RunFolderError` where a file stands in a folder's place or the other way round, which would
         fail at the first save."""
-        for path in (self.plan_file, self.metrics_file, self.checkpoints, self.adapter):
+        for path in (self.plan_file, self.metrics_file, self.samples_file, self.checkpoints, self.adapter):
             is_right = path.is_dir() if path in (self.checkpoints, self.adapter) else path.is_file()
             if os.path.lexists(path) and not is_right:
                 kind = "folder" if path in (self.checkpoints, self.adapter) else "file"
@@ -145,25 +148,37 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl. Numbers that are not finite become null, as JSON has none."""
         finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        _append(self.metrics_file, [finite])
+
+    def append_samples(self, rows: list[dict[str, Any]]) -> None:
+        """Append objects to samples.jsonl."""
+        _append(self.samples_file, rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without damaged lines."""
-        if not self.metrics_file.is_file():
-            return []
-        rows = (_row_of(line) for line in self.metrics_file.read_bytes().splitlines())
-        return [row for row in rows if row is not None]
+        return _rows_of(self.metrics_file)
 
-    def cut_metrics(self, last_step: int) -> None:
-        """Remove the rows of steps after `last_step`, and damaged lines."""
-        if self.metrics_file.is_file():
-            kept = [row for row in self.metrics() if row["step"] <= last_step]
-            replace_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+    def cut_rows(self, last_step: int) -> None:
+        """Remove the metrics and samples of steps after `last_step`, and damaged lines."""
+        for file in filter(Path.is_file, (self.metrics_file, self.samples_file)):
+            kept = [row for row in _rows_of(file) if row["step"] <= last_step]
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _append(file: Path, rows: list[dict[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def _rows_of(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    rows = (_row_of(line) for line in file.read_bytes().splitlines())
+    return [row for row in rows if row is not None]
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:
-    """The row in a line of metrics.jsonl; None: the line is damaged."""
+    """The row in a line; None: the line is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

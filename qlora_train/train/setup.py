@@ -42,6 +42,7 @@ from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import Recipe
 from qlora_train.train.launch import join_launch
 from qlora_train.train.plan_log import SavedPlan
+from qlora_train.train.samples import SampleAnswers
 from qlora_train.train.schedule import num_rows
 from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.execution_plan import ExecutionPlan
@@ -92,7 +93,7 @@ class TrainedAdapter:
 @dataclass(frozen=True)
 class Prepared:
     """The parts of a run, ready to train. recipe: resolved (absolute base, commit, compute dtype, batch
-    size)."""
+    size). samples: None: none are asked for."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -101,6 +102,7 @@ class Prepared:
     eval_data: PackedDataset | None
     model: AdaptedModel
     trained_on: TrainedOn
+    samples: SampleAnswers | None
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -170,6 +172,8 @@ def prepare(
             vocabulary_size=added.vocabulary_size(config.vocab_size),
             cache=cache,
         )
+    asked = recipe.training.samples
+    samples = None if asked is None else SampleAnswers(asked, recipe.data, tokenizer, str(folder))
     rows = num_rows(recipe.training, train_data.num_bins)
     model = load_adapted_model(
         run,
@@ -180,7 +184,7 @@ def prepare(
         added,
     )
     trained_on = TrainedOn.of(recipe.model, folder, Path(recipe.training.output_dir), tokenizer)
-    return Prepared(recipe, accelerator, tokenizer, train_data, eval_data, model, trained_on)
+    return Prepared(recipe, accelerator, tokenizer, train_data, eval_data, model, trained_on, samples)
 
 
 def load_adapted_model(

@@ -235,6 +235,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "a scale of zero": {"loss_scale": 0.0},
     "a best step to come": {"best_step": 9, "best_eval_loss": 1.0},
     "a best loss that is text": {"best_eval_loss": "x"},
+    "a loss to improve that is text": {"loss_to_improve": "x"},
+    "more evaluations than steps": {"evals_without_improvement": 8},
     "more skipped than done": {"num_skipped": 7},
     "a count that is missing": {"num_skipped": None},
     "masters that broadcast": {"masters": torch.ones(1)},

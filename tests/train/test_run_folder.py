@@ -153,7 +153,7 @@ def test_metrics_newer_than_the_checkpoint_are_cut(folder: RunFolder) -> None:
     rows.insert(4, {"step": 3, "eval_loss": 5.0})
     for row in rows:
         folder.append_metrics(row)
-    folder.cut_metrics(3)
+    folder.cut_rows(3)
     assert [json.loads(line) for line in folder.metrics_file.read_text().splitlines()] == rows[:5]
     assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
 
@@ -165,7 +165,7 @@ def test_a_last_line_cut_by_a_crash_does_not_spoil_what_follows(folder: RunFolde
         folder.append_metrics({"step": step})
     with folder.metrics_file.open("a") as file:
         file.write(last_line)  # no end of line
-    folder.cut_metrics(2)
+    folder.cut_rows(2)
     folder.append_metrics({"step": 3})
     steps = [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()]
     assert steps == [1, 2, 3]
@@ -173,7 +173,7 @@ def test_a_last_line_cut_by_a_crash_does_not_spoil_what_follows(folder: RunFolde
 
 def test_there_may_be_no_metrics_to_cut(folder: RunFolder) -> None:
     folder.path.mkdir()
-    folder.cut_metrics(0)
+    folder.cut_rows(0)
     assert not any(folder.path.iterdir())
 
 
@@ -284,7 +284,7 @@ def test_leftovers_are_removed_when_a_run_begins(tmp_path: Path, folder: RunFold
         assert os.listdir(folder.checkpoints) == []
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "adapter", "plan.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "plan.json", "metrics.jsonl", "samples.jsonl"])
 def test_an_odd_entry_is_found_before_training(tmp_path: Path, folder: RunFolder, name: str) -> None:
     recipe = make_recipe(tmp_path)
     folder.begin(recipe)
@@ -308,5 +308,5 @@ def test_damaged_lines_of_the_metrics_are_left_out(folder: RunFolder, line: byte
     folder.append_metrics({"step": 2, "loss": 1e-300})
     rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 1e-300}]
     assert folder.metrics() == rows
-    folder.cut_metrics(2)
+    folder.cut_rows(2)
     assert [json.loads(line) for line in folder.metrics_file.read_text().splitlines()] == rows

@@ -1,0 +1,39 @@
+"""Where recipes are: bundled ones, and what names one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_train.errors import RecipeError
+from qlora_train.recipe_yaml import nearest
+
+
+def bundled_recipes_dir() -> Path:
+    """The folder of bundled recipes: inside the package in a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Bundled recipes by name: `NAME.yaml`, or `NAME/recipe.yaml` if it comes with data."""
+    root = bundled_recipes_dir()
+    alone = {file.stem: file for file in root.glob("*.yaml")}
+    folders = {file.parent.name: file for file in root.glob("*/recipe.yaml")}
+    return dict(sorted((alone | folders).items()))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe file that `path` names: itself, its `recipe.yaml`, or the bundled recipe of this name."""
+    bundled = bundled_recipes()
+    for file in (Path(path), Path(path) / "recipe.yaml", bundled.get(str(path))):
+        if file is not None and file.is_file():
+            return file
+    guess = nearest(str(path), bundled)
+    raise RecipeError(
+        [f"{path}: no such recipe file; bundled recipes are {', '.join(bundled) or 'none'}" + guess]
+    )
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder holds a run (train/run_folder.py), not only a recipe with its data."""
+    return any((folder / name).exists() for name in ("plan.json", "metrics.jsonl", "checkpoints"))
