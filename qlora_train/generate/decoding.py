@@ -68,7 +68,10 @@ def _generate(
     lengths = [len(prompt) for prompt in prompts]
     boundaries = np.cumsum([0, *lengths])
     cache = KeyValueCache(
-        tuple(int(b) for b in boundaries), max(lengths) + sampling.max_new_tokens, decoder.device.torch
+        tuple(int(b) for b in boundaries),
+        max(lengths) + sampling.max_new_tokens,
+        decoder.device.torch,
+        decoder.config,
     )
     logits = _prefill(decoder, prompts, boundaries, cache)
     for num_done in range(1, sampling.max_new_tokens + 1):

@@ -4,28 +4,39 @@ Per layer two tensors [B, kv heads, capacity, d] in the compute dtype: 2 B (kv h
 sequence has its own length, so sequences of different lengths need no padding tokens, and rotary positions
 are those of each sequence alone.
 
-Layers get it in place of transformers' cache, of which they call only `update`.
+Layers get it in place of transformers' cache, of which they call only `update`. Layers with a memory get a
+cache of transformers' own for each sequence (model/by_document.py).
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
 
 
 class KeyValueCache:
     """Keys and values of all layers. boundaries: of the B prompts in the prefill row, 0 = b0 < ... < bB.
-    capacity: tokens per sequence, the longest prompt plus new tokens. lengths: int64 [B], tokens so far."""
+    capacity: tokens per sequence, the longest prompt plus new tokens. lengths: int64 [B], tokens so far.
+    config: of the model."""
 
-    def __init__(self, boundaries: tuple[int, ...], capacity: int, device: torch.device) -> None:
-        self._boundaries = boundaries
+    def __init__(
+        self, boundaries: tuple[int, ...], capacity: int, device: torch.device, config: PretrainedConfig
+    ) -> None:
+        self._boundaries, self._config = boundaries, config
         self._capacity = capacity
         prompt_lengths = [stop - start for start, stop in zip(boundaries, boundaries[1:], strict=False)]
         self.lengths = torch.tensor(prompt_lengths, device=device)
         self._sequences = torch.arange(len(prompt_lengths), device=device)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def states(self) -> list[DynamicCache]:
+        """What layers with a memory keep of each sequence."""
+        return [DynamicCache(config=self._config) for _ in self._sequences]
 
     def update(
         self, keys: Tensor, values: Tensor, layer_index: int, *_: Any, **__: Any

@@ -6,13 +6,19 @@ batches (kernels/document_gather.py), the library's mixer runs on each batch as 
 back in the order of the row. All of it is causal, so padding behind a document changes nothing before it, and
 what a document gets does not depend on its neighbours.
 
+To generate, each prompt has a cache of the library's own, in which the mixer keeps its state between tokens:
+prompts of different lengths run one by one, as each would alone.
+
 Which modules: those that own a convolution over time (`nn.Conv1d`), whatever a family calls them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qlora_train.errors import UnsupportedModelError
@@ -20,16 +26,17 @@ from qlora_train.kernels.document_gather import gather_documents, scatter_docume
 from qlora_train.model.attention import DocumentLayout
 from qlora_train.model.linear import FrozenLinear
 
+CACHES = ("cache_params", "past_key_values")
 _INERT_ARGUMENTS = {
-    *("documents", "attention_kernels", "position_ids", "position_embeddings", "use_cache"),
-    *("cache_params", "past_key_values"),  # a prompt needs none, and an answer is refused below
+    *("documents", "kv_lengths", "attention_kernels", "position_ids", "position_embeddings"),
+    *("use_cache", *CACHES),
 }
 """What decoders hand to every mixer; documents say all that matters to one with a memory."""
 
 
 class ByDocument(nn.Module):
-    """A library's mixer over packed rows. documents: of the micro-batch that passes now; None: it cannot be
-    run, for nothing keeps its state between tokens."""
+    """A library's mixer over packed rows. documents: of the micro-batch that passes now; None: each row is
+    the next token of a prompt, whose state is in the cache."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
@@ -44,26 +51,37 @@ class ByDocument(nn.Module):
             return getattr(super().__getattr__("mixer"), name)
 
     def forward(self, hidden_states: Tensor, **others: Any) -> Any:
-        """hidden_states [1, T, D] -> [1, T, D], in a tuple where the mixer returns one. Raises
-        `UnsupportedModelError` for arguments that it does not know."""
+        """hidden_states [1, T, D] -> [1, T, D], in a tuple where the mixer returns one; next tokens [B, 1, D]
+        -> [B, 1, D]. Raises `UnsupportedModelError` for arguments that it does not know."""
         unknown = {name for name, value in others.items() if value is not None} - _INERT_ARGUMENTS
         if unknown:
             mixer, listed = type(self.mixer).__name__, ", ".join(sorted(unknown))
             raise UnsupportedModelError(f"{mixer} is handed {listed}, which packing cannot honour")
         documents = self.documents
-        if documents is None:
-            raise UnsupportedModelError(
-                f"{type(self.mixer).__name__} keeps a state between tokens, which `generate` does not have. "
-                "Export the run and use transformers or a server."
-            )
+        if cached := {name: others[name] for name in CACHES if others.get(name) is not None}:
+            return self._with_states(hidden_states, cached)
+        assert documents is not None, "the tokens of a row belong to documents"
         rows = gather_documents(hidden_states.transpose(0, 1), documents.buckets, documents.inverse)
         outputs = [
             self._run(batch[:, :, 0], index) for batch, index in zip(rows, documents.buckets, strict=True)
         ]
         values = [out[0] if isinstance(out, tuple) else out for out in outputs]
         joined = scatter_documents([v[:, :, None] for v in values], documents.buckets, documents.inverse)
-        y = joined.transpose(0, 1)
-        return (y, *[None] * (len(outputs[0]) - 1)) if isinstance(outputs[0], tuple) else y
+        return _as_returned(outputs[0], joined.transpose(0, 1))
+
+    def _with_states(self, hidden_states: Tensor, cached: Mapping[str, Any]) -> Any:
+        """The mixer on the tokens of each prompt, with the state in its cache (`states`, one per prompt)."""
+        ((name, cache),) = cached.items()
+        documents = self.documents
+        if documents is None:
+            parts = hidden_states.split(1)
+        else:
+            ends = documents.boundaries
+            parts = hidden_states.split([b - a for a, b in pairwise(ends)], dim=1)
+        states = zip(parts, cache.states, strict=True)
+        outputs = [self.mixer(hidden_states=part, **{name: state}) for part, state in states]
+        values = [out[0] if isinstance(out, tuple) else out for out in outputs]
+        return _as_returned(outputs[0], torch.cat(values, dim=0 if documents is None else 1))
 
     def _run(self, batch: Tensor, index: Tensor) -> Any:
         """The mixer on a batch [N, L, D], whose tokens [N, L] dropout knows by what they are in the row."""
@@ -77,6 +95,11 @@ class ByDocument(nn.Module):
             return self.mixer(hidden_states=batch)
         finally:
             context.tokens = before
+
+
+def _as_returned(output: Any, y: Tensor) -> Any:
+    """y in a tuple where the mixer's own output is one."""
+    return (y, *[None] * (len(output) - 1)) if isinstance(output, tuple) else y
 
 
 def run_mixers_by_document(layer: nn.Module) -> list[ByDocument]:

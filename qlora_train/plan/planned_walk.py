@@ -10,12 +10,12 @@ Bytes that stay while training runs are added (fixed_bytes.py). A run's peak is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
 
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.plan.fixed_bytes import (
@@ -118,22 +118,25 @@ def generate_peak(
     in_training: beside optimizer state."""
     model, tokens, meter = set_up(replace(workload, documents=size.prompts, num_supervised=1), plan)
     decoder = model.decoder
-    numbers: dict[int, int] = {}
+    caches: dict[int, _NotedCache] = {}
     with meter, torch.no_grad():
         x, arguments = decoder.embed_packed(tokens)
         for index, kind in enumerate(decoder.kinds):
-            if kind not in numbers:
+            if kind not in caches:
                 decoder.run_layer(index, x, arguments[index])
+                caches[kind] = _NotedCache(decoder.config, len(size.prompts))
                 with meter.paused():
-                    numbers[kind] = _cached_numbers(decoder.layers[index], x, arguments[index])
-    cached_numbers = len(size.prompts) * size.capacity * sum(numbers[kind] for kind in decoder.kinds)
+                    decoder.layers[index](x, **{**arguments[index], "past_key_values": caches[kind]})
+    of_layers = [caches[kind] for kind in decoder.kinds]
+    cached_numbers = len(size.prompts) * size.capacity * sum(noted.num_numbers for noted in of_layers)
+    cached_bytes = cached_numbers * workload.itemsize + sum(noted.state_bytes for noted in of_layers)
     logits = len(size.prompts) * workload.shape.vocabulary
     itemsize = workload.itemsize
     # Logits of the token before in fp32, and of this one: tiles and all of them, or all of them and in fp32.
     last = {"logits": logits * (4 + max(2 * itemsize, itemsize + 4))}
     staying = _staying_bytes(workload, plan, in_training=in_training)
     largest = max(meter.peak, last, key=lambda parts: sum(parts.values()))
-    return total(staying, {KV_CACHE: cached_numbers * itemsize}, largest)
+    return total(staying, {KV_CACHE: cached_bytes}, largest)
 
 
 def _staying_bytes(workload: Workload, plan: ExecutionPlan, *, in_training: bool) -> Bytes:
@@ -142,17 +145,22 @@ def _staying_bytes(workload: Workload, plan: ExecutionPlan, *, in_training: bool
     return {cause: n for cause, n in parts.items() if in_training or cause != OPTIMIZER}
 
 
-def _cached_numbers(layer: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> int:
-    """Numbers in the keys and values of one token in one layer."""
-    noted = _NotedCache()
-    layer(x, **{**arguments, "past_key_values": noted})
-    return noted.num_numbers
-
-
 class _NotedCache:
-    """Stands in for a layer's key-value cache and counts the numbers per token."""
+    """Stands in for a layer's cache. num_numbers: in the keys and values of one token. states: what a layer
+    with a memory keeps of each prompt."""
 
     num_numbers = 0
+
+    def __init__(self, config: PretrainedConfig, num_prompts: int) -> None:
+        self.states = [DynamicCache(config=config) for _ in range(num_prompts)]
+
+    @property
+    def state_bytes(self) -> int:
+        kept = (getattr(layer, "conv_states", {}) for cache in self.states for layer in cache.layers)
+        more = (getattr(layer, "recurrent_states", {}) for cache in self.states for layer in cache.layers)
+        return sum(
+            state.nbytes for states in (*kept, *more) for state in states.values() if state is not None
+        )
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.num_numbers = sum(t.shape[1] * t.shape[3] for t in (keys, values))

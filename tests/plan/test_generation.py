@@ -158,6 +158,8 @@ METERED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000}),
     "tied": ("llama", {"hidden_size": 192, "vocab_size": 5000, "tie_word_embeddings": True}),
     "one kv head": ("llama", {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 1}),
+    "convolutions": ("lfm2", {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000}),
+    "delta nets": ("qwen3_5_text", {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000}),
     "qwen3": ("qwen3", {"hidden_size": 192, "intermediate_size": 576, "vocab_size": 3000, "head_dim": 64}),
 }
 
@@ -175,7 +177,8 @@ def test_plan_matches_meter(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Within 1 %, resident, streamed, and with the MLP in tiles."""
+    """Within 1 %, resident, streamed, and with the MLP in tiles; delta nets run prompt by prompt, which takes
+    less than a batch of them, as planned."""
     monkeypatch.setenv("QLORA_TRAIN_CACHE", str(tmp_path / "cache"))
     family, sizes = METERED[name]
     torch.manual_seed(0)
@@ -196,4 +199,5 @@ def test_plan_matches_meter(
             generate_tokens(decoder, prompts, Sampling(size.new_tokens), frozenset())
         decoder.close()
         by_cause = generate_peak(workload, execution, size, in_training=False)
-        assert sum(by_cause.values()) == pytest.approx(meter.peak_bytes, rel=0.01), by_cause
+        most = 1.05 if name == "delta nets" else 1.01
+        assert 0.99 < sum(by_cause.values()) / meter.peak_bytes < most, by_cause
