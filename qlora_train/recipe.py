@@ -47,14 +47,19 @@ from qlora_train.recipe_checks import (
     FOUR_BIT,
     MOST_BINS,
     MOST_TOKENS,
+    all_different,
     as_alpha,
     as_layers,
     as_names,
     as_pattern,
     as_targets,
+    as_tokens,
     auto_or_bins,
     auto_or_count,
     contradictions,
+    expanded,
+    nameable,
+    not_blank,
     parse_size,
     with_dependent_defaults,
 )
@@ -85,28 +90,6 @@ def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     return sources
 
 
-def _nameable(text: str) -> str:
-    """The text, if the system can take it as a file name. Raises ValueError otherwise."""
-    if "\0" in text:
-        raise ValueError("holds a NUL character, which no path can")
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"holds {ascii(error.object[error.start])}, which this locale ({error.encoding}) has no bytes "
-            "for; start with the environment variable PYTHONUTF8=1"
-        ) from error
-    return text
-
-
-def _expanded(text: str) -> str:
-    """The path with `~` expanded to the home folder, as by a shell."""
-    try:
-        return str(Path(text).expanduser()) if text.startswith("~") else text
-    except RuntimeError as error:  # ~nosuchuser
-        raise ValueError(f"no home folder is known for {show(text)}; write the whole path") from error
-
-
 def _share_or_sources(value: Any) -> str:
     return "<share>" if isinstance(value, int | float) else "<sources>"
 
@@ -116,7 +99,7 @@ class _Section(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(_nameable), AfterValidator(_expanded)]
+PathText = Annotated[Text, AfterValidator(nameable), AfterValidator(expanded)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]  # strict tuples would refuse YAML's lists
 Count = Annotated[int, Field(ge=1)]
 Bins = Annotated[int, Field(ge=1, le=MOST_BINS)]
@@ -128,9 +111,21 @@ AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
+class NewToken(_Section):
+    """A token whose row is trained. special: a control token, which answers are shown without."""
+
+    token: Annotated[Text, AfterValidator(not_blank)]
+    special: bool = False
+
+
+NewTokens = Annotated[
+    tuple[NewToken, ...], Field(strict=False), BeforeValidator(as_tokens), AfterValidator(all_different)
+]
+
+
 class ModelSection(_Section):
     """The frozen base and its quantization, but for experts in MXFP4, which stay so. `double_quant` is False
-    wherever it does not apply."""
+    wherever it does not apply. `add_tokens`: the rows of these in embedding and head are trained."""
 
     base: PathText
     revision: Text | None = None
@@ -138,6 +133,7 @@ class ModelSection(_Section):
     double_quant: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     chat_template: Text | None = None
+    add_tokens: NewTokens = ()
 
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
@@ -394,7 +390,8 @@ def _nearest_key(path: KeyPath) -> str:
     """The key of another trainer's setting, else the nearest of the section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
-    beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), DataSource.model_fields)
+    items = NewToken if path[0] == "model" else DataSource
+    beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), items.model_fields)
     elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}
     name = str(path[-1])
     return recipe_key(name) or nearest(name, beside) or nearest(name, elsewhere, elsewhere)

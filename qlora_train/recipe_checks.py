@@ -6,6 +6,7 @@ Both look at **written** values, before defaults: `quantization: int8` is valid,
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,28 @@ def parse_size(text: Any) -> int:
     return num_bytes
 
 
+def nameable(text: str) -> str:
+    """The text, if the system can take it as a file name. Raises ValueError otherwise."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path can")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds {ascii(error.object[error.start])}, which this locale ({error.encoding}) has no bytes "
+            "for; start with the environment variable PYTHONUTF8=1"
+        ) from error
+    return text
+
+
+def expanded(text: str) -> str:
+    """The path with `~` expanded to the home folder, as by a shell."""
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:  # ~nosuchuser
+        raise ValueError(f"no home folder is known for {show(text)}; write the whole path") from error
+
+
 def as_alpha(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"must be a number greater than 0, got {show(value)}")
@@ -73,6 +96,26 @@ def as_names(value: Any) -> Any:
             + show(value)
         )
     return tuple(value)
+
+
+def as_tokens(value: Any) -> Any:
+    """Of `model.add_tokens`: texts stand for `{token: text}`."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [{"token": item} if isinstance(item, str) else item for item in value]
+
+
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is nothing but white space")
+    return text
+
+
+def all_different(tokens: Any) -> Any:
+    texts = [token.token for token in tokens]
+    if repeated := sorted({text for text in texts if texts.count(text) > 1}):
+        raise ValueError(f"names {', '.join(repeated)} twice")
+    return tokens
 
 
 def as_layers(value: Any) -> Any:

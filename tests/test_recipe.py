@@ -52,6 +52,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "double_quant": True,
             "compute_dtype": "auto",
             "chat_template": None,
+            "add_tokens": [],
         },
         "lora": {
             "rank": 16,

@@ -187,15 +187,21 @@ def load_tiny(
     plan: ExecutionPlan | None = None,
     use_dora: bool = False,
     experts: bool = False,
+    token_ids: tuple[int, ...] = (),
 ) -> tuple[FrozenDecoder, LoraParameters]:
     """Load a checkpoint with random factors (B too, so that every gradient is non-zero) on all linears, and
-    on experts if asked for."""
+    on experts if asked for, and random rows of the tokens `token_ids`."""
     decoder = load_base(folder, quantization, dtype, THE_CPU, plan=plan, poison=True)
     decoder.skippable = _skippable(str(folder))
     lora = LoraParameters(
         decoder.adaptable if experts else decoder.linears, rank=rank, scaling=2.0, dropout=dropout,
         seed=seed, dtype=dtype, device="cpu", use_dora=use_dora,
+        token_rows={path: torch.zeros(len(token_ids), decoder.config.hidden_size)
+                    for path in decoder.matrix_paths if token_ids},
     )  # fmt: skip
+    if token_ids:
+        rows = (lora.token_rows(flat) for flat in (lora.working, lora.gradient))
+        decoder.set_token_rows(token_ids, *rows)
     generator = torch.Generator().manual_seed(seed + 1)
     factors = lora.masters[: len(lora.masters) - len(lora.row_norms)]
     factors.copy_(0.1 * torch.randn(factors.shape, generator=generator))
@@ -214,11 +220,17 @@ def resident_plan(*activations: ActivationPolicy, **changes: Any) -> ExecutionPl
     return replace(plan, **({"activations": activations, "loss_tokens": 16, "head_tile_rows": 40} | changes))
 
 
-def packed_row(lengths: list[int], seed: int = 0, first_row: int = 0, unsupervised: int = 2) -> PackedTokens:
+def packed_row(
+    lengths: list[int],
+    seed: int = 0,
+    first_row: int = 0,
+    unsupervised: int = 2,
+    vocabulary: int = VOCABULARY_SIZE,
+) -> PackedTokens:
     """Random documents of these lengths in one row; the first `unsupervised` tokens of each are a prompt."""
     rng = np.random.default_rng(seed)
     total = sum(lengths)
-    token_ids = rng.integers(3, VOCABULARY_SIZE, total)
+    token_ids = rng.integers(3, vocabulary, total)
     labels = np.full(total, -100)
     start = 0
     for length in lengths:

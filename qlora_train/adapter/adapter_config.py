@@ -26,7 +26,8 @@ from qlora_train.module_patterns import by_pattern, last_name, matching_names, p
 CONFIG_FILE = "adapter_config.json"
 TENSOR_NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)"
-    r"\.lora_(?:(?P<letter>[AB])(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
+    r"(?:\.lora_(?:(?P<letter>[AB])(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
+    r"|(?P<rows>\.token_adapter\.trainable_tokens_delta(?:\.default)?))"
 )
 HEAD = "lm_head"
 _WRAPPERS = ("base_model", "model", "language_model", "text_model")
@@ -37,7 +38,6 @@ UNSUPPORTED_KEYS = {
     "modules_to_save": "fully trained modules",
     "fan_in_fan_out": "transposed (Conv1D) weights",
     "layer_replication": "replicated layers",
-    "trainable_token_indices": "trained token embeddings",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
@@ -55,6 +55,7 @@ class AdapterConfig:
     target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path; other
     modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to; None: all.
     target_parameters: of experts that have LoRA parameters, name endings or whole paths.
+    token_ids: the tokens whose rows are trained, in embedding and head.
     """
 
     base_model: str
@@ -68,6 +69,7 @@ class AdapterConfig:
     layers: list[int] | None = None
     use_dora: bool = False
     target_parameters: list[str] = field(default_factory=list)
+    token_ids: tuple[int, ...] = ()
 
     @property
     def scaling(self) -> float:
@@ -158,7 +160,23 @@ def read_adapter_config(
         {path: own for path, own in alphas.items() if own != alpha},
         use_dora=use_dora,
         target_parameters=sorted(experts),
+        token_ids=_token_ids(folder, raw.get("trainable_token_indices")),
     )
+
+
+def _token_ids(folder: Path, written: Any) -> tuple[int, ...]:
+    """The tokens of `trainable_token_indices`: a list, or one for each module. Raises `BaseModelError` unless
+    all modules have the same ones, in ascending order."""
+    lists = list(written.values()) if isinstance(written, dict) else [written or []]
+    ids = tuple(lists[0]) if lists and isinstance(lists[0], list) else ()
+    is_list = all(type(number) is int and number >= 0 for number in ids) and list(ids) == sorted(set(ids))
+    if not is_list or any(other != lists[0] for other in lists):
+        raise BaseModelError(
+            f"{folder / CONFIG_FILE}: trainable_token_indices must be one ascending list of token ids, the "
+            "same for embedding and head. Merge the adapter into its base with peft, and train on the merged "
+            "model."
+        )
+    return ids
 
 
 def _number(value: Any) -> float:
@@ -220,10 +238,12 @@ def layer_of(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
+def to_peft(config: AdapterConfig, paths: Iterable[str], row_paths: Iterable[str] = ()) -> dict[str, Any]:
     """The values of adapter_config.json, as PEFT writes them for LoRA. paths: of all modules with LoRA
-    parameters."""
+    parameters. row_paths: of the embedding, and of the head where it is not tied, if rows of tokens are
+    trained."""
     trained = sorted(paths)
+    ids = list(config.token_ids)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -245,6 +265,7 @@ def to_peft(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
         "rank_pattern": pattern_of({path: config.rank_of(path) for path in trained}, config.rank),
         "alpha_pattern": pattern_of({path: config.alpha_of(path) for path in trained}, config.alpha),
         "use_dora": config.use_dora,
+        "trainable_token_indices": dict.fromkeys(sorted(row_paths), ids) if ids else None,
     }
 
 

@@ -4,7 +4,9 @@ An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in]
 s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
 tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
 from the CausalLM. Weights of experts have longer A and B (expert_parameters.py). With DoRA there is a third,
-the magnitudes m [out] (model/magnitude.py): `...lora_magnitude_vector`.
+the magnitudes m [out] (model/magnitude.py): `...lora_magnitude_vector`. Trained rows [n, D] of n tokens in
+embedding and head are `base_model.model.<path>.token_adapter.trainable_tokens_delta`: rows, in spite of the
+name, no differences.
 
 peft itself would need the whole model in memory to save an adapter. For variants of other tools, and what is
 refused, see adapter_config.py.
@@ -39,11 +41,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD_COPY = f"{HEAD}.base_layer.weight"
 """Name of the copy of the base's head that PEFT saves beside an adapter of the head."""
+ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+_LETTERS = ("A", "B", "m", "rows")
 
 LoraPairs = dict[str, tuple[Tensor, ...]]
-"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out]); parameter path of E experts -> (A
-[E rank, in], B [out, rank E])."""
+"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out]), or (trained rows [n, D],);
+parameter path of E experts -> (A [E rank, in], B [out, rank E])."""
 
 
 def save_adapter(
@@ -55,19 +59,21 @@ def save_adapter(
     """Write (or replace as a whole) an adapter folder; the same input gives the same bytes.
 
     lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; with m if the config
-    uses DoRA; stored in fp32. other_files: name -> text of files to write beside them.
+    uses DoRA; rows of the config's tokens; stored in fp32. other_files: name -> text of files to write beside
+    them.
     """
     tensors: dict[str, Tensor] = {}
     nested = stored_paths(config.experts_of(lora))
     for path in sorted(lora):
-        for suffix, matrix in zip(SUFFIXES[: len(lora[path])], lora[path], strict=True):
+        suffixes = SUFFIXES[: len(lora[path])] if len(lora[path]) > 1 else (ROWS_SUFFIX,)
+        for suffix, matrix in zip(suffixes, lora[path], strict=True):
             tensors[PREFIX + nested.get(path, path) + suffix] = (
                 matrix.detach().to(device="cpu", dtype=torch.float32).contiguous()
             )
+    row_paths = [path for path in lora if len(lora[path]) == 1]
+    values = to_peft(config, lora.keys() - row_paths, row_paths)
     with atomic_folder(Path(folder)) as partial:
-        (partial / CONFIG_FILE).write_text(
-            json.dumps(to_peft(config, lora), indent=2, sort_keys=True) + "\n", "utf-8"
-        )
+        (partial / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
         for name, content in (other_files or {}).items():
             (partial / name).write_text(content, "utf-8")
         with open(partial / WEIGHTS_FILE, "wb") as file:
@@ -85,8 +91,15 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
     with _open(folder) as reader:
         names_by_path, raw, experts = _names_by_path(reader)
         lora = {path: _read(reader, path, names) for path, names in names_by_path.items()}
-    config = read_adapter_config(folder, raw, {path: len(a) for path, (a, *_) in lora.items()}, experts)
-    if wrong := [path for path, tensors in lora.items() if (len(tensors) > 2) != config.use_dora]:
+    adapted = {path: tensors for path, tensors in lora.items() if len(tensors) > 1}
+    config = read_adapter_config(folder, raw, {path: len(a) for path, (a, *_) in adapted.items()}, experts)
+    found = {len(lora[path][0]) for path in lora.keys() - adapted.keys()} or {0}
+    if found != {len(config.token_ids)}:
+        raise BaseModelError(
+            f"{folder}: the config has {len(config.token_ids)} trainable_token_indices, {WEIGHTS_FILE} holds "
+            f"rows of {max(found)} tokens. Copy the adapter again."
+        )
+    if wrong := [path for path, tensors in adapted.items() if (len(tensors) > 2) != config.use_dora]:
         raise BaseModelError(
             f"{folder}: the config says use_dora: {str(config.use_dora).lower()}, and {WEIGHTS_FILE} holds "
             f"{'no' if config.use_dora else 'a'} lora_magnitude_vector of {wrong[0]}. Copy the adapter again."
@@ -119,7 +132,9 @@ def adapter_shapes(folder: Path) -> tuple[AdapterConfig, dict[str, tuple[int, in
     with _open(folder) as reader:
         names_by_path, raw, experts = _names_by_path(reader)
         shapes = {
-            path: [reader.info(pair[letter]).shape for letter in "AB"] for path, pair in names_by_path.items()
+            path: [reader.info(pair[letter]).shape for letter in "AB"]
+            for path, pair in names_by_path.items()
+            if "A" in pair
         }
     config = read_adapter_config(folder, raw, {path: a[0] for path, (a, _) in shapes.items()}, experts)
     return config, {path: (a[1], b[0]) for path, (a, b) in shapes.items()}
@@ -143,17 +158,9 @@ def _open(folder: Path) -> ShardReader:
 def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Tensor, ...]:
     """The tensors of one module in fp32. names: of `_names_by_path`. Raises `BaseModelError` for odd ones."""
     folder = reader.folder
-    tensors = a, b, *m = [reader.read(names[letter]) for letter in "ABm" if letter in names]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise BaseModelError(
-            f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
-            " they must be [rank, in] and [out, rank]."
-        )
-    if m and m[0].shape != b.shape[:1]:
-        raise BaseModelError(
-            f"{folder}: the lora_magnitude_vector of {path} has the shape {list(m[0].shape)}; it must be "
-            f"[{len(b)}], a number for every row of B."
-        )
+    tensors = [reader.read(names[letter]) for letter in _LETTERS if letter in names]
+    if len(tensors) > 1:
+        _check_shapes(folder, path, *tensors)
     for tensor in tensors:
         if not tensor.is_floating_point():
             raise BaseModelError(f"{folder}: the tensors of {path} are {tensor.dtype}, no real numbers.")
@@ -165,11 +172,25 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
     return tuple(tensor.float() for tensor in tensors)
 
 
+def _check_shapes(folder: Path, path: str, a: Tensor, b: Tensor, *m: Tensor) -> None:
+    """Raise `BaseModelError` unless A, B and m fit each other."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise BaseModelError(
+            f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
+            " they must be [rank, in] and [out, rank]."
+        )
+    if m and m[0].shape != b.shape[:1]:
+        raise BaseModelError(
+            f"{folder}: the lora_magnitude_vector of {path} has the shape {list(m[0].shape)}; it must be "
+            f"[{len(b)}], a number for every row of B."
+        )
+
+
 def _names_by_path(
     reader: ShardReader,
 ) -> tuple[dict[str, dict[str, str]], dict[str, Any], frozenset[str]]:
-    """(path -> {"A": tensor name, "B": tensor name}, with DoRA "m" too; the content of the config; the paths
-    that are parameters of experts)."""
+    """(path -> {"A": tensor name, "B": tensor name}, with DoRA "m" too, or {"rows": tensor name}; the content
+    of the config; the paths that are parameters of experts)."""
     found: dict[str, dict[str, str]] = {}
     for name in reader.names():
         if name.endswith(HEAD_COPY):
@@ -179,10 +200,18 @@ def _names_by_path(
             raise BaseModelError(
                 f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which neither LoRA nor DoRA has."
             )
-        found.setdefault(parts["path"], {})[parts["letter"] or "m"] = name
-    if not found:
+        letter = parts["letter"] or ("rows" if parts["rows"] else "m")
+        found.setdefault(parts["path"], {})[letter] = name
+    if not any("A" in pair for pair in found.values()):
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no LoRA parameters.")
-    if halves := [path for path, pair in found.items() if not {"A", "B"} <= pair.keys()]:
+    if both := [path for path, pair in found.items() if {"A", "rows"} <= pair.keys()]:
+        raise BaseModelError(
+            f"{reader.folder}: the adapter has LoRA parameters and trained rows of tokens on {both[0]}. "
+            "Merge it into its base with peft, and train on the merged model."
+        )
+    if halves := [
+        path for path, pair in found.items() if not {"A", "B"} <= pair.keys() and "rows" not in pair
+    ]:
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds only one of A and B of {halves[0]}.")
     raw = read_json_config(reader.folder)
     try:

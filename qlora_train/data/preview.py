@@ -27,7 +27,7 @@ from qlora_train.data.statistics import (
     packing_line,
     stop_tokens,
 )
-from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
+from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,13 +60,13 @@ def preview(
     """
     console = console or Console(soft_wrap=True)
     model = recipe.model
-    tokenizer = load_tokenizer(model.base, model.revision, model.chat_template)
+    tokenizer, added = tokenizer_of_run(model, model.base, model.revision)
     train, evaluation = build_dataset(
         recipe.data,
         tokenizer,
         seed=recipe.training.seed,
         stop_ids=read_stop_ids(model.base, model.revision),
-        vocabulary_size=vocabulary_size,
+        vocabulary_size=vocabulary_size and added.vocabulary_size(vocabulary_size),
         cache=cache,
     )
     for document, title in _first_examples(train, num_examples):
@@ -78,7 +78,7 @@ def preview(
             console.print(Text(f"── {name}", style="bold"))
             for line in _lines(dataset, tokenizer):
                 console.print(line, highlight=False, markup=False)
-    for line in (*length_advice(train), *remarks):
+    for line in (*length_advice(train), *remarks, *added.remarks):
         console.print(line, highlight=False, markup=False)
 
 

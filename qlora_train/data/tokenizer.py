@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_train.boundary import parsing, read_json
+from qlora_train.data.added_tokens import AddedTokens, add_tokens
 from qlora_train.data.chat.choice import choose_chat_template
 from qlora_train.data.tables import first_line
 from qlora_train.errors import BaseModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qlora_train.recipe import ModelSection
 
 _GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
@@ -23,14 +26,26 @@ _TRIAL = "Try it: 1 + 1 = 2.\n\tÄ 日本 🦙"
 """Text that every tokenizer can do: what is damaged in one shows when it is used, not when it is read."""
 
 
-def load_tokenizer(
-    base: str, revision: str | None = None, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
+def tokenizer_of_run(
+    model: ModelSection, base: str, revision: str | None = None
+) -> tuple[PreTrainedTokenizerBase, AddedTokens]:
+    """The tokenizer that a recipe's model section makes of the base's: with its tokens, and its chat template
+    as the only one.
+
+    base, revision: where the section's base was found. Raises as `load_tokenizer` and `add_tokens`, and
+    DataError for a chat template that is not there.
+    """
+    tokenizer = load_tokenizer(base, revision)
+    added = add_tokens(tokenizer, model.add_tokens)
+    if model.chat_template is not None:
+        tokenizer.chat_template = choose_chat_template(tokenizer, model.chat_template)
+    return tokenizer, added
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with its chat template. No code of the base is ever run.
 
-    chat_template: the recipe's `model.chat_template`, which then is the tokenizer's only one. Raises
-    BaseModelError: no such base, no tokenizer files in it, or a tokenizer without offsets; DataError for a
-    chat template that is not there.
+    Raises BaseModelError: no such base, no tokenizer files in it, or a tokenizer without offsets.
     """
     from transformers import AutoTokenizer
 
@@ -60,8 +75,6 @@ def load_tokenizer(
     with parsing(f"the tokenizer of {base}", BaseModelError, _REMEDY):
         ids = tokenizer(_TRIAL, return_offsets_mapping=True)["input_ids"]
         tokenizer.decode(ids)
-    if chat_template is not None:
-        tokenizer.chat_template = choose_chat_template(tokenizer, chat_template)
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
@@ -54,6 +55,13 @@ def copy_companions(
             _leave_out_code(target)
 
 
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer with added tokens over the base's own."""
+    for name in tokenizer.save_pretrained(folder):
+        if name.endswith(".json"):
+            _leave_out_code(Path(name))
+
+
 def _is_companion(name: Path, copied: re.Pattern[str]) -> bool:
     """Whether a file of the base is copied, by its name in the base."""
     if name.name in _NOT_COPIED or name.name.endswith(".index.json"):
@@ -86,15 +94,23 @@ def _leave_out_code(file: Path) -> None:
 
 
 def merged_config(
-    config: Mapping[str, Any], dtype: torch.dtype, quantization: Quantization | None, *, unties_head: bool
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    *,
+    unties_head: bool,
+    vocabulary_size: int,
 ) -> str:
     """The text of config.json. quantization: of the weights that were merged onto; None: the original ones.
-    unties_head: the head is no longer the embedding's matrix."""
+    unties_head: the head is no longer the embedding's matrix. vocabulary_size: rows of the embedding."""
     # transformers 5 calls it dtype, most other tools still read torch_dtype
     name = str(dtype).removeprefix("torch.")
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     if unties_head:
         kept["tie_word_embeddings"] = False
+    for part in (kept, kept.get("text_config")):
+        if isinstance(part, dict) and "vocab_size" in part:
+            part["vocab_size"] = max(part["vocab_size"], vocabulary_size)
     mark: dict[str, Any] = {"merged_onto": "original"}
     if quantization is not None and quantization.is_quantized:
         mark = {"merged_onto": "dequantized", "quantization": quantization.format}

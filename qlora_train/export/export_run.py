@@ -25,11 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_train.adapter.trained_on import find_base, read_trained_on
 from qlora_train.data.prompts import stop_token_ids
-from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
+from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
 from qlora_train.device.compute_dtype import COMPUTE_DTYPES, dtype_name, resolve_dtype
 from qlora_train.device.description import CPU
 from qlora_train.errors import DataError, ExportError
 from qlora_train.export import BASES, LOADERS, QUANTS
+from qlora_train.export.companions import write_tokenizer
 from qlora_train.export.held_out import held_out
 from qlora_train.export.measure import Measure, Source
 from qlora_train.export.merge import merge, require_new_folder
@@ -86,7 +87,7 @@ def export(
     require_new_folder(target)  # before anything is read through
     recipe = load_recipe(run / "recipe.yaml")
     folder, _ = find_base(recipe.model, run)
-    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
+    tokenizer, added = tokenizer_of_run(recipe.model, str(folder))
     named = read_stop_ids(str(folder))
     check_base(folder)
     if (trained_on := read_trained_on(adapter)) is not None:
@@ -95,6 +96,11 @@ def export(
     trained_quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
     quantization = _merged_onto(folder, base, trained_quantization)
     end_ids = stop_token_ids(tokenizer, named, recipe.data)
+    if to == "gguf" and added.ids:
+        raise ExportError(
+            "--to gguf: the run has trained rows of tokens (model.add_tokens), which are not written there. "
+            "Export with --to merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
+        )
     gguf = _gguf_export(recipe, folder, tokenizer, end_ids, quant or "f16", log) if to == "gguf" else None
     documents = _held_out(recipe, tokenizer, named, receipt, log) if receipt is not None else None
     with ExitStack() as stack:
@@ -115,6 +121,8 @@ def export(
         )
 
         def complete(partial: Path) -> None:
+            if added.ids:
+                write_tokenizer(tokenizer, partial)
             if recipe.model.chat_template is not None:  # the one that training wrote conversations with
                 (partial / "chat_template.jinja").write_text(str(tokenizer.chat_template), "utf-8")
             if measure is not None:

@@ -20,7 +20,8 @@ from qlora_train.export.quantized_layers import QuantizedLayers
 from qlora_train.export.receipt import Figures, Receipt, compare
 from qlora_train.export.walked_model import HeldOut, LargestValue, WalkedModel, walk_model
 from qlora_train.kernels.on_device import find_device
-from qlora_train.model.base import MetaModel, adaptable_names, read_config
+from qlora_train.model.base import MetaModel, adaptable_names, empty_model, read_config
+from qlora_train.model.decoder import matrix_paths
 from qlora_train.quant.formats import UNQUANTIZED, Quantization
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 
@@ -61,7 +62,9 @@ class Measure:
         self._source, self._documents, self._log = source, documents, log
         self._device = find_device()
         log(f"measuring on {len(documents.all_labels):,} supervised tokens {documents.source}")
-        linears, experts = adaptable_names(read_config(source.base_folder))
+        config = read_config(source.base_folder)
+        linears, experts = adaptable_names(config)
+        matrices = matrix_paths(empty_model(config, torch.float32))
         self._trained = walk_model(
             source.base_folder,
             documents,
@@ -69,7 +72,7 @@ class Measure:
             self._arithmetic(resolve_dtype(source.compute_dtype, self._device.description)),
             self._device,
             fill=None if cached is None else cached.read_layer,
-            adapter=load_fitting(source.adapter, [*linears, *experts, HEAD]),
+            adapter=load_fitting(source.adapter, [*linears, *experts, *matrices, HEAD]),
         )
 
     @property

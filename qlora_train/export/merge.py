@@ -1,6 +1,7 @@
 """Merges an adapter: writes W + scaling * B A for every trained weight W as a safetensors checkpoint, with
 DoRA (m / n) (W + scaling * B A), whose rows have the lengths m. Of experts every one has its own B and A,
-whether the checkpoint has a tensor for each or one for all.
+whether the checkpoint has a tensor for each or one for all. Trained rows of tokens stand in embedding and
+head, which grow where tokens are new to them.
 
 It works on a few rows of one tensor at a time: rows are read, computed in fp32, cast and appended to the
 shard. A safetensors header holds only dtypes, shapes and offsets, which follow from the base's shapes, so it
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_train.adapter.adapter_config import HEAD, AdapterConfig
+from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
 from qlora_train.adapter.adapter_files import LoraPairs, load_adapter
 from qlora_train.boundary import require_creatable, require_free_disk
 from qlora_train.errors import BaseModelError, ExportError
@@ -43,6 +44,7 @@ from qlora_train.files.shards import (
 )
 from qlora_train.model.base import MetaModel, read_config
 from qlora_train.model.base_folder import read_plain_config
+from qlora_train.model.token_rows import blocks_with_rows
 from qlora_train.quant.formats import Quantization
 from qlora_train.quant.quantize import quantize
 from qlora_train.quant.weight import QuantizedWeight
@@ -96,7 +98,13 @@ def merge(
                 _write_shard(partial / file_name, names, weights, dtype)
             if len(shards) > 1:
                 _write_index(partial, shards, num_bytes)
-            text = merged_config(model_config, dtype, quantization, unties_head=weights.changes_head)
+            text = merged_config(
+                model_config,
+                dtype,
+                quantization,
+                unties_head=weights.changes_head,
+                vocabulary_size=weights.vocabulary_size,
+            )
             (partial / "config.json").write_text(text, "utf-8")
             copy_companions(base_folder, partial, log)
             list_end_ids(partial, end_ids)
@@ -140,12 +148,20 @@ class MergedWeights:
         if meta_model.is_tied:
             self._head = checkpoint.own_head
             self.shapes.pop(self._head, None)  # it repeats the embedding
-            if any(path.rpartition(".")[2] == HEAD for path in lora):
+            if any(path.rpartition(".")[2] == HEAD and len(lora[path]) > 1 for path in lora):
                 self.shapes[self._head] = self.shapes[self._head_source]
+        rows = {path: tensors[0] for path, tensors in lora.items() if len(tensors) == 1}
+        lora = {path: tensors for path, tensors in lora.items() if path not in rows}
         self._updates = updates_of(config, lora, checkpoint, self._head, self.shapes)
+        self._token_ids, self._token_rows = config.token_ids, self._match_rows(rows, config.token_ids)
         is_quantized = quantization is not None and quantization.is_quantized
         quantized = checkpoint.parts.keys() - checkpoint.reader.experts if is_quantized else set()
         self.dequantized = self._is_quantized_already | quantized
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the merged embedding."""
+        return self.shapes[self._checkpoint.find(self._checkpoint.meta_model.embedding_name)][0]
 
     @property
     def changes_head(self) -> bool:
@@ -178,6 +194,10 @@ class MergedWeights:
         """Blocks of rows [n, ...] of a merged tensor in fp32, in order; each is valid until the next."""
         if not self.shapes[name]:
             yield self._reader.read(name).float()
+            return
+        if name in self._token_rows:
+            blocks = (block.float() for _, _, block in self._base_rows(name))
+            yield from blocks_with_rows(blocks, self._token_ids, self._token_rows[name])
             return
         for start, _, block in self._base_rows(self._head_source if name == self._head else name):
             values = block.float()
@@ -242,12 +262,30 @@ class MergedWeights:
             )
         return info.shape
 
+    def _match_rows(self, rows: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
+        """Trained rows of tokens by tensor name; embedding and head get room for them."""
+        meta_model = self._checkpoint.meta_model
+        parameters = {meta_model.embedding_name, meta_model.head_name}
+        tensors = {name.removesuffix(".weight"): self._checkpoint.find(name) for name in parameters}
+        names = match_modules(rows, tensors)
+        matched = {tensors[names[path]]: values for path, values in rows.items() if path in names}
+        for name, values in matched.items():
+            num_rows, columns = self.shapes[name]
+            if len(matched) < len(rows) or values.shape[1] != columns:
+                raise ExportError(
+                    f"the adapter's rows of tokens do not fit {self._checkpoint.folder}: {name} has "
+                    f"{columns} columns, they have {values.shape[1]}. Is this the base it was trained on?"
+                )
+            self.shapes[name] = (max(num_rows, ids[-1] + 1), columns)
+        return matched
+
 
 class MergedReader:
     """Reads `MergedWeights` as a checkpoint, without writing them; has the methods of `ShardReader`."""
 
     def __init__(self, folder: Path, weights: MergedWeights, dtype: torch.dtype) -> None:
         self.folder, self._weights, self._dtype = folder, weights, dtype
+        self.vocabulary_size = weights.vocabulary_size
 
     def names(self) -> list[str]:
         return list(self._weights.shapes)

@@ -37,6 +37,7 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.layer_buffer import LayerBufferLayout
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.quantized_matrix import RowLayout
+from qlora_train.model.token_rows import blocks_with_rows
 from qlora_train.model.vocab_matrix import TokenIds
 from qlora_train.model.weight_store import PresentWeights, by_path
 from qlora_train.quant.formats import Quantization
@@ -124,6 +125,8 @@ def walk_model(
     config = read_config(folder)
     if reader is not None:  # a merged model is not quantized
         config.__dict__.pop("quantization_config", None)
+    if isinstance(reader, MergedReader):
+        config.vocab_size = reader.vocabulary_size
     shape_of_all = MetaModel(config, dtype)  # stays on meta; the other one is materialized and used up
     checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike
     meta_model = MetaModel(config, dtype)
@@ -140,11 +143,18 @@ def walk_model(
     head_name = meta_model.head_name
     decoder = meta_model.materialize(weights, checkpoint.plain(device.torch), embedding, embedding, device)
     head = _attach(decoder, adapter, dtype, device) if adapter is not None else None
+    token_ids = adapter[0].token_ids if adapter is not None else ()
     largest = LargestValue()
     hidden = _hidden_states(decoder, documents, largest)
     weights.release()
 
     def head_rows() -> Iterator[Tensor]:
+        blocks = stored_head_rows()
+        if adapter is None or not token_ids:
+            return blocks
+        return blocks_with_rows(blocks, token_ids, adapter[1][decoder.matrix_paths[-1]][0])
+
+    def stored_head_rows() -> Iterator[Tensor]:
         row_format = RowLayout(checkpoint.head_quantization, shape_of_all.matrix_shape[1], dtype)
         start = 0
         for stored in checkpoint.matrix_rows(head_name):
@@ -168,8 +178,10 @@ def _attach(
     """Attach LoRA parameters to linears and experts; returns ((A, B), scaling) of the head, if the adapter
     has them."""
     config, pairs = adapter[0], dict(adapter[1])
-    head = pairs.pop(HEAD, None)
-    LoraParameters.of_adapter(decoder.adaptable, config, pairs, dtype=dtype, device=device.torch)
+    head = pairs.pop(HEAD) if len(pairs.get(HEAD, ())) > 1 else None
+    lora = LoraParameters.of_adapter(decoder.adaptable, config, pairs, dtype=dtype, device=device.torch)
+    if config.token_ids:
+        decoder.set_token_rows(config.token_ids, lora.token_rows(lora.working))
     return None if head is None else (head, config.scaling_of(HEAD))
 
 
@@ -256,7 +268,11 @@ class _Gathered:
 
     @staticmethod
     def of(blocks: Iterator[Tensor], token_ids: np.ndarray, device: torch.device) -> _Gathered:
-        ids, start, kept = np.unique(token_ids), 0, []
+        ids, start, kept = (
+            np.unique(np.append(token_ids, 0)),
+            0,
+            [],
+        )  # 0 is asked for in trained tokens' places
         for rows in blocks:
             here = ids[(ids >= start) & (ids < start + len(rows))] - start
             kept.append(rows[torch.from_numpy(here)].clone())

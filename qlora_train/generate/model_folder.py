@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.adapter.adapter_config import HEAD
 from qlora_train.adapter.adapter_files import load_fitting
 from qlora_train.adapter.trained_on import find_base, read_trained_on
+from qlora_train.data.added_tokens import AddedTokens
 from qlora_train.data.prompts import encode_messages, encode_prompt, encode_raw, is_chat, stop_token_ids
-from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
+from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids, tokenizer_of_run
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.device.settings import apply_settings
@@ -34,6 +35,7 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import DropoutContext
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.probe import ProbeResult, probe
+from qlora_train.model.token_rows import TokenRows, initial_rows
 from qlora_train.plan.generation import GenerationPlan
 from qlora_train.plan.machine_plan import enforce_budget, plan_generation_here
 from qlora_train.plan.model_shape import find_shape
@@ -68,7 +70,7 @@ class LoadedModel:
 class ModelSource:
     """A model whose weights are not loaded. folder: of the base. probed: result of the start-up probe.
     recipe: of the run, its compute dtype resolved; None for a model without a run. adapter: its folder, if
-    any. other_recipes: of runs whose adapters may be attached later."""
+    any. other_recipes: of runs whose adapters may be attached later. added: the run's `model.add_tokens`."""
 
     folder: Path
     probed: ProbeResult
@@ -79,6 +81,7 @@ class ModelSource:
     recipe: Recipe | None = None
     adapter: Path | None = None
     other_recipes: tuple[Recipe, ...] = ()
+    added: AddedTokens = AddedTokens()
 
     @property
     def data(self) -> DataSection | None:
@@ -134,8 +137,7 @@ class ModelSource:
             decoder.fuse(
                 norms=self.probed.fuses_norms, mlps=self.probed.fuses_mlps, qkv=self.probed.fuses_qkv
             )
-        if self.adapter is not None:
-            self.attach(decoder, self.adapter)
+        self.attach(decoder, self.adapter)
         decoder.tile_mlps(plan.execution.mlp_tile_tokens, DropoutContext())
         self.device.release_cached()  # what loading took would stay beside other sizes
         return LoadedModel(decoder, self.tokenizer, self.data, self.stop_ids(), plan)
@@ -163,16 +165,24 @@ class ModelSource:
         """Put an adapter's LoRA parameters in the place of those that there are; None: the base alone."""
         for adaptable in decoder.adaptable.values():
             adaptable.lora = None
-        if isinstance(decoder.head, AdaptedHead):
+        if isinstance(decoder.head, AdaptedHead | TokenRows):
             decoder.head = decoder.head.stored
+        if isinstance(decoder.embedding, TokenRows):
+            decoder.embedding = decoder.embedding.stored
+        device = self.device.torch
         if adapter is None:
+            matrices = zip(decoder.matrix_paths, (decoder.embedding, decoder.head), strict=False)
+            if self.added.ids:
+                first = {path: initial_rows(stored, self.added.parts, device) for path, stored in matrices}
+                rows = {path: rows.to(self.dtype) for path, rows in first.items()}
+                decoder.set_token_rows(self.added.ids, rows)
             return
-        config, pairs = load_fitting(adapter, [*decoder.adaptable, HEAD])
-        if HEAD in pairs:
+        config, pairs = load_fitting(adapter, [*decoder.adaptable, *decoder.matrix_paths, HEAD])
+        if len(pairs.get(HEAD, ())) > 1:
             decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
-        LoraParameters.of_adapter(
-            decoder.adaptable, config, pairs, dtype=self.dtype, device=self.device.torch
-        )
+        lora = LoraParameters.of_adapter(decoder.adaptable, config, pairs, dtype=self.dtype, device=device)
+        if config.token_ids:
+            decoder.set_token_rows(config.token_ids, lora.token_rows(lora.working))
 
     def _workload(self) -> Workload:
         shape, target = find_shape(str(self.folder)), self.device.description
@@ -216,7 +226,7 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | N
     Raises `BaseModelError` if base, tokenizer or template differ from those of training."""
     folder, _ = find_base(recipe.model, run)
     check_base(folder, recipe.model.quantization)
-    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
+    tokenizer, added = tokenizer_of_run(recipe.model, str(folder))
     if adapter is not None and (trained_on := read_trained_on(adapter)) is not None:
         trained_on.check_base(folder, adapter)
         trained_on.check_tokenizer(tokenizer, adapter)
@@ -232,6 +242,7 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | N
         tokenizer,
         recipe.model_copy(update={"model": model}),
         adapter,
+        added=added,
     )
 
 

@@ -20,7 +20,7 @@ require.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -44,6 +44,7 @@ from qlora_train.model.linear import DropoutContext, FrozenLinear, LinearLora
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.shared_input import SharedLinear, fuse_qkv
 from qlora_train.model.tiled_mlp import TiledMlp
+from qlora_train.model.token_rows import TokenRows
 from qlora_train.model.vocab_matrix import TokenIds, VocabMatrix, tiles, whole
 from qlora_train.model.weight_store import WeightStore
 
@@ -56,11 +57,11 @@ class FrozenDecoder:
 
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. stacks:
     the matrices of experts, by parameter path. weights: where those find their quantized weights. embedding,
-    head: [V, D], the same object where tied. dtype, device: of the computation. skippable: names within a
-    layer of linears and experts whose output goes straight into the residual sum, as the probe found.
-    fingerprint: of the quantized base's content. kernels: the fastest there are until others are chosen. The
-    given model is taken over and cannot be called as a whole afterwards; its embedding and head weights are
-    dropped.
+    head: [V, D], the same object where tied; matrix_paths: their module paths, the embedding's alone where
+    tied. dtype, device: of the computation. skippable: names within a layer of linears and experts whose
+    output goes straight into the residual sum, as the probe found. fingerprint: of the quantized base's
+    content. kernels: the fastest there are until others are chosen. The given model is taken over and cannot
+    be called as a whole afterwards; its embedding and head weights are dropped.
     """
 
     tiled_mlp: type[TiledMlp] = TiledMlp
@@ -102,6 +103,7 @@ class FrozenDecoder:
         self._embedding: Any = model.get_input_embeddings()
         self._embedding.weight = self._no_rows
         self._embedding.padding_idx = None  # type: ignore[assignment]  # only affects the gradient of a trainable embedding
+        self.matrix_paths = matrix_paths(model)
         self._head_product = _HeadProduct(model.get_output_embeddings().bias)
         model.set_output_embeddings(self._head_product)
         self._causal_lm = model
@@ -126,8 +128,15 @@ class FrozenDecoder:
         self, ids: TokenIds, position_ids: Tensor, **attention_arguments: Any
     ) -> tuple[Tensor, list[LayerArguments]]:
         """ids [B * T], position_ids [B, T] -> x_0 [B, T, D] and each layer's keyword arguments."""
-        self._embedding.weight = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
-        row_of_token = torch.arange(len(ids), device=self.device.torch).view(position_ids.shape)
+        rows = nn.Parameter(self.embedding.gather(ids), requires_grad=False)
+        return self._prologue(rows, position_ids, **attention_arguments)
+
+    def _prologue(
+        self, rows: nn.Parameter, position_ids: Tensor, **attention_arguments: Any
+    ) -> tuple[Tensor, list[LayerArguments]]:
+        """x_0 and each layer's arguments from the embedding rows [B * T, D] of the tokens."""
+        self._embedding.weight = rows
+        row_of_token = torch.arange(len(rows), device=self.device.torch).view(position_ids.shape)
         try:
             output = self._decoder(
                 input_ids=row_of_token,
@@ -145,6 +154,15 @@ class FrozenDecoder:
     def embed_packed(self, tokens: PackedTokens) -> tuple[Tensor, list[LayerArguments]]:
         """`embed` for a packed row: x_0 [1, T, D]."""
         return self.embed(tokens.ids, tokens.position_ids, documents=tokens.documents)
+
+    def add_embedding_gradient(self, tokens: PackedTokens, gradient: Tensor) -> None:
+        """From dL/dx_0 [1, T, D] (`gradient`) to the gradient of trained rows of the embedding."""
+        assert isinstance(self.embedding, TokenRows)
+        rows = nn.Parameter(self.embedding.gather(tokens.ids))
+        with torch.enable_grad():
+            x, _ = self._prologue(rows, tokens.position_ids, documents=tokens.documents)
+            (of_rows,) = torch.autograd.grad(x, rows, gradient)
+        self.embedding.add_gradient(tokens.ids, of_rows)
 
     def run_layer(self, index: int, x: Tensor, arguments: LayerArguments) -> Tensor:
         """x [B, T, D] -> [B, T, D] through decoder layer `index`."""
@@ -200,6 +218,27 @@ class FrozenDecoder:
         lora: (A [R, D], B [V, R]). made_for: the head that they were trained on, None if unknown. Raises
         `BaseModelError` if shapes do not fit or `made_for` is another head."""
         self.head = AdaptedHead.of(self.head, lora, scaling, self.device.torch, made_for)
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether rows of embedding and head are trained."""
+        return isinstance(self.embedding, TokenRows) and self.embedding.gradient is not None
+
+    def set_token_rows(
+        self, ids: Sequence[int], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Put `rows` [n, D] in the place of the tokens' own, in embedding and head; see `TokenRows`. Both are
+        by module path. Raises `UnsupportedModelError` where the head is quantized or has a bias."""
+        if self._head_product.bias is not None:
+            raise UnsupportedModelError(
+                f"model.add_tokens: the head of {self.config.model_type} has a bias, which new tokens have "
+                "none in; leave add_tokens out"
+            )
+        ends = []
+        for path, stored in zip(self.matrix_paths, (self.embedding, self.head), strict=False):
+            gradient = None if gradients is None else gradients[path]
+            ends.append(TokenRows(stored, ids, rows[path], gradient))
+        self.embedding, self.head = ends[0], ends[-1]
 
     def release_shared(self) -> None:
         """After an exception in a layer: release outputs that were computed for linears not called yet."""
@@ -273,6 +312,13 @@ class FrozenDecoder:
             return self._causal_lm(inputs_embeds=hidden, use_cache=False).logits
         finally:
             self._head_product.product = None
+
+
+def matrix_paths(model: PreTrainedModel) -> tuple[str, ...]:
+    """The module paths of embedding and head; where they are tied, of the embedding."""
+    matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
+    paths = {module: path for path, module in model.named_modules()}
+    return tuple(paths[matrix] for matrix in matrices[: 1 if model.config.tie_word_embeddings else 2])
 
 
 def final_norm_name(decoder: nn.Module) -> str:

@@ -10,11 +10,11 @@ masters). One cast per optimizer step, one norm for clipping, one optimizer laun
 one all-reduce. Separate tensors per module would need hundreds of small launches, and bitsandbytes' paging
 and 8-bit state only apply to tensors above a size that a single A or B does not reach.
 
-Order: every A first (by layer, then module), then every B, so that LoRA+ (Hayou et al. 2024,
-arXiv:2402.12354), which gives B a higher learning rate than A, has two contiguous parameter groups. With DoRA
-(model/magnitude.py) every m [out] follows, in the group of B and with its weight decay, as in PEFT. m is used
-in fp32, as the masters have it; only A and B are read from the working copy. Row norms are two more buffers
-of fp32, 8 bytes per row.
+Order: every A first (by layer, then module), then the rows of trained tokens (token_rows.py), then every B,
+so that LoRA+ (Hayou et al. 2024, arXiv:2402.12354), which gives B a higher learning rate than A, has two
+contiguous parameter groups. With DoRA (model/magnitude.py) every m [out] follows, in the group of B and with
+its weight decay, as in PEFT. m is used in fp32, as the masters have it; all else is read from the working
+copy. Row norms are two more buffers of fp32, 8 bytes per row.
 
 Initialized as in PEFT: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero, so the adapted model
 starts equal to the base, and m by the first forward pass.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class LoraParameters:
 
     rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: of the
     initialization of A. dtype: of the working copy. use_dora: with a magnitude for each linear. Dropout must
-    be 0 with it, and neither goes with experts. An existing `linear.lora` is replaced.
+    be 0 with it, and neither goes with experts. token_rows: what the rows of trained tokens begin with, fp32
+    [n, D] by module path of embedding and head. An existing `linear.lora` is replaced.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LoraParameters:
         dtype: torch.dtype,
         device: torch.device | str,
         use_dora: bool = False,
+        token_rows: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         assert not (use_dora and dropout), "the base's product would be of what is dropped, too"
         self._experts = {n: m for n, m in linears.items() if isinstance(m, ExpertStack)}
@@ -70,8 +73,10 @@ class LoraParameters:
             for name, linear in linears.items()
             for rows in (self.ranks[name] * linear.num_matrices,)
         }
-        self.num_a = sum(math.prod(a) for a, _ in self._shapes.values())
-        self._num_ab = self.num_a + sum(math.prod(b) for _, b in self._shapes.values())
+        self._row_shapes = {path: tuple(rows.shape) for path, rows in token_rows.items()}
+        self._num_a = sum(math.prod(a) for a, _ in self._shapes.values())
+        self.first_b = self._num_a + sum(map(math.prod, self._row_shapes.values()))
+        self._num_ab = self.first_b + sum(math.prod(b) for _, b in self._shapes.values())
         self._num_rows = sum(linear.out_features for linear in linears.values()) if use_dora else 0
         num_elements = self._num_ab + self._num_rows
         self.masters = torch.zeros(num_elements, dtype=torch.float32, device=device)
@@ -82,7 +87,7 @@ class LoraParameters:
         )
         self.dropout_context = DropoutContext()
         if not self.masters.is_meta:
-            self._initialise(seed)
+            self._initialise(seed, token_rows)
         self._magnitudes: dict[str, Magnitude] = dict(self._make_magnitudes()) if use_dora else {}
         self._attach(linears, dropout)
         self.refresh_working()
@@ -98,8 +103,8 @@ class LoraParameters:
     ) -> LoraParameters:
         """The LoRA parameters of a finished adapter, without dropout, attached to the linears that it adapts.
 
-        lora: (A, B), with DoRA (A, B, m), by the names of `linears`. Raises `BaseModelError` if shapes
-        differ."""
+        lora: (A, B), with DoRA (A, B, m), by the names of `linears`, and (rows,) of trained tokens. Raises
+        `BaseModelError` if shapes differ."""
         targets = {name: linear for name, linear in linears.items() if name in lora}
         buffers = LoraParameters(
             targets,
@@ -110,21 +115,31 @@ class LoraParameters:
             dtype=dtype,
             device=device,
             use_dora=config.use_dora,
+            token_rows={path: tensors[0] for path, tensors in lora.items() if len(tensors) == 1},
         )
         buffers.load(lora)
         return buffers
 
     def views(self, flat: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """{module name: (A [R, in], B [out, R]), with DoRA (A, B, m [out]), of experts (A [E R, in], B [out,
-        R E])} as views of `flat`, one of the flat buffers."""
+        R E]), or (rows of tokens [n, D],)} as views of `flat`, one of the flat buffers."""
         pairs: dict[str, tuple[Tensor, ...]] = {}
-        at_a, at_b = 0, self.num_a
+        at_a, at_b = 0, self.first_b
         for name, (shape_a, shape_b) in self._shapes.items():
             size_a, size_b = math.prod(shape_a), math.prod(shape_b)
             pairs[name] = (flat[at_a : at_a + size_a].view(shape_a), flat[at_b : at_b + size_b].view(shape_b))
             at_a, at_b = at_a + size_a, at_b + size_b
         magnitudes = self._of_rows(flat[self._num_ab :])
-        return {name: (*pair, *magnitudes.get(name, ())) for name, pair in pairs.items()}
+        adapted = {name: (*pair, *magnitudes.get(name, ())) for name, pair in pairs.items()}
+        return adapted | {path: (rows,) for path, rows in self.token_rows(flat).items()}
+
+    def token_rows(self, flat: Tensor) -> dict[str, Tensor]:
+        """{path of the embedding or head: rows of tokens [n, D]} as views of one of the flat buffers."""
+        parts = flat[self._num_a : self.first_b].split([math.prod(s) for s in self._row_shapes.values()])
+        return {
+            path: part.view(shape)
+            for (path, shape), part in zip(self._row_shapes.items(), parts, strict=True)
+        }
 
     def _of_rows(self, flat: Tensor) -> dict[str, tuple[Tensor]]:
         """{module name: its part [out]} of numbers for every row; empty without DoRA."""
@@ -155,7 +170,8 @@ class LoraParameters:
             if (stack := self._experts.get(name)) is not None:
                 a, b = (tensor.shape for tensor in pair)
                 refuse_older_orientation(name, a, b, stack.in_features, stack.out_features)
-            for letter, mine, given in zip("ABm"[: len(pair)], views[name], pair, strict=True):
+            letters = "ABm"[: len(pair)] if len(pair) > 1 else ("rows of tokens",)
+            for letter, mine, given in zip(letters, views[name], pair, strict=True):
                 if mine.shape != given.shape:
                     raise BaseModelError(
                         f"the adapter's {name} {letter} is {tuple(given.shape)}, this run needs "
@@ -165,9 +181,12 @@ class LoraParameters:
                 mine.copy_(given)
         self.refresh_working()
 
-    def _initialise(self, seed: int) -> None:
+    def _initialise(self, seed: int, token_rows: Mapping[str, Tensor]) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for a, *_ in self.views(self.masters).values():
+        for path, rows in self.token_rows(self.masters).items():
+            rows.copy_(token_rows[path])
+        views = self.views(self.masters)
+        for a, *_ in map(views.__getitem__, self.names):
             bound = 1.0 / math.sqrt(a.shape[1])
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
         self.masters[self._num_ab :].fill_(math.nan)  # until the base is measured

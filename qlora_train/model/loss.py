@@ -42,6 +42,7 @@ from torch import Tensor
 from qlora_train.micro_batch import IGNORED_LABEL
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.packed_tokens import PackedTokens
+from qlora_train.model.token_rows import TokenRows
 from qlora_train.model.vocab_matrix import tiles
 
 LOWEST = -1e30  # below any logit, and finite: the first maximum subtracts from -inf where a tile is one label
@@ -94,6 +95,8 @@ class TiledLoss:
             loss_sum += F.softplus(state.others_above_label()).sum()
         if gradient_scale is None:
             return loss_sum, []
+        for state in states if self._decoder.trains_tokens else ():
+            self._add_row_gradients(state, gradient_scale)
         return loss_sum, [_finish(states.pop(0), tokens, gradient_scale) for tokens in batches]
 
     def _begin(self, x: Tensor, tokens: PackedTokens, with_gradient: bool) -> _Running:
@@ -116,6 +119,23 @@ class TiledLoss:
             (state.label_gradients,) = torch.autograd.grad(label_logits.sum(), chosen)
             state.weighted = torch.zeros(leaf.shape, dtype=torch.float32, device=x.device)
         return state
+
+    def _add_row_gradients(self, state: _Running, gradient_scale: float) -> None:
+        """Add the gradients of the head's trained rows: their logits once more, now that all sums are
+        known."""
+        head = self._decoder.head
+        assert isinstance(head, TokenRows) and head.gradient is not None
+        above = state.others_above_label()
+        sum_of_all = state.label_logits + F.softplus(above)  # logarithm of the sum of all exponentials
+        for block in _blocks(len(state.leaf), self._block_tokens):
+            rows = head.rows.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._decoder.tile_logits(state.hidden.detach()[block][None], 0, rows)[0]
+            shares = (logits.detach() - sum_of_all[block, None]).exp_()
+            is_label = state.labels[block, None] == head.ids
+            shares = torch.where(is_label, -torch.sigmoid(above[block, None]), shares).mul_(gradient_scale)
+            (gradient,) = torch.autograd.grad(logits, rows, shares.to(logits.dtype))
+            head.gradient.add_(gradient)
 
     def _add_tile(self, state: _Running, block: slice, start: int, rows: Tensor) -> None:
         """Add one tile's logits of a block of tokens to the running m, s and a."""
@@ -173,10 +193,17 @@ def reference_loss(
 
     The gradient is scaled by loss_scale / num_supervised. head: [V, D]."""
     leaf = x.detach().requires_grad_()
+    matrix = decoder.head
+    trained = matrix.rows.detach().requires_grad_() if isinstance(matrix, TokenRows) else None
     with torch.enable_grad():
+        if isinstance(matrix, TokenRows) and trained is not None:
+            head = head.index_copy(0, matrix.ids, trained)
         logits = decoder.tile_logits(decoder.norm(leaf), 0, head)[0].float()
         loss_sum = F.cross_entropy(logits, tokens.labels, ignore_index=IGNORED_LABEL, reduction="sum")
         loss = loss_sum / num_supervised
         (loss * loss_scale if loss_scale != 1.0 else loss).backward()
     assert leaf.grad is not None
+    if isinstance(matrix, TokenRows) and trained is not None:
+        assert matrix.gradient is not None and trained.grad is not None
+        matrix.gradient.add_(trained.grad)
     return loss_sum.detach(), leaf.grad

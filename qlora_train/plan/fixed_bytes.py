@@ -3,7 +3,8 @@
 quantized weights, constants   the layer buffers of resident layers (model/layer_buffer.py)
 embedding, head             where they are resident; for a quantized head, one dequantized tile more
 ring slots                  num_slots times the largest item that streams
-LoRA parameters             masters and gradient in fp32, and the working copy; with DoRA its row norms too
+LoRA parameters             masters and gradient in fp32, and the working copy, of trained tokens' rows too;
+                            with DoRA its row norms
 optimizer state             8 bytes per LoRA parameter, or 2 and two scales per 256
 """
 
@@ -106,7 +107,8 @@ def slot_bytes(workload: Workload, plan: ExecutionPlan) -> int:
 
 
 def _learning_rate_groups(workload: Workload) -> tuple[int, ...]:
-    """LoRA parameters in each tensor that the optimizer updates: all, or A and B apart (LoRA+)."""
+    """LoRA parameters in each tensor that the optimizer updates: all, or A and rows of tokens apart from B
+    (LoRA+)."""
     return workload.lora_sizes if workload.splits_learning_rate else (workload.num_lora_parameters,)
 
 

@@ -74,6 +74,10 @@ class PlannedModel:
             dtype=dtype,
             device=self.device.torch,
             use_dora=workload.use_dora,
+            token_rows={
+                path: _empty((workload.num_added_tokens, shape.hidden), torch.float32)
+                for path in (self.decoder.matrix_paths if workload.num_added_tokens else ())
+            },
         )
         self.decoder.prepare()
 
@@ -85,6 +89,11 @@ class PlannedModel:
         if not shape.is_tied:
             rows = RowLayout(UNQUANTIZED, shape.hidden, dtype)
             self.decoder.embedding = self._matrix(rows, plan.embedding, plan.head_tile_rows)
+        if (number := self._workload.num_added_tokens) > 0:
+            vocabulary = self.decoder.embedding.num_rows
+            ids = (0, *range(vocabulary, vocabulary + number - 1))  # one in a whole tile, which takes most
+            rows_of, lora = self.lora.token_rows, self.lora
+            self.decoder.set_token_rows(ids, rows_of(lora.working), rows_of(lora.gradient))
 
     def meter(self, most_documents: int) -> PlannedMeter:
         """A new meter of device memory. most_documents: the largest number in any micro-batch."""

@@ -32,7 +32,7 @@ class Workload:
     rank) of every linear, and parameter of experts, with LoRA parameters. splits_learning_rate: B has its own
     (LoRA+). target: the device. deterministic: torch uses deterministic algorithms only. reference: the plain
     implementation, without tiles and fused kernels. use_dora: every linear with LoRA parameters has
-    magnitudes too.
+    magnitudes too. num_added_tokens: tokens whose rows in embedding and head are trained.
     """
 
     shape: ModelShape
@@ -49,6 +49,7 @@ class Workload:
     splits_learning_rate: bool = False
     reference: bool = False
     use_dora: bool = False
+    num_added_tokens: int = 0
     known_most_documents: int = 0
     micro_batch_size: int = field(default=1, compare=False)  # `documents` decides it
 
@@ -81,12 +82,13 @@ class Workload:
 
     @property
     def lora_sizes(self) -> tuple[int, int]:
-        """(numbers in all A, numbers in all B and m)."""
-        num_a = num_b = 0
+        """(numbers in all A and rows of tokens, numbers in all B and m)."""
+        num_a = self.num_added_tokens * (1 if self.shape.is_tied else 2) * self.shape.hidden
+        num_b = self.num_magnitudes
         for path, rank in self.lora_ranks:
             rows, columns, number = self.shape.adaptable_shapes[path]
             num_a, num_b = num_a + rank * number * columns, num_b + rank * number * rows
-        return num_a, num_b + self.num_magnitudes
+        return num_a, num_b
 
     @property
     def lora_per_token(self) -> int:
@@ -190,5 +192,6 @@ def workload_of(
         splits_learning_rate=training.lora_b_lr_ratio != 1.0,
         reference=training.kernels == "reference",
         use_dora=recipe.lora.use_dora,
+        num_added_tokens=len(model.add_tokens),
         known_most_documents=most_documents,
     )

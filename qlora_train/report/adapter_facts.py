@@ -68,7 +68,8 @@ def adapter_facts(folder: Path, base_folder: Path | None = None) -> list[ModuleF
 def _facts(folder: Path, base: ShardReader | None) -> Iterator[ModuleFacts]:
     config, lora = load_adapter(folder)
     names = set(base.names()) if base is not None else set()
-    for path, (a, b, *_) in lora.items():
+    adapted = {path: tensors for path, tensors in lora.items() if len(tensors) > 1}  # not tokens' rows
+    for path, (a, b, *_) in adapted.items():
         q_b, r_b = np.linalg.qr(b.numpy().astype(np.float64))
         q_a, r_a = np.linalg.qr(a.numpy().T.astype(np.float64))
         left, values, right = np.linalg.svd(config.scaling_of(path) * r_b @ r_a.T)

@@ -110,14 +110,16 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
     """What is about to be trained, and how, in a few lines."""
     recipe, decoder, lora = prepared.recipe, prepared.model.decoder, prepared.model.lora
     plan, kept = prepared.model.plan, prepared.model.adapter.kept
+    token_ids = prepared.model.adapter.config.token_ids
     no_checkpoint = f"{recipe.training.output_dir} holds no checkpoint: training starts at the beginning"
     return [
         *([no_checkpoint] if resume and not first else []),
         f"base {recipe.model.base} ({decoder.config.model_type}, {len(decoder.layers)} layers, "
         f"{recipe.model.quantization}), "
         f"{recipe.model.compute_dtype} on {decoder.device.torch}",
-        f"{coverage(lora.ranks, decoder.linears, decoder.stacks)}; {lora.masters.numel():,} trainable "
-        "parameters",
+        f"{coverage(lora.ranks, decoder.linears, decoder.stacks)}; "
+        + (f"rows of {len(token_ids)} tokens; " if token_ids else "")
+        + f"{lora.masters.numel():,} trainable parameters",
         *(
             [f"the LoRA parameters on {', '.join(kept)} are applied and kept as they are, not trained"]
             if kept

@@ -17,20 +17,22 @@ from qlora_train.adapter.adapter_files import LoraPairs, head_copy, load_fitting
 from qlora_train.adapter.continued_adapter import as_continued
 from qlora_train.adapter.lora_targets import choose_targets
 from qlora_train.adapter.trained_on import TrainedOn, find_base, read_trained_on
+from qlora_train.data.added_tokens import AddedTokens
 from qlora_train.data.building import OpenData, build_dataset
 from qlora_train.data.dataset import PackedDataset
-from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
+from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.device.description import DeviceDescription
 from qlora_train.device.settings import apply_settings, make_deterministic
-from qlora_train.errors import UserError
+from qlora_train.errors import BaseModelError, UserError
 from qlora_train.model.base import adaptable_names, read_config
 from qlora_train.model.base_folder import check_base
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.rope_lengths import refuse_length_dependent_rope
+from qlora_train.model.token_rows import initial_rows
 from qlora_train.plan.fixed_bytes import managed_bytes
 from qlora_train.plan.machine_plan import enforce_budget, plan_here
 from qlora_train.plan.plan import Plan
@@ -46,6 +48,8 @@ from qlora_train.weights.execution_plan import ExecutionPlan
 from qlora_train.weights.host_memory import HostMemory
 from qlora_train.weights.load import load_base
 from qlora_train.weights.ranks import Ranks
+
+NO_TOKENS = AddedTokens()
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ def prepare(
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
     found = probe(config)
-    tokenizer = load_tokenizer(str(folder), None, recipe.model.chat_template)
+    tokenizer, added = tokenizer_of_run(recipe.model, str(folder))
+    for line in added.remarks:
+        run.log(line)
     cache = cache_root() if use_cache else None
     with run.ranks.leaders_first():  # one rank fills the token cache, the others map it
         train_data, eval_data = build_dataset(
@@ -161,12 +167,17 @@ def prepare(
             tokenizer,
             seed=recipe.training.seed,
             stop_ids=read_stop_ids(str(folder)),
-            vocabulary_size=config.vocab_size,
+            vocabulary_size=added.vocabulary_size(config.vocab_size),
             cache=cache,
         )
     rows = num_rows(recipe.training, train_data.num_bins)
     model = load_adapted_model(
-        run, found, saved, lambda micro_batch_size: train_data.most_documents(micro_batch_size, rows), cache
+        run,
+        found,
+        saved,
+        lambda micro_batch_size: train_data.most_documents(micro_batch_size, rows),
+        cache,
+        added,
     )
     trained_on = TrainedOn.of(recipe.model, folder, Path(recipe.training.output_dir), tokenizer)
     return Prepared(recipe, accelerator, tokenizer, train_data, eval_data, model, trained_on)
@@ -178,12 +189,14 @@ def load_adapted_model(
     saved: SavedPlan | None,
     most_documents: Callable[[int], int],
     cache: Path | None,
+    added: AddedTokens = NO_TOKENS,
 ) -> AdaptedModel:
     """Make the plan for this machine, load the base and attach LoRA parameters.
 
     found: result of probing the base's config. saved: a plan to follow instead; the first rank's counts for
     all. most_documents: the largest number in any micro-batch of so many bins. cache: the folder of quantized
-    bases; None: none is kept. Raises a `UserError` for a plan that does not fit.
+    bases; None: none is kept. added: tokens whose rows are trained. Raises a `UserError` for a plan that does
+    not fit.
     """
     recipe, device, ranks = run.recipe, run.device, run.ranks
     told = ranks.gather(None if saved is None else saved.to_dict())[0]
@@ -220,15 +233,16 @@ def load_adapted_model(
     decoder.skippable = found.skippable
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
-    lora, adapter = attach_lora(recipe, decoder, run.dtype)
+    lora, adapter = attach_lora(recipe, decoder, run.dtype, added)
     device.release_cached()  # what loading and quantizing took would stay beside other sizes
     return AdaptedModel(plan, execution, host, decoder, lora, adapter)
 
 
 def attach_lora(
-    recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype
+    recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype, added: AddedTokens = NO_TOKENS
 ) -> tuple[LoraParameters, TrainedAdapter]:
-    """Attach LoRA parameters as the resolved recipe says, with the values of `lora.init_from` if given."""
+    """Attach LoRA parameters as the resolved recipe says, and rows of added tokens, with the values of
+    `lora.init_from` if given."""
     section = recipe.lora
     chosen = choose_targets(section, decoder.linears, decoder.stacks)
     ranks = {path: target.rank for path, target in chosen.items()}
@@ -236,8 +250,10 @@ def attach_lora(
     start: LoraPairs = {}
     kept: LoraPairs = {}
     if section.init_from is not None:
-        saved, start = load_fitting(Path(section.init_from), [*decoder.adaptable, HEAD])
-        if HEAD in start:
+        existing = [*decoder.adaptable, *decoder.matrix_paths, HEAD]
+        saved, start = load_fitting(Path(section.init_from), existing)
+        _refuse_other_tokens(section.init_from, saved, start, added)
+        if len(start.get(HEAD, ())) > 1:
             kept = {HEAD: start.pop(HEAD)}
             ranks[HEAD], alphas[HEAD] = saved.rank_of(HEAD), saved.alpha_of(HEAD)
     names, layers = name_targets(ranks.keys() - decoder.stacks.keys(), [*decoder.linears, HEAD])
@@ -253,7 +269,9 @@ def attach_lora(
         layers,
         section.use_dora,
         name_parameters(ranks.keys() & decoder.stacks.keys(), decoder.stacks),
+        added.ids,
     )
+    matrices = zip(decoder.matrix_paths, (decoder.embedding, decoder.head), strict=False)
     lora = LoraParameters(
         {path: decoder.adaptable[path] for path in chosen},
         rank=ranks,
@@ -263,9 +281,30 @@ def attach_lora(
         dtype=dtype,
         device=decoder.device.torch,
         use_dora=section.use_dora,
+        token_rows={
+            path: initial_rows(stored, added.parts, decoder.device.torch)
+            for path, stored in (matrices if added.ids else ())
+        },
     )
+    if added.ids:
+        decoder.set_token_rows(added.ids, lora.token_rows(lora.working), lora.token_rows(lora.gradient))
     if section.init_from is not None:
-        lora.load(start)
+        first_rows = {path: (rows,) for path, rows in lora.token_rows(lora.masters).items()}
+        lora.load(first_rows | start)
     if section.init_from is not None and kept:
         decoder.adapt_head(kept[HEAD], config.scaling_of(HEAD), head_copy(Path(section.init_from)))
     return lora, TrainedAdapter(config, kept)
+
+
+def _refuse_other_tokens(folder: str, saved: AdapterConfig, start: LoraPairs, added: AddedTokens) -> None:
+    """Raise `BaseModelError` where an adapter that training continues does not go with the added tokens."""
+    if saved.token_ids not in ((), added.ids):
+        raise BaseModelError(
+            f"lora.init_from: {folder} has trained rows of the tokens {list(saved.token_ids)}, and "
+            f"model.add_tokens names {list(added.ids) or 'none'}. Name the tokens that it was trained with."
+        )
+    if added.ids and len(start.get(HEAD, ())) > 1:
+        raise BaseModelError(
+            f"model.add_tokens: {folder} has LoRA parameters on {HEAD}, in which no rows of tokens can be "
+            "trained besides. Merge it into its base with peft, and train on the merged model."
+        )

@@ -12,10 +12,10 @@ through the whole model (for one micro-batch; for several it is the fp32 sum), w
 offloaded or recomputed, and wherever its weights live.
 
 Stored: K (L + 1) inputs of T D elements, plus the graphs of kept layers. Layers below the first one with
-LoRA parameters need no backward: nothing of them is stored. All micro-batches of a group pass a layer before
-the next layer is touched (layer-major), so what a layer costs to bring in and dequantize is paid once per
-pass and group: G (2 L - s) fetches for G groups, s of them saved where the direction turns and the
-next layers are still in their slots.
+LoRA parameters need no backward, unless rows of the embedding are trained: nothing of them is stored. All
+micro-batches of a group pass a layer before the next layer is touched (layer-major), so what a layer costs to
+bring in and dequantize is paid once per pass and group: G (2 L - s) fetches for G groups, s of them saved
+where the direction turns and the next layers are still in their slots.
 
 Nothing here reads a tensor on the host: the whole walk is queued without waiting for the device.
 """
@@ -59,7 +59,9 @@ class LayerWalk:
     ) -> None:
         self._decoder, self._lora, self._reference = decoder, lora, reference
         self._modules = [decoder.lora_of(i) for i in range(len(decoder.layers))]
-        self._lowest = next(i for i, modules in enumerate(self._modules) if modules)
+        self._trains_tokens = decoder.trains_tokens
+        adapted = (i for i, modules in enumerate(self._modules) if modules)
+        self._lowest = 0 if self._trains_tokens else next(adapted)
         kernels = decoder.kernels
         decoder.run_with(kernels.reference() if reference else replace(kernels, is_reference=False))
         self._make_loss = make_loss
@@ -130,7 +132,14 @@ class LayerWalk:
         loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
         xs.clear()
         self._backward(stored, gradients, arguments, keys)
+        if self._trains_tokens:
+            for tokens, gradient in zip(group, gradients, strict=True):
+                self._decoder.add_embedding_gradient(tokens, gradient)
         return loss_sum
+
+    def _needs_dx(self, layer: int) -> bool:
+        """Whether a layer's input needs a gradient."""
+        return layer > self._lowest or self._trains_tokens
 
     def _forward(
         self, xs: list[Tensor], arguments: Sequence[list[LayerArguments]], keys: Sequence[DropoutKeys]
@@ -142,7 +151,7 @@ class LayerWalk:
             with self._decoder.weights.layer_on_device(i):
                 for k, x in enumerate(xs):
                     with self._dropping(keys[k]):
-                        xs[k] = layer.forward(x, arguments[k][i], with_gradient=i > self._lowest)
+                        xs[k] = layer.forward(x, arguments[k][i], with_gradient=self._needs_dx(i))
             stored.append(layer)
         del x  # the input of the last layer
         self._activations.offloader.finish_copies()

@@ -60,8 +60,8 @@ def paging_lines(name: str, device: DeviceDescription) -> list[str]:
 class FlatOptimizer:
     """Updates `lora.masters` from `lora.gradient`, then refreshes the working copy.
 
-    name: a value of `training.optimizer`. lora_b_lr_ratio: learning rate of B over that of A (LoRA+); 1 makes
-    one parameter group, any other value two.
+    name: a value of `training.optimizer`. lora_b_lr_ratio: learning rate of B over that of A and of tokens'
+    rows (LoRA+); 1 makes one parameter group, any other value two.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class FlatOptimizer:
     ) -> None:
         self._lora = lora
         num_elements = lora.masters.numel()
-        cuts = [0, num_elements] if lora_b_lr_ratio == 1.0 else [0, lora.num_a, num_elements]
+        cuts = [0, num_elements] if lora_b_lr_ratio == 1.0 else [0, lora.first_b, num_elements]
         whole = device.is_accelerator or name == "adamw"
         slice_elements = num_elements if whole else CPU_SLICE_ELEMENTS
         self._parameters: list[nn.Parameter] = []

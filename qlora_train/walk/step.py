@@ -171,7 +171,7 @@ class StepRunner:
             if layer is not None:
                 return f"the output of decoder layer {layer} is the first that is not finite"
         pairs = self._lora.views(self._lora.gradient)
-        for name in reversed(self._lora.names):
+        for name in (*reversed(self._lora.names), *self._lora.token_rows(self._lora.gradient)):
             if not all(torch.isfinite(part).all() for part in pairs[name]):
                 return f"all outputs are finite; going back, the gradient of {name} is the first that is not"
         return "the outputs of all layers and their gradients are finite one by one; their norm is not"

@@ -14,8 +14,9 @@ from qlora_train.data.chat.choice import BUILT_IN, choose_chat_template
 from qlora_train.data.chat.template import ChatProblem, ChatTemplate, _with_fixed_day
 from qlora_train.data.notes import Notes
 from qlora_train.data.prompts import stop_token_ids
-from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids
+from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
 from qlora_train.errors import BaseModelError, DataError
+from qlora_train.recipe import ModelSection
 
 MakeTokenizer = Callable[..., Any]
 
@@ -139,7 +140,8 @@ def test_a_template_by_name_or_file(tmp_path: Path) -> None:
     ):
         choose_chat_template(tokenizer, "plane")
     tokenizer.save_pretrained(tmp_path / "base")
-    assert load_tokenizer(str(tmp_path / "base"), None, "plain").chat_template == BUILT_IN["plain"]
+    section = ModelSection(base=str(tmp_path / "base"), chat_template="plain")
+    assert tokenizer_of_run(section, section.base)[0].chat_template == BUILT_IN["plain"]
 
 
 def test_of_several_templates_the_choice_is_said() -> None:

@@ -22,7 +22,7 @@ from qlora_train.data.statistics import (
     packing_line,
     stop_tokens,
 )
-from qlora_train.recipe import DataSection
+from qlora_train.recipe import DataSection, ModelSection
 
 Write = Callable[..., str]
 Section = Callable[..., DataSection]
@@ -35,7 +35,7 @@ def shown(tmp_path: Path, tokenizer: Any) -> Callable[..., list[str]]:
 
     def show(data: DataSection, num_examples: int = 2, **options: Any) -> list[str]:
         recipe = SimpleNamespace(
-            model=SimpleNamespace(base=str(tmp_path / "base"), revision=None, chat_template=None),
+            model=ModelSection(base=str(tmp_path / "base")),
             data=data,
             training=SimpleNamespace(seed=0),
         )

@@ -81,10 +81,11 @@ def test_code_is_left_out_and_so_is_what_names_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text("utf-8")) == {"bos_token": "é"}
     assert (tmp_path / "out" / "broken.json").read_text() == "{"
     config = {"model_type": "x", "auto_map": {"AutoConfig": "c.C"}, "quantization_config": {}}
-    merged = json.loads(merged_config(config, torch.float16, Quantization("nf4"), unties_head=False))
+    nf4 = Quantization("nf4")
+    merged = json.loads(merged_config(config, torch.float16, nf4, unties_head=False, vocabulary_size=9))
     mark = {"merged_onto": "dequantized", "quantization": "nf4"}
     assert merged == {"model_type": "x", "dtype": "float16", "torch_dtype": "float16", "qlora_train": mark}
-    untied = json.loads(
-        merged_config({"tie_word_embeddings": True}, torch.float16, Quantization("none"), unties_head=True)
-    )
+    parts = {"tie_word_embeddings": True, "text_config": {"vocab_size": 8, "hidden_size": 4}}
+    untied = json.loads(merged_config(parts, torch.float16, None, unties_head=True, vocabulary_size=9))
+    assert untied["text_config"] == {"vocab_size": 9, "hidden_size": 4}
     assert untied["tie_word_embeddings"] is False and untied["qlora_train"] == {"merged_onto": "original"}

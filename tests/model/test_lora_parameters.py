@@ -33,7 +33,7 @@ def test_layout_is_every_a_then_every_b() -> None:
     lora = buffers(linears())
     num_a = sum(RANK * i for i, _ in SIZES.values())
     num_b = sum(RANK * o for _, o in SIZES.values())
-    assert (lora.num_a, len(lora.masters)) == (num_a, num_a + num_b)
+    assert (lora.first_b, len(lora.masters)) == (num_a, num_a + num_b)
     numbered = torch.arange(num_a + num_b, dtype=torch.float32)
     views = lora.views(numbered)
     assert list(views) == list(SIZES)

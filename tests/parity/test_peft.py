@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny_models import EXPERT_FAMILIES, load_tiny, packed_row, resident_plan, write_checkpoint
+from tiny_models import (
+    EXPERT_FAMILIES,
+    VOCABULARY_SIZE,
+    load_tiny,
+    packed_row,
+    resident_plan,
+    write_checkpoint,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -156,6 +163,7 @@ def check_one_step(
     policy: ActivationPolicy = ActivationPolicy.RECOMPUTE,
     apart: bool = False,
     tolerance: float = TOLERANCE,
+    vocabulary: int = VOCABULARY_SIZE,
 ) -> None:
     """Loss and gradients of one step are those of PEFT's model with the same LoRA parameters. apart: that
     runs each document alone."""
@@ -163,7 +171,7 @@ def check_one_step(
     assert len(trainable) == sum(map(len, lora.views(lora.masters).values()))
     wrapped.zero_grad()
     lora.gradient.zero_()
-    tokens = packed_row(LENGTHS)
+    tokens = packed_row(LENGTHS, vocabulary=vocabulary)
     if apart:
         parts = tokens.token_ids.split(LENGTHS, dim=1)
         logits = torch.cat([wrapped(input_ids=ids, use_cache=False).logits[0] for ids in parts])
@@ -195,7 +203,9 @@ def layer_of(wrapped: nn.Module, decoder: FrozenDecoder, name: str) -> nn.Module
 
 
 def weights_of(layer: nn.Module) -> list[Tensor]:
-    """A, B and, with DoRA, m of PEFT's linear."""
+    """A, B and, with DoRA, m of PEFT's linear; the rows of an embedding or head."""
+    if hasattr(layer, "token_adapter"):
+        return [layer.token_adapter.trainable_tokens_delta["default"]]
     parts = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
     return [part["default"].weight for part in parts if part]
 
@@ -294,3 +304,32 @@ def test_lora_on_experts_is_pefts(
         apart=True,
         tolerance=3e-5 if "gemma4" in family else TOLERANCE,
     )
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fused", "reference"])
+@pytest.mark.parametrize("policy", [ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma", "granite"])
+def test_rows_of_tokens_have_pefts_gradients(
+    tmp_path: Path, family: str, policy: ActivationPolicy, reference: bool
+) -> None:
+    """Also where the family scales its embedding (gemma, granite) or its logits (granite)."""
+    quantization = Quantization("nf4")
+    ids = (5, 79, 80, VOCABULARY_SIZE, VOCABULARY_SIZE + 1)  # in several tiles of the head, and new ones
+    folder = write_checkpoint(tmp_path, family, intermediate_size=128)
+    decoder, lora = load_tiny(folder, quantization, token_ids=ids)
+    model = quantised_model(folder, decoder, quantization)
+    model.resize_token_embeddings(VOCABULARY_SIZE + 2, mean_resizing=False)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=int(SCALING * RANK),
+        target_modules=sorted({name.rpartition(".")[2] for name in lora.names}),
+        trainable_token_indices={path: list(ids) for path in decoder.matrix_paths},
+    )
+    wrapped = get_peft_model(model, config)
+    for path, tensors in lora.views(lora.masters).items():
+        layer = wrapped.get_submodule(f"base_model.model.{path}")
+        for ours, theirs in zip(tensors, weights_of(layer), strict=True):
+            theirs.data.copy_(ours)
+    if not reference:
+        decoder.fuse(norms=True, mlps=True, qkv=True)
+    check_one_step(decoder, lora, wrapped, reference=reference, policy=policy, vocabulary=VOCABULARY_SIZE + 2)

@@ -111,7 +111,7 @@ def test_what_stays_is_what_the_real_objects_take() -> None:
     lora = model.lora
     assert parts[MASTERS] == lora.masters.nbytes and parts[GRADIENT] == lora.gradient.nbytes
     assert parts[WORKING] == lora.working.nbytes
-    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
+    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.first_b
     for holds in (False, True):
         model.decoder.weights.hold_dequantized = holds
         model.decoder.weights.make_buffer(torch.bfloat16)
@@ -131,7 +131,7 @@ def test_a_mix_of_ranks_is_counted_linear_by_linear() -> None:
         16 * (4 * 2048 + 32 * 8192 + 7 * 2048) - 32 * 8192,
     )
     lora = PlannedModel(run).lora
-    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
+    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.first_b
 
 
 def test_lora_on_experts_is_priced() -> None:
@@ -144,7 +144,7 @@ def test_lora_on_experts_is_priced() -> None:
         48 * 128 * 16 * (2 * 768 + 2048),
     )
     lora, parts = PlannedModel(run).lora, fixed_bytes(run, plan(48))
-    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.num_a
+    assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.first_b
     price = sum(parts[what] for what in (MASTERS, GRADIENT, WORKING)) + optimizer_state_bytes(run)
     assert price == 18 * run.num_lora_parameters and round(price / 1e9, 1) == 11.3
     assert run.lora_per_token * 16 == run.num_lora_parameters  # 8 of 128 experts

@@ -45,6 +45,11 @@ DORA: Sections = {
     "data": {"eval": 0.2},
     "training": {"epochs": 2, "save_every": 3, "eval_every": 4, "optimizer": "adamw_8bit"},
 }
+NEW_TOKENS: Sections = {
+    "model": {"compute_dtype": "bfloat16", "add_tokens": [{"token": "ab", "special": True}, "c"]},
+    "lora": {"layers_to_transform": [1]},
+    "training": {"epochs": 2, "save_every": 3, "optimizer": "adamw_8bit", "lora_b_lr_ratio": 4.0},
+}
 LORA_PLUS: Sections = {
     "model": {"compute_dtype": "bfloat16", "quantization": "int8"},
     "lora": {"dropout": 0.05},
@@ -92,8 +97,8 @@ def stop_at(signal_number: int, step: int, recipe: Path, run_dir: Path) -> Ended
 
 @pytest.mark.parametrize(
     ("sections", "kill_after", "resumes_after"),
-    [(FP16, 8, 6), (REFERENCE, 9, 8), (DORA, 5, 3)],
-    ids=["fp16", "reference", "DoRA"],
+    [(FP16, 8, 6), (REFERENCE, 9, 8), (DORA, 5, 3), (NEW_TOKENS, 5, 3)],
+    ids=["fp16", "reference", "DoRA", "new tokens"],
 )
 def test_killed_in_the_second_epoch(
     tmp_path: Path,

@@ -166,6 +166,17 @@ def test_experts(
     assert reads["model/frozen_experts.py"] == config.num_hidden_layers * 2 * NUM_STEPS
 
 
+@pytest.mark.parametrize("places", ["resident", "disk, recompute"])
+def test_rows_of_added_tokens(
+    base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu, places: str
+) -> None:
+    """The CPU's bits, and nothing more that the host waits for."""
+    asked = {"model": {"add_tokens": ["ab", "c"]}, "data": {"eval": 0.1}}
+    train(recipe(base, train_file, tmp_path / "run", memory=MEMORY[places], **asked))
+    assert_same_run(tmp_path / "run", cpu_run(**asked))
+    assert host_reads_while_training(by_document) == {"walk/step.py": NUM_STEPS, "train/loop.py": 2}
+
+
 def test_dropout_micro_batches_and_bits(
     base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu
 ) -> None:

@@ -20,7 +20,7 @@ SIZES = (160, 96)  # A and B both above the 4,096 elements from which bitsandbyt
 def make_lora(dtype: torch.dtype = torch.float32) -> LoraParameters:
     linears = {f"layer{i}": FrozenLinear(f"layer{i}", *SIZES) for i in range(3)}
     lora = LoraParameters(linears, rank=16, scaling=1.0, dropout=0.0, seed=0, dtype=dtype, device="cpu")
-    lora.masters[lora.num_a :] = 0.1
+    lora.masters[lora.first_b :] = 0.1
     return lora
 
 
@@ -111,7 +111,7 @@ def test_every_optimizer_is_adamw(name: str) -> None:
 
 def test_lora_plus_gives_b_its_own_rate() -> None:
     lora = make_lora()
-    num_a, ratio = lora.num_a, 16.0
+    num_a, ratio = lora.first_b, 16.0
     a = nn.Parameter(lora.masters[:num_a].clone())
     b = nn.Parameter(lora.masters[num_a:].clone())
     slow, fast = torch.optim.AdamW([a], weight_decay=0.01), torch.optim.AdamW([b], weight_decay=0.01)

@@ -52,8 +52,8 @@ def choose_chat_template(tokenizer: PreTrainedTokenizerBase, chosen: str) -> str
         if missing:
             raise DataError(
                 f"model.chat_template: {chosen} needs the tokens {', '.join(sorted(missing))}, which the "
-                f"tokenizer does not have. Use {' or '.join(name for name in BUILT_IN if name != chosen)}, "
-                "which need none."
+                f"tokenizer does not have. Name them in model.add_tokens, or use "
+                f"{' or '.join(name for name in BUILT_IN if name != chosen)}, which need none."
             )
         return BUILT_IN[chosen]
     file = Path(chosen).expanduser()
