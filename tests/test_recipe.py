@@ -119,9 +119,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         with_keys(data__columns={"label": None}, data__on_bad_row="skip", data__too_long="split"),
         with_keys(data__train=[{"path": "a", "weight": 0.5}, {"path": "b", "weight": 2}]),
         with_keys(data__eval=[{"path": "a", "split": "test"}], lora__target_modules=["q_proj", "v_proj"]),
-        with_keys(
-            lora__target_modules=r".*\.(q|v)_proj", lora__exclude_modules=["layers.0.self_attn.q_proj"]
-        ),
+        with_keys(lora__target_modules=r".*\.(q|v)_proj", lora__exclude_modules=["layers.0.mlp.up_proj"]),
         with_keys(lora__layers_to_transform=[1, 2], lora__rank_pattern={r"layers\.1\..*": 4, "q_proj": 2}),
         with_keys(lora__layers_to_transform=3, lora__alpha_pattern={"q_proj": 2, "v_proj": 0.5}),
         with_keys(model__double_quant=False, training__deterministic=True, training__epochs=0.25),
