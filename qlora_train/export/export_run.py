@@ -96,6 +96,11 @@ def export(
     trained_quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
     quantization = _merged_onto(folder, base, trained_quantization)
     end_ids = stop_token_ids(tokenizer, named, recipe.data)
+    if to == "gguf" and added.ids:
+        raise ExportError(
+            "--to gguf: the run has trained rows of tokens (model.add_tokens), which are not written there. "
+            "Export with --to merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
+        )
     gguf = _gguf_export(recipe, folder, tokenizer, end_ids, quant or "f16", log) if to == "gguf" else None
     documents = _held_out(recipe, tokenizer, named, receipt, log) if receipt is not None else None
     with ExitStack() as stack:

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.cli import main
-from qlora_train.errors import BaseModelError
+from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export import export
-from qlora_train.export.export_run import RECEIPT_FILE
+from qlora_train.export.receipt import RECEIPT_FILE
 from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.model_folder import find_model
 from qlora_train.generate.sampling import Sampling
@@ -117,6 +117,8 @@ def test_peft_and_plain_transformers_load_what_was_trained(
     greedy = merged.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert greedy[0, len(prompt) :].tolist() == answer
 
+    with pytest.raises(ExportError, match=r"has trained rows of tokens \(model\.add_tokens\)"):
+        export(run, to="gguf", receipt=None)
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     assert tokenizer("<tool><|im_end|>", add_special_tokens=False).input_ids == [261, 260]
     assert tokenizer.decode([261, 260], skip_special_tokens=True) == "<tool>"
