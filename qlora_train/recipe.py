@@ -48,9 +48,11 @@ from qlora_train.recipe_checks import (
     MOST_BINS,
     MOST_TOKENS,
     as_alpha,
+    as_initialisation,
     as_layers,
     as_names,
     as_pattern,
+    as_sources,
     as_targets,
     auto_or_bins,
     auto_or_count,
@@ -59,12 +61,6 @@ from qlora_train.recipe_checks import (
     with_dependent_defaults,
 )
 from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
-
-
-def _as_sources(value: Any) -> Any:
-    """`path`, `{path: ...}` or a list of either, as a list of `{path: ...}`."""
-    items = value if isinstance(value, list | tuple) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 def _auto_or_bool(value: Any) -> Any:
@@ -146,7 +142,9 @@ Alpha = Annotated[int | float, BeforeValidator(as_alpha)]
 
 class LoraSection(_Section):
     """The trained LoRA parameters: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`.
-    With `use_dora`, the length of every row of W + (alpha / rank) B A is trained too (model/magnitude.py).
+    With `use_dora`, the length of every row of W + (alpha / rank) B A is trained too (model/magnitude.py);
+    with `lora_bias` a bias of B, which is scaled as B is.
+    `init_lora_weights`: pissa, or pissa_niter_N, starts from the weights' principal parts (adapter/pissa.py).
 
     Which weights have them, of which rank and alpha: keys of PEFT with its meaning (module_patterns.py)."""
 
@@ -161,6 +159,8 @@ class LoraSection(_Section):
     alpha_pattern: Annotated[dict[Text, Alpha], BeforeValidator(as_pattern)] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: Annotated[bool | str, BeforeValidator(as_initialisation)] = True
     init_from: PathText | None = None
 
 
@@ -174,7 +174,7 @@ class DataSource(_Section):
 
 
 Sources = Annotated[
-    tuple[DataSource, ...], Field(strict=False), BeforeValidator(_as_sources), AfterValidator(_not_empty)
+    tuple[DataSource, ...], Field(strict=False), BeforeValidator(as_sources), AfterValidator(_not_empty)
 ]
 Share = Annotated[float, Field(gt=0, lt=1)]
 

@@ -47,6 +47,12 @@ def parse_size(text: Any) -> int:
     return num_bytes
 
 
+def as_sources(value: Any) -> Any:
+    """`path`, `{path: ...}` or a list of either, as a list of `{path: ...}`."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
 def as_alpha(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"must be a number greater than 0, got {show(value)}")
@@ -86,6 +92,16 @@ def as_layers(value: Any) -> Any:
 def as_pattern(value: Any) -> Any:
     for key in value if isinstance(value, dict) else ():
         expression(str(key), is_key=True)
+    return value
+
+
+def as_initialisation(value: Any) -> Any:
+    """Of `lora.init_lora_weights`, in PEFT's words."""
+    if value is not True and not (isinstance(value, str) and re.fullmatch(r"pissa(_niter_\d{1,3})?", value)):
+        raise ValueError(
+            "must be true (B is zero), pissa, or pissa_niter_16 for a faster decomposition in 16 iterations, "
+            f"got {show(value)}"
+        )
     return value
 
 
@@ -157,6 +173,14 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             ("lora", "use_dora"),
             "is for linears, and PEFT refuses it with target_parameters: remove one of them",
         )
+    if lora.get("use_dora") and lora.get("lora_bias"):
+        yield ("lora", "lora_bias"), "must be false with use_dora, as in PEFT"
+    if lora.get("target_parameters") and lora.get("lora_bias"):
+        yield ("lora", "lora_bias"), "must be false with target_parameters, as in PEFT"
+    if lora.get("init_lora_weights", True) is not True:
+        for key in ("init_from", "use_dora", "lora_bias", "target_parameters"):
+            if lora.get(key):
+                yield ("lora", "init_lora_weights"), f"must be true with {key}, or leave {key} out"
     quantization = model.get("quantization", "nf4")
     if model.get("double_quant") is not None and quantization in ("int8", "none"):
         yield (

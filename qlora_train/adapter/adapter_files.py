@@ -4,7 +4,8 @@ An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in]
 s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
 tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
 from the CausalLM. Weights of experts have longer A and B (expert_parameters.py). With DoRA there is a third,
-the magnitudes m [out] (model/magnitude.py): `...lora_magnitude_vector`.
+the magnitudes m [out] (model/magnitude.py): `...lora_magnitude_vector`; with `lora_bias` it is the bias of B
+[out]: `...lora_B.bias`.
 
 peft itself would need the whole model in memory to save an adapter. For variants of other tools, and what is
 refused, see adapter_config.py.
@@ -39,11 +40,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD_COPY = f"{HEAD}.base_layer.weight"
 """Name of the copy of the base's head that PEFT saves beside an adapter of the head."""
-SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+SUFFIXES = {
+    "A": ".lora_A.weight",
+    "B": ".lora_B.weight",
+    "m": ".lora_magnitude_vector",
+    "bias": ".lora_B.bias",
+}
 
 LoraPairs = dict[str, tuple[Tensor, ...]]
-"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out]); parameter path of E experts -> (A
-[E rank, in], B [out, rank E])."""
+"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out]), with biases (A, B, bias [out]);
+parameter path of E experts -> (A [E rank, in], B [out, rank E])."""
 
 
 def save_adapter(
@@ -54,14 +60,14 @@ def save_adapter(
 ) -> None:
     """Write (or replace as a whole) an adapter folder; the same input gives the same bytes.
 
-    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; with m if the config
-    uses DoRA; stored in fp32. other_files: name -> text of files to write beside them.
+    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; with m or
+    bias if the config has them; stored in fp32. other_files: name -> text of files to write beside them.
     """
     tensors: dict[str, Tensor] = {}
     nested = stored_paths(config.experts_of(lora))
     for path in sorted(lora):
-        for suffix, matrix in zip(SUFFIXES[: len(lora[path])], lora[path], strict=True):
-            tensors[PREFIX + nested.get(path, path) + suffix] = (
+        for part, matrix in zip(parts_of(config), lora[path], strict=True):
+            tensors[PREFIX + nested.get(path, path) + SUFFIXES[part]] = (
                 matrix.detach().to(device="cpu", dtype=torch.float32).contiguous()
             )
     with atomic_folder(Path(folder)) as partial:
@@ -72,6 +78,11 @@ def save_adapter(
             (partial / name).write_text(content, "utf-8")
         with open(partial / WEIGHTS_FILE, "wb") as file:
             write_tensors(file, tensors, {"format": "pt"})
+
+
+def parts_of(config: AdapterConfig) -> list[str]:
+    """The tensors of every module, as `SUFFIXES` has them."""
+    return ["A", "B", *(["m"] * config.use_dora), *(["bias"] * config.lora_bias)]
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
@@ -86,11 +97,14 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
         names_by_path, raw, experts = _names_by_path(reader)
         lora = {path: _read(reader, path, names) for path, names in names_by_path.items()}
     config = read_adapter_config(folder, raw, {path: len(a) for path, (a, *_) in lora.items()}, experts)
-    if wrong := [path for path, tensors in lora.items() if (len(tensors) > 2) != config.use_dora]:
-        raise BaseModelError(
-            f"{folder}: the config says use_dora: {str(config.use_dora).lower()}, and {WEIGHTS_FILE} holds "
-            f"{'no' if config.use_dora else 'a'} lora_magnitude_vector of {wrong[0]}. Copy the adapter again."
-        )
+    for path, names in names_by_path.items():
+        for key, part in (("use_dora", "m"), ("lora_bias", "bias")):
+            if (part in names) != getattr(config, key):
+                says, holds = str(getattr(config, key)).lower(), "a" if part in names else "no"
+                raise BaseModelError(
+                    f"{folder}: the config says {key}: {says}, and {WEIGHTS_FILE} holds {holds} "
+                    f"{SUFFIXES[part].removeprefix('.')} of {path}. Copy the adapter again."
+                )
     return config, lora
 
 
@@ -143,16 +157,16 @@ def _open(folder: Path) -> ShardReader:
 def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Tensor, ...]:
     """The tensors of one module in fp32. names: of `_names_by_path`. Raises `BaseModelError` for odd ones."""
     folder = reader.folder
-    tensors = a, b, *m = [reader.read(names[letter]) for letter in "ABm" if letter in names]
+    tensors = a, b, *rows = [reader.read(names[part]) for part in SUFFIXES if part in names]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise BaseModelError(
             f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
             " they must be [rank, in] and [out, rank]."
         )
-    if m and m[0].shape != b.shape[:1]:
+    if rows and rows[0].shape != b.shape[:1]:
         raise BaseModelError(
-            f"{folder}: the lora_magnitude_vector of {path} has the shape {list(m[0].shape)}; it must be "
-            f"[{len(b)}], a number for every row of B."
+            f"{folder}: the {SUFFIXES['m' if 'm' in names else 'bias'].removeprefix('.')} of {path} has the "
+            f"shape {list(rows[0].shape)}; it must be [{len(b)}], a number for every row of B."
         )
     for tensor in tensors:
         if not tensor.is_floating_point():
@@ -168,8 +182,8 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
 def _names_by_path(
     reader: ShardReader,
 ) -> tuple[dict[str, dict[str, str]], dict[str, Any], frozenset[str]]:
-    """(path -> {"A": tensor name, "B": tensor name}, with DoRA "m" too; the content of the config; the paths
-    that are parameters of experts)."""
+    """(path -> {"A": tensor name, "B": tensor name}, with DoRA "m", with lora_bias "bias" too; the content of
+    the config; the paths that are parameters of experts)."""
     found: dict[str, dict[str, str]] = {}
     for name in reader.names():
         if name.endswith(HEAD_COPY):
@@ -179,7 +193,8 @@ def _names_by_path(
             raise BaseModelError(
                 f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which neither LoRA nor DoRA has."
             )
-        found.setdefault(parts["path"], {})[parts["letter"] or "m"] = name
+        part = parts["letter"] or ("bias" if name.endswith(".bias") else "m")
+        found.setdefault(parts["path"], {})[part] = name
     if not found:
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no LoRA parameters.")
     if halves := [path for path, pair in found.items() if not {"A", "B"} <= pair.keys()]:

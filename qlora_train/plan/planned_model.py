@@ -74,6 +74,7 @@ class PlannedModel:
             dtype=dtype,
             device=self.device.torch,
             use_dora=workload.use_dora,
+            lora_bias=workload.lora_bias,
         )
         self.decoder.prepare()
 
