@@ -24,8 +24,8 @@ from qlora_train.model.base import read_whole_config
 @dataclass(frozen=True)
 class ServedModel:
     """paths: the path in the class that is served, of every linear of the language model's layers, parameter
-    of its experts, and its head. linears: paths of all linears there. auto_mapping: names the class in PEFT's config; None: it is
-    the language model's own."""
+    of its experts, and its head. linears: paths of all linears there. auto_mapping: names the class in
+    PEFT's config; None: it is the language model's own."""
 
     paths: dict[str, str]
     linears: list[str]
@@ -34,7 +34,8 @@ class ServedModel:
 
 def served_model(base_folder: Path, adaptable: Iterable[str]) -> ServedModel:
     """The served model of a base. adaptable: paths of what may have LoRA parameters in the language model's
-    layers. A class that transformers does not have, or that names layers in another way, is taken for the language model's own."""
+    layers. A class that transformers does not have, or that names layers in another way, is taken for the
+    language model's own."""
     own = [*adaptable, HEAD]
     config = read_whole_config(base_folder)
     served = _served_class(config)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.cli import main
 from qlora_train.errors import RunFolderError
 from qlora_train.export import export
-from qlora_train.export.export_run import RECEIPT_FILE
+from qlora_train.export.receipt import RECEIPT_FILE
 from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.model_folder import find_model
 from qlora_train.generate.sampling import Sampling
