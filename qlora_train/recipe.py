@@ -50,10 +50,12 @@ from qlora_train.recipe_checks import (
     MOST_TOKENS,
     all_different,
     as_alpha,
+    as_initialisation,
     as_layers,
     as_names,
     as_pattern,
     as_prompts,
+    as_sources,
     as_targets,
     as_tokens,
     auto_or_bins,
@@ -67,12 +69,6 @@ from qlora_train.recipe_checks import (
 )
 from qlora_train.recipe_files import bundled_recipes_dir, find_recipe, is_run_folder
 from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
-
-
-def _as_sources(value: Any) -> Any:
-    """`path`, `{path: ...}` or a list of either, as a list of `{path: ...}`."""
-    items = value if isinstance(value, list | tuple) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 def _auto_or_bool(value: Any) -> Any:
@@ -145,7 +141,9 @@ Alpha = Annotated[int | float, BeforeValidator(as_alpha)]
 
 class LoraSection(_Section):
     """The trained LoRA parameters: y += (alpha / rank) B A x, or alpha / sqrt(rank) with `use_rslora`.
-    With `use_dora`, the length of every row of W + (alpha / rank) B A is trained too (model/magnitude.py).
+    With `use_dora`, the length of every row of W + (alpha / rank) B A is trained too (model/magnitude.py);
+    with `lora_bias` a bias of B, which is scaled as B is.
+    `init_lora_weights`: pissa, or pissa_niter_N, starts from the weights' principal parts (adapter/pissa.py).
 
     Which weights have them, of which rank and alpha: keys of PEFT with its meaning (module_patterns.py)."""
 
@@ -160,6 +158,8 @@ class LoraSection(_Section):
     alpha_pattern: Annotated[dict[Text, Alpha], BeforeValidator(as_pattern)] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: Annotated[bool | str, BeforeValidator(as_initialisation)] = True
     init_from: PathText | None = None
 
 
@@ -173,7 +173,7 @@ class DataSource(_Section):
 
 
 Sources = Annotated[
-    tuple[DataSource, ...], Field(strict=False), BeforeValidator(_as_sources), AfterValidator(_not_empty)
+    tuple[DataSource, ...], Field(strict=False), BeforeValidator(as_sources), AfterValidator(_not_empty)
 ]
 Share = Annotated[float, Field(gt=0, lt=1)]
 

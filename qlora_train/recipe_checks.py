@@ -90,6 +90,12 @@ def expanded(text: str) -> str:
         raise ValueError(f"no home folder is known for {show(text)}; write the whole path") from error
 
 
+def as_sources(value: Any) -> Any:
+    """`path`, `{path: ...}` or a list of either, as a list of `{path: ...}`."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
 def as_alpha(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ValueError(f"must be a number greater than 0, got {show(value)}")
@@ -170,6 +176,16 @@ def _is_prompt(value: Any) -> bool:
     return are_messages and all(len(m) == 2 for m in value) and value[-1]["role"] != "assistant"
 
 
+def as_initialisation(value: Any) -> Any:
+    """Of `lora.init_lora_weights`, in PEFT's words."""
+    if value is not True and not (isinstance(value, str) and re.fullmatch(r"pissa(_niter_\d{1,3})?", value)):
+        raise ValueError(
+            "must be true (B is zero), pissa, or pissa_niter_16 for a faster decomposition in 16 iterations, "
+            f"got {show(value)}"
+        )
+    return value
+
+
 def auto_or_count(value: Any) -> Any:
     if value is not None and value != "auto" and not _is_count(value):
         raise ValueError(f"must be auto, null or a whole number of 1 or more, got {show(value)}")
@@ -238,6 +254,16 @@ def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             ("lora", "use_dora"),
             "is for linears, and PEFT refuses it with target_parameters: remove one of them",
         )
+    if lora.get("use_dora") and lora.get("lora_bias"):
+        yield ("lora", "lora_bias"), "must be false with use_dora, as in PEFT"
+    if lora.get("target_parameters") and lora.get("lora_bias"):
+        yield ("lora", "lora_bias"), "must be false with target_parameters, as in PEFT"
+    if lora.get("init_lora_weights", True) is not True:
+        for key in ("init_from", "use_dora", "lora_bias", "target_parameters"):
+            if lora.get(key):
+                yield ("lora", "init_lora_weights"), f"must be true with {key}, or leave {key} out"
+        if model.get("add_tokens"):
+            yield ("lora", "init_lora_weights"), "must be true with model.add_tokens, or leave add_tokens out"
     quantization = model.get("quantization", "nf4")
     if model.get("double_quant") is not None and quantization in ("int8", "none"):
         yield (

@@ -65,8 +65,8 @@ def test_defaults_are_those_of_the_contract() -> None:
             "rank_pattern": {},
             "alpha_pattern": {},
             "target_parameters": None,
-            "use_rslora": False,
-            "use_dora": False,
+            **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), False),
+            "init_lora_weights": True,
             "init_from": None,
         },
         "data": {

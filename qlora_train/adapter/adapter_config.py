@@ -1,8 +1,8 @@
 """Reads and writes PEFT's `adapter_config.json`, and matches an adapter's module paths with those of a base.
 
 Imports no torch, so that `plan` can read the adapter that training continues. PEFT's format has many variants
-(trained biases, saved embeddings, ...). One that needs more than A, B, a scaling and DoRA's magnitudes per
-module is refused by name: loaded as plain LoRA it would silently be a different model.
+(trained biases, saved embeddings, ...). One that needs more than A, B, a scaling, and DoRA's magnitudes or a
+bias of B, per module is refused by name: loaded as plain LoRA it would silently be a different model.
 
 PEFT names tensors `base_model.model.<path>.lora_A.weight`, with the path from the class that was trained.
 Classes and tools differ: the same layer is `model.layers.0`, `layers.0`, `model.language_model.layers.0` or
@@ -26,7 +26,8 @@ from qlora_train.module_patterns import by_pattern, last_name, matching_names, p
 CONFIG_FILE = "adapter_config.json"
 TENSOR_NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)"
-    r"(?:\.lora_(?:(?P<letter>[AB])(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
+    r"(?:\.lora_(?:(?P<letter>[AB])(?:\.default)?\.weight|(?P<row>B(?:\.default)?\.bias"
+    r"|magnitude_vector(?:\.default)?(?:\.weight)?))"
     r"|(?P<rows>\.token_adapter\.trainable_tokens_delta(?:\.default)?))"
 )
 HEAD = "lm_head"
@@ -34,7 +35,6 @@ _WRAPPERS = ("base_model", "model", "language_model", "text_model")
 
 # Keys of PEFT's LoraConfig that, when set, mean more than W + scaling * B A, or that with a magnitude.
 UNSUPPORTED_KEYS = {
-    "lora_bias": "a bias in A and B",
     "modules_to_save": "fully trained modules",
     "fan_in_fan_out": "transposed (Conv1D) weights",
     "layer_replication": "replicated layers",
@@ -56,6 +56,7 @@ class AdapterConfig:
     modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to; None: all.
     target_parameters: of experts that have LoRA parameters, name endings or whole paths.
     token_ids: the tokens whose rows are trained, in embedding and head.
+    auto_mapping: the class that the adapter is written for, as PEFT names it; None: a causal language model.
     """
 
     base_model: str
@@ -69,6 +70,8 @@ class AdapterConfig:
     layers: list[int] | None = None
     use_dora: bool = False
     target_parameters: list[str] = field(default_factory=list)
+    lora_bias: bool = False
+    auto_mapping: Mapping[str, str] | None = None
     token_ids: tuple[int, ...] = ()
 
     @property
@@ -117,11 +120,12 @@ def read_adapter_config(
     expert; the config holds their paths as target_parameters. Raises `BaseModelError` for a folder that holds
     no such adapter, features beyond LoRA and DoRA, and ranks other than the config's.
     """
-    use_dora = bool(raw.get("use_dora", False))
-    if use_dora and (heads := [path for path in num_rows if last_name(path) == HEAD]):
+    found = {"use_dora": bool(raw.get("use_dora", False)), "lora_bias": bool(raw.get("lora_bias", False))}
+    if any(found.values()) and (heads := [path for path in num_rows if last_name(path) == HEAD]):
+        used = " and ".join(key for key in found if found[key])
         raise BaseModelError(
-            f"{folder}: the adapter uses DoRA (use_dora) on {heads[0]}; it is supported on the linears of "
-            "decoder layers. Merge it into its base with peft, and train on the merged model."
+            f"{folder}: the adapter uses {used} on {heads[0]}; that is supported on the linears of decoder "
+            "layers. Merge it into its base with peft, and train on the merged model."
         )
     _refuse_unsupported(folder, raw)
     try:
@@ -158,9 +162,10 @@ def read_adapter_config(
         bool(raw.get("use_rslora", False)),
         {path: own for path, own in ranks.items() if own != rank},
         {path: own for path, own in alphas.items() if own != alpha},
-        use_dora=use_dora,
+        use_dora=found["use_dora"],
         target_parameters=sorted(experts),
         token_ids=_token_ids(folder, raw.get("trainable_token_indices")),
+        lora_bias=found["lora_bias"],
     )
 
 
@@ -246,7 +251,8 @@ def to_peft(config: AdapterConfig, paths: Iterable[str], row_paths: Iterable[str
     ids = list(config.token_ids)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": None if config.auto_mapping else "CAUSAL_LM",
+        "auto_mapping": config.auto_mapping,
         "base_model_name_or_path": config.base_model,
         "revision": None,
         "r": config.rank,
@@ -266,6 +272,7 @@ def to_peft(config: AdapterConfig, paths: Iterable[str], row_paths: Iterable[str
         "alpha_pattern": pattern_of({path: config.alpha_of(path) for path in trained}, config.alpha),
         "use_dora": config.use_dora,
         "trainable_token_indices": dict.fromkeys(sorted(row_paths), ids) if ids else None,
+        "lora_bias": config.lora_bias,
     }
 
 

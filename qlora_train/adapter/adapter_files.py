@@ -4,9 +4,9 @@ An adapter adds s B A to some weights W [out, in] of the base, with A [rank, in]
 s = alpha / rank (rsLoRA: alpha / sqrt(rank)); rank and alpha may be a module's own. PEFT names the two
 tensors of the module at `path` `base_model.model.<path>.lora_A.weight` and `...lora_B.weight`, path counted
 from the CausalLM. Weights of experts have longer A and B (expert_parameters.py). With DoRA there is a third,
-the magnitudes m [out] (model/magnitude.py): `...lora_magnitude_vector`. Trained rows [n, D] of n tokens in
-embedding and head are `base_model.model.<path>.token_adapter.trainable_tokens_delta`: rows, in spite of the
-name, no differences.
+the magnitudes m [out] (model/magnitude.py): `...lora_magnitude_vector`; with `lora_bias` it is the bias of B
+[out]: `...lora_B.bias`. Trained rows [n, D] of n tokens in embedding and head are
+`base_model.model.<path>.token_adapter.trainable_tokens_delta`: rows, in spite of the name, no differences.
 
 peft itself would need the whole model in memory to save an adapter. For variants of other tools, and what is
 refused, see adapter_config.py.
@@ -41,12 +41,17 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD_COPY = f"{HEAD}.base_layer.weight"
 """Name of the copy of the base's head that PEFT saves beside an adapter of the head."""
-ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
-SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-_LETTERS = ("A", "B", "m", "rows")
+SUFFIXES = {
+    "A": ".lora_A.weight",
+    "B": ".lora_B.weight",
+    "m": ".lora_magnitude_vector",
+    "bias": ".lora_B.bias",
+    "rows": ".token_adapter.trainable_tokens_delta",
+}
 
 LoraPairs = dict[str, tuple[Tensor, ...]]
-"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out]), or (trained rows [n, D],);
+"""Module path -> (A [rank, in], B [out, rank]), with DoRA (A, B, m [out]), with biases (A, B, bias [out]), or
+(trained rows [n, D],);
 parameter path of E experts -> (A [E rank, in], B [out, rank E])."""
 
 
@@ -58,16 +63,16 @@ def save_adapter(
 ) -> None:
     """Write (or replace as a whole) an adapter folder; the same input gives the same bytes.
 
-    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; with m if the config
-    uses DoRA; rows of the config's tokens; stored in fp32. other_files: name -> text of files to write beside
-    them.
+    lora: by module path inside the CausalLM, such as "model.layers.0.self_attn.q_proj"; with m or bias if the
+    config has them; rows of the config's tokens; stored in fp32. other_files: name -> text of files to write
+    beside them.
     """
     tensors: dict[str, Tensor] = {}
     nested = stored_paths(config.experts_of(lora))
     for path in sorted(lora):
-        suffixes = SUFFIXES[: len(lora[path])] if len(lora[path]) > 1 else (ROWS_SUFFIX,)
-        for suffix, matrix in zip(suffixes, lora[path], strict=True):
-            tensors[PREFIX + nested.get(path, path) + suffix] = (
+        parts = parts_of(config) if len(lora[path]) > 1 else ["rows"]
+        for part, matrix in zip(parts, lora[path], strict=True):
+            tensors[PREFIX + nested.get(path, path) + SUFFIXES[part]] = (
                 matrix.detach().to(device="cpu", dtype=torch.float32).contiguous()
             )
     row_paths = [path for path in lora if len(lora[path]) == 1]
@@ -78,6 +83,11 @@ def save_adapter(
             (partial / name).write_text(content, "utf-8")
         with open(partial / WEIGHTS_FILE, "wb") as file:
             write_tensors(file, tensors, {"format": "pt"})
+
+
+def parts_of(config: AdapterConfig) -> list[str]:
+    """The tensors of every module, as `SUFFIXES` has them."""
+    return ["A", "B", *(["m"] * config.use_dora), *(["bias"] * config.lora_bias)]
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
@@ -99,11 +109,14 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
             f"{folder}: the config has {len(config.token_ids)} trainable_token_indices, {WEIGHTS_FILE} holds "
             f"rows of {max(found)} tokens. Copy the adapter again."
         )
-    if wrong := [path for path, tensors in adapted.items() if (len(tensors) > 2) != config.use_dora]:
-        raise BaseModelError(
-            f"{folder}: the config says use_dora: {str(config.use_dora).lower()}, and {WEIGHTS_FILE} holds "
-            f"{'no' if config.use_dora else 'a'} lora_magnitude_vector of {wrong[0]}. Copy the adapter again."
-        )
+    for path in adapted:
+        for key, part in (("use_dora", "m"), ("lora_bias", "bias")):
+            if (part in names_by_path[path]) != getattr(config, key):
+                says, holds = str(getattr(config, key)).lower(), "no" if getattr(config, key) else "a"
+                raise BaseModelError(
+                    f"{folder}: the config says {key}: {says}, and {WEIGHTS_FILE} holds {holds} "
+                    f"{SUFFIXES[part].removeprefix('.')} of {path}. Copy the adapter again."
+                )
     return config, lora
 
 
@@ -158,9 +171,9 @@ def _open(folder: Path) -> ShardReader:
 def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Tensor, ...]:
     """The tensors of one module in fp32. names: of `_names_by_path`. Raises `BaseModelError` for odd ones."""
     folder = reader.folder
-    tensors = [reader.read(names[letter]) for letter in _LETTERS if letter in names]
+    tensors = [reader.read(names[part]) for part in SUFFIXES if part in names]
     if len(tensors) > 1:
-        _check_shapes(folder, path, *tensors)
+        _check_shapes(folder, path, SUFFIXES["m" if "m" in names else "bias"], *tensors)
     for tensor in tensors:
         if not tensor.is_floating_point():
             raise BaseModelError(f"{folder}: the tensors of {path} are {tensor.dtype}, no real numbers.")
@@ -172,25 +185,25 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
     return tuple(tensor.float() for tensor in tensors)
 
 
-def _check_shapes(folder: Path, path: str, a: Tensor, b: Tensor, *m: Tensor) -> None:
-    """Raise `BaseModelError` unless A, B and m fit each other."""
+def _check_shapes(folder: Path, path: str, suffix: str, a: Tensor, b: Tensor, *third: Tensor) -> None:
+    """Raise `BaseModelError` unless A, B and m or bias fit each other. suffix: of the third's name."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise BaseModelError(
             f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"
             " they must be [rank, in] and [out, rank]."
         )
-    if m and m[0].shape != b.shape[:1]:
+    if third and third[0].shape != b.shape[:1]:
         raise BaseModelError(
-            f"{folder}: the lora_magnitude_vector of {path} has the shape {list(m[0].shape)}; it must be "
-            f"[{len(b)}], a number for every row of B."
+            f"{folder}: the {suffix.removeprefix('.')} of {path} has the shape {list(third[0].shape)}; it "
+            f"must be [{len(b)}], a number for every row of B."
         )
 
 
 def _names_by_path(
     reader: ShardReader,
 ) -> tuple[dict[str, dict[str, str]], dict[str, Any], frozenset[str]]:
-    """(path -> {"A": tensor name, "B": tensor name}, with DoRA "m" too, or {"rows": tensor name}; the content
-    of the config; the paths that are parameters of experts)."""
+    """(path -> {"A": tensor name, "B": tensor name}, with DoRA "m", with lora_bias "bias" too, or {"rows":
+    tensor name}; the content of the config; the paths that are parameters of experts)."""
     found: dict[str, dict[str, str]] = {}
     for name in reader.names():
         if name.endswith(HEAD_COPY):
@@ -200,8 +213,8 @@ def _names_by_path(
             raise BaseModelError(
                 f"{reader.folder}: {WEIGHTS_FILE} holds {name}, which neither LoRA nor DoRA has."
             )
-        letter = parts["letter"] or ("rows" if parts["rows"] else "m")
-        found.setdefault(parts["path"], {})[letter] = name
+        part = parts["letter"] or ("rows" if parts["rows"] else "bias" if name.endswith(".bias") else "m")
+        found.setdefault(parts["path"], {})[part] = name
     if not any("A" in pair for pair in found.values()):
         raise BaseModelError(f"{reader.folder}: {WEIGHTS_FILE} holds no LoRA parameters.")
     if both := [path for path, pair in found.items() if {"A", "rows"} <= pair.keys()]:

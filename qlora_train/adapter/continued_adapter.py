@@ -38,6 +38,7 @@ def as_continued(lora: LoraSection, linears: Iterable[str], experts: Iterable[st
         "alpha": _plain(config.alpha),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
     }
     if wrong := [key for key in own if key in lora.model_fields_set and getattr(lora, key) != own[key]]:
         needed = ", ".join(f"lora.{key} {str(value).lower()}" for key, value in own.items())

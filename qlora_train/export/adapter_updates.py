@@ -26,13 +26,14 @@ class LinearUpdate:
 
     tensors: tuple[Tensor, ...]
     scaling: float
+    has_magnitudes: bool
 
     def add_to(self, values: Tensor, start: int) -> None:
         """values [n, in] in fp32: the rows of the tensor from `start` on."""
         a, b, *m = self.tensors
         stop = start + len(values)
         values.addmm_(b[start:stop], a, alpha=self.scaling)
-        if m:
+        if m and self.has_magnitudes:
             values.mul_((m[0][start:stop] / values.norm(dim=1))[:, None])
 
 
@@ -56,7 +57,19 @@ class ExpertsUpdate:
         values.addmm_(self.left[expert, row : row + len(values)], self.right[expert], alpha=self.scaling)
 
 
-Update = LinearUpdate | ExpertsUpdate
+@dataclass(frozen=True)
+class BiasUpdate:
+    """What an adapter with `lora_bias` adds to the bias of a linear."""
+
+    bias: Tensor
+    scaling: float
+
+    def add_to(self, values: Tensor, start: int) -> None:
+        """values [n] in fp32: from `start` on."""
+        values.add_(self.bias[start : start + len(values)], alpha=self.scaling)
+
+
+Update = LinearUpdate | ExpertsUpdate | BiasUpdate
 
 
 def updates_of(
@@ -96,7 +109,15 @@ def updates_of(
                 f"the adapter's A and B for {path} make a [{len(b)}, {a.shape[1]}] weight, but {tensor} in "
                 f"{checkpoint.folder} is {list(shapes[tensor])}. Is this the base it was trained on?"
             )
-        found[tensor] = LinearUpdate(tensors, config.scaling_of(path))
+        found[tensor] = LinearUpdate(tensors, config.scaling_of(path), config.use_dora)
+        if config.lora_bias:
+            bias = f"{tensor.removesuffix('.weight')}.bias"
+            if bias not in shapes:
+                raise ExportError(
+                    f"the adapter trains a bias (lora_bias), and {checkpoint.folder} has no {bias} to add it "
+                    "to. Use the adapter beside the base."
+                )
+            found[bias] = BiasUpdate(tensors[2], config.scaling_of(path))
     return found
 
 

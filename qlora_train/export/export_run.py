@@ -106,11 +106,12 @@ def export(
     with ExitStack() as stack:
         cached = None
         if trained_quantization.is_quantized and (quantization is not None or documents is not None):
-            cached = cached_layers(
-                folder, trained_quantization, resolve_dtype(recipe.model.compute_dtype, CPU)
-            )
+            dtype_of_run = resolve_dtype(recipe.model.compute_dtype, CPU)
+            cached = cached_layers(folder, trained_quantization, dtype_of_run, recipe.lora)
             cached = stack.enter_context(cached) if cached is not None else None
-        source = Source(folder, adapter, trained_quantization, quantization, recipe.model.compute_dtype)
+        source = Source(
+            folder, adapter, trained_quantization, quantization, recipe.model.compute_dtype, recipe.lora
+        )
         measure = Measure(source, documents, cached, log) if documents is not None else None
         cached = cached if quantization is not None else None
         if gguf is not None:
@@ -138,6 +139,7 @@ def export(
             adapter,
             target,
             quantization=quantization,
+            lora=recipe.lora,
             cached=cached,
             dtype=chosen,
             end_ids=end_ids,

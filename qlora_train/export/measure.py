@@ -11,6 +11,7 @@ import torch
 
 from qlora_train.adapter.adapter_config import HEAD
 from qlora_train.adapter.adapter_files import load_adapter, load_fitting
+from qlora_train.adapter.pissa import as_trained
 from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.errors import ExportError
 from qlora_train.export import LOADERS
@@ -23,6 +24,7 @@ from qlora_train.kernels.on_device import find_device
 from qlora_train.model.base import MetaModel, adaptable_names, empty_model, read_config
 from qlora_train.model.decoder import matrix_paths
 from qlora_train.quant.formats import UNQUANTIZED, Quantization
+from qlora_train.recipe import LoraSection
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 
 if TYPE_CHECKING:
@@ -35,13 +37,14 @@ CHEAP_BYTES = 4 * 10**9  # weights up to this size are also run in 4 bits, and m
 @dataclass(frozen=True)
 class Source:
     """The base and adapter of an export. trained_quantization: of the base while training. quantization: of
-    the weights that are merged onto; None: the original ones. compute_dtype: the run's."""
+    the weights that are merged onto; None: the original ones. compute_dtype, lora: the run's."""
 
     base_folder: Path
     adapter: Path
     trained_quantization: Quantization
     quantization: Quantization | None
     compute_dtype: str
+    lora: LoraSection
 
     @property
     def merged_onto(self) -> str:
@@ -59,7 +62,7 @@ class Measure:
     def __init__(
         self, source: Source, documents: HeldOut, cached: QuantizedLayers | None, log: Callable[[str], None]
     ) -> None:
-        self._source, self._documents, self._log = source, documents, log
+        self._source, self._documents, self._cached, self._log = source, documents, cached, log
         self._device = find_device()
         log(f"measuring on {len(documents.all_labels):,} supervised tokens {documents.source}")
         config = read_config(source.base_folder)
@@ -72,7 +75,10 @@ class Measure:
             self._arithmetic(resolve_dtype(source.compute_dtype, self._device.description)),
             self._device,
             fill=None if cached is None else cached.read_layer,
-            adapter=load_fitting(source.adapter, [*linears, *experts, *matrices, HEAD]),
+            adapter=as_trained(
+                source.lora, load_fitting(source.adapter, [*linears, *experts, *matrices, HEAD])
+            ),
+            lora=source.lora,
         )
 
     @property
@@ -133,10 +139,11 @@ class Measure:
             if source.quantization is None
             else (None, "original")
         )
-        meta_model = MetaModel(read_config(source.base_folder), arithmetic)
+        meta_model = MetaModel(read_config(source.base_folder), arithmetic, source.lora)
         with BaseCheckpoint(source.base_folder, meta_model) as checkpoint:
             try:
-                weights = MergedWeights(checkpoint, other, None, load_adapter(source.adapter))
+                cached = None if other is None else self._cached
+                weights = MergedWeights(checkpoint, other, cached, load_adapter(source.adapter))
             except ExportError:  # the original weights are not there
                 return
             if not source.trained_quantization.is_quantized or weights.changes_head:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, match_modules
 from qlora_train.adapter.adapter_files import LoraPairs, load_adapter
+from qlora_train.adapter.pissa import as_trained
 from qlora_train.boundary import require_creatable, require_free_disk
 from qlora_train.errors import BaseModelError, ExportError
 from qlora_train.export.adapter_updates import updates_of
@@ -48,6 +49,7 @@ from qlora_train.model.token_rows import blocks_with_rows
 from qlora_train.quant.formats import Quantization
 from qlora_train.quant.quantize import quantize
 from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.recipe import LoraSection
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 from qlora_train.weights.bitsandbytes_checkpoint import (
     bitsandbytes_quantization,
@@ -68,6 +70,7 @@ def merge(
     *,
     quantization: Quantization | None,
     dtype: torch.dtype,
+    lora: LoraSection | None = None,
     cached: QuantizedLayers | None = None,
     end_ids: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -77,17 +80,17 @@ def merge(
     """Write base + adapter to the folder `out`, all tensors in `dtype`; on the CPU, without loading a model.
 
     quantization: None: merge onto the original weights; else every linear of a decoder layer is quantized and
-    dequantized as in training. cached: training's quantized weights; None: they are quantized again. end_ids:
-    tokens that end an answer, to be listed in generation_config.json. check: called with the complete folder
-    before it gets its name; an exception undoes the export. log: called with a line for each file that is
-    left out.
+    dequantized as in training. lora: of the run; with PiSSA it decides what was quantized. cached: training's
+    quantized weights; None: they are quantized again. end_ids: tokens that end an answer, to be listed in
+    generation_config.json. check: called with the complete folder before it gets its name; an exception
+    undoes the export. log: called with a line for each file that is left out.
 
     Raises `ExportError` (out not empty, disk too small, adapter that does not fit, values beyond the range of
     `dtype`) and `BaseModelError` (unusable base or adapter); `out` is then unchanged.
     """
     base_folder, out = Path(base_folder), Path(out)
     require_new_folder(out)
-    with BaseCheckpoint(base_folder, MetaModel(read_config(base_folder), dtype)) as checkpoint:
+    with BaseCheckpoint(base_folder, MetaModel(read_config(base_folder), dtype, lora)) as checkpoint:
         model_config = read_plain_config(base_folder)
         weights = MergedWeights(checkpoint, quantization, cached, load_adapter(adapter_folder))
         sizes = weights.num_bytes(dtype)
@@ -131,7 +134,8 @@ class MergedWeights:
     ) -> None:
         self._checkpoint, self._reader = checkpoint, checkpoint.reader
         self._quantization, self._cached = quantization, cached
-        config, lora = adapter
+        is_quantized = quantization is not None and quantization.is_quantized
+        config, lora = as_trained(checkpoint.meta_model.lora, adapter) if is_quantized else adapter
         self._is_quantized_already: set[str] = set()
         self._quantized: dict[tuple[int, str], QuantizedWeight] = {}
         self._unchanged = checkpoint.unchanged - checkpoint.reader.fp8  # FP8 is written in 16 bits anyway
@@ -154,7 +158,6 @@ class MergedWeights:
         lora = {path: tensors for path, tensors in lora.items() if path not in rows}
         self._updates = updates_of(config, lora, checkpoint, self._head, self.shapes)
         self._token_ids, self._token_rows = config.token_ids, self._match_rows(rows, config.token_ids)
-        is_quantized = quantization is not None and quantization.is_quantized
         quantized = checkpoint.parts.keys() - checkpoint.reader.experts if is_quantized else set()
         self.dequantized = self._is_quantized_already | quantized
 
@@ -241,7 +244,7 @@ class MergedWeights:
         meta_model = self._checkpoint.meta_model
         shapes = dict(meta_model.layer_shapes(layer).items())
         name = meta_model.parameter_name(layer, weight)
-        rows = self._checkpoint.weight_rows(name, BLOCK_BYTES)
+        rows = self._checkpoint.rows_to_freeze(name, torch.device("cpu"), BLOCK_BYTES)
         return quantize(rows, shapes[weight], self._quantization, name=name)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:

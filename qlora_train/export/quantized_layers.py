@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_train.model.base import MetaModel, read_config
 from qlora_train.quant.formats import Quantization
 from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.recipe import LoraSection
 from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.disk_file import DiskFile
 from qlora_train.weights.quantized_cache import QuantizedBase, find_quantized_layers
@@ -58,10 +59,10 @@ class QuantizedLayers:
 
 
 def cached_layers(
-    base_folder: Path, quantization: Quantization, dtype: torch.dtype
+    base_folder: Path, quantization: Quantization, dtype: torch.dtype, lora: LoraSection | None = None
 ) -> QuantizedLayers | None:
-    """The cached layers of a base in this quantization and compute dtype; None: the cache does not have them,
-    or not all."""
-    meta_model = MetaModel(read_config(base_folder), dtype)
+    """The cached layers of a base in this quantization and compute dtype, as a run with this `lora` section
+    has them; None: the cache does not have them, or not all."""
+    meta_model = MetaModel(read_config(base_folder), dtype, lora)
     base = find_quantized_layers(cache_root(), base_folder, meta_model, quantization)
     return None if base is None else QuantizedLayers(base)

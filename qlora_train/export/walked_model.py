@@ -41,6 +41,7 @@ from qlora_train.model.token_rows import blocks_with_rows
 from qlora_train.model.vocab_matrix import TokenIds
 from qlora_train.model.weight_store import PresentWeights, by_path
 from qlora_train.quant.formats import Quantization
+from qlora_train.recipe import LoraSection
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS
 
@@ -115,19 +116,20 @@ def walk_model(
     reader: ShardReader | MergedReader | GgufReader | None = None,
     fill: Callable[[int, Tensor], None] | None = None,
     adapter: tuple[AdapterConfig, LoraPairs] | None = None,
+    lora: LoraSection | None = None,
 ) -> WalkedModel:
     """Run the model in `folder` on the documents, layer by layer.
 
     quantization: of its layers. dtype: of the computation. reader: of other weights than the folder's. fill:
     writes a layer's quantized bytes into a layer buffer; None: they are quantized from the reader. adapter:
-    config and LoRA parameters by the base's module paths.
+    config and LoRA parameters by the base's module paths. lora: of the adapter's run.
     """
     config = read_config(folder)
     if reader is not None:  # a merged model is not quantized
         config.__dict__.pop("quantization_config", None)
     if isinstance(reader, MergedReader):
         config.vocab_size = reader.vocabulary_size
-    shape_of_all = MetaModel(config, dtype)  # stays on meta; the other one is materialized and used up
+    shape_of_all = MetaModel(config, dtype, lora)  # stays on meta; the other one is materialized and used up
     checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike
     meta_model = MetaModel(config, dtype)
     layouts = meta_model.layouts(quantization)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_train.adapter.adapter_config import HEAD
 from qlora_train.adapter.adapter_files import load_fitting
+from qlora_train.adapter.pissa import as_adapter, as_trained
 from qlora_train.adapter.trained_on import find_base, read_trained_on
 from qlora_train.data.added_tokens import AddedTokens
 from qlora_train.data.prompts import encode_messages, encode_prompt, encode_raw, is_chat, stop_token_ids
@@ -43,8 +44,8 @@ from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.plan.unpinned import host_memory_of_generation
 from qlora_train.plan.workload import Workload, workload_of
 from qlora_train.quant.formats import Quantization
-from qlora_train.recipe import DataSection, MemorySection, Recipe, load_recipe
-from qlora_train.weights.cache_key import cache_root
+from qlora_train.recipe import DataSection, LoraSection, MemorySection, Recipe, load_recipe
+from qlora_train.weights.cache_key import cache_root, residual_key
 from qlora_train.weights.load import load_base
 
 
@@ -132,6 +133,7 @@ class ModelSource:
             cache=None if self.recipe is None and plan.execution.is_resident else cache_root(),
             host=host_memory_of_generation(plan, self.device, log),
             log=log,
+            lora=self._lora,
         )
         if self.recipe is None or self.recipe.training.kernels == "auto":
             decoder.fuse(
@@ -159,30 +161,45 @@ class ModelSource:
                 trained_on.check_base(self.folder, folders[name])
                 trained_on.check_tokenizer(self.tokenizer, folders[name])
             recipes.append(load_recipe(run / "recipe.yaml"))
+            if residual_key(recipes[-1].lora) != residual_key(self._lora):
+                raise RunFolderError(
+                    f"{run}: of this adapter and the one beside it, one was trained with PiSSA "
+                    "(lora.init_lora_weights), so their bases differ. Run them apart, or export them."
+                )
         return replace(self, other_recipes=tuple(recipes)), folders
 
     def attach(self, decoder: FrozenDecoder, adapter: Path | None) -> None:
-        """Put an adapter's LoRA parameters in the place of those that there are; None: the base alone."""
+        """Put an adapter's LoRA parameters in the place of those that there are; None: the base alone, which
+        after PiSSA is the residual with the principal parts."""
         for adaptable in decoder.adaptable.values():
             adaptable.lora = None
         if isinstance(decoder.head, AdaptedHead | TokenRows):
             decoder.head = decoder.head.stored
         if isinstance(decoder.embedding, TokenRows):
             decoder.embedding = decoder.embedding.stored
-        device = self.device.torch
-        if adapter is None:
+        device, factors = self.device.torch, decoder.principal_factors
+        if adapter is None and self.added.ids:
             matrices = zip(decoder.matrix_paths, (decoder.embedding, decoder.head), strict=False)
-            if self.added.ids:
-                first = {path: initial_rows(stored, self.added.parts, device) for path, stored in matrices}
-                rows = {path: rows.to(self.dtype) for path, rows in first.items()}
-                decoder.set_token_rows(self.added.ids, rows)
+            first = {path: initial_rows(stored, self.added.parts, device) for path, stored in matrices}
+            rows = {path: rows.to(self.dtype) for path, rows in first.items()}
+            decoder.set_token_rows(self.added.ids, rows)
+        if adapter is not None:
+            existing = [*decoder.adaptable, *decoder.matrix_paths, HEAD]
+            config, pairs = as_trained(self._lora, load_fitting(adapter, existing))
+        elif factors:
+            config, pairs = as_adapter(factors)
+        else:
             return
-        config, pairs = load_fitting(adapter, [*decoder.adaptable, *decoder.matrix_paths, HEAD])
         if len(pairs.get(HEAD, ())) > 1:
             decoder.adapt_head(pairs.pop(HEAD), config.scaling_of(HEAD))
         lora = LoraParameters.of_adapter(decoder.adaptable, config, pairs, dtype=self.dtype, device=device)
         if config.token_ids:
             decoder.set_token_rows(config.token_ids, lora.token_rows(lora.working))
+
+    @property
+    def _lora(self) -> LoraSection | None:
+        """Of the adapter's run; None: there is no adapter."""
+        return self.recipe.lora if self.recipe is not None and self.adapter is not None else None
 
     def _workload(self) -> Workload:
         shape, target = find_shape(str(self.folder)), self.device.description

@@ -24,6 +24,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qlora_train.adapter.pissa import principal_ranks
 from qlora_train.boundary import parsing
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import BaseModelError, UnsupportedModelError
@@ -38,6 +39,7 @@ from qlora_train.model.linear import FrozenLinear
 from qlora_train.model.vocab_matrix import VocabMatrix
 from qlora_train.model.weight_store import WeightStore
 from qlora_train.quant.formats import Quantization
+from qlora_train.recipe import LoraSection
 
 Decoder = TypeVar("Decoder", bound=FrozenDecoder)
 _MOST = {
@@ -56,23 +58,29 @@ MAX_PLAIN_SHARE = 1 / 16
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Read the base's config.json. Raises `BaseModelError` if it is missing, invalid, or of a family that
-    transformers does not know."""
+    """The config of the base's language model, from its config.json. Raises `BaseModelError` if that is
+    missing, invalid, or of a family that transformers does not know."""
+    file = folder / "config.json"
+    config = _text_part(read_whole_config(folder))
+    pad_id, vocabulary_size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad_id, int) and isinstance(vocabulary_size, int) and pad_id >= vocabulary_size:
+        raise BaseModelError(
+            f"{file}: pad_token_id {pad_id} has no row in the embedding, which has "
+            f"{vocabulary_size} (vocab_size). Set it to null, or to a token of the vocabulary."
+        )
+    return config
+
+
+def read_whole_config(folder: Path) -> PretrainedConfig:
+    """`read_config` with the other parts of a model of several parts."""
     file = folder / "config.json"
     values = read_plain_config(folder)
     _check_sizes(file, values)
     if isinstance(values.get("text_config"), dict):
         _check_sizes(file, values["text_config"])
     with parsing(file, BaseModelError, CONFIG_REMEDY):
-        whole: PretrainedConfig = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
-        )
-    config = _text_part(whole)
-    pad_id, vocabulary_size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
-    if isinstance(pad_id, int) and isinstance(vocabulary_size, int) and pad_id >= vocabulary_size:
-        raise BaseModelError(
-            f"{file}: pad_token_id {pad_id} has no row in the embedding, which has "
-            f"{vocabulary_size} (vocab_size). Set it to null, or to a token of the vocabulary."
         )
     return config
 
@@ -150,16 +158,23 @@ class MetaModel:
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
     tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
-    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). Raises
+    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). lora: of the run that the
+    weights are for; with PiSSA, principal_ranks says what is taken out of them, in factors of factor_bytes
+    (adapter/pissa.py). Raises
     `UnsupportedModelError` where layers hold large matrices that are neither linears nor experts.
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, lora: LoraSection | None = None) -> None:
         self.model = empty_model(config, dtype)
         self.dtype = dtype
         prefix = swap_linears(self.model)
         num_layers = len(self.model.get_decoder().layers)
         self.layer_paths = tuple(f"{prefix}.{i}" for i in range(num_layers))
+        self.lora = lora
+        linears = (module for module in self.model.modules() if isinstance(module, FrozenLinear))
+        shapes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
+        self.principal_ranks = principal_ranks(lora, shapes)
+        self.factor_bytes = sum(4 * rank * sum(shapes[path]) for path, rank in self.principal_ranks.items())
         names = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
         self.embedding_name = names[id(self.model.get_input_embeddings().weight)]
         self.head_name = names[id(self.model.get_output_embeddings().weight)]

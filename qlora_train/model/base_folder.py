@@ -54,13 +54,24 @@ def kept_quantization(stored: Mapping[str, Any]) -> Quantization | None:
     return MXFP4 if stored.get("quant_method") == "mxfp4" else None
 
 
-def check_base(folder: Path, quantization: str = "none") -> None:
-    """Raise `BaseModelError` unless the folder is a supported base. quantization: `model.quantization`."""
+def check_base(folder: Path, quantization: str = "none", *, needs_originals: bool = False) -> None:
+    """Raise `BaseModelError` unless the folder is a supported base. quantization: `model.quantization`.
+    needs_originals: for PiSSA."""
     config = read_plain_config(folder)
+    stored = config.get("quantization_config") or {}
+    if needs_originals and stored_quantization(stored).is_quantized:
+        raise no_originals(str(folder))
     _refuse_adapter(folder)
     _refuse_dangling_weights(folder)
     _refuse_other_formats(folder, config)
     _refuse_requantizing(folder, config, quantization)
+
+
+def no_originals(where: str) -> BaseModelError:
+    return BaseModelError(
+        f"{where}: is already quantized by bitsandbytes, and lora.init_lora_weights: pissa decomposes the "
+        "original weights. Take the same model in 16 bits, or leave init_lora_weights out."
+    )
 
 
 def _refuse_adapter(folder: Path) -> None:

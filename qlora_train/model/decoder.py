@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from qlora_train.adapter.pissa import Factors
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.errors import UnsupportedModelError
 from qlora_train.model.adapted_head import AdaptedHead
@@ -60,8 +61,9 @@ class FrozenDecoder:
     head: [V, D], the same object where tied; matrix_paths: their module paths, the embedding's alone where
     tied. dtype, device: of the computation. skippable: names within a layer of linears and experts whose
     output goes straight into the residual sum, as the probe found. fingerprint: of the quantized base's
-    content. kernels: the fastest there are until others are chosen. The given model is taken over and cannot
-    be called as a whole afterwards; its embedding and head weights are dropped.
+    content. principal_factors: what PiSSA took out of linears; empty without it. kernels: the fastest there
+    are until others are chosen. The given model is taken over and cannot be called as a whole afterwards; its
+    embedding and head weights are dropped.
     """
 
     tiled_mlp: type[TiledMlp] = TiledMlp
@@ -91,6 +93,7 @@ class FrozenDecoder:
         self.norm: nn.Module = getattr(self._decoder, final_norm_name(self._decoder))
         self.skippable: tuple[str, ...] = ()
         self.fingerprint = ""
+        self.principal_factors: Factors = {}
         self.run_with(KernelChoice.on(device, dtype))
         self.at_close: list[Callable[[], object]] = []
         self._tiled_mlps: dict[int, TiledMlp] = {}

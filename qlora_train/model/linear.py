@@ -18,7 +18,8 @@ Two paths, chosen by `training.kernels`:
 Why not bitsandbytes' own MatMul4Bit: it keeps the quantized tensor itself on ctx. If weights are streamed
 through reused slots, that tensor is overwritten before backward, and the gradient is silently wrong.
 
-With DoRA, y without its bias is scaled row by row (model/magnitude.py).
+With `lora_bias`, y += s b, where b [out] is trained: db = s sum_t g. With DoRA, y without its bias is scaled
+row by row (model/magnitude.py).
 
 With dropout, x in the LoRA branch is dropout(x); the mask is a pure function of the token
 (kernels/dropout.py) and is recomputed in backward.
@@ -48,9 +49,9 @@ class LinearLora(nn.Module):
     """The LoRA parameters A [R, in] and B [out, R] of one linear, or of a matrix of all experts
     (expert_lora.py): views of the flat working copy.
 
-    With its magnitude they are the only trainable parameters. gradient_a, gradient_b: views of the flat fp32
-    gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude: of DoRA, or
-    None.
+    With its magnitude or bias they are the only trainable parameters. gradient_a, gradient_b: views of the
+    flat fp32 gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude: of
+    DoRA, or None. bias: with `lora_bias` (b [out], its gradient), or None.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LinearLora(nn.Module):
         module_id: int,
         context: DropoutContext,
         magnitude: Magnitude | None = None,
+        bias: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(a)
@@ -75,6 +77,8 @@ class LinearLora(nn.Module):
         self.module_id = module_id
         self.context = context
         self.magnitude = magnitude
+        self.bias = None if bias is None else nn.Parameter(bias[0])
+        self.gradient_bias = None if bias is None else bias[1]
 
     def tokens_to_drop(self) -> DropoutKeys | None:
         """The dropout keys, or None if nothing is dropped (evaluation, probability 0)."""
@@ -90,6 +94,9 @@ class LinearLora(nn.Module):
         if self.A.grad is not None and self.B.grad is not None:
             self.add_gradients(self.A.grad, self.B.grad)
             self.A.grad = self.B.grad = None
+        if self.gradient_bias is not None and self.bias is not None and self.bias.grad is not None:
+            self.gradient_bias.add_(self.bias.grad)
+            self.bias.grad = None
         if self.magnitude is not None and self.magnitude.m.grad is not None:
             self.magnitude.gradient.add_(self.magnitude.m.grad)
             self.magnitude.m.grad = None
@@ -128,7 +135,7 @@ class FrozenLinear(nn.Module):
         y = F.linear(x, weight, self.bias)
         if lora is None:
             return y
-        y = y + F.linear(F.linear(_dropped(x, lora), lora.A), lora.B) * lora.scaling
+        y = y + F.linear(F.linear(_dropped(x, lora), lora.A), lora.B, lora.bias) * lora.scaling
         if lora.magnitude is None:
             return y
         lora.magnitude.refresh(weight, lora.A, lora.B, lora.scaling)
@@ -165,6 +172,8 @@ def linear_forward(linear: FrozenLinear, x: Tensor, h: Tensor | None = None) -> 
         h = F.linear(_dropped(x, lora), lora.A)
     if not linear.skip_output:
         y.addmm_(h, lora.B.t(), alpha=lora.scaling)
+        if lora.bias is not None:
+            y.add_(lora.bias, alpha=lora.scaling)
         if magnitude is not None:
             magnitude.scale_(y, linear.bias)
     return y, h
@@ -233,7 +242,11 @@ def backward_of_weight(
 
 
 def grad_of_low_rank(lora: LinearLora, gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """From gradient = dL/dy [T, out] and h [T, R]: dL/dh [T, R], dL/dB [out, R]."""
+    """From gradient = dL/dy [T, out] and h [T, R]: dL/dh [T, R], dL/dB [out, R]. Adds dL/db, if there is a
+    bias, to the flat gradient."""
+    if lora.gradient_bias is not None:
+        ones = gradient.new_ones(1, len(gradient))
+        lora.gradient_bias.add_((ones @ gradient).squeeze(0), alpha=lora.scaling)
     dh = (gradient @ lora.B.detach()).mul_(lora.scaling)
     return dh, (gradient.t() @ h).mul_(lora.scaling)
 

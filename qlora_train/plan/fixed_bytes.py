@@ -36,6 +36,7 @@ SLOTS = "ring slots"
 MICRO_BATCH = "token ids and labels"
 KV_CACHE = "key-value cache"
 LOADING = "rows being quantized"
+DECOMPOSED = "a weight and its decomposition"
 ROWS_BLOCK_BYTES = 64 * 2**20
 MIN_8BIT_NUMBERS = 4096
 """bitsandbytes keeps 32-bit state for tensors smaller than this."""
@@ -61,7 +62,7 @@ def fixed_bytes(workload: Workload, plan: ExecutionPlan) -> Bytes:
         MASTERS: 4 * n,
         GRADIENT: 4 * n,
         WORKING: 0 if itemsize == 4 else itemsize * n,
-        ROW_NORMS: 8 * workload.num_magnitudes,
+        ROW_NORMS: 8 * workload.num_of_rows if workload.use_dora else 0,
         OPTIMIZER: optimizer_state_bytes(workload),
     }
     return total(parts)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_train.adapter.continued_adapter import as_continued
+from qlora_train.adapter.pissa import is_pissa
 from qlora_train.device.compute import THE_CPU
 from qlora_train.device.compute_dtype import resolve_dtype
 from qlora_train.device.description import DeviceDescription
@@ -66,7 +67,7 @@ def plan_recipe(
     """
     base_folder = base_folder or find_base_folder(recipe.model.base, recipe.model.revision)
     if base_folder is not None:
-        check_base(base_folder, recipe.model.quantization)
+        check_base(base_folder, recipe.model.quantization, needs_originals=is_pissa(recipe.lora))
     resolve_dtype(recipe.model.compute_dtype, target)
     shape = shape or find_shape(recipe.model.base, recipe.model.revision)
     rates = rates or stated_rates(target)

@@ -86,7 +86,7 @@ def _quantized_base(recipe: Recipe, target: DeviceDescription, base_folder: Path
     if base_folder is None:
         return None
     key = Quantization(recipe.model.quantization, recipe.model.double_quant)
-    return quantized_folder(cache_root(), base_folder, key, dtype_of(recipe, target))
+    return quantized_folder(cache_root(), base_folder, key, dtype_of(recipe, target), recipe.lora)
 
 
 def dtype_of(recipe: Recipe, target: DeviceDescription) -> str:

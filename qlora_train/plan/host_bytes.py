@@ -23,6 +23,7 @@ ROWS = "rows of the checkpoint"
 QUANTIZED_BASE = "quantized base (cache)"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+FACTORS = "principal parts"
 MERGED = "merged model"
 CPU_PROCESS_BYTES, GPU_PROCESS_BYTES = 560 * 10**6, 1500 * 10**6
 HEAP_SHARE, MOST_HEAP_BYTES = 0.3, 512 * 2**20
@@ -79,13 +80,16 @@ def load_host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = 
     read, and a quantized head."""
     training = host_bytes(workload, plan, machine)
     stays = {c: n for c, n in training.items() if c in (PROCESS, LAYER_BUFFERS, MATRICES)}
-    return stays | {ROWS: ROWS_BYTES + (workload.head_bytes if workload.head_is_quantized else 0)}
+    rows = ROWS_BYTES + (workload.head_bytes if workload.head_is_quantized else 0)
+    return total(stays, {ROWS: rows, FACTORS: workload.factor_bytes})
 
 
 def save_host_bytes(workload: Workload, machine: Machine = ONE_RANK) -> Bytes:
-    """RAM while one rank writes a checkpoint: a copy of the fp32 masters and the optimizer state."""
+    """RAM while one rank writes a checkpoint: a copy of the fp32 masters and the optimizer state, then the
+    adapter."""
     state = 4 * workload.num_lora_parameters + optimizer_state_bytes(workload)
-    return {PROCESS: machine.num_ranks * _process_bytes(workload), CHECKPOINTS: state}
+    written = max(state, workload.adapter_bytes)
+    return {PROCESS: machine.num_ranks * _process_bytes(workload), CHECKPOINTS: written}
 
 
 def merge_host_bytes(workload: Workload) -> Bytes:
@@ -101,14 +105,14 @@ def disk_bytes(workload: Workload, *, has_quantized_base: bool, keep_checkpoints
     replaces another, and the best by evaluation), the adapter."""
     shape = workload.shape
     matrices = workload.matrix_bytes + (0 if shape.is_tied else workload.head_bytes)
-    quantized = sum(map(sum, workload.layer_buffer_sizes)) + matrices
+    quantized = sum(map(sum, workload.layer_buffer_sizes)) + matrices + workload.factor_bytes
     state = 4 * workload.num_lora_parameters + optimizer_state_bytes(workload)
     base = (
         {} if has_quantized_base else {QUANTIZED_BASE: quantized + shape.plain_parameters * workload.itemsize}
     )
     return base | {
         CHECKPOINTS: (keep_checkpoints + 2) * state,
-        ADAPTER: 4 * workload.num_lora_parameters,
+        ADAPTER: workload.adapter_bytes,
     }
 
 

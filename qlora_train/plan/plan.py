@@ -23,8 +23,8 @@ from qlora_train.plan.host_bytes import (
     ram_of_devices,
     save_host_bytes,
 )
-from qlora_train.plan.time_model import Rates, StepTime
-from qlora_train.plan.words import largest_in_words, positions_line, refusal
+from qlora_train.plan.time_model import Rates, StepTime, decomposition_seconds
+from qlora_train.plan.words import duration, largest_in_words, positions_line, refusal
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import ExecutionPlan
 
@@ -164,7 +164,8 @@ class Plan:
 
     @property
     def remarks(self) -> list[str]:
-        """Notes for the user: long sequences, and memory that grows with the number of documents."""
+        """Notes for the user: long sequences, memory that grows with the number of documents, and the time of
+        PiSSA."""
         shape, work = self.workload.shape, self.workload
         lines = positions_line(max(work.documents), shape.max_positions)
         grouped = shape.num_heads != shape.num_kv_heads
@@ -176,6 +177,12 @@ class Plan:
             lines.append(
                 f"for up to {work.most_documents} documents in a micro-batch; with more, attention's scratch "
                 f"grows by {gap_bytes / 2**20:.1f} MiB for each"
+            )
+        if work.principal_ranks and not self.host_budget.has_quantized_base:
+            lines.append(
+                f"PiSSA: decomposing {len(work.principal_ranks)} weights takes about "
+                f"{duration(decomposition_seconds(work, self.rates))}, once for this base and these ranks"
+                + ("" if work.num_iterations else "; lora.init_lora_weights: pissa_niter_16 is faster")
             )
         return lines
 

@@ -78,6 +78,7 @@ class PlannedModel:
                 path: _empty((workload.num_added_tokens, shape.hidden), torch.float32)
                 for path in (self.decoder.matrix_paths if workload.num_added_tokens else ())
             },
+            lora_bias=workload.lora_bias,
         )
         self.decoder.prepare()
 

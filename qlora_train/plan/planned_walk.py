@@ -19,6 +19,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.plan.fixed_bytes import (
+    DECOMPOSED,
     DEQUANTIZE_BUFFER,
     GRADIENT,
     KV_CACHE,
@@ -42,6 +43,7 @@ from qlora_train.recipe import MOST_SAMPLE_TOKENS
 from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
+from qlora_train.weights.principal_part import principal_part_bytes
 
 INPUTS = "layer inputs"
 """The cause of layer inputs (in use, kept for backward or copied from host memory) and their gradients."""
@@ -174,7 +176,8 @@ class _NotedCache:
 
 
 def load_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
-    """Peak bytes on the device by cause while loading: the weights, and buffers of what is being read."""
+    """Peak bytes on the device by cause while loading: the weights, and buffers of what is being read; or,
+    before any weight is placed, one weight that PiSSA decomposes."""
     parts = {
         cause: num_bytes
         for cause, num_bytes in fixed_bytes(workload, plan).items()
@@ -184,7 +187,12 @@ def load_peak(workload: Workload, plan: ExecutionPlan) -> Bytes:
     loading = 2 * ROWS_BLOCK_BYTES + (workload.layer_buffer_bytes if streams else 0)
     if workload.head_is_quantized and not workload.on_accelerator:
         loading += workload.head_bytes  # read as a whole, on the host
-    return total(parts, {LOADING: loading})
+    placing = total(parts, {LOADING: loading})
+    decomposed = max(workload.of_decompositions(principal_part_bytes), default=0)
+    if not decomposed:
+        return placing
+    making = {LOADING: 2 * ROWS_BLOCK_BYTES + workload.layer_buffer_bytes, DECOMPOSED: decomposed}
+    return max(placing, making, key=lambda causes: sum(causes.values()))
 
 
 def set_up(workload: Workload, plan: ExecutionPlan) -> tuple[PlannedModel, PackedTokens, PlannedMeter]:

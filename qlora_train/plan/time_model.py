@@ -19,6 +19,7 @@ from qlora_train.device.description import DeviceDescription
 from qlora_train.plan.host_bytes import offloaded_bytes
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
+from qlora_train.weights.principal_part import principal_part_flops
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ _ELEMENTWISE_READS = 8
 pass: two norms (2 each) and two residual sums, of which one is in place."""
 _OUTPUT_READS = 4
 """The same for each linear's output: rotary embedding, gathering by document, activation and product."""
+CPU_DECOMPOSITION_SHARES, GPU_DECOMPOSITION_SHARES = (0.1, 0.1), (5e-4, 0.01)
+"""Shares of the arithmetic rate that decompositions reach, (exact, approximate): measured on a CPU,
+guessed for GPUs."""
 
 
 def stated_rates(device: DeviceDescription) -> Rates:
@@ -194,6 +198,13 @@ def _dora_flops(workload: Workload) -> float:
         return 0.0
     shapes = workload.shape.linear_shapes
     return 2 * sum(math.prod(shapes[path]) for path, _ in workload.lora_ranks) / workload.shape.num_layers
+
+
+def decomposition_seconds(workload: Workload, rates: Rates) -> float:
+    """Seconds that PiSSA takes before the first run of a base; 0 without it."""
+    shares = GPU_DECOMPOSITION_SHARES if workload.on_accelerator else CPU_DECOMPOSITION_SHARES
+    share = shares[workload.num_iterations is not None]
+    return sum(workload.of_decompositions(principal_part_flops)) / (share * rates.flops)
 
 
 def _dequantize_seconds(

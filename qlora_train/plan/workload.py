@@ -6,15 +6,17 @@ Model sizes, quantization, LoRA parameters, tokens per micro-batch, optimizer. O
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 
 from qlora_train.adapter.lora_targets import choose_targets
+from qlora_train.adapter.pissa import num_iterations, principal_ranks
 from qlora_train.device.description import DeviceDescription
 from qlora_train.model.quantized_matrix import RowLayout
+from qlora_train.module_patterns import Number
 from qlora_train.plan.host_budget import dtype_of
 from qlora_train.plan.model_shape import ModelShape
 from qlora_train.plan.split import Split, splits_of
@@ -32,7 +34,9 @@ class Workload:
     rank) of every linear, and parameter of experts, with LoRA parameters. splits_learning_rate: B has its own
     (LoRA+). target: the device. deterministic: torch uses deterministic algorithms only. reference: the plain
     implementation, without tiles and fused kernels. use_dora: every linear with LoRA parameters has
-    magnitudes too. num_added_tokens: tokens whose rows in embedding and head are trained.
+    magnitudes too. lora_bias: or biases. num_added_tokens: tokens whose rows in embedding and head are
+    trained. principal_ranks: (module path, rank) of linears that PiSSA decomposes, in num_iterations (None:
+    exactly).
     """
 
     shape: ModelShape
@@ -50,6 +54,9 @@ class Workload:
     reference: bool = False
     use_dora: bool = False
     num_added_tokens: int = 0
+    lora_bias: bool = False
+    principal_ranks: tuple[tuple[str, int], ...] = ()
+    num_iterations: int | None = None
     known_most_documents: int = 0
     micro_batch_size: int = field(default=1, compare=False)  # `documents` decides it
 
@@ -82,9 +89,9 @@ class Workload:
 
     @property
     def lora_sizes(self) -> tuple[int, int]:
-        """(numbers in all A and rows of tokens, numbers in all B and m)."""
+        """(numbers in all A and rows of tokens, numbers in all B and m or biases)."""
         num_a = self.num_added_tokens * (1 if self.shape.is_tied else 2) * self.shape.hidden
-        num_b = self.num_magnitudes
+        num_b = self.num_of_rows
         for path, rank in self.lora_ranks:
             rows, columns, number = self.shape.adaptable_shapes[path]
             num_a, num_b = num_a + rank * number * columns, num_b + rank * number * rows
@@ -100,15 +107,32 @@ class Workload:
         )
 
     @property
-    def num_magnitudes(self) -> int:
-        """Numbers in all m of DoRA: the rows of the linears that are trained."""
-        if not self.use_dora:
+    def num_of_rows(self) -> int:
+        """Numbers in all m of DoRA, or in all biases: the rows of the linears that are trained."""
+        if not self.use_dora and not self.lora_bias:
             return 0
         return sum(self.shape.linear_shapes[path][0] for path, _ in self.lora_ranks)
 
     @property
     def num_lora_parameters(self) -> int:
         return sum(self.lora_sizes)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of a written adapter, which after PiSSA has twice the rank."""
+        return (8 if self.principal_ranks else 4) * self.num_lora_parameters
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of what PiSSA takes out of the base; 0 without it."""
+        return 4 * self.num_lora_parameters if self.principal_ranks else 0
+
+    def of_decompositions(
+        self, quantity: Callable[[tuple[int, int], int, int | None], Number]
+    ) -> list[Number]:
+        """A quantity of the decomposition of every linear that PiSSA decomposes."""
+        shapes = self.shape.linear_shapes
+        return [quantity(shapes[path], rank, self.num_iterations) for path, rank in self.principal_ranks]
 
     @property
     def layer_buffer_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -193,5 +217,8 @@ def workload_of(
         reference=training.kernels == "reference",
         use_dora=recipe.lora.use_dora,
         num_added_tokens=len(model.add_tokens),
+        lora_bias=recipe.lora.lora_bias,
+        principal_ranks=tuple(principal_ranks(recipe.lora, shape.linear_shapes).items()),
+        num_iterations=num_iterations(recipe.lora),
         known_most_documents=most_documents,
     )

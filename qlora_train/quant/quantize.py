@@ -58,7 +58,7 @@ def quantize(
     }
     found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     assert found == layout, f"{name}: quantizes into {layout}, not {found}"
-    rows = _checked(rows, name)
+    rows = checked_rows(rows, name)
     if quantization.is_4bit:
         num_elements, scales = _quantize_4bit(rows, quantization, tensors)
     elif quantization.format == "int8":
@@ -77,7 +77,8 @@ def quantize(
     return QuantizedWeight(quantization, shape, tensors)
 
 
-def _checked(rows: Iterable[Tensor], name: str) -> Iterator[Tensor]:
+def checked_rows(rows: Iterable[Tensor], name: str) -> Iterator[Tensor]:
+    """The blocks of a weight's rows. Raises `BaseModelError` for a dtype that is not quantized."""
     for block in rows:
         if block.dtype not in QUANTIZABLE_DTYPES:
             raise BaseModelError(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.adapter.trained_on import FILE_NAME
 from qlora_train.device.memory_tracker import MemoryTracker, peak_bytes
 from qlora_train.errors import Interrupted, OutOfMemory, TrainingFailure
@@ -344,9 +343,8 @@ class TrainLoop:
 
     def _write_adapter(self, folder: Path) -> None:
         trained, step = self._prepared.model.adapter, self._state.step
-        lora = self._lora.views(self._lora.masters) | trained.kept
         said = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
-        save_adapter(folder, trained.config, lora, said)
+        trained.save(folder, self._lora.views(self._lora.masters), said)
 
     def _save_is_due(self, step: int, is_best: bool) -> bool:
         """Whether to save after this step. Rank 0 alone writes, so ranks need not agree on the time."""

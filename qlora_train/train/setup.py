@@ -4,7 +4,7 @@ here."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, name_parameters, name_targets
-from qlora_train.adapter.adapter_files import LoraPairs, head_copy, load_fitting
+from qlora_train.adapter.adapter_files import LoraPairs, head_copy, load_fitting, save_adapter
 from qlora_train.adapter.continued_adapter import as_continued
 from qlora_train.adapter.lora_targets import choose_targets
+from qlora_train.adapter.pissa import Factors, as_plain_lora, initial_values, is_pissa
 from qlora_train.adapter.trained_on import TrainedOn, find_base, read_trained_on
 from qlora_train.data.added_tokens import AddedTokens
 from qlora_train.data.building import OpenData, build_dataset
@@ -32,6 +33,7 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.rope_lengths import refuse_length_dependent_rope
+from qlora_train.model.served_model import served_model
 from qlora_train.model.token_rows import initial_rows
 from qlora_train.plan.fixed_bytes import managed_bytes
 from qlora_train.plan.machine_plan import enforce_budget, plan_here
@@ -83,11 +85,21 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """What is saved beside the trained LoRA parameters. kept: A and B that are applied but not trained (the
-    head's)."""
+    """What is saved beside the trained LoRA parameters. paths: what modules are called in the written
+    adapter. kept: A and B that are applied but not trained (the head's). factors: of PiSSA."""
 
     config: AdapterConfig
+    paths: Mapping[str, str]
     kept: LoraPairs
+    factors: Factors
+
+    def save(self, folder: Path, trained: LoraPairs, other_files: Mapping[str, str]) -> None:
+        """Write the adapter for other tools, which have the original base. trained: by module path."""
+        config, lora = self.config, trained | self.kept
+        if self.factors:
+            config, lora = as_plain_lora(config, lora, self.factors)
+        named = {self.paths[path]: tensors for path, tensors in lora.items()}
+        save_adapter(folder, config.renamed(self.paths), named, other_files)
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def resolve(recipe: Recipe, device: DeviceDescription, num_ranks: int) -> tuple[
     """(recipe with `auto`, hub names, `lora.init_from` and batch sizes resolved, the base's folder, compute
     dtype). device: the least capable of all ranks."""
     folder, commit = find_base(recipe.model, Path(recipe.training.output_dir))
-    check_base(folder, recipe.model.quantization)
+    check_base(folder, recipe.model.quantization, needs_originals=is_pissa(recipe.lora))
     dtype = resolve_dtype(recipe.model.compute_dtype, device)
     base = recipe.model.base if commit is not None else str(folder)
     model = recipe.model.model_copy(
@@ -214,7 +226,7 @@ def load_adapted_model(
         ranks,
         run.target,
         split=None if saved is None else saved.split,
-        keeps_quantized_base=cache is not None,
+        keeps_quantized_base=cache is not None or is_pissa(recipe.lora),
     )
     plan.require_fit()
     enforce_budget(
@@ -233,17 +245,22 @@ def load_adapted_model(
         host=host,
         ranks=ranks,
         log=run.log,
+        lora=recipe.lora,
     )
     decoder.skippable = found.skippable
     if recipe.training.kernels == "auto":
         decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
-    lora, adapter = attach_lora(recipe, decoder, run.dtype, added)
+    lora, adapter = attach_lora(recipe, run.base_folder, decoder, run.dtype, added)
     device.release_cached()  # what loading and quantizing took would stay beside other sizes
     return AdaptedModel(plan, execution, host, decoder, lora, adapter)
 
 
 def attach_lora(
-    recipe: Recipe, decoder: FrozenDecoder, dtype: torch.dtype, added: AddedTokens = NO_TOKENS
+    recipe: Recipe,
+    base_folder: Path,
+    decoder: FrozenDecoder,
+    dtype: torch.dtype,
+    added: AddedTokens = NO_TOKENS,
 ) -> tuple[LoraParameters, TrainedAdapter]:
     """Attach LoRA parameters as the resolved recipe says, and rows of added tokens, with the values of
     `lora.init_from` if given."""
@@ -260,7 +277,9 @@ def attach_lora(
         if len(start.get(HEAD, ())) > 1:
             kept = {HEAD: start.pop(HEAD)}
             ranks[HEAD], alphas[HEAD] = saved.rank_of(HEAD), saved.alpha_of(HEAD)
-    names, layers = name_targets(ranks.keys() - decoder.stacks.keys(), [*decoder.linears, HEAD])
+    served = served_model(base_folder, decoder.adaptable)
+    modules = [served.paths[path] for path in ranks if path not in decoder.stacks]
+    names, layers = name_targets(modules, served.linears)
     config = AdapterConfig(
         recipe.model.base,
         section.rank,
@@ -272,7 +291,12 @@ def attach_lora(
         alphas,
         layers,
         section.use_dora,
-        name_parameters(ranks.keys() & decoder.stacks.keys(), decoder.stacks),
+        name_parameters(
+            {served.paths[path] for path in ranks.keys() & decoder.stacks.keys()},
+            [served.paths[path] for path in decoder.stacks],
+        ),
+        section.lora_bias,
+        served.auto_mapping,
         added.ids,
     )
     matrices = zip(decoder.matrix_paths, (decoder.embedding, decoder.head), strict=False)
@@ -285,6 +309,7 @@ def attach_lora(
         dtype=dtype,
         device=decoder.device.torch,
         use_dora=section.use_dora,
+        lora_bias=section.lora_bias,
         token_rows={
             path: initial_rows(stored, added.parts, decoder.device.torch)
             for path, stored in (matrices if added.ids else ())
@@ -292,12 +317,14 @@ def attach_lora(
     )
     if added.ids:
         decoder.set_token_rows(added.ids, lora.token_rows(lora.working), lora.token_rows(lora.gradient))
-    if section.init_from is not None:
+    if decoder.principal_factors:
+        start = initial_values(config, decoder.principal_factors)
+    if start:
         first_rows = {path: (rows,) for path, rows in lora.token_rows(lora.masters).items()}
         lora.load(first_rows | start)
     if section.init_from is not None and kept:
         decoder.adapt_head(kept[HEAD], config.scaling_of(HEAD), head_copy(Path(section.init_from)))
-    return lora, TrainedAdapter(config, kept)
+    return lora, TrainedAdapter(config, served.paths, kept, decoder.principal_factors)
 
 
 def _refuse_other_tokens(folder: str, saved: AdapterConfig, start: LoraPairs, added: AddedTokens) -> None:

@@ -19,17 +19,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_train.adapter.pissa import num_iterations
 from qlora_train.errors import BaseModelError
 from qlora_train.files.shards import MAX_READ_BYTES
 from qlora_train.model.base import MetaModel
+from qlora_train.model.base_folder import no_originals
 from qlora_train.model.layer_buffer import LayerBufferLayout
+from qlora_train.model.linear import FrozenLinear
 from qlora_train.model.quantized_matrix import RowLayout
 from qlora_train.quant.formats import MXFP4, UNQUANTIZED, Quantization
-from qlora_train.quant.quantize import quantize
+from qlora_train.quant.quantize import checked_rows, quantize
 from qlora_train.quant.weight import QuantizedWeight
 from qlora_train.weights.bitsandbytes_checkpoint import bitsandbytes_quantization, read_bitsandbytes_weight
 from qlora_train.weights.checkpoint_names import RowPart, row_parts, tensors_of
 from qlora_train.weights.mxfp4_checkpoint import Mxfp4Reader
+from qlora_train.weights.principal_part import principal_part
 
 
 class BaseCheckpoint:
@@ -37,7 +41,7 @@ class BaseCheckpoint:
 
     parts: tensor of the checkpoint -> which rows of which layer's weight it holds, of all that are quantized.
     unchanged: tensors that a merged checkpoint has as they are: of other parts of the model than the language
-    model, and those that its family keeps in fp32.
+    model, and those that its family keeps in fp32. factors: of PiSSA, of the linears read so far.
 
     Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening if
     the file headers show it, otherwise when the tensor is read.
@@ -47,6 +51,7 @@ class BaseCheckpoint:
         """reader: reads the tensors; None: a new one for the files in `folder`."""
         self.folder, self.meta_model = folder, meta_model
         self.reader = reader or Mxfp4Reader(folder)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         weights = {
             meta_model.parameter_name(layer, name): (layer, name)
             for layer in range(len(meta_model.layer_paths))
@@ -163,9 +168,11 @@ class BaseCheckpoint:
             if len(names) == 1:
                 self._check_shape(name, (prod(found[:-1]), *found[-1:]), shape)
             device = tensors["data"].device
-            blocks = self.weight_rows(name)
+            blocks = self.rows_to_freeze(name, device)
             quantize(blocks, shape, quantization, device, self.meta_model.dtype, name, out=tensors)
             return
+        if name.removesuffix(".weight") in self.meta_model.principal_ranks:
+            raise no_originals(f"{self.folder}: {name}")
         if already.quantization != quantization:
             raise BaseModelError(
                 f"{name}: the checkpoint is already quantized as {_describe(already.quantization)}, the "
@@ -210,6 +217,29 @@ class BaseCheckpoint:
         for name in self._tensors[parameter]:
             for _, _, rows in self.reader.row_blocks(name, max_bytes):
                 yield rows.flatten(0, -2) if rows.dim() > 2 else rows
+
+    def rows_to_freeze(
+        self, parameter: str, device: torch.device, max_bytes: int = MAX_READ_BYTES
+    ) -> Iterator[Tensor]:
+        """All rows of a layer's weight, with PiSSA of what is left of it, which is computed on the device."""
+        path = parameter.removesuffix(".weight")
+        rows = self.weight_rows(parameter, max_bytes)
+        if path not in self.meta_model.principal_ranks:
+            yield from rows
+            return
+        assert self.meta_model.lora is not None
+        linear = self.meta_model.model.get_submodule(path)
+        assert isinstance(linear, FrozenLinear)
+        weight, done = torch.empty(linear.out_features, linear.in_features, device=device), 0
+        for block in checked_rows(rows, parameter):
+            weight[done : done + len(block)] = block
+            done += len(block)
+        if torch.stack(weight.aminmax()).isfinite().all():  # else the quantizer refuses it
+            rank, iterations = self.meta_model.principal_ranks[path], num_iterations(self.meta_model.lora)
+            a, b = principal_part(weight, rank, iterations)
+            self.factors[path] = (a.cpu(), b.cpu())
+            weight.addmm_(b, a, alpha=-1)
+        yield from weight.split(max(1, max_bytes // (4 * linear.in_features)))
 
     @property
     def own_head(self) -> str:

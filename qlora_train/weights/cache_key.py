@@ -19,9 +19,18 @@ from pathlib import Path
 
 from qlora_train.errors import UserError
 from qlora_train.quant.formats import Quantization
+from qlora_train.recipe import LoraSection
 
 CACHE_FORMAT = 5
 MANIFEST = "manifest.json"
+_DECIDES_RESIDUAL = {
+    "init_lora_weights",
+    "rank",
+    "rank_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+}
 NUM_SAMPLES, SAMPLE_BYTES = 32, 8192  # of every weight file, spread evenly from its first byte to its last
 
 
@@ -38,17 +47,27 @@ def cache_root() -> Path:
         ) from error
 
 
-def quantized_folder(root: Path, base_folder: Path, quantization: Quantization, dtype: str) -> Path:
+def quantized_folder(
+    root: Path, base_folder: Path, quantization: Quantization, dtype: str, lora: LoraSection | None = None
+) -> Path:
     """The folder below `root` of a quantized base, which need not exist. dtype: the compute dtype as the
-    recipe spells it, such as "bfloat16"."""
+    recipe spells it, such as "bfloat16". lora: of the run; with PiSSA it decides what is left of weights."""
     digest = hashlib.sha256()
     digest.update(json.dumps([CACHE_FORMAT, asdict(quantization), dtype]).encode())
+    digest.update(residual_key(lora).encode())
     config = base_folder / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
     for path in sorted(base_folder.glob("*.safetensors")):
         if path.is_file():  # no dangling link of a pruned hub cache, and no pipe, which would be waited for
             digest.update(json.dumps([path.name, *_identity(path)]).encode())
     return root / f"{base_folder.name}-{quantization.format}-{digest.hexdigest()[:16]}"
+
+
+def residual_key(lora: LoraSection | None) -> str:
+    """What decides which part of which weight PiSSA takes out of a base; empty: none of any."""
+    if lora is None or lora.init_lora_weights is True:
+        return ""
+    return lora.model_dump_json(include=_DECIDES_RESIDUAL)
 
 
 def _identity(path: Path) -> list[int | str]:

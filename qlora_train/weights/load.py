@@ -36,6 +36,7 @@ from qlora_train.model.vocab_matrix import ResidentMatrix, VocabMatrix
 from qlora_train.model.weight_store import ResidentWeights, by_path
 from qlora_train.quant.formats import UNQUANTIZED, Quantization
 from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.recipe import LoraSection
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.disk_file import page_aligned
@@ -69,6 +70,7 @@ def load_base(
     ranks: Ranks = ALONE,
     log: Callable[[str], None] = lambda line: None,
     poison: bool = False,
+    lora: LoraSection | None = None,
 ) -> FrozenDecoder:
     """Load a base model, placed by `plan`; None: everything resident.
 
@@ -76,12 +78,14 @@ def load_base(
     everything else and of the computation. cache: the folder that keeps quantized bases (quantized_cache.py);
     None keeps nothing, and weights stream from a temporary folder. host: memory for weights in RAM; None: its
     own, silent where pinning is refused. ranks: all of them load the same base by the same plan. log: called
-    with a line for each slow operation. poison: see ring.py. Raises `BaseModelError` for missing,
-    surplus, misshapen or differently quantized tensors, `UserError` if the disk is too small.
+    with a line for each slow operation. poison: see ring.py. lora: of the run that the base is for; after
+    PiSSA it is what the decoder's `principal_factors` leave, and always passes through a folder. Raises
+    `BaseModelError` for missing, surplus, misshapen or differently quantized tensors, `UserError` if the disk
+    is too small.
     """
-    meta_model = MetaModel(read_config(folder), dtype)
+    meta_model = MetaModel(read_config(folder), dtype, lora)
     plan = plan or everything_resident(len(meta_model.layer_paths))
-    if cache is None and plan.is_resident:
+    if cache is None and plan.is_resident and not meta_model.principal_ranks:
         return _from_checkpoint(folder, meta_model, quantization, device, plan.head_tile_rows)
     with ExitStack() as held:
         if cache is None:
@@ -98,7 +102,7 @@ def load_base(
         if (in_use := lock_folder(base.folder, shared=True)) is not None:
             held.enter_context(in_use)  # `cache clear` leaves it alone
         decoder = _Assembly(meta_model, base, plan, device, host or HostMemory(device), ranks).decoder(poison)
-        decoder.fingerprint = base.fingerprint()
+        decoder.fingerprint, decoder.principal_factors = base.fingerprint(), base.factors()
         if isinstance(decoder.weights, StreamedWeights):
             decoder.at_close.append(decoder.weights.close)
         decoder.at_close.append(weakref.finalize(decoder, held.pop_all().close))

@@ -8,6 +8,7 @@ Layers that do not fit into RAM stream from these files.
                           head.bin            unless tied: the same, or quantized rows if the checkpoint
                                               has them (model/quantized_matrix.py)
                           plain.safetensors   norms and biases
+                          factors.safetensors with PiSSA: what was taken out of the weights (adapter/pissa.py)
 
 The fingerprint covers everything that determines the bytes (cache_key.py). A folder gets its final name only
 when complete and fsynced (files/atomic_folder.py). On opening, the hash of every file is verified; a damaged
@@ -51,16 +52,19 @@ from qlora_train.weights.cache_key import CACHE_FORMAT, MANIFEST, is_complete, q
 from qlora_train.weights.disk_file import page_aligned
 from qlora_train.weights.stores import FilePart
 
-LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE, PLAIN_FILE = (
+LAYERS_FILE, EMBEDDING_FILE, HEAD_FILE, PLAIN_FILE, FACTORS_FILE = (
     "layers.bin",
     "embedding.bin",
     "head.bin",
     "plain.safetensors",
+    "factors.safetensors",
 )
 
 
 class Weights(Protocol):
     """The source of a quantized base's weights, such as `BaseCheckpoint` (weights/base_checkpoint.py)."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
 
     @property
     def head_quantization(self) -> Quantization: ...
@@ -113,6 +117,13 @@ class QuantizedBase:
     def plain(self, device: torch.device) -> dict[str, Tensor]:
         """Norms and biases on the device."""
         return {name: tensor.to(device) for name, tensor in load_file(self.folder / PLAIN_FILE).items()}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """With PiSSA, the factors by linear, in pages of their file; else empty."""
+        file = self.folder / FACTORS_FILE
+        tensors = load_file(file) if file.is_file() else {}
+        paths = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
+        return {path: (tensors[f"{path}.A"], tensors[f"{path}.B"]) for path in paths}
 
     def _manifest(self) -> dict[str, Any]:
         return unseal(self.folder / MANIFEST)
@@ -224,6 +235,11 @@ def _write(
     with _writing(folder / PLAIN_FILE, entries) as file:
         plain = checkpoint.plain(torch.device("cpu"))
         write_tensors(file, {name: plain[name] for name in sorted(plain)}, {})
+    if meta_model.principal_ranks:
+        with _writing(folder / FACTORS_FILE, entries) as file:
+            pairs = checkpoint.factors.items()
+            factors = {f"{path}.{key}": t for path, ab in pairs for key, t in zip("AB", ab, strict=True)}
+            write_tensors(file, factors, {})
     manifest = {
         "version": CACHE_FORMAT,
         "quantization": asdict(quantization),
@@ -253,6 +269,7 @@ def _damage(
 ) -> str | None:
     """What is wrong with a quantized base, or None. is_checked: whether the hash of a file is verified."""
     needed = {LAYERS_FILE, EMBEDDING_FILE, PLAIN_FILE} | (set() if meta_model.is_tied else {HEAD_FILE})
+    needed |= {FACTORS_FILE} if meta_model.principal_ranks else set()
     try:
         manifest = unseal(folder / MANIFEST)
         entries, _ = manifest["files"], Quantization(**manifest["head_quantization"])
@@ -269,7 +286,7 @@ def _damage(
 
 
 def _folder(root: Path, base_folder: Path, meta_model: MetaModel, quantization: Quantization) -> Path:
-    return quantized_folder(root, base_folder, quantization, dtype_name(meta_model.dtype))
+    return quantized_folder(root, base_folder, quantization, dtype_name(meta_model.dtype), meta_model.lora)
 
 
 def _total_bytes(
@@ -279,4 +296,5 @@ def _total_bytes(
     row_bytes = columns * meta_model.dtype.itemsize
     if not meta_model.is_tied:
         row_bytes += RowLayout(head_quantization, columns, meta_model.dtype).row_bytes
-    return sum(page_aligned(layout.num_bytes) for layout in layouts) + rows * row_bytes
+    layers = sum(page_aligned(layout.num_bytes) for layout in layouts)
+    return layers + rows * row_bytes + meta_model.factor_bytes

@@ -77,8 +77,9 @@ def attach(decoder: FrozenDecoder, folder: Path) -> None:
         {"layers_to_transform": [0, 2]},
         {"target_modules": ["q_proj", "lm_head"]},
         {"use_dora": True, "use_rslora": True},
+        {"lora_bias": True, "use_rslora": True},
     ],
-    ids=["plain", "ranks", "alphas", "layers", "head", "DoRA"],
+    ids=["plain", "ranks", "alphas", "layers", "head", "DoRA", "biases"],
 )
 def test_the_loss_is_pefts(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     adapted = with_peft(base, tmp_path / "a", **options)
@@ -122,7 +123,7 @@ def test_every_name_of_a_magnitude(base: Path, tmp_path: Path) -> None:
 
 def test_dora_of_a_head_or_of_other_rows_is_refused(base: Path, tmp_path: Path) -> None:
     with_peft(base, tmp_path / "a", use_dora=True, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(BaseModelError, match=r"DoRA \(use_dora\) on lm_head"):
+    with pytest.raises(BaseModelError, match=r"uses use_dora on lm_head"):
         load_adapter(tmp_path / "a")
     with_peft(base, tmp_path / "b", use_dora=True, target_modules=["q_proj"])
     tensors = load_file(tmp_path / "b" / WEIGHTS_FILE)
@@ -135,6 +136,22 @@ def test_dora_of_a_head_or_of_other_rows_is_refused(base: Path, tmp_path: Path) 
     save_file(tensors, tmp_path / "b" / WEIGHTS_FILE)
     with pytest.raises(BaseModelError, match="use_dora: false, and .* holds a lora_magnitude_vector"):
         load_adapter(tmp_path / "b")
+
+
+def test_the_bias_of_a_head_or_of_other_rows_is_refused(base: Path, tmp_path: Path) -> None:
+    with_peft(base, tmp_path / "a", lora_bias=True, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(BaseModelError, match=r"uses lora_bias on lm_head"):
+        load_adapter(tmp_path / "a")
+    with_peft(base, tmp_path / "b", lora_bias=True, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "b" / WEIGHTS_FILE)
+    for changed, message in {
+        lambda t: t[:5].clone(): r"the lora_B.bias of .* has the shape \[5\]; it must be \[64\]",
+        lambda t: None: "lora_bias: true, and .* holds no lora_B.bias of",
+    }.items():
+        kept = {name: changed(t) if name.endswith("bias") else t for name, t in tensors.items()}
+        save_file({name: t for name, t in kept.items() if t is not None}, tmp_path / "b" / WEIGHTS_FILE)
+        with pytest.raises(BaseModelError, match=message):
+            load_adapter(tmp_path / "b")
 
 
 def test_another_tower_is_not_the_text_model(base: Path, tmp_path: Path) -> None:

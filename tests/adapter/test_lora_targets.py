@@ -226,6 +226,8 @@ def test_dropout_beside_dora_is_a_contradiction() -> None:
     with pytest.raises(RecipeError, match=r"lora\.dropout: must be 0 with use_dora, which scales the base's"):
         lora_section(use_dora=True, dropout=0.05)
     assert lora_section(use_dora=True, use_rslora=True).use_dora
+    with pytest.raises(RecipeError, match=r"lora\.lora_bias: must be false with use_dora"):
+        lora_section(use_dora=True, lora_bias=True)
 
 
 def test_coverage_in_words() -> None:

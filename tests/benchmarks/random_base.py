@@ -84,6 +84,7 @@ class RandomWeights:
 
     def __init__(self, base_folder: Path, meta_model: MetaModel) -> None:
         self._meta_model = meta_model
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(0)
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._dynamic_code = bnb.create_dynamic_map()

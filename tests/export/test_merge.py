@@ -36,7 +36,9 @@ LINEARS = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 }
 
 
-def write_base(folder: Path, tied: bool = False, shard_size: str = "5GB") -> LlamaForCausalLM:
+def write_base(
+    folder: Path, tied: bool = False, shard_size: str = "5GB", has_biases: bool = False
+) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -46,6 +48,7 @@ def write_base(folder: Path, tied: bool = False, shard_size: str = "5GB") -> Lla
         num_key_value_heads=2,
         vocab_size=40,
         tie_word_embeddings=tied,
+        attention_bias=has_biases,
     )
     model = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -61,20 +64,20 @@ def write_adapter(
     model: LlamaForCausalLM,
     targets: set[str] = LINEARS,
     scale: float = 0.1,
-    use_dora: bool = False,
+    **variant: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     lora = {
         name: (
             torch.randn(4, module.in_features, generator=generator) * scale,
             torch.randn(module.out_features, 4, generator=generator) * scale,
-            *([torch.rand(module.out_features, generator=generator) + 0.5] if use_dora else []),
+            *([torch.rand(module.out_features, generator=generator) + 0.5] if variant else []),
         )
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.endswith(tuple(targets))
     }
     endings = sorted({name.rsplit(".", 1)[1] for name in lora})
-    config = AdapterConfig("base", 4, 8, target_modules=endings, use_dora=use_dora)
+    config = AdapterConfig("base", 4, 8, target_modules=endings, **variant)
     save_adapter(folder, config, lora)
 
 
@@ -109,7 +112,13 @@ def test_merged_folder_is_base_plus_adapter(
     tmp_path: Path, tied: bool, shard_size: str, quantization, use_dora: bool
 ) -> None:
     model = write_base(tmp_path / "base", tied, shard_size)
-    write_adapter(tmp_path / "adapter", model, {"q_proj", "down_proj"}, scale=0.3, use_dora=use_dora)
+    write_adapter(
+        tmp_path / "adapter",
+        model,
+        {"q_proj", "down_proj"},
+        scale=0.3,
+        **({"use_dora": True} if use_dora else {}),
+    )
     merge(
         tmp_path / "base",
         tmp_path / "adapter",
@@ -129,6 +138,21 @@ def test_merged_folder_is_base_plus_adapter(
     weights = {name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
     assert ("lm_head.weight" in weights) is not tied
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) is (shard_size != "5GB")
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization("nf4", True)])
+def test_biases_are_added_to_the_bases(tmp_path: Path, quantization: Quantization | None) -> None:
+    folders = [tmp_path / name for name in ("base", "adapter", "out")]
+    model = write_base(folders[0], has_biases=True)
+    write_adapter(folders[1], model, {"q_proj", "o_proj"}, lora_bias=True)
+    merge(*folders, quantization=quantization, dtype=torch.float32)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folders[2]).eval()(TOKENS).logits
+    expected = base_plus_adapter(model, folders[1], quantization)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    write_adapter(folders[1], write_base(folders[0]), {"down_proj"}, lora_bias=True)
+    with pytest.raises(ExportError, match=r"trains a bias \(lora_bias\), and .* has no .*down_proj.bias"):
+        merge(folders[0], folders[1], tmp_path / "none", quantization=None, dtype=torch.float32)
 
 
 def test_fp16_is_the_fp32_sum_cast_once(tmp_path: Path) -> None:

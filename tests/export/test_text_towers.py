@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import OTHER_FAMILIES, packed_row
-from tiny_runs import byte_tokenizer, recipe_values, reversal_rows, write_recipe, write_rows
+from tiny_runs import adapter_bytes, byte_tokenizer, recipe_values, reversal_rows, write_recipe, write_rows
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from qlora_train.cli import main
+from qlora_train.generate.model_folder import load_model
+from qlora_train.generate.sampling import Sampling
 from qlora_train.model.base import read_config
 
 TEXT: dict[str, Any] = {
@@ -69,6 +75,26 @@ def is_trained(name: str) -> bool:
     return "language_model" in name and re.search(r"_proj\w*\.weight$", name) is not None
 
 
+def peft_logits(base: Path, adapter: Path) -> Tensor:
+    """Of the class that is served, with an adapter that PEFT loads without a word about its names."""
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # keys that are missing
+        adapted = PeftModel.from_pretrained(model, adapter)
+    return adapted(input_ids=packed_row([9]).token_ids).logits
+
+
+def with_names_of_the_text_model(adapter: Path) -> None:
+    """As runs wrote adapters before."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert all(".language_model.layers." in name for name in tensors)
+    renamed = {name.replace(".language_model.", "."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors", {"format": "pt"})
+    text = (adapter / "adapter_config.json").read_text().replace(r"language_model\\.", "")
+    config = json.loads(text) | {"target_modules": sorted({name.split(".")[-3] for name in tensors})}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("name", WRAPPED)
 def test_the_text_part_trains_and_the_rest_stays_byte_for_byte(tmp_path: Path, name: str) -> None:
     base = write_wrapped(tmp_path / "base", name)
@@ -89,3 +115,43 @@ def test_the_text_part_trains_and_the_rest_stays_byte_for_byte(tmp_path: Path, n
     model, found = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not found["missing_keys"] and not {n for n in found["unexpected_keys"] if not n.startswith("mtp.")}
     assert model(input_ids=packed_row([9]).token_ids).logits.isfinite().all()
+    torch.testing.assert_close(
+        peft_logits(base, run / "adapter"),
+        model.float()(input_ids=packed_row([9]).token_ids).logits,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_adapters_name_modules_as_the_served_class_does_and_older_ones_load(tmp_path: Path) -> None:
+    base, rows = (
+        write_wrapped(tmp_path / "base", "gemma3"),
+        write_rows(tmp_path / "r.jsonl", reversal_rows(20)),
+    )
+    some_layers = {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"layers.0.mlp.down_proj": 2}}
+
+    def train(run: str, *more: str, **lora: Any) -> Path:
+        values = recipe_values(
+            base, rows, tmp_path / run, model={"quantization": "nf4"}, training={"max_steps": 2}, lora=lora
+        )
+        assert main(["train", str(write_recipe(tmp_path / f"{run}.json", values)), *more]) == 0
+        return tmp_path / run
+
+    run = train("run", **some_layers)
+    adapted = AutoPeftModel.from_pretrained(run / "adapter")
+    assert type(adapted.get_base_model()).__name__ == "Gemma3ForConditionalGeneration"
+    assert "vision" not in " ".join(name for name, _ in adapted.named_modules() if "lora_A" in name)
+    served = merged(run, tmp_path / "served")
+    continued = adapter_bytes(train("continued", init_from=str(run / "adapter")))
+    answers = load_model(run).answer(["abc:"], Sampling(max_new_tokens=4))
+    with_names_of_the_text_model(run / "adapter")
+    assert merged(run, tmp_path / "text") == served
+    assert adapter_bytes(train("again", init_from=str(run / "adapter"))) == continued
+    assert load_model(run).answer(["abc:"], Sampling(max_new_tokens=4)) == answers
+    assert main(["train", str(run), "--resume", "training.max_steps=3"]) == 0
+    assert b"language_model" in adapter_bytes(run)
+
+
+def merged(run: Path, out: Path) -> bytes:
+    assert main(["export", str(run), "--to", "merged", "--out", str(out), "--dtype", "float32"]) == 0
+    return (out / "model.safetensors").read_bytes()

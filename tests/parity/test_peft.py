@@ -203,11 +203,12 @@ def layer_of(wrapped: nn.Module, decoder: FrozenDecoder, name: str) -> nn.Module
 
 
 def weights_of(layer: nn.Module) -> list[Tensor]:
-    """A, B and, with DoRA, m of PEFT's linear; the rows of an embedding or head."""
+    """A, B and, with DoRA, m of PEFT's linear, or the bias of B; the rows of an embedding or head."""
     if hasattr(layer, "token_adapter"):
         return [layer.token_adapter.trainable_tokens_delta["default"]]
     parts = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
-    return [part["default"].weight for part in parts if part]
+    bias = layer.lora_B["default"].bias
+    return [part["default"].weight for part in parts if part] + ([] if bias is None else [bias])
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["fused", "reference"])
@@ -333,3 +334,30 @@ def test_rows_of_tokens_have_pefts_gradients(
     if not reference:
         decoder.fuse(norms=True, mlps=True, qkv=True)
     check_one_step(decoder, lora, wrapped, reference=reference, policy=policy, vocabulary=VOCABULARY_SIZE + 2)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fused", "reference"])
+@pytest.mark.parametrize("policy", [ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_bias_of_b_is_pefts(
+    tmp_path: Path, family: str, policy: ActivationPolicy, reference: bool
+) -> None:
+    folder = write_checkpoint(tmp_path, family, intermediate_size=128)
+    decoder, _ = load_tiny(folder, Quantization("nf4"))
+    config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules="all-linear", lora_bias=True)
+    wrapped = get_peft_model(quantised_model(folder, decoder, Quantization("nf4")), config)
+    lora = LoraParameters(
+        decoder.linears, rank=RANK, scaling=SCALING, dropout=0.0, seed=0, dtype=torch.float32, device="cpu",
+        lora_bias=True,
+    )  # fmt: skip
+    if not reference:
+        decoder.fuse(norms=True, mlps=True, qkv=True)
+    generator = torch.Generator().manual_seed(7)
+    for name, (_, b, bias) in lora.views(lora.masters).items():
+        assert not b.any() and not bias.any()
+        layer = wrapped.get_submodule(f"base_model.model.{name}")
+        for ours, theirs in zip(lora.views(lora.masters)[name], weights_of(layer), strict=True):
+            ours.copy_(0.1 * torch.randn(ours.shape, generator=generator))
+            theirs.data.copy_(ours)
+    lora.refresh_working()
+    check_one_step(decoder, lora, wrapped, reference=reference, policy=policy)

@@ -155,7 +155,7 @@ def test_magnitudes_and_row_norms_of_dora(dtype: torch.dtype) -> None:
     run = workload("llama-3.2-1b", use_dora=True, dtype=dtype)
     lora, parts = PlannedModel(run).lora, fixed_bytes(run, plan(16))
     rows = 16 * (2048 + 2 * 512 + 2048 + 2 * 8192 + 2048)
-    assert run.num_magnitudes == rows and parts[ROW_NORMS] == 8 * rows == 2 * lora.row_norms.nbytes
+    assert run.num_of_rows == rows and parts[ROW_NORMS] == 8 * rows == 2 * lora.row_norms.nbytes
     assert run.num_lora_parameters == lora.masters.numel() and parts[MASTERS] == lora.masters.nbytes
     assert parts.get(WORKING, 0) == (lora.working.nbytes if dtype == torch.bfloat16 else 0)
 

@@ -43,11 +43,13 @@ MIXES: dict[str, dict[str, Any]] = {
         "use_rslora": True,
     },
     "DoRA": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "use_dora": True},
+    "biases": {"exclude_modules": ["o_proj"], "lora_bias": True},
 }
 COVERAGE = {
     "expression": "LoRA on 9 of 14 linears: rank 2 on 2, rank 4 on 6, rank 6 on 1",
     "layers, rank stabilized": "LoRA on 7 of 14 linears: rank 3 on 1, rank 4 on 6",
     "DoRA": "LoRA rank 4 on 8 of 14 linears",
+    "biases": "LoRA rank 4 on 12 of 14 linears",
 }
 
 

@@ -50,9 +50,10 @@ NEW_TOKENS: Sections = {
     "lora": {"layers_to_transform": [1]},
     "training": {"epochs": 2, "save_every": 3, "optimizer": "adamw_8bit", "lora_b_lr_ratio": 4.0},
 }
+PISSA: Sections = DORA | {"lora": {"init_lora_weights": "pissa_niter_2"}}
 LORA_PLUS: Sections = {
     "model": {"compute_dtype": "bfloat16", "quantization": "int8"},
-    "lora": {"dropout": 0.05},
+    "lora": {"dropout": 0.05, "lora_bias": True},
     "training": {"max_steps": 14, "optimizer": "adamw_8bit", "lora_b_lr_ratio": 4.0, "lr_schedule": "linear"},
 }
 
@@ -97,8 +98,8 @@ def stop_at(signal_number: int, step: int, recipe: Path, run_dir: Path) -> Ended
 
 @pytest.mark.parametrize(
     ("sections", "kill_after", "resumes_after"),
-    [(FP16, 8, 6), (REFERENCE, 9, 8), (DORA, 5, 3), (NEW_TOKENS, 5, 3)],
-    ids=["fp16", "reference", "DoRA", "new tokens"],
+    [(FP16, 8, 6), (REFERENCE, 9, 8), (DORA, 5, 3), (NEW_TOKENS, 5, 3), (PISSA, 5, 3)],
+    ids=["fp16", "reference", "DoRA", "new tokens", "PiSSA"],
 )
 def test_killed_in_the_second_epoch(
     tmp_path: Path,

@@ -68,7 +68,8 @@ class GgufExport:
         """Write the folder `out`, which appears when it is complete. cached: training's quantized layers;
         measure: for the receipt; None: without one."""
         architecture, log = self._architecture, self._log
-        with BaseCheckpoint(self._base_folder, MetaModel(architecture.config, float32)) as checkpoint:
+        meta_model = MetaModel(architecture.config, float32, source.lora)
+        with BaseCheckpoint(self._base_folder, meta_model) as checkpoint:
             weights = MergedWeights(checkpoint, source.quantization, cached, load_adapter(source.adapter))
             tensors = list_tensors(weights, architecture, self._quant)
             num_bytes = sum(tensor.num_bytes for tensor in tensors)
