@@ -54,6 +54,7 @@ _OURS = {
     "training.deterministic": "full_determinism",
     "training.log_every": "logging_steps log_every_n_steps",
     "training.eval_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch do_eval",
+    "training.early_stopping": "early_stopping_patience early_stopping_threshold",
     "training.save_every": "save_steps save_strategy saves_per_epoch",
     "training.keep_checkpoints": "save_total_limit",
     "training.report_to": "wandb_project use_wandb use_tensorboard use_mlflow wandb log_with metric_logger",

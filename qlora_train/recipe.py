@@ -364,7 +364,11 @@ def _nearest_key(path: KeyPath) -> str:
     """The key of another trainer's setting, else the nearest of the section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
-    nested = {"add_tokens": NewToken, "early_stopping": EarlyStopping, "samples": Samples}
+    nested: dict[str, type[_Section]] = {
+        "add_tokens": NewToken,
+        "early_stopping": EarlyStopping,
+        "samples": Samples,
+    }
     items = next((nested[str(key)] for key in path if key in nested), DataSource)
     beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), items.model_fields)
     elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}

@@ -143,7 +143,8 @@ class TrainLoop:
         """Train to the last step, then write the adapter. Raises `Interrupted` after a signal, with the state
         saved."""
         training, first = self._recipe.training, self._state.step
-        stopping = training.early_stopping
+        stopping, samples = training.early_stopping, training.samples
+        sampled_every = None if samples is None else samples.every
         steps = range(first + 1, first + 1 if self._state.stops_early(stopping) else self.num_steps + 1)
         with (
             StopSignal(self._stopping_line) as stop,
@@ -165,7 +166,7 @@ class TrainLoop:
                 if self._prepared.eval_data is not None and (last or _due(step, training.eval_every)):
                     is_best = self._evaluate(step, progress)
                 last |= self._state.stops_early(stopping)
-                if last or _due(step, training.samples and training.samples.every):
+                if last or _due(step, sampled_every):
                     self._answer_samples(step)
                 signal_number = self._agreed(stop.received)
                 if last or signal_number or self._save_is_due(step, is_best):

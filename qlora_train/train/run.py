@@ -76,8 +76,6 @@ def _train(
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume(log) if resume else 0
         near = require_range(prepared.model.decoder, _first_micro_batch(prepared))
-        if prepared.samples is not None:
-            prepared.samples.require_answerable(prepared.model.decoder)
         introduction = _introduction(prepared, loop, first, resume=resume)
         for text in introduction:
             log(text)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora_train.data.prompts import encode_messages, encode_prompt, stop_token_ids
 from qlora_train.data.tokenizer import read_stop_ids
-from qlora_train.errors import DataError, UserError
+from qlora_train.errors import DataError, UnsupportedModelError
 from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.sampling import Sampling
 from qlora_train.model.decoder import FrozenDecoder
@@ -25,10 +25,16 @@ class SampleAnswers:
     """The prompts of a run, encoded as training writes prompts, and their answers."""
 
     def __init__(
-        self, samples: Samples, data: DataSection, tokenizer: PreTrainedTokenizerBase, base_folder: str
+        self,
+        samples: Samples,
+        data: DataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PretrainedConfig,
+        base_folder: str,
     ) -> None:
-        """data: with its format resolved. Raises `DataError` for a prompt that cannot be written in it or is
-        too long."""
+        """data: with its format resolved. config: of the base. Raises `DataError` for a prompt that cannot be
+        written in that format or is too long, `UnsupportedModelError` for one that the model cannot
+        continue that far (model/rope_lengths.py)."""
         self._samples, self._tokenizer = samples, tokenizer
         self._stop_ids = frozenset(stop_token_ids(tokenizer, read_stop_ids(base_folder), data))
         self._encoded = []
@@ -45,15 +51,10 @@ class SampleAnswers:
                     f"{where}: has {len(tokens)} tokens; the memory plan has room for {most}. Shorten it."
                 )
             self._encoded.append(tokens)
-
-    def require_answerable(self, decoder: FrozenDecoder) -> None:
-        """Raise `UserError` for a model that cannot generate, before the run begins."""
-        longest = max(self._encoded, key=len)
         try:
-            batches_by_table(decoder.config, [len(longest)], self._samples.max_new_tokens)
-            generate_tokens(decoder, [longest], Sampling(2), frozenset())  # a prefill and a decoding step
-        except UserError as error:
-            raise type(error)(f"training.samples cannot be answered: {error}") from error
+            batches_by_table(config, list(map(len, self._encoded)), samples.max_new_tokens)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"training.samples: {error}") from error
 
     def rows(self, decoder: FrozenDecoder, step: int) -> list[dict[str, Any]]:
         """A row of samples.jsonl for each prompt, answered by the model after this step."""

@@ -185,7 +185,7 @@ def prepare(
             cache=cache,
         )
     asked = recipe.training.samples
-    samples = None if asked is None else SampleAnswers(asked, recipe.data, tokenizer, str(folder))
+    samples = None if asked is None else SampleAnswers(asked, recipe.data, tokenizer, config, str(folder))
     rows = num_rows(recipe.training, train_data.num_bins)
     model = load_adapted_model(
         run,

@@ -112,6 +112,7 @@ def test_samples_and_hostile_text_stay_text(run: Path, tmp_path: Path) -> None:
     for name in ("recipe.yaml", "plan.json", "metrics.jsonl"):
         (copy / name).write_bytes((run / name).read_bytes())
     lines = [{"step": step, "prompt": EVIL, "answer": f"{EVIL} {step}" + "x" * 5000} for step in (0, 2, 4)]
+    lines.append({"step": 0, "prompt": [{"role": "user", "content": "Who?"}], "answer": "me"})
     (copy / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (copy / "merged").mkdir()
     figures = {"model": EVIL, "loss": 1.25, "kl": 0.5, "top1": 0.75}
@@ -119,7 +120,12 @@ def test_samples_and_hostile_text_stay_text(run: Path, tmp_path: Path) -> None:
     (copy / "merged" / "receipt.json").write_text(json.dumps(receipt))
     page = Page(write_report(copy).read_text(encoding="utf-8"))
     assert "script" not in page.tags and "b" in page.tags and page.tags.count("html") == 1
-    assert page.text.count("alert(1)") == 1 + 3 + 2 and "+0.2500" in page.text and len(page.text) < 30_000
+    assert (
+        page.text.count("alert(1)") == 1 + 3 + 2
+        and "+0.2500" in page.text
+        and "user: Who?" in page.text
+        and len(page.text) < 30_000
+    )
 
 
 def test_a_run_that_has_not_stepped_and_damaged_files(run: Path, tmp_path: Path) -> None:

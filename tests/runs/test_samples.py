@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import random_model, tiny_config
-from tiny_runs import adapter_bytes, byte_tokenizer, metrics_of, recipe_values
+from tiny_runs import adapter_bytes, metrics_of, recipe_values, write_base
 
 from qlora_train import generate
 from qlora_train.errors import DataError, RecipeError, UnsupportedModelError
@@ -81,14 +80,13 @@ def test_a_prompt_beyond_the_planned_room_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_cannot_generate_is_refused_before_anything_is_written(
+def test_answers_that_would_change_the_rotary_table_are_refused_before_anything_is_written(
     tmp_path: Path, train_file: Path
 ) -> None:
-    base = tmp_path / "base"
-    random_model(tiny_config("lfm2", vocab_size=259)).save_pretrained(base)
-    byte_tokenizer().save_pretrained(base)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    base = write_base(tmp_path / "base", rope_parameters=rope, max_position_embeddings=32)
     values = values_of(base, train_file, tmp_path / "run", {"prompts": ["abc:"]})
-    with pytest.raises(UnsupportedModelError, match="samples cannot be answered: Lfm2ShortConv"):
+    with pytest.raises(UnsupportedModelError, match=r"training\.samples: .*where the rotary table changes"):
         train(Recipe.from_dict(values))
     assert not (tmp_path / "run").exists()
 

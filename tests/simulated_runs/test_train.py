@@ -144,6 +144,19 @@ def test_wherever_things_wait(
     assert host_reads_while_training(by_document) == {"walk/step.py": NUM_STEPS, "train/loop.py": 2}
 
 
+def test_samples_change_nothing(
+    base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu
+) -> None:
+    """Answers between steps, by the layers that stream through the same ring."""
+    samples = {"prompts": ["abcdef:", "fade:"], "every": 1, "max_new_tokens": 4}
+    training = {"max_steps": NUM_STEPS, "samples": samples}
+    values = recipe_values(base, train_file, tmp_path / "run", training=training, data={"eval": 0.1})
+    train(Recipe.from_dict(values | {"memory": MEMORY["ram, offload"]}))
+    assert_same_run(tmp_path / "run", cpu_run())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize("experts", [None, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]])
 def test_experts(
     base: Path,
