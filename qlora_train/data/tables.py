@@ -28,6 +28,7 @@ from qlora_train.data.text_files import numbered_lines, undecoded
 Example = dict[str, Any]
 BATCH_EXAMPLES = 1000
 MAX_LISTED_PROBLEMS = 5
+_MAX_LISTED_NAMES, _MAX_NAME = 50, 60
 
 
 class ExampleProblem(Exception):
@@ -157,6 +158,14 @@ def type_name(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first ones, shortened."""
+    known = list(names)
+    first = [name[:_MAX_NAME] + "..." * (len(name) > _MAX_NAME) for name in known[:_MAX_LISTED_NAMES]]
+    more = [f"{len(known) - len(first):,} more"] if len(known) > len(first) else []
+    return ", ".join([*first, *more]) or "none"
 
 
 def first_line(error: BaseException) -> str:
