@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess, SpawnProcess
 from typing import Any, TypeVar
 
 from qlora_train.errors import DataError, OutOfMemory
@@ -49,7 +50,7 @@ def within_limits(function: Callable[..., Result], *arguments: Any) -> Result:
     if _child is None:
         _child = _Child()
     try:
-        return _child.call(function, arguments)  # type: ignore[no-any-return]
+        return _child.call(function, arguments)
     except BaseException as error:
         if not isinstance(error, _Raised):  # the child has ended, or would answer this call at the next one
             _child.end()
@@ -108,9 +109,9 @@ class _Child:
     """A process that answers calls one by one."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        self._connection, other = multiprocessing.Pipe()
+        process = ForkProcess if sys.platform == "linux" else SpawnProcess
+        self._process = process(target=_serve, args=(other,), daemon=True)
         with forks_without_threads():
             self._process.start()
         other.close()
@@ -141,6 +142,7 @@ def _serve(connection: Connection) -> None:
     begin_expendable()
     while True:
         function, arguments = connection.recv()
+        answer: tuple[Exception | None, Any]
         try:
             answer = None, _limited(function, *arguments)
         except Exception as error:

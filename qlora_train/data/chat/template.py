@@ -124,7 +124,7 @@ class _Call(NamedTuple):
     """What a template is handed. marks: whether to tell where its `{% generation %}` blocks are."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None
+    tools: list[Any] | None
     variables: Mapping[str, Any]
     prompt: bool
     marks: bool
