@@ -76,10 +76,17 @@ def _raised_in(error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """An exception's text as one short line for a message."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = " ".join(text.split()) or type(error).__name__
+    line = one_line(text) or type(error).__name__
     if isinstance(error, KeyError | ZeroDivisionError | RecursionError | AttributeError):
         line = f"{type(error).__name__}: {line}"  # the text alone is unclear
-    return line if len(line) <= _MAX_REASON_LETTERS else line[:_MAX_REASON_LETTERS] + " ..."
+    return line
+
+
+def one_line(text: str) -> str:
+    """The text of a library as a short line."""
+    begin = text[: 10 * _MAX_REASON_LETTERS]
+    line = " ".join(begin.split())
+    return line if line == text or len(text) <= _MAX_REASON_LETTERS else line[:_MAX_REASON_LETTERS] + " ..."
 
 
 def read_json(file: Path, refusal: type[UserError], remedy: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from qlora_train.errors import Interrupted, QloraTrainError, RecipeError
 from qlora_train.export import BASES, LOADERS, QUANTS
 from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import load_recipe
-from qlora_train.terminal_text import printable
+from qlora_train.terminal_text import message, tell
 
 NEED_UNIX = {"train", "generate", "chat", "eval", "export", "cache"}
 
@@ -198,7 +198,7 @@ def _train(args: argparse.Namespace) -> None:
     from qlora_train.train import train
 
     run_dir = train(recipe, resume=args.resume, use_cache=not args.no_cache).run_dir
-    print(f"Run folder: {run_dir}\nNext: qlora-train export {run_dir} --to merged")
+    tell(f"Run folder: {run_dir}\nNext: qlora-train export {run_dir} --to merged")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -261,9 +261,9 @@ def _export(args: argparse.Namespace) -> None:
         receipt=args.receipt,
         loaders=args.loaders,
         quant=args.quant,
-        log=print,
+        log=tell,
     )
-    print(folder)
+    tell(str(folder))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -297,7 +297,7 @@ def _fail(error: QloraTrainError | Interrupted) -> int:
         sys.stdout.flush()
     except OSError:
         _discard_output()
-    text = printable(str(error))
+    text = message(str(error))
     several = isinstance(error, RecipeError) and len(error.problems) > 1
     print("qlora-train:", f"several problems\n{text}" if several else text, file=sys.stderr)
     return error.exit_code

@@ -68,7 +68,7 @@ from qlora_train.recipe_checks import (
     with_dependent_defaults,
 )
 from qlora_train.recipe_files import bundled_recipes_dir, find_recipe, is_run_folder
-from qlora_train.recipe_yaml import Draft, KeyPath, nearest, show
+from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show
 
 
 def _auto_or_bool(value: Any) -> Any:
@@ -339,7 +339,7 @@ def _finish(draft: Draft) -> Recipe:
     try:
         recipe = Recipe.model_validate(with_dependent_defaults(draft.values))
     except ValidationError as error:
-        draft.problems += [_problem(details) for details in error.errors()]
+        draft.problems += [_problem(details) for details in error.errors()[: MAX_PROBLEMS + 1]]
     if draft.problems:
         raise RecipeError(draft.report())
     return recipe

@@ -42,6 +42,9 @@ _INSTEAD_OF: dict[KeyPath, KeyPath] = {
 }
 _AFTER_THE_FILE = 1_000_000  # overrides are reported last
 _MAX_INTEGER_BITS = 64  # larger than any setting; Python refuses to print 4,300 digits
+MAX_PROBLEMS = 100  # that are reported
+_MAX_BYTES = 2**20  # of a recipe; the parser takes a thousand times as much memory
+_MAX_VALUES = 10_000  # aliases may repeat a few lines billions of times
 _MAX_DEPTH = 8  # deeper than any recipe; an alias inside its own anchor is endless
 
 
@@ -52,6 +55,7 @@ class Draft:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[tuple[KeyPath, str]] = field(default_factory=list)
+    num_values: int = 0
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any], folders: Sequence[Path]) -> Draft:
@@ -65,7 +69,11 @@ class Draft:
         """The draft of a YAML file. Raises `RecipeError` if it is no YAML mapping at all."""
         draft = cls(places={(): (0, str(file))})
         try:
-            node = _compose(file.read_text(encoding="utf-8"))
+            with file.open("rb") as opened:
+                content = opened.read(_MAX_BYTES + 1)
+            if len(content) > _MAX_BYTES:
+                raise RecipeError([f"{file}: is larger than {_MAX_BYTES / 2**20:.0f} MiB, and no recipe"])
+            node = _compose(content.decode("utf-8"))
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark is not None else ""
@@ -125,12 +133,13 @@ class Draft:
         found = sorted(
             ((self._place(path), _dotted(path), message) for path, message in self.problems), key=_order
         )
-        return [
+        lines = [
             f"{text}: {message}"
             if not key or text.startswith(f"override {key}")
             else f"{text}: {key}: {message}"
             for (_, text), key, message in found
         ]
+        return [*lines[:MAX_PROBLEMS], *(["... and more"] if len(lines) > MAX_PROBLEMS else [])]
 
     def _place(self, path: KeyPath) -> Origin:
         known = (path[:length] for length in range(len(path), -1, -1))
@@ -156,7 +165,11 @@ class Draft:
                 values[key] = _anchored(values[key], folders, (section, key))
 
     def _build(self, node: Node, path: KeyPath, place_of: Callable[[Node], Origin]) -> Any:
-        """The plain value of a node; records the place of every key, and duplicates as problems."""
+        """The plain value of a node; records the place of every key, and duplicates as problems. Raises
+        `RecipeError` for more values than any recipe has."""
+        self.num_values += 1
+        if self.num_values > _MAX_VALUES:
+            raise RecipeError([f"{place_of(node)[1]}: the recipe has more than {_MAX_VALUES:,} values"])
         if len(path) > _MAX_DEPTH:
             self.problems.append((path, "nested too deeply"))
             return None

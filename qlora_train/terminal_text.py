@@ -4,15 +4,34 @@ nothing."""
 from __future__ import annotations
 
 import sys
+import unicodedata
 from typing import TextIO
+
+_MAX_LETTERS = 2000
+_SHOWN = "\n\t\u200c\u200d"  # the last two join letters: Persian, emoji
 
 
 def printable(text: str) -> str:
-    """The text with every character that is neither printable nor a newline or tab as its escape, such as
+    """The text with every character that is neither printable nor white space as its escape, such as
     \\x1b."""
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text
-    )
+    if text.isprintable():
+        return text
+    return "".join(letter if _is_shown(letter) else ascii(letter)[1:-1] for letter in text)
+
+
+def _is_shown(letter: str) -> bool:
+    return letter.isprintable() or letter in _SHOWN or unicodedata.category(letter) == "Zs"
+
+
+def message(text: str) -> str:
+    """A message with names and texts of others in it, `printable`; lines that nobody would read are cut."""
+    lines = [line[:_MAX_LETTERS] + " ..." * (len(line) > _MAX_LETTERS) for line in text.split("\n")]
+    return printable("\n".join(lines))
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print a message to a stream (None: stdout)."""
+    print(message(text), file=stream)
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

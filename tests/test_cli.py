@@ -21,7 +21,7 @@ from qlora_train.generate.sampling import Sampling
 from qlora_train.plan import request
 from qlora_train.recipe import Recipe
 from qlora_train.recipe_files import bundled_recipes
-from qlora_train.terminal_text import show
+from qlora_train.terminal_text import show, tell
 
 COMMANDS = (
     "train",
@@ -199,7 +199,7 @@ def test_export_calls_what_it_says(
     assert cli.main(["export", "runs/x"]) == 0
     assert cli.main(["export", "runs/x", "--base", "original", "--dtype", "bfloat16", "--out", "y"]) == 0
     assert cli.main(["export", "runs/x", "--to", "gguf", "--quant", "q8_0"]) == 0
-    common = {"checkpoint": None, "receipt": 2000, "loaders": [], "log": print}
+    common = {"checkpoint": None, "receipt": 2000, "loaders": [], "log": tell}
     merged = common | {"to": "merged", "quant": None}
     gguf = common | {"to": "gguf", "quant": "q8_0", "base": None, "dtype": "auto", "out": None}
     assert export.calls == [

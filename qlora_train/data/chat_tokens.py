@@ -62,7 +62,7 @@ class ChatTokenizer:
         supervise: Supervise,
         ends: TextEnds,
     ) -> None:
-        self._tokenizer, self._format = tokenizer, chat_format
+        self._tokenizer, self.format = tokenizer, chat_format
         self._supervise, self._ends = supervise, ends
         self._control_text = ControlText(tokenizer)
         self._encoder = TextEncoder(tokenizer)
@@ -100,7 +100,7 @@ class ChatTokenizer:
         messages, tools = chat.messages, chat.tools
         if is_marked:
             messages, tools = self._control_text.mark(messages), self._control_text.mark(tools)
-        writer = self._format.writer(with_tools=bool(tools))
+        writer = self.format.writer(with_tools=bool(tools))
         is_cut = np.zeros(len(encoded.token_ids), dtype=bool)
         for start, end in writer.places_to_cut(messages, tools, turns[0], prompt):
             is_cut |= (encoded.starts >= start) & (encoded.ends <= end)
@@ -139,7 +139,7 @@ class ChatTokenizer:
         return _Prepared(chat, notes, _grouped(marked), plain=_grouped(pieces))
 
     def _pieces(self, chat: Chat, notes: Notes) -> list[Piece]:
-        writer = self._format.writer(with_tools=bool(chat.tools))
+        writer = self.format.writer(with_tools=bool(chat.tools))
         messages = chat.messages
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         trained = [turn for turn in turns if messages[turn].get("train", True)]

@@ -31,7 +31,7 @@ from qlora_train.data.tables import (
 from qlora_train.data.text_files import data_suffix, undecoded
 from qlora_train.errors import DataError
 
-csv.field_size_limit(2**31 - 1)  # the module's own 128 KiB are less than a long document
+csv.field_size_limit(2**27)  # the module's own 128 KiB are less than a long document
 _SAMPLE_LINES = 1000
 _SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar", ",": "comma"}
 _BACKSLASHED_QUOTE = re.compile(r"""(?<!\\)(?:\\\\)*\\"[^",;|\t\r\n]""")

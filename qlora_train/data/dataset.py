@@ -37,6 +37,7 @@ from qlora_train.micro_batch import IGNORED_LABEL, MicroBatch
 DUMMY_ID = 0
 """Dummy tokens are a document of their own and have no loss: any id of the vocabulary does."""
 _LEAST_TOKENS = 16
+_MAX_POSITIONS, _MAX_EPOCHS = 10**7, 1000  # that are shuffled ahead, in seconds
 
 
 def padded_length(num_tokens: np.ndarray, limit: int) -> np.ndarray:
@@ -154,9 +155,12 @@ class PackedDataset:
 
     def most_documents(self, micro_batch_size: int, num_positions: int) -> int:
         """The largest number of documents in any micro-batch of the first `num_positions` positions; a dummy
-        tail counts as one."""
+        tail counts as one. Of very many positions, the largest in any micro-batch that there could be."""
         limit = micro_batch_size * self.sequence_length
         in_bins = np.diff(self.bins.starts)
+        if num_positions > min(_MAX_POSITIONS, _MAX_EPOCHS * self.num_bins):
+            repeats = -(-micro_batch_size // self.num_bins)  # a micro-batch may be of several epochs
+            return int(np.sort(np.tile(in_bins, repeats))[-micro_batch_size:].sum()) + 1
 
         def most_in(groups: np.ndarray) -> int:
             tokens = self._bin_tokens[groups].sum(axis=1)

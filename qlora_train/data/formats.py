@@ -36,7 +36,7 @@ from qlora_train.data.conversations import (
     read_messages,
     read_tools,
 )
-from qlora_train.data.tables import Example, ExampleProblem, ExampleTable, type_name
+from qlora_train.data.tables import Example, ExampleProblem, ExampleTable, listed, type_name
 from qlora_train.errors import DataError
 from qlora_train.recipe_checks import COLUMN_ROLES as ROLES
 from qlora_train.recipe_checks import OPTIONAL_ROLES
@@ -325,14 +325,12 @@ def _role_of(columns: Mapping[str, str], column: str) -> str:
 
 
 def _found(table: ExampleTable) -> str:
-    return f"Columns found: {', '.join(table.columns) or 'none'}."
+    return f"Columns found: {listed(table.columns)}."
 
 
 def _value(example: Example, column: str) -> Any:
     if column not in example:
-        raise ExampleProblem(
-            f"there is no column {column!r} in this row (it has {', '.join(example) or 'none'})."
-        )
+        raise ExampleProblem(f"there is no column {column!r} in this row (it has {listed(example)}).")
     if example[column] is None:
         raise ExampleProblem(f"the column {column!r} is null.")
     return example[column]

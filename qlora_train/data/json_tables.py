@@ -28,7 +28,7 @@ from qlora_train.data.tables import (
     batched,
     type_name,
 )
-from qlora_train.data.text_files import undecoded
+from qlora_train.data.text_files import MAX_CHARACTERS, undecoded
 from qlora_train.errors import DataError
 
 # Lists of objects that are part of an example: an object with one of them is an example, not a wrapper.
@@ -228,6 +228,8 @@ class _ValueReader:
             parts.append(line)
             size += len(line)
             wanted -= len(line)
+            if size > 2 * MAX_CHARACTERS:
+                raise self._error(f"a value is longer than {MAX_CHARACTERS:,} characters")
             if wanted <= 0:
                 break
         else:

@@ -103,10 +103,12 @@ class OpenSources:
 
         batches = ((n, batch) for n, table in enumerate(self.tables) for batch in table.batches())
         first = list(islice(batches, SERIAL_BATCHES + 1))
-        if len(first) <= SERIAL_BATCHES or num_processors() == 1:
+        most = num_processors()
+        is_worth_it = len(first) > SERIAL_BATCHES and most > 1
+        if most and (is_worth_it or tokenizer.runs_templates):
+            yield from in_processes(read, chain(first, batches), min(most, len(first)))
+        else:
             yield from map(read, chain(first, batches))
-            return
-        yield from in_processes(read, chain(first, batches))
 
     @property
     def _share_read(self) -> float:

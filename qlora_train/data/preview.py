@@ -28,6 +28,7 @@ from qlora_train.data.statistics import (
     stop_tokens,
 )
 from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
+from qlora_train.terminal_text import message, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,16 +71,16 @@ def preview(
         cache=cache,
     )
     for document, title in _first_examples(train, num_examples):
-        console.print(Text(f"── {title}", style="bold"))
+        console.print(Text(f"── {message(title)}", style="bold"))
         console.print(as_text(document, tokenizer, marked=not console.color_system))
         console.print(f"{len(document):,} tokens, {document.num_supervised:,} supervised", style="dim")
     for name, dataset in (("train", train), ("eval", evaluation)):
         if dataset is not None:
             console.print(Text(f"── {name}", style="bold"))
             for line in _lines(dataset, tokenizer):
-                console.print(line, highlight=False, markup=False)
+                console.print(message(line), highlight=False, markup=False)
     for line in (*length_advice(train), *remarks, *added.remarks):
-        console.print(line, highlight=False, markup=False)
+        console.print(message(line), highlight=False, markup=False)
 
 
 def _lines(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -123,7 +124,7 @@ def as_text(document: Document, tokenizer: PreTrainedTokenizerBase, *, marked: b
             for piece in [_decoded(tokenizer, ids)] if marked else _pieces(tokenizer, ids):
                 number += 1
                 ground = _EVERY_OTHER if number % 2 and not is_special and not marked else ""
-                text.append(piece, style=f"{style} {ground}".strip())
+                text.append(printable(piece), style=f"{style} {ground}".strip())
         text.append(_CLOSE if marked and supervised else "")
     return text
 

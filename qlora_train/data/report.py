@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qlora_train.data.notes import Note
+from qlora_train.data.tables import listed
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Reading:
     def lines(self) -> list[str]:
         lines = list(self.remarks)
         if self.unread_columns:
-            lines.append(f"columns not read: {', '.join(self.unread_columns)}")
+            lines.append(f"columns not read: {listed(self.unread_columns)}")
         if self.num_empty:
             lines.append(f"{_rows(self.num_empty)} empty, skipped")
         if self.num_rejected:

@@ -27,7 +27,9 @@ from qlora_train.data.text_files import numbered_lines, undecoded
 
 Example = dict[str, Any]
 BATCH_EXAMPLES = 1000
+_BATCH_CHARACTERS = 2**24  # beyond which a batch is not filled up: it is tokenised at once
 MAX_LISTED_PROBLEMS = 5
+_MAX_LISTED_NAMES, _MAX_NAME = 50, 60
 
 
 class ExampleProblem(Exception):
@@ -132,16 +134,24 @@ def _text_example(numbered: tuple[int, str]) -> NumberedExample:
     return number, ExampleProblem(problem) if problem else {"text": line.rstrip("\r\n")}
 
 
-def batched(items: Iterable[Any], size: int = BATCH_EXAMPLES) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter."""
-    batch = []
+def batched(items: Iterable[tuple[int, Any]]) -> Iterator[list[Any]]:
+    """Lists of `BATCH_EXAMPLES` numbered lines or examples, the last one shorter, and of fewer long ones."""
+    batch, num_characters = [], 0
     for item in items:
         batch.append(item)
-        if len(batch) == size:
+        num_characters += _num_characters(item[1])
+        if len(batch) == BATCH_EXAMPLES or num_characters > _BATCH_CHARACTERS:
             yield batch
-            batch = []
+            batch, num_characters = [], 0
     if batch:
         yield batch
+
+
+def _num_characters(item: str | Example | ExampleProblem) -> int:
+    """Of a line, or of the texts of an example."""
+    if isinstance(item, str):
+        return len(item)
+    return sum(len(text) for text in item.values() if isinstance(text, str)) if isinstance(item, dict) else 0
 
 
 def type_name(value: Any) -> str:
@@ -157,6 +167,14 @@ def type_name(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first ones, shortened."""
+    known = list(names)
+    first = [name[:_MAX_NAME] + "..." * (len(name) > _MAX_NAME) for name in known[:_MAX_LISTED_NAMES]]
+    more = [f"{len(known) - len(first):,} more"] if len(known) > len(first) else []
+    return ", ".join([*first, *more]) or "none"
 
 
 def first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,8 @@ from qlora_train.errors import DataError
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
+MAX_CHARACTERS = 2**30
+"""Of one line, or one value in a file: a few bytes, packed, may unpack to more than any memory."""
 _LINES_BETWEEN_WORDS = 1000
 _UTF16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")
 
@@ -48,7 +51,10 @@ def numbered_lines(
     with _reading(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size or 1
         text = io.TextIOWrapper(_unpacked(file), encoding="utf-8-sig", errors="surrogateescape", newline="")
-        for number, line in enumerate(text, start=1):
+        lines = iter(partial(text.readline, MAX_CHARACTERS), "")
+        for number, line in enumerate(lines, start=1):
+            if len(line) == MAX_CHARACTERS:
+                raise DataError(f"{path} line {number} is longer than {MAX_CHARACTERS:,} characters.")
             if number % _LINES_BETWEEN_WORDS == 0 and file.seekable():
                 read_on(min(file.tell() / size, 1.0))
             yield number, line

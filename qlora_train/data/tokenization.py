@@ -71,6 +71,12 @@ class ExampleTokenizer:
         if chat_format is not None:
             self._chats = ChatTokenizer(tokenizer, chat_format, supervise, self._ends)
 
+    @property
+    def runs_templates(self) -> bool:
+        """Whether conversations are written by a template that came with the model, which is to be run in an
+        expendable process."""
+        return self._chats is not None and self._chats.format.runs_templates
+
     def tokenize(self, contents: Sequence[Content]) -> list[TokenizedExample | ExampleProblem]:
         """One result for each content, in order; either all or none are conversations. Raises DataError for a
         tokenizer without EOS, where one is needed."""

@@ -15,7 +15,7 @@ from qlora_train.generate.chat import Chat, StopAnswer
 from qlora_train.generate.model_folder import ModelSource, find_model
 from qlora_train.generate.sampling import Sampling
 from qlora_train.plan.planned_walk import GenerateSize
-from qlora_train.terminal_text import printable, show
+from qlora_train.terminal_text import show, tell
 
 with contextlib.suppress(ImportError):  # arrow keys and history while typing; Windows has none
     import readline  # noqa: F401
@@ -49,7 +49,7 @@ def chat_command(
             f"--context {context_tokens} leaves no room for a question beside answers of "
             f"--max-new-tokens {sampling.max_new_tokens}"
         )
-    log = partial(print, file=sys.stderr)
+    log = partial(tell, stream=sys.stderr)
     source = find_model(target, checkpoint=checkpoint, log=log)
     source.encode_messages([{"role": "user", "content": "Hello"}])  # refused before anything is loaded
     source, named = source.with_adapters(adapters, log)
@@ -79,7 +79,7 @@ class Terminal:
             try:
                 self._obey(line)
             except QloraTrainError as error:
-                print(printable(f"qlora-train: {error}"), file=sys.stderr)
+                tell(f"qlora-train: {error}", sys.stderr)
 
     def _obey(self, line: str) -> None:
         if not line.strip():

@@ -17,7 +17,7 @@ from qlora_train.generate.prompts_file import Messages
 from qlora_train.generate.sampling import Sampling
 from qlora_train.generate.text_stream import TextStream
 from qlora_train.plan.planned_walk import GenerateSize
-from qlora_train.terminal_text import show
+from qlora_train.terminal_text import show, tell
 
 
 def generate_command(
@@ -86,7 +86,7 @@ def _loaded(
         raise UserError(
             "--raw gives texts to the model as they are: it goes with no system message and no conversation"
         )
-    log = partial(print, file=sys.stderr)
+    log = partial(tell, stream=sys.stderr)
     source = find_model(target, checkpoint=checkpoint, log=log)
     encoded = [_encoded(source, prompt, system=system, raw=raw) for prompt in prompts]
     lengths = sorted(map(len, encoded), reverse=True)

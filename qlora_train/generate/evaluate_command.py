@@ -21,7 +21,7 @@ from qlora_train.generate.evaluation import Question, Scores, evaluate, question
 from qlora_train.generate.model_folder import ModelSource, find_model
 from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.recipe import DataSection
-from qlora_train.terminal_text import show
+from qlora_train.terminal_text import show, tell
 from qlora_train.weights.cache_key import cache_root
 
 
@@ -74,7 +74,7 @@ class Evaluation:
 def evaluate_command(target: Path | str, *, out: Path | None, as_json: bool, **options: Any) -> None:
     """Print the scores of a run or a model. out: a file for prompts, references and answers. options: see
     `evaluate_model`."""
-    found = evaluate_model(target, log=partial(print, file=sys.stderr), **options)
+    found = evaluate_model(target, log=partial(tell, stream=sys.stderr), **options)
     if out is not None:
         replace_text(out, found.answers())
     show(json.dumps(found.figures) + "\n" if as_json else found.table())

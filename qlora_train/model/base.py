@@ -51,6 +51,9 @@ _MOST = {
     "head_dim": 10**4,
     "vocab_size": 10**8,
     "max_position_embeddings": 10**9,
+    "num_experts": 10**4,
+    "num_local_experts": 10**4,
+    "n_routed_experts": 10**4,
 }
 """Sizes in a config.json beyond any model's."""
 MAX_PLAIN_SHARE = 1 / 16

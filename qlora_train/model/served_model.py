@@ -24,7 +24,7 @@ from qlora_train.model.base import read_whole_config
 @dataclass(frozen=True)
 class ServedModel:
     """paths: the path in the class that is served, of every linear of the language model's layers, parameter
-    of its experts, and its head. linears: paths of all linears there. auto_mapping: names the class in
+    of its experts, its embedding and its head. linears: paths of all linears there. auto_mapping: names the class in
     PEFT's config; None: it is the language model's own."""
 
     paths: dict[str, str]
@@ -32,23 +32,25 @@ class ServedModel:
     auto_mapping: dict[str, str] | None = None
 
 
-def served_model(base_folder: Path, adaptable: Iterable[str]) -> ServedModel:
+def served_model(base_folder: Path, adaptable: Iterable[str], matrices: Iterable[str] = ()) -> ServedModel:
     """The served model of a base. adaptable: paths of what may have LoRA parameters in the language model's
-    layers. A class that transformers does not have, or that names layers in another way, is taken for the
+    layers. matrices: of its embedding, and of its head where it is not tied. A class that transformers does not have, or that names layers in another way, is taken for the
     language model's own."""
-    own = [*adaptable, HEAD]
+    linears = [*adaptable, HEAD]
+    own = list(dict.fromkeys([*linears, *matrices]))
     config = read_whole_config(base_folder)
     served = _served_class(config)
     if served is not None:
         with init_empty_weights():
             model = served(config)
         there = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         parameters = [name for name, _ in model.named_parameters()]  # of experts
-        paths = match_modules(own, [*there, *parameters])
+        paths = match_modules(own, [*there, *embeddings, *parameters])
         if len(paths) == len(own):
             mapping = {"base_model_class": served.__name__, "parent_library": served.__module__}
             return ServedModel(paths, there, mapping)
-    return ServedModel({path: path for path in own}, own)
+    return ServedModel({path: path for path in own}, linears)
 
 
 def _served_class(config: PretrainedConfig) -> type[transformers.PreTrainedModel] | None:

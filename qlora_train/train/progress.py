@@ -12,6 +12,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from qlora_train.terminal_text import message
+
 GIB = 2**30
 STEPS_LOOKED_AT = 100
 """The newest steps, of whose seconds the median counts."""
@@ -49,7 +51,7 @@ class TrainProgress:
 
     def log(self, line: str) -> None:
         """Print a line above the bar."""
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(message(line), markup=False, soft_wrap=True)
 
     def step(self, row: Mapping[str, float | int | bool], epoch: float, seconds: float) -> None:
         """Show the values of an optimizer step. row: of metrics.jsonl. epoch: of the data, at its end.

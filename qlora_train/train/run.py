@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,6 +21,7 @@ from qlora_train.plan.machine_plan import device_of_all
 from qlora_train.plan.report import residency_lines
 from qlora_train.plan.words import duration, gib, positions_line
 from qlora_train.recipe import Recipe
+from qlora_train.terminal_text import message
 from qlora_train.train import OnStep, TrainResult
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog, SavedPlan, Setting
@@ -39,7 +39,10 @@ def run_training(recipe: Recipe, on_step: OnStep, *, resume: bool, use_cache: bo
     with determinism_of_before():
         accelerator = make_accelerator(recipe)
         console = Console(quiet=not accelerator.is_main_process, highlight=False)
-        log = partial(console.print, markup=False, soft_wrap=True)
+
+        def log(line: str) -> None:
+            console.print(message(line), markup=False, soft_wrap=True)
+
         with folder.claimed(log) if accelerator.is_main_process else nullcontext():
             return _train(recipe, folder, accelerator, on_step, log, resume=resume, use_cache=use_cache)
 

@@ -277,7 +277,7 @@ def attach_lora(
         if len(start.get(HEAD, ())) > 1:
             kept = {HEAD: start.pop(HEAD)}
             ranks[HEAD], alphas[HEAD] = saved.rank_of(HEAD), saved.alpha_of(HEAD)
-    served = served_model(base_folder, decoder.adaptable)
+    served = served_model(base_folder, decoder.adaptable, decoder.matrix_paths)
     modules = [served.paths[path] for path in ranks if path not in decoder.stacks]
     names, layers = name_targets(modules, served.linears)
     config = AdapterConfig(

@@ -95,6 +95,7 @@ def test_no_micro_batch_has_more_documents() -> None:
         batches = [data.micro_batch(examples[i : i + size]) for i in range(0, num_examples, size)]
         numbers = [len(batch.cu_seqlens) - 1 for batch in batches]
         assert data.most_documents(size, num_examples) == max(numbers)
+        assert data.most_documents(size, 10**15) >= max(numbers)  # of any order, and at once
 
 
 def test_the_order_is_a_pure_function_and_each_epoch_sees_all_bins_once() -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_data import examples_in
 
+from qlora_train.data import csv_table, json_tables, tables, text_files
 from qlora_train.data.arrow_tables import ArrowTable, ParquetTable
 from qlora_train.data.building import build_dataset
 from qlora_train.data.csv_table import CsvTable
@@ -297,3 +298,37 @@ def test_saved_data_sets_and_clones_of_the_hub_are_read_without_their_metadata(t
     written(only_metadata / "dataset_info.json", "{}")
     with pytest.raises(DataError, match=r"holds no data file .*; dataset_info\.json is metadata\)"):
         load(only_metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "' + "x" * 2000 + '"}\n', "line 1 is longer than 1,000 characters"),
+        ("a.txt", "a\n" + "x" * 2000, "line 2 is longer than 1,000 characters"),
+        ("a.csv", 'text\n"' + "x" * 600 + "\n" + "x" * 600 + '"', "field larger than field limit"),
+        ("a.json", "[\n" + '{"text": [\n' + "1,\n" * 2000, "a value is longer than 1,000 characters"),
+    ],
+)
+def test_a_file_is_not_unpacked_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, message: str
+) -> None:
+    for module in (text_files, json_tables):
+        monkeypatch.setattr(module, "MAX_CHARACTERS", 1000)
+    before = csv_table.csv.field_size_limit(1000)
+    try:
+        with pytest.raises(DataError, match=message):
+            examples_of(written(tmp_path / f"{name}.gz", gzip.compress(content.encode())))
+    finally:
+        assert csv_table.csv.field_size_limit(before) == 1000
+    assert before == 2**27
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_long_rows_are_tokenised_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(tables, "_BATCH_CHARACTERS", 100)
+    rows = [json.dumps({"text": "x" * 60})] * 9 if "json" in name else ["x" * 60] * 9
+    content = f"[{','.join(rows)}]" if name == "a.json" else "\n".join(["text"] * (name == "a.csv") + rows)
+    (table,) = load(written(tmp_path / name, content))
+    assert [len(list(batch)) for batch in table.batches()] == [2, 2, 2, 2, 1]

@@ -115,3 +115,15 @@ def test_advice_where_examples_are_short(tokenizer: Any, jsonl: Write, section: 
         "packing: 49 documents in 2 bins, 62.2% full; one document a bin would be 49 bins, 2.5% full"
     )
     assert length_advice(build_dataset(section(path, sequence_length=100), tokenizer, seed=0)[0]) == []
+
+
+def test_texts_and_names_move_no_cursor_and_stay_short(
+    shown: Callable[..., list[str]], jsonl: Write, section: Section
+) -> None:
+    evil = "\x1b[2J\u202e\r\x9b1m"
+    rows = [{"prompt": evil, "completion": f"b\u200dc{evil}", evil: "d", "w" * 10**5: "e"}] * 3
+    lines = shown(section(jsonl(*rows, name=f"d{evil}.jsonl"), on_bad_row="skip"))
+    assert not set("".join(lines)) & set("\x1b\u202e\r\x9b")
+    for wanted in ("── ", "columns not read: ", "[[b\u200dc"):
+        assert any(wanted in line and r"\x1b[2J\u202e\r\x9b1m" in line for line in lines), lines
+    assert max(map(len, lines)) <= 2100

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_train.data import open_sources, token_cache, workers
+from qlora_train.data import open_sources, token_cache
 from qlora_train.data.building import build_dataset
 from qlora_train.data.tokenized_examples import ExamplesWriter, TokenizedExamples
 from qlora_train.data.workers import in_processes
@@ -50,8 +50,7 @@ def small_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_processors(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    for module in (open_sources, workers):
-        monkeypatch.setattr(module, "num_processors", lambda: number)
+    monkeypatch.setattr(open_sources, "num_processors", lambda: number)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -175,32 +174,28 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked
 
 
 @linux
-def test_workers_keep_the_order_and_hand_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_processors(monkeypatch, 3)
-
+def test_workers_keep_the_order_and_hand_errors_on() -> None:
     def work(n: int) -> int:
         time.sleep(0.003 * (n % 3))
         if n == 30:
             raise DataError("the thirtieth")
         return n * n
 
-    assert list(in_processes(work, range(20))) == [n * n for n in range(20)]
+    assert list(in_processes(work, range(20), 3)) == [n * n for n in range(20)]
     with pytest.raises(DataError, match="the thirtieth"):
-        list(in_processes(work, range(25, 40)))
+        list(in_processes(work, range(25, 40), 3))
 
 
 @linux
-def test_a_worker_that_is_killed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_processors(monkeypatch, 2)
+def test_a_worker_that_is_killed_is_said() -> None:
     with pytest.raises(OutOfMemory, match="a process that tokenises was killed"):
-        list(in_processes(lambda n: os.kill(os.getpid(), signal.SIGKILL), range(4)))
+        list(in_processes(lambda n: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
 
 
 ORPHANS = """
 import os, time
 from qlora_train.data import workers
-workers.num_processors = lambda: 2
-list(workers.in_processes(lambda n: (os.write(1, b"%d\\n" % os.getpid()), time.sleep(600)), range(4)))
+list(workers.in_processes(lambda n: (os.write(1, b"%d\\n" % os.getpid()), time.sleep(600)), range(4), 2))
 """
 
 

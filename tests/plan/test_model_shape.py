@@ -113,6 +113,8 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
         {"hidden_size": False},
         {"num_key_value_heads": 1e308},
         {"vocab_size": "512"},
+        {"vocab_size": 10**12},
+        {"model_type": "mixtral", "num_local_experts": 10**8},
         {"quantization_config": "nf4", "tie_word_embeddings": False},
     ],
     ids=str,

@@ -46,6 +46,11 @@ class ChatFormat:
             self._writers[source] = ChatWriter(template, self._named, open_thought)
         return self._writers[source]
 
+    @property
+    def runs_templates(self) -> bool:
+        """Whether any template is none of those that come with this program."""
+        return not all(self.writer(with_tools=tools).template.is_built_in for tools in (False, True))
+
     def new_stop_texts(self) -> tuple[str, ...]:
         """Tokens that end answers and that nothing but its templates names."""
         found: list[str] = []
