@@ -24,8 +24,8 @@ from qlora_train.model.base import read_whole_config
 @dataclass(frozen=True)
 class ServedModel:
     """paths: the path in the class that is served, of every linear of the language model's layers, parameter
-    of its experts, its embedding and its head. linears: paths of all linears there. auto_mapping: names the class in
-    PEFT's config; None: it is the language model's own."""
+    of its experts, its embedding and its head. linears: paths of all linears there. auto_mapping: names the
+    class in PEFT's config; None: it is the language model's own."""
 
     paths: dict[str, str]
     linears: list[str]
@@ -34,8 +34,8 @@ class ServedModel:
 
 def served_model(base_folder: Path, adaptable: Iterable[str], matrices: Iterable[str] = ()) -> ServedModel:
     """The served model of a base. adaptable: paths of what may have LoRA parameters in the language model's
-    layers. matrices: of its embedding, and of its head where it is not tied. A class that transformers does not have, or that names layers in another way, is taken for the
-    language model's own."""
+    layers. matrices: of its embedding, and of its head where it is not tied. A class that transformers does
+    not have, or that names layers in another way, is taken for the language model's own."""
     linears = [*adaptable, HEAD]
     own = list(dict.fromkeys([*linears, *matrices]))
     config = read_whole_config(base_folder)
