@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from statistics import median
 from types import TracebackType
 
@@ -29,13 +30,14 @@ class TrainProgress:
         (other ranks). peak_name: what the bytes of `step` are the peak of."""
         self._console = Console(quiet=quiet, highlight=False)
         self._num_steps, self._log_every, self._peak_name = num_steps, log_every, peak_name
+        self._is_live = self._console.is_terminal or _shows_widgets(self._console)
         self._bar = _BarAndValues(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[time_left]}"),
             console=self._console,
-            disable=quiet or not self._console.is_terminal,
+            disable=quiet or not self._is_live,
         )
         self._task = self._bar.add_task("training", total=num_steps, completed=first_step, time_left="")
         self._time_left = TimeLeft(slow_steps)
@@ -66,7 +68,7 @@ class TrainProgress:
         time_left = "" if seconds_left is None else f"ETA {_clock(seconds_left)}"
         self._bar.values = values
         self._bar.update(self._task, completed=step, time_left=time_left)
-        if not self._console.is_terminal and (step % self._log_every == 0 or step == self._num_steps):
+        if not self._is_live and (step % self._log_every == 0 or step == self._num_steps):
             self.log("  ".join(filter(None, (f"step {step}/{self._num_steps}", values, time_left))))
 
 
@@ -104,6 +106,11 @@ class TimeLeft:
         self._num_steps += 1
         between = max(0.0, time.monotonic() - self._began - self._in_steps) / self._num_steps
         return num_left * (median(self._seconds) + between)
+
+
+def _shows_widgets(console: Console) -> bool:
+    """Whether this is a notebook that can show a bar that changes: lines are printed in one that cannot."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 def _clock(seconds: float) -> str:

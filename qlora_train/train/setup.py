@@ -123,8 +123,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     absent = [name for name in recipe.training.report_to if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(
-            f"training.report_to: {', '.join(absent)} is not installed; pip install it or remove it "
-            "from the list"
+            f"training.report_to: {', '.join(absent)} is not installed; pip install "
+            f"'qlora-train[{','.join(absent)}]', or remove it from the list"
         )
     if recipe.training.deterministic is True:
         make_deterministic()

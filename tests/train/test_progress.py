@@ -33,6 +33,21 @@ def shown(monkeypatch: pytest.MonkeyPatch, *, width: int, is_terminal: bool) -> 
     return console.export_text()
 
 
+@pytest.mark.parametrize("has_widgets", [False, True])
+def test_a_notebook_has_a_bar_where_it_has_widgets(
+    monkeypatch: pytest.MonkeyPatch, has_widgets: bool
+) -> None:
+    console = Console(force_jupyter=True, record=True, color_system=None)
+    monkeypatch.setattr(progress_module, "Console", lambda **_: console)
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: name if has_widgets else None)
+    progress = TrainProgress(10, 1, 1, slow_steps=1, quiet=False, peak_name="peak")
+    assert progress._bar.disable is not has_widgets
+    monkeypatch.setattr(progress_module.TrainProgress, "log", lambda self, line: lines.append(line))
+    lines: list[str] = []
+    progress.step(ROW, 0.75, 2.0)
+    assert len(lines) == (0 if has_widgets else 1)
+
+
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_the_values_of_a_step_stay_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Also on a narrow one, where the line breaks instead of being cut."""
