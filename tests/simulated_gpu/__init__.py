@@ -31,7 +31,7 @@ What it cannot do:
   device. Programs take streams, events, memory and pinning from `torch.get_device_module(device)`. Random
   numbers are the CPU generator's.
 * Backward passes that autograd's engine runs are on the default stream, also where the forward was not.
-* No Triton, no CUDA graphs, no autocast, no convolutions, no sparse tensors: these raise. No time, no scratch
+* No Triton, no CUDA graphs, no autocast, no sparse tensors: these raise. No time, no scratch
   memory inside kernels, no expandable segments.
 * Work on the default stream is never late (copies to pinned memory are). The host's own reads and writes of
   pinned memory are seen only by the checksums of copies' sources and by poison. A view of several dimensions

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from simulated_gpu import attention, flash, kernels, private_names
 from simulated_gpu.operators import call_on_cpu
@@ -29,6 +30,7 @@ _KERNELS = {
 _OF_SHAPES_ALONE = ("as_strided", "view", "_reshape_alias", "unfold", "set_.source_Storage_storage_offset")
 """Views and the like: the CPU's kernels touch no element."""
 _KEY = "PrivateUse1"
+aten_ops = torch.ops.aten
 _COMPOSITE_KEYS = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
 _libraries: list[torch.library.Library] = []
 """Registrations live as long as these."""
@@ -47,7 +49,15 @@ def install() -> None:
         aten.impl(name, functools.partial(private_names.call_cpu_kernel, op), _KEY)
     for name in _hidden_cpu_kernels():
         aten.impl(name.removeprefix("aten::"), on_cpu(private_names.operator(name)), _KEY)
+    for name, run in (("convolution", aten_ops.convolution), ("convolution_backward", _convolution_backward)):
+        op = private_names.operator(f"aten::{name}_overrideable")
+        aten.impl(f"{name}_overrideable", functools.partial(call_on_cpu, op, run=run), _KEY)
     library("_").fallback(call_on_cpu, _KEY)
+
+
+def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> Any:
+    """The CPU's, which is told of the bias's size besides."""
+    return aten_ops.convolution_backward(gradient, x, weight, None, *settings)
 
 
 def library(namespace: str) -> torch.library.Library:

@@ -166,8 +166,7 @@ def test_experts(
     by_document: SimulatedGpu,
     experts: list[str] | None,
 ) -> None:
-    """The CPU's bits, and one read of the experts' row counts for each layer and micro-batch. (Recurrent
-    mixers are not tried: the simulator has no convolutions.)"""
+    """The CPU's bits, and one read of the experts' row counts for each layer and micro-batch."""
     config = tiny_config("qwen3_moe", vocab_size=259)
     random_model(config).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
@@ -177,6 +176,18 @@ def test_experts(
     assert_same_run(tmp_path / "run", cpu_run(**asked))
     reads = host_reads_while_training(by_document)
     assert reads["model/frozen_experts.py"] == config.num_hidden_layers * 2 * NUM_STEPS
+
+
+def test_layers_with_a_memory(
+    base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu
+) -> None:
+    """The CPU's bits, with short convolutions. (qwen3_5 and the Granite hybrid pass as well, in minutes: their
+    mixers are thousands of small operations here.)"""
+    random_model(tiny_config("lfm2", vocab_size=259)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    asked = {"model": {"base": str(tmp_path / "base")}, "data": {"eval": None}}
+    train(recipe(base, train_file, tmp_path / "run", memory=MEMORY["disk, recompute"], **asked))
+    assert_same_run(tmp_path / "run", cpu_run(**asked))
 
 
 @pytest.mark.parametrize("places", ["resident", "disk, recompute"])
