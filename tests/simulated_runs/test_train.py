@@ -181,8 +181,8 @@ def test_experts(
 def test_layers_with_a_memory(
     base: Path, train_file: Path, tmp_path: Path, cpu_run: Any, by_document: SimulatedGpu
 ) -> None:
-    """The CPU's bits, with short convolutions. (qwen3_5 and the Granite hybrid pass as well, in minutes: their
-    mixers are thousands of small operations here.)"""
+    """The CPU's bits, with short convolutions. (qwen3_5 and the Granite hybrid pass as well, in minutes:
+    their mixers are thousands of small operations here.)"""
     random_model(tiny_config("lfm2", vocab_size=259)).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     asked = {"model": {"base": str(tmp_path / "base")}, "data": {"eval": None}}
