@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from qlora_train.errors import RecipeError
@@ -36,4 +37,4 @@ def find_recipe(path: str | Path) -> Path:
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a folder holds a run (train/run_folder.py), not only a recipe with its data."""
-    return any((folder / name).exists() for name in ("plan.json", "metrics.jsonl", "checkpoints"))
+    return any(os.path.exists(folder / name) for name in ("plan.json", "metrics.jsonl", "checkpoints"))

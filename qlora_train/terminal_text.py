@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from typing import TextIO
 
-_MAX_LETTERS = 2000
+_FIRST_LETTERS, _LAST_LETTERS = 1500, 500
 _SHOWN = "\n\t\u200c\u200d"  # the last two join letters: Persian, emoji
 
 
@@ -24,9 +24,15 @@ def _is_shown(letter: str) -> bool:
 
 
 def message(text: str) -> str:
-    """A message with names and texts of others in it, `printable`; lines that nobody would read are cut."""
-    lines = [line[:_MAX_LETTERS] + " ..." * (len(line) > _MAX_LETTERS) for line in text.split("\n")]
-    return printable("\n".join(lines))
+    """A message with names and texts of others in it, `printable`; of lines that nobody would read the middle
+    is left out, as what to do stands at the end."""
+    return printable("\n".join(map(_cut, text.split("\n"))))
+
+
+def _cut(line: str) -> str:
+    if len(line) <= _FIRST_LETTERS + _LAST_LETTERS:
+        return line
+    return f"{line[:_FIRST_LETTERS]} ... {line[-_LAST_LETTERS:]}"
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:

@@ -90,12 +90,12 @@ class AdapterConfig:
         return self._scaling(self.alpha_of(path), self.rank_of(path))
 
     def renamed(self, names: Mapping[str, str]) -> AdapterConfig:
-        """The config with module paths replaced by `names[path]`."""
+        """The config with module paths replaced by `names[path]`; endings of parameters stay."""
         return replace(
             self,
             rank_pattern={names[path]: rank for path, rank in self.rank_pattern.items()},
             alpha_pattern={names[path]: alpha for path, alpha in self.alpha_pattern.items()},
-            target_parameters=[names[path] for path in self.target_parameters],
+            target_parameters=[names.get(path, path) for path in self.target_parameters],
         )
 
     def experts_of(self, paths: Iterable[str]) -> list[str]:

@@ -4,7 +4,8 @@ Process numbers in a lock file would not do: two containers that share a volume 
 a number unknown here may run there. The kernel keeps a `flock` on an open folder for as long as it stays
 open, so any end of the process, SIGKILL included, ends its locks and leaves no stale file. It holds between
 processes and containers of one machine, and between machines if the filesystem supports that (NFS 4 does not
-for folders).
+for folders). A forked child closes its copies of the open folders, or it would hold the locks of a parent
+that is killed for as long as it takes to notice.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ PARTIAL, OLD = ".partial-", ".old-"
 _NO_LOCKS_HERE = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
+_held: set[FolderLock] = set()
+
+
 class FolderLock:
     """A lock that is held until `close`, or until the process ends. A context manager.
 
@@ -28,8 +32,10 @@ class FolderLock:
     def __init__(self, folder: Path, descriptor: int, *, is_certain: bool) -> None:
         self.folder, self.is_certain = folder, is_certain
         self._descriptor: int | None = descriptor
+        _held.add(self)
 
     def close(self) -> None:
+        _held.discard(self)
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -69,6 +75,15 @@ def lock_folder(folder: Path, *, shared: bool = False) -> FolderLock | None:
         os.close(descriptor)
         return None
     return FolderLock(folder, descriptor, is_certain=is_certain)
+
+
+def _close_all() -> None:
+    for lock in list(_held):
+        lock.close()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_close_all)
 
 
 def _is_at(folder: Path, descriptor: int) -> bool:

@@ -35,6 +35,16 @@ lock = lock_folder(Path(sys.argv[1]))
 print(lock is not None, flush=True)
 time.sleep(600)
 """
+FORKING_HOLDER = """
+import os, sys, time
+from pathlib import Path
+from qlora_train.files.folder_lock import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -50,6 +60,25 @@ def start_writer(target: Path) -> tuple[subprocess.Popen[str], Path]:
     process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, target.parent / process.stdout.readline().strip()
+
+
+def test_a_child_of_a_killed_process_holds_no_lock(folder: Path) -> None:
+    """It may live on for a moment, or for as long as it works."""
+    command = [sys.executable, "-c", FORKING_HOLDER, str(folder)]
+    process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        assert lock_folder(folder) is None
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # is there
+        lock = lock_folder(folder)
+        assert lock is not None
+        lock.close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_a_folder_is_locked_once_until_it_is_released(folder: Path) -> None:

@@ -199,5 +199,5 @@ def test_plan_matches_meter(
             generate_tokens(decoder, prompts, Sampling(size.new_tokens), frozenset())
         decoder.close()
         by_cause = generate_peak(workload, execution, size, in_training=False)
-        most = 1.05 if name == "delta nets" else 1.01
+        most = 1.06 if name == "delta nets" else 1.01
         assert 0.99 < sum(by_cause.values()) / meter.peak_bytes < most, by_cause
