@@ -133,6 +133,15 @@ def interrupted() -> int:
     return 1
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_what_becomes_of_the_child() -> None:
     first = within_limits(os.getpid)
     with pytest.raises(LookupError, match="by the function"):

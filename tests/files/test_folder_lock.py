@@ -40,9 +40,8 @@ import os, sys, time
 from pathlib import Path
 from qlora_train.files.folder_lock import lock_folder
 lock = lock_folder(Path(sys.argv[1]))
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)
 time.sleep(600)
 """
 
