@@ -45,6 +45,7 @@ def test_the_wheel_holds_every_file_of_the_recipes(installed: Path) -> None:
     } == wanted
     assert all((bundled / path).read_bytes() == (RECIPES / path).read_bytes() for path in wanted)
     assert (installed / "qlora_train" / "py.typed").is_file()
+    assert (installed / "qlora_train" / "report" / "page.html").is_file()
 
 
 def test_the_wheel_has_no_benchmarks_and_no_tests(installed: Path) -> None:

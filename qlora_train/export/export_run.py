@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qlora_train.adapter.run_adapter import find_adapter
 from qlora_train.adapter.trained_on import find_base, read_trained_on
 from qlora_train.data.prompts import stop_token_ids
 from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
@@ -38,7 +39,6 @@ from qlora_train.export.model_card import CARD_FILE, model_card
 from qlora_train.export.quantized_layers import cached_layers
 from qlora_train.export.walked_model import HeldOut, LargestValue
 from qlora_train.files.shards import ShardReader
-from qlora_train.generate.run_adapter import find_adapter
 from qlora_train.model.base_folder import check_base, read_plain_config
 from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import Recipe, load_recipe

@@ -52,7 +52,7 @@ def generate_command(
         if len(prompts) == 1 and not as_json:
             _stream(model, encoded, sampling)
             return
-        for prompt, answer in zip(prompts, _answers(model, encoded, sampling, batch_size), strict=True):
+        for prompt, answer in zip(prompts, model.answers(encoded, sampling, batch_size), strict=True):
             _print_answer(prompt, answer, as_json=as_json)
 
 
@@ -66,7 +66,7 @@ def answer_prompts(
 ) -> list[str]:
     """The answers to prompts, as text; arguments as of `generate_command`."""
     with _loaded(target, prompts, sampling, batch_size=batch_size, **options) as (model, encoded):
-        return list(_answers(model, encoded, sampling, batch_size))
+        return list(model.answers(encoded, sampling, batch_size))
 
 
 @contextmanager
@@ -110,18 +110,6 @@ def _stream(model: LoadedModel, encoded: list[list[int]], sampling: Sampling) ->
     generate_tokens(model.decoder, encoded, sampling, model.stop_ids, lambda _, token: stream.add(token))
     stream.finish()
     print()
-
-
-def _answers(
-    model: LoadedModel, encoded: Sequence[list[int]], sampling: Sampling, batch_size: int
-) -> Iterator[str]:
-    for start in range(0, len(encoded), batch_size):
-        batch = range(start, min(start + batch_size, len(encoded)))
-        answers = generate_tokens(
-            model.decoder, [encoded[i] for i in batch], sampling, model.stop_ids, numbers=batch
-        )
-        for tokens in answers:
-            yield str(model.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _print_answer(prompt: str | Messages, answer: str, *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ whitespace aside), ROUGE (Lin 2004, rouge-score) and BLEU (Papineni et al. 2002;
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.documents import Document
 from qlora_train.errors import UserError
-from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.model_folder import LoadedModel
 from qlora_train.generate.sampling import Sampling
 from qlora_train.model.packed_tokens import PackedTokens
@@ -87,17 +86,9 @@ def evaluate(
     batches = (PackedTokens.from_host(data.micro_batch([i]), device) for i in range(data.num_bins))
     num_tokens = data.num_supervised(range(data.num_bins))
     loss = float(loss_sum(model.decoder, batches)) / num_tokens
-    answers = list(_answers(model, questions, Sampling(max_new_tokens), batch_size))
+    prompts = [question.prompt for question in questions]
+    answers = list(model.answers(prompts, Sampling(max_new_tokens), batch_size))
     return Scores(loss, num_tokens, answers, text_metrics(answers, [q.reference for q in questions]))
-
-
-def _answers(
-    model: LoadedModel, questions: Sequence[Question], sampling: Sampling, batch_size: int
-) -> Iterator[str]:
-    for start in range(0, len(questions), batch_size):
-        prompts = [question.prompt for question in questions[start : start + batch_size]]
-        for tokens in generate_tokens(model.decoder, prompts, sampling, model.stop_ids):
-            yield str(model.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def text_metrics(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:

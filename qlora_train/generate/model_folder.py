@@ -6,7 +6,7 @@ plan for their lengths (plan/generation.py) and loads the weights as planned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.adapter.adapter_config import HEAD
 from qlora_train.adapter.adapter_files import load_fitting
 from qlora_train.adapter.pissa import as_adapter, as_trained
+from qlora_train.adapter.run_adapter import find_adapter
 from qlora_train.adapter.trained_on import find_base, read_trained_on
 from qlora_train.data.added_tokens import AddedTokens
 from qlora_train.data.prompts import encode_messages, encode_prompt, encode_raw, is_chat, stop_token_ids
@@ -26,7 +27,6 @@ from qlora_train.device.settings import apply_settings
 from qlora_train.errors import DataError, RunFolderError
 from qlora_train.files.hub import resolve_base
 from qlora_train.generate.decoding import generate_tokens
-from qlora_train.generate.run_adapter import find_adapter
 from qlora_train.generate.sampling import Sampling
 from qlora_train.kernels.on_device import find_device
 from qlora_train.model.adapted_head import AdaptedHead
@@ -63,8 +63,15 @@ class LoadedModel:
     def answer(self, prompts: list[str], sampling: Sampling) -> list[str]:
         """The answers to prompts, which are written as in training, all in one batch."""
         encoded = [encode_prompt(prompt, self.data, self.tokenizer) for prompt in prompts]
-        answers = generate_tokens(self.decoder, encoded, sampling, self.stop_ids)
-        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
+        return list(self.answers(encoded, sampling, len(encoded)))
+
+    def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int) -> Iterator[str]:
+        """The answers to encoded prompts, of which batch_size run together: no answer depends on it."""
+        for start in range(0, len(prompts), batch_size):
+            batch = range(start, min(start + batch_size, len(prompts)))
+            chosen = [prompts[i] for i in batch]
+            for tokens in generate_tokens(self.decoder, chosen, sampling, self.stop_ids, numbers=batch):
+                yield str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 @dataclass(frozen=True)

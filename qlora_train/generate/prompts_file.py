@@ -18,7 +18,7 @@ def read_prompts(file: Path) -> list[str | Messages]:
     """The prompts of a file. `.jsonl`: an object with `prompt` or `messages` on each line; any other: each
     line that is not empty is a prompt. Raises `DataError` where a line is none, with its number."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines ends a line at U+2028, too
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is no UTF-8 text ({error}).") from error
     prompts: list[str | Messages] = []

@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from qlora_train.adapter.run_adapter import find_adapter
 from qlora_train.errors import RunFolderError
+from qlora_train.files.step_rows import step_rows
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.report.chart import Chart, Point, Series, smoothed
 
@@ -40,20 +42,20 @@ class RunFacts:
             raise RunFolderError(
                 f"{path}: not a run folder: recipe.yaml is missing. Give the folder that training wrote."
             )
-        rows = _rows(path / "metrics.jsonl")
+        rows = step_rows(path / "metrics.jsonl")
         return RunFacts(
             path=path,
             recipe=load_recipe(path / "recipe.yaml"),
             steps=[row for row in rows if "tokens_per_second" in row],
             evaluations=[row for row in rows if "eval_loss" in row],
             plan=_object(path / "plan.json"),
-            samples=_rows(path / "samples.jsonl"),
+            samples=step_rows(path / "samples.jsonl"),
             receipts={
                 file.parent.name: receipt
                 for file in sorted(path.glob("*/receipt.json"))
                 if (receipt := _object(file))
             },
-            adapter=_newest_adapter(path),
+            adapter=_adapter(path),
         )
 
     @property
@@ -127,21 +129,6 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines that have a step; damaged lines are left out."""
-    if not file.is_file():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
-
-
 def _object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -150,13 +137,9 @@ def _object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _newest_adapter(run: Path) -> Path | None:
-    """The finished adapter, else that of the last checkpoint."""
-    if (run / "adapter" / "adapter_config.json").is_file():
-        return run / "adapter"
-    found = [
-        (int(p.parent.name[5:]), p)
-        for p in run.glob("checkpoints/step-*/adapter")
-        if p.parent.name[5:].isdecimal()
-    ]
-    return max(found)[1] if found else None
+def _adapter(run: Path) -> Path | None:
+    """The finished adapter, else that of the last checkpoint; None: there is none yet."""
+    try:
+        return find_adapter(run, None, lambda line: None)
+    except RunFolderError:
+        return None

@@ -27,6 +27,7 @@ from qlora_train.boundary import is_disk_failure, reason_of, require_creatable
 from qlora_train.errors import RunFolderError
 from qlora_train.files.atomic_file import partial_of, replace_text
 from qlora_train.files.folder_lock import lock_folder, remove_leftovers
+from qlora_train.files.step_rows import step_rows
 from qlora_train.recipe import Recipe, load_recipe
 
 MAY_CHANGE = {
@@ -156,34 +157,18 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without damaged lines."""
-        return _rows_of(self.metrics_file)
+        return step_rows(self.metrics_file)
 
     def cut_rows(self, last_step: int) -> None:
         """Remove the metrics and samples of steps after `last_step`, and damaged lines."""
         for file in filter(Path.is_file, (self.metrics_file, self.samples_file)):
-            kept = [row for row in _rows_of(file) if row["step"] <= last_step]
+            kept = [row for row in step_rows(file) if row["step"] <= last_step]
             replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _append(file: Path, rows: list[dict[str, Any]]) -> None:
     with file.open("a", encoding="utf-8") as opened:
         opened.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def _rows_of(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    rows = (_row_of(line) for line in file.read_bytes().splitlines())
-    return [row for row in rows if row is not None]
-
-
-def _row_of(line: bytes) -> dict[str, Any] | None:
-    """The row in a line; None: the line is damaged."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _is_not_finite(value: Any) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,12 +160,11 @@ def test_adapters_are_switched_in_place(
     assert code == 0 and len(answers) == 5
     text = "[user]hello<eos>[assistant]"
     of_runs = [answer_of(find_model(run).load(ROOM), text) for run in runs]
-    of_base = answer_of(find_model(first.parent / "base").load(ROOM), text)
+    of_base = answer_of(replace(find_model(first), adapter=None).load(ROOM), text)
     trained_answer, base_answer, second_answer, base_again, trained_again = answers
     assert [trained_answer, second_answer] == of_runs and trained_again == trained_answer
-    assert base_answer == base_again
+    assert base_answer == base_again == of_base
     assert len({trained_answer, second_answer, base_answer}) == 3
-    assert of_base  # the base alone, in 16 bits, is another model than the quantized one
 
 
 def test_an_adapter_of_another_base_is_refused(
@@ -248,20 +248,21 @@ def test_generate_takes_files_systems_and_conversations(
         {"role": "user", "content": "c"},
     ]
     file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"prompt": "one"}) + "\n\n" + json.dumps({"messages": messages}) + "\n")
+    one = json.dumps({"prompt": "one\u2028"}, ensure_ascii=False)  # no end of a line
+    file.write_text(one + "\n\n" + json.dumps({"messages": messages}) + "\n")
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("all\nof it"))
     common = ["generate", str(runs[0]), "--max-new-tokens", "4", "--system", "s"]
     arguments = [*common, "--file", str(file), "--stdin", "--batch-size", "2", "--json"]
     assert main(arguments) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
     model, start = find_model(runs[0]).load(ROOM), "[system]s<eos>[user]"
     assert [row["answer"] for row in rows] == [
-        answer_of(model, f"{start}one<eos>[assistant]"),
+        answer_of(model, f"{start}one\u2028<eos>[assistant]"),
         answer_of(model, f"{start}a<eos>[assistant]b<eos>[user]c<eos>[assistant]"),
         answer_of(model, f"{start}all\nof it<eos>[assistant]"),
     ]
-    assert rows[0]["prompt"] == "one" and rows[1]["messages"] == messages
+    assert rows[0]["prompt"] == "one\u2028" and rows[1]["messages"] == messages
     assert main([*common, "--file", str(tmp_path / "lines.txt")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("> one\n") and "\n> two\n" in out

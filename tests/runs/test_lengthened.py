@@ -25,10 +25,10 @@ from tiny_runs import (
 )
 
 from qlora_train.adapter.adapter_files import load_adapter
+from qlora_train.adapter.run_adapter import find_adapter
 from qlora_train.adapter.trained_on import progress_of
 from qlora_train.cli import main
 from qlora_train.errors import RunFolderError, UnsupportedModelError
-from qlora_train.generate.run_adapter import find_adapter
 from qlora_train.plan import request
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import loop as loop_module

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_train.adapter.run_adapter import find_adapter
 from qlora_train.errors import RunFolderError
 from qlora_train.files.sealed_json import seal
-from qlora_train.generate.run_adapter import find_adapter
 
 
 def write_adapter(folder: Path, step: int, num_steps: int = 9) -> None:
