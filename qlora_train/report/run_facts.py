@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -138,8 +139,9 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _adapter(run: Path) -> Path | None:
-    """The finished adapter, else that of the last checkpoint; None: there is none yet."""
-    try:
-        return find_adapter(run, None, lambda line: None)
-    except RunFolderError:
-        return None
+    """The newest adapter: that of the last checkpoint, as the finished one may be that of a shorter run,
+    which is going on; else the finished one. None: there is none yet."""
+    for checkpoint in ("last", None):
+        with contextlib.suppress(RunFolderError):
+            return find_adapter(run, checkpoint, lambda line: None)
+    return None

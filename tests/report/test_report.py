@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -218,4 +219,15 @@ def test_facts_of_a_run(run: Path) -> None:
     evaluations = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
     assert facts.best_evaluation == min(evaluations)[::-1]
     assert facts.num_tokens == sum(row.get("num_tokens", 0) for row in rows)
-    assert facts.adapter == run / "adapter" and facts.num_steps == 4
+    assert facts.num_steps == 4
+
+
+def test_the_adapter_is_the_newest(run: Path, tmp_path: Path) -> None:
+    """Of a run that was finished and goes on, the folder `adapter` is the one of before."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert RunFacts.read(copy).adapter == copy / "checkpoints" / "step-4" / "adapter"
+    shutil.rmtree(copy / "checkpoints")
+    assert RunFacts.read(copy).adapter == copy / "adapter"
+    shutil.rmtree(copy / "adapter")
+    assert RunFacts.read(copy).adapter is None
