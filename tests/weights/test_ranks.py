@@ -82,7 +82,7 @@ def test_two_ranks_hold_what_waits_in_ram_once(tmp_path: Path, base: Path) -> No
     assert abs(halves[0] - halves[1]) <= 2 * MATRIX_BYTES + MIB  # embedding and head: not visited yet
     assert sum(rank["grown"]["Pss_Shmem"] for rank in apart) <= MIB
     own, own_apart = (sum(rank["grown"]["Pss_Anon"] for rank in ranks) for ranks in (together, apart))
-    assert own_apart - own >= 1.8 * IN_RAM_BYTES  # each has them for itself
+    assert own_apart - own >= 1.95 * IN_RAM_BYTES  # each has them for itself
     assert together[0]["sums"] == together[1]["sums"] == apart[0]["sums"] == apart[1]["sums"]
     assert together[0]["sums"][0] > 0
 
