@@ -45,10 +45,8 @@ def planned_lines(vram_bytes: int, ram_bytes: int) -> list[str]:
         lines += ["", f"{'* fits this machine, ' if fits else '  '}planned for an {card} ({memory}):"]
         for *_, base in of_card:
             cell = table[base]["cards"][card]
-            lines.append(
-                f"{'*' if fits else ' '} {known_name(base):<{width}} {cell['vram_gib']:4.1f} {cell['ram_gib']:4.1f} "
-                f"{duration(cell['seconds']):>6}  {base}"
-            )
+            figures = f"{cell['vram_gib']:4.1f} {cell['ram_gib']:4.1f} {duration(cell['seconds']):>6}"
+            lines.append(f"{'*' if fits else ' '} {known_name(base):<{width}} {figures}  {base}")
     return lines
 
 
