@@ -48,8 +48,10 @@ BASES = (
     "Qwen/Qwen3-14B",
     "openai/gpt-oss-20b",
     "mistralai/Mistral-Small-24B-Instruct-2501",
+    "google/gemma-4-26B-A4B-it",
     "google/gemma-3-27b-it",
     "Qwen/Qwen3-30B-A3B",
+    "google/gemma-4-31B-it",
     "Qwen/Qwen3-32B",
     "meta-llama/Llama-3.3-70B-Instruct",
 )
@@ -70,7 +72,7 @@ ABOUT_TEMPLATES = {
 """By family, a setting that its chat template reads."""
 ABOUT_EXPERTS = (
     "the experts' weights are not among them; training these too takes more memory and time:\n"
-    "target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
+    "target_parameters: [experts.gate_up_proj, experts.down_proj]"
 )
 ABOUT_MXFP4 = "of all but the experts, which stay in MXFP4, as they are published"
 REPOSITORY = Path(__file__).parent.parent
@@ -158,7 +160,7 @@ def _comments(base: str) -> dict[str, str]:
     comments["data.train"] = "\n".join(about_rows)
     if "quantization_config" in config:
         comments["model.quantization"] += f";\n{ABOUT_MXFP4}"
-    if "num_experts_per_tok" in config:
+    if {"num_experts", "num_local_experts"} & set(config):
         comments["lora.target_modules"] += f"\n{ABOUT_EXPERTS}"
     return comments
 

@@ -83,7 +83,7 @@ def test_the_rows_that_recipes_show_are_read_as_they_are(
 
 def test_the_settings_that_recipes_speak_of_may_be_made() -> None:
     spoken_of = {
-        ("lora", "target_parameters"): {"qwen3-30b-a3b", "gpt-oss-20b"},
+        ("lora", "target_parameters"): {"qwen3-30b-a3b", "gpt-oss-20b", "gemma-4-26b-a4b"},
         ("data", "chat_template_kwargs"): {
             name for name in planned_recipes() if name.startswith(("qwen3", "smollm3", "gpt-oss"))
         },
@@ -101,7 +101,7 @@ def test_the_settings_that_recipes_speak_of_may_be_made() -> None:
                 shape = known_shape(load_recipe(name).model.base)
                 assert shape is not None
                 ends = value.strip("[]").split(", ")
-                assert all(any(path.endswith(end) for path in shape.expert_shapes) for end in ends)
+                assert all(any(path.endswith(f".{end}") for path in shape.expert_shapes) for end in ends)
 
 
 def test_a_larger_card_takes_what_a_smaller_one_takes_and_is_not_slower() -> None:
