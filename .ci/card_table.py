@@ -81,7 +81,11 @@ BEGIN, END = "<!-- planned by make table -->\n", "<!-- end of the table -->\n"
 
 
 def main() -> None:
-    table = {base: planned_base(base) for base in BASES}
+    write_files({base: planned_base(base) for base in BASES})
+
+
+def write_files(table: Mapping[str, Mapping[str, Any]]) -> None:
+    """The kept table, the table of README.md, and the recipes."""
     lines = ",\n".join(f"  {json.dumps(base)}: {json.dumps(planned)}" for base, planned in table.items())
     FILE.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
