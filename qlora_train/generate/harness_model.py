@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.chat.chat_format import ChatFormat
+from qlora_train.data.chat.pieces import ChatWriter
 from qlora_train.data.chat.template import ChatProblem
 from qlora_train.errors import BaseModelError, DataError, UserError
 from qlora_train.generate.model_folder import LoadedModel, ModelSource
@@ -69,7 +70,7 @@ class HarnessModel(TemplateLM):
         scored = ["".join(i.args) for i in instances if i.request_type != "generate_until"]
         settings = [self._settings(options) for _, options in answered]
         prompts = [
-            self._prompt(context, sampling.max_new_tokens)
+            self._prompt(context, sampling.max_new_tokens)[0]
             for (context, _), (sampling, _) in zip(answered, settings, strict=True)
         ]
         lengths = sorted(map(len, prompts), reverse=True)[: self._batch_size]
@@ -110,12 +111,15 @@ class HarnessModel(TemplateLM):
         message, without add_generation_prompt."""
         messages = [dict(message) for message in chat_history]
         begun = "" if add_generation_prompt else messages.pop()["content"]
-        options = {} if self._source.data is None else self._source.data.chat_template_kwargs
         try:
-            writer = ChatFormat(self.tokenizer, (), options=options).writer(with_tools=False)
-            return writer.render(messages, prompt=True) + begun
+            return self._writer.render(messages, prompt=True) + begun
         except ChatProblem as problem:
             raise DataError(f"A task's prompt cannot be written as a conversation: {problem}") from problem
+
+    @cached_property
+    def _writer(self) -> ChatWriter:
+        options = {} if self._source.data is None else self._source.data.chat_template_kwargs
+        return ChatFormat(self.tokenizer, (), options=options).writer(with_tools=False)
 
     def _loglikelihood_tokens(
         self,
@@ -165,27 +169,28 @@ class HarnessModel(TemplateLM):
         with tqdm(total=len(requests), desc="Answering", disable=disable_tqdm) as bar:
             for members in groups.values():
                 sampling, stops = self._settings(requests[members[0]].args[1])
-                prompts = {i: self._prompt(requests[i].args[0], sampling.max_new_tokens) for i in members}
-                self.num_cut += sum(
-                    len(self.tok_encode(requests[i].args[0])) > len(prompts[i]) for i in members
-                )
-                by_length = sorted(members, key=lambda i: -len(prompts[i]))
+                prompts = {}
+                for i in members:
+                    prompts[i], is_cut = self._prompt(requests[i].args[0], sampling.max_new_tokens)
+                    self.num_cut += is_cut
+                by_length = dict(sorted(prompts.items(), key=lambda item: -len(item[1])))
                 found = self.loaded.answers(
-                    [prompts[i] for i in by_length], sampling, self._batch_size, self._ends_in(stops)
+                    list(by_length.values()), sampling, self._batch_size, self._ends_in(stops)
                 )
                 for i, answer in zip(by_length, found, strict=True):
                     answers[i] = _before(stops, answer)
                     bar.update()
         return answers
 
-    def _prompt(self, context: str, new_tokens: int) -> list[int]:
-        """The last tokens of a prompt that leave room for new ones."""
+    def _prompt(self, context: str, new_tokens: int) -> tuple[list[int], bool]:
+        """(the last tokens of a prompt that leave room for new ones, whether there are more)."""
         if new_tokens >= self.max_length:
             raise UserError(
                 f"a task asks for {new_tokens} new tokens (max_gen_toks), and the model has only "
                 f"{self.max_length} positions for prompt and answer; set a smaller max_gen_toks in the task"
             )
-        return self.tok_encode(context)[new_tokens - self.max_length :]
+        token_ids, room = self.tok_encode(context), self.max_length - new_tokens
+        return token_ids[-room:], len(token_ids) > room
 
     def _settings(self, options: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
         """(decoding, stop texts) of a task's generation_kwargs."""
@@ -202,10 +207,10 @@ class HarnessModel(TemplateLM):
         return Sampling(new_tokens, **decoding), [stop for stop in stops if stop]
 
     def _ends_in(self, stops: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-        """Whether an answer's last tokens hold a stop text. (A token is at least a byte, and one more may hold
-        the space before a word.)"""
+        """Whether an answer's last tokens hold a stop text: a token is at least a byte, and the first of a
+        text may lose the space before it."""
         most = max(len(stop.encode()) for stop in stops) + 1
-        return lambda answer: any(stop in self.tokenizer.decode(answer[-most:]) for stop in stops)
+        return lambda answer: any(stop in self.tokenizer.decode(list(answer[-most:])) for stop in stops)
 
 
 def _before(stops: Sequence[str], answer: str) -> str:

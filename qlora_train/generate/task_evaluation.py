@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -56,8 +56,10 @@ class TaskEvaluation:
 
     def answers(self) -> str:
         """lm-eval's record of every sample, a JSON object a line."""
+        from lm_eval.utils import handle_non_serializable as plain
+
         return "".join(
-            json.dumps({"model": name, "task": task} | sample, ensure_ascii=False, default=str) + "\n"
+            json.dumps({"model": name, "task": task} | sample, ensure_ascii=False, default=plain) + "\n"
             for name, found in self.results.items()
             for task, samples in found["samples"].items()
             for sample in samples
@@ -109,9 +111,8 @@ def evaluate_tasks(
         for name, task in loaded["tasks"].items():
             _set_fewshot(name, task, num_fewshot, log)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        found = lm_eval.evaluate(model, loaded, limit=limit, apply_chat_template=apply_chat_template,
-                                 fewshot_as_multiturn=True)  # fmt: skip
-        return dict(found)
+        chat = {"apply_chat_template": apply_chat_template, "fewshot_as_multiturn": True}
+        return dict(lm_eval.evaluate(model, loaded, limit=limit, **chat))
 
     try:
         results = {"trained" if source.adapter else "model": run()}
@@ -156,7 +157,7 @@ def _load(names: Sequence[str], folder: Path | None) -> TaskDict:
 def _set_fewshot(name: str, task: Task, number: int | None, log: Callable[[str], None]) -> None:
     """Set a task's number of examples as lm-eval does, which leaves a zero in the task alone."""
     own = task.get_config("num_fewshot")
-    if number is not None and own == 0 != number:
+    if own == 0 and number:
         log(f"{name} is a task without examples (num_fewshot: 0), so --num-fewshot does not change it")
     elif number is not None or own is None:
         task.set_config(key="num_fewshot", value=number or 0)
@@ -165,7 +166,7 @@ def _set_fewshot(name: str, task: Task, number: int | None, log: Callable[[str],
 def _figures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         task: {"num_samples": values.get("sample_len")}
-        | {_metric_name(key): value for key, value in values.items() if key not in _NOT_METRICS}
+        | {_metric_name(key): _plain(value) for key, value in values.items() if key not in _NOT_METRICS}
         for task, values in (found["results"] | found.get("groups", {})).items()
     }
 
@@ -173,6 +174,10 @@ def _figures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _metric_name(key: str) -> str:
     """lm-eval's "metric,filter" without a filter that is none."""
     return key.removesuffix(",none")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_error(metric: str) -> bool:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from tiny_runs import byte_tokenizer, recipe_values, write_base, write_recipe, write_rows
+from tiny_runs import byte_tokenizer, recipe_values, write_base, write_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_train import Recipe, evaluate, load_recipe, train
+from qlora_train import Recipe, evaluate, train
 from qlora_train.cli import main
+from qlora_train.generate.harness_model import HarnessModel
+from qlora_train.generate.model_folder import find_model
 from qlora_train.generate.task_evaluation import TaskEvaluation, evaluate_tasks
 
 POSITIONS = 96
@@ -175,14 +178,26 @@ def test_examples_and_conversations_are_lm_evals(folder: Path) -> None:
     assert prompt.startswith("<bos>u:") and prompt.endswith("a:So:") and prompt.count("So:") == 3
 
 
+def test_an_answer_is_ended_by_a_text_in_its_last_tokens(folder: Path) -> None:
+    def refuse() -> Iterator[Instance]:
+        raise AssertionError("nothing is asked, so nothing is loaded")
+
+    source = find_model(folder / "run")
+    model = HarnessModel(source, refuse, batch_size=1, vram_bytes=None, log=print)
+    ends = model._ends_in(["||", "日", "<eos>"])
+    told = {text: ends(model.tok_encode(text)) for text in ("a||", "a|", "|a|", "", "日", "a<eos>")}
+    assert told == {"a||": True, "a|": False, "|a|": False, "": False, "日": True, "a<eos>": True}
+    assert not ends(model.tok_encode("日")[:-1])
+    model.close()
+
+
 def test_streamed_weights_have_the_same_scores(folder: Path, tmp_path: Path) -> None:
     streamed = tmp_path / "streamed"
     shutil.copytree(folder / "run", streamed)
-    recipe = load_recipe(streamed / "recipe.yaml")
-    write_recipe(
-        streamed / "recipe.yaml",
-        json.loads(recipe.model_dump_json(exclude_unset=True)) | {"memory": {"weights": "disk"}},
-    )
+    recipe = streamed / "recipe.yaml"
+    text = recipe.read_text("utf-8")
+    assert "weights: auto" in text
+    recipe.write_text(text.replace("weights: auto", "weights: disk"), encoding="utf-8")
     lines: list[str] = []
     found = [
         evaluate_tasks(run, list(TASKS), tasks_folder=folder / "tasks", log=lines.append).figures
@@ -211,7 +226,7 @@ def test_a_table_and_figures(folder: Path, tmp_path: Path, capsys: pytest.Captur
     figures = json.loads(text)
     assert code == 0 and figures["trained"]["tiny_choice"]["num_samples"] == 2
     assert {"acc", "acc_stderr", "acc_norm"} <= set(figures["base"]["tiny_choice"])
-    samples = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    samples = [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]
     assert [(row["model"], row["task"], row["doc_id"]) for row in samples] == [
         (model, task, i)
         for model in ("trained", "base")
@@ -239,7 +254,9 @@ def test_what_is_refused(
     folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lost, answers = folder / "nowhere.jsonl", folder / "rows" / "tiny_answers.jsonl"
-    empty = write_rows(folder / "rows" / "empty.jsonl", [{"question": "a", "choices": ["b", ""], "label": 0}])
+    empty = write_rows(
+        folder / "rows" / "empty.jsonl", [CHOICES[0], {"question": "a", "choices": ["b", ""], "label": 0}]
+    )
     write_task(folder / "tasks", "tiny_lost", lost, TASKS["tiny_choice"])
     write_task(folder / "tasks", "tiny_empty", empty, TASKS["tiny_choice"])
     for name, options in (("tiny_beams", {"num_beams": 4}), ("tiny_long", {"max_gen_toks": POSITIONS})):
