@@ -4,7 +4,8 @@ The planner's seconds are bytes and FLOPs divided by rates. Timing products and 
 the result is kept in the cache folder under the device's name, the dtype and torch's version. The disk
 is not timed, as that depends on what the system has cached; its stated rate is used. Results that may be
 better later are not kept: copies from memory that the system refused to pin, products that had to be
-small because the device was nearly full. On a full device nothing is timed and stated rates are used.
+small because the device was nearly full, what a CPU did while other programs used it. On a full device
+nothing is timed and stated rates are used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _LARGEST_MATRIX, _CPU_MATRIX, _ROWS_PER_MULTIPROCESSOR = 8192, 2048, 128
 _SHARE_OF_FREE = 0.25
 _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above one
 _REPEATS = 5
+_OWN_SHARE = 0.9  # of its threads' time that a product computes: 0.99 on an idle machine
 _RANK, _HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 16, 64, 512
 
 
@@ -54,8 +56,11 @@ def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: 
     host = HostMemory(device)
     size = matrix_size(device.description, free_bytes, dtype)
     buffer = host.empty(min(_COPY_BYTES, int(free_bytes * _SHARE_OF_FREE / 2)))
+    own_share = 1.0 if device.description.is_accelerator else share_of_processors(dtype, size)
     rates = _measure(device, dtype, size, buffer)
     device.release_cached()  # what products and copies took would stay beside other sizes
+    if own_share < _OWN_SHARE:
+        return replace(rates, source=f"{rates.source}; other programs were busy, so it may be faster")
     if not host.num_unpinned_bytes and size == _wanted_size(device.description):
         key = _key(device.description, dtype, num_ranks)
         with contextlib.suppress(OSError):  # a disk that may not be written: the next start measures again
@@ -100,6 +105,17 @@ def matrix_size(device: DeviceDescription, free_bytes: int, dtype: torch.dtype) 
     a nearly full card can be measured."""
     most = int(math.sqrt(free_bytes * _SHARE_OF_FREE / (3 * dtype.itemsize))) // 64 * 64
     return min(_wanted_size(device), max(64, most))
+
+
+def share_of_processors(dtype: torch.dtype, size: int) -> float:
+    """The share of the time of its threads that this process computes in products on the CPU; what is missing
+    to 1 went to other programs."""
+    a = torch.randn(size, size, dtype=dtype)
+    started, computed = time.perf_counter(), time.process_time()
+    for _ in range(_REPEATS):
+        torch.matmul(a, a.t())
+    computed = time.process_time() - computed
+    return computed / (time.perf_counter() - started) / torch.get_num_threads()
 
 
 def _wanted_size(device: DeviceDescription) -> int:

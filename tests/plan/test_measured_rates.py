@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +43,33 @@ def test_measured_once(small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_pa
     assert len(unseal(tmp_path / "rates.json")) == 2
 
 
-def test_on_the_cpu(small: ComputeDevice, tmp_path: Path) -> None:
+def test_on_the_cpu(small: ComputeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU did beside other programs is used once, and measured again at the next start."""
+    share = 0.4
+    monkeypatch.setattr(measured_rates, "share_of_processors", lambda dtype, size: share)
+    assert "other programs were busy" in rates_of(THE_CPU, torch.float32, tmp_path).source
+    assert not (tmp_path / "rates.json").exists()
+    share = 0.95
     kept = rates_of(THE_CPU, torch.float32, tmp_path)
-    assert rates_of(THE_CPU, torch.float32, tmp_path) == kept
+    assert rates_of(THE_CPU, torch.float32, tmp_path) == kept and "busy" not in kept.source
+
+
+def test_the_share_of_the_processors_is_what_other_programs_leave() -> None:
+    """Of two programs that want all processors, neither has them for itself."""
+    measure = "from qlora_train.plan.measured_rates import share_of_processors as share\n"
+    measure += "import torch; share(torch.float32, 512); print(share(torch.float32, 1024))"
+    hog = "import time, torch; a = torch.randn(512, 512); print('busy', flush=True)\n"
+    hog += "end = time.time() + 60\nwhile time.time() < end: a @ a"
+    one_processor = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    with subprocess.Popen(
+        [*one_processor, sys.executable, "-c", hog], stdout=subprocess.PIPE, text=True
+    ) as busy:
+        assert busy.stdout is not None and busy.stdout.readline() == "busy\n"
+        try:
+            said = subprocess.check_output([*one_processor, sys.executable, "-c", measure], text=True)
+        finally:
+            busy.kill()
+    assert float(said) < 0.85
 
 
 @pytest.mark.parametrize("damaged_copy", ["-5.0", "Infinity", '"fast"', "7.0", "{"])
