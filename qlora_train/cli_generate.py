@@ -105,7 +105,10 @@ def add_eval(command: AddCommand) -> None:
     evaluate.add_argument("--batch-size", type=count, default=16, metavar="N", help="rows answered together")
     evaluate.add_argument("--base", action="store_true", help="the base's scores beside")
     evaluate.add_argument(
-        "--out", type=Path, metavar="FILE", help="prompts, references and answers, as .jsonl"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="prompts, references and answers (of tasks: lm-eval's samples), as .jsonl",
     )
     evaluate.add_argument("--json", action="store_true", help="for programs")
 

@@ -65,6 +65,11 @@ class HarnessModel(TemplateLM):
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model, in memory for the largest requests."""
+        return self._source.load(self._size, vram_bytes=self._vram_bytes, log=self._log)
+
+    @cached_property
+    def _size(self) -> GenerateSize:
+        """The largest batch to answer, and the tokens of a row to score."""
         instances = list(self._instances())
         answered = [i.args for i in instances for _ in range(i.repeats) if i.request_type == "generate_until"]
         scored = ["".join(i.args) for i in instances if i.request_type != "generate_until"]
@@ -76,9 +81,8 @@ class HarnessModel(TemplateLM):
         lengths = sorted(map(len, prompts), reverse=True)[: self._batch_size]
         new_tokens = max((sampling.max_new_tokens for sampling, _ in settings), default=1)
         longest = max((len(self.tok_encode(text)) for text in scored), default=0)
-        self._row_tokens = max(_ROW_TOKENS, min(longest, self.max_length))
-        size = GenerateSize(tuple(lengths) or (1,), new_tokens, self._row_tokens if scored else 0)
-        return self._source.load(size, vram_bytes=self._vram_bytes, log=self._log)
+        row_tokens = max(_ROW_TOKENS, min(longest, self.max_length)) if scored else 0
+        return GenerateSize(tuple(lengths) or (1,), new_tokens, row_tokens)
 
     def close(self) -> None:
         """Release the threads and files of streamed weights."""
@@ -142,7 +146,7 @@ class HarnessModel(TemplateLM):
         decoder = self.loaded.decoder
         total = sum(continuation.num_scored for continuation in continuations)
         with tqdm(total=total, desc="Scoring", unit="token", disable=disable_tqdm) as bar:
-            return score(decoder, continuations, self._row_tokens, bar.update)
+            return score(decoder, continuations, self._size.evaluated_tokens, bar.update)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text; of one that is longer than the model's positions, piece by piece,

@@ -107,19 +107,21 @@ def evaluate_tasks(
         log=log,
     )
 
+    for name, task in loaded["tasks"].items():
+        _set_fewshot(name, task, num_fewshot, log)
+
     def run() -> dict[str, Any]:
-        for name, task in loaded["tasks"].items():
-            _set_fewshot(name, task, num_fewshot, log)
+        for task in loaded["tasks"].values():
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         chat = {"apply_chat_template": apply_chat_template, "fewshot_as_multiturn": True}
-        return dict(lm_eval.evaluate(model, loaded, limit=limit, **chat))
+        return dict(lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, **chat))
 
     try:
         results = {"trained" if source.adapter else "model": run()}
         if model.num_cut:
             log(
-                f"{model.num_cut:,} prompts or answers are longer than the model's {model.max_length:,} "
-                "positions, and lost the beginning of the prompt"
+                f"{model.num_cut:,} prompts, with their answers, are longer than the model's "
+                f"{model.max_length:,} positions and lost their beginning"
             )
         if with_base:
             source.attach(model.loaded.decoder, None)
@@ -143,8 +145,8 @@ def _load(names: Sequence[str], folder: Path | None) -> TaskDict:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             hint = f": did you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
             raise UserError(f"--tasks: lm-eval has no task {name!r}{hint}")
-    remedy = "Its data must be on this machine, or reachable; see the task's dataset_path."
-    with parsing(f"the data of {', '.join(names)}", DataError, remedy):
+    remedy = "Its data (dataset_path) must be on this machine or reachable, and its YAML in order."
+    with parsing(f"--tasks {','.join(names)}", DataError, remedy):
         loaded = manager.load(list(names))
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):

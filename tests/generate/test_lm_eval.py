@@ -162,7 +162,7 @@ def test_every_sample_is_scored_as_by_transformers(folder: Path) -> None:
     assert True in of_choices and False in of_choices
     assert [row["resps"] for row in samples["tiny_answers"]][::3] == [[["it"]], [["日本"]]]
     [line] = lines
-    assert line.startswith("4 prompts or answers are longer than the model's 96 positions")
+    assert line.startswith("4 prompts, with their answers, are longer than the model's 96 positions")
 
 
 def test_examples_and_conversations_are_lm_evals(folder: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_table_and_figures(folder: Path, tmp_path: Path, capsys: pytest.Captur
     ("arguments", "message"),
     [
         (["--tasks", "tiny_choise"], "no task 'tiny_choise': did you mean tiny_choice"),
-        (["--tasks", "tiny_lost"], "the data of tiny_lost: cannot be read"),
+        (["--tasks", "tiny_lost"], "--tasks tiny_lost: cannot be read"),
         (["--tasks", "tiny_beams"], "generation_kwargs have num_beams, which decoding here does not know"),
         (["--tasks", "tiny_long"], "asks for 96 new tokens (max_gen_toks)"),
         (["--tasks", "tiny_empty"], "answer '' has 0 tokens of its own"),
