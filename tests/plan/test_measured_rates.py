@@ -15,10 +15,11 @@ import torch
 from simulated_gpu.fixture import SimulatedGpu
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.device.description import CPU
 from qlora_train.files.atomic_file import replace_text
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.plan import measured_rates
-from qlora_train.plan.measured_rates import matrix_size, rates_of
+from qlora_train.plan.measured_rates import kept_rates, matrix_size, rates_of
 from qlora_train.plan.time_model import stated_rates
 
 MIB = 2**20
@@ -44,14 +45,17 @@ def test_measured_once(small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_pa
 
 
 def test_on_the_cpu(small: ComputeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CPU did beside other programs is used once, and measured again at the next start."""
+    """What a CPU did beside other programs is kept until it is measured without them."""
     share = 0.4
     monkeypatch.setattr(measured_rates, "share_of_processors", lambda dtype, size: share)
-    assert "other programs were busy" in rates_of(THE_CPU, torch.float32, tmp_path).source
-    assert not (tmp_path / "rates.json").exists()
+    beside = rates_of(THE_CPU, torch.float32, tmp_path)
+    assert "other programs were busy" in beside.source
+    assert rates_of(THE_CPU, torch.float32, tmp_path) == beside == kept_rates(CPU, torch.float32, tmp_path)
     share = 0.95
-    kept = rates_of(THE_CPU, torch.float32, tmp_path)
-    assert rates_of(THE_CPU, torch.float32, tmp_path) == kept and "busy" not in kept.source
+    alone = rates_of(THE_CPU, torch.float32, tmp_path)
+    assert "busy" not in alone.source
+    share = 0.4
+    assert rates_of(THE_CPU, torch.float32, tmp_path) == alone == kept_rates(CPU, torch.float32, tmp_path)
 
 
 def test_the_share_of_the_processors_is_what_other_programs_leave() -> None:
