@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.device.compute import ComputeDevice, Event
+from qlora_train.device.step_clock import Cause
 from qlora_train.weights.host_memory import HostMemory
 
 
@@ -48,7 +49,8 @@ class HostOffloader:
     def offload_all(self, tensors: list[Tensor]) -> list[OffloadedTensor]:
         """Start copying tensors (contiguous) to the host together; earlier copies are finished first."""
         if self.stream is None:
-            return [OffloadedTensor(self, tensor) for tensor in tensors]
+            with self.waiting():
+                return [OffloadedTensor(self, tensor) for tensor in tensors]
         self.finish_copies()
         self.stream.wait_stream(self.device.current_stream())
         with self.device.on(self.stream):
@@ -59,8 +61,13 @@ class HostOffloader:
     def finish_copies(self) -> None:
         """Free the device copies of the last offload; work queued from now on waits for its copies."""
         if self._leaving is not None:
-            self.device.current_stream().wait_event(self._leaving[0])
+            with self.waiting():
+                self.device.current_stream().wait_event(self._leaving[0])
             self._leaving = None
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Context of what computing waits for."""
+        return self.device.clock.spent_on(Cause.ACTIVATIONS)
 
     def synchronize(self) -> None:
         """Let the host wait for every copy. For a walk that is aborted: call it while the tensors that are
@@ -89,7 +96,8 @@ class OffloadedTensor:
         self._back = torch.empty(self._shape, dtype=self._dtype, device=self._offloader.device.torch)
         stream = self._offloader.stream
         if stream is None:
-            self._back.copy_(self._host_view)
+            with self._offloader.waiting():
+                self._back.copy_(self._host_view)
         else:
             device = self._offloader.device
             stream.wait_stream(device.current_stream())  # queued work may still use that memory
@@ -104,7 +112,8 @@ class OffloadedTensor:
         self.fetch()
         assert self._back is not None
         if self._is_back is not None:  # not the whole stream: the next fetch overlaps
-            self._offloader.device.current_stream().wait_event(self._is_back)
+            with self._offloader.waiting():
+                self._offloader.device.current_stream().wait_event(self._is_back)
         back, self._back = self._back, None
         return back
 
