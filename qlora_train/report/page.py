@@ -178,10 +178,9 @@ def _time(run: RunFacts) -> Iterator[Section]:
         if share == max(waits.values()) > _LONG_WAIT
     ]
     between = {cause: run.total_seconds(cause) for cause in BETWEEN_STEPS}
-    texts = [f"{cause.in_words} {duration(seconds)}" for cause, seconds in between.items() if seconds]
-    if texts:
+    if texts := [f"{cause.in_words} {duration(seconds)}" for cause, seconds in between.items() if seconds]:
         of_steps = duration(run.total_seconds(*OF_A_STEP))
-        lines.append(f"Between the steps, which took {of_steps} in all: {', '.join(texts)}.")
+        lines.append(f"Besides the steps, which took {of_steps} in all: {', '.join(texts)}.")
     bars = [_time_bar("measured, mean of a step", spent)]
     if planned := run.planned_seconds():
         bars.append(_time_bar("planned", planned))
@@ -196,7 +195,7 @@ def _time(run: RunFacts) -> Iterator[Section]:
 def _time_bar(label: str, seconds: Mapping[Cause, float]) -> Bar:
     whole = sum(seconds.values())
     parts = [
-        (f"{cause.in_words} {duration(part)}, {part / whole:.0%}", 100 * part / whole, OF_A_STEP.index(cause))
+        (f"{cause.in_words} {part / whole:.1%}", 100 * part / whole, OF_A_STEP.index(cause))
         for cause, part in seconds.items()
     ]
     return Bar(f"{label}: {duration(whole)}", parts)

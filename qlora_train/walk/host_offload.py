@@ -41,6 +41,8 @@ class HostOffloader:
         self.device, self.host = device, host
         self.stream = device.side_stream()
         self._leaving: tuple[Event, list[Tensor]] | None = None
+        self.num_fetched = self.num_arrived = 0
+        """Copies back that were started, and those of them that the compute stream has waited for."""
 
     def offload(self, tensor: Tensor) -> OffloadedTensor:
         """Start copying `tensor` (contiguous) to the host."""
@@ -86,6 +88,8 @@ class OffloadedTensor:
         self._buffer: Tensor | None = offload.host.borrow(max(1, tensor.nbytes))
         self._back: Tensor | None = None
         self._is_back: Event | None = None
+        self._number = 0
+        """Among the copies back, from 1 on."""
         self._host_view.copy_(tensor.detach(), non_blocking=True)
 
     def fetch(self) -> None:
@@ -104,6 +108,8 @@ class OffloadedTensor:
             with device.on(stream):
                 self._back.copy_(self._host_view, non_blocking=True)
             self._is_back = device.event(stream)
+            self._offloader.num_fetched += 1
+            self._number = self._offloader.num_fetched
         self._offloader.host.give_back(self._buffer)
         self._buffer = None
 
@@ -111,9 +117,10 @@ class OffloadedTensor:
         """Return the tensor on the device, valid for work queued from now on."""
         self.fetch()
         assert self._back is not None
-        if self._is_back is not None:  # not the whole stream: the next fetch overlaps
-            with self._offloader.waiting():
+        if self._is_back is not None and self._number > self._offloader.num_arrived:
+            with self._offloader.waiting():  # not for the whole stream: the next fetch overlaps
                 self._offloader.device.current_stream().wait_event(self._is_back)
+            self._offloader.num_arrived = self._number  # with all that were started before it
         back, self._back = self._back, None
         return back
 
