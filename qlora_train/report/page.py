@@ -171,23 +171,18 @@ def _time(run: RunFacts) -> Iterator[Section]:
     """The seconds of a step by cause, beside the plan's."""
     if not (spent := run.mean_seconds()):
         return
-    waits = {cause: seconds / sum(spent.values()) for cause, seconds in spent.items() if cause in _REMEDIES}
-    lines = [
-        f"{share:.0%} of a step is {cause.in_words}. What would shorten it: {_REMEDIES[cause]}."
-        for cause, share in waits.items()
-        if share == max(waits.values()) > _LONG_WAIT
-    ]
-    between = {cause: run.total_seconds(cause) for cause in BETWEEN_STEPS}
-    if texts := [f"{cause.in_words} {duration(seconds)}" for cause, seconds in between.items() if seconds]:
-        of_steps = duration(run.total_seconds(*OF_A_STEP))
-        lines.append(f"Besides the steps, which took {of_steps} in all: {', '.join(texts)}.")
+    lines, wait = [], max(_REMEDIES, key=lambda cause: spent.get(cause, 0.0))
+    if (share := spent.get(wait, 0.0) / sum(spent.values())) > _LONG_WAIT:
+        lines.append(f"{share:.0%} of a step is {wait.in_words}. What would shorten it: {_REMEDIES[wait]}.")
+    took = {cause: run.total_seconds(cause) for cause in Cause}
+    if between := [f"{cause.in_words} {duration(took[cause])}" for cause in BETWEEN_STEPS if took[cause]]:
+        steps_took = duration(sum(took[cause] for cause in OF_A_STEP))
+        lines.append(f"Besides the steps, which took {steps_took} in all: {', '.join(between)}.")
     bars = [_time_bar("measured, mean of a step", spent)]
     if planned := run.planned_seconds():
         bars.append(_time_bar("planned", planned))
-    series = [
-        Series(cause.in_words, points, OF_A_STEP.index(cause))
-        for cause, points in run.seconds_by_step().items()
-    ]
+    found = run.seconds_by_step().items()
+    series = [Series(cause.in_words, points, OF_A_STEP.index(cause)) for cause, points in found]
     chart = Chart("Seconds of a step", "optimizer step", series, y_from_zero=True, is_stacked=True)
     yield Section(_TIME, lines=lines, bars=bars, charts=[chart] if len(series[0].points) > 1 else [])
 

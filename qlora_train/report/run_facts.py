@@ -91,11 +91,9 @@ class RunFacts:
 
     def seconds_by_step(self) -> dict[Cause, list[Point]]:
         """(step, seconds) of every cause that steps after the first took time for."""
-        found = {
-            cause: [(row["step"], _number(row.get(cause.key, 0.0))) for row in self._warm_steps]
-            for cause in OF_A_STEP
-        }
-        return {cause: points for cause, points in found.items() if any(seconds for _, seconds in points)}
+        rows = self._warm_steps
+        seen = [cause for cause in OF_A_STEP if any(row.get(cause.key) for row in rows)]
+        return {cause: [(row["step"], row.get(cause.key, 0.0)) for row in rows] for cause in seen}
 
     def mean_seconds(self) -> dict[Cause, float]:
         """Seconds of a step by cause, means of those after the first."""
@@ -106,9 +104,9 @@ class RunFacts:
         of_plan = self.plan.get("seconds_of_a_step", {})
         return {cause: of_plan[cause.key] for cause in OF_A_STEP if of_plan.get(cause.key)}
 
-    def total_seconds(self, *causes: Cause) -> float:
-        """Of all steps, and of what came between them."""
-        return sum(row.get(cause.key, 0.0) for row in self.steps for cause in causes)
+    def total_seconds(self, cause: Cause) -> float:
+        """In all steps and between them."""
+        return sum(row.get(cause.key, 0.0) for row in self.steps)
 
     @property
     def num_tokens(self) -> int:

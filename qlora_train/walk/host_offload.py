@@ -108,8 +108,7 @@ class OffloadedTensor:
             with device.on(stream):
                 self._back.copy_(self._host_view, non_blocking=True)
             self._is_back = device.event(stream)
-            self._offloader.num_fetched += 1
-            self._number = self._offloader.num_fetched
+            self._number = self._offloader.num_fetched = self._offloader.num_fetched + 1
         self._offloader.host.give_back(self._buffer)
         self._buffer = None
 
