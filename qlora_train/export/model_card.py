@@ -19,7 +19,8 @@ def model_card(recipe: Recipe, base_folder: Path, merged_onto: str, usage: str) 
     """The text of a card. merged_onto: "original" or "dequantized". usage: how to run it, in Markdown."""
     model, lora, training = recipe.model, recipe.lora, recipe.training
     base = _published_name(model.base)
-    length = f"{training.max_steps} steps" if training.max_steps else f"{training.epochs:g} epochs"
+    number, unit = (training.max_steps, "step") if training.max_steps else (training.epochs or 1, "epoch")
+    length = f"{number:g} {unit}" + ("" if number == 1 else "s")
     licence = _license_lines(base_folder)
     front = [f"base_model: {base}", *licence, "tags: [qlora]"]
     return "\n".join(
