@@ -113,10 +113,10 @@ def length_advice(dataset: PackedDataset) -> list[str]:
 
 def steps_line(dataset: PackedDataset, training: TrainingSection) -> str:
     """A line about the optimizer steps of a run."""
-    num_steps, rows_per_bin = training.num_steps(dataset.num_bins), len(dataset.lengths) / dataset.num_bins
+    num_bins, per_bin = training.bins_per_step, len(dataset.lengths) / dataset.num_bins
     return (
-        f"{num_steps:,} optimizer steps of {training.bins_per_step:,} bins, about "
-        f"{training.bins_per_step * rows_per_bin:,.0f} documents each"
+        f"{training.num_steps(dataset.num_bins):,} optimizer steps of {num_bins:,} bin"
+        f"{'s' if num_bins > 1 else ''}, about {num_bins * per_bin:,.0f} documents each"
     )
 
 
