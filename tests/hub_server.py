@@ -81,12 +81,12 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def tree(self, body: bytes, name: str) -> None:
+    def info(self, body: bytes, name: str) -> None:
         if name not in self.server.repositories:
             self._send(404, {}, **{"X-Error-Code": "RepoNotFound"})
             return
         files = self.server.repositories[name][1]
-        self._send(200, [{"type": "file", "path": p, "size": len(b), "oid": "0"} for p, b in files.items()])
+        self._send(200, {"id": name, "sha": "0", "siblings": [{"rfilename": path} for path in files]})
 
     def create(self, body: bytes) -> None:
         asked = json.loads(body)
@@ -146,7 +146,7 @@ class Answer(BaseHTTPRequestHandler):
 
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = [
-    (rf"GET /api/models/{NAME}/tree/main", Answer.tree),
+    (rf"GET /api/models/{NAME}", Answer.info),
     (r"POST /api/repos/create", Answer.create),
     (r"POST /api/validate-yaml", Answer.validate),
     (rf"POST /api/models/{NAME}/preupload/main", Answer.preupload),

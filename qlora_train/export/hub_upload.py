@@ -35,7 +35,8 @@ def require_uploadable(repo: str) -> None:
             "may write), or set HF_TOKEN."
         )
     try:
-        there = set(HfApi().list_repo_files(repo)) - {".gitattributes"}
+        files = HfApi().model_info(repo).siblings or []
+        there = {file.rfilename for file in files} - {".gitattributes"}
     except RepositoryNotFoundError:
         return
     except _FAILURES as error:

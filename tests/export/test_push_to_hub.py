@@ -85,7 +85,7 @@ def test_an_empty_repository_is_filled_and_one_with_files_is_refused(tmp_path: P
 
 def test_a_failed_upload_says_where_the_export_is_and_how_to_go_on(tmp_path: Path, hub: Hub) -> None:
     run = write_run(tmp_path)
-    for part in ("/repos/create", "/validate-yaml", "/lfs/objects/batch", "/commit/"):
+    for part in ("/repos/create", "/commit/"):
         hub.fails_at, out = part, tmp_path / part.replace("/", "-")
         done = push(run, hub.address, "--to", "adapter", "--out", str(out))
         assert done.returncode == 2 and "Traceback" not in done.stderr, part
@@ -102,7 +102,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_export(tmp_path: Path, hub:
         "hf auth login": push(run, hub.address, "--to", "adapter", token=None),
         "Invalid credentials": push(run, hub.address, "--to", "adapter", token="hf_wrong"),
         "Check token and network": push(run, nobody, "--to", "adapter"),
-        "HF_HUB_OFFLINE": push(run, hub.address, "--to", "adapter", HF_HUB_OFFLINE="1"),
+        "offline mode": push(run, hub.address, "--to", "adapter", HF_HUB_OFFLINE="1"),
     }.items():
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
         assert done.stderr.count("\n") == 1
