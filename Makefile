@@ -2,7 +2,7 @@
 # make lowest: what touches the libraries most, with the oldest versions of them that pyproject.toml allows
 # make mutants: takes each wait for a copy out of the product in turn; the simulated GPU must find it
 # make bench: speed and memory beside other trainers; make bench ARGS="--list" names the cases
-# make table: plans popular bases on common cards anew, for README.md and `qlora-train recipes`; some minutes
+# make table: plans popular bases on common cards anew: the table in README.md and a recipe for each; some minutes
 # make gpu-suite: everything that needs a GPU, in stages; see tests/benchmarks/gpu_suite/command.py
 # make offline-wheels: what a GPU machine without a network may lack, into build/wheels, to be taken there
 # Another interpreter: make PYTHON=python3.12 demo

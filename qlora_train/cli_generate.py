@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_train.cli_types import (
     count,
     named_path,
+    names,
     not_negative,
     number_or_zero,
     positive,
@@ -81,19 +82,33 @@ def add_eval(command: AddCommand) -> None:
     """Add `eval`."""
     evaluate = command("eval", "loss and answers of a run or a model on held-out rows", run=_eval)
     _add_model(evaluate)
-    evaluate.add_argument("--data", metavar="FILE", help="rows (default: those that the run holds out)")
-    evaluate.add_argument(
+    rows = evaluate.add_argument_group("on rows").add_argument
+    rows("--data", metavar="FILE", help="rows (default: those that the run holds out)")
+    rows(
         "--num-answers",
         type=number_or_zero,
-        default=100,
         metavar="N",
         help="rows to answer, for exact match, ROUGE and BLEU (default: the first 100)",
     )
-    evaluate.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="default: 256")
+    rows("--max-new-tokens", type=count, metavar="N", help="default: 256")
+    tasks = evaluate.add_argument_group("on tasks of EleutherAI's lm-evaluation-harness").add_argument
+    tasks("--tasks", type=names, metavar="NAME,NAME", help="tasks or groups, such as arc_easy,hellaswag")
+    tasks("--limit", type=count, metavar="N", help="samples of each task (default: all)")
+    tasks("--num-fewshot", type=number_or_zero, metavar="N", help="examples (default: the task's own number)")
+    tasks(
+        "--tasks-folder",
+        type=Path,
+        metavar="FOLDER",
+        help="YAML tasks of your own; Python that they name with !function is run",
+    )
+    tasks("--apply-chat-template", action="store_true", default=None, help="prompts are conversations")
     evaluate.add_argument("--batch-size", type=count, default=16, metavar="N", help="rows answered together")
     evaluate.add_argument("--base", action="store_true", help="the base's scores beside")
     evaluate.add_argument(
-        "--out", type=Path, metavar="FILE", help="prompts, references and answers, as .jsonl"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="prompts, references and answers (of tasks: lm-eval's samples), as .jsonl",
     )
     evaluate.add_argument("--json", action="store_true", help="for programs")
 
@@ -160,13 +175,19 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    of_rows = ("data", "num_answers", "max_new_tokens")
+    of_tasks = ("limit", "num_fewshot", "tasks_folder", "apply_chat_template")
+    for name in of_rows if args.tasks else of_tasks:
+        if getattr(args, name) is not None:
+            does = "is not for tasks, so leave it out or --tasks" if args.tasks else "goes with --tasks"
+            raise UserError(f"--{name.replace('_', '-')} {does}")
+    chosen = {name: getattr(args, name) for name in (of_tasks if args.tasks else of_rows)}
     from qlora_train.generate.evaluate_command import evaluate_command
 
     evaluate_command(
         args.target,
-        data=args.data,
-        num_answers=args.num_answers,
-        max_new_tokens=args.max_new_tokens,
+        args.tasks or [],
+        **{name: value for name, value in chosen.items() if value is not None},
         batch_size=args.batch_size,
         with_base=args.base,
         out=args.out,

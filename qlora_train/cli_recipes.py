@@ -72,16 +72,20 @@ def _asked(flag: str, what: str, choices: Callable[[], Sequence[str]] = tuple) -
 
 
 def _list(args: argparse.Namespace) -> None:
+    from qlora_train.plan.card_table import planned_recipes
+
     recipes = bundled_recipes()
-    width = max(map(len, recipes), default=0)
-    for name, file in recipes.items():
-        first_line = file.read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{name:<{width}}  {first_line.lstrip('# ')}")
-    print(*_planned_lines(), sep="\n")
+    others = sorted(set(recipes) - planned_recipes())
+    width = max(map(len, others), default=0)
+    for name in others:
+        first_line = recipes[name].read_text(encoding="utf-8").partition("\n")[0]
+        print(f"  {name:<{width}}  {first_line.lstrip('# ')}")
+    print("", *_planned_lines(), "", sep="\n")
+    print("next: qlora-train recipes copy NAME, or qlora-train init for another base")
 
 
 def _planned_lines() -> list[str]:
-    """The bases of the table, with those marked that fit this machine."""
+    """The recipes of the table's bases, with those marked that fit this machine."""
     from qlora_train.plan.card_table import planned_lines
     from qlora_train.plan.request import free_here
 
@@ -114,6 +118,6 @@ def _copy(args: argparse.Namespace) -> None:
 def _bundled(name: str) -> Path:
     recipes = bundled_recipes()
     if name not in recipes:
-        known = ", ".join(recipes)
-        raise UserError(f"{name}: no such bundled recipe; there are {known}{nearest(name, recipes)}")
+        hint = nearest(name, recipes)
+        raise UserError(f"{name}: no such bundled recipe; see qlora-train recipes{hint}")
     return recipes[name]

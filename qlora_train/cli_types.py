@@ -50,6 +50,13 @@ def named_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def names(text: str) -> list[str]:
+    found = [name for part in text.split(",") if (name := part.strip())]
+    if not found:
+        raise argparse.ArgumentTypeError("names nothing")
+    return found
+
+
 def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:

@@ -82,17 +82,15 @@ def init_command(
     values, goal = _before_planning(base, data, name, changes, goal)
     request, plan = _longest_that_fits(values, changes, card, ram_bytes)
     values["data.sequence_length"] = str(request.recipe.data.sequence_length)
-    if plan["num_parameters"] >= LARGE_MODEL:
-        values |= {"training.learning_rate": "1.0e-4"} | changes
+    values |= by_size(plan["num_parameters"]) | changes
     verdict = [
         f"planned, not measured, for {request.assumed or request.device_text}:",
         *summary_lines(plan, request.recipe.training.max_steps),
     ]
-    commands = ["next:", *(f"  qlora-train {command} {file}" for command in ("preview", "plan", "train"))]
-    head = [f"{base} on {data}, for {goal}", "", *verdict, "", *commands, "", *SOURCES]
+    commands = ["next:", *command_lines(file)]
     with open(file, "x", encoding="utf-8") as written:
-        written.writelines(f"# {line}".rstrip() + "\n" for line in head)
-        written.write("\n" + _text(values, _comments(goal)))
+        head = [f"{base} on {data}, for {goal}", "", *verdict, "", *commands]
+        written.write(recipe_text(head, values, comments_for(goal)))
     print("\n".join([str(file), *verdict, *commands]))
 
 
@@ -101,10 +99,10 @@ def _before_planning(
 ) -> tuple[Values, str]:
     """(the recipe with the longest sequences, its goal). name: of the run. Raises `UserError` for what is
     wrong or not there."""
-    values = _values(base, data, name) | changes
+    values = first_values(base, data, name) | changes
     if "training.max_steps" in changes:
         del values["training.epochs"]
-    recipe = _recipe(values)
+    recipe = recipe_of(values)
     require_paths(recipe)
     formats = _formats(recipe)
     goal = _goal(formats, said_goal)
@@ -120,10 +118,10 @@ def _longest_that_fits(
 ) -> tuple[PlanRequest, Mapping[str, Any]]:
     """The request with the longest sequences whose plan fits, and the plan; a length in `changes` is the only
     one. Raises `UserError` where none fits."""
-    recipe = _recipe(values)
+    recipe = recipe_of(values)
     given = "data.sequence_length" in changes
     for length in [recipe.data.sequence_length] if given else _lengths(recipe.model.base):
-        recipe = _recipe(values | {"data.sequence_length": str(length)})
+        recipe = recipe_of(values | {"data.sequence_length": str(length)})
         request = request_of(recipe, card, ram_bytes)
         plan = values_of(request)
         if plan["fits"]:
@@ -138,8 +136,8 @@ def _change(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _values(base: str, data: str, name: str) -> Values:
-    """The recipe before goal and plan are known."""
+def first_values(base: str, data: str, name: str) -> Values:
+    """The recipe before goal and plan are known. name: of the run."""
     return {
         "model.base": _scalar(base),
         "model.quantization": "nf4",
@@ -156,7 +154,17 @@ def _values(base: str, data: str, name: str) -> Values:
     }
 
 
-def _comments(goal: str) -> dict[str, str]:
+def by_size(num_parameters: int) -> Values:
+    """What the size of the base changes."""
+    return {"training.learning_rate": "1.0e-4"} if num_parameters >= LARGE_MODEL else {}
+
+
+def command_lines(file: str | Path) -> list[str]:
+    """The commands that take a recipe further, in their order."""
+    return [f"  qlora-train {command} {file}" for command in ("preview", "plan", "train")]
+
+
+def comments_for(goal: str) -> dict[str, str]:
     """Lines above keys, with the source of what is claimed."""
     return {
         "model.chat_template": "the base has none of its own: chatml, plain, instruction or a Jinja file",
@@ -174,8 +182,13 @@ def _comments(goal: str) -> dict[str, str]:
     }
 
 
-def _text(values: Values, comments: Mapping[str, str]) -> str:
-    """The recipe as YAML."""
+def recipe_text(head: Sequence[str], values: Values, comments: Mapping[str, str]) -> str:
+    """A recipe file. head: lines that say what it is. comments: lines above keys."""
+    said = "".join(f"# {line}".rstrip() + "\n" for line in (*head, "", *SOURCES))
+    return f"{said}\n{_yaml(values, comments)}"
+
+
+def _yaml(values: Values, comments: Mapping[str, str]) -> str:
     lines = []
     for section, names in groupby(sorted(values, key=_section_order), lambda name: name.partition(".")[0]):
         lines.append(f"{section}:")
@@ -191,9 +204,9 @@ def _section_order(name: str) -> int:
     return sections.index(section) if section in sections else len(sections)
 
 
-def _recipe(values: Values) -> Recipe:
+def recipe_of(values: Values) -> Recipe:
     """Raises `RecipeError` for keys and values that are wrong."""
-    content: Any = YAML(typ="safe", pure=True).load(_text(values, {}))
+    content: Any = YAML(typ="safe", pure=True).load(_yaml(values, {}))
     return Recipe.from_dict(content)
 
 

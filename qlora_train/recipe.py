@@ -23,6 +23,7 @@ This module imports no torch, so that `qlora-train --help` is fast.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -250,6 +251,24 @@ class TrainingSection(_Section):
     save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
+
+    def num_bins(self, bins_per_epoch: int) -> int:
+        """Bins of the whole run on all ranks: max_steps full steps, or the epochs to their last bin."""
+        if self.max_steps is not None:
+            return self.max_steps * self.bins_per_step
+        return math.ceil((self.epochs or 1) * bins_per_epoch)
+
+    def num_steps(self, bins_per_epoch: int) -> int:
+        """Optimizer steps of the whole run; the last one may have fewer bins."""
+        return math.ceil(self.num_bins(bins_per_epoch) / self.bins_per_step)
+
+    @property
+    def bins_per_step(self) -> int:
+        """Of all ranks; where the recipe leaves `batch_size` to their number, of one."""
+        if self.batch_size is not None:
+            return self.batch_size
+        assert isinstance(self.micro_batch_size, int) and self.gradient_accumulation_steps is not None
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
 
 def _auto_or_size(value: Any) -> Any:

@@ -29,10 +29,8 @@ def find_recipe(path: str | Path) -> Path:
     for file in (Path(path), Path(path) / "recipe.yaml", bundled.get(str(path))):
         if file is not None and file.is_file():
             return file
-    guess = nearest(str(path), bundled)
-    raise RecipeError(
-        [f"{path}: no such recipe file; bundled recipes are {', '.join(bundled) or 'none'}" + guess]
-    )
+    hint = nearest(str(path), bundled)
+    raise RecipeError([f"{path}: no such recipe file; `qlora-train recipes` lists bundled ones{hint}"])
 
 
 def is_run_folder(folder: Path) -> bool:

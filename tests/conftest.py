@@ -1,4 +1,4 @@
-"""For all tests: quantized bases go to a folder of the session, never to the user's own cache."""
+"""For all tests: caches are in a folder of the session, not the user's, and hold stated rates of the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,27 @@ register_simulated_gpu()  # before any test's first backward pass, and off until
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.environ.get("QLORA_TRAIN_CACHE")
-    os.environ["QLORA_TRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["QLORA_TRAIN_CACHE"] = str(cache)
+    _keep_stated_rates(cache)
     yield
     if before is None:
         del os.environ["QLORA_TRAIN_CACHE"]
     else:
         os.environ["QLORA_TRAIN_CACHE"] = before
+
+
+def _keep_stated_rates(cache: Path) -> None:
+    """Plans of runs on the CPU do not depend on how busy this machine is: their sums have one order."""
+    import torch
+
+    from qlora_train.device.description import CPU
+    from qlora_train.plan.measured_rates import keep_rates, rates_key
+    from qlora_train.plan.time_model import stated_rates
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for num_ranks in (1, 2):
+            keep_rates(cache, rates_key(CPU, dtype, num_ranks), stated_rates(CPU))
 
 
 @pytest.fixture(autouse=not cpu_multiplies_bfloat16())

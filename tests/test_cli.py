@@ -295,9 +295,8 @@ def test_wrong_usage_ends_with_2(argv: list[str], capsys: pytest.CaptureFixture[
 
 def test_recipes_lists_shows_and_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
-    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in lines] == list(bundled_recipes())
-    assert any(line.startswith("gsm8k ") and "Grade-school maths" in line for line in lines)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  gsm8k ") and "Grade-school maths" in line for line in lines)
 
     text = bundled_recipes()["gsm8k"].read_text(encoding="utf-8")
     assert cli.main(["recipes", "show", "gsm8k"]) == 0

@@ -116,6 +116,7 @@ HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text+experts": {
         "hidden_size_per_layer_input": 0, "head_dim": 16, "sliding_window": 8, "enable_moe_block": True,
         "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 48,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True,  # as 26B-A4B: layers differ in their heads
     },
 }  # fmt: skip
 OTHER_FAMILIES = EXPERT_FAMILIES | HYBRID_FAMILIES

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -186,28 +187,36 @@ class PackedDataset:
         """The bins at these positions as one flat sequence; None is an empty bin (nothing but dummies)."""
         by_bin = [[] if p is None else self.bins[self.bin_at(p)].tolist() for p in positions]
         documents = [self.document(index) for of_bin in by_bin for index in of_bin]
+        row = one_row(documents, len(positions) * self.sequence_length)
         bin_tokens = [self.num_tokens([position]) for position in positions]
         num_tokens = sum(bin_tokens)
-        size = int(padded_length(np.array(num_tokens), len(positions) * self.sequence_length))
-        if num_dummies := size - num_tokens:
-            documents.append(Document(np.full(num_dummies, DUMMY_ID), np.zeros(num_dummies, dtype=bool)))
-        lengths = [len(document) for document in documents]
-        bounds = np.cumsum([0, *lengths])
-        places = np.arange(size, dtype=np.int64)
-        token_ids = np.concatenate([d.token_ids for d in documents]).astype(np.int64)
-        supervised = np.concatenate([d.supervised for d in documents])
-        labels = np.full(size, IGNORED_LABEL, dtype=np.int64)
-        labels[:-1] = np.where(supervised[1:], token_ids[1:], IGNORED_LABEL)
-        row_ids = np.full(size, -1, dtype=np.int64)
-        row_ids[:num_tokens] = np.repeat([-1 if p is None else p for p in positions], bin_tokens)
-        token_offsets = places % self.sequence_length
+        row.row_ids[:num_tokens] = np.repeat([-1 if p is None else p for p in positions], bin_tokens)
+        token_offsets = row.token_offsets % self.sequence_length
         bin_starts = np.cumsum([0, *bin_tokens[:-1]])
-        token_offsets[:num_tokens] = places[:num_tokens] - np.repeat(bin_starts, bin_tokens)
-        return MicroBatch(
-            token_ids=token_ids,
-            position_ids=places - np.repeat(bounds[:-1], lengths),
-            labels=labels,
-            cu_seqlens=bounds.astype(np.int32),
-            row_ids=row_ids,
-            token_offsets=token_offsets,
-        )
+        token_offsets[:num_tokens] = row.token_offsets[:num_tokens] - np.repeat(bin_starts, bin_tokens)
+        return replace(row, token_offsets=token_offsets)
+
+
+def one_row(documents: Sequence[Document], limit: int) -> MicroBatch:
+    """Documents as one flat sequence, which is nobody's bin, with a tail of dummies up to the next of the few
+    lengths, at most `limit`."""
+    num_tokens = sum(map(len, documents))
+    size = int(padded_length(np.array(num_tokens), limit))
+    if num_dummies := size - num_tokens:
+        dummies = Document(np.full(num_dummies, DUMMY_ID), np.zeros(num_dummies, dtype=bool))
+        documents = [*documents, dummies]
+    lengths = [len(document) for document in documents]
+    bounds = np.cumsum([0, *lengths])
+    places = np.arange(size, dtype=np.int64)
+    token_ids = np.concatenate([d.token_ids for d in documents]).astype(np.int64)
+    supervised = np.concatenate([d.supervised for d in documents])
+    labels = np.full(size, IGNORED_LABEL, dtype=np.int64)
+    labels[:-1] = np.where(supervised[1:], token_ids[1:], IGNORED_LABEL)
+    return MicroBatch(
+        token_ids=token_ids,
+        position_ids=places - np.repeat(bounds[:-1], lengths),
+        labels=labels,
+        cu_seqlens=bounds.astype(np.int32),
+        row_ids=np.full(size, -1, dtype=np.int64),
+        token_offsets=places,
+    )

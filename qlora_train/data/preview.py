@@ -25,6 +25,8 @@ from qlora_train.data.statistics import (
     lengths_of,
     num_duplicates,
     packing_line,
+    steps_advice,
+    steps_line,
     stop_tokens,
 )
 from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
@@ -79,13 +81,16 @@ def preview(
             console.print(Text(f"── {name}", style="bold"))
             for line in _lines(dataset, tokenizer):
                 console.print(message(line), highlight=False, markup=False)
-    for line in (*length_advice(train), *remarks, *added.remarks):
+    advice = [*length_advice(train), *steps_advice(train, recipe.training)]
+    for line in (steps_line(train, recipe.training), *advice, *remarks, *added.remarks):
         console.print(message(line), highlight=False, markup=False)
 
 
 def _lines(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     duplicates = num_duplicates(dataset)
-    repeated = f"{duplicates:,} rows say word for word what another one says"
+    repeated = (
+        f"{duplicates:,} row{' says' if duplicates == 1 else 's say'} word for word what another one says"
+    )
     return [
         *dataset.report.lines(),
         *([repeated] if duplicates else []),

@@ -13,10 +13,13 @@ from qlora_train.data.split import content_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_train.recipe import TrainingSection
+
 _BAR_CHARACTERS = 40
 _NUM_CLASSES = 10
 _LENGTH_STEP = 64  # advised lengths are multiples of it
 _SHARE_TO_HOLD = 0.99
+_FEW_STEPS, _STEPS_TO_LEARN = 20, 50
 _EXAMPLES_LOOKED_AT = 2000  # for stop tokens
 
 
@@ -101,6 +104,27 @@ def length_advice(dataset: PackedDataset) -> list[str]:
             f"the memory for activations (a bin then has fewer tokens: take more bins a step)"
         ]
     return []
+
+
+def steps_line(dataset: PackedDataset, training: TrainingSection) -> str:
+    """A line about the optimizer steps of a run."""
+    num_steps, rows_per_bin = training.num_steps(dataset.num_bins), len(dataset.lengths) / dataset.num_bins
+    return (
+        f"{num_steps:,} optimizer steps of {training.bins_per_step:,} bins, about "
+        f"{training.bins_per_step * rows_per_bin:,.0f} documents each"
+    )
+
+
+def steps_advice(dataset: PackedDataset, training: TrainingSection) -> list[str]:
+    """A line where the epochs end after few optimizer steps, as small data in large bins do."""
+    num_steps, num_bins = training.num_steps(dataset.num_bins), training.num_bins(dataset.num_bins)
+    smaller = max(1, num_bins // _STEPS_TO_LEARN)
+    if training.max_steps is not None or num_steps >= _FEW_STEPS or smaller >= training.bins_per_step:
+        return []
+    return [
+        f"advice: {num_steps:,} optimizer steps are few to learn from: training.batch_size={smaller} makes "
+        f"{-(-num_bins // smaller):,} of them"
+    ]
 
 
 def _rounded_up(length: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 NF4 = Quantization("nf4", double_quant=True)
 CHEAP_BYTES = 4 * 10**9  # weights up to this size are also run in 4 bits, and merged onto the other base
+FINE_QUANTS = ("f32", "f16", "bf16", "q8_0")
+MERGED_ONTO, IN_4_BITS = "merged onto", "  the same, quantized to nf4 when loaded"
+MUCH_CLOSER, NOTICEABLE_KL = 0.1, 1e-3
 
 
 @dataclass(frozen=True)
@@ -98,41 +101,53 @@ class Measure:
                 raise ExportError(f"{name}: its logits are not finite ({where}). Export with {remedy}.")
             figures.append(found)
         num_tokens = len(self._documents.all_labels)
-        return Receipt(self._documents.source, num_tokens, trained_loss, self.largest, tuple(figures))
+        remark = self._base_remark(figures)
+        return Receipt(self._documents.source, num_tokens, trained_loss, self.largest, tuple(figures), remark)
 
-    def run(self, reader: GgufReader) -> WalkedModel:
-        """The model whose weights a GGUF file holds, run on the documents in fp32."""
-        return walk_model(
-            self._source.base_folder,
-            self._documents,
-            UNQUANTIZED,
-            torch.float32,
-            self._device,
-            reader=reader,
-        )
+    def _base_remark(self, figures: Sequence[Figures]) -> str | None:
+        """What to say where the merge onto the other base is much closer to the trained model."""
+        written, *others = [one for one in figures if one.model.startswith(MERGED_ONTO)]
+        if not others or written.kl < NOTICEABLE_KL or others[0].kl > MUCH_CLOSER * written.kl:
+            return None
+        other = "dequantized" if self._source.quantization is None else "original"
+        unless = ", unless it is to be loaded in 4 bits" if other == "dequantized" else ""
+        return f"--base {other} would be closer to the trained model{unless}"
+
+    def gguf_models(
+        self, reader: GgufReader, quant: str, num_bytes: int
+    ) -> Iterator[tuple[str, WalkedModel]]:
+        """(name, model) for everything to compare with a GGUF file of num_bytes, which is the first, run in
+        fp32. quant: of its matrices; the coarse ones keep too little for the base to matter."""
+        folder, documents, fp32 = self._source.base_folder, self._documents, torch.float32
+        written = walk_model(folder, documents, UNQUANTIZED, fp32, self._device, reader=reader)
+        yield f"{MERGED_ONTO} {self._source.merged_onto} weights, {quant} (written)", written
+        if quant in FINE_QUANTS and num_bytes <= CHEAP_BYTES:
+            yield from self._onto_the_other_base(fp32, fp32, {UNQUANTIZED: f"before {quant} (not written)"})
 
     def merged_models(
         self, written: Path, dtype: torch.dtype, loaders: Sequence[str]
     ) -> Iterator[tuple[str, WalkedModel]]:
         """(name, model) for everything to compare with a folder written in `dtype`, which is the first."""
         source, arithmetic = self._source, self._arithmetic(dtype)
-        name = f"merged onto {source.merged_onto} weights, {dtype_name(dtype)} (written)"
+        name = f"{MERGED_ONTO} {source.merged_onto} weights, {dtype_name(dtype)} (written)"
         yield name, walk_model(written, self._documents, UNQUANTIZED, arithmetic, self._device)
         is_cheap = sum(path.stat().st_size for path in written.glob("*.safetensors")) <= CHEAP_BYTES
         if is_cheap:
             model = walk_model(written, self._documents, NF4, arithmetic, self._device)
-            yield "  the same, quantized to nf4 when loaded", model
+            yield IN_4_BITS, model
         for loader in loaders:
             decoder = self._trained.decoder
             model = load_and_run(loader, written, self._documents, decoder, self._device)
             yield f"  the same, {LOADERS[loader]}", model
         if is_cheap:
-            yield from self._onto_the_other_base(dtype, arithmetic)
+            forms = {UNQUANTIZED: f"{dtype_name(dtype)} (not written)", NF4: IN_4_BITS}
+            yield from self._onto_the_other_base(dtype, arithmetic, forms)
 
     def _onto_the_other_base(
-        self, dtype: torch.dtype, arithmetic: torch.dtype
+        self, dtype: torch.dtype, arithmetic: torch.dtype, forms: Mapping[Quantization, str]
     ) -> Iterator[tuple[str, WalkedModel]]:
-        """(name, model) for a merge onto the weights that were not chosen, made in memory, not written."""
+        """(name, model) for a merge onto the weights that were not chosen, made in memory only. forms:
+        the quantizations that it is loaded with, and the names; the first goes without."""
         source = self._source
         other, name = (
             (source.trained_quantization, "dequantized")
@@ -149,14 +164,11 @@ class Measure:
             if not source.trained_quantization.is_quantized or weights.changes_head:
                 return
             merged = MergedReader(source.base_folder, weights, dtype)
-            for quantization, what in (
-                (UNQUANTIZED, f"merged onto {name} weights, {dtype_name(dtype)} (not written)"),
-                (NF4, "  the same, quantized to nf4 when loaded"),
-            ):
+            for quantization, form in forms.items():
                 model = walk_model(
                     source.base_folder, self._documents, quantization, arithmetic, self._device, reader=merged
                 )
-                yield what, model
+                yield form if quantization.is_quantized else f"{MERGED_ONTO} {name} weights, {form}", model
 
     def _arithmetic(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype to compute in, for weights of a dtype."""

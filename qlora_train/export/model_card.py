@@ -25,7 +25,8 @@ def model_card(recipe: Recipe, base_folder: Path, to: str, usage: str, merged_on
     "original" or "dequantized"; None: an adapter."""
     model, lora, training = recipe.model, recipe.lora, recipe.training
     base = published_base(model.base, base_folder)
-    length = f"{training.max_steps} steps" if training.max_steps else f"{training.epochs:g} epochs"
+    number, unit = (training.max_steps, "step") if training.max_steps else (training.epochs or 1, "epoch")
+    length = f"{number:g} {unit}" + ("" if number == 1 else "s")
     licence = _license_lines(base_folder)
     relation = "adapter" if to == "adapter" else "finetune"
     on_hub = [f"base_model: {base}", f"base_model_relation: {relation}"]

@@ -47,13 +47,14 @@ class Figures:
 @dataclass(frozen=True)
 class Receipt:
     """The figures of an export. source: where the tokens are from. trained_loss: of base + adapter as
-    trained. largest: value in its forward pass, and where."""
+    trained. largest: value in its forward pass, and where. remark: what they advise."""
 
     source: str
     num_tokens: int
     trained_loss: float
     largest: LargestValue
     figures: tuple[Figures, ...]
+    remark: str | None
 
     def write(self, folder: Path, log: Callable[[str], None]) -> None:
         """Write the receipt into an export's folder, and its lines to the log."""
@@ -71,6 +72,8 @@ class Receipt:
             yield (
                 f"  {f.model:{width}}  {f.loss:8.4f}  {f.loss_difference:+10.4f}  {f.kl:7.1e}  {f.top1:14.1%}"
             )
+        if self.remark is not None:
+            yield self.remark
 
 
 @dataclass

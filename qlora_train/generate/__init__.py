@@ -47,10 +47,15 @@ def generate(
     )
 
 
-def evaluate(target: Path | str, **options: Any) -> dict[str, dict[str, Any]]:
-    """Scores of a run or a model by name ("trained", "base", "model"): see
-    `generate.evaluate_command.evaluate_model`, which has the options."""
+def evaluate(target: Path | str, *, tasks: Sequence[str] = (), **options: Any) -> dict[str, dict[str, Any]]:
+    """Scores of a run or a model by name ("trained", "base", "model"), on tasks of lm-eval if there are any:
+    see `generate.evaluate_command.evaluate_model`, for tasks `generate.task_evaluation.evaluate_tasks`, which
+    have the options."""
     require_unix("eval")
+    if tasks:
+        from qlora_train.generate.task_evaluation import evaluate_tasks
+
+        return evaluate_tasks(target, tasks, **options).figures
     from qlora_train.generate.evaluate_command import evaluate_model
 
     return evaluate_model(target, **options).figures

@@ -28,8 +28,10 @@ def generate_tokens(
     stop_ids: frozenset[int],
     on_token: Callable[[int, int], None] | None = None,
     numbers: Sequence[int] | None = None,
+    is_complete: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt (token ids, at least one) until a stop token or `max_new_tokens`.
+    """Continue each prompt (token ids, at least one) until a stop token, until its answer is_complete, or
+    until `max_new_tokens`.
 
     on_token(prompt index, token id) is called for each new token except stop tokens. numbers: of the prompts
     among all of a command's, for their seeds; None: their indices. Returns the new tokens of each prompt,
@@ -46,7 +48,7 @@ def generate_tokens(
                 on_token(members[b], token)
 
         chosen, seeds = [prompts[b] for b in members], [numbers[b] for b in members]
-        found = _generate(chosen, seeds, decoder, sampling, stop_ids, tell)
+        found = _generate(chosen, seeds, decoder, sampling, stop_ids, tell, is_complete)
         for b, answer in zip(members, found, strict=True):
             answers[b] = answer
     return answers
@@ -59,6 +61,7 @@ def _generate(
     sampling: Sampling,
     stop_ids: frozenset[int],
     on_token: Callable[[int, int], None],
+    is_complete: Callable[[Sequence[int]], bool] | None,
 ) -> list[list[int]]:
     """Continue the prompts of one batch. numbers: their indices among all prompts, for their seeds."""
     answers: list[list[int]] = [[] for _ in prompts]
@@ -83,6 +86,8 @@ def _generate(
                 answers[b].append(chosen[b])
                 sequences[b].append(chosen[b])
                 on_token(b, chosen[b])
+                if is_complete is not None and is_complete(answers[b]):
+                    running.remove(b)
         if not running or num_done == sampling.max_new_tokens:
             break
         logits = _decode(decoder, chosen, cache)

@@ -18,7 +18,9 @@ from qlora_train.data.tokenizer import read_stop_ids
 from qlora_train.errors import UserError
 from qlora_train.files.atomic_file import replace_text
 from qlora_train.generate.evaluation import Question, Scores, evaluate, questions_of, text_metrics
-from qlora_train.generate.model_folder import ModelSource, find_model
+from qlora_train.generate.model_folder import ModelSource, find_model, refuse_base_alone
+from qlora_train.generate.score_table import score_table
+from qlora_train.generate.task_evaluation import TaskEvaluation, evaluate_tasks
 from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.recipe import DataSection
 from qlora_train.terminal_text import show, tell
@@ -56,10 +58,8 @@ class Evaluation:
         rows["perplexity"] = [f"{of.perplexity:.2f}" for of in self.scores.values()]
         for metric in first.metrics:
             rows[metric] = [f"{of.metrics[metric]:.1f} %" for of in self.scores.values()]
-        lines = [f"{first.num_tokens:,} supervised tokens, {len(first.answers)} answers ({self.rows_name})"]
-        lines.append(" " * 14 + "".join(f"{column:>14}" for column in self.scores))
-        lines += [f"{label:<14}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows.items()]
-        return "\n".join(lines) + "\n"
+        title = f"{first.num_tokens:,} supervised tokens, {len(first.answers)} answers ({self.rows_name})"
+        return score_table(title, list(self.scores), rows)
 
     def answers(self) -> str:
         """Prompts, references and answers, a JSON object a line."""
@@ -71,10 +71,14 @@ class Evaluation:
         return "".join(lines)
 
 
-def evaluate_command(target: Path | str, *, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Print the scores of a run or a model. out: a file for prompts, references and answers. options: see
-    `evaluate_model`."""
-    found = evaluate_model(target, log=partial(tell, stream=sys.stderr), **options)
+def evaluate_command(
+    target: Path | str, tasks: list[str], *, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Print the scores of a run or a model, on tasks of lm-eval if there are any. out: a file for prompts,
+    references and answers. options: see `evaluate_model`, for tasks `evaluate_tasks`."""
+    options["log"] = partial(tell, stream=sys.stderr)
+    found: Evaluation | TaskEvaluation
+    found = evaluate_tasks(target, tasks, **options) if tasks else evaluate_model(target, **options)
     if out is not None:
         replace_text(out, found.answers())
     show(json.dumps(found.figures) + "\n" if as_json else found.table())
@@ -96,8 +100,7 @@ def evaluate_model(
     num_answers: rows to answer, the first ones. batch_size: that are answered together. with_base: the base
     too. Other arguments as of `generate_command`."""
     source = find_model(target, checkpoint=checkpoint, log=log)
-    if with_base and source.adapter is None:
-        raise UserError("--base compares a run with its base, and this is a model without an adapter")
+    refuse_base_alone(source, with_base)
     if num_answers:
         text_metrics(["a"], ["a"])  # the libraries are missed now, not after the answers
     rows, name = _rows(source, data)

@@ -24,7 +24,7 @@ from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids, tokenizer_
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
 from qlora_train.device.settings import apply_settings
-from qlora_train.errors import DataError, RunFolderError
+from qlora_train.errors import DataError, RunFolderError, UserError
 from qlora_train.files.hub import resolve_base
 from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.sampling import Sampling
@@ -65,12 +65,21 @@ class LoadedModel:
         encoded = [encode_prompt(prompt, self.data, self.tokenizer) for prompt in prompts]
         return list(self.answers(encoded, sampling, len(encoded)))
 
-    def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int) -> Iterator[str]:
-        """The answers to encoded prompts, of which batch_size run together: no answer depends on it."""
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        batch_size: int,
+        is_complete: Callable[[Sequence[int]], bool] | None = None,
+    ) -> Iterator[str]:
+        """The answers to encoded prompts, of which batch_size run together: no answer depends on it.
+        is_complete: see `generate_tokens`."""
         for start in range(0, len(prompts), batch_size):
             batch = range(start, min(start + batch_size, len(prompts)))
             chosen = [prompts[i] for i in batch]
-            for tokens in generate_tokens(self.decoder, chosen, sampling, self.stop_ids, numbers=batch):
+            for tokens in generate_tokens(
+                self.decoder, chosen, sampling, self.stop_ids, numbers=batch, is_complete=is_complete
+            ):
                 yield str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
@@ -243,6 +252,12 @@ def find_model(
         device,
         load_tokenizer(str(folder)),
     )
+
+
+def refuse_base_alone(source: ModelSource, with_base: bool) -> None:
+    """Raise `UserError` where a model's base is asked for beside it, and it has none."""
+    if with_base and source.adapter is None:
+        raise UserError("--base compares a run with its base, and this is a model without an adapter")
 
 
 def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | None) -> ModelSource:

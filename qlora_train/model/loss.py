@@ -54,7 +54,8 @@ class _Running:
 
     leaf [S, D]: hidden states of the supervised tokens. hidden [S, D]: norm(leaf), with its graph. labels:
     int64 [S]. largest, total: fp32 [S], m and s. label_logits: fp32 [S], z. weighted: fp32 [S, D], a.
-    label_gradients [S, D]: dz/dh. The last two are None without gradients.
+    label_gradients [S, D]: dz/dh. These two are None without gradients. rivals: int64 [S], the first of the
+    other tokens with the largest logit; None where nobody asks.
     """
 
     leaf: Tensor
@@ -65,10 +66,27 @@ class _Running:
     label_logits: Tensor
     weighted: Tensor | None = None
     label_gradients: Tensor | None = None
+    rivals: Tensor | None = None
 
     def others_above_label(self) -> Tensor:
         """u = m + log s - z, fp32 [S]: log-sum-exp of the other logits minus the label's logit."""
         return self.largest + self.total.log() - self.label_logits
+
+    def scores(self) -> TokenScores:
+        assert self.rivals is not None
+        is_first = (self.label_logits == self.largest) & (self.labels < self.rivals)
+        return TokenScores(
+            F.softplus(self.others_above_label()), (self.label_logits > self.largest) | is_first
+        )
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model gives to S supervised tokens. losses: fp32 [S]. is_greedy: bool [S], whether the label
+    is the first token with the largest logit, which greedy decoding takes."""
+
+    losses: Tensor
+    is_greedy: Tensor
 
 
 class TiledLoss:
@@ -86,10 +104,7 @@ class TiledLoss:
         gradient_scale: multiplies the gradients; None: no gradients, an empty list.
         """
         states = [self._begin(xs.pop(0), tokens, gradient_scale is not None) for tokens in batches]
-        for start, rows in tiles(self._decoder.head):
-            for state in states:
-                for block in _blocks(len(state.leaf), self._block_tokens):
-                    self._add_tile(state, block, start, rows)
+        self._add_tiles(states)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
         for state in states:
             loss_sum += F.softplus(state.others_above_label()).sum()
@@ -98,6 +113,20 @@ class TiledLoss:
         for state in states if self._decoder.trains_tokens else ():
             self._add_row_gradients(state, gradient_scale)
         return loss_sum, [_finish(states.pop(0), tokens, gradient_scale) for tokens in batches]
+
+    def scores(self, xs: list[Tensor], batches: Sequence[PackedTokens]) -> list[TokenScores]:
+        """The loss of every supervised token, by micro-batch. xs: as of a call; the list is emptied."""
+        states = [self._begin(xs.pop(0), tokens, with_gradient=False) for tokens in batches]
+        for state in states:
+            state.rivals = torch.zeros_like(state.labels)
+        self._add_tiles(states)
+        return [state.scores() for state in states]
+
+    def _add_tiles(self, states: list[_Running]) -> None:
+        for start, rows in tiles(self._decoder.head):
+            for state in states:
+                for block in _blocks(len(state.leaf), self._block_tokens):
+                    self._add_tile(state, block, start, rows)
 
     def _begin(self, x: Tensor, tokens: PackedTokens, with_gradient: bool) -> _Running:
         leaf = x.detach()[0, tokens.supervised].requires_grad_(with_gradient)
@@ -146,6 +175,9 @@ class TiledLoss:
         largest, total = state.largest[block], state.total[block]
         scores = _without_labels(logits.detach()[0], state.labels[block] - start)
         new_largest = torch.maximum(largest, scores.amax(-1))
+        if state.rivals is not None:
+            rivals = state.rivals[block]
+            rivals.copy_(torch.where(new_largest > largest, scores.argmax(-1) + start, rivals))
         weights = (scores - new_largest[:, None]).exp_()  # fp32 for every logit dtype
         rescale = (largest - new_largest).exp_()
         total.mul_(rescale).add_(weights.sum(-1))

@@ -104,7 +104,7 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     chosen = _layers_of_every_kind([tuple(fields[k][i] for k in per_layer) for i in range(num_layers)])
     fields.update({k: [fields[k][i] for i in chosen] for k in per_layer})
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = fields.get("num_key_value_heads") or heads
     fields.update(
         num_hidden_layers=len(chosen),
         hidden_size=64,
@@ -125,11 +125,10 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     for name in ("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
         if name in fields:
             fields[name] = 0.0
-    if own := fields.pop("per_layer_config", None):  # of some layers, by number: wider heads
-        changed = {int(number) for number in own}
-        fields["per_layer_config"] = {
-            new: {"head_dim": 32} for new, old in enumerate(chosen) if old in changed
-        }
+    if own := fields.pop("per_layer_config", None):  # of some layers, by number: wider heads, fewer for keys
+        tiny = {"head_dim": 32, "num_key_value_heads": 1}
+        changed = {int(number): {name: tiny[name] for name in values} for number, values in own.items()}
+        fields["per_layer_config"] = {new: changed[old] for new, old in enumerate(chosen) if old in changed}
     rope = fields.get("rope_parameters") or {}
     for name in ("short_factor", "long_factor"):
         if name in rope:

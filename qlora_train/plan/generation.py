@@ -165,6 +165,8 @@ class _Search:
         size = self._size
         asked = f"{len(size.prompts)} prompt{'s' if len(size.prompts) > 1 else ''} of up to "
         asked += f"{max(size.prompts)} tokens and {size.new_tokens} new ones"
+        if size.evaluated_tokens:
+            asked += f", and for rows of {size.evaluated_tokens} tokens to score"
         needed = budget_for(self.peak(plan), self._workload)
         if self.peak(plan) > self._room:
             yield (

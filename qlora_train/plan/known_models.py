@@ -36,6 +36,12 @@ def _known(
 
 _LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
 _GEMMA_3: Any = {"tied": True, "head_dim": 256}
+_GEMMA_4: Any = _GEMMA_3 | {
+    "window": 1024,
+    "global_head_dim": 512,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+}
 _LLAMA_70B = (8192, 28672, 80, 64, 8, 128256)
 KNOWN: dict[str, dict[str, Any]] = {
     "llama-2-7b": _known("llama", 4096, 11008, 32, 32, 32, 32000, 4096),
@@ -101,6 +107,25 @@ KNOWN: dict[str, dict[str, Any]] = {
     "gemma-3-12b": _known("gemma3_text", 3840, 15360, 48, 16, 8, 262208, 131072, window=1024, **_GEMMA_3),
     "gemma-3-27b": _known(
         "gemma3_text", 5376, 21504, 62, 32, 16, 262208, 131072, window=1024, tied=True, head_dim=128
+    ),
+    "gemma-4-26b-a4b": _known(
+        "gemma4_text",
+        2816,
+        2112,
+        30,
+        16,
+        8,
+        262144,
+        262144,
+        num_global_key_value_heads=2,
+        enable_moe_block=True,
+        num_experts=128,
+        top_k_experts=8,
+        moe_intermediate_size=704,
+        **_GEMMA_4,
+    ),  # fmt: skip
+    "gemma-4-31b": _known(
+        "gemma4_text", 5376, 21504, 60, 32, 16, 262144, 262144, num_global_key_value_heads=4, **_GEMMA_4
     ),
     "phi-4": _known("phi3", 5120, 17920, 40, 40, 10, 100352, 16384),
     "mixtral-8x7b-v0.1": _known(

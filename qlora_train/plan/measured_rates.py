@@ -4,7 +4,8 @@ The planner's seconds are bytes and FLOPs divided by rates. Timing products and 
 the result is kept in the cache folder under the device's name, the dtype and torch's version. The disk
 is not timed, as that depends on what the system has cached; its stated rate is used. Results that may be
 better later are not kept: copies from memory that the system refused to pin, products that had to be
-small because the device was nearly full. On a full device nothing is timed and stated rates are used.
+small because the device was nearly full. What a CPU did while other programs used it is kept apart, until it
+is measured without them. On a full device nothing is timed and stated rates are used.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,29 +39,36 @@ _LARGEST_MATRIX, _CPU_MATRIX, _ROWS_PER_MULTIPROCESSOR = 8192, 2048, 128
 _SHARE_OF_FREE = 0.25
 _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above one
 _REPEATS = 5
+_BESIDE_OTHERS = ", beside other programs"
+_OWN_SHARE = 0.9  # of its threads' time that a product computes: 0.99 on an idle machine
 _RANK, _HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 16, 64, 512
 
 
 def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
     """Rates measured now, or stored in the folder `cache` by an earlier run on this machine. num_ranks:
     processes that measure at the same time. Leaves nothing on the device."""
-    found = kept_rates(device.description, dtype, cache, num_ranks)
-    if found is not None:
-        return found
+    key = rates_key(device.description, dtype, num_ranks)
+    kept = _kept(cache)
+    if key in kept:
+        return kept[key]
     free_bytes = device.free_bytes
     if free_bytes < _LEAST_FREE_BYTES:
         return stated_rates(device.description)
-    host = HostMemory(device)
     size = matrix_size(device.description, free_bytes, dtype)
+    is_beside = not device.description.is_accelerator and share_of_processors(dtype, size) < _OWN_SHARE
+    if is_beside:
+        key += _BESIDE_OTHERS
+        if key in kept:
+            return kept[key]
+    host = HostMemory(device)
     buffer = host.empty(min(_COPY_BYTES, int(free_bytes * _SHARE_OF_FREE / 2)))
     rates = _measure(device, dtype, size, buffer)
     device.release_cached()  # what products and copies took would stay beside other sizes
+    if is_beside:
+        rates = replace(rates, source=f"{rates.source}; other programs were busy, so it may be faster")
     if not host.num_unpinned_bytes and size == _wanted_size(device.description):
-        key = _key(device.description, dtype, num_ranks)
         with contextlib.suppress(OSError):  # a disk that may not be written: the next start measures again
-            cache.mkdir(parents=True, exist_ok=True)
-            known = _read(cache / FILE) | {key: asdict(rates)}
-            replace_text(cache / FILE, seal(known), is_shared=True)
+            keep_rates(cache, key, rates)
     return rates
 
 
@@ -69,22 +76,36 @@ def kept_rates(
     device: DeviceDescription, dtype: torch.dtype, cache: Path, num_ranks: int = 1
 ) -> Rates | None:
     """Rates stored by an earlier run on this machine; None: there are none."""
-    kept = _read(cache / FILE).get(_key(device, dtype, num_ranks))
+    key, kept = rates_key(device, dtype, num_ranks), _kept(cache)
+    return kept.get(key, kept.get(key + _BESIDE_OTHERS))
+
+
+def keep_rates(cache: Path, key: str, rates: Rates) -> None:
+    """Store rates beside those of other devices and dtypes. Raises `OSError`."""
+    cache.mkdir(parents=True, exist_ok=True)
+    known = {name: asdict(one) for name, one in _kept(cache).items()}
+    replace_text(cache / FILE, seal(known | {key: asdict(rates)}), is_shared=True)
+
+
+def _kept(cache: Path) -> dict[str, Rates]:
+    """Rates by key; without those of a version whose rates are others."""
+    try:
+        stored = unseal(cache / FILE)
+    except (OSError, ValueError):  # not there, or damaged: measured again
+        return {}
     names = {column.name for column in fields(Rates)}
-    return None if kept is None or kept.keys() != names else Rates(**kept)  # an older version's: others
+    return {
+        key: Rates(**rates)
+        for key, rates in stored.items()
+        if isinstance(rates, dict) and rates.keys() == names
+    }
 
 
-def _key(device: DeviceDescription, dtype: torch.dtype, num_ranks: int) -> str:
+def rates_key(device: DeviceDescription, dtype: torch.dtype, num_ranks: int = 1) -> str:
+    """What rates are stored under: device, threads, dtype, torch, this version, processes."""
     name = device.name or platform.processor() or "cpu"
     key = f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}, {__version__}"
     return f"{key}, {num_ranks} at a time" if num_ranks > 1 else key
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return unseal(file)
-    except (OSError, ValueError):  # not there, or damaged: measured again
-        return {}
 
 
 def copy_rate(device: ComputeDevice, host: Tensor) -> float:
@@ -100,6 +121,17 @@ def matrix_size(device: DeviceDescription, free_bytes: int, dtype: torch.dtype) 
     a nearly full card can be measured."""
     most = int(math.sqrt(free_bytes * _SHARE_OF_FREE / (3 * dtype.itemsize))) // 64 * 64
     return min(_wanted_size(device), max(64, most))
+
+
+def share_of_processors(dtype: torch.dtype, size: int) -> float:
+    """The share of the time of its threads that this process computes in products on the CPU; what is missing
+    to 1 went to other programs."""
+    a = torch.randn(size, size, dtype=dtype)
+    started, computed = time.perf_counter(), time.process_time()
+    for _ in range(_REPEATS):
+        torch.matmul(a, a.t())
+    computed = time.process_time() - computed
+    return computed / (time.perf_counter() - started) / torch.get_num_threads()
 
 
 def _wanted_size(device: DeviceDescription) -> int:

@@ -65,13 +65,13 @@ class ModelShape:
     def num_heads(self) -> int:
         return int(self.config.num_attention_heads)
 
-    @property
+    @cached_property
     def num_kv_heads(self) -> int:
-        return int(getattr(self.config, "num_key_value_heads", None) or self.num_heads)
+        return _largest(self.config, "num_key_value_heads") or self.num_heads
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
-        return int(getattr(self.config, "head_dim", None) or self.hidden // self.num_heads)
+        return _largest(self.config, "head_dim") or self.hidden // self.num_heads
 
     @property
     def has_softcap(self) -> bool:
@@ -167,6 +167,12 @@ class ModelShape:
     def head_format(self, dtype: torch.dtype) -> RowLayout:
         """The storage format of the head's rows."""
         return RowLayout(self.head_quantization, self.hidden, dtype)
+
+
+def _largest(config: PretrainedConfig, name: str) -> int:
+    """A size of all layers, or the largest where layers have their own; 0 where config.json has none."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return max(int(getattr(layer, name, None) or 0) for layer in layers)
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:

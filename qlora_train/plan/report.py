@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_train.plan.request import PlanRequest
-from qlora_train.plan.words import duration, gib, largest_in_words
+from qlora_train.plan.words import duration, gib, largest_in_words, parameter_count
 from qlora_train.weights.execution_plan import ExecutionPlan
 
 Values = Mapping[str, Any]
@@ -43,7 +43,7 @@ def _lines(plan: Values, request: PlanRequest, num_steps: int | None) -> list[st
     largest = max(_PHASES[:4], key=lambda phase: sum(_on_device(plan, phase).values()))
     return [
         *summary_lines(plan, num_steps),
-        f"model: {plan['model_type']}, {_count(plan['num_parameters'])} parameters, "
+        f"model: {plan['model_type']}, {parameter_count(plan['num_parameters'])} parameters, "
         f"{len(plan['weights'])} layers, {recipe.model.quantization}",
         plan["lora"],
         f"device: {request.device_text}" + (f", {plan['in_words']}" if request.target.is_accelerator else ""),
@@ -63,10 +63,6 @@ def _lines(plan: Values, request: PlanRequest, num_steps: int | None) -> list[st
 def summary_lines(plan: Values, num_steps: int | None) -> list[str]:
     """Two lines of text: whether the plan fits, and how long it takes."""
     return [_verdict(plan), _time_line(plan, num_steps)]
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.1f}M"
 
 
 def _verdict(plan: Values) -> str:

@@ -11,6 +11,10 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
+def parameter_count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.1f}M"
+
+
 def duration(seconds: float) -> str:
     """A time in s, min or h."""
     if seconds < 120:

@@ -7,7 +7,6 @@ uninterrupted one. Neither R nor the order depends on the split or on the number
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
 from qlora_train.train.resumed import refuse_shorter, require_same_inputs
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.schedule import learning_rate, num_rows
+from qlora_train.train.schedule import learning_rate
 from qlora_train.train.setup import Prepared
 from qlora_train.train.signals import StopSignal
 from qlora_train.walk.evaluate import loss_sum
@@ -74,10 +73,9 @@ class TrainLoop:
         self._decoder, self._lora = prepared.model.decoder, prepared.model.lora
         self._uploads = Uploads(self._decoder.device, prepared.model.host)
         training = self._recipe.training
-        assert training.batch_size is not None, "of a resolved recipe"
-        self._split, self._rows_per_step = prepared.model.plan.workload.split, training.batch_size
-        self._num_rows = num_rows(training, prepared.train_data.num_bins)
-        self.num_steps = math.ceil(self._num_rows / self._rows_per_step)
+        self._split, self._bins_per_step = prepared.model.plan.workload.split, training.bins_per_step
+        self._num_bins = training.num_bins(prepared.train_data.num_bins)
+        self.num_steps = training.num_steps(prepared.train_data.num_bins)
         self._optimizer = FlatOptimizer(
             training.optimizer,
             self._lora,
@@ -253,7 +251,7 @@ class TrainLoop:
             step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
         )
         outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
-        self._state.step, self._state.data_position = step, step * self._rows_per_step
+        self._state.step, self._state.data_position = step, step * self._bins_per_step
         seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
@@ -273,8 +271,8 @@ class TrainLoop:
 
     def _positions(self, step: int) -> list[int | None]:
         """The rows of the data order that a step takes; None past the end of the last epoch."""
-        first = (step - 1) * self._rows_per_step
-        return [p if p < self._num_rows else None for p in range(first, first + self._rows_per_step)]
+        first = (step - 1) * self._bins_per_step
+        return [p if p < self._num_bins else None for p in range(first, first + self._bins_per_step)]
 
     def _report(self, row: dict[str, float | int | bool], progress: TrainProgress) -> None:
         step = int(row["step"])
@@ -288,7 +286,7 @@ class TrainLoop:
             )
         elif not row["applied"]:
             progress.log(f"step {step}: the gradient is not finite; the step is skipped")
-        epoch = min(step * self._rows_per_step, self._num_rows) / self._prepared.train_data.num_bins
+        epoch = min(step * self._bins_per_step, self._num_bins) / self._prepared.train_data.num_bins
         assert self._step_seconds is not None, "a step was taken"
         progress.step(row, epoch, self._step_seconds)
 

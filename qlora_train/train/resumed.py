@@ -8,7 +8,7 @@ from qlora_train.errors import RunFolderError
 from qlora_train.recipe import Recipe
 from qlora_train.train.checkpoint import TrainState, list_checkpoints
 from qlora_train.train.run_folder import RunFolder
-from qlora_train.train.schedule import learning_rate, num_rows
+from qlora_train.train.schedule import learning_rate
 from qlora_train.train.setup import Prepared
 
 
@@ -43,9 +43,8 @@ def lengthened_line(begun: Recipe, prepared: Prepared, num_steps: int, next_step
 
     begun: the recipe of the run so far. num_steps: the new number."""
     training = prepared.recipe.training
-    rows, rows_before = training.batch_size, num_rows(begun.training, prepared.train_data.num_bins)
-    assert rows is not None, "of a resolved recipe"
-    before = math.ceil(rows_before / rows)
+    bins_before = begun.training.num_bins(prepared.train_data.num_bins)
+    before = math.ceil(bins_before / training.bins_per_step)
     if before == num_steps or next_step > num_steps:
         return None
     rate = learning_rate(
@@ -55,7 +54,7 @@ def lengthened_line(begun: Recipe, prepared: Prepared, num_steps: int, next_step
         f"{num_steps} steps instead of {before}: the {training.lr_schedule} schedule now spans "
         f"all {num_steps} and goes on at step {next_step} with a learning rate of {rate:.3g}"
     )
-    gap = before * rows - rows_before
+    gap = before * training.bins_per_step - bins_before
     if gap and next_step > before:
-        line += f"; step {before} was not full, so {gap} rows of the epoch that begins now are left out"
+        line += f"; step {before} was not full, so {gap} bins of the epoch that begins now are left out"
     return line

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qlora_train.adapter.lora_targets import coverage
 from qlora_train.data.building import open_data
+from qlora_train.data.statistics import steps_advice
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.device.settings import determinism_of_before, require_deterministic_products
 from qlora_train.doctor.command import machine_lines
@@ -137,8 +138,9 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
         f"planned: {gib(plan.step_vram_bytes)} of tensors on the device at the peak of a step, "
         f"{duration(plan.step_seconds)} a step, "
         f"{duration(_planned_seconds(prepared, loop.num_steps))} for all steps and evaluations",
-        f"{loop.num_steps} optimizer steps of {_rows_of_a_step(prepared)}"
+        f"{loop.num_steps} optimizer steps of {_bins_of_a_step(prepared)}"
         + (f", going on after step {first}" if first else ""),
+        *steps_advice(prepared.train_data, recipe.training),
     ]
 
 
@@ -166,14 +168,14 @@ def _planned_seconds(prepared: Prepared, num_steps: int) -> float:
     return num_steps * plan.step_seconds + tokens / 1e6 * plan.evaluation_seconds_per_million_tokens
 
 
-def _rows_of_a_step(prepared: Prepared) -> str:
-    """The rows of a step, and their split into processes and micro-batches, as text."""
+def _bins_of_a_step(prepared: Prepared) -> str:
+    """The bins of a step, and their split into processes and micro-batches, as text."""
     split, number = prepared.model.plan.workload.split, prepared.accelerator.num_processes
     parts = [
         f"{number} process" + ("es" if number > 1 else ""),
         f"{split.num_micro_batches} x {split.micro_batch_size} in each",
     ]
-    return f"{prepared.recipe.training.batch_size} rows ({', '.join(parts)})"
+    return f"{prepared.recipe.training.bins_per_step} bins ({', '.join(parts)})"
 
 
 def _first_micro_batch(prepared: Prepared) -> PackedTokens:

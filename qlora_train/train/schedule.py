@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-from qlora_train.recipe import TrainingSection
-
 
 def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, kind: str) -> float:
     """The learning rate of optimizer step `step` = 1 .. num_steps.
@@ -27,11 +25,3 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, k
         return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
     assert kind == "constant", kind
     return peak
-
-
-def num_rows(training: TrainingSection, num_bins: int) -> int:
-    """Bins of the whole run on all ranks: max_steps full steps, or the epochs to their last bin."""
-    if training.max_steps is not None:
-        assert training.batch_size is not None, "of a resolved recipe"
-        return training.max_steps * training.batch_size
-    return math.ceil((training.epochs or 1) * num_bins)

@@ -45,7 +45,6 @@ from qlora_train.recipe import Recipe
 from qlora_train.train.launch import join_launch
 from qlora_train.train.plan_log import SavedPlan
 from qlora_train.train.samples import SampleAnswers
-from qlora_train.train.schedule import num_rows
 from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.execution_plan import ExecutionPlan
 from qlora_train.weights.host_memory import HostMemory
@@ -186,12 +185,12 @@ def prepare(
         )
     asked = recipe.training.samples
     samples = None if asked is None else SampleAnswers(asked, recipe.data, tokenizer, config, str(folder))
-    rows = num_rows(recipe.training, train_data.num_bins)
+    num_bins = recipe.training.num_bins(train_data.num_bins)
     model = load_adapted_model(
         run,
         found,
         saved,
-        lambda micro_batch_size: train_data.most_documents(micro_batch_size, rows),
+        lambda micro_batch_size: train_data.most_documents(micro_batch_size, num_bins),
         cache,
         added,
     )

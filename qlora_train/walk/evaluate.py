@@ -1,4 +1,5 @@
-"""Evaluation loss: the forward half of the walk, summed over all supervised tokens, each counted once.
+"""Evaluation loss: the forward half of the walk, summed over all supervised tokens, each counted once, or
+token by token.
 
 Micro-batches pass the layers in groups, as in training, so that a streamed layer is fetched once per group.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.model.decoder import FrozenDecoder
-from qlora_train.model.loss import TiledLoss
+from qlora_train.model.loss import TiledLoss, TokenScores
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.weights.execution_plan import LOSS_TOKENS
 
@@ -31,14 +32,29 @@ def loss_sum(
     loss = make_loss(decoder, loss_tokens)
     total = torch.zeros((), dtype=torch.float32, device=decoder.device.torch)
     for group in _grouped(micro_batches, group_size):
-        embedded = [decoder.embed_packed(tokens) for tokens in group]
-        xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
-        del embedded
-        for i in decoder.layers_in_turn():
-            for k, x in enumerate(xs):
-                xs[k] = decoder.run_layer(i, x, arguments[k][i])
-        total += loss(xs, group, None)[0]
+        total += loss(_last_outputs(decoder, group), group, None)[0]
     return total
+
+
+@torch.no_grad()
+def token_scores(
+    decoder: FrozenDecoder, micro_batches: Iterable[PackedTokens], *, loss_tokens: int = LOSS_TOKENS
+) -> Iterator[TokenScores]:
+    """The scores of every supervised token of each micro-batch in turn; see `loss_sum`."""
+    loss = TiledLoss(decoder, loss_tokens)
+    for group in _grouped(micro_batches, 1):
+        yield from loss.scores(_last_outputs(decoder, group), group)
+
+
+def _last_outputs(decoder: FrozenDecoder, group: list[PackedTokens]) -> list[Tensor]:
+    """The outputs of the last layer, [1, T, D] for each micro-batch of the group."""
+    embedded = [decoder.embed_packed(tokens) for tokens in group]
+    xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
+    del embedded
+    for i in decoder.layers_in_turn():
+        for k, x in enumerate(xs):
+            xs[k] = decoder.run_layer(i, x, arguments[k][i])
+    return xs
 
 
 def _grouped(micro_batches: Iterable[PackedTokens], size: int) -> Iterator[list[PackedTokens]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,10 @@ from qlora_train.data.statistics import (
     lengths_of,
     num_duplicates,
     packing_line,
+    steps_advice,
     stop_tokens,
 )
-from qlora_train.recipe import DataSection, ModelSection
+from qlora_train.recipe import DataSection, ModelSection, TrainingSection
 
 Write = Callable[..., str]
 Section = Callable[..., DataSection]
@@ -37,7 +39,7 @@ def shown(tmp_path: Path, tokenizer: Any) -> Callable[..., list[str]]:
         recipe = SimpleNamespace(
             model=ModelSection(base=str(tmp_path / "base")),
             data=data,
-            training=SimpleNamespace(seed=0),
+            training=TrainingSection(batch_size=2),
         )
         with open("/dev/null", "w") as nowhere:
             console = Console(record=True, width=200, color_system=None, file=nowhere)
@@ -57,12 +59,14 @@ def test_preview(jsonl: Write, section: Section, shown: Callable[..., list[str]]
         "4 rows -> 4 documents, 32 tokens, 16 supervised (50.0%)",
         "4 bins of one document each (packing: false), 8 tokens on average",
         "columns not read: id",
-        "1 rows say word for word what another one says",
+        "1 row says word for word what another one says",
         "answers end with '</s>' (1) in 100%",
         "packing is off: a bin holds one document, 12.5% of sequence_length on average; what is empty is not "
         "computed (50.0% of what is computed are tokens of the data)",
         "tokens a row: p50 8, p95 8, max 8",
         "  8 to 8  ████████████████████████████████████████ 4",
+        "2 optimizer steps of 2 bins, about 2 documents each",
+        "advice: 2 optimizer steps are few to learn from: training.batch_size=1 makes 4 of them",
         "a remark",
     ]
 
@@ -115,6 +119,31 @@ def test_advice_where_examples_are_short(tokenizer: Any, jsonl: Write, section: 
         "packing: 49 documents in 2 bins, 62.2% full; one document a bin would be 49 bins, 2.5% full"
     )
     assert length_advice(build_dataset(section(path, sequence_length=100), tokenizer, seed=0)[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        (
+            {"batch_size": 16},
+            "4 optimizer steps are few to learn.* training.batch_size=1 makes 50 of them",
+        ),
+        ({"batch_size": 16, "epochs": 3.0}, "10 optimizer.* training.batch_size=3 makes 50 of them"),
+        ({"batch_size": 2}, None),
+        ({"micro_batch_size": 4, "gradient_accumulation_steps": 2}, "7 optimizer.*=1 makes 50 of them"),
+        ({"batch_size": 16, "max_steps": 3}, None),
+        ({"batch_size": 1, "epochs": 0.2}, None),
+    ],
+)
+def test_advice_where_steps_are_few(
+    tokenizer: Any, jsonl: Write, section: Section, training: dict[str, Any], expected: str | None
+) -> None:
+    path = jsonl(*({"text": "x" * 30} for _ in range(50)))
+    data, _ = build_dataset(section(path, sequence_length=40), tokenizer, seed=0)
+    assert data.num_bins == 50
+    advice = steps_advice(data, TrainingSection(**training))
+    assert bool(advice) == (expected is not None)
+    assert expected is None or re.search(expected, *advice)
 
 
 def test_texts_and_names_move_no_cursor_and_stay_short(

@@ -127,6 +127,29 @@ def test_every_quantization(tmp_path: Path, name: str, quant: str) -> None:
     assert figures["kl"] < bounds.get(quant, 0.05)
 
 
+def test_the_receipt_shows_the_base_that_is_closer(tmp_path: Path) -> None:
+    """What training saw were quantized weights: a fine format keeps them, a coarse one keeps neither base."""
+    run = write_run(tmp_path, quantization="nf4", hidden_size=64, intermediate_size=128)
+    said: list[str] = []
+    advice = "--base dequantized would be closer to the trained model, unless it is to be loaded in 4 bits"
+    for quant, base in (("q8_0", None), ("f32", "dequantized"), ("q4_0", None)):
+        said.clear()
+        folder = export(
+            run, to="gguf", quant=quant, base=base, out=tmp_path / f"{quant} {base}", log=said.append
+        )
+        receipt = json.loads((folder / "receipt.json").read_text())
+        written, *others = receipt["figures"]
+        other = "dequantized" if base is None else "original"
+        names = [f"merged onto {other} weights, before {quant} (not written)"] if quant != "q4_0" else []
+        assert [one["model"] for one in others] == names
+        is_advised = (quant, base) == ("q8_0", None)
+        assert (receipt["remark"] == advice) == (advice in said) == is_advised
+        if is_advised:
+            assert others[0]["kl"] < 1e-6 < 1e-3 < written["kl"]
+        elif others:
+            assert written["kl"] < 1e-6 < others[0]["kl"] and receipt["remark"] is None
+
+
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL_CUTS, "sentencepiece", "sentencepiece without prefix"])
 def test_llama_cpp_tokenises_the_same(tmp_path: Path, kind: str) -> None:
     if kind in BYTE_LEVEL_CUTS:
@@ -222,14 +245,6 @@ def test_a_template_is_written_anew_only_where_it_is_text_around_messages(
         )
 
     assert (TurnTexts.read_off(render, ["<|end|>", "<eos>"]) is not None) == derived
-
-
-def test_the_dequantized_base(tmp_path: Path) -> None:
-    run = write_run(tmp_path, quantization="nf4", hidden_size=128, intermediate_size=128)
-    said: list[str] = []
-    export(run, to="gguf", base="dequantized", quant="f32", log=said.append)
-    (figures,) = json.loads((run / "gguf-f32" / "receipt.json").read_text())["figures"]
-    assert figures["model"].startswith("merged onto dequantized") and figures["kl"] < 1e-6
 
 
 def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path) -> None:

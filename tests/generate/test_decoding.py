@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_stops_at_a_stop_token_which_is_not_part_of_the_answer(tmp_path: Path) -
     for whole, answer in zip(free, answers, strict=True):
         assert answer == (whole[: whole.index(stop)] if stop in whole else whole)
     assert [t for b, t in seen if b == 1] == answers[1]
+
+
+def test_an_answer_ends_with_the_token_that_completes_it(tmp_path: Path) -> None:
+    decoder, _ = load_tiny(write_checkpoint(tmp_path))
+    free = generate_tokens(decoder, prompts(), Sampling(NUM_NEW), frozenset())
+    pair = free[1][3:5]
+    asked: list[int] = []
+
+    def is_complete(answer: Sequence[int]) -> bool:
+        asked.append(len(answer))
+        return list(answer[-2:]) == pair
+
+    answers = generate_tokens(decoder, prompts(), Sampling(NUM_NEW), frozenset(), is_complete=is_complete)
+    for whole, answer in zip(free, answers, strict=True):
+        stop = next((n for n in range(2, NUM_NEW) if whole[n - 2 : n] == pair), NUM_NEW)
+        assert answer == whole[:stop]
+    assert len(answers[1]) <= 5 and len(asked) == sum(map(len, answers))
 
 
 def test_sampling_follows_seed_temperature_and_top_p(tmp_path: Path) -> None:

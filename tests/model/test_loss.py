@@ -78,6 +78,28 @@ def test_chunks_and_reference_equal_the_formula(
         assert none is None and torch.equal(without, loss)
 
 
+def test_of_equal_logits_the_first_is_what_greedy_decoding_takes(tmp_path: Path) -> None:
+    """Exact numbers: every product is a small integer."""
+    decoder, _ = load_tiny(write_checkpoint(tmp_path))
+    tokens = packed_row([60, 30], unsupervised=0)
+    x = torch.randint(-1, 2, (1, 90, 64), generator=torch.Generator().manual_seed(3)).float()
+    decoder.norm = torch.nn.Identity()
+    decoder.head.weight.copy_(decoder.head.weight.sign() * (torch.arange(64) < 4))  # few values: many equal
+    logits = x[0, tokens.supervised] @ decoder.head.weight.t()
+    best = logits.argmax(-1)
+    tokens.label_ids.device[::2] = best[::2]
+    tokens.label_ids.host[:] = tokens.label_ids.device.numpy()
+    labels = tokens.label_ids.device
+    is_tied = logits.gather(1, labels[:, None])[:, 0] == logits.amax(-1)
+    assert (is_tied & (labels != best)).any()
+    for block_tokens, tile_rows in ((16, 7), (10_000, 10_000)):
+        decoder.head.tile_rows = tile_rows
+        [found] = TiledLoss(decoder, block_tokens).scores([x], [tokens])
+        assert torch.equal(found.is_greedy, labels == best)
+        expected = F.cross_entropy(logits, labels, reduction="none")
+        torch.testing.assert_close(found.losses, expected)
+
+
 @pytest.mark.parametrize(("cap", "family"), [(1.5, "gemma2"), (None, "gemma2")])
 def test_a_capped_logit_has_the_gradient_of_the_cap(tmp_path: Path, cap: float | None, family: str) -> None:
     folder = write_checkpoint(tmp_path, family, final_logit_softcapping=cap, head_dim=16)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +15,11 @@ import torch
 from simulated_gpu.fixture import SimulatedGpu
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
+from qlora_train.device.description import CPU
 from qlora_train.files.atomic_file import replace_text
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.plan import measured_rates
-from qlora_train.plan.measured_rates import matrix_size, rates_of
+from qlora_train.plan.measured_rates import kept_rates, matrix_size, rates_of
 from qlora_train.plan.time_model import stated_rates
 
 MIB = 2**20
@@ -40,9 +44,36 @@ def test_measured_once(small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_pa
     assert len(unseal(tmp_path / "rates.json")) == 2
 
 
-def test_on_the_cpu(small: ComputeDevice, tmp_path: Path) -> None:
-    kept = rates_of(THE_CPU, torch.float32, tmp_path)
-    assert rates_of(THE_CPU, torch.float32, tmp_path) == kept
+def test_on_the_cpu(small: ComputeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU did beside other programs is kept until it is measured without them."""
+    share = 0.4
+    monkeypatch.setattr(measured_rates, "share_of_processors", lambda dtype, size: share)
+    beside = rates_of(THE_CPU, torch.float32, tmp_path)
+    assert "other programs were busy" in beside.source
+    assert rates_of(THE_CPU, torch.float32, tmp_path) == beside == kept_rates(CPU, torch.float32, tmp_path)
+    share = 0.95
+    alone = rates_of(THE_CPU, torch.float32, tmp_path)
+    assert "busy" not in alone.source
+    share = 0.4
+    assert rates_of(THE_CPU, torch.float32, tmp_path) == alone == kept_rates(CPU, torch.float32, tmp_path)
+
+
+def test_the_share_of_the_processors_is_what_other_programs_leave() -> None:
+    """Of two programs that want all processors, neither has them for itself."""
+    measure = "from qlora_train.plan.measured_rates import share_of_processors as share\n"
+    measure += "import torch; share(torch.float32, 512); print(share(torch.float32, 1024))"
+    hog = "import time, torch; a = torch.randn(512, 512); print('busy', flush=True)\n"
+    hog += "end = time.time() + 60\nwhile time.time() < end: a @ a"
+    one_processor = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    with subprocess.Popen(
+        [*one_processor, sys.executable, "-c", hog], stdout=subprocess.PIPE, text=True
+    ) as busy:
+        assert busy.stdout is not None and busy.stdout.readline() == "busy\n"
+        try:
+            said = subprocess.check_output([*one_processor, sys.executable, "-c", measure], text=True)
+        finally:
+            busy.kill()
+    assert float(said) < 0.85
 
 
 @pytest.mark.parametrize("damaged_copy", ["-5.0", "Infinity", '"fast"', "7.0", "{"])

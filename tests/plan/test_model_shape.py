@@ -59,6 +59,8 @@ def test_sizes_are_those_of_the_skeleton(family: str, tmp_path: Path) -> None:
         ("google/gemma-3-4b-pt", 3.880),
         ("google/gemma-3-12b-it", 11.766),
         ("google/gemma-3-27b-it", 27.009),
+        ("google/gemma-4-26B-A4B-it", 25.233),
+        ("google/gemma-4-31B-it", 30.697),
         ("microsoft/phi-4", 14.660),
         ("HuggingFaceTB/SmolLM3-3B", 3.075),
         ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1.100),
@@ -71,11 +73,17 @@ def test_known_models_have_the_parameters_that_their_makers_state(name: str, bil
     assert shape.num_parameters / 1e9 == pytest.approx(billions, abs=0.0006)
 
 
+def test_of_heads_that_differ_between_layers_the_largest_count() -> None:
+    shape = known_shape("google/gemma-4-26B-A4B-it")
+    assert shape is not None
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (16, 8, 512)
+
+
 def test_an_unknown_model_is_none() -> None:
     assert known_shape("meta-llama/Llama-9-8B") is None and find_config("meta-llama/Llama-9-8B") == {}
     assert find_config("unsloth/Llama-3.2-1B-Instruct")["hidden_size"] == 2048
     families = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "mixtral", "olmoe"}
-    families |= {"gemma3_text", "phi3", "smollm3"}
+    families |= {"gemma3_text", "gemma4_text", "phi3", "smollm3"}
     assert {values["model_type"] for values in KNOWN.values()} == families
 
 

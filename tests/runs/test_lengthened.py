@@ -69,7 +69,7 @@ def test_rows_that_a_last_step_did_not_fill_are_counted(
     capsys.readouterr()
     train(load_recipe(tmp_path / "run", ["training.epochs=2"]), resume=True)
     assert (
-        "step 2 was not full, so 2 rows of the epoch that begins now are left out" in capsys.readouterr().out
+        "step 2 was not full, so 2 bins of the epoch that begins now are left out" in capsys.readouterr().out
     )
 
 

@@ -19,7 +19,6 @@ from qlora_train.errors import UserError
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import train
-from qlora_train.train.schedule import num_rows
 from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.quantized_cache import LAYERS_FILE
 
@@ -78,7 +77,7 @@ def test_plan_json_says_what_was_planned_and_measured(base: Path, train_file: Pa
     assert [row["plan"] for row in metrics_of(tmp_path / "run")] == [0, 0, 0]
     data, _ = build_dataset(asked.data, load_tokenizer(str(base)), seed=asked.training.seed)
     resolved = load_recipe(tmp_path / "run").training
-    size, starts = 4, range(0, num_rows(resolved, data.num_bins), 4)
+    size, starts = 4, range(0, resolved.num_bins(data.num_bins), 4)
     assert (plan["micro_batch_size"], resolved.batch_size) == (4, 8)
     numbers = [len(data.micro_batch(range(i, i + size)).cu_seqlens) - 1 for i in starts]
     assert max(numbers) > size, "else the plan knows without the data"

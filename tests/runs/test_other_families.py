@@ -24,6 +24,7 @@ PEFT_LEAVES_OUT = {"deepseek_v3", "qwen3_5_moe_text"}
 """It takes projections of shared experts for the experts', where transformers has renamed those."""
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RUNS = [(family, None) for family in ("qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_moe_text", "lfm2")]
+RUNS += [("gemma4_text+experts", None), ("gemma4_text+experts", ["experts.gate_up_proj"])]
 RUNS += [("qwen3_moe", EXPERTS), ("gpt_oss", EXPERTS[1:]), ("mixtral", ["layers.1.mlp.experts.gate_up_proj"])]
 
 

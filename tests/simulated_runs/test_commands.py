@@ -31,6 +31,7 @@ from qlora_train.cli import main
 from qlora_train.generate.decoding import generate_tokens
 from qlora_train.generate.model_folder import find_model
 from qlora_train.generate.sampling import Sampling
+from qlora_train.generate.scoring import Continuation, score
 from qlora_train.kernels.on_device import find_device
 from qlora_train.model.vocab_matrix import ResidentMatrix
 from qlora_train.plan.planned_walk import GenerateSize
@@ -65,32 +66,43 @@ def run_folder(base: Path, train_file: Path, tmp_path_factory: pytest.TempPathFa
     return folder / "run"
 
 
-def tokens_of(run: Path, memory: str) -> list[list[int]]:
+Found = tuple[list[list[int]], list[tuple[float, bool]]]
+
+
+def found_of(run: Path, memory: str) -> Found:
+    """(the tokens of answers, scores of continuations)."""
     source = find_model(run)
     assert source.recipe is not None
     changed = source.recipe.model_copy(
         update={"memory": source.recipe.memory.model_copy(update={"weights": memory})}
     )
     encoded = [source.encode(prompt) for prompt in PROMPTS]
-    size = GenerateSize(tuple(map(len, encoded)), 8)
+    size = GenerateSize(tuple(map(len, encoded)), 8, evaluated_tokens=48)
     model = replace(source, recipe=changed).load(size)
     try:
-        return generate_tokens(model.decoder, encoded, Sampling(8), frozenset())
+        answers = generate_tokens(model.decoder, encoded, Sampling(8), frozenset())
+        asked = [
+            Continuation(tokens[:n], 2) for tokens in [*encoded, encoded[1] * 6] for n in (3, len(tokens))
+        ]
+        return answers, score(model.decoder, asked, 48)
     finally:
         model.decoder.close()
 
 
 @pytest.fixture(scope="module")
-def answers(run_folder: Path) -> list[list[int]]:
+def found(run_folder: Path) -> Found:
     """The CPU's."""
-    return tokens_of(run_folder, "resident")
+    return found_of(run_folder, "resident")
 
 
 @pytest.mark.parametrize("memory", ["resident", "ram", "disk"])
-def test_generate_answers_as_on_a_cpu(
-    run_folder: Path, answers: list[list[int]], simulated_gpu: SimulatedGpu, memory: str
+def test_answers_and_scores_are_those_on_a_cpu(
+    run_folder: Path, found: Found, simulated_gpu: SimulatedGpu, memory: str
 ) -> None:
-    assert tokens_of(run_folder, memory) == answers
+    answers, scores = found_of(run_folder, memory)
+    assert answers == found[0]
+    for on_gpu, on_cpu in zip(scores, found[1], strict=True):
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-6)
     assert simulated_gpu.num_operators > 1000
 
 

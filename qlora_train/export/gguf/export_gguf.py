@@ -81,8 +81,8 @@ class GgufExport:
                 for line in compare_with_merged(reader, tensors, weights):
                     log(line)
                 if measure is not None:
-                    name = f"merged onto {source.merged_onto} weights, {self._quant} (written)"
-                    measure.receipt([(name, measure.run(reader))], "--quant bf16").write(partial, log)
+                    models = measure.gguf_models(reader, self._quant, num_bytes)
+                    measure.receipt(models, "--quant bf16").write(partial, log)
                 usage = [*self._describe_usage(partial, file.name)]
                 card = model_card(
                     self._recipe,
