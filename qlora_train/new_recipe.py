@@ -26,6 +26,7 @@ from qlora_train.plan.request import PlanRequest, request_of
 from qlora_train.plan.words import refusal
 from qlora_train.recipe import Recipe
 from qlora_train.recipe_paths import require_paths
+from qlora_train.small_data import needed_batch_size, needed_length
 
 SEQUENCE_LENGTHS = (2048, 1024, 512, 256)
 LARGE_MODEL = 30e9
@@ -52,6 +53,7 @@ class Goal:
 
 _FEW = "with LoRA on all linears it makes no difference to the result (QLoRA, appendix A)"
 _MANY = "new knowledge takes more rank than new manners (LoRA Learns Less and Forgets Less)"
+_LENGTH_OF_STEPS = ("training.batch_size", "training.max_steps")
 GOALS = {
     "chat": Goal(frozenset({"messages", "sharegpt"}), 16, _FEW),
     "instruct": Goal(frozenset({"alpaca", "prompt_completion"}), 16, _FEW),
@@ -81,7 +83,7 @@ def init_command(
     changes = dict(map(_change, overrides))
     values, goal = _before_planning(base, data, name, changes, goal)
     request, plan = _longest_that_fits(values, changes, card, ram_bytes)
-    values["data.sequence_length"] = str(request.recipe.data.sequence_length)
+    values |= _of_data(request.recipe)
     values |= by_size(plan["num_parameters"]) | changes
     verdict = [
         f"planned, not measured, for {request.assumed or request.device_text}:",
@@ -116,17 +118,28 @@ def _before_planning(
 def _longest_that_fits(
     values: Values, changes: Values, card: str | None, ram_bytes: int | None
 ) -> tuple[PlanRequest, Mapping[str, Any]]:
-    """The request with the longest sequences whose plan fits, and the plan; a length in `changes` is the only
-    one. Raises `UserError` where none fits."""
+    """The request with the longest sequences whose plan fits, but no longer than the data need, and the plan;
+    a length in `changes` is the only one. Raises `UserError` where none fits."""
     recipe = recipe_of(values)
     given = "data.sequence_length" in changes
-    for length in [recipe.data.sequence_length] if given else _lengths(recipe.model.base):
+    for length in [recipe.data.sequence_length] if given else _lengths(recipe):
         recipe = recipe_of(values | {"data.sequence_length": str(length)})
+        batch_size = needed_batch_size(recipe) if changes.keys().isdisjoint(_LENGTH_OF_STEPS) else None
+        if batch_size is not None:
+            recipe = recipe_of(values | _of_data(recipe) | {"training.batch_size": str(batch_size)})
         request = request_of(recipe, card, ram_bytes)
         plan = values_of(request)
         if plan["fits"]:
             return request, plan
     raise refusal(plan["problems"], plan["floor"], plan["advice"])
+
+
+def _of_data(recipe: Recipe) -> Values:
+    """The values that are chosen for the data."""
+    return {
+        "data.sequence_length": str(recipe.data.sequence_length),
+        "training.batch_size": str(recipe.training.batch_size),
+    }
 
 
 def _change(text: str) -> tuple[str, str]:
@@ -174,9 +187,11 @@ def comments_for(goal: str) -> dict[str, str]:
         "lora.target_modules": "all of them are needed to match full fine-tuning (QLoRA, figure 2);\n"
         "MLPs matter most, attention alone falls behind (LoRA Without Regret)",
         "data.eval": "a share of the rows, held out by content",
-        "data.sequence_length": "tokens; longer rows are cut (data.too_long: cut, drop or split)",
+        "data.sequence_length": "tokens of a bin, which rows are packed into; longer ones are cut\n"
+        "(data.too_long: cut, drop or split)",
         "training.epochs": "fewer where the evaluation's loss rises again",
-        "training.batch_size": "large batches cost LoRA more than full fine-tuning (LoRA Without Regret)",
+        "training.batch_size": "bins of a step; large batches cost LoRA more than full fine-tuning\n"
+        "(LoRA Without Regret)",
         "training.learning_rate": "2e-4 up to 13B parameters, 1e-4 from 33B on (QLoRA, appendix B);\n"
         "about 10 times that of full fine-tuning, at any rank (LoRA Without Regret)",
     }
@@ -216,10 +231,12 @@ def _scalar(text: str) -> str:
     return text if is_plain else json.dumps(text)
 
 
-def _lengths(base: str) -> list[int]:
+def _lengths(recipe: Recipe) -> list[int]:
     """Sequence lengths to try, the longest first."""
-    positions = int(find_config(base).get("max_position_embeddings") or SEQUENCE_LENGTHS[0])
-    return [length for length in SEQUENCE_LENGTHS if length <= positions] or [positions]
+    positions = int(find_config(recipe.model.base).get("max_position_embeddings") or SEQUENCE_LENGTHS[0])
+    longest = min(SEQUENCE_LENGTHS[0], positions)
+    longest = min(longest, needed_length(recipe) or longest)
+    return [longest, *(length for length in SEQUENCE_LENGTHS if length < longest)]
 
 
 def _goal(formats: frozenset[str], said: str | None) -> str:

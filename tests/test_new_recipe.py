@@ -70,6 +70,29 @@ def test_a_known_base_is_planned_for_a_card_with_what_is_said_of_it(tmp_path: Pa
     assert recipe.training.learning_rate == 2e-4
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "said", "expected"),
+    [
+        (300, [], (128, 5)),
+        (3000, [], (128, 16)),
+        (40, [], (128, 1)),
+        (300, ["data.sequence_length=512"], (512, 1)),
+        (300, ["training.batch_size=8"], (128, 8)),
+        (300, ["training.epochs=2"], (128, 11)),
+        (300, ["training.max_steps=5"], (128, 16)),
+    ],
+)
+def test_small_data_make_steps_enough(
+    tmp_path: Path, num_rows: int, said: list[str], expected: tuple[int, int]
+) -> None:
+    """Rows of 80 tokens: one fits a bin of 128, six a bin of 512."""
+    write_base(tmp_path / "base", max_position_embeddings=4096)
+    prompts = (f"{i:04}" for i in range(num_rows))
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": text, "completion": "x" * 75} for text in prompts])
+    recipe = made("--base", "base", *said)
+    assert (recipe.data.sequence_length, recipe.training.batch_size) == expected
+
+
 def test_a_shorter_sequence_is_taken_where_the_longest_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,11 +86,16 @@ def packing_line(dataset: PackedDataset) -> str:
     )
 
 
+def length_that_holds_all(dataset: PackedDataset) -> int:
+    """The sequence length at which nothing is cut."""
+    return _rounded_up(int(lengths_of(dataset)[-1]))
+
+
 def length_advice(dataset: PackedDataset) -> list[str]:
     """Lines about what another sequence_length would change."""
     lengths, length = lengths_of(dataset), dataset.sequence_length
     longer = float(np.mean(lengths > length))
-    holds_all = _rounded_up(int(lengths[-1]))
+    holds_all = length_that_holds_all(dataset)
     if longer:
         most = _rounded_up(percentile(lengths, _SHARE_TO_HOLD))
         more = f"{most:,} would hold 99 % of them, " if length < most < holds_all else ""
@@ -115,10 +120,15 @@ def steps_line(dataset: PackedDataset, training: TrainingSection) -> str:
     )
 
 
+def batch_to_learn(dataset: PackedDataset, training: TrainingSection) -> int:
+    """The most bins of a step that make `_STEPS_TO_LEARN` steps of a run; one where it is too short."""
+    return max(1, training.num_bins(dataset.num_bins) // _STEPS_TO_LEARN)
+
+
 def steps_advice(dataset: PackedDataset, training: TrainingSection) -> list[str]:
     """A line where the epochs end after few optimizer steps, as small data in large bins do."""
     num_steps, num_bins = training.num_steps(dataset.num_bins), training.num_bins(dataset.num_bins)
-    smaller = max(1, num_bins // _STEPS_TO_LEARN)
+    smaller = batch_to_learn(dataset, training)
     if training.max_steps is not None or num_steps >= _FEW_STEPS or smaller >= training.bins_per_step:
         return []
     return [
