@@ -56,7 +56,8 @@ class AdapterFolder:
             card = model_card(self.recipe, self.base_folder, "adapter", usage)
             (partial / CARD_FILE).write_text(card, "utf-8")
             copy_companions(self.base_folder, partial, log, LICENSES)
-        for line in self._usage(self.recipe.model.base, out.resolve().name, str(out), max_rank):
+        here = base if base == self.recipe.model.base else str(self.base_folder)
+        for line in self._usage(here, out.resolve().name, str(out), max_rank):
             log(line)
 
     def _usage(self, base: str, name: str, folder: str, max_rank: int | None) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def push(
 def test_the_folders_bytes_arrive_and_nothing_private(tmp_path: Path, hub: Hub, to: str) -> None:
     run = write_run(tmp_path, tokenizer=byte_level_bpe() if to == "gguf" else None, quantization="none")
     (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\nmetrics: [x]\n---\n# The base\n")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(tmp_path)}))
     out = tmp_path / "out"
     done = push(run, hub.address, "--to", to, "--out", str(out), "--receipt", "none")
     assert done.returncode == 0, done.stderr
