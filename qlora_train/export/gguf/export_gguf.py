@@ -87,8 +87,9 @@ class GgufExport:
                 card = model_card(
                     self._recipe,
                     self._base_folder,
-                    source.merged_onto,
+                    "gguf",
                     "\n".join(f"- {line}" for line in usage),
+                    source.merged_onto,
                 )
                 (partial / CARD_FILE).write_text(card, "utf-8")
                 copy_companions(self._base_folder, partial, log, LICENSES)
