@@ -104,6 +104,7 @@ def export(
         only_template = [token for token in end_ids if token not in named]
         whole = AdapterFolder(recipe, folder, adapter, tokenizer, bool(added.ids), only_template)
         whole.write(target, for_vllm, log)
+        log("no receipt: the adapter is the one that was trained")
         return target
     if to == "gguf" and added.ids:
         raise ExportError(
