@@ -3,7 +3,7 @@
 vLLM is not run here. Read in github.com/vllm-project/vllm at these commits, the files under vllm/:
 
     01230b40  config/lora.py        --max-lora-rank takes `MAX_RANKS` (default 16)
-    02143692  lora/peft_helper.py   reads r, lora_alpha, use_rslora; refuses use_dora, modules_to_save and r
+    e745baff  lora/peft_helper.py   reads r, lora_alpha, use_rslora; refuses use_dora, modules_to_save and r
                                     above --max-lora-rank; drops other keys, rank_pattern and alpha_pattern
                                     among them: all modules have one scaling
     01235a49  lora/layers/base_linear.py    copies A and B into buffers of --max-lora-rank: ranks may differ
@@ -53,7 +53,8 @@ def max_lora_rank(config: AdapterConfig, paths: Iterable[str], architectures: It
             + "\nExport with --to merged: vLLM serves that folder like any model, without --enable-lora. "
             "(Read in vLLM's source; not run.)"
         )
-    return next(rank for rank in MAX_RANKS if rank >= max(map(config.rank_of, paths)))
+    highest = max(config.rank, *map(config.rank_of, paths))  # it compares r, whatever rank_pattern says
+    return next(rank for rank in MAX_RANKS if rank >= highest)
 
 
 def _problems(config: AdapterConfig, paths: list[str], architectures: Iterable[str]) -> Iterator[str]:
@@ -76,9 +77,11 @@ def _problems(config: AdapterConfig, paths: list[str], architectures: Iterable[s
             f"its classes do not all have {last_name(other[0])} under that name, and what they do not have "
             f"is refused or left out in silence ({other[0]} and {len(other) - 1} more)"
         )
-    if highest := [path for path in paths if config.rank_of(path) > MAX_RANKS[-1]]:
-        path = highest[0]
-        yield f"its highest rank is {MAX_RANKS[-1]}, and {path} has {config.rank_of(path)} (lora.rank)"
+    if config.rank > MAX_RANKS[-1]:
+        yield f"its highest rank is {MAX_RANKS[-1]}, and r is {config.rank} (lora.rank)"
+    elif higher := [path for path in paths if config.rank_of(path) > MAX_RANKS[-1]]:
+        rank = config.rank_of(higher[0])
+        yield f"its highest rank is {MAX_RANKS[-1]}, and {higher[0]} has {rank} (lora.rank_pattern)"
     if scaled := [p for p in paths if not math.isclose(config.scaling_of(p), config.scaling)]:
         yield (
             f"it scales all modules by {config.scaling:g}, and {scaled[0]} is trained with "

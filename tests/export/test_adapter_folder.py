@@ -81,7 +81,8 @@ def test_new_tokens_come_with_their_tokenizer(tmp_path: Path) -> None:
          "experts in other layouts"),
         ({}, [Q, "lm_head"], "lm_head"),
         ({}, [Q, "model.layers.0.linear_attn.in_proj_qkvz"], "in_proj_qkvz"),
-        ({"rank": 513}, [Q], "highest rank is 512"),
+        ({"rank": 513}, [Q], "highest rank is 512, and r is 513"),
+        ({"rank_pattern": {V: 513}}, [Q, V], f"highest rank is 512, and {V} has 513"),
         ({"rank_pattern": {V: 8}}, [Q, V], f"scales all modules by 2, and {V} is trained with 1"),
         ({"alpha_pattern": {V: 16.0}}, [Q, V], "trained with 4"),
     ],
@@ -102,6 +103,11 @@ def test_an_architecture_without_lora_is_refused() -> None:
 @pytest.mark.parametrize("rank,flag", [(1, 1), (2, 8), (16, 16), (17, 32), (257, 320), (512, 512)])
 def test_the_rank_is_rounded_up_to_one_that_vllm_takes(rank: int, flag: int) -> None:
     assert flag in MAX_RANKS and max_lora_rank(replace(PLAIN, rank=rank), [Q], []) == flag
+
+
+def test_the_rank_of_the_config_counts_even_where_no_module_has_it() -> None:
+    config = replace(PLAIN, rank=64, alpha=128, rank_pattern={Q: 8}, alpha_pattern={Q: 16})
+    assert max_lora_rank(config, [Q], []) == 64
 
 
 def test_rslora_is_one_scaling_unless_ranks_differ() -> None:
