@@ -107,10 +107,12 @@ def write_recipe(file: Path, values: Mapping[str, Any]) -> Path:
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock or a process's memory decides."""
+    """The rows of metrics.jsonl without what a clock or a process's memory decides, as all of those is that
+    say where the time after a process's last step went."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     measured = {"tokens_per_second", "peak_bytes", *(cause.key for cause in Cause)}
-    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
+    kept = [{key: value for key, value in row.items() if key not in measured} for row in rows]
+    return [row for row in kept if row.keys() != {"step"}]
 
 
 def losses_of(run_dir: Path) -> list[float]:

@@ -1,12 +1,12 @@
-"""Loads the base's own tokenizer, and reads what its model says about the ends of answers. Only fast ones:
-the supervised mask needs each token's offsets.
+"""Loads the base's own tokenizer, and reads its generation_config.json. Only fast tokenizers: the supervised
+mask needs each token's offsets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_train.boundary import parsing, read_json
 from qlora_train.data.added_tokens import AddedTokens, add_tokens
@@ -82,6 +82,19 @@ def read_stop_ids(base: str, revision: str | None = None) -> tuple[int, ...]:
     """The tokens that end an answer by generation_config.json (eos_token_id) of a folder or hub id; empty
     where the base has no such file, or it names none. Raises BaseModelError for a file that is damaged.
     """
+    listed = read_generation_config(base, revision).get("eos_token_id")
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(token, int) and token >= 0 for token in listed):
+        raise BaseModelError(
+            f"{_GENERATION_CONFIG} of {base}: eos_token_id is {listed}; it is a token's number, or a list of "
+            "them."
+        )
+    return tuple(dict.fromkeys(listed))
+
+
+def read_generation_config(base: str, revision: str | None = None) -> dict[str, Any]:
+    """generation_config.json of a folder or hub id; empty: there is none. Raises BaseModelError for a file
+    that is damaged."""
     from transformers.utils import cached_file
 
     folder = Path(base).expanduser()
@@ -95,12 +108,8 @@ def read_stop_ids(base: str, revision: str | None = None) -> tuple[int, ...]:
         except OSError as error:
             raise BaseModelError(f"{_GENERATION_CONFIG} of {base}: {first_line(error)}") from error
     if found is None or not Path(found).is_file():
-        return ()
-    listed = read_json(Path(found), BaseModelError, "Download it again, or remove it.").get("eos_token_id")
-    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if not all(isinstance(token, int) and token >= 0 for token in listed):
-        raise BaseModelError(f"{found}: eos_token_id is {listed}; it is a token's number, or a list of them.")
-    return tuple(dict.fromkeys(listed))
+        return {}
+    return read_json(Path(found), BaseModelError, "Download it again, or remove it.")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

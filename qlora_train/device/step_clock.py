@@ -96,6 +96,12 @@ class StepClock:
         self._over = []
         return seconds
 
+    def read_all(self) -> dict[str, float]:
+        """As `read`, of all that is counted so far: the host waits for the device."""
+        self._device.wait()
+        self.host_has_waited()
+        return self.read()
+
     @contextmanager
     def _counting(self, cause: Cause) -> Iterator[None]:
         outer = self.cause
@@ -106,5 +112,5 @@ class StepClock:
             self._begin(outer)
 
     def _begin(self, cause: Cause | None) -> None:
-        self.cause = cause
         self._moments.append((self._device.moment(), cause))
+        self.cause = cause

@@ -2,7 +2,9 @@
 
 Texts become tokens, contexts are cut and answers are ended as lm-eval's own model class for transformers
 (HFLM) has it, so that the figures are those that it has for the same weights. What differs: answers also end
-at the tokens that end them in `generate`, and chats are written by the model's template as in training.
+at the tokens that end them in `generate`, chats are written by the model's template as in training, and of
+the model's generation_config.json only repetition_penalty changes answers; what else would change greedy ones
+in transformers is logged.
 
 The model is loaded when the first request comes, as only then all are known, and memory is planned for the
 largest of them.
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.chat.pieces import ChatWriter
 from qlora_train.data.chat.template import ChatProblem
+from qlora_train.data.tokenizer import read_generation_config
 from qlora_train.errors import BaseModelError, DataError, UserError
 from qlora_train.generate.model_folder import LoadedModel, ModelSource
 from qlora_train.generate.sampling import Sampling
@@ -34,6 +37,15 @@ from qlora_train.plan.planned_walk import GenerateSize
 _ROW_TOKENS = 2048  # packed together, unless a text is longer
 _DEFAULT_NEW_TOKENS = 256  # HFLM's
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_UNHEEDED: Mapping[str, int | None] = {
+    **dict.fromkeys(("num_beams", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("max_new_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id")),
+    **dict.fromkeys(("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config")),
+}
+"""Settings of generation_config.json that change greedy answers in transformers alone, with the value, beside
+None, that changes none."""
 
 
 class HarnessModel(TemplateLM):
@@ -61,6 +73,7 @@ class HarnessModel(TemplateLM):
         self._source, self._instances, self._batch_size = source, instances, batch_size
         self._vram_bytes, self._log = vram_bytes, log
         self.max_length = resolve_max_length(read_config(source.folder), self.tokenizer)
+        self._generation_config = read_generation_config(str(source.folder))
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -73,6 +86,8 @@ class HarnessModel(TemplateLM):
         instances = list(self._instances())
         answered = [i.args for i in instances for _ in range(i.repeats) if i.request_type == "generate_until"]
         scored = ["".join(i.args) for i in instances if i.request_type != "generate_until"]
+        if answered:
+            self._log_unheeded()
         settings = [self._settings(options) for _, options in answered]
         prompts = [
             self._prompt(context, sampling.max_new_tokens)[0]
@@ -201,7 +216,8 @@ class HarnessModel(TemplateLM):
         given = dict(normalize_gen_kwargs(dict(options), _DEFAULT_NEW_TOKENS))
         new_tokens, is_sampled = int(given.pop("max_gen_toks")), given.pop("do_sample")
         stops = [*given.pop("until"), str(self.tokenizer.decode(self.eot_token_id))]
-        sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+        sampling = {"repetition_penalty": self._repetition_penalty}
+        sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
         if given:
             raise UserError(
                 f"a task's generation_kwargs have {', '.join(sorted(given))}, which decoding here does not "
@@ -209,6 +225,28 @@ class HarnessModel(TemplateLM):
             )
         decoding = sampling if is_sampled else sampling | {"temperature": 0.0}
         return Sampling(new_tokens, **decoding), [stop for stop in stops if stop]
+
+    @cached_property
+    def _repetition_penalty(self) -> float:
+        """That of generation_config.json, which transformers applies to greedy answers too."""
+        penalty = self._generation_config.get("repetition_penalty")
+        if penalty is None:
+            return 1.0
+        if not isinstance(penalty, int | float) or penalty <= 0:
+            raise BaseModelError(
+                f"{self._source.folder / 'generation_config.json'}: repetition_penalty is {penalty!r}; it is a "
+                "number above 0."
+            )
+        return float(penalty)
+
+    def _log_unheeded(self) -> None:
+        values = {name: self._generation_config.get(name) for name in _UNHEEDED}
+        names = [name for name, value in values.items() if value not in (None, _UNHEEDED[name])]
+        if names:
+            self._log(
+                f"generation_config.json has {', '.join(names)}, which decoding here does not know: answers "
+                "may differ from those of transformers"
+            )
 
     def _ends_in(self, stops: Sequence[str]) -> Callable[[Sequence[int]], bool]:
         """Whether an answer's last tokens hold a stop text: a token is at least a byte, and the first of a

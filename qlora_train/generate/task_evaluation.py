@@ -51,11 +51,12 @@ class TaskEvaluation:
             for metric in values
             if metric != "num_samples" and not _is_error(metric)
         }
-        number = sum(len(found) for found in next(iter(self.results.values()))["samples"].values())
+        of_tasks = next(iter(self.results.values()))["samples"].values()  # once for each filter
+        number = sum(len({sample["doc_id"] for sample in samples}) for samples in of_tasks)
         return score_table(f"{number:,} samples (lm-eval)", list(figures), rows)
 
     def answers(self) -> str:
-        """lm-eval's record of every sample, a JSON object a line."""
+        """lm-eval's record of every sample and filter, a JSON object a line."""
         from lm_eval.utils import handle_non_serializable as plain
 
         return "".join(

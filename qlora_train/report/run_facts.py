@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,14 +25,12 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run. steps, evaluations: rows of metrics.jsonl. plan: plan.json, empty if it does not read. samples:
-    rows of samples.jsonl. receipts: by the folder that an export wrote. adapter: the newest adapter's
-    folder."""
+    """A run. rows: of metrics.jsonl. plan: plan.json, empty if it does not read. samples: rows of
+    samples.jsonl. receipts: by the folder that an export wrote. adapter: the newest adapter's folder."""
 
     path: Path
     recipe: Recipe
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
     plan: Mapping[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -44,12 +43,10 @@ class RunFacts:
             raise RunFolderError(
                 f"{path}: not a run folder: recipe.yaml is missing. Give the folder that training wrote."
             )
-        rows = step_rows(path / "metrics.jsonl")
         return RunFacts(
             path=path,
             recipe=load_recipe(path / "recipe.yaml"),
-            steps=[row for row in rows if "tokens_per_second" in row],
-            evaluations=[row for row in rows if "eval_loss" in row],
+            rows=step_rows(path / "metrics.jsonl"),
             plan=_object(path / "plan.json"),
             samples=step_rows(path / "samples.jsonl"),
             receipts={
@@ -63,6 +60,14 @@ class RunFacts:
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "tokens_per_second" in row]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "eval_loss" in row]
 
     @property
     def num_steps(self) -> int | None:
@@ -90,8 +95,9 @@ class RunFacts:
         return [row for row in self.steps if row["step"] > _WARM_UP_STEPS]
 
     def seconds_by_step(self) -> dict[Cause, list[Point]]:
-        """(step, seconds) of every cause that steps after the first took time for."""
-        rows = self._warm_steps
+        """(step, seconds) of every cause that steps after the first took time for. Steps of versions that
+        measured none are left out."""
+        rows = [row for row in self._warm_steps if any(cause.key in row for cause in OF_A_STEP)]
         seen = [cause for cause in OF_A_STEP if any(row.get(cause.key) for row in rows)]
         return {cause: [(row["step"], row.get(cause.key, 0.0)) for row in rows] for cause in seen}
 
@@ -106,7 +112,7 @@ class RunFacts:
 
     def total_seconds(self, cause: Cause) -> float:
         """In all steps and between them."""
-        return sum(row.get(cause.key, 0.0) for row in self.steps)
+        return sum(row.get(cause.key, 0.0) for row in self.rows)
 
     @property
     def num_tokens(self) -> int:

@@ -22,13 +22,7 @@ from qlora_train.plan.plan import largest_causes
 from qlora_train.plan.time_model import step_time
 from qlora_train.report.write import refresh_report
 from qlora_train.train.batches import BatchPrefetcher
-from qlora_train.train.checkpoint import (
-    Expected,
-    TrainState,
-    is_finite,
-    newest_valid,
-    save_checkpoint,
-)
+from qlora_train.train.checkpoint import Expected, TrainState, is_finite, newest_valid, save_checkpoint
 from qlora_train.train.metrics import metrics_row
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
@@ -170,7 +164,7 @@ class TrainLoop:
                     self._answer_samples(step)
                 signal_number = self._agreed(stop.received)
                 if last or signal_number or self._save_is_due(step, is_best):
-                    self._save()
+                    self._save(ends=last or signal_number > 0)
                 if signal_number and not last:
                     if self._accelerator.is_main_process:
                         self._write_adapter(self._folder.adapter)
@@ -203,7 +197,7 @@ class TrainLoop:
             return self._one_step(step)
         except OutOfMemory as error:
             if self._state.step > 0:
-                self._save()
+                self._save(ends=True)
             held = largest_causes(self._prepared.model.plan)
             knobs = "; ".join(self._prepared.model.plan.advice)
             raise OutOfMemory(
@@ -330,7 +324,9 @@ class TrainLoop:
             self._folder.append_samples(rows)
         self._log(f"step {step}: the prompts of training.samples are answered in samples.jsonl")
 
-    def _save(self) -> None:
+    def _save(self, *, ends: bool) -> None:
+        """Write a checkpoint and the run's page. ends: no step follows, so the time since the last one gets a
+        row of its own."""
         self._require_finite()
         self._saved_at = time.monotonic()
         if not self._accelerator.is_main_process:
@@ -348,6 +344,9 @@ class TrainLoop:
                 self._recipe.training.keep_checkpoints,
                 self._write_adapter,
             )
+        if ends:
+            self._folder.append_metrics({"step": state.step, **self._clock.read_all()})
+        with self._clock.between_steps(Cause.CHECKPOINT):
             if problem := refresh_report(self._folder.path):
                 self._log(problem)
 

@@ -97,6 +97,13 @@ def test_on_a_gpu_moments_are_read_after_the_host_has_waited(simulated_gpu: Simu
     assert set(clock.read()) == {"other_seconds", "forward_seconds"}
 
 
+def test_to_read_all_the_host_waits(simulated_gpu: SimulatedGpu) -> None:
+    clock, x = find_device().clock, torch.zeros(3, device="sim")
+    with clock.between_steps(Cause.CHECKPOINT):
+        x.add_(1)
+    assert set(clock.read_all()) == {"checkpoint_seconds"} and clock.read_all() == {}
+
+
 def test_a_cpu_has_a_clock_of_its_own_for_each_run() -> None:
     first, second = (find_device(torch.device("cpu")) for _ in range(2))
     assert first.clock is first.clock and first.clock is not second.clock

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_train import Recipe, evaluate, train
 from qlora_train.cli import main
+from qlora_train.errors import BaseModelError
 from qlora_train.generate.harness_model import HarnessModel
 from qlora_train.generate.model_folder import find_model
 from qlora_train.generate.task_evaluation import TaskEvaluation, evaluate_tasks
@@ -165,6 +166,40 @@ def test_every_sample_is_scored_as_by_transformers(folder: Path) -> None:
     assert line.startswith("4 prompts, with their answers, are longer than the model's 96 positions")
 
 
+def answers_with(
+    folder: Path, copy: Path, generation_config: dict[str, Any], lines: list[str]
+) -> TaskEvaluation:
+    """Those of the run and of its base in a copy, where the base has this generation_config.json."""
+    for name in ("base", "run"):
+        shutil.copytree(folder / name, copy / name)
+    (copy / "base" / "generation_config.json").write_text(json.dumps(generation_config))
+    recipe = copy / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text("utf-8").replace(str(folder), str(copy)), encoding="utf-8")
+    tasks = {"tasks": ["tiny_answers"], "tasks_folder": folder / "tasks"}
+    return evaluate_tasks(copy / "run", **tasks, with_base=True, log=lines.append)
+
+
+def test_greedy_answers_have_the_models_repetition_penalty(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    neutral = {"num_beams": 1, "bad_words_ids": None, "temperature": 0.7, "top_k": 20}
+    ours = answers_with(folder, tmp_path / "penalty", {"repetition_penalty": 1.3} | neutral, lines)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "penalty" / "base")
+    assert_same(ours, theirs(base, folder, ["tiny_answers"]), "base")
+    assert not any("generation_config.json" in line for line in lines)
+
+    unknown = {"no_repeat_ngram_size": 2, "min_length": 0, "suppress_tokens": [5]}
+    plain = answers_with(folder, tmp_path / "other", unknown, lines)
+    [line] = [line for line in lines if "generation_config.json" in line]
+    assert "has no_repeat_ngram_size, suppress_tokens, which decoding here does not know" in line
+    found, without = (of.results["base"]["samples"]["tiny_answers"] for of in (ours, plain))
+    assert [row["resps"] for row in found] != [row["resps"] for row in without]
+
+    for penalty in (0, "1.3"):
+        damaged = {"repetition_penalty": penalty}
+        with pytest.raises(BaseModelError, match="repetition_penalty is .*a number above 0"):
+            answers_with(folder, tmp_path / f"damaged {penalty}", damaged, lines)
+
+
 def test_examples_and_conversations_are_lm_evals(folder: Path) -> None:
     begun = TASKS["tiny_choice"] | {"gen_prefix": "So:", "fewshot_split": "test", "num_fewshot": 1}
     write_task(folder / "tasks", "tiny_begun", folder / "rows" / "tiny_choice.jsonl", begun)
@@ -233,6 +268,13 @@ def test_a_table_and_figures(folder: Path, tmp_path: Path, capsys: pytest.Captur
         for task in ("tiny_choice", "tiny_texts")
         for i in (0, 1)
     ]
+    filters = [{"name": name, "filter": [{"function": name}]} for name in ("take_first", "lowercase")]
+    filtered = TASKS["tiny_answers"] | {"filter_list": filters}
+    write_task(folder / "tasks", "tiny_filtered", folder / "rows" / "tiny_answers.jsonl", filtered)
+    code, text, _ = evaluated(capsys, folder, "--tasks", "tiny_filtered,tiny_choice", "--limit", "3")
+    assert code == 0 and text.startswith("6 samples (lm-eval)\n")
+    assert all(f"tiny_filtered exact_match,{each['name']} " in text for each in filters)
+
     again = evaluate(folder / "run", tasks=["tiny_choice"], tasks_folder=folder / "tasks", limit=2)
     assert again["trained"]["tiny_choice"]["acc"] == figures["trained"]["tiny_choice"]["acc"]
 

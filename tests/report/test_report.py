@@ -19,7 +19,7 @@ from qlora_train import Recipe, train
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.cli import main
-from qlora_train.device.step_clock import OF_A_STEP
+from qlora_train.device.step_clock import BETWEEN_STEPS, OF_A_STEP, Cause
 from qlora_train.plan.words import duration
 from qlora_train.report.adapter_facts import adapter_facts
 from qlora_train.report.chart import MOST_POINTS, Chart, Series, smoothed
@@ -137,9 +137,33 @@ def test_where_the_time_went_is_that_of_the_files(run: Path) -> None:
     for key, seconds in planned.items():
         words = key.removesuffix("_seconds").replace("_", " ")
         assert (f"{words} {seconds / plan['step_seconds']:.1%}" in page.text) == (seconds > 0)
-    (evaluations,) = (row["evaluation_seconds"] for row in rows if "evaluation_seconds" in row)
-    (first,) = (row["evaluation_seconds"] for row in metrics_of(run) if row["step"] == 1)
-    assert f"evaluation {duration(first + evaluations)}, checkpoint " in page.text
+
+
+def test_what_came_after_the_last_step_counts(run: Path) -> None:
+    """Evaluations before the first step, after the second and the last, checkpoints after the latter two."""
+    rows, text = metrics_of(run), (run / "report.html").read_text(encoding="utf-8")
+    took = {
+        cause: {(row["step"], "loss" in row): row[cause.key] for row in rows if cause.key in row}
+        for cause in BETWEEN_STEPS
+    }
+    assert set(took[Cause.EVALUATION]) == {(1, True), (3, True), (4, False)}
+    assert set(took[Cause.CHECKPOINT]) == {(3, True), (4, False)}
+    steps_took = sum(row.get(cause.key, 0.0) for row in rows for cause in OF_A_STEP)
+    evaluations, checkpoints = (
+        duration(sum(took[cause].values())) for cause in (Cause.EVALUATION, Cause.CHECKPOINT)
+    )
+    assert (
+        f"Besides the steps, which took {duration(steps_took)} in all: evaluation {evaluations}, "
+        f"checkpoint {checkpoints}." in text
+    )
+
+
+def test_steps_of_a_version_without_times_are_in_no_mean(run: Path, tmp_path: Path) -> None:
+    mixed = copy_with_seconds(run, tmp_path / "mixed", forward_seconds=2.0)
+    older, newer = (mixed / "metrics.jsonl").read_text().split("\n")[2:4]
+    untimed = {key: value for key, value in json.loads(older).items() if key != "forward_seconds"}
+    (mixed / "metrics.jsonl").write_text(f"{json.dumps(untimed)}\n{newer}\n")
+    assert RunFacts.read(mixed).mean_seconds() == {Cause.FORWARD: 2.0}
 
 
 def copy_with_seconds(run: Path, folder: Path, **seconds: float) -> Path:

@@ -73,7 +73,8 @@ def test_the_run_folder_and_its_metrics(tmp_path: Path, base: Path, train_file: 
         training={"epochs": 1.5, "save_every": 4, "keep_checkpoints": 2, "warmup_ratio": 0.2},
     )
     assert result.num_steps == 11  # 42 rows, 4 a step
-    rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    *rows, ending = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert ending["step"] == 11 and ending["checkpoint_seconds"] > 0
     assert [row["step"] for row in rows] == list(range(1, 12))
     promised = {"step", "loss", "learning_rate", "grad_norm", "num_tokens", "num_supervised_tokens"}
     assert all(promised | {"tokens_per_second", "peak_bytes"} <= row.keys() for row in rows)

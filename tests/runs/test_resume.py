@@ -149,6 +149,8 @@ def test_stopped_by_sigterm_the_state_is_saved(
     assert "--resume" in stopped.said and "Traceback" not in stopped.said
     (saved,) = list_checkpoints(run_dir / "checkpoints")  # no save_every: only what the signal saved
     assert saved >= 6 and metrics_of(run_dir)[-1]["step"] == saved
+    ending = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ending["step"] == saved and ending["checkpoint_seconds"] > 0
 
     capsys.readouterr()
     assert main(["train", str(recipe), "--resume"]) == 0

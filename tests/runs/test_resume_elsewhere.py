@@ -102,8 +102,7 @@ def test_elsewhere_it_is_planned_anew_and_said(
     (change,) = plan["changes"]
     assert change["from_step"] == 4 and reason in change["reason"]
     assert tuple(change["split"].values()) == split == (plan["micro_batch_size"], plan["num_micro_batches"])
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["plan"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["plan"] for row in metrics_of(run)] == [0, 0, 0, 1, 1, 1]
     require_the_same_training(run, straight)
 
     moved = adapter_bytes(run)  # and again, after a kill: the new plan is kept

@@ -21,7 +21,7 @@ from tiny_runs import recipe_values, reversal_rows, write_base, write_rows
 
 from qlora_train.device import compute
 from qlora_train.device.compute import ComputeDevice
-from qlora_train.device.step_clock import OF_A_STEP, Cause
+from qlora_train.device.step_clock import OF_A_STEP, Cause, StepClock
 from qlora_train.kernels.on_device import find_device
 from qlora_train.recipe import Recipe
 from qlora_train.train import loop, train
@@ -63,10 +63,11 @@ def rows_of(base: Path, folder: Path, memory: dict[str, Any], **options: Any) ->
 
 
 class Slow:
-    """What comes DELAY_S after computing has begun to wait for it. num: how often, in steps."""
+    """What comes DELAY_S after computing has begun to wait for it. cause: of the wait. num: how often, in
+    steps."""
 
-    def __init__(self, clock: Any) -> None:
-        self._clock, self._wanted = clock, None
+    def __init__(self, clock: StepClock, cause: Cause) -> None:
+        self._clock, self._cause, self._wanted = clock, cause, None
         self.num, self.is_over = 0, threading.Event()
 
     @contextmanager
@@ -79,10 +80,14 @@ class Slow:
 
     def come(self, what: object) -> None:
         patience = time.monotonic() + PATIENCE_S
-        while self._wanted != what and not self.is_over.wait(0.001) and time.monotonic() < patience:
+        while not self._is_awaited(what) and not self.is_over.wait(0.001) and time.monotonic() < patience:
             pass
-        self.num += self._wanted == what and self._clock.cause is not None
+        self.num += self._is_awaited(what) and self._clock.cause is not None
         time.sleep(DELAY_S)
+
+    def _is_awaited(self, what: object) -> bool:
+        """Whether the wait has begun, and in a step its time is counted."""
+        return self._wanted == what and self._clock.cause in (self._cause, None)
 
     def until_the_last(self, row: Any) -> None:
         """`on_step`: nothing is wanted after the last step."""
@@ -129,7 +134,7 @@ def test_what_is_slow_is_waited_for(
     wants: Any,
     comes: Any,
 ) -> None:
-    slow = Slow(device.clock)
+    slow = Slow(device.clock, cause)
     slowed(monkeypatch, slow, wants, comes)
     rows = rows_of(base, tmp_path, memory, on_step=slow.until_the_last)
     assert slow.num >= NUM_STEPS
