@@ -1,7 +1,7 @@
 """A text of tokens -> documents of at most sequence_length tokens, as `data.too_long` says.
 
     cut      the beginning of the prompt goes first (of a conversation: of what was asked, so that system
-             prompt and headers stay). Where the answer is too long without it, the end goes, and of the prompt
+             prompt and headers stay). Where the answer is too long alone, the end goes, and of the prompt
              what is above half of the sequence; of a conversation whose first answer fits, only the end
     drop     the example is left out, which is not decided here
     split    the prompt is cut where the answer fits then; else consecutive pieces, each behind BOS or the
