@@ -216,7 +216,7 @@ class HarnessModel(TemplateLM):
         given = dict(normalize_gen_kwargs(dict(options), _DEFAULT_NEW_TOKENS))
         new_tokens, is_sampled = int(given.pop("max_gen_toks")), given.pop("do_sample")
         stops = [*given.pop("until"), str(self.tokenizer.decode(self.eot_token_id))]
-        sampling = {"repetition_penalty": self._repetition_penalty}
+        sampling: dict[str, Any] = {"repetition_penalty": self._repetition_penalty}
         sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
         if given:
             raise UserError(
@@ -232,11 +232,9 @@ class HarnessModel(TemplateLM):
         penalty = self._generation_config.get("repetition_penalty")
         if penalty is None:
             return 1.0
-        if not isinstance(penalty, int | float) or penalty <= 0:
-            raise BaseModelError(
-                f"{self._source.folder / 'generation_config.json'}: repetition_penalty is {penalty!r}; it is a "
-                "number above 0."
-            )
+        if not (isinstance(penalty, int | float) and penalty > 0):
+            file = self._source.folder / "generation_config.json"
+            raise BaseModelError(f"{file}: repetition_penalty is {penalty!r}; it is a number above 0.")
         return float(penalty)
 
     def _log_unheeded(self) -> None:
