@@ -29,7 +29,7 @@ from qlora_train.cli_recipes import add_init, add_recipes
 from qlora_train.cli_types import count, count_or_none, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, QloraTrainError, RecipeError
-from qlora_train.export import BASES, LOADERS, QUANTS
+from qlora_train.export import BASES, LOADERS, QUANTS, SERVER
 from qlora_train.interrupts import RaisesInterrupted
 from qlora_train.recipe import load_recipe
 from qlora_train.terminal_text import message, tell
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", "write a run as a model that other tools load", run=_export)
     export.add_argument("run_dir", metavar="RUN", type=Path)
-    export.add_argument("--to", choices=("merged", "gguf"), default="merged")
+    export.add_argument("--to", choices=("merged", "gguf", "adapter"), default="merged")
     export.add_argument(
         "--quant",
         metavar="|".join(QUANTS),
@@ -151,15 +151,22 @@ def _parser() -> argparse.ArgumentParser:
         type=count_or_none,
         default=2000,
         metavar="N|none",
-        help="held-out supervised tokens that the written model is compared on (default: 2000)",
+        help="held-out supervised tokens that the written model is compared on (default: 2000); "
+        "an adapter is as trained",
     )
     export.add_argument(
         "--for",
         dest="loaders",
         action="append",
         default=[],
-        choices=LOADERS,
-        help="load what was written with this, too, for the receipt; may be given several times",
+        choices=(*LOADERS, SERVER),
+        help="load what was written with this, too, for the receipt; may be given several times; with --to "
+        "adapter: vllm, whose rules for adapters are checked",
+    )
+    export.add_argument(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="upload the finished folder to the hub (hf auth login) as a new model, which is private",
     )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: inside the run folder")
 
@@ -261,6 +268,7 @@ def _export(args: argparse.Namespace) -> None:
         receipt=args.receipt,
         loaders=args.loaders,
         quant=args.quant,
+        push_to_hub=args.push_to_hub,
         log=tell,
     )
     tell(str(folder))

@@ -36,6 +36,7 @@ FLOORS = {
     "plan": 8,
     "doctor": 8,
     "new_recipe": 9,
+    "small_data": 9,
     "train": 9,
     "generate": 9,
     "export": 10,

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from qlora_train.device.step_clock import Cause
+
 PROJECT = Path(__file__).parent.parent
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ':' + m.content }}"
@@ -107,7 +109,8 @@ def write_recipe(file: Path, values: Mapping[str, Any]) -> Path:
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what a clock or a process's memory decides."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_bytes")} for row in rows]
+    measured = {"tokens_per_second", "peak_bytes", *(cause.key for cause in Cause)}
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
 def losses_of(run_dir: Path) -> list[float]:

@@ -11,6 +11,7 @@ could not simulate a device on a machine without one.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ import torch
 from torch import Tensor
 
 from qlora_train.device.description import CPU, DeviceDescription
+from qlora_train.device.step_clock import StepClock
 
 Stream = Any
 """`torch.cuda.Stream`, or the class of another device type's module."""
 Event = Any
+Moment = Any
+"""A time of the host's clock in seconds, or an event that has a time."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,25 @@ class ComputeDevice:
         event = self._module.Event()
         event.record(self.current_stream() if stream is None else stream)
         return event
+
+    # Time.
+
+    @cached_property
+    def clock(self) -> StepClock:
+        """The clock of the compute stream."""
+        return StepClock(self)
+
+    def moment(self) -> Moment:
+        """When the work queued so far on the current stream will be done; on a CPU, now."""
+        if not self.is_accelerator:
+            return time.perf_counter()
+        event = self._module.Event(enable_timing=True)
+        event.record(self.current_stream())
+        return event
+
+    def seconds_between(self, start: Moment, end: Moment) -> float:
+        """Seconds from one moment to another; the host must have waited for both."""
+        return float(start.elapsed_time(end) / 1000 if self.is_accelerator else end - start)
 
     # Pinned host pages, which the device can read and write by itself.
 

@@ -34,6 +34,8 @@ COPIED = re.compile(
 )
 _NOT_COPIED = {"config.json", *ADAPTER_FILES, "quantize_config.json", "quantization_config.json"}
 
+_NOT_MERGED = ("quantization_config", "auto_map", "_name_or_path")  # the last is a path of somebody's machine
+
 
 def copy_companions(
     base_folder: Path, folder: Path, log: Callable[[str], None], copied: re.Pattern[str] = COPIED
@@ -105,7 +107,7 @@ def merged_config(
     unties_head: the head is no longer the embedding's matrix. vocabulary_size: rows of the embedding."""
     # transformers 5 calls it dtype, most other tools still read torch_dtype
     name = str(dtype).removeprefix("torch.")
-    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    kept = {key: value for key, value in config.items() if key not in _NOT_MERGED}
     if unties_head:
         kept["tie_word_embeddings"] = False
     for part in (kept, kept.get("text_config")):

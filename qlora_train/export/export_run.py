@@ -30,12 +30,13 @@ from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
 from qlora_train.device.compute_dtype import COMPUTE_DTYPES, dtype_name, resolve_dtype
 from qlora_train.device.description import CPU
 from qlora_train.errors import DataError, ExportError
-from qlora_train.export import BASES, LOADERS, QUANTS
+from qlora_train.export import BASES, LOADERS, QUANTS, SERVER
+from qlora_train.export.adapter_folder import AdapterFolder
 from qlora_train.export.companions import write_tokenizer
 from qlora_train.export.held_out import held_out
 from qlora_train.export.measure import Measure, Source
 from qlora_train.export.merge import merge, require_new_folder
-from qlora_train.export.model_card import CARD_FILE, model_card
+from qlora_train.export.model_card import BASE_CARD_FILE, CARD_FILE, model_card
 from qlora_train.export.quantized_layers import cached_layers
 from qlora_train.export.walked_model import HeldOut, LargestValue
 from qlora_train.files.shards import ShardReader
@@ -64,15 +65,17 @@ def export(
     quant: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write a run as merged weights (to: "merged") or a GGUF file ("gguf") and return the folder (default:
-    `merged`, or such as `gguf-q8_0`, inside the run).
+    """Write a run as merged weights (to: "merged"), a GGUF file ("gguf") or an adapter ("adapter") and return
+    the folder (default: `merged`, or such as `gguf-q8_0`, `adapter-peft`, inside the run).
 
     base: "dequantized" merges onto the quantized weights of training (from its cache, else they are quantized
     again), "original" onto the checkpoint's own; None: the original ones if they exist. dtype: "float16",
     "bfloat16", "float32" or "auto" (see the module docstring). checkpoint: "best", "last" or "step-N"; None:
     the finished adapter. receipt: number of supervised tokens to measure on; None: no receipt. loaders:
-    "transformers", "bnb-4bit": measure the written folder loaded by these, too. quant: what matrices of a
-    GGUF file are written in, one of `QUANTS` (None: "f16"). log: called with lines of text. Needs no GPU;
+    "transformers", "bnb-4bit": measure the written folder loaded by these, too; "vllm": refuse an adapter
+    that vLLM does not serve as trained (vllm_rules.py). An adapter is as trained: no receipt. quant: what
+    matrices of a GGUF file are written in, one of `QUANTS` (None: "f16"). log: called with lines of text.
+    Needs no GPU;
     with tensors up to 1.1 GB, merging takes less than 1.2 GB of memory, a receipt one layer more.
 
     generation_config.json also lists the tokens that the chat template ends answers with; the template is the
@@ -82,8 +85,9 @@ def export(
     _check_arguments(to, base, dtype, receipt, loaders, quant)
     run = Path(run)
     adapter = find_adapter(run, checkpoint, log)
-    inside = "merged" if to == "merged" else f"gguf-{quant or 'f16'}"
-    target = Path(out) if out is not None else run / inside
+    for_vllm = SERVER in loaders
+    inside = {"gguf": f"gguf-{quant or 'f16'}", "adapter": f"adapter-{SERVER if for_vllm else 'peft'}"}
+    target = Path(out) if out is not None else run / inside.get(to, to)
     require_new_folder(target)  # before anything is read through
     recipe = load_recipe(run / "recipe.yaml")
     folder, _ = find_base(recipe.model, run)
@@ -96,6 +100,12 @@ def export(
     trained_quantization = Quantization(recipe.model.quantization, recipe.model.double_quant)
     quantization = _merged_onto(folder, base, trained_quantization)
     end_ids = stop_token_ids(tokenizer, named, recipe.data)
+    if to == "adapter":
+        only_template = [token for token in end_ids if token not in named]
+        whole = AdapterFolder(recipe, folder, adapter, tokenizer, bool(added.ids), only_template)
+        whole.write(target, for_vllm, log)
+        log("no receipt: the adapter is the one that was trained")
+        return target
     if to == "gguf" and added.ids:
         raise ExportError(
             "--to gguf: the run has trained rows of tokens (model.add_tokens), which are not written there. "
@@ -129,10 +139,11 @@ def export(
             if measure is not None:
                 models = measure.merged_models(partial, chosen, loaders)
                 measure.receipt(models, "--dtype bfloat16").write(partial, log)
-            if not (partial / CARD_FILE).exists():  # else it is the base's
-                usage = f"- load this folder as any model: `qlora-train generate {target.name} --prompt ...`."
-                card = model_card(recipe, folder, source.merged_onto, usage)
-                (partial / CARD_FILE).write_text(card, "utf-8")
+            if (partial / CARD_FILE).exists():
+                (partial / CARD_FILE).rename(partial / BASE_CARD_FILE)
+            usage = f"- load this folder as any model: `qlora-train generate {target.name} --prompt ...`."
+            card = model_card(recipe, folder, "merged", usage, source.merged_onto)
+            (partial / CARD_FILE).write_text(card, "utf-8")
 
         merge(
             folder,
@@ -152,6 +163,17 @@ def export(
 def _check_arguments(
     to: str, base: str | None, dtype: str, receipt: int | None, loaders: Sequence[str], quant: str | None
 ) -> None:
+    if to == "adapter":
+        if base is not None or dtype != "auto" or quant is not None or set(loaders) - {SERVER}:
+            raise ExportError(
+                f"--to adapter writes the adapter as it was trained: it takes --for {SERVER}, and no other "
+                "--for, no --base, --dtype or --quant."
+            )
+        return
+    if SERVER in loaders:
+        raise ExportError(
+            f"--for {SERVER} belongs to --to adapter: merged weights it serves as any model, without LoRA."
+        )
     if to == "gguf" and (dtype != "auto" or loaders):
         raise ExportError("--dtype and --for belong to --to merged: what a GGUF file holds is --quant's.")
     if quant is not None and (to != "gguf" or quant not in QUANTS):
@@ -162,8 +184,8 @@ def _check_arguments(
         )
     if to not in ("merged", "gguf") or base not in (None, *BASES) or dtype not in ("auto", *COMPUTE_DTYPES):
         raise ExportError(
-            f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged' or 'gguf', base is 'original'"
-            f" or 'dequantized', dtype is auto or one of {', '.join(COMPUTE_DTYPES)}."
+            f"export(to={to!r}, base={base!r}, dtype={dtype!r}): to is 'merged', 'gguf' or 'adapter', "
+            f"base is 'original' or 'dequantized', dtype is auto or one of {', '.join(COMPUTE_DTYPES)}."
         )
     if receipt is None and loaders:
         raise ExportError(

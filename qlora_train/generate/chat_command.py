@@ -27,7 +27,7 @@ HELP = """\
 /system TEXT     another system message
 /retry           the last question again
 /clear           start again
-/quit            or Ctrl-D; Ctrl-C ends an answer
+/quit            or /exit, /bye, Ctrl-D; Ctrl-C ends an answer
 A line that ends in \\ goes on. //text says /text."""
 
 
@@ -74,7 +74,7 @@ class Terminal:
         """Until /quit or the end of the input. A user's mistake is printed and changes nothing."""
         print("/help lists commands.", file=sys.stderr)
         for line in _lines():
-            if line.strip() == "/quit":
+            if line.strip() in ("/quit", "/exit", "/bye"):
                 return
             try:
                 self._obey(line)

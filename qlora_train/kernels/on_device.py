@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from qlora_train.device import driver
-from qlora_train.device.compute import THE_CPU, ComputeDevice
-from qlora_train.device.description import DeviceDescription, cublas_workspace
+from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.description import CPU, DeviceDescription, cublas_workspace
 from qlora_train.device.settings import segments_expand
 from qlora_train.kernels.liger import import_liger
 from qlora_train.kernels.triton_support import triton_runs
@@ -24,7 +24,7 @@ def find_device(where: torch.device | None = None) -> ComputeDevice:
     if where is None:
         where = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if where.type == "cpu":
-        return THE_CPU
+        return ComputeDevice(CPU)
     index = where.index if where.index is not None else torch.get_device_module(where).current_device()
     return _described(torch.device(where.type, index))
 

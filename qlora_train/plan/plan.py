@@ -230,6 +230,7 @@ class Plan:
             "copies_in_ram": self.machine.num_copies,
             "disk_bytes": sum(self.disk.values()),
             "step_seconds": self.step_seconds,
+            "seconds_of_a_step": self.time.seconds,
             "seconds_per_million_tokens": self.seconds_per_million_tokens,
             "evaluation_seconds_per_million_tokens": self.evaluation_seconds_per_million_tokens,
             "weights": execution["weights"],

@@ -4,9 +4,9 @@ Per token and parameter of the linears: 2 FLOPs forward and 2 backward (the base
 gradient of the input is computed), 2 more where a layer is recomputed, less the last linear where its product
 may be skipped. Attention, the narrow products of LoRA and operations on single numbers (norms, rotary
 tables, activations, sums) each have a rate of their own: on a CPU they are a third of a step. Copies overlap
-with arithmetic, so a pass over the layers takes the larger of the two times; only the rows of an embedding
-that is off the device are waited for. The estimate serves to choose between plans and to inform; nothing
-depends on its being exact.
+with arithmetic, so a pass over the layers takes the larger of the two times: what copies take longer is
+waited for, and so are all rows of an embedding that is off the device. The estimate serves to choose between
+plans and to inform; nothing depends on its being exact.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from qlora_train.device.cards import ASSUMED_CARD, CARDS, known_card
 from qlora_train.device.description import DeviceDescription
+from qlora_train.device.step_clock import Cause
 from qlora_train.plan.host_bytes import offloaded_bytes
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
@@ -75,9 +76,10 @@ def stated_rates(device: DeviceDescription) -> Rates:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. total_seconds: copies overlap with arithmetic. flops, copied_bytes: of
-    the step. evaluation_seconds: for evaluating as many tokens."""
+    """Seconds of one optimizer step by `Cause.key`, and their sum: copies overlap with arithmetic. flops,
+    copied_bytes: of the step. evaluation_seconds: for evaluating as many tokens."""
 
+    seconds: dict[str, float]
     total_seconds: float
     flops: float
     copied_bytes: int
@@ -119,11 +121,18 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     forward_seconds = (forward_seconds + dequantize / 3) / num_groups
     back_seconds = (back_seconds + dequantize * 2 / 3) / num_groups
     row_seconds = _fetch_seconds(plan.embedding, row_bytes, rates)
-    total = row_seconds + num_groups * (
-        max(forward_seconds, forward_copies + offloaded / rates.copy)
-        + max(head_seconds / num_groups, head_copies)
-        + max(back_seconds, forward_copies + offloaded / rates.copy)
+    waited, waited_back = (
+        _waits(computing, forward_copies, offloaded / rates.copy)
+        for computing in (forward_seconds, back_seconds)
     )
+    head_waited = max(0.0, head_copies - head_seconds / num_groups)
+    seconds = {
+        Cause.WEIGHTS.key: row_seconds + num_groups * (waited[0] + head_waited + waited_back[0]),
+        Cause.ACTIVATIONS.key: num_groups * (waited[1] + waited_back[1]),
+        Cause.FORWARD.key: num_groups * forward_seconds,
+        Cause.LOSS.key: head_seconds,
+        Cause.BACKWARD.key: num_groups * back_seconds,
+    }
     copied = row_bytes + num_groups * (
         2 * len(streamed) * workload.layer_buffer_bytes
         + (plan.head is not Placement.DEVICE) * workload.head_bytes
@@ -132,7 +141,15 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     evaluation = row_seconds + num_groups * (
         max(forward_seconds, forward_copies) + max(head_seconds / 2 / num_groups, head_copies)
     )
-    return StepTime(total, flops + head_work.flops, copied, evaluation)
+    return StepTime(seconds, sum(seconds.values()), flops + head_work.flops, copied, evaluation)
+
+
+def _waits(computing: float, weights: float, activations: float) -> tuple[float, float]:
+    """Seconds that copies of weights and of activations take longer than what they overlap with, in
+    proportion to the time of each."""
+    copying = weights + activations
+    late = max(0.0, copying - computing)
+    return (late * weights / copying, late * activations / copying) if late else (0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""Line charts as SVG, which a browser shows without scripts.
+"""Charts of lines or of stacked areas as SVG, which a browser shows without scripts.
 
 A chart maps x in [x0, x1] and y in [y0, y1] linearly onto its frame; the four numbers are attributes of the
-`svg` element, so whoever reads the file can read every value back from the points of its lines.
+`svg` element, so whoever reads the file can read every value back from the points of its lines and areas.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 Point = tuple[float, float]
@@ -32,12 +32,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of some series. y_from_zero: the axis begins at 0. is_by_step: x are whole numbers."""
+    """A chart of some series. y_from_zero: the axis begins at 0. is_stacked: areas on top of each other, of
+    series that have all x in common and no gaps."""
 
     title: str
     x_label: str
     series: Sequence[Series]
     y_from_zero: bool = False
+    is_stacked: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -45,18 +47,20 @@ class Chart:
 
     def svg(self) -> str:
         """The chart as an `svg` element."""
-        points = [point for series in self.series for point in _finite(series.points)]
+        drawn = _stacked(self.series) if self.is_stacked else self.series
+        points = [point for series in drawn for point in _finite(series.points)]
         x0, x1 = _range([x for x, _ in points], pad=0.0)
         y0, y1 = _range([y for _, y in points], pad=0.05)
-        frame = _Frame(x0, x1, min(0.0, y0) if self.y_from_zero else y0, y1)
-        ordered = sorted(self.series, key=lambda series: not series.is_faint)
+        frame = _Frame(x0, x1, 0.0 if self.y_from_zero else y0, y1)
+        draw = frame.area if self.is_stacked else frame.lines
+        ordered = sorted(drawn, key=lambda series: not series.is_faint)
         label = escape(f"{self.title}, by {self.x_label}", quote=True)
         parts = [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" {frame.attributes()}>',
             *frame.grid(),
             f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4}" '
             f'text-anchor="middle">{escape(self.x_label)}</text>',
-            *(line for series in ordered for line in frame.lines(series)),
+            *(shape for series in ordered for shape in draw(series)),
             "</svg>",
         ]
         return "\n".join(parts)
@@ -110,6 +114,22 @@ class _Frame:
             text = " ".join(f"{x:.3f},{y:.3f}" for x, y in places)
             drawn.append(f'<polyline class="{kind}" data-name="{name}" points="{text}"/>')
         return drawn
+
+    def area(self, series: Series) -> list[str]:
+        """One of `_stacked`: its points are the outline."""
+        text = " ".join(f"{x:.3f},{y:.3f}" for x, y in (self.place(*point) for point in series.points))
+        name = escape(series.name, quote=True)
+        return [f'<polygon class="c{series.color}" data-name="{name}" points="{text}"/>']
+
+
+def _stacked(stack: Sequence[Series]) -> list[Series]:
+    """The outlines of areas on top of each other: the upper edge, and the lower edge backwards."""
+    outlines, edge = [], [(x, 0.0) for x, _ in _thinned(stack[0].points)]
+    for series in stack:
+        upper = [(x, y + under) for (x, y), (_, under) in zip(_thinned(series.points), edge, strict=True)]
+        outlines.append(replace(series, points=[*upper, *reversed(edge)]))
+        edge = upper
+    return outlines
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from qlora_train.device.step_clock import BETWEEN_STEPS, OF_A_STEP, Cause
+from qlora_train.plan.words import duration
 from qlora_train.report.adapter_facts import ModuleFacts
 from qlora_train.report.chart import Chart, Point, Series, smoothed
 from qlora_train.report.run_facts import RunFacts
@@ -21,6 +23,15 @@ GIB = 2**30
 NUM_COLORS = 8
 _MOST_SAMPLES, _MOST_LETTERS, _MOST_RUNS = 20, 2000, NUM_COLORS
 _NO_NUMBERS = 99
+_TIME = "Where a step's time went"
+_LONG_WAIT = 0.2
+"""The share of a step from which on a wait is worth a remark."""
+_REMEDIES = {
+    Cause.ROWS: "the cache folder (QLORA_TRAIN_CACHE) on a faster disk, fewer other programs on this machine",
+    Cause.WEIGHTS: "more memory.vram, so that more weights stay on the device; memory.weights=ram instead of "
+    "disk; a larger training.batch_size, as a copied layer serves all micro-batches of a group",
+    Cause.ACTIVATIONS: "memory.activations=recompute, or more memory.vram, so that more stays on the device",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ def run_page(run: RunFacts, modules: Sequence[ModuleFacts]) -> str:
     """The page of a run. modules: of its newest adapter; empty: there is none yet."""
     sections = [
         *_memory(run),
+        *_time(run),
         *_data(run),
         *_samples(run),
         *_adapter(modules),
@@ -72,6 +84,7 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     rows = [[of_runs[0][0], *(value for _, value in of_runs)] for of_runs in figures]
     sections = [
         Section("Figures", head=head, rows=rows, numbers_from=1),
+        *_compared_time(runs),
         Section("Recipe keys that differ", head=head, rows=list(_differing(runs))),
     ]
     more = [f"charts show the first {_MOST_RUNS} of {len(runs)} runs"] if len(runs) > _MOST_RUNS else []
@@ -152,6 +165,41 @@ def _memory(run: RunFacts) -> Iterator[Section]:
             )
         )
     yield Section("Memory on the device", lines=run.plan.get("changes", []), bars=bars)
+
+
+def _time(run: RunFacts) -> Iterator[Section]:
+    """The seconds of a step by cause, beside the plan's."""
+    if not (spent := run.mean_seconds()):
+        return
+    lines, wait = [], max(_REMEDIES, key=lambda cause: spent.get(cause, 0.0))
+    if (share := spent.get(wait, 0.0) / sum(spent.values())) > _LONG_WAIT:
+        lines.append(f"{share:.0%} of a step is {wait.in_words}. What would shorten it: {_REMEDIES[wait]}.")
+    took = {cause: run.total_seconds(cause) for cause in Cause}
+    if between := [f"{cause.in_words} {duration(took[cause])}" for cause in BETWEEN_STEPS if took[cause]]:
+        steps_took = duration(sum(took[cause] for cause in OF_A_STEP))
+        lines.append(f"Besides the steps, which took {steps_took} in all: {', '.join(between)}.")
+    bars = [_time_bar("measured, mean of a step", spent)]
+    if planned := run.planned_seconds():
+        bars.append(_time_bar("planned", planned))
+    found = run.seconds_by_step().items()
+    series = [Series(cause.in_words, points, OF_A_STEP.index(cause)) for cause, points in found]
+    chart = Chart("Seconds of a step", "optimizer step", series, y_from_zero=True, is_stacked=True)
+    yield Section(_TIME, lines=lines, bars=bars, charts=[chart] if len(series[0].points) > 1 else [])
+
+
+def _time_bar(label: str, seconds: Mapping[Cause, float]) -> Bar:
+    whole = sum(seconds.values())
+    parts = [
+        (f"{cause.in_words} {part / whole:.1%}", 100 * part / whole, OF_A_STEP.index(cause))
+        for cause, part in seconds.items()
+    ]
+    return Bar(f"{label}: {duration(whole)}", parts)
+
+
+def _compared_time(runs: Sequence[RunFacts]) -> Iterator[Section]:
+    """The seconds of a step of several runs by cause, as far as they were measured."""
+    if bars := [_time_bar(run.name, seconds) for run in runs if (seconds := run.mean_seconds())]:
+        yield Section(_TIME, bars=bars)
 
 
 def _data(run: RunFacts) -> Iterator[Section]:

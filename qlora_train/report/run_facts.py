@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from qlora_train.adapter.run_adapter import find_adapter
+from qlora_train.device.step_clock import OF_A_STEP, Cause
 from qlora_train.errors import RunFolderError
 from qlora_train.files.step_rows import step_rows
 from qlora_train.recipe import Recipe, load_recipe
@@ -81,8 +82,31 @@ class RunFacts:
     @property
     def median_step_seconds(self) -> float | None:
         """Of the steps after the first, which are metered and warm up."""
-        rates = [row for row in self.steps if row["step"] > _WARM_UP_STEPS and row["tokens_per_second"]]
+        rates = [row for row in self._warm_steps if row["tokens_per_second"]]
         return median(row["num_tokens"] / row["tokens_per_second"] for row in rates) if rates else None
+
+    @property
+    def _warm_steps(self) -> list[dict[str, Any]]:
+        return [row for row in self.steps if row["step"] > _WARM_UP_STEPS]
+
+    def seconds_by_step(self) -> dict[Cause, list[Point]]:
+        """(step, seconds) of every cause that steps after the first took time for."""
+        rows = self._warm_steps
+        seen = [cause for cause in OF_A_STEP if any(row.get(cause.key) for row in rows)]
+        return {cause: [(row["step"], row.get(cause.key, 0.0)) for row in rows] for cause in seen}
+
+    def mean_seconds(self) -> dict[Cause, float]:
+        """Seconds of a step by cause, means of those after the first."""
+        return {cause: mean(y for _, y in points) for cause, points in self.seconds_by_step().items()}
+
+    def planned_seconds(self) -> dict[Cause, float]:
+        """Seconds of a step by cause, by the plan."""
+        of_plan = self.plan.get("seconds_of_a_step", {})
+        return {cause: of_plan[cause.key] for cause in OF_A_STEP if of_plan.get(cause.key)}
+
+    def total_seconds(self, cause: Cause) -> float:
+        """In all steps and between them."""
+        return sum(row.get(cause.key, 0.0) for row in self.steps)
 
     @property
     def num_tokens(self) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.step_clock import Cause
 from qlora_train.micro_batch import MicroBatch
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.weights.uploads import Staged, Uploads
@@ -41,7 +42,7 @@ class BatchPrefetcher:
     ) -> None:
         """make: returns a step's micro-batches; called on the worker thread. steps: those that will be taken,
         in order."""
-        self._make, self._steps, self._uploads = make, steps, uploads
+        self._make, self._steps, self._uploads, self._clock = make, steps, uploads, device.clock
         self._worker = ThreadPoolExecutor(1, "qlora_train-batches", device.make_current)
         self._ahead: Future[list[_StagedBatch]] | None = None
 
@@ -57,9 +58,9 @@ class BatchPrefetcher:
         """A step's micro-batches on the device; the copies are queued on the current stream. Raises whatever
         `make` raised."""
         assert self._ahead is not None and step == self._steps.start, "steps are taken in order"
-        batches = self._ahead.result()
+        with self._clock.spent_on(Cause.ROWS):
+            sent = [self._sent(batch) for batch in self._ahead.result()]
         self._steps = self._steps[1:]
-        sent = [self._sent(batch) for batch in batches]
         self._prepare(step + 1)
         return sent
 

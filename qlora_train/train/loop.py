@@ -8,13 +8,14 @@ uninterrupted one. Neither R nor the order depends on the split or on the number
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from qlora_train.adapter.trained_on import FILE_NAME
 from qlora_train.device.memory_tracker import MemoryTracker, peak_bytes
+from qlora_train.device.step_clock import Cause
 from qlora_train.errors import Interrupted, OutOfMemory, TrainingFailure
 from qlora_train.micro_batch import MicroBatch
 from qlora_train.plan.plan import largest_causes
@@ -71,15 +72,16 @@ class TrainLoop:
         self._step_seconds: float | None = None
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._lora = prepared.model.decoder, prepared.model.lora
-        self._uploads = Uploads(self._decoder.device, prepared.model.host)
+        self._device, self._clock = self._decoder.device, self._decoder.device.clock
+        self._uploads = Uploads(self._device, prepared.model.host)
         training = self._recipe.training
-        self._split, self._bins_per_step = prepared.model.plan.workload.split, training.bins_per_step
+        self._split, self._bins_per_step = prepared.model.plan.workload.split, training.bins_per_step()
         self._num_bins = training.num_bins(prepared.train_data.num_bins)
         self.num_steps = training.num_steps(prepared.train_data.num_bins)
         self._optimizer = FlatOptimizer(
             training.optimizer,
             self._lora,
-            self._decoder.device,
+            self._device,
             lora_b_lr_ratio=training.lora_b_lr_ratio,
             weight_decay=training.weight_decay,
         )
@@ -100,7 +102,7 @@ class TrainLoop:
             seed=training.seed,
             on_tighter_plan=self._fall_back,
         )
-        self._pace = Pace(self._decoder.device.description, prepared.model.host, STEPS_METERED)
+        self._pace = Pace(self._device.description, prepared.model.host, STEPS_METERED)
         self._state = TrainState(
             data_fingerprint=prepared.train_data.fingerprint(),
             base_fingerprint=prepared.model.decoder.fingerprint,
@@ -147,7 +149,7 @@ class TrainLoop:
         with (
             StopSignal(self._stopping_line) as stop,
             self._progress(first) as progress,
-            BatchPrefetcher(self._micro_batches, steps, self._decoder.device, self._uploads) as self._batches,
+            BatchPrefetcher(self._micro_batches, steps, self._device, self._uploads) as self._batches,
         ):
             self._log = progress.log
             if first == 0 and self._prepared.eval_data is not None:
@@ -192,7 +194,7 @@ class TrainLoop:
             self._recipe.training.log_every,
             slow_steps=STEPS_METERED,
             quiet=not self._accelerator.is_main_process,
-            peak_name="peak" if self._decoder.device.is_accelerator else "process peak",
+            peak_name="peak" if self._device.is_accelerator else "process peak",
         )
 
     def _one_step_or_save(self, step: int) -> dict[str, float | int | bool]:
@@ -221,8 +223,7 @@ class TrainLoop:
         predicted = self._prepared.model.plan.step_vram_bytes
         measured = self._meter.peak_bytes + self._optimizer.managed_bytes
         self._stop_metering()
-        device = self._decoder.device
-        reserved = device.peak_reserved_bytes if device.is_accelerator else None
+        reserved = self._device.peak_reserved_bytes if self._device.is_accelerator else None
         self._plan_log.measured(measured, reserved)
         self._log(
             f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
@@ -241,23 +242,25 @@ class TrainLoop:
     def _one_step(self, step: int) -> dict[str, float | int | bool]:
         training, data = self._recipe.training, self._prepared.train_data
         started = self._step_began = time.monotonic()
-        _, plan = self._plan_log.in_force(step)
-        if plan != self.plan:
-            self._runner.walk.set_plan(plan)
-        positions = self._positions(step)
-        batches = self._batches.take(step)
-        num_supervised = data.num_supervised([p for p in positions if p is not None])
-        rate = learning_rate(
-            step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
-        )
-        outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
+        with self._clock.step():
+            _, plan = self._plan_log.in_force(step)
+            if plan != self.plan:
+                self._runner.walk.set_plan(plan)
+            positions = self._positions(step)
+            batches = self._batches.take(step)
+            num_supervised = data.num_supervised([p for p in positions if p is not None])
+            rate = learning_rate(
+                step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
+            )
+            outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
         self._state.step, self._state.data_position = step, step * self._bins_per_step
         seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
         return metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
-            "peak_bytes": peak_bytes(self._decoder.device),
+            "peak_bytes": peak_bytes(self._device),
             "plan": self._plan_log.in_force(step)[0],
+            **self._clock.read(),
         }
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
@@ -265,9 +268,14 @@ class TrainLoop:
         size, number = self._split.micro_batch_size, self._split.num_micro_batches
         positions = self._positions(step)
         empty = [None] * (size * number * self._accelerator.num_processes - len(positions))
-        groups = list(_groups([*positions, *empty], size))
-        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        mine = self._of_this_rank([*positions, *empty])
         return [self._prepared.train_data.micro_batch(group) for group in mine]
+
+    def _of_this_rank(self, positions: Sequence[int | None]) -> list[list[int | None]]:
+        """The rows of this rank's micro-batches; None where the last one has no more."""
+        size = self._split.micro_batch_size
+        groups = [[*positions[i : i + size], *[None] * size][:size] for i in range(0, len(positions), size)]
+        return groups[self._accelerator.process_index :: self._accelerator.num_processes]
 
     def _positions(self, step: int) -> list[int | None]:
         """The rows of the data order that a step takes; None past the end of the last epoch."""
@@ -292,14 +300,15 @@ class TrainLoop:
 
     def _evaluate(self, step: int, progress: TrainProgress) -> bool:
         """Compute and log the loss on the evaluation data; True if it is the best so far."""
-        data = self._prepared.eval_data
-        assert data is not None
-        groups = list(_groups(list(range(data.num_bins)), self._split.micro_batch_size))
-        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        assert (data := self._prepared.eval_data) is not None
+        mine = self._of_this_rank(range(data.num_bins))
         group_size = self.plan.group_size(self._split.num_micro_batches)
-        with BatchPrefetcher(
-            lambda i: [data.micro_batch(mine[i])], range(len(mine)), self._decoder.device, self._uploads
-        ) as ahead:
+        with (
+            self._clock.between_steps(Cause.EVALUATION),
+            BatchPrefetcher(
+                lambda i: [data.micro_batch(mine[i])], range(len(mine)), self._device, self._uploads
+            ) as ahead,
+        ):
             total = loss_sum(
                 self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.plan.loss_tokens
             )
@@ -315,7 +324,8 @@ class TrainLoop:
         """Answer the prompts of training.samples, if there are any; every rank does, so that none waits."""
         if (samples := self._prepared.samples) is None:
             return
-        rows = samples.rows(self._decoder, step)
+        with self._clock.between_steps(Cause.SAMPLES):
+            rows = samples.rows(self._decoder, step)
         if self._accelerator.is_main_process:
             self._folder.append_samples(rows)
         self._log(f"step {step}: the prompts of training.samples are answered in samples.jsonl")
@@ -329,16 +339,17 @@ class TrainLoop:
         state.loss_scale, state.loss_scale_good_steps = runner.scale.value, runner.scale.good_steps
         state.num_overflows = runner.scale.num_overflows
         state.num_skipped, state.skipped_in_a_row = runner.num_skipped, runner.num_skipped_in_a_row
-        save_checkpoint(
-            self._folder.checkpoints,
-            state,
-            self._lora.masters,
-            self._optimizer.state(),
-            self._recipe.training.keep_checkpoints,
-            self._write_adapter,
-        )
-        if problem := refresh_report(self._folder.path):
-            self._log(problem)
+        with self._clock.between_steps(Cause.CHECKPOINT):
+            save_checkpoint(
+                self._folder.checkpoints,
+                state,
+                self._lora.masters,
+                self._optimizer.state(),
+                self._recipe.training.keep_checkpoints,
+                self._write_adapter,
+            )
+            if problem := refresh_report(self._folder.path):
+                self._log(problem)
 
     def _write_adapter(self, folder: Path) -> None:
         trained, step = self._prepared.model.adapter, self._state.step
@@ -378,13 +389,9 @@ class TrainLoop:
         """The highest signal number of all ranks, so that they stop at the same step; 0: none."""
         if self._accelerator.num_processes == 1:
             return signal_number
-        highest = torch.tensor(signal_number, device=self._decoder.device.torch)
+        highest = torch.tensor(signal_number, device=self._device.torch)
         torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
         return int(highest)
-
-
-def _groups(positions: Sequence[int | None], size: int) -> Iterator[Sequence[int | None]]:
-    return ((list(positions[i : i + size]) + [None] * size)[:size] for i in range(0, len(positions), size))
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qlora_train.adapter.lora_targets import coverage
 from qlora_train.data.building import open_data
-from qlora_train.data.statistics import steps_advice
+from qlora_train.data.statistics import length_lines, lengths_of, steps_advice
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.device.settings import determinism_of_before, require_deterministic_products
 from qlora_train.doctor.command import machine_lines
@@ -131,6 +131,7 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
         ),
         *_peft_lines(prepared),
         *prepared.train_data.report.lines(),
+        length_lines(lengths_of(prepared.train_data))[0],
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *positions_line(recipe.data.sequence_length, decoder.config.max_position_embeddings),
         *residency_lines(prepared.model.execution),
@@ -175,7 +176,8 @@ def _bins_of_a_step(prepared: Prepared) -> str:
         f"{number} process" + ("es" if number > 1 else ""),
         f"{split.num_micro_batches} x {split.micro_batch_size} in each",
     ]
-    return f"{prepared.recipe.training.bins_per_step} bins ({', '.join(parts)})"
+    num_bins = prepared.recipe.training.bins_per_step()
+    return f"{num_bins} bin{'s' if num_bins > 1 else ''} ({', '.join(parts)})"
 
 
 def _first_micro_batch(prepared: Prepared) -> PackedTokens:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.device.compute import ComputeDevice, Event
+from qlora_train.device.step_clock import Cause
 from qlora_train.weights.host_memory import HostMemory
 
 
@@ -40,6 +41,8 @@ class HostOffloader:
         self.device, self.host = device, host
         self.stream = device.side_stream()
         self._leaving: tuple[Event, list[Tensor]] | None = None
+        self.num_fetched = self.num_arrived = 0
+        """Copies back that were started, and those of them that the compute stream has waited for."""
 
     def offload(self, tensor: Tensor) -> OffloadedTensor:
         """Start copying `tensor` (contiguous) to the host."""
@@ -48,7 +51,8 @@ class HostOffloader:
     def offload_all(self, tensors: list[Tensor]) -> list[OffloadedTensor]:
         """Start copying tensors (contiguous) to the host together; earlier copies are finished first."""
         if self.stream is None:
-            return [OffloadedTensor(self, tensor) for tensor in tensors]
+            with self.waiting():
+                return [OffloadedTensor(self, tensor) for tensor in tensors]
         self.finish_copies()
         self.stream.wait_stream(self.device.current_stream())
         with self.device.on(self.stream):
@@ -59,8 +63,13 @@ class HostOffloader:
     def finish_copies(self) -> None:
         """Free the device copies of the last offload; work queued from now on waits for its copies."""
         if self._leaving is not None:
-            self.device.current_stream().wait_event(self._leaving[0])
+            with self.waiting():
+                self.device.current_stream().wait_event(self._leaving[0])
             self._leaving = None
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Context of what computing waits for."""
+        return self.device.clock.spent_on(Cause.ACTIVATIONS)
 
     def synchronize(self) -> None:
         """Let the host wait for every copy. For a walk that is aborted: call it while the tensors that are
@@ -79,6 +88,8 @@ class OffloadedTensor:
         self._buffer: Tensor | None = offload.host.borrow(max(1, tensor.nbytes))
         self._back: Tensor | None = None
         self._is_back: Event | None = None
+        self._number = 0
+        """Among the copies back, from 1 on."""
         self._host_view.copy_(tensor.detach(), non_blocking=True)
 
     def fetch(self) -> None:
@@ -89,13 +100,15 @@ class OffloadedTensor:
         self._back = torch.empty(self._shape, dtype=self._dtype, device=self._offloader.device.torch)
         stream = self._offloader.stream
         if stream is None:
-            self._back.copy_(self._host_view)
+            with self._offloader.waiting():
+                self._back.copy_(self._host_view)
         else:
             device = self._offloader.device
             stream.wait_stream(device.current_stream())  # queued work may still use that memory
             with device.on(stream):
                 self._back.copy_(self._host_view, non_blocking=True)
             self._is_back = device.event(stream)
+            self._number = self._offloader.num_fetched = self._offloader.num_fetched + 1
         self._offloader.host.give_back(self._buffer)
         self._buffer = None
 
@@ -103,8 +116,10 @@ class OffloadedTensor:
         """Return the tensor on the device, valid for work queued from now on."""
         self.fetch()
         assert self._back is not None
-        if self._is_back is not None:  # not the whole stream: the next fetch overlaps
-            self._offloader.device.current_stream().wait_event(self._is_back)
+        if self._is_back is not None and self._number > self._offloader.num_arrived:
+            with self._offloader.waiting():  # not for the whole stream: the next fetch overlaps
+                self._offloader.device.current_stream().wait_event(self._is_back)
+            self._offloader.num_arrived = self._number  # with all that were started before it
         back, self._back = self._back, None
         return back
 

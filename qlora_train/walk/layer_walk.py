@@ -29,6 +29,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qlora_train.device.step_clock import Cause
 from qlora_train.kernels.dropout import DropoutKeys
 from qlora_train.model.decoder import FrozenDecoder, LayerArguments
 from qlora_train.model.lora_parameters import LoraParameters
@@ -125,16 +126,20 @@ class LayerWalk:
         loss_scale: float,
     ) -> Tensor:
         """Forward, head and backward of one group; returns the sum of its losses."""
-        embedded = [self._decoder.embed_packed(tokens) for tokens in group]
-        xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
-        del embedded
-        stored = self._forward(xs, arguments, keys)
-        loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
-        xs.clear()
-        self._backward(stored, gradients, arguments, keys)
-        if self._trains_tokens:
-            for tokens, gradient in zip(group, gradients, strict=True):
-                self._decoder.add_embedding_gradient(tokens, gradient)
+        clock = self._decoder.device.clock
+        with clock.spent_on(Cause.FORWARD):
+            embedded = [self._decoder.embed_packed(tokens) for tokens in group]
+            xs, arguments = [x for x, _ in embedded], [a for _, a in embedded]
+            del embedded
+            stored = self._forward(xs, arguments, keys)
+        with clock.spent_on(Cause.LOSS):
+            loss_sum, gradients = self._losses(xs, group, num_supervised, loss_scale)
+            xs.clear()
+        with clock.spent_on(Cause.BACKWARD):
+            self._backward(stored, gradients, arguments, keys)
+            if self._trains_tokens:
+                for tokens, gradient in zip(group, gradients, strict=True):
+                    self._decoder.add_embedding_gradient(tokens, gradient)
         return loss_sum
 
     def _needs_dx(self, layer: int) -> bool:

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from qlora_train.device.step_clock import Cause
 from qlora_train.errors import OutOfMemory, TrainingFailure
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
@@ -76,7 +77,7 @@ class StepRunner:
         """Run one step. num_supervised: supervised tokens of all ranks. Raises `TrainingFailure` at the third
         bad step in a row, `OutOfMemory` if memory runs out and no tighter plan is left; the masters are then
         unchanged."""
-        gradient = self._lora.gradient
+        gradient, clock = self._lora.gradient, self._decoder.device.clock
         loss_sum = self._walk_within_memory(step, micro_batches, num_supervised)
         if self.scale.value != 1.0:
             gradient.mul_(1.0 / self.scale.value)
@@ -84,12 +85,15 @@ class StepRunner:
             torch.distributed.all_reduce(gradient)
             torch.distributed.all_reduce(loss_sum)
         norm = torch.linalg.vector_norm(gradient)
-        loss_value, norm_value = torch.stack([loss_sum / num_supervised, norm]).tolist()  # the one host read
-        if not math.isfinite(norm_value):
-            return self._skip(loss_value, norm_value, micro_batches)
-        if norm_value > self._max_grad_norm:
-            gradient.mul_(self._max_grad_norm / norm_value)
-        self._optimizer.step(learning_rate)
+        values = torch.stack([loss_sum / num_supervised, norm])
+        with clock.spent_on(Cause.OPTIMIZER):
+            loss_value, norm_value = values.tolist()  # the one host read
+            clock.host_has_waited()
+            if not math.isfinite(norm_value):
+                return self._skip(loss_value, norm_value, micro_batches)
+            if norm_value > self._max_grad_norm:
+                gradient.mul_(self._max_grad_norm / norm_value)
+            self._optimizer.step(learning_rate)
         self.scale.record_applied()
         self.num_skipped_in_a_row = 0
         return StepOutcome(loss_value, norm_value, applied=True, overflowed=False)

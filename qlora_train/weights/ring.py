@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.device.compute import ComputeDevice, Event
+from qlora_train.device.step_clock import Cause
 from qlora_train.weights.disk_file import PAGE_BYTES
 
 
@@ -90,14 +91,15 @@ class Ring:
         assert self._in_use is None and self._order and self._order[0] == item, (item, list(self._order)[:3])
         self._refill()
         slot = self._slot_of[item]
-        try:
-            self._filled[item].result()
-        except BaseException:
-            self._drop(item)
-            raise
-        copied = self._copied[slot]
-        if copied is not None:
-            self._device.current_stream().wait_event(copied)
+        with self._device.clock.spent_on(Cause.WEIGHTS):
+            try:
+                self._filled[item].result()
+            except BaseException:
+                self._drop(item)
+                raise
+            copied = self._copied[slot]
+            if copied is not None:
+                self._device.current_stream().wait_event(copied)
         self._in_use = item
         return slot, self._slots[slot]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.device.description import DequantizeKernel
+from qlora_train.device.step_clock import Cause
 from qlora_train.model.layer_buffer import LayerBufferLayout
 from qlora_train.model.vocab_matrix import TokenIds
 from qlora_train.model.weight_store import PresentWeights, by_path
@@ -103,10 +104,11 @@ class StreamedMatrix:
         self._dtype, self._uploads, self._rows, self._ring = dtype, uploads, rows, ring
 
     def gather(self, ids: TokenIds) -> Tensor:
-        staged = self._uploads.stage_rows(
-            len(ids), self._rows.row_bytes, lambda rows: self._rows.gather(ids.host, rows)
-        )
-        return self._uploads.send(staged)[0].view(self._dtype)
+        with self._uploads.device.clock.spent_on(Cause.WEIGHTS):
+            staged = self._uploads.stage_rows(
+                len(ids), self._rows.row_bytes, lambda rows: self._rows.gather(ids.host, rows)
+            )
+            return self._uploads.send(staged)[0].view(self._dtype)
 
     @contextmanager
     def tile(self, index: int) -> Iterator[Tensor]:

@@ -39,7 +39,7 @@ class Uploads:
     buffers."""
 
     def __init__(self, device: ComputeDevice, host: HostMemory) -> None:
-        self._device, self._host = device, host
+        self.device, self._host = device, host
         self._lock = Lock()
         self._buffers: list[Tensor] = []
         self._under_way: dict[int, Event] = {}
@@ -48,7 +48,7 @@ class Uploads:
 
     def stage(self, tensors: Sequence[Tensor]) -> Staged:
         """Copy host tensors into one pinned buffer."""
-        if not self._device.is_accelerator:
+        if not self.device.is_accelerator:
             return Staged(tuple(tensors), None, 0)
         num_bytes = sum(map(_aligned_bytes, tensors))
         buffer = self._free_buffer(max(num_bytes, LEAST_BUFFER_BYTES))
@@ -59,7 +59,7 @@ class Uploads:
 
     def stage_rows(self, num_rows: int, row_bytes: int, fill: Callable[[Tensor], None]) -> Staged:
         """Stage rows that `fill` writes into a host tensor, uint8 [num_rows, row_bytes]."""
-        if not self._device.is_accelerator:
+        if not self.device.is_accelerator:
             rows = torch.empty(num_rows, row_bytes, dtype=torch.uint8)
             fill(rows)
             return Staged((rows,), None, 0)
@@ -75,9 +75,9 @@ class Uploads:
             return list(staged.tensors)
         address = staged.buffer.data_ptr()
         try:
-            there = torch.empty(staged.num_bytes, dtype=torch.uint8, device=self._device.torch)
+            there = torch.empty(staged.num_bytes, dtype=torch.uint8, device=self.device.torch)
             there.copy_(staged.buffer[: staged.num_bytes], non_blocking=True)
-            self._under_way[address] = self._device.event()
+            self._under_way[address] = self.device.event()
         finally:  # also when out of memory: the buffer can be reused
             self._staged.discard(address)
         return _parts_of(there, staged.tensors)

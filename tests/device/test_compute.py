@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def test_without_a_gpu_it_is_the_cpu() -> None:
-    assert find_device() is find_device(torch.device("cpu")) is THE_CPU
+    assert find_device() == find_device(torch.device("cpu")) == THE_CPU
     assert THE_CPU.torch == torch.device("cpu") and not THE_CPU.is_accelerator
     assert THE_CPU.side_stream() is None and THE_CPU.free_bytes > 0
     THE_CPU.wait()

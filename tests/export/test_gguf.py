@@ -192,7 +192,7 @@ def test_answers_end_where_training_ended_them(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.convert_tokens_to_ids("<|end|>")
     modelfile = (folder / "Modelfile").read_text()
     assert 'PARAMETER stop "<|end|>"' in modelfile and 'PARAMETER stop "<eos>"' in modelfile
-    assert "FROM ./model-f16.gguf" in modelfile
+    assert modelfile.startswith("# ollama create run -f Modelfile\nFROM ./model-f16.gguf\n")
     assert modelfile.count("<bos>") == 0  # llama.cpp puts it there
     start = "{{ if not .System }}<|user|>Be brief.<|end|>\n{{ end }}"
     user = '{{ if eq .Role "user" }}<|user|>{{ .Content }}<|end|>\n'

@@ -227,7 +227,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
         return original(x)
 
     monkeypatch.setattr(model.decoder, "logits", interrupted)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/quit\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/bye\nnot asked\n"))
     before = signal.getsignal(signal.SIGINT)
     Terminal(chat, source, {}).run()
     written = capsys.readouterr().out.removesuffix("\n\n")

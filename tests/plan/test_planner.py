@@ -327,6 +327,26 @@ def test_streaming_hides_behind_arithmetic_in_large_groups() -> None:
         assert (step_time(workload, plan, only_copies).total_seconds > compute_seconds) != hidden
 
 
+def test_a_step_waits_for_what_copies_take_longer_than_arithmetic() -> None:
+    """Shared out between weights and activations by the bytes of each, as far as both wait in RAM."""
+    asked = recipe(data={"sequence_length": 512}, training={"gradient_accumulation_steps": 1})
+    workload = workload_of(asked, known_shape("llama-3.1-8b"), GPU)
+    resident = planned(80, memory={"weights": "resident", "activations": "keep"}).execution
+    streamed = replace(resident, weights=(Placement.RAM,) * 32, num_slots=2)
+    both = replace(streamed, activations=(ActivationPolicy.OFFLOAD,) * 32)
+    slow = replace(RATES, copy=RATES.copy / 1000)
+    keys = ("waiting_for_weights_seconds", "waiting_for_activations_seconds")
+    at_once = step_time(workload, resident, slow)
+    assert [at_once.seconds[key] for key in keys] == [0, 0]
+    late = step_time(workload, streamed, slow)
+    assert late.seconds[keys[0]] == pytest.approx(late.total_seconds - at_once.total_seconds)
+    assert late.seconds[keys[1]] == 0
+    time = step_time(workload, both, slow)
+    weights, activations = (time.seconds[key] for key in keys)
+    assert weights / activations == pytest.approx(late.copied_bytes / (time.copied_bytes - late.copied_bytes))
+    assert weights + activations == pytest.approx(time.total_seconds - at_once.total_seconds)
+
+
 def test_flops_per_token_and_parameter() -> None:
     """4 keeping everything, 5.46 recomputing without the last product (Llama's proportions)."""
     asked = recipe(lora={"rank": 1}, data={"sequence_length": 16})

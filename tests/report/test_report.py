@@ -19,6 +19,8 @@ from qlora_train import Recipe, train
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.cli import main
+from qlora_train.device.step_clock import OF_A_STEP
+from qlora_train.plan.words import duration
 from qlora_train.report.adapter_facts import adapter_facts
 from qlora_train.report.chart import MOST_POINTS, Chart, Series, smoothed
 from qlora_train.report.run_facts import RunFacts
@@ -46,13 +48,20 @@ class Page(HTMLParser):
             edges = {name: float(found[f"data-{name}"]) for name in ("x0", "x1", "y0", "y1")}
             _, _, width, height = map(float, found["viewbox"].split())
             self.charts.append({"title": found["aria-label"], "lines": {}, "size": (width, height), **edges})
-        if tag in ("polyline", "circle"):
+        if tag in ("polyline", "circle", "polygon"):
             text = found.get("points") or f"{found.get('cx')},{found.get('cy')}"
             points = [tuple(map(float, point.split(","))) for point in text.split()]
             self.charts[-1]["lines"].setdefault(found["data-name"], []).extend(points)
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+    def heights(self, title: str, name: str) -> list[tuple[float, float]]:
+        """x and height of an area, whose outline is the upper edge and the lower edge backwards."""
+        outline = self.values(title, name)
+        upper, lower = outline[: len(outline) // 2], outline[: len(outline) // 2 - 1 : -1]
+        assert [x for x, _ in upper] == [x for x, _ in lower]
+        return [(x, top - bottom) for (x, top), (_, bottom) in zip(upper, lower, strict=True)]
 
     def values(self, title: str, name: str) -> list[tuple[float, float]]:
         """The points of a line, read back from where they are drawn."""
@@ -107,6 +116,71 @@ def test_training_leaves_a_page_with_its_figures(run: Path) -> None:
     )
 
 
+def test_where_the_time_went_is_that_of_the_files(run: Path) -> None:
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    rows = [row for row in metrics_of(run) if row["step"] > 2 and "loss" in row]
+    plan = json.loads((run / "plan.json").read_text())
+    spent = {cause: [row.get(cause.key, 0.0) for row in rows] for cause in OF_A_STEP}
+    spent = {cause: seconds for cause, seconds in spent.items() if any(seconds)}
+    whole = sum(map(sum, spent.values()))
+    (chart,) = (chart for chart in page.charts if chart["title"].startswith("Seconds of a step"))
+    assert list(chart["lines"]) == [cause.in_words for cause in spent] and len(spent) >= 5
+    for cause, seconds in spent.items():
+        found = page.heights("Seconds of a step", cause.in_words)
+        assert [round(x) for x, _ in found] == [row["step"] for row in rows]
+        assert [y for _, y in found] == pytest.approx(seconds, abs=2e-4 * chart["y1"])
+        assert f"{cause.in_words} {sum(seconds) / whole:.1%}" in page.text
+    assert f"measured, mean of a step: {duration(whole / len(rows))}" in page.text
+    planned = plan["seconds_of_a_step"]
+    assert sum(planned.values()) == pytest.approx(plan["step_seconds"]) and planned["backward_seconds"] > 0
+    assert f"planned: {duration(plan['step_seconds'])}" in page.text
+    for key, seconds in planned.items():
+        words = key.removesuffix("_seconds").replace("_", " ")
+        assert (f"{words} {seconds / plan['step_seconds']:.1%}" in page.text) == (seconds > 0)
+    (evaluations,) = (row["evaluation_seconds"] for row in rows if "evaluation_seconds" in row)
+    (first,) = (row["evaluation_seconds"] for row in metrics_of(run) if row["step"] == 1)
+    assert f"evaluation {duration(first + evaluations)}, checkpoint " in page.text
+
+
+def copy_with_seconds(run: Path, folder: Path, **seconds: float) -> Path:
+    """The run, with these causes in every step."""
+    folder.mkdir()
+    for name in ("recipe.yaml", "plan.json"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    kept = [
+        {key: value for key, value in row.items() if not key.endswith("_seconds")} for row in metrics_of(run)
+    ]
+    lines = [json.dumps(row | seconds) for row in kept if "loss" in row]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [
+        ("rows", "the cache folder"),
+        ("weights", "more memory.vram"),
+        ("activations", "memory.activations=recompute"),
+    ],
+)
+def test_a_long_wait_is_said_with_what_would_shorten_it(
+    run: Path, tmp_path: Path, cause: str, remedy: str
+) -> None:
+    waits = {"waiting_for_rows_seconds": 1.0, "waiting_for_weights_seconds": 1.0}
+    waits |= {f"waiting_for_{cause}_seconds": 3.0}
+    page = write_report(copy_with_seconds(run, tmp_path / "slow", forward_seconds=5.0, **waits)).read_text()
+    assert f"of a step is waiting for {cause}. What would shorten it: {remedy}" in page
+    assert page.count("What would shorten it") == 1
+    waits = dict.fromkeys(waits, 0.9)
+    page = write_report(copy_with_seconds(run, tmp_path / "fast", forward_seconds=5.0, **waits)).read_text()
+    assert "What would shorten it" not in page and "waiting for" in page
+
+
+def test_a_run_without_times_has_none_on_its_page(run: Path, tmp_path: Path) -> None:
+    page = write_report(copy_with_seconds(run, tmp_path / "older")).read_text()
+    assert "time went" not in page and "Tokens per second" in page
+
+
 def test_samples_and_hostile_text_stay_text(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     copy.mkdir()
@@ -156,6 +230,8 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path, capsys: pytest.Cap
     page = Page(out.read_text())
     assert len(page.values("Loss", run.name)) == len(page.values("Loss", "other")) == 4
     assert "lora.rank" in page.text and "model.base" not in page.text
+    for name in (run.name, "other"):
+        assert re.search(f"{name}: [0-9.]+ s\n.*forward [0-9.]+%", page.text)
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(run), "--out", str(out)]) == 2
     assert main(["report", str(run), str(other), "--out", str(tmp_path / "no" / "x.html")]) == 2
@@ -211,6 +287,18 @@ def test_charts_of_odd_values() -> None:
     assert len(drawn[0].split()) <= MOST_POINTS
     assert Chart("t", "x", [Series("s", [(1.0, math.nan)])]).is_empty
     assert [y for _, y in smoothed([(0.0, 2.0), (1.0, 2.0), (2.0, math.nan)], 5)] == pytest.approx([2.0, 2.0])
+
+
+def test_areas_are_stacked_and_thinned_together() -> None:
+    points = [(float(x), float(x % 7)) for x in range(25_000)]
+    stack = [Series(name, points) for name in ("below", "above")]
+    page = Page(Chart("t", "x", stack, y_from_zero=True, is_stacked=True).svg())
+    below, above = (page.heights("t", name) for name in ("below", "above"))
+    assert len(below) <= MOST_POINTS and page.charts[0]["y0"] == 0
+    assert [y for _, y in below] == pytest.approx([y for _, y in above], abs=0.01)
+    assert max(y for _, y in page.values("t", "above")) == pytest.approx(
+        2 * max(y for _, y in below), abs=0.01
+    )
 
 
 def test_facts_of_a_run(run: Path) -> None:

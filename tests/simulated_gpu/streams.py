@@ -246,11 +246,18 @@ class Event:
             self._join_host()
 
     def elapsed_time(self, end_event: Event) -> float:
-        """Milliseconds of the host's clock between the two records: there is no other clock."""
+        """Milliseconds of the host's clock between the two records: there is no other clock. Raises CUDA's
+        errors, that of an event which is not over also where it is but the host has not waited for it."""
         if not (self._has_time and end_event._has_time):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
         if self._stream is None or end_event._stream is None:
             raise ValueError("Both events must be recorded before calculating elapsed time.")
+        if self.device != end_event.device:
+            raise RuntimeError("CUDA error: invalid resource handle")
+        host = running().hazards.host
+        for event in (self, end_event):
+            if any(host.get(stream, 0) < time for stream, time in event._clock.items()):
+                raise RuntimeError("CUDA error: device not ready")
         return (end_event._seconds - self._seconds) * 1000
 
     def _join_host(self) -> None:

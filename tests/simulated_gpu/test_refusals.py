@@ -55,6 +55,28 @@ def _shape_of(signature: inspect.Signature) -> list[tuple[Any, ...]]:
     return [(p.name, p.kind, own_name(p.default)) for p in signature.parameters.values()]
 
 
+def test_times_of_events_that_cuda_does_not_tell(simulated_gpu: SimulatedGpu) -> None:
+    """Those made without a time, not recorded, not over, or of two devices; nothing is waited for."""
+    simulated_gpu.num_devices = 2
+    (first, second), x = (sim.Event(enable_timing=True) for _ in range(2)), torch.zeros(3, device="sim")
+    first.record()
+    with pytest.raises(ValueError, match="enable_timing"):
+        first.elapsed_time(sim.current_stream().record_event())
+    with pytest.raises(ValueError, match="recorded"):
+        first.elapsed_time(second)
+    x.add_(1)
+    second.record()
+    with pytest.raises(RuntimeError, match="not ready"):
+        first.elapsed_time(second)
+    elsewhere = sim.Event(enable_timing=True)
+    elsewhere.record(sim.default_stream(1))
+    with pytest.raises(RuntimeError, match="resource handle"):
+        first.elapsed_time(elsewhere)
+    assert not simulated_gpu.host_reads.synchronizations
+    x.tolist()
+    assert first.elapsed_time(second) >= 0
+
+
 @pytest.mark.parametrize("name", ("Stream", "Event"))
 def test_methods_of_streams_and_events_are_those_of_cuda(name: str) -> None:
     ours, theirs = getattr(sim, name), getattr(torch.cuda, name)

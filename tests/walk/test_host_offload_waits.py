@@ -42,6 +42,22 @@ def test_taking_waits_for_its_own_copy_and_not_for_the_next(offload: HostOffload
     assert offload.stream.num_done == num_queued
 
 
+def test_copies_that_came_before_one_that_is_there_are_not_waited_for(
+    offload: HostOffloader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[object] = []
+    monkeypatch.setattr(
+        type(offload.stream), "wait_event", lambda stream, event: (waits.append(1), event.wait(stream))
+    )
+    first, second, third = offload.offload_all([ones(3), 2 * ones(3), 3 * ones(3)])
+    offload.finish_copies()
+    for tensor in (first, second, third):
+        tensor.fetch()
+    waits.clear()
+    found = [tensor.take() for tensor in (second, first, third)]
+    assert len(waits) == 2 and [x.tolist() for x in found] == [[2.0] * 3, [1.0] * 3, [3.0] * 3]
+
+
 def test_a_graph_that_is_fetched_early_is_not_waited_for(offload: HostOffloader) -> None:
     graphs, outputs = [], []
     for _ in range(2):

@@ -21,7 +21,7 @@ from qlora_train.data.prompts import is_chat
 from qlora_train.errors import DataError, ExportError
 from qlora_train.export.companions import LICENSES, copy_companions
 from qlora_train.export.gguf.architecture import Architecture
-from qlora_train.export.gguf.ollama import TurnTexts, go_prompt, modelfile
+from qlora_train.export.gguf.ollama import TurnTexts, create_command, go_prompt, modelfile
 from qlora_train.export.gguf.tokenizer import GgufTokenizer
 from qlora_train.export.gguf.write import (
     GgufReader,
@@ -87,8 +87,9 @@ class GgufExport:
                 card = model_card(
                     self._recipe,
                     self._base_folder,
-                    source.merged_onto,
+                    "gguf",
                     "\n".join(f"- {line}" for line in usage),
+                    source.merged_onto,
                 )
                 (partial / CARD_FILE).write_text(card, "utf-8")
                 copy_companions(self._base_folder, partial, log, LICENSES)
@@ -111,7 +112,8 @@ class GgufExport:
         data = self._recipe.data
         chats = self._is_chat()
         template = self._go_template(chats)
-        text = modelfile(file, template, self._vocabulary.stop_texts)
+        command = create_command(Path(self._recipe.training.output_dir))
+        text = modelfile(command, file, template, self._vocabulary.stop_texts)
         (partial / "Modelfile").write_text(text, "utf-8")
         if self._architecture.remark:
             yield self._architecture.remark
@@ -122,7 +124,7 @@ class GgufExport:
             yield f"llama.cpp: llama-cli -m {file} --jinja{options}   (the chat template is in the file)"
         else:
             yield f"llama.cpp: llama-completion -m {file} -no-cnv -p PROMPT   (trained without chats)"
-        yield "Ollama: ollama create my-model -f Modelfile   " + (
+        yield f"Ollama: {command}   " + (
             "(the Modelfile writes prompts as in training)"
             if template is not None
             else "(it cannot run the chat template in the file, which does more than put texts around "

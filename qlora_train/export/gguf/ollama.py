@@ -9,8 +9,10 @@ the chat template's text on others.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_train.data.chat.template import ChatProblem, Message
 from qlora_train.data.formats import PromptTemplate
@@ -92,9 +94,15 @@ def go_prompt(template: PromptTemplate) -> str | None:
     return None if "{{" in text or '"""' in text else text.replace(_QUESTION, "{{ .Prompt }}")
 
 
-def modelfile(model: str, template: str | None, stops: Sequence[str]) -> str:
-    """The text of a Modelfile. model: the GGUF file's name."""
-    lines = ["# ollama create my-model -f Modelfile", f"FROM ./{model}"]
+def create_command(run: Path) -> str:
+    """The command line that makes a model of a run's Modelfile, named after the run."""
+    name = re.sub(r"[^a-z0-9]+", "-", run.resolve().name.lower()).strip("-")
+    return f"ollama create {name or 'my-model'} -f Modelfile"
+
+
+def modelfile(command: str, model: str, template: str | None, stops: Sequence[str]) -> str:
+    """The text of a Modelfile. command: that reads it. model: the GGUF file's name."""
+    lines = [f"# {command}", f"FROM ./{model}"]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
     return "\n".join([*lines, *(f'PARAMETER stop "{text}"' for text in stops)]) + "\n"
