@@ -15,10 +15,11 @@ from qlora_train.cli import main
 from qlora_train.data.building import build_dataset
 from qlora_train.data.tokenizer import load_tokenizer
 from qlora_train.device.compute import THE_CPU
-from qlora_train.errors import UserError
+from qlora_train.errors import OutOfMemory, UserError
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.train import train
+from qlora_train.walk.step import StepRunner
 from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.quantized_cache import LAYERS_FILE
 
@@ -139,8 +140,6 @@ class Shortage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.active = False
-        from qlora_train.walk.step import StepRunner
-
         run_layer, run = FrozenDecoder.run_layer, StepRunner.run
         shortage = self
 
@@ -215,3 +214,21 @@ def test_generate_streams_within_the_runs_plan(
     ring, num_layers, num_tiles = model.decoder.weights.ring, 4, len(model.decoder.head.items)
     assert 0 < ring.num_reads <= num_tokens * (num_layers + num_tiles) + 2
     model.decoder.close()
+
+
+def test_when_memory_runs_out_for_good_the_state_is_saved(
+    base: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = StepRunner.run
+
+    def run_step(self: StepRunner, step: int, *args: Any) -> Any:
+        if step == 3:
+            raise OutOfMemory("no memory in step 3")
+        return original(self, step, *args)
+
+    monkeypatch.setattr(StepRunner, "run", run_step)
+    with pytest.raises(OutOfMemory, match="no memory in step 3.*The state after step 2 is saved"):
+        train(recipe(base, train_file, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    ending = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ending["step"] == 2 and ending["checkpoint_seconds"] > 0
