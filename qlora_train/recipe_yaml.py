@@ -213,10 +213,13 @@ class Draft:
         return self._build(node, path, place_of)
 
 
-def nearest(name: str, choices: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
-    """`; did you mean X?` for the closest of `choices` (shown as `shown[X]`), or nothing."""
+def nearest(
+    name: str, choices: Iterable[str], shown: Mapping[str, str] | None = None, *, closeness: float = 0.6
+) -> str:
+    """`; did you mean X?` for the closest of `choices` (shown as `shown[X]`), or nothing. closeness: the
+    least share of letters that are the same, by difflib."""
     known = list(choices)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=closeness)
     if not close and shown is None:
         close = [choice for choice in known if choice.startswith(name)]
     return f"; did you mean {shown[close[0]] if shown else close[0]}?" if close else ""
