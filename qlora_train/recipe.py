@@ -253,20 +253,19 @@ class TrainingSection(_Section):
     def num_bins(self, bins_per_epoch: int) -> int:
         """Bins of the whole run on all ranks: max_steps full steps, or the epochs to their last bin."""
         if self.max_steps is not None:
-            return self.max_steps * self.bins_per_step
+            return self.max_steps * self.bins_per_step()
         return math.ceil((self.epochs or 1) * bins_per_epoch)
 
     def num_steps(self, bins_per_epoch: int) -> int:
         """Optimizer steps of the whole run; the last one may have fewer bins."""
-        return math.ceil(self.num_bins(bins_per_epoch) / self.bins_per_step)
+        return math.ceil(self.num_bins(bins_per_epoch) / self.bins_per_step())
 
-    @property
-    def bins_per_step(self) -> int:
-        """Of all ranks; where the recipe leaves `batch_size` to their number, of one."""
+    def bins_per_step(self, num_ranks: int = 1) -> int:
+        """Bins of an optimizer step on all ranks, whose number only counts where `batch_size` is None."""
         if self.batch_size is not None:
             return self.batch_size
         assert isinstance(self.micro_batch_size, int) and self.gradient_accumulation_steps is not None
-        return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.micro_batch_size * self.gradient_accumulation_steps * num_ranks
 
 
 def _auto_or_size(value: Any) -> Any:
