@@ -70,8 +70,8 @@ def require_source(source: DataSource) -> None:
     path = Path(source.path).expanduser()
     if not path.exists() and (data_suffix(path) in _READERS or not _HUB_ID.fullmatch(source.path)):
         raise DataError(
-            f"The data file {source.path} does not exist (looked in {Path.cwd()}). Name the one that is to be "
-            "read: in the recipe, or as data.train=PATH or data.eval=PATH on the command line."
+            f"The data file {source.path} does not exist (looked in {Path.cwd()}). Name the one to read: "
+            "in the recipe, or as data.train=PATH or data.eval=PATH on the command line."
         )
 
 
