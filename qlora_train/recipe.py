@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +39,6 @@ from pydantic import (
     Tag,
     ValidationError,
 )
-from ruamel.yaml import YAML
 
 from qlora_train.errors import RecipeError
 from qlora_train.other_trainers import answer_to
@@ -70,7 +68,7 @@ from qlora_train.recipe_checks import (
     with_dependent_defaults,
 )
 from qlora_train.recipe_files import bundled_recipes_dir, find_recipe, is_run_folder
-from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show
+from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show, yaml_text
 
 
 def _auto_or_bool(value: Any) -> Any:
@@ -317,13 +315,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML, which is saved with a run."""
-        text = StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.width = 4096
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.to_dict(), text)
-        return text.getvalue()
+        return yaml_text(self.to_dict())
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
