@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from qlora_train.recipe import DataSection
 
-VERSION = 3
+VERSION = 4
 LEAST_BYTES = 2**20
 """Of the files of data that are kept."""
 _READ_BYTES = 2**20
