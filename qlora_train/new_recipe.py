@@ -1,7 +1,7 @@
 """`qlora-train init`: writes a commented recipe for a base and data, after planning it for a card.
 
-What is written is what `plan`, `preview` and `train` accept: the data are opened, and the longest sequence is
-taken whose plan fits. Comments name where a value comes from.
+What is written is what `plan`, `preview` and `train` accept: the data are opened, small ones read, and the
+longest sequence is taken that they need and whose plan fits. Comments name where a value comes from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qlora_train.plan.request import PlanRequest, request_of
 from qlora_train.plan.words import refusal
 from qlora_train.recipe import Recipe
 from qlora_train.recipe_paths import require_paths
-from qlora_train.small_data import needed_batch_size, needed_length
+from qlora_train.small_data import SmallData, read_small
 
 SEQUENCE_LENGTHS = (2048, 1024, 512, 256)
 LARGE_MODEL = 30e9
@@ -53,7 +53,8 @@ class Goal:
 
 _FEW = "with LoRA on all linears it makes no difference to the result (QLoRA, appendix A)"
 _MANY = "new knowledge takes more rank than new manners (LoRA Learns Less and Forgets Less)"
-_LENGTH_OF_STEPS = ("training.batch_size", "training.max_steps")
+_MICRO_BATCHES = {"training.micro_batch_size", "training.gradient_accumulation_steps"}
+_LENGTH_OF_STEPS = {"training.batch_size", "training.max_steps", *_MICRO_BATCHES}
 GOALS = {
     "chat": Goal(frozenset({"messages", "sharegpt"}), 16, _FEW),
     "instruct": Goal(frozenset({"alpaca", "prompt_completion"}), 16, _FEW),
@@ -76,24 +77,35 @@ def init_command(
     `request_of`. out: None: named after the data. overrides: `section.key=value`.
 
     Raises `UserError` for what does not agree or does not fit, and for a file that is already there."""
-    name = re.sub(r"[^\w-]+", "-", Path(data).name.partition(".")[0]) or "recipe"
-    file = out or Path(f"{name}.yaml")
+    file = out or Path(f"{_name_of(data)}.yaml")
     if file.exists():
         raise UserError(f"{file} is already there; name another file with --out")
     changes = dict(map(_change, overrides))
-    values, goal = _before_planning(base, data, name, changes, goal)
-    request, plan = _longest_that_fits(values, changes, card, ram_bytes)
+    values, goal = _before_planning(base, data, _name_of(file.name), changes, goal)
+    small = read_small(recipe_of(values))
+    if small is not None and "data.eval" not in changes:
+        values["data.eval"] = "null" if small.eval_share is None else str(small.eval_share)
+    request, plan = _longest_that_fits(values, changes, small, card, ram_bytes)
     values |= _of_data(request.recipe)
     values |= by_size(plan["num_parameters"]) | changes
+    training = request.recipe.training
+    num_steps = (
+        training.max_steps if small is None else training.num_steps(small.bins_per_epoch(request.recipe))
+    )
     verdict = [
         f"planned, not measured, for {request.assumed or request.device_text}:",
-        *summary_lines(plan, request.recipe.training.max_steps),
+        *summary_lines(plan, num_steps),
     ]
     commands = ["next:", *command_lines(file)]
     with open(file, "x", encoding="utf-8") as written:
         head = [f"{base} on {data}, for {goal}", "", *verdict, "", *commands]
         written.write(recipe_text(head, values, comments_for(goal)))
     print("\n".join([str(file), *verdict, *commands]))
+
+
+def _name_of(path: str) -> str:
+    """A name for a recipe or a run, after a path."""
+    return re.sub(r"[^\w-]+", "-", Path(path).name.partition(".")[0]) or "recipe"
 
 
 def _before_planning(
@@ -104,6 +116,8 @@ def _before_planning(
     values = first_values(base, data, name) | changes
     if "training.max_steps" in changes:
         del values["training.epochs"]
+    if changes.keys() >= _MICRO_BATCHES and "training.batch_size" not in changes:
+        del values["training.batch_size"]
     recipe = recipe_of(values)
     require_paths(recipe)
     formats = _formats(recipe)
@@ -116,17 +130,18 @@ def _before_planning(
 
 
 def _longest_that_fits(
-    values: Values, changes: Values, card: str | None, ram_bytes: int | None
+    values: Values, changes: Values, small: SmallData | None, card: str | None, ram_bytes: int | None
 ) -> tuple[PlanRequest, Mapping[str, Any]]:
-    """The request with the longest sequences whose plan fits, but no longer than the data need, and the plan;
-    a length in `changes` is the only one. Raises `UserError` where none fits."""
+    """The request with the longest sequences whose plan fits, but no longer than small data need, and the
+    plan; a length in `changes` is the only one. Raises `UserError` where none fits."""
     recipe = recipe_of(values)
-    given = "data.sequence_length" in changes
-    for length in [recipe.data.sequence_length] if given else _lengths(recipe):
+    is_given = "data.sequence_length" in changes
+    takes_batch = small is not None and changes.keys().isdisjoint(_LENGTH_OF_STEPS)
+    for length in [recipe.data.sequence_length] if is_given else _lengths(recipe, small):
         recipe = recipe_of(values | {"data.sequence_length": str(length)})
-        batch_size = needed_batch_size(recipe) if changes.keys().isdisjoint(_LENGTH_OF_STEPS) else None
-        if batch_size is not None:
-            recipe = recipe_of(values | _of_data(recipe) | {"training.batch_size": str(batch_size)})
+        if small is not None and takes_batch:
+            batch_size = str(small.needed_batch_size(recipe))
+            recipe = recipe_of(values | _of_data(recipe) | {"training.batch_size": batch_size})
         request = request_of(recipe, card, ram_bytes)
         plan = values_of(request)
         if plan["fits"]:
@@ -136,10 +151,10 @@ def _longest_that_fits(
 
 def _of_data(recipe: Recipe) -> Values:
     """The values that are chosen for the data."""
-    return {
-        "data.sequence_length": str(recipe.data.sequence_length),
-        "training.batch_size": str(recipe.training.batch_size),
-    }
+    values = {"data.sequence_length": str(recipe.data.sequence_length)}
+    if recipe.training.batch_size is not None:
+        values["training.batch_size"] = str(recipe.training.batch_size)
+    return values
 
 
 def _change(text: str) -> tuple[str, str]:
@@ -231,11 +246,12 @@ def _scalar(text: str) -> str:
     return text if is_plain else json.dumps(text)
 
 
-def _lengths(recipe: Recipe) -> list[int]:
+def _lengths(recipe: Recipe, small: SmallData | None) -> list[int]:
     """Sequence lengths to try, the longest first."""
     positions = int(find_config(recipe.model.base).get("max_position_embeddings") or SEQUENCE_LENGTHS[0])
     longest = min(SEQUENCE_LENGTHS[0], positions)
-    longest = min(longest, needed_length(recipe) or longest)
+    if small is not None:
+        longest = min(longest, small.needed_length)
     return [longest, *(length for length in SEQUENCE_LENGTHS if length < longest)]
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +39,6 @@ from pydantic import (
     Tag,
     ValidationError,
 )
-from ruamel.yaml import YAML
 
 from qlora_train.errors import RecipeError
 from qlora_train.other_trainers import recipe_key
@@ -69,7 +67,7 @@ from qlora_train.recipe_checks import (
     with_dependent_defaults,
 )
 from qlora_train.recipe_files import bundled_recipes_dir, find_recipe, is_run_folder
-from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show
+from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show, yaml_text
 
 
 def _auto_or_bool(value: Any) -> Any:
@@ -255,20 +253,19 @@ class TrainingSection(_Section):
     def num_bins(self, bins_per_epoch: int) -> int:
         """Bins of the whole run on all ranks: max_steps full steps, or the epochs to their last bin."""
         if self.max_steps is not None:
-            return self.max_steps * self.bins_per_step
+            return self.max_steps * self.bins_per_step()
         return math.ceil((self.epochs or 1) * bins_per_epoch)
 
     def num_steps(self, bins_per_epoch: int) -> int:
         """Optimizer steps of the whole run; the last one may have fewer bins."""
-        return math.ceil(self.num_bins(bins_per_epoch) / self.bins_per_step)
+        return math.ceil(self.num_bins(bins_per_epoch) / self.bins_per_step())
 
-    @property
-    def bins_per_step(self) -> int:
-        """Of all ranks; where the recipe leaves `batch_size` to their number, of one."""
+    def bins_per_step(self, num_ranks: int = 1) -> int:
+        """Bins of an optimizer step on all ranks, whose number only counts where `batch_size` is None."""
         if self.batch_size is not None:
             return self.batch_size
         assert isinstance(self.micro_batch_size, int) and self.gradient_accumulation_steps is not None
-        return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.micro_batch_size * self.gradient_accumulation_steps * num_ranks
 
 
 def _auto_or_size(value: Any) -> Any:
@@ -317,13 +314,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML, which is saved with a run."""
-        text = StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.width = 4096
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.to_dict(), text)
-        return text.getvalue()
+        return yaml_text(self.to_dict())
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

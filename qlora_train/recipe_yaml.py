@@ -1,4 +1,4 @@
-"""Reads a recipe's YAML 1.2 into plain values, and records the line of each key for messages.
+"""Reads a recipe's YAML 1.2 into plain values, records the line of each key for messages, and writes YAML.
 
 Values are built from the parser's node tree, as that still has both of two duplicate keys and the line of
 every key, so that all problems can be reported at once, with their lines.
@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,14 @@ def _order(problem: tuple[Origin, str, str]) -> int:
 def _dotted(path: KeyPath) -> str:
     """A key as text, such as `data.train[0].path`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+
+
+def yaml_text(value: Any) -> str:
+    """A plain value, such as one key's of a recipe, as YAML in the style of saved recipes."""
+    text = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.width = 4096
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(value, text)
+    return text.getvalue().removesuffix("\n...\n")  # the end of the document, written after a scalar

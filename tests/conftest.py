@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from qlora_train.device.compute import ComputeDevice
 
+_no_hub_cache = tempfile.TemporaryDirectory(prefix="qlora_train-tests-hub-")
+os.environ["HF_HOME"] = _no_hub_cache.name  # before anything reads it: what a developer has there is not seen
 register_simulated_gpu()  # before any test's first backward pass, and off until one takes the fixture
 
 

@@ -33,7 +33,7 @@ from qlora_train.weights.load import load_base
 from qlora_train.weights.ranks import Ranks, find_ranks
 
 UNQUANTIZED = Quantization("none", False)
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 600
 
 
 def in_ranks(task: Callable[..., Any], meeting_place: Path, *arguments: Any, number: int = 2) -> list[Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import reversal_rows, write_base, write_rows
 
-from qlora_train import cli, load_recipe
+from qlora_train import cli, load_recipe, small_data
 from qlora_train.new_recipe import GOALS
 from qlora_train.plan import request as request_module
 from qlora_train.recipe import Recipe
@@ -67,7 +69,7 @@ def test_a_known_base_is_planned_for_a_card_with_what_is_said_of_it(tmp_path: Pa
     assert "RTX 4060 with 8 GiB" in text and "# fits:" in text and "qlora-train train own.yaml" in text
     recipe = load_recipe("own.yaml")
     assert recipe.model.chat_template is None and recipe.data.sequence_length == 2048
-    assert recipe.training.learning_rate == 2e-4
+    assert recipe.training.learning_rate == 2e-4 and recipe.training.output_dir.endswith("runs/own")
 
 
 @pytest.mark.parametrize(
@@ -80,17 +82,61 @@ def test_a_known_base_is_planned_for_a_card_with_what_is_said_of_it(tmp_path: Pa
         (300, ["training.batch_size=8"], (128, 8)),
         (300, ["training.epochs=2"], (128, 11)),
         (300, ["training.max_steps=5"], (128, 16)),
+        (300, ["training.micro_batch_size=8"], (128, 16)),
+        (300, ["training.micro_batch_size=3", "training.gradient_accumulation_steps=2"], (128, None)),
+        (300, ["data.packing=false"], (128, 5)),
+        (300, ["data.eval=longer.jsonl"], (320, 2)),
     ],
 )
 def test_small_data_make_steps_enough(
-    tmp_path: Path, num_rows: int, said: list[str], expected: tuple[int, int]
+    tmp_path: Path, num_rows: int, said: list[str], expected: tuple[int, int | None]
 ) -> None:
     """Rows of 80 tokens: one fits a bin of 128, six a bin of 512."""
     write_base(tmp_path / "base", max_position_embeddings=4096)
+    write_rows(tmp_path / "longer.jsonl", [{"prompt": "p" * 300, "completion": "x"}])
     prompts = (f"{i:04}" for i in range(num_rows))
     write_rows(tmp_path / "rows.jsonl", [{"prompt": text, "completion": "x" * 75} for text in prompts])
     recipe = made("--base", "base", *said)
     assert (recipe.data.sequence_length, recipe.training.batch_size) == expected
+    assert cli.main(["preview", "rows.yaml", "-n", "1"]) == 0
+
+
+@pytest.mark.parametrize(("num_rows", "share"), [(3, None), (9, None), (10, 0.1), (99, 0.1), (100, 0.02)])
+def test_what_is_held_out_of_few_rows(tmp_path: Path, num_rows: int, share: float | None) -> None:
+    write_base(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", reversal_rows(num_rows))
+    assert made("--base", "base", "training.max_steps=1").data.eval == share
+    assert cli.main(["preview", "rows.yaml", "-n", "1"]) == 0
+
+
+def test_the_longest_row_counts_where_it_is_held_out(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", max_position_embeddings=4096)
+    for longest in range(10):
+        rows = [{"prompt": f"{i}", "completion": "x" * (900 if i == longest else 9)} for i in range(10)]
+        write_rows(tmp_path / "rows.jsonl", rows)
+        (tmp_path / "rows.yaml").unlink(missing_ok=True)
+        assert made("--base", "base").data.sequence_length == 960
+
+
+@pytest.mark.parametrize("large", ["rows.jsonl", "held_out.jsonl", "held_out.jsonl.gz"])
+def test_large_data_are_not_read(tmp_path: Path, large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_base(tmp_path / "base", max_position_embeddings=4096)
+    write_rows(tmp_path / "rows.jsonl", ROWS["instruct"])
+    num_rows = small_data._SMALL_BYTES // 700 // (8 if large.endswith("gz") else 1)
+    text = "".join(json.dumps({"prompt": f"{i}", "completion": "x" * 700}) + "\n" for i in range(num_rows))
+    packed = gzip.compress(text.encode(), 0) if large.endswith("gz") else text.encode()
+    (tmp_path / large).write_bytes(packed)
+    monkeypatch.setattr(small_data, "build_dataset", lambda *_, **__: pytest.fail("they were read"))
+    said = [] if large == "rows.jsonl" else [f"data.eval={large}"]
+    recipe = made("--base", "base", *said)
+    assert (recipe.data.sequence_length, recipe.training.batch_size) == (2048, 16)
+
+
+def test_a_base_without_a_tokenizer_here_is_planned_all_the_same(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", max_position_embeddings=4096)
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    write_rows(tmp_path / "rows.jsonl", ROWS["instruct"])
+    assert made("--base", "base").data.sequence_length == 2048
 
 
 def test_a_shorter_sequence_is_taken_where_the_longest_does_not_fit(

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
@@ -71,9 +71,42 @@ def _search_path_in_environment() -> Iterator[None]:
         os.environ["PYTHONPATH"] = before
 
 
-def run_command(arguments: list[str], log: Path, stop: SignalAfterStep | None = None) -> Ended:
-    """`qlora-train *arguments`. log: a file for what it writes."""
-    return _wait(_start(arguments, log, stop, child_environment()), log)
+def run_command(
+    arguments: list[str],
+    log: Path,
+    stop: SignalAfterStep | None = None,
+    before: Callable[[], None] | None = None,
+) -> Ended:
+    """`qlora-train *arguments`. log: a file for what it writes. before: what the process does first, a
+    function of a module or a `partial` of one."""
+    return wait_for(start_command(arguments, log, stop, before=before), log)
+
+
+def start_command(
+    arguments: list[str],
+    log: Path,
+    stop: SignalAfterStep | None = None,
+    environment: dict[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> BaseProcess:
+    """As `run_command`, without waiting. environment: instead of this process's."""
+    environment = environment or child_environment()
+    with warm_context() as context:
+        process = context.Process(
+            target=_command,
+            args=(arguments, log, stop, environment, torch.get_num_threads(), before),
+        )
+        process.start()
+    return process
+
+
+def wait_for(process: BaseProcess, log: Path) -> Ended:
+    process.join(TIMEOUT_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    assert process.exitcode is not None
+    return Ended(process.exitcode, log.read_text())
 
 
 def run_in_ranks(arguments: list[str], folder: Path, num_ranks: int) -> Ended:
@@ -87,10 +120,10 @@ def run_in_ranks(arguments: list[str], folder: Path, num_ranks: int) -> Ended:
         environment.pop("ACCELERATE_USE_CPU", None)  # ranks find each other without it
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
     processes = [
-        _start(arguments, log, None, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start_command(arguments, log, None, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank, log in enumerate(logs)
     ]
-    ended = [_wait(process, log) for process, log in zip(processes, logs, strict=True)]
+    ended = [wait_for(process, log) for process, log in zip(processes, logs, strict=True)]
     return Ended(next((e.code for e in ended if e.code), 0), "".join(e.said for e in ended))
 
 
@@ -100,32 +133,13 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _start(
-    arguments: list[str], log: Path, stop: SignalAfterStep | None, environment: dict[str, str]
-) -> BaseProcess:
-    with warm_context() as context:
-        process = context.Process(
-            target=_command, args=(arguments, log, stop, environment, torch.get_num_threads())
-        )
-        process.start()
-    return process
-
-
-def _wait(process: BaseProcess, log: Path) -> Ended:
-    process.join(TIMEOUT_SECONDS)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    assert process.exitcode is not None
-    return Ended(process.exitcode, log.read_text())
-
-
 def _command(
     arguments: list[str],
     log: Path,
     stop: SignalAfterStep | None,
     environment: dict[str, str],
     num_threads: int,
+    before: Callable[[], None] | None,
 ) -> None:
     """In the process itself, which has the environment and the files of the one it was forked from."""
     os.environ.clear()
@@ -136,4 +150,6 @@ def _command(
             os.dup2(file.fileno(), stream.fileno())
     if stop is not None:
         threading.Thread(target=stop.wait_and_send, daemon=True).start()
+    if before is not None:
+        before()
     sys.exit(main(arguments))

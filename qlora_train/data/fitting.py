@@ -1,8 +1,8 @@
 """A text of tokens -> documents of at most sequence_length tokens, as `data.too_long` says.
 
     cut      the beginning of the prompt goes first (of a conversation: of what was asked, so that system
-             prompt and headers stay); where that is not enough, the end. Of a conversation whose first answer
-             fits with its prompt, only the end goes
+             prompt and headers stay). Where the answer is too long alone, the end goes, and of the prompt
+             what is above half of the sequence; of a conversation whose first answer fits, only the end
     drop     the example is left out, which is not decided here
     split    the prompt is cut where the answer fits then; else consecutive pieces, each behind BOS or the
              token before it, so that every token is a target as often as in the example: once. Plain texts,
@@ -42,8 +42,9 @@ def _cut(text: Text, sequence_length: int, notes: Notes) -> Document:
     excess = len(document) - sequence_length
     spare = _places(text, sequence_length)
     num_answers = int(np.count_nonzero(np.diff(document.supervised.astype(np.int8)) == 1))
-    if excess > len(spare) and num_answers > 1 and _end_of_first_answer(document) <= sequence_length:
-        spare = spare[:0]
+    if excess > len(spare):  # an answer loses its end whatever is cut before it: the question says what it is
+        fits = num_answers > 1 and _end_of_first_answer(document) <= sequence_length
+        spare = spare[: 0 if fits else max(text.num_prompt - sequence_length // 2, 0)]
     shorter = _without(document, spare[:excess], notes)
     if num_lost := len(shorter) - sequence_length:
         notes[Note.ANSWER_CUT] += num_lost

@@ -106,35 +106,42 @@ def length_advice(dataset: PackedDataset) -> list[str]:
     if holds_all <= length // 2:
         return [
             f"advice: sequence_length {holds_all:,} holds every row and needs {holds_all / length:.0%} of "
-            f"the memory for activations (a bin then has fewer tokens: take more bins a step)"
+            f"the memory for activations (a bin then has fewer tokens)"
         ]
     return []
 
 
 def steps_line(dataset: PackedDataset, training: TrainingSection) -> str:
     """A line about the optimizer steps of a run."""
-    num_bins, per_bin = training.bins_per_step, len(dataset.lengths) / dataset.num_bins
+    num_steps = training.num_steps(dataset.num_bins)
+    num_bins = min(training.bins_per_step(), training.num_bins(dataset.num_bins))
+    documents = num_bins * len(dataset.lengths) / dataset.num_bins
     return (
-        f"{training.num_steps(dataset.num_bins):,} optimizer steps of {num_bins:,} bin"
-        f"{'s' if num_bins > 1 else ''}, about {num_bins * per_bin:,.0f} documents each"
+        f"{num_steps:,} optimizer step{'s' if num_steps > 1 else ''} of {num_bins:,} "
+        f"bin{'s' if num_bins > 1 else ''}, about {documents:,.0f} documents each"
+        + (" (in one process)" if training.batch_size is None else "")
     )
 
 
-def batch_to_learn(dataset: PackedDataset, training: TrainingSection) -> int:
-    """The most bins of a step that make `_STEPS_TO_LEARN` steps of a run; one where it is too short."""
-    return max(1, training.num_bins(dataset.num_bins) // _STEPS_TO_LEARN)
+def batch_to_learn(num_bins: int) -> int:
+    """The most bins of a step that make `_STEPS_TO_LEARN` steps of a run's bins; one where they are few."""
+    return max(1, num_bins // _STEPS_TO_LEARN)
 
 
 def steps_advice(dataset: PackedDataset, training: TrainingSection) -> list[str]:
     """A line where the epochs end after few optimizer steps, as small data in large bins do."""
     num_steps, num_bins = training.num_steps(dataset.num_bins), training.num_bins(dataset.num_bins)
-    smaller = batch_to_learn(dataset, training)
-    if training.max_steps is not None or num_steps >= _FEW_STEPS or smaller >= training.bins_per_step:
+    smaller = batch_to_learn(num_bins)
+    is_divided = training.micro_batch_size != "auto" or training.gradient_accumulation_steps is not None
+    if training.max_steps is not None or num_steps >= _FEW_STEPS or smaller >= training.bins_per_step():
         return []
-    return [
-        f"advice: {num_steps:,} optimizer steps are few to learn from: training.batch_size={smaller} makes "
-        f"{-(-num_bins // smaller):,} of them"
-    ]
+    remedy = (
+        "fewer bins a step make more of them"
+        if is_divided
+        else f"training.batch_size={smaller} makes {-(-num_bins // smaller):,} of them"
+    )
+    are = "step is" if num_steps == 1 else "steps are"
+    return [f"advice: {num_steps:,} optimizer {are} few to learn from: {remedy}"]
 
 
 def _rounded_up(length: int) -> int:

@@ -26,6 +26,11 @@ _TRIAL = "Try it: 1 + 1 = 2.\n\tÄ 日本 🦙"
 """Text that every tokenizer can do: what is damaged in one shows when it is used, not when it is read."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a base's folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def tokenizer_of_run(
     model: ModelSection, base: str, revision: str | None = None
 ) -> tuple[PreTrainedTokenizerBase, AddedTokens]:
@@ -51,7 +56,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
 
     folder = Path(base).expanduser()
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(folder):
             raise BaseModelError(
                 f"The base folder {folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, ...). "
                 "Copy the tokenizer files of the original model into it."

@@ -42,11 +42,11 @@ from qlora_train.model.base_folder import check_base, read_plain_config, stored_
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.linear import DropoutContext
 from qlora_train.model.lora_parameters import LoraParameters
-from qlora_train.model.probe import ProbeResult, probe
+from qlora_train.model.probe import ProbeResult
 from qlora_train.model.token_rows import TokenRows, initial_rows
 from qlora_train.plan.generation import GenerationPlan
 from qlora_train.plan.machine_plan import enforce_budget, plan_generation_here
-from qlora_train.plan.model_shape import find_shape
+from qlora_train.plan.model_shape import find_shape, shape_of
 from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.plan.unpinned import host_memory_of_generation
 from qlora_train.plan.workload import Workload, workload_of
@@ -252,7 +252,7 @@ def find_model(
         raise RunFolderError(f"{target}: --checkpoint names one of a run, and this is no run folder")
     folder, _ = resolve_base(str(target), None)
     check_base(folder)
-    probed = probe(read_config(folder))
+    probed = shape_of(read_config(folder)).probed
     dtype = resolve_dtype("auto", device.description)
     return ModelSource(
         folder,
@@ -280,7 +280,7 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | N
         trained_on.check_base(folder, adapter)
         trained_on.check_tokenizer(tokenizer, adapter)
     dtype = resolve_dtype(recipe.model.compute_dtype, device.description)
-    probed = probe(read_config(folder))
+    probed = shape_of(read_config(folder)).probed
     model = recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)})
     return ModelSource(
         folder,

@@ -40,7 +40,7 @@ _SHARE_OF_FREE = 0.25
 _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above one
 _REPEATS = 5
 _BESIDE_OTHERS = ", beside other programs"
-_OWN_SHARE = 0.9  # of its threads' time that a product computes: 0.99 on an idle machine
+_OWN_SHARE = 0.9  # see share_of_processors; 0.99 on an idle machine
 _RANK, _HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 16, 64, 512
 
 
@@ -124,14 +124,22 @@ def matrix_size(device: DeviceDescription, free_bytes: int, dtype: torch.dtype) 
 
 
 def share_of_processors(dtype: torch.dtype, size: int) -> float:
-    """The share of the time of its threads that this process computes in products on the CPU; what is missing
-    to 1 went to other programs."""
+    """The share of the time that this process's threads could compute in, in which they did, measured while
+    they multiply: the rest they waited for other programs. 1 where the system does not tell."""
     a = torch.randn(size, size, dtype=dtype)
-    started, computed = time.perf_counter(), time.process_time()
+    computed, waited = _scheduled()
     for _ in range(_REPEATS):
         torch.matmul(a, a.t())
-    computed = time.process_time() - computed
-    return computed / (time.perf_counter() - started) / torch.get_num_threads()
+    computed, waited = (now - then for now, then in zip(_scheduled(), (computed, waited), strict=True))
+    return computed / (computed + waited) if computed else 1.0
+
+
+def _scheduled() -> tuple[int, int]:
+    """(nanoseconds that this process's threads have run, that they were ready to run and waited)."""
+    threads = [
+        file.read_text(encoding="ascii").split() for file in Path("/proc/self/task").glob("*/schedstat")
+    ]
+    return sum(int(times[0]) for times in threads), sum(int(times[1]) for times in threads)
 
 
 def _wanted_size(device: DeviceDescription) -> int:

@@ -28,16 +28,14 @@ def batch_size_of(training: TrainingSection, num_ranks: int) -> int:
     """Bins of one optimizer step on all ranks. Raises `UserError` where the recipe's numbers contradict each
     other for this number of processes."""
     steps, size = training.gradient_accumulation_steps, training.micro_batch_size
-    if training.batch_size is None:
-        assert steps is not None and isinstance(size, int), "a recipe says one or the other"
-        return size * steps * num_ranks
-    if steps is not None and isinstance(size, int) and size * steps * num_ranks != training.batch_size:
+    found = training.bins_per_step(num_ranks)
+    if steps is not None and isinstance(size, int) and size * steps * num_ranks != found:
         raise UserError(
             f"training.batch_size is {training.batch_size}, but micro_batch_size x "
             f"gradient_accumulation_steps x processes is {size} x {steps} x {num_ranks} = "
             f"{size * steps * num_ranks}: write batch_size alone, or numbers that agree"
         )
-    return training.batch_size
+    return found
 
 
 def stated_micro_batch_size(training: TrainingSection, num_ranks: int) -> int | None:

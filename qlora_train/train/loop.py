@@ -75,7 +75,7 @@ class TrainLoop:
         self._device, self._clock = self._decoder.device, self._decoder.device.clock
         self._uploads = Uploads(self._device, prepared.model.host)
         training = self._recipe.training
-        self._split, self._bins_per_step = prepared.model.plan.workload.split, training.bins_per_step
+        self._split, self._bins_per_step = prepared.model.plan.workload.split, training.bins_per_step()
         self._num_bins = training.num_bins(prepared.train_data.num_bins)
         self.num_steps = training.num_steps(prepared.train_data.num_bins)
         self._optimizer = FlatOptimizer(

@@ -44,7 +44,7 @@ def lengthened_line(begun: Recipe, prepared: Prepared, num_steps: int, next_step
     begun: the recipe of the run so far. num_steps: the new number."""
     training = prepared.recipe.training
     bins_before = begun.training.num_bins(prepared.train_data.num_bins)
-    before = math.ceil(bins_before / training.bins_per_step)
+    before = math.ceil(bins_before / training.bins_per_step())
     if before == num_steps or next_step > num_steps:
         return None
     rate = learning_rate(
@@ -54,7 +54,7 @@ def lengthened_line(begun: Recipe, prepared: Prepared, num_steps: int, next_step
         f"{num_steps} steps instead of {before}: the {training.lr_schedule} schedule now spans "
         f"all {num_steps} and goes on at step {next_step} with a learning rate of {rate:.3g}"
     )
-    gap = before * training.bins_per_step - bins_before
+    gap = before * training.bins_per_step() - bins_before
     if gap and next_step > before:
         line += f"; step {before} was not full, so {gap} bins of the epoch that begins now are left out"
     return line

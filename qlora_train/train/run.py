@@ -176,7 +176,7 @@ def _bins_of_a_step(prepared: Prepared) -> str:
         f"{number} process" + ("es" if number > 1 else ""),
         f"{split.num_micro_batches} x {split.micro_batch_size} in each",
     ]
-    num_bins = prepared.recipe.training.bins_per_step
+    num_bins = prepared.recipe.training.bins_per_step()
     return f"{num_bins} bin{'s' if num_bins > 1 else ''} ({', '.join(parts)})"
 
 

@@ -31,12 +31,13 @@ from qlora_train.model.base import adaptable_names, read_config
 from qlora_train.model.base_folder import check_base
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
-from qlora_train.model.probe import ProbeResult, probe
+from qlora_train.model.probe import ProbeResult
 from qlora_train.model.rope_lengths import refuse_length_dependent_rope
 from qlora_train.model.served_model import served_model
 from qlora_train.model.token_rows import initial_rows
 from qlora_train.plan.fixed_bytes import managed_bytes
 from qlora_train.plan.machine_plan import enforce_budget, plan_here
+from qlora_train.plan.model_shape import shape_of
 from qlora_train.plan.plan import Plan
 from qlora_train.plan.split import batch_size_of, stated_micro_batch_size
 from qlora_train.plan.unpinned import host_memory_of_run
@@ -169,7 +170,7 @@ def prepare(
     recipe, folder = run.recipe, run.base_folder
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
-    found = probe(config)
+    found = shape_of(config).probed
     tokenizer, added = tokenizer_of_run(recipe.model, str(folder))
     for line in added.remarks:
         run.log(line)

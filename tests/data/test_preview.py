@@ -133,7 +133,10 @@ def test_advice_where_examples_are_short(tokenizer: Any, jsonl: Write, section: 
         ),
         ({"batch_size": 16, "epochs": 3.0}, "10 optimizer.* training.batch_size=3 makes 50 of them"),
         ({"batch_size": 2}, None),
-        ({"micro_batch_size": 4, "gradient_accumulation_steps": 2}, "7 optimizer.*=1 makes 50 of them"),
+        (
+            {"micro_batch_size": 4, "gradient_accumulation_steps": 2},
+            "7 optimizer steps.* fewer bins a step make more",
+        ),
         ({"batch_size": 16, "max_steps": 3}, None),
         ({"batch_size": 1, "epochs": 0.2}, None),
     ],

@@ -172,12 +172,16 @@ def test_prompt_is_cut_before_the_answer(
 ) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
     examples = tokenize(tokenizer, Completion("12345", "ab"), Completion("12345", "abcdefgh"), length=6)
-    assert [show(tokenizer, d) for d in examples.documents] == ["<s>45[a][b][</s>]", "<s>[a][b][c][d][e]"]
+    assert [show(tokenizer, d) for d in examples.documents] == ["<s>45[a][b][</s>]", "<s>45[a][b][c]"]
     assert examples.noted == {Note.PROMPT_CUT: 2, Note.ANSWER_CUT: 1}
     assert examples.notes[Note.PROMPT_CUT] + examples.notes[Note.ANSWER_CUT] == 3 + 9
     without_bos = make_tokenizer(bos=False)
     examples = tokenize(without_bos, Completion("12345", "abcdefgh"), length=6)
-    assert show(without_bos, examples.documents[0]) == "5[a][b][c][d][e]"
+    assert show(without_bos, examples.documents[0]) == "345[a][b][c]"
+    short = tokenize(
+        tokenizer, Completion("1", "abcdefgh"), length=6
+    )  # what is asked stays where it is short
+    assert show(tokenizer, short.documents[0]) == "<s>1[a][b][c][d]" and set(short.noted) == {Note.ANSWER_CUT}
 
 
 def test_a_token_without_an_example_in_the_embedding_is_a_problem_of_its_example(

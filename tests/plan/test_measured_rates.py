@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from simulated_gpu.fixture import SimulatedGpu
+from warm_processes import TIMEOUT_SECONDS, warm_context
 
 from qlora_train.device.compute import THE_CPU, ComputeDevice
 from qlora_train.device.description import CPU
 from qlora_train.files.atomic_file import replace_text
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.plan import measured_rates
-from qlora_train.plan.measured_rates import kept_rates, matrix_size, rates_of
+from qlora_train.plan.measured_rates import kept_rates, matrix_size, rates_of, share_of_processors
 from qlora_train.plan.time_model import stated_rates
 
 MIB = 2**20
@@ -58,22 +58,43 @@ def test_on_the_cpu(small: ComputeDevice, tmp_path: Path, monkeypatch: pytest.Mo
     assert rates_of(THE_CPU, torch.float32, tmp_path) == alone == kept_rates(CPU, torch.float32, tmp_path)
 
 
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not tell")
 def test_the_share_of_the_processors_is_what_other_programs_leave() -> None:
-    """Of two programs that want all processors, neither has them for itself."""
-    measure = "from qlora_train.plan.measured_rates import share_of_processors as share\n"
-    measure += "import torch; share(torch.float32, 512); print(share(torch.float32, 1024))"
-    hog = "import time, torch; a = torch.randn(512, 512); print('busy', flush=True)\n"
-    hog += "end = time.time() + 60\nwhile time.time() < end: a @ a"
-    one_processor = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
-    with subprocess.Popen(
-        [*one_processor, sys.executable, "-c", hog], stdout=subprocess.PIPE, text=True
-    ) as busy:
-        assert busy.stdout is not None and busy.stdout.readline() == "busy\n"
+    """Of two programs on one processor, neither has it for itself."""
+    processor = min(os.sched_getaffinity(0))
+    with warm_context() as context:
+        ours, theirs = context.Pipe()
+        busy = context.Process(target=_work_without_end, args=(theirs, processor))
+        busy.start()
         try:
-            said = subprocess.check_output([*one_processor, sys.executable, "-c", measure], text=True)
+            assert ours.poll(TIMEOUT_SECONDS) and ours.recv() == "busy"
+            measuring = context.Process(target=_send_share, args=(theirs, processor))
+            measuring.start()
+            assert ours.poll(TIMEOUT_SECONDS)
+            share = ours.recv()
+            measuring.join()
         finally:
             busy.kill()
-    assert float(said) < 0.85
+            busy.join()
+    assert share < 0.85
+
+
+def _take_one(processor: int) -> None:
+    os.sched_setaffinity(0, {processor})
+    torch.set_num_threads(1)
+
+
+def _work_without_end(pipe: Connection, processor: int) -> None:
+    _take_one(processor)
+    pipe.send("busy")
+    while True:
+        pass
+
+
+def _send_share(pipe: Connection, processor: int) -> None:
+    _take_one(processor)
+    share_of_processors(torch.float32, 512)
+    pipe.send(share_of_processors(torch.float32, 2048))
 
 
 @pytest.mark.parametrize("damaged_copy", ["-5.0", "Infinity", '"fast"', "7.0", "{"])

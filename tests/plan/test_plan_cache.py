@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,11 +132,10 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None:
 
 
 PLAN_AGAIN = """
-import json, sys, time
+import sys
 from qlora_train.cli import main
-begun = time.process_time()
 assert main(sys.argv[1:]) == 0
-print(json.dumps(["torch" in sys.modules, time.process_time() - begun]), file=sys.stderr)
+print("torch" in sys.modules, file=sys.stderr)
 """
 
 
@@ -152,6 +150,4 @@ def test_a_plan_made_before_is_printed_without_torch(
     made = capsys.readouterr().out
     command = [sys.executable, "-c", PLAN_AGAIN, *words]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True)
-    imports_torch, seconds = json.loads(done.stderr.splitlines()[-1])
-    assert done.stdout == made and not imports_torch
-    assert seconds < 1
+    assert done.stdout == made and done.stderr.splitlines()[-1] == "False"

@@ -102,11 +102,11 @@ def peak_on_cpu(workload: Workload, plan: ExecutionPlan) -> int:
     decoder.head.tile_rows = plan.head_tile_rows
     walk = LayerWalk(decoder, lora, plan, reference=workload.reference)
     tokens = [packed_row(list(workload.documents), seed=k) for k in range(workload.num_micro_batches)]
-    for _ in range(2):  # what is made once is there the second time
-        gc.collect()
-        as_in_the_first_step(decoder)
-        with StorageMeter("cpu") as meter:
-            walk.accumulate(tokens, seed=0, step=1, num_supervised=100)
+    walk.accumulate(tokens, seed=0, step=1, num_supervised=100)  # what is made once is there afterwards
+    gc.collect()
+    as_in_the_first_step(decoder)
+    with StorageMeter("cpu") as meter:
+        walk.accumulate(tokens, seed=0, step=1, num_supervised=100)
     return meter.peak_bytes
 
 
@@ -126,17 +126,29 @@ WALKS: dict[str, tuple[tuple[ActivationPolicy, ...], dict[str, Any], dict[str, A
     "keep": ((KEEP,) * 4, {}, {}),
     "recompute": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {}),
     "mixed": ((RECOMPUTE, KEEP, OFFLOAD, RECOMPUTE), {"num_micro_batches": 3}, {"num_groups": 2}),
-    "tiles": ((RECOMPUTE, KEEP, RECOMPUTE, KEEP), {"dropout": True}, {"mlp_tile_tokens": 24}),
+    "tiles": ((RECOMPUTE, KEEP, RECOMPUTE, KEEP), {}, {"mlp_tile_tokens": 24}),
     "inputs in RAM": ((RECOMPUTE,) * 4, {"num_micro_batches": 2}, {"inputs": Placement.RAM}),
 }
 
 
+DROPOUT: tuple[tuple[ActivationPolicy, ...], dict[str, Any], dict[str, Any]] = (
+    (RECOMPUTE, KEEP, RECOMPUTE, KEEP), {"dropout": True}, {"mlp_tile_tokens": 24}
+)  # fmt: skip
+"""Masks are a linear's matter, not a family's, and slow under a meter: for one family, with and without a
+mixture of experts."""
+
+
 @pytest.mark.parametrize(
-    ("family", "name"), [*product(WALKED, WALKS), *product(("qwen3_moe", "qwen3_5_moe_text"), WALKS)]
+    ("family", "name"),
+    [
+        *product(WALKED, WALKS),
+        *product(("qwen3_moe", "qwen3_5_moe_text"), WALKS),
+        *product(("llama", "qwen3_moe"), ["dropout"]),
+    ],
 )
 def test_a_walk_takes_what_the_plan_says(family: str, name: str) -> None:
     """Of experts the first ones get every token, as the plan says."""
-    activations, changes, cuts = WALKS[name]
+    activations, changes, cuts = (WALKS | {"dropout": DROPOUT})[name]
     config = small_config(family, 4) if family in WALKED else tiny_config(family, num_hidden_layers=4)
     workload = workload_for(config, documents=DOCUMENTS, **({"num_supervised": 173} | changes))
     plan = replace(everything_resident(4), activations=activations, loss_tokens=64, head_tile_rows=40, **cuts)

@@ -388,9 +388,10 @@ def test_what_is_planned_is_what_the_walk_takes_and_the_sum_is_near(gib: float) 
 
 @pytest.mark.parametrize(("base", "gib"), [("meta-llama/Llama-3.1-70B", 24), ("meta-llama/Llama-3.1-8B", 1)])
 def test_a_plan_is_made_in_seconds(base: str, gib: float) -> None:
-    """Also one that is refused, with what would fit. Measured: 2 to 4 s of one core."""
+    """Also one that is refused, with what would fit. Measured: 2 to 4 s of one core; a search that grows
+    with layers or budget takes minutes, on any machine."""
     for made_before in (planned_model, layer_bytes, _loss_bytes, _shape_of):
         made_before.cache_clear()
     begun = time.process_time()
     planned(gib, base)
-    assert time.process_time() - begun < 10
+    assert time.process_time() - begun < 60

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import process_changes
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_runs import adapter_bytes, child_environment, metrics_of, recipe_values, write_recipe
+from warm_processes import run_command, start_command, wait_for
 
 from qlora_train.cli import main
 from qlora_train.files.sealed_json import seal, unseal
@@ -47,33 +50,23 @@ def one_message(capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-HOLDS_AFTER_THE_CHECK = """
-import sys, time
-from qlora_train.train import setup
-from qlora_train.train import run
-def wait(*_, **__):
-    print("checked", flush=True)
-    time.sleep(600)
-run.prepare = wait
-from qlora_train.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("options", [(), ("--resume",)], ids=["train", "resume"])
 def test_a_second_run_ends_with_2_while_the_first_still_reads(
     tmp_path: Path, base: Path, train_file: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     recipe = str(write_recipe(tmp_path / "r.yaml", values_of(base, train_file, run_dir)))
-    command = [sys.executable, "-c", HOLDS_AFTER_THE_CHECK, "train", recipe]
-    with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "checked\n"
-        assert main(["train", recipe, "training.learning_rate=1e-3", *options]) == 2
-        message = one_message(capsys)
-        assert "another run is at work" in message and str(run_dir) in message
-        first.send_signal(signal.SIGTERM)
-        assert first.wait() == 128 + signal.SIGTERM
+    holds, log = tmp_path / "holds", tmp_path / "log"
+    first = start_command(["train", recipe], log, before=partial(process_changes.hold_after_the_check, holds))
+    while not holds.exists():
+        first.join(0.01)
+        assert first.is_alive(), log.read_text()
+    assert main(["train", recipe, "training.learning_rate=1e-3", *options]) == 2
+    message = one_message(capsys)
+    assert "another run is at work" in message and str(run_dir) in message
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGTERM)
+    assert wait_for(first, log).code == 128 + signal.SIGTERM
     assert not run_dir.exists()
 
 
@@ -210,32 +203,16 @@ def test_factors_of_an_update_beyond_float32_are_refused(
     assert key.partition("=")[0] in one_message(capsys)
 
 
-SWALLOWS = """
-import os, signal, sys
-from qlora_train.train import run
-really = run.prepare
-def prepare(*arguments, **options):
-    try:
-        os.kill(os.getpid(), signal.SIGTERM)
-    except {catches}:
-        pass
-    return really(*arguments, **options)
-run.prepare = prepare
-from qlora_train.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("catches", ["Exception", "BaseException"])
+@pytest.mark.parametrize("catches", [Exception, BaseException])
 def test_sigterm_during_start_up_ends_the_run(
-    tmp_path: Path, base: Path, train_file: Path, catches: str
+    tmp_path: Path, base: Path, train_file: Path, catches: type[BaseException]
 ) -> None:
     """Libraries catch what they try out; under a bare `except:` the first step notices."""
     recipe = write_recipe(tmp_path / "r.yaml", values_of(base, train_file, tmp_path / "run", max_steps=60))
-    command = [sys.executable, "-c", SWALLOWS.format(catches=catches), "train", str(recipe)]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert "Traceback" not in done.stderr
+    swallow = partial(process_changes.swallow_sigterm, catches)
+    done = run_command(["train", str(recipe)], tmp_path / "log", before=swallow)
+    assert done.code == 128 + signal.SIGTERM, done.said
+    assert "Traceback" not in done.said
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert not metrics.exists() or len(metrics.read_text().splitlines()) <= 1
 
@@ -283,18 +260,10 @@ def test_a_full_disk_ends_in_one_message(
 ) -> None:
     """A limit on the size of files stands in for the disk."""
     recipe = write_recipe(tmp_path / "r.yaml", values_of(base, train_file, tmp_path / "run"))
-    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); from qlora_train.cli import main; "
-    code += "sys.exit(main(sys.argv[1:]))"
     train(Recipe.from_dict(values_of(base, train_file, tmp_path / "warm", max_steps=1)))  # its cache is there
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(recipe)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    limit = partial(process_changes.limit_file_size, 20_000)
+    done = run_command(["train", str(recipe)], tmp_path / "log", before=limit)
+    assert done.code == 1 and "File too large" in done.said and "Traceback" not in done.said
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
     assert main(["train", str(recipe), "--resume"]) == 0
 

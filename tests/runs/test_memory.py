@@ -36,7 +36,7 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(
     base: Path, train_file: Path, out: Path, memory: dict[str, Any] | None = None, **training: Any
 ) -> Recipe:
-    values = recipe_values(base, train_file, out, training={"max_steps": 20} | training)
+    values = recipe_values(base, train_file, out, training={"max_steps": 6} | training)
     values["lora"]["dropout"] = 0.1
     return Recipe.from_dict(values | {"memory": memory or {}})
 
@@ -50,9 +50,8 @@ MEMORY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_adapters_after_20_steps_have_the_same_bytes(
-    base: Path, train_file: Path, tmp_path: Path, kernels: str
-) -> None:
+def test_adapters_have_the_same_bytes(base: Path, train_file: Path, tmp_path: Path, kernels: str) -> None:
+    """From the second step on both factors have gradients, and optimizer state."""
     train(recipe(base, train_file, tmp_path / "auto", kernels=kernels))
     plan = json.loads((tmp_path / "auto" / "plan.json").read_text())
     assert set(plan["weights"]) == {"resident"} and set(plan["activations"]) == {"keep"}

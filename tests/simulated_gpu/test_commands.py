@@ -14,7 +14,7 @@ import pytest
 from simulated_gpu import __main__ as command
 
 TESTS = Path(__file__).resolve().parent.parent
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 600
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:

@@ -15,7 +15,7 @@ from qlora_train.device.compute import THE_CPU as CPU
 from qlora_train.weights.ring import Ring
 
 SLOT_BYTES = 97
-PATIENCE_S = 10  # for what must happen; only a failing test waits so long
+PATIENCE_S = 120  # for what must happen; only a failing test waits so long
 POISON = torch.full((SLOT_BYTES,), 0xFF, dtype=torch.uint8)
 
 
