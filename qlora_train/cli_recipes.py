@@ -37,7 +37,7 @@ def add_recipes(command: AddCommand) -> None:
     show = actions.add_parser("show", help="print a recipe")
     show.add_argument("name", metavar="NAME")
     show.set_defaults(run=_show)
-    copy = actions.add_parser("copy", help="copy a recipe, and the data that comes with it")
+    copy = actions.add_parser("copy", help="copy a recipe, with its data where they come with it")
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("."))
     copy.set_defaults(run=_copy)

@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,10 +39,9 @@ from pydantic import (
     Tag,
     ValidationError,
 )
-from ruamel.yaml import YAML
 
 from qlora_train.errors import RecipeError
-from qlora_train.other_trainers import recipe_key
+from qlora_train.other_trainers import answer_to
 from qlora_train.recipe_checks import (
     FOUR_BIT,
     MESSAGES,
@@ -59,6 +57,7 @@ from qlora_train.recipe_checks import (
     as_sources,
     as_targets,
     as_tokens,
+    as_trackers,
     auto_or_bins,
     auto_or_count,
     contradictions,
@@ -69,7 +68,7 @@ from qlora_train.recipe_checks import (
     with_dependent_defaults,
 )
 from qlora_train.recipe_files import bundled_recipes_dir, find_recipe, is_run_folder
-from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show
+from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show, yaml_text
 
 
 def _auto_or_bool(value: Any) -> Any:
@@ -250,7 +249,7 @@ class TrainingSection(_Section):
     samples: Samples | None = None
     save_every: Annotated[Literal["auto"] | Count | None, BeforeValidator(auto_or_count)] = "auto"
     keep_checkpoints: Count = 2
-    report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
+    report_to: Annotated[tuple[Tracker, ...], Field(strict=False), BeforeValidator(as_trackers)] = ()
 
     def num_bins(self, bins_per_epoch: int) -> int:
         """Bins of the whole run on all ranks: max_steps full steps, or the epochs to their last bin."""
@@ -316,13 +315,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML, which is saved with a run."""
-        text = StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.width = 4096
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.to_dict(), text)
-        return text.getvalue()
+        return yaml_text(self.to_dict())
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -368,7 +361,7 @@ def _problem(details: Any) -> tuple[KeyPath, str]:
     kind, context, value = details["type"], dict(details.get("ctx", {})), details["input"]
     path: KeyPath = tuple(part for part in details["loc"] if not str(part).startswith("<"))
     if kind == "extra_forbidden":
-        return path, "unknown key" + _nearest_key(path)
+        return path, "unknown key" + _instead_of(path, value)
     choices = context["expected"] = context.get("expected", "").replace("'", "")
     message = MESSAGES[kind].format(**context) if kind in MESSAGES else details["msg"]
     if kind not in ("missing", "value_error"):
@@ -378,8 +371,8 @@ def _problem(details: Any) -> tuple[KeyPath, str]:
     return path, message
 
 
-def _nearest_key(path: KeyPath) -> str:
-    """The key of another trainer's setting, else the nearest of the section, else of any section."""
+def _instead_of(path: KeyPath, value: Any) -> str:
+    """The answer to another trainer's setting, else the nearest key of the section, else of any section."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = {name: list(s.model_fields) for name, s in sections.items() if isinstance(s, type(_Section))}
     nested: dict[str, type[_Section]] = {
@@ -391,4 +384,8 @@ def _nearest_key(path: KeyPath) -> str:
     beside = {1: keys, 2: keys.get(str(path[0]), [])}.get(len(path), items.model_fields)
     elsewhere = {key: f"{section}.{key}" for section in keys for key in keys[section]}
     name = str(path[-1])
-    return recipe_key(name) or nearest(name, beside) or nearest(name, elsewhere, elsewhere)
+    return (
+        answer_to(name, value)
+        or nearest(name, beside, closeness=0.75)
+        or nearest(name, elsewhere, elsewhere, closeness=0.9)
+    )

@@ -131,6 +131,13 @@ def as_tokens(value: Any) -> Any:
     return [{"token": item} if isinstance(item, str) else item for item in value]
 
 
+def as_trackers(value: Any) -> Any:
+    """Of `training.report_to`."""
+    if value in (None, "none", ["none"]):
+        raise ValueError("for no tracker, leave the key out or write []")
+    return value
+
+
 def not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("is nothing but white space")

@@ -1,4 +1,4 @@
-"""Reads a recipe's YAML 1.2 into plain values, and records the line of each key for messages.
+"""Reads a recipe's YAML 1.2 into plain values, records the line of each key for messages, and writes YAML.
 
 Values are built from the parser's node tree, as that still has both of two duplicate keys and the line of
 every key, so that all problems can be reported at once, with their lines.
@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,13 @@ class Draft:
         return self._build(node, path, place_of)
 
 
-def nearest(name: str, choices: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
-    """`; did you mean X?` for the closest of `choices` (shown as `shown[X]`), or nothing."""
+def nearest(
+    name: str, choices: Iterable[str], shown: Mapping[str, str] | None = None, *, closeness: float = 0.6
+) -> str:
+    """`; did you mean X?` for the closest of `choices` (shown as `shown[X]`), or nothing. closeness: the
+    least share of letters that are the same, by difflib."""
     known = list(choices)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=closeness)
     if not close and shown is None:
         close = [choice for choice in known if choice.startswith(name)]
     return f"; did you mean {shown[close[0]] if shown else close[0]}?" if close else ""
@@ -280,3 +284,14 @@ def _order(problem: tuple[Origin, str, str]) -> int:
 def _dotted(path: KeyPath) -> str:
     """A key as text, such as `data.train[0].path`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+
+
+def yaml_text(value: Any) -> str:
+    """A plain value, such as one key's of a recipe, as YAML in the style of saved recipes."""
+    text = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.width = 4096
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(value, text)
+    return text.getvalue().removesuffix("\n...\n")  # the end of the document, written after a scalar

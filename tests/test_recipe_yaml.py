@@ -9,7 +9,7 @@ import pytest
 import qlora_train.recipe as recipe_module
 from qlora_train import Recipe, load_recipe
 from qlora_train.errors import RecipeError
-from qlora_train.other_trainers import RECIPE_KEYS
+from qlora_train.other_trainers import ANSWERS, answer_to
 from qlora_train.recipe import DataSource
 
 
@@ -162,15 +162,69 @@ def test_settings_of_other_trainers_are_answered_with_ours_at_any_level(tmp_path
     ]
 
 
-def test_what_is_answered_for_other_trainers_is_a_key_and_a_value_of_the_schema() -> None:
-    assert len(RECIPE_KEYS) > 100
+@pytest.mark.parametrize(
+    ("setting", "value", "answer"),
+    [
+        ("load_in_8bit", True, "here it is model.quantization: int8"),
+        ("load_in_8bit", False, "not needed here: leave it out"),
+        ("load_in_4bit", False, "not needed here: leave it out"),
+        ("bf16", "auto", "not needed here: leave it out"),
+        ("quantization_bit", 8, "here it is model.quantization: int8"),
+        ("peft_use_dora", False, "not needed here: leave it out"),
+        ("gradient_checkpointing", False, "not needed here: leave it out"),
+        ("dtype", None, "not needed here: leave it out"),
+        ("adapter", "qlora", "not needed here: leave it out (every run trains LoRA)"),
+        ("finetuning_type", "full", "there is no such setting here: leave it out (every run is supervised"),
+        ("bias", "none", "not needed here: leave it out"),
+        ("bias", "all", "there is no such setting here"),
+        ("train_on_inputs", False, "here it is data.supervise: completions (the default)"),
+        ("train_on_inputs", True, "here it is data.supervise: all"),
+        ("assistant_only_loss", True, "here it is data.supervise: completions (the default)"),
+        ("warmup_steps", 5, "here it is training.warmup_ratio (a share: 5 / steps of the run)"),
+        ("saves_per_epoch", 2, "here it is training.save_every (in steps: steps of an epoch / 2)"),
+        ("max_samples", 1000, "here it is data.train (with a weight, the share of its rows: [{path: ..., "
+         "weight: 1000 / rows}])"),
+        ("wandb_project", "x", "here it is training.report_to: [wandb] (and WANDB_PROJECT=x in the "
+         "environment)"),
+        ("do_train", True, "not needed here: leave it out"),
+        ("eval_sample_packing", True, "not needed here: leave it out (data.packing is for evaluation, too)"),
+        ("model_type", "LlamaForCausalLM", "not needed here: leave it out (the base says it)"),
+    ],
+)  # fmt: skip
+def test_the_answer_depends_on_the_value_and_says_what_changes_with_the_unit(
+    setting: str, value: object, answer: str
+) -> None:
+    assert answer_to(setting, value).startswith(f"; {answer}")
+    if not answer.startswith("there is"):
+        assert answer_to(setting, value) == f"; {answer}"
+
+
+@pytest.mark.parametrize("setting", ["eval_accumulation_steps", "use_qalora", "log_level", "hub_revision"])
+def test_no_key_of_elsewhere_is_guessed_by_half_its_letters(setting: str, tmp_path: Path) -> None:
+    text = f"model: {{base: b}}\ndata: {{train: t}}\n{setting}: 1\n"
+    assert problems_of(text, tmp_path) == [f"recipe.yaml:3: {setting}: unknown key"]
+
+
+@pytest.mark.parametrize("value", ["none", "null", "[none]"])
+def test_without_a_tracker_the_list_is_empty(value: str, tmp_path: Path) -> None:
+    text = f"model: {{base: b}}\ndata: {{train: t}}\ntraining: {{report_to: {value}}}\n"
+    (problem,) = problems_of(text, tmp_path)
+    assert problem == "recipe.yaml:3: training.report_to: for no tracker, leave the key out or write []"
+
+
+def test_what_is_answered_for_other_trainers_is_a_key_and_a_value_of_the_schema(tmp_path: Path) -> None:
+    settings = {name.partition("=")[0] for name in ANSWERS}
+    found = {
+        answer.removeprefix("here it is ") for answer in ANSWERS.values() if answer.startswith("here it is")
+    }
+    answers = {answer.partition(" (")[0] for answer in found}
+    assert len(settings) > 200 and len(answers) > 50
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     ours = {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
-    assert {answer.partition(":")[0] for answer in RECIPE_KEYS.values()} <= ours
+    assert {answer.partition(":")[0] for answer in answers} <= ours
     names = {key.partition(".")[2] for key in ours} | set(sections)
-    assert not names & set(RECIPE_KEYS), "a key of ours is no other trainer's"
-    for answer in {answer for answer in RECIPE_KEYS.values() if ":" in answer}:
-        section, _, rest = answer.partition(".")
-        key, _, value = rest.partition(": ")
-        needed = {"model": {"base": "b"}, "data": {"train": "t"}}
-        Recipe.from_dict(needed | {section: needed.get(section, {}) | {key: value}})
+    assert not names & settings, "a key of ours is no other trainer's"
+    needed = "model: {base: b}\ndata: {train: t}\n"
+    for answer in answers:
+        key, _, value = answer.partition(": ")
+        loaded(needed, tmp_path, (f"{key}={value}",) if value else ())

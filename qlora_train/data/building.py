@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_train.data.chat.chat_format import ChatFormat
+from qlora_train.data.column_advice import chats_of_pairs
 from qlora_train.data.dataset import PackedDataset
 from qlora_train.data.formats import CHAT_FORMATS
+from qlora_train.data.notes import Note
 from qlora_train.data.open_sources import OpenSources
 from qlora_train.data.report import Reading
 from qlora_train.data.split import chosen_by_weight, num_also_in, split_by_content
@@ -111,7 +113,7 @@ def build_dataset(
     if isinstance(section.eval, float):
         is_eval = split_by_content(keys, section.eval, seed)
     times = chosen_by_weight(keys, np.array(facts.weights)[examples.example_tables], seed)
-    said = chat_format.remarks() if chat_format is not None else []
+    said = chat_format.remarks() if chat_format is not None else _pairs_in_words(opened, tokenizer, examples)
     remarks = (*facts.reading.remarks, *_weights_in_words(facts), *said)
     train = pack(examples, "train", np.where(is_eval, 0, times), replace(facts.reading, remarks=remarks))
     if isinstance(section.eval, float):
@@ -139,6 +141,23 @@ def _chat_format(
             "messages, sharegpt or alpaca."
         )
     return None
+
+
+def _pairs_in_words(
+    opened: OpenData, tokenizer: PreTrainedTokenizerBase, examples: TokenizedExamples
+) -> list[str]:
+    """What it means that pairs of texts do not use the base's chat template. Nothing where most of them hold
+    control tokens: people do write templates by hand."""
+    names, section = examples.facts.note_names, opened.section
+    by_hand = [kind for kind, name in enumerate(names) if name == Note.SAYS_CONTROL_TOKENS]
+    is_used = 2 * np.isin(examples.note_kinds, by_hand).sum() > examples.num_examples
+    if not tokenizer.chat_template or is_used or "prompt_completion" not in opened.formats:
+        return []
+    way = "" if section.prompt_template else f"; for chats, set {chats_of_pairs(section.columns)}"
+    return [
+        "the base has a chat template, which prompts and completions do not use: the model will answer bare "
+        f"prompts, and `chat` will not work{way}"
+    ]
 
 
 def _weights_in_words(facts: Facts) -> list[str]:

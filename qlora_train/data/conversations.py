@@ -10,7 +10,7 @@ What is read, alone or mixed:
     {"role": ["user", ...], "content": ["...", ...]}        turned inside out, as `datasets` stores sequences
     weight, loss, train: 0 | false                          turns that are read and not trained on
 
-What comes out has `role` (system, user, assistant, tool), `content`, and where the example says so
+What comes out has `role` (system, developer, user, assistant, tool), `content`, and where the example says so
 `tool_calls`, `reasoning_content`, `name`, `tool_call_id`, and `train` (bool). Every other key of a message is
 kept as it is, for the template. What cannot be said in these words is a ExampleProblem, never left out.
 """
@@ -26,8 +26,9 @@ from qlora_train.data.tables import ExampleProblem, type_name
 
 Message = dict[str, Any]
 
+SYSTEM_ROLES = ("system", "developer")
 _ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
+    **{role: role for role in SYSTEM_ROLES},
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
@@ -234,6 +235,6 @@ def _check_content(message: Message, number: int) -> None:
         return
     if not isinstance(content, str):
         raise ExampleProblem(f"the content of message {number} is {type_name(content)}, not a string.")
-    may_be_empty = role in ("system", "tool") or "tool_calls" in message or message.get("train") is False
+    may_be_empty = role in (*SYSTEM_ROLES, "tool") or "tool_calls" in message or message.get("train") is False
     if not may_be_empty and (not content or content.isspace()):
         raise ExampleProblem(f"the content of message {number} ({role}) is empty.")

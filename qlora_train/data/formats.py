@@ -28,8 +28,10 @@ from functools import cached_property
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
+from qlora_train.data.column_advice import known_form, mapping
 from qlora_train.data.content import Chat, Completion, Content, PlainText, check_texts
 from qlora_train.data.conversations import (
+    SYSTEM_ROLES,
     Message,
     looks_like_messages,
     read_history,
@@ -146,7 +148,7 @@ class ExampleFormat:
         if not system or system.isspace():
             return messages
         first = messages[0]
-        if first["role"] != "system":
+        if first["role"] not in SYSTEM_ROLES:
             return [{"role": "system", "content": system}, *messages]
         if first["content"] != system:
             raise ExampleProblem(
@@ -300,20 +302,13 @@ def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: 
     ]
     if len(fitting) == 1:
         return fitting[0]
-    problem = f"several formats fit ({', '.join(fitting)})" if fitting else "no format fits"
-    raise DataError(
-        f"{table.name}: data.format is auto, but {problem}. {_found(table)} Set data.format to one of "
-        f"{', '.join(ROLES)} and map its roles, for example "
-        f"data.columns: {{prompt: question, completion: answer}}.{_hint(table)}"
-    )
-
-
-def _hint(table: ExampleTable) -> str:
-    if {"chosen", "rejected"} <= set(table.columns):
-        return " These are preferences: map `chosen` (the good answers) only, `rejected` is then not read."
-    if {"role", "content"} <= set(table.columns) or {"from", "value"} <= set(table.columns):
-        return " These are single messages: a row holds a whole conversation, as {messages: [...]}."
-    return ""
+    if fitting:
+        names = ", ".join(fitting)
+        problem = f"several formats fit ({names}). {_found(table)} Set data.format to one of them."
+    else:
+        advice = known_form(table) or mapping(table, template.columns if template else ())
+        problem = f"no format fits. {_found(table)} {advice}"
+    raise DataError(f"{table.name}: data.format is auto, but {problem}")
 
 
 def _is_needed(role: str, template: PromptTemplate | None) -> bool:
@@ -325,7 +320,8 @@ def _role_of(columns: Mapping[str, str], column: str) -> str:
 
 
 def _found(table: ExampleTable) -> str:
-    return f"Columns found: {listed(table.columns)}."
+    where = "" if table.rows_under is None else f" in the rows under {table.rows_under!r}"
+    return f"Columns found{where}: {listed(table.columns)}."
 
 
 def _value(example: Example, column: str) -> Any:

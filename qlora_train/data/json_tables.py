@@ -40,6 +40,7 @@ _PARTS_OF_EXAMPLES = {
     "completion",
     "tools",
     "functions",
+    "contents",
 }
 _PARTS_OF_EXAMPLES |= {"history", "chosen", "rejected"}
 _NOT_EXAMPLES = (
@@ -51,7 +52,7 @@ _LONGEST_WORD = 16  # characters of what may be cut in two: true, \\u1234, -Infi
 
 
 class JsonTable(ExampleTable):
-    """A .json, .jsonl or .ndjson file."""
+    """A .json, .jsonl or .ndjson file. The rows of a list are counted: it may well be a single line."""
 
     unit = "line"
 
@@ -63,7 +64,21 @@ class JsonTable(ExampleTable):
         lines = chain(begin, filled)
         if first is not None and not is_wrapper:
             return map(JsonLines, batched(lines))
-        return batched(_values_as_examples(self.name, lines))
+        return batched((number, _example_or_problem(value)) for number, value in self._values(lines))
+
+    def _values(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+        """The (number, value) of each row of a file that is not one object a line."""
+        reader = _ValueReader(self.name, lines)
+        if reader.peek() == "[":
+            self.unit = "row"
+            return enumerate(reader.elements(), start=1)
+        values = reader.values()
+        begin = list(islice(values, 2))
+        if len(begin) == 1 and (wrapped := _wrapped_examples(begin[0][1])) is not None:
+            self.unit = "row"
+            self.rows_under, rows = wrapped
+            return enumerate(rows, start=1)
+        return chain(begin, values)
 
 
 @dataclass(frozen=True)
@@ -125,24 +140,19 @@ def _object_in(line: str) -> Example | None:
         return {} if text.endswith("}") else None
 
 
-def _wrapped_examples(value: Any) -> list[Any] | None:
-    """The list of objects under the only key that has one; None for an object that is an example itself."""
+def _wrapped_examples(value: Any) -> tuple[str, list[Any]] | None:
+    """The only key that has a list of objects, and the list; None for an object that is an example itself: it
+    has a key of one, or the objects are messages."""
     if not isinstance(value, dict) or _PARTS_OF_EXAMPLES & set(value):
         return None
-    lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    return lists[0] if len(lists) == 1 else None
-
-
-def _values_as_examples(name: str, lines: Iterator[tuple[int, str]]) -> Iterator[NumberedExample]:
-    """The examples of a file that is not one object a line."""
-    reader = _ValueReader(name, lines)
-    first = reader.peek()
-    values = reader.elements() if first == "[" else reader.values()
-    begin = list(islice(values, 2))
-    if first == "{" and len(begin) == 1 and (wrapped := _wrapped_examples(begin[0][1])) is not None:
-        begin = [(begin[0][0], example) for example in wrapped]  # the lines inside are not known any more
-    for number, value in chain(begin, values):
-        yield number, _example_or_problem(value)
+    lists = [
+        (key, item)
+        for key, item in value.items()
+        if isinstance(item, list) and item and isinstance(item[0], dict)
+    ]
+    if len(lists) != 1 or {"role", "from"} & set(lists[0][1][0]):
+        return None
+    return lists[0]
 
 
 class _ValueReader:
@@ -168,15 +178,15 @@ class _ValueReader:
         while self.peek():
             yield self._value()
 
-    def elements(self) -> Iterator[tuple[int, Any]]:
-        """The elements of the list that begins here, and of lists behind it, (line, value) each."""
+    def elements(self) -> Iterator[Any]:
+        """The elements of the list that begins here, and of lists behind it."""
         while self.peek():
             self._take("[")
             if self.peek() == "]":
                 self._take("]")
                 continue
             while True:
-                yield self._value()
+                yield self._value()[1]
                 if self.peek() == "]":
                     self._take("]")
                     break

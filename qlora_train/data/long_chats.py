@@ -20,6 +20,7 @@ from typing import Any
 from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.chat_tokens import ChatTokenizer
 from qlora_train.data.content import Chat
+from qlora_train.data.conversations import SYSTEM_ROLES
 from qlora_train.data.documents import Text
 
 
@@ -88,7 +89,7 @@ class LongChats:
 
 
 def _system(chat: Chat) -> tuple[dict[str, Any], ...]:
-    return chat.messages[:1] if chat.messages[0]["role"] == "system" else ()
+    return chat.messages[:1] if chat.messages[0]["role"] in SYSTEM_ROLES else ()
 
 
 def _beginnings(messages: Sequence[dict[str, Any]]) -> list[int]:

@@ -31,6 +31,7 @@ class Note(StrEnum):
     )
     THOUGHT_FILLED = "have thoughts that go on from where the prompt opens one"
     THOUGHT_MOVED = "have thoughts inside answers, given to the chat template as 'reasoning_content'"
+    DEVELOPER = "have messages of the role 'developer', written as 'system'"
     ANSWER_FIRST = "begin with the assistant: that message is context only, as nothing asks for it"
     UNANSWERED = "end in messages that nothing answers: these are left out"
     BY_MARKS = (

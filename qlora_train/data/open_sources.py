@@ -153,14 +153,15 @@ class _Count:
 
     def why_nothing_is_left(self, num_without_target: int) -> str:
         reasons = (
-            (self.num_empty, "are empty"),
-            (self.num_rejected, "are labelled as bad answers"),
-            (self.num_problems, "cannot be used"),
-            (num_without_target, "have no supervised token or are too long"),
+            (self.num_empty, "empty"),
+            (self.num_rejected, "labelled as bad answers"),
+            (self.num_problems, "unusable"),
+            (num_without_target, "without a supervised token or too long"),
         )
         said = ", ".join(f"{number:,} {what}" for number, what in reasons if number)
-        first = f" The first that cannot be used: {self.problems[0]}" if self.problems else ""
+        first = f" The first unusable one: {self.problems[0]}" if self.problems else ""
+        advice = " Conversations need assistant messages, or set data.supervise: all."
         return (
-            f"None of the {self.num_read:,} rows can be trained on: {said}. Conversations need assistant "
-            f"messages, or set data.supervise: all.{first}"
+            f"No row of {self.num_read:,} can be trained on: {said}.{first}"
+            f"{advice if num_without_target else ''}"
         )

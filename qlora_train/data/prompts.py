@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from qlora_train.data.building import open_data
 from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.chat.template import ChatProblem
+from qlora_train.data.column_advice import chats_of_pairs
 from qlora_train.data.content import LONE_SURROGATE
 from qlora_train.data.control_text import ControlText, without_marks
 from qlora_train.data.encoding import CannotEncode, TextEncoder
@@ -116,6 +117,15 @@ def is_chat(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> boo
     if data is None:
         return bool(tokenizer.chat_template)
     return not _formats(data).isdisjoint(CHAT_FORMATS)
+
+
+def how_to_chat(data: DataSection | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The end of a sentence: settings that make conversations of a model's plain prompts; empty where none
+    do."""
+    is_pairs = data is not None and data.prompt_template is None and _formats(data) == {"prompt_completion"}
+    if data is None or not is_pairs or not tokenizer.chat_template:
+        return ""
+    return f"; to train chats by the base's chat template, set {chats_of_pairs(data.columns)}"
 
 
 def _formats(data: DataSection) -> Set[str]:

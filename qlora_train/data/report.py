@@ -73,18 +73,19 @@ class DatasetReport:
         seen twice.
         """
         return [
-            f"{self.num_examples:,} rows -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
-            f"{self.num_supervised:,} supervised ({self.supervised_share:.1%})",
+            f"{_rows(self.num_examples)} -> {_many(self.num_documents, 'document')}, {self.num_tokens:,} "
+            f"tokens, {self.num_supervised:,} supervised ({self.supervised_share:.1%})",
             self._bins_line(),
             *self.reading.lines(),
             *self._note_lines(),
         ]
 
     def _bins_line(self) -> str:
+        bins = _many(self.num_bins, "bin")
         if self.packing:
-            return f"{self.num_bins:,} bins of {self.sequence_length:,} tokens, {self.filling:.1%} full"
+            return f"{bins} of {self.sequence_length:,} tokens, {self.filling:.1%} full"
         mean = self.num_tokens / self.num_bins
-        return f"{self.num_bins:,} bins of one document each (packing: false), {mean:,.0f} tokens on average"
+        return f"{bins} of one document each (packing: false), {mean:,.0f} tokens on average"
 
     def _more_tokens(self, note: str) -> str:
         if note != Note.SEVERAL_TEXTS:
@@ -111,16 +112,25 @@ class DatasetReport:
         if rows[Note.UNSUPERVISED]:
             lines.append(f"{_rows(rows[Note.UNSUPERVISED])} without a supervised token left out")
         others = sorted(note for note in rows if rows[note] and note not in _SAID_TOGETHER)
-        lines += [f"{_rows(rows[note])} {note}{self._more_tokens(note)}" for note in others]
-        if self.num_examples_also_in_train:
-            lines.append(
-                f"{self.num_examples_also_in_train:,} evaluation rows are also training rows, word for word"
-            )
+        lines += [f"{_said_of(rows[note], note)}{self._more_tokens(note)}" for note in others]
+        if also := self.num_examples_also_in_train:
+            lines.append(f"{_many(also, 'evaluation row')} also in train, word for word")
         return lines
 
 
 _SAID_TOGETHER = frozenset({Note.PROMPT_CUT, Note.ANSWER_CUT, Note.SPLIT, Note.TOO_LONG, Note.UNSUPERVISED})
+_OF_ONE = {"have": "has", "are": "is"}
 
 
 def _rows(number: int) -> str:
-    return f"{number:,} row{'s' if number != 1 else ''}"
+    return _many(number, "row")
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
+
+
+def _said_of(number: int, note: str) -> str:
+    """The note, which begins with a verb in the plural, behind a number of rows."""
+    verb, _, rest = note.partition(" ")
+    return f"{_rows(number)} {note}" if number != 1 else f"1 row {_OF_ONE.get(verb, verb + 's')} {rest}"

@@ -69,7 +69,10 @@ def require_source(source: DataSource) -> None:
     """Raise DataError for a source that is no file or folder and cannot be a data set on the hub."""
     path = Path(source.path).expanduser()
     if not path.exists() and (data_suffix(path) in _READERS or not _HUB_ID.fullmatch(source.path)):
-        raise DataError(f"The data file {source.path} does not exist (looked in {Path.cwd()}).")
+        raise DataError(
+            f"The data file {source.path} does not exist (looked in {Path.cwd()}). Name the one to read: "
+            "in the recipe, or as data.train=PATH or data.eval=PATH on the command line."
+        )
 
 
 def _tables_of(source: DataSource) -> list[ExampleTable]:

@@ -1,6 +1,6 @@
 """Tables: the examples of one file or hub split, which remember where they come from.
 
-    .jsonl .json        `json_tables`     examples are named by their line
+    .jsonl .json        `json_tables`     examples are named by their line; those of a list by their number
     .csv .tsv           `csv_table`       examples are named by their first line; every field is text
     .txt                here              a line is an example
     .parquet .arrow     `arrow_tables`    examples are named by their number
@@ -46,9 +46,10 @@ Batch = Iterable[NumberedExample]
 
 class ExampleTable(ABC):
     """The examples of one file or hub split. `name`: path or id. `unit`: what the numbers of examples count,
-    "line" or "row"."""
+    "line" or "row". `rows_under`: the key of the list that the file's rows are in, if there is one."""
 
     unit = "row"
+    rows_under: str | None = None
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -66,10 +66,13 @@ def undecoded(line: str) -> str | None:
     if line.isascii() or not (found := _UNDECODED.search(line)):
         return None
     if line.startswith(_UTF16_MARKS):
-        return "is UTF-16, not UTF-8: save the file as UTF-8."
+        return "is UTF-16, not UTF-8: save the file as UTF-8 (iconv -f utf-16 -t utf-8 OLD > NEW)."
     byte = ord(found[0]) - 0xDC00
     place = found.start() + 1
-    return f"is not UTF-8: its character {place} is the byte 0x{byte:02x}. Save the file as UTF-8."
+    return (
+        f"is not UTF-8: its character {place} is the byte 0x{byte:02x}. Save the file as UTF-8 "
+        "(from Windows: iconv -f cp1252 -t utf-8 OLD > NEW)."
+    )
 
 
 @contextmanager

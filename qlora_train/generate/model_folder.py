@@ -19,7 +19,14 @@ from qlora_train.adapter.pissa import as_adapter, as_trained
 from qlora_train.adapter.run_adapter import find_adapter
 from qlora_train.adapter.trained_on import find_base, read_trained_on
 from qlora_train.data.added_tokens import AddedTokens
-from qlora_train.data.prompts import encode_messages, encode_prompt, encode_raw, is_chat, stop_token_ids
+from qlora_train.data.prompts import (
+    encode_messages,
+    encode_prompt,
+    encode_raw,
+    how_to_chat,
+    is_chat,
+    stop_token_ids,
+)
 from qlora_train.data.tokenizer import load_tokenizer, read_stop_ids, tokenizer_of_run
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.compute_dtype import dtype_name, resolve_dtype
@@ -114,7 +121,10 @@ class ModelSource:
         """Token ids of a conversation that is to be continued, written as in training. Raises `DataError`
         where the model's prompts are no conversations."""
         if not is_chat(self.data, self.tokenizer):
-            raise DataError("The model's prompts are plain text, no conversations: use generate --prompt.")
+            raise DataError(
+                "The model's prompts are plain text, no conversations: use generate --prompt"
+                f"{how_to_chat(self.data, self.tokenizer)}."
+            )
         return encode_messages(messages, self.data, self.tokenizer)
 
     def load(

@@ -136,7 +136,9 @@ def share_of_processors(dtype: torch.dtype, size: int) -> float:
 
 def _scheduled() -> tuple[int, int]:
     """(nanoseconds that this process's threads have run, that they were ready to run and waited)."""
-    threads = [file.read_text(encoding="ascii").split() for file in Path("/proc/self/task").glob("*/schedstat")]
+    threads = [
+        file.read_text(encoding="ascii").split() for file in Path("/proc/self/task").glob("*/schedstat")
+    ]
     return sum(int(times[0]) for times in threads), sum(int(times[1]) for times in threads)
 
 

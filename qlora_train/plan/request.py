@@ -8,7 +8,14 @@ from pathlib import Path
 
 import psutil
 
-from qlora_train.device.cards import CARDS, Capability, known_card
+from qlora_train.device.cards import (
+    ASSUMED_CARD,
+    CARDS,
+    Capability,
+    cards_of_any_memory,
+    known_card,
+    nearest_cards,
+)
 from qlora_train.device.description import CPU, DeviceDescription, planned_gpu
 from qlora_train.device.driver import ask_nvidia_smi
 from qlora_train.errors import UserError
@@ -16,7 +23,6 @@ from qlora_train.plan.base_config import find_base_folder
 from qlora_train.plan.host_budget import HostBudget, free_host_memory, usable_ram
 from qlora_train.plan.words import gib
 from qlora_train.recipe import Recipe
-from qlora_train.recipe_yaml import nearest
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,7 @@ def _device_of(recipe: Recipe, card: str | None) -> PlanRequest:
     if card is not None:
         name = known_card(card)
         if name is None:
-            raise UserError(
-                f"--card {card}: is not in the table of cards ({', '.join(CARDS)}){nearest(card, CARDS)}; "
-                "leave it out and say --vram SIZE for another one"
-            )
+            raise UserError(_not_known(card))
         memory_gib = CARDS[name].memory_gib
         target = planned_gpu(name, None)
         return PlanRequest(
@@ -99,6 +102,23 @@ def _device_of(recipe: Recipe, card: str | None) -> PlanRequest:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"compute_dtype": dtype})})
     free_bytes = psutil.virtual_memory().available
     return PlanRequest(recipe, CPU, free_bytes, nothing, True, "the CPU (no CUDA card is here)")
+
+
+def _not_known(card: str) -> str:
+    """What is wrong with the name of a card that is not in the table, and what to say instead."""
+    if not card.strip():
+        return '--card: is empty; name a card, such as "RTX 4090"'
+    same = cards_of_any_memory(card)
+    if same:
+        sizes = " or ".join(str(CARDS[name].memory_gib) for name in same)
+        return f'--card {card}: has {sizes} GB; for other cards, write --card "{same[0]}" memory.vram=SIZE'
+    near = nearest_cards(card)
+    hint = f"did you mean {', '.join(near)}?" if near else f"those are {', '.join(CARDS)}."
+    example = near[0] if near else ASSUMED_CARD
+    return (
+        f"--card {card}: is not in the table of cards; {hint} For another card, name one of the table "
+        f'that is about as fast, and its memory: --card "{example}" memory.vram=16GiB'
+    )
 
 
 def find_card() -> FoundCard | None:

@@ -33,13 +33,14 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     """A chart of some series. y_from_zero: the axis begins at 0. is_stacked: areas on top of each other, of
-    series that have all x in common and no gaps."""
+    series that have all x in common and no gaps. note: a line of text to stand below."""
 
     title: str
     x_label: str
     series: Sequence[Series]
     y_from_zero: bool = False
     is_stacked: bool = False
+    note: str = ""
 
     @property
     def is_empty(self) -> bool:

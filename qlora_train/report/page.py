@@ -6,7 +6,7 @@ script, no font, no picture from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -15,15 +15,18 @@ from jinja2 import Environment
 
 from qlora_train.device.step_clock import BETWEEN_STEPS, OF_A_STEP, Cause
 from qlora_train.plan.words import duration
+from qlora_train.recipe import Recipe
+from qlora_train.recipe_yaml import yaml_text
 from qlora_train.report.adapter_facts import ModuleFacts
-from qlora_train.report.chart import Chart, Point, Series, smoothed
-from qlora_train.report.run_facts import RunFacts
+from qlora_train.report.chart import Chart, Series, smoothed
+from qlora_train.report.run_facts import WARM_UP_STEPS, RunFacts
 
 GIB = 2**30
 NUM_COLORS = 8
 _MOST_SAMPLES, _MOST_LETTERS, _MOST_RUNS = 20, 2000, NUM_COLORS
 _NO_NUMBERS = 99
 _TIME = "Where a step's time went"
+_WITHOUT_WARM_UP = f"without the first {WARM_UP_STEPS} steps"
 _LONG_WAIT = 0.2
 """The share of a step from which on a wait is worth a remark."""
 _REMEDIES = {
@@ -57,6 +60,11 @@ class Section:
     folded: str = ""
     text: str = ""
 
+    @property
+    def is_of_texts(self) -> bool:
+        """Whether its table has no numbers: a narrow screen shows the cells of a row below each other."""
+        return self.numbers_from == _NO_NUMBERS
+
 
 def run_page(run: RunFacts, modules: Sequence[ModuleFacts]) -> str:
     """The page of a run. modules: of its newest adapter; empty: there is none yet."""
@@ -76,9 +84,13 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     """A page with the losses of several runs, and the keys of their recipes that differ."""
     shown = runs[:_MOST_RUNS]
     charts = []
-    for title, key in (("Loss", "loss"), ("Evaluation loss", "eval_loss"), ("Gradient norm", "grad_norm")):
-        lines = [Series(run.name, _drawn(run, key), color) for color, run in enumerate(shown)]
-        charts.append(Chart(title, "optimizer step", [line for line in lines if line.points]))
+    for title, key, note in (
+        ("Loss", "loss", ""),
+        ("Evaluation loss", "eval_loss", _on_other_rows(shown)),
+        ("Gradient norm", "grad_norm", ""),
+    ):
+        lines = [_line(run, key, color) for color, run in enumerate(shown)]
+        charts.append(Chart(title, "optimizer step", [line for line in lines if line.points], note=note))
     head = ["", *(run.name for run in runs)]
     figures = list(zip(*(_tiles(run) for run in runs), strict=True))
     rows = [[of_runs[0][0], *(value for _, value in of_runs)] for of_runs in figures]
@@ -120,15 +132,15 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
     best, seconds = run.best_evaluation, run.median_step_seconds
     planned, measured = run.plan.get("step_vram_bytes"), run.plan.get("measured_step_vram_bytes")
     planned_seconds = run.plan.get("step_seconds")
-    found = [
+    return [
         ("last loss", _figure(run.last_loss, ".4f")),
-        (f"best evaluation loss{f', step {best[0]}' if best else ''}", _figure(best and best[1], ".4f")),
-        ("seconds a step, median", _figure(seconds, ".3g")),
+        ("best evaluation loss", _figure(best and best[1], ".4f")),
+        ("step of the best evaluation", _figure(best and best[0], "d")),
+        (f"seconds a step, median {_WITHOUT_WARM_UP}", _figure(seconds, ".3g")),
         ("seconds a step, planned", _figure(planned_seconds, ".3g")),
         ("peak of a step, measured", _size(measured)),
         ("peak of a step, planned", _size(planned)),
     ]
-    return [(label, value) for label, value in found]
 
 
 def _figure(value: Any, form: str) -> str:
@@ -178,7 +190,7 @@ def _time(run: RunFacts) -> Iterator[Section]:
     if between := [f"{cause.in_words} {duration(took[cause])}" for cause in BETWEEN_STEPS if took[cause]]:
         steps_took = duration(sum(took[cause] for cause in OF_A_STEP))
         lines.append(f"Besides the steps, which took {steps_took} in all: {', '.join(between)}.")
-    bars = [_time_bar("measured, mean of a step", spent)]
+    bars = [_time_bar(f"measured, mean of a step {_WITHOUT_WARM_UP}", spent)]
     if planned := run.planned_seconds():
         bars.append(_time_bar("planned", planned))
     found = run.seconds_by_step().items()
@@ -199,7 +211,7 @@ def _time_bar(label: str, seconds: Mapping[Cause, float]) -> Bar:
 def _compared_time(runs: Sequence[RunFacts]) -> Iterator[Section]:
     """The seconds of a step of several runs by cause, as far as they were measured."""
     if bars := [_time_bar(run.name, seconds) for run in runs if (seconds := run.mean_seconds())]:
-        yield Section(_TIME, bars=bars)
+        yield Section(_TIME, lines=[f"Means {_WITHOUT_WARM_UP}."], bars=bars)
 
 
 def _data(run: RunFacts) -> Iterator[Section]:
@@ -303,23 +315,44 @@ def _receipts(run: RunFacts) -> Iterator[Section]:
         )
 
 
-def _drawn(run: RunFacts, key: str) -> Sequence[Point]:
-    points = run.points(key)
-    return points if key == "eval_loss" else smoothed(points, run.span())
+def _line(run: RunFacts, key: str, color: int) -> Series:
+    """A column of a run's metrics.jsonl as one of several lines, of many steps a smoothed one."""
+    points, span = run.points(key), run.smoothing_span()
+    if span is None or key == "eval_loss":
+        return Series(run.name, points, color)
+    return Series(f"{run.name}, mean over about {span} steps", smoothed(points, span), color)
+
+
+def _on_other_rows(runs: Sequence[RunFacts]) -> str:
+    """What to say of evaluation losses where the recipes' keys that decide on the rows and tokens of an
+    evaluation differ; empty: nothing."""
+    evaluated = [run for run in runs if run.evaluations]
+    without = {"data.packing"}
+    if not any(isinstance(run.recipe.data.eval, float) for run in evaluated):
+        without |= {"data.train", "training.seed"}  # they decide only on what is split off
+    keys = [key for key, *_ in _differing(evaluated) if key.startswith("data.") or key == "training.seed"]
+    if not (deciding := [key for key in keys if key not in without]):
+        return ""
+    return (
+        f"The recipes differ in {', '.join(deciding)}: these losses may be of different held-out rows, which "
+        "are not comparable."
+    )
 
 
 def _differing(runs: Sequence[RunFacts]) -> Iterator[list[str]]:
-    """(key, its value in each run) where not all are the same."""
-    flat = [dict(_flat(run.recipe.model_dump(mode="json"))) for run in runs]
-    for key in dict.fromkeys(key for values in flat for key in values):
-        values = [str(of.get(key)) for of in flat]
+    """(key, its value in each run as YAML) where not all are the same."""
+    flat = [_values_by_key(run.recipe) for run in runs]
+    for key in flat[0] if flat else ():
+        values = [yaml_text(of[key]).strip() for of in flat]
         if len(set(values)) > 1:
             yield [key, *map(_cut, values)]
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and not before:
-            yield from _flat(value, f"{key}.")
-        else:
-            yield f"{before}{key}", value
+def _values_by_key(recipe: Recipe) -> dict[str, Any]:
+    """The value of every `section.key`, inside which defaults are left out."""
+    every, written = recipe.model_dump(mode="json"), recipe.model_dump(mode="json", exclude_defaults=True)
+    return {
+        f"{section}.{key}": written.get(section, {}).get(key, value)
+        for section, values in every.items()
+        for key, value in values.items()
+    }

@@ -19,8 +19,9 @@ from qlora_train.files.step_rows import step_rows
 from qlora_train.recipe import Recipe, load_recipe
 from qlora_train.report.chart import Chart, Point, Series, smoothed
 
+WARM_UP_STEPS = 2
 _SMOOTHED_SHARE, _LEAST_SPAN = 0.05, 5
-_WARM_UP_STEPS = 2
+_FEWEST_SMOOTHED = 50
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class RunFacts:
 
     @property
     def _warm_steps(self) -> list[dict[str, Any]]:
-        return [row for row in self.steps if row["step"] > _WARM_UP_STEPS]
+        return [row for row in self.steps if row["step"] > WARM_UP_STEPS]
 
     def seconds_by_step(self) -> dict[Cause, list[Point]]:
         """(step, seconds) of every cause that steps after the first took time for. Steps of versions that
@@ -123,16 +124,17 @@ class RunFacts:
         rows = self.evaluations if key == "eval_loss" else self.steps
         return [(row["step"], _number(row.get(key))) for row in rows]
 
-    def span(self) -> int:
-        """Steps that a smoothed line averages over."""
-        return max(_LEAST_SPAN, round(_SMOOTHED_SHARE * len(self.steps)))
+    def smoothing_span(self) -> int | None:
+        """Steps that a smoothed line averages over; None: of so few steps each is drawn as it is."""
+        num_steps = len(self.steps)
+        return None if num_steps < _FEWEST_SMOOTHED else max(_LEAST_SPAN, round(_SMOOTHED_SHARE * num_steps))
 
     def charts(self) -> list[Chart]:
         """Loss, learning rate, gradient norm and speed, by step; those that have values."""
-        loss, span = self.points("loss"), self.span()
+        loss, span = self.points("loss"), self.smoothing_span()
         lines = [
-            Series("loss of each step", loss, 0, is_faint=True),
-            Series(f"its mean over about {span} steps", smoothed(loss, span), 0),
+            Series("loss of each step", loss, 0, is_faint=span is not None),
+            Series(f"its mean over about {span} steps", smoothed(loss, span) if span else [], 0),
             Series("evaluation loss", self.points("eval_loss"), 1),
         ]
         charts = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from chat_kinds import CONVERSATIONS, TEMPLATES, call, prompts, user, write
+from chat_kinds import CONVERSATIONS, RESULT, TEMPLATES, bot, call, prompts, user, write
 
 from qlora_train.data.chat.template import ChatProblem
 from qlora_train.data.notes import Note, lost
@@ -157,6 +157,26 @@ def test_tools_that_no_prompt_names_are_counted() -> None:
 def test_further_fields_of_a_message_that_are_not_shown_are_counted() -> None:
     messages = [user("Q1?"), {"role": "assistant", "content": "One.", "mood": "cheerful"}]
     assert +write(TEMPLATES["plain"], messages)[1] == {lost("mood"): 1}
+    named = [{**user("Q1? Bob"), "name": "Bob"}, bot("One.", name="Ann"), {**user("Q2?"), "name": "Bob"}]
+    assert +write(TEMPLATES["plain"], named)[1] == {lost("name"): 2, Note.UNANSWERED: 1}
+    shown = TEMPLATES["plain"].replace("{{ m.content }}", "{{ m.name }}: {{ m.content }}")
+    assert +write(shown, named)[1] == {Note.UNANSWERED: 1}
+    assert not +write(TEMPLATES["calls"], CONVERSATIONS["call"])[1]  # a result's name is its call's
+
+
+def test_developers_are_written_as_the_system_and_counted() -> None:
+    chat = [{"role": "developer", "content": "Short."}, user("Q1?"), bot("One.")]
+    (piece,), notes = write(TEMPLATES["plain"], chat)
+    assert piece.prompt.startswith("<|system|>Short.<|end|>") and +notes == {Note.DEVELOPER: 1}
+
+
+@pytest.mark.parametrize("beside", [{}, {"content": None}, {"content": ""}])
+def test_a_call_is_named_where_a_template_wants_a_content_and_shows_no_calls(beside: dict) -> None:
+    plain = TEMPLATES["plain"].replace("{{ m.content }}", "{{ '' + m['content'] }}")
+    for call_of_it in (call({"k": "v"}, None), call({}, None)):
+        chat = [user("Q1?"), {**call_of_it, **beside}, RESULT, bot("Two.")]
+        with pytest.raises(ChatProblem, match="does not show the tool_calls of message 2"):
+            write(plain, chat)
 
 
 def test_a_thought_that_the_prompt_opens_is_closed_or_refused() -> None:

@@ -27,7 +27,7 @@ WITH_NULL = {"type": "function", "function": {"name": "f", "arguments": {"x": No
         ([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], [Q, A]),
         ([{"from": "system", "value": "s"}, {"from": "user", "value": "q"}], [S, Q]),
         ([{"from": "Human", "value": "q"}, {"role": "model", "content": "a"}], [Q, A]),
-        ([{"role": "developer", "content": "s"}, Q], [S, Q]),
+        ([{"role": "developer", "content": "s"}, Q], [{**S, "role": "developer"}, Q]),
         (json.dumps([Q, A]), [Q, A]),
         (f"  {json.dumps([Q])}\n", [Q]),
         ({"role": ["user", "assistant"], "content": ["q", "a"]}, [Q, A]),

@@ -186,7 +186,7 @@ def test_build_dataset_end_to_end(tokenizer: Any, jsonl: Write, section: Section
     assert train.report.num_examples == 40
     assert train.report.num_supervised == 10 * 2 + 30 * 3
     assert evaluation.report.num_examples_also_in_train == 2
-    assert "2 evaluation rows are also training rows" in evaluation.report.lines()[-1]
+    assert "2 evaluation rows also in train" in evaluation.report.lines()[-1]
     seen = [train.micro_batch([p]) for p in range(train.num_bins)]
     said = "".join(tokenizer.decode(batch.labels[batch.labels != -100]) for batch in seen)
     assert sorted(said.split("</s>")[:-1], key=int) == [f"{n}" for n in range(40)]
@@ -219,7 +219,7 @@ def test_what_a_recipe_says_of_conversations_reaches_them(
     ):
         data, _ = build_dataset(section(jsonl(example), **keys), tokenizer, seed=0, stop_ids=(3,))
         assert [tokenizer.decode(d.token_ids[d.supervised]) for d in data.documents] == expected
-        assert ("make several texts" in "\n".join(data.report.lines())) == (len(expected) > 1)
+        assert ("several texts: the chat template" in "\n".join(data.report.lines())) == (len(expected) > 1)
     keys = {"chat_template_kwargs": {"think": True}, "open_thought": "refuse"}
     with pytest.raises(DataError, match=r"rows\.jsonl line 1: .*open_thought: refuse"):
         build_dataset(section(jsonl(example), **keys), tokenizer, seed=0)
@@ -250,11 +250,21 @@ def test_report_lines() -> None:
         "3 rows longer than sequence_length left out (900 tokens)",
         "4 rows without a supervised token left out",
         "8 rows are odd",
-        "1 row hold the text of special tokens, read as plain text",
+        "1 row holds the text of special tokens, read as plain text",
         "6 rows hold the text of special tokens, read as these tokens",
-        "1 row lose 'name': the chat template does not show it",
+        "1 row loses 'name': the chat template does not show it",
         f"10 rows {Note.SEVERAL_TEXTS}: 1.33 times the tokens",
-        "9 evaluation rows are also training rows, word for word",
+        "9 evaluation rows also in train, word for word",
+    ]
+    one = DatasetReport(
+        1, 1, 8, 2, 1, 9, notes={Note.DEVELOPER: 1, "are odd": 1}, num_examples_also_in_train=1
+    )
+    assert one.lines() == [
+        "1 row -> 1 document, 8 tokens, 2 supervised (25.0%)",
+        "1 bin of 9 tokens, 88.9% full",
+        "1 row is odd",
+        "1 row has messages of the role 'developer', written as 'system'",
+        "1 evaluation row also in train, word for word",
     ]
     one_each = DatasetReport(3, 3, 300, 30, 3, 1000, packing=False)
     assert one_each.lines()[1] == "3 bins of one document each (packing: false), 100 tokens on average"

@@ -111,8 +111,8 @@ def test_each_file_is_opened_once_and_scanned_once(
     ("content", "expected"),
     [
         ('[{"a": 1},\n {"a": 2}]', [(1, 1), (2, 2)]),
-        ('[\n{"a": 1}\n]\n[{"a": 2}]\n', [(2, 1), (4, 2)]),
-        ('{"data": [{"a": 1}, {"a": 2}]}', [(1, 1), (1, 2)]),
+        ('[\n{"a": 1}\n]\n[{"a": 2}]\n', [(1, 1), (2, 2)]),
+        ('{"data": [{"a": 1}, {"a": 2}]}', [(1, 1), (2, 2)]),
         ('{\n "version": 3,\n "rows": [\n  {"a": 1}\n ]\n}', [(1, 1)]),
         ('{\n "a": 1\n}\n{\n "a": 2\n}\n', [(1, 1), (4, 2)]),
         ('{"a": 1}', [(1, 1)]),
@@ -124,7 +124,7 @@ def test_ways_to_write_examples_as_json(
     tmp_path: Path, name: str, content: str, expected: list[tuple[int, int]]
 ) -> None:
     (table,) = load(written(tmp_path / name, content))
-    assert [(line, example["a"]) for line, example in examples_in(table)] == expected
+    assert [(number, example["a"]) for number, example in examples_in(table)] == expected
 
 
 def test_an_object_with_messages_is_an_example_and_no_wrapper(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_long_list_is_read_value_by_value(tmp_path: Path) -> None:
         ('[{"a": ' + "1" * 5000 + "}]", "line 1 is not valid JSON"),
         ('[{"a": ' + "[" * 100_000 + "]}]", "line 1 is not valid JSON: it is nested too deeply"),
         ('{"a": 1}\n{"a": ' + "[" * 100_000 + "}\n", "line 2 is not valid JSON"),
-        ('[{"a": 1},\n 3]', "line 2 holds a number where a row"),
+        ('[{"a": 1},\n 3]', "row 2 holds a number where a row"),
         ('[{"a": 1},\n{"b": tru}]' + " " * 99, "line 2 is not valid JSON"),
         ("hello", "line 1 is not valid JSON"),
     ],

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from tiny_data import examples_in
 
 from qlora_train.data.building import build_dataset
@@ -121,9 +123,9 @@ def test_bad_examples_are_named_by_line_up_to_five_at_once(
     (train, _) = build_dataset(section(path, on_bad_row="skip"), tokenizer, seed=0)
     assert train.report.num_examples == 2
     said = train.report.lines()
-    assert said[2] == "8 rows skipped (data.on_bad_row: skip):"
-    assert [line.split("rows.jsonl ")[1] for line in said[3:8]] == named
-    assert said[8] == "  ... and 3 more"
+    assert said[3] == "8 rows skipped (data.on_bad_row: skip):"
+    assert [line.split("rows.jsonl ")[1] for line in said[4:9]] == named
+    assert said[9] == "  ... and 3 more"
 
 
 def test_skipping_takes_lines_that_are_no_json_too_but_not_all_examples(
@@ -139,8 +141,12 @@ def test_skipping_takes_lines_that_are_no_json_too_but_not_all_examples(
     assert problems[2].startswith("line 4 is not UTF-8: its character 11 is the byte 0xe9")
     assert problems[3].startswith("line 5 is not valid JSON: an object names 'text' twice")
     path.write_text('{"text": 1}\n')
-    with pytest.raises(DataError, match=r"None of the 1 rows can be trained on: 1 cannot be used.* a number"):
+    with pytest.raises(DataError, match=r"No row of 1 can be trained on: 1 unusable.* a number"):
         build_dataset(section(str(path), on_bad_row="skip"), tokenizer, seed=0)
+    path.write_bytes(b'{"text": ""}\n{"text": "\xe9"}\n')
+    with pytest.raises(DataError, match="1 empty, 1 unusable.*not UTF-8.*iconv -f cp1252 -t utf-8") as caught:
+        build_dataset(section(str(path), on_bad_row="skip"), tokenizer, seed=0)
+    assert "assistant" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +247,7 @@ def test_answers_labelled_as_bad_are_left_out(
     (train, _) = build_dataset(section(path), tokenizer, seed=0)
     assert (train.report.num_examples, train.report.reading.num_rejected) == (2, 1)
     assert "1 row labelled as bad answers, left out" in train.report.lines()
-    with pytest.raises(DataError, match="None of the 1 rows .*: 1 are labelled as bad answers"):
+    with pytest.raises(DataError, match="No row of 1 .*: 1 labelled as bad answers"):
         build_dataset(section(jsonl({**bad, "label": label}, name="bad.jsonl")), tokenizer, seed=0)
 
 
@@ -304,3 +310,48 @@ def test_hints_for_columns_of_other_kinds(jsonl: Write, section: Section) -> Non
         contents(section(jsonl({"prompt": "p", "chosen": "c", "rejected": "r"})))
     with pytest.raises(DataError, match="These are single messages"):
         contents(section(jsonl({"role": "user", "content": "c"})))
+    gemini = {"contents": [{"role": "user", "parts": [{"text": "q"}]}]}
+    with pytest.raises(DataError, match=r"found: contents\. These are Gemini's contents: rename"):
+        contents(section(jsonl(gemini)))
+    with pytest.raises(DataError, match="This is ChatGPT's export.*{messages: "):
+        contents(section(jsonl({"title": "t", "mapping": {}, "current_node": "n"})))
+    with pytest.raises(DataError, match="found in the rows under 'data': q, r, s"):
+        contents(section(jsonl({"version": 1, "data": [{"q": "1", "r": "2", "s": "3"}]})))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"id": "1", "answer": "b", "question": "a"}, "{prompt: question, completion: answer}"),
+        ({"Prompt": "a", "Completion": "b", "n": 1}, "{prompt: Prompt, completion: Completion}"),
+        (
+            {"instruction": "a", "response": "b", "context": "c"},
+            "{prompt: instruction, completion: response}",
+        ),
+        ({"output": "b", "input": "a"}, "{prompt: input, completion: output}"),
+        ({"mr": "a", "ref": "b"}, "{prompt: mr, completion: ref}"),
+        ({"left": "a", "right": "b", "n": 1}, "{prompt: left, completion: right}"),
+        ({"reply": "b", "said: it's": "a"}, '{prompt: "said: it\'s", completion: reply}'),
+        ({"dialog": [{"role": "user", "content": "a"}], "id": "1"}, "{messages: dialog}"),
+        ({"body": "a"}, "{text: body}"),
+        ({"a": "a", "b": "b", "c": "c"}, "{prompt: <column>, completion: <column>}"),
+    ],
+)
+def test_columns_that_fit_no_format_are_offered_as_settings(
+    jsonl: Write, section: Section, row: dict, columns: str
+) -> None:
+    path = jsonl(row)
+    with pytest.raises(DataError, match="no format fits") as caught:
+        contents(section(path))
+    assert f"columns: {columns}" in str(caught.value)
+    if "<" in columns:
+        return
+    for line in str(caught.value).splitlines()[2:]:  # the settings as a shell and the recipe's YAML read them
+        form, mapping = (word.partition("=")[2] for word in shlex.split(line.split(": ", 1)[1].strip()))
+        mapped = YAML(typ="safe", pure=True).load(mapping)
+        assert contents(section(path, format=form, columns=mapped))
+
+
+def test_with_a_prompt_template_the_answers_column_is_offered(jsonl: Write, section: Section) -> None:
+    with pytest.raises(DataError, match=r"columns: \{completion: right\}"):
+        contents(section(jsonl({"left": "a", "right": "b"}), prompt_template="{left}: "))

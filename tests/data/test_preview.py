@@ -58,6 +58,9 @@ def test_preview(jsonl: Write, section: Section, shown: Callable[..., list[str]]
         "── train",
         "4 rows -> 4 documents, 32 tokens, 16 supervised (50.0%)",
         "4 bins of one document each (packing: false), 8 tokens on average",
+        "the base has a chat template, which prompts and completions do not use: the model will answer bare "
+        "prompts, and `chat` will not work; for chats, set data.format=alpaca 'data.columns={instruction:",
+        "prompt, output: completion}'",
         "columns not read: id",
         "1 row says word for word what another one says",
         "answers end with '</s>' (1) in 100%",

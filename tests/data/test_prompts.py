@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,41 @@ def test_sources_of_several_formats_stay_auto(jsonl: Write, section: Section, to
     prompt = encode_prompt("hi", mixed, tokenizer)
     assert prompt == answer.token_ids[: len(prompt)].tolist()
     assert tokenizer.decode(encode_prompt("hi", section([text, pair]), tokenizer)) == "hi"
+
+
+CHATS = "data.format=alpaca 'data.columns={instruction: question, output: answer}'"
+
+
+def test_pairs_that_pass_by_the_chat_template_are_said_with_the_way_to_chats(
+    jsonl: Write, section: Section, make_tokenizer: MakeTokenizer
+) -> None:
+    from qlora_train.generate.model_folder import ModelSource
+
+    columns = {"prompt": "question", "completion": "answer"}
+    data = section(jsonl({"question": "hi", "answer": "x"}), columns=columns)
+
+    def said(data: DataSection, tokenizer: Any = None) -> str:
+        train = build_dataset(data, tokenizer or make_tokenizer(), seed=0)[0]
+        return "\n".join(line for line in train.report.lines() if "has a chat template" in line)
+
+    def refusal(data: DataSection, tokenizer: Any = None) -> str:
+        source = SimpleNamespace(data=data, tokenizer=tokenizer or make_tokenizer())
+        with pytest.raises(DataError, match="prompts are plain text.* use generate --prompt") as caught:
+            ModelSource.encode_messages(source, [{"role": "user", "content": "hi"}])  # type: ignore[arg-type]
+        return str(caught.value)
+
+    assert "the model will answer bare prompts" in said(data) and said(data).endswith(CHATS)
+    assert refusal(data).endswith(f"set {CHATS}.")
+    as_chats = section(data.train, format="alpaca", columns={"instruction": "question", "output": "answer"})
+    assert said(as_chats) == ""
+    others = {"prompt": "hi", "completion": "x", "label": 7}
+    unlabelled = section(jsonl(others, name="labels.jsonl"), columns={"label": None})
+    assert said(unlabelled).endswith("'data.columns={instruction: prompt, output: completion, label: null}'")
+    filled = section(data.train, columns={"completion": "answer"}, prompt_template="{question}: ")
+    for known, tokenizer in ((data, make_tokenizer("none")), (filled, None)):
+        assert "alpaca" not in said(known, tokenizer) + refusal(known, tokenizer)
+    by_hand = {"prompt": "<|start|>user\nhi<|end|>\n<|start|>assistant\n", "completion": "x<|end|>"}
+    assert said(section(jsonl(by_hand, name="by_hand.jsonl"))) == ""
 
 
 def test_load_tokenizer(tmp_path: Path, tokenizer: Any) -> None:

@@ -36,14 +36,17 @@ def test_jsonl_keeps_values_as_they_are_and_names_physical_lines(tmp_path: Path)
     assert table.describe(4) == f"{path} line 4"
 
 
-def test_json_list_names_the_line_of_the_object(tmp_path: Path) -> None:
+def test_rows_of_a_json_list_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('[\n {"t": "a, [b"},\n {"t":\n   "c"} ,\n\n {"t": "d"}]')
+    for written in ('[\n {"t": "a, [b"},\n {"t":\n   "c"}]', '{"v": 1, "d": [{"t": "a, [b"}, {"t": "c"}]}'):
+        path.write_text(written)
+        (table,) = load(path)
+        assert list(examples_in(table)) == [(1, {"t": "a, [b"}), (2, {"t": "c"})]
+        assert table.describe(2) == f"{path} row 2"
+    path.write_text('{"t": \n"a"}\n{\n"t": "b"}')
     (table,) = load(path)
-    assert [(line, example["t"]) for line, example in examples_in(table)] == [
-        (2, "a, [b"),
-        (3, "c"),
-        (6, "d"),
+    assert [table.describe(number) for number, _ in examples_in(table)] == [
+        f"{path} line {n}" for n in (1, 3)
     ]
 
 
@@ -149,7 +152,7 @@ def test_a_folder_with_several_splits_wants_to_know_which(tmp_path: Path) -> Non
         ("a.json", b"[]", "holds no rows"),
         ("a.jsonl", b'{"t": 1}\n{"t": \n', r"a\.jsonl line 2 is not valid JSON"),
         ("a.jsonl", b'{"t": 1}\n["t"]\n', r"a\.jsonl line 2 holds a list"),
-        ("a.json", b'[{"t": 1},\n 3]', r"a\.json line 2 holds a number"),
+        ("a.json", b'[{"t": 1},\n 3]', r"a\.json row 2 holds a number"),
         ("a.json", b'[{"t": 1},\n', r"a\.json line \d is not valid JSON"),
         ("a.csv", b"q,a\n1,2,3\n", "line 2 has 3 fields, the header names 2 columns"),
         ("a.csv", b"q,a\n1,2\n1,2,3\n", "line 3 has 3 fields"),

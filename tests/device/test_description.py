@@ -40,7 +40,7 @@ def test_varlen_of_a_version_that_is_only_planned_for(version, varlen) -> None:
         ("Tesla T4", None, ((7, 5), 40)),
         ("NVIDIA L40S", (8, 9), ((8, 9), target.MOST_MULTIPROCESSORS)),  # no L4
         ("NVIDIA Something New", (13, 0), ((13, 0), target.MOST_MULTIPROCESSORS)),
-        (None, None, ((8, 6), 38)),
+        (None, None, ((8, 6), 28)),
     ],
 )
 def test_a_card_without_torch(name, capability, expected) -> None:

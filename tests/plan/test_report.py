@@ -32,7 +32,7 @@ def plan_of(base: str, gib: float, most: Callable[[int], int] = lambda size: 0, 
 
 def shown(plan: Plan, num_steps: int | None = None, *, details: bool = False) -> list[str]:
     text = io.StringIO()
-    request = request_of(Recipe.from_dict(RECIPE), "RTX 3060", 64 * GIB, 200 * GIB)
+    request = request_of(Recipe.from_dict(RECIPE), "RTX 3060 8GB", 64 * GIB, 200 * GIB)
     values = json.loads(json.dumps(plan.to_dict() | {"advice": plan.advice}))
     print_plan(values, request, Console(file=text, width=120), num_steps, details=details)
     return text.getvalue().splitlines()
@@ -90,7 +90,7 @@ def test_the_verdict_comes_first_and_fifteen_lines_are_enough() -> None:
     for words in (
         "8.03B parameters",
         "32 layers, nf4",
-        "RTX 3060 with 8 GiB",
+        "RTX 3060 8GB with 8 GiB",
         "largest on the device",
         "layers 0",
     ):

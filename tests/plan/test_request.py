@@ -48,9 +48,53 @@ def test_another_machine_is_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch) 
     assert without_ram.host.ram_bytes > 0 and "RAM that is free here" in without_ram.assumed
 
 
-def test_a_card_that_is_not_known_is_refused_with_the_ones_that_are() -> None:
-    with pytest.raises(UserError, match=r"--card RTX 5099: .*RTX 5090.*did you mean RTX 5090.*--vram"):
-        request_of(recipe(), "RTX 5099")
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("RTX 5099", r"--card RTX 5099: is not .*did you mean RTX 5090\?.*\"RTX 5090\" memory\.vram=16GiB"),
+        ("4O90", r"did you mean RTX 4090\?"),
+        ("RTX 4070 SUPER OC", r"did you mean RTX 4070 SUPER, RTX 4070\?"),
+        ("GTX 1080", r"those are RTX 5090, .*, H200.*memory\.vram=16GiB"),
+        ("RTX 2060 and RTX 4090", "those are RTX 5090"),
+        ("RTX 4090 8GB 24GB", r"did you mean RTX 4090\?"),
+        ("L40S", "those are RTX 5090"),
+        ("RTX 4080 8GB", r'--card RTX 4080 8GB: has 16 GB; .*--card "RTX 4080" memory\.vram=SIZE'),
+        ("RTX 3080 16GB", "has 10 or 12 GB"),
+        ("", "--card: is empty"),
+        (" ", "--card: is empty"),
+    ],
+)
+def test_a_card_that_is_not_known_is_refused_with_what_to_say(card: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        request_of(recipe(), card)
+
+
+@pytest.mark.parametrize(
+    ("card", "gib"),
+    [
+        ("rtx4090", 24),
+        ("4070 super", 12),
+        ("RTX 4070 Ti SUPER", 16),
+        ("RTX 4090 Laptop", 16),
+        ("rtx-5090 laptop", 24),
+        ("RTX 4090 Mobile", 16),
+        ("RTX 3060", 12),
+        ("RTX 3060 8 GB", 8),
+        ("RTX 4060 Ti", 8),
+        ("RTX 4060 Ti 16GB", 16),
+        ("RTX 3080 Ti", 12),
+        ("RTX 3080 12GiB", 12),
+        ("A100", 40),
+        ("A100-SXM4-80GB", 80),
+        ("H100 80GB", 80),
+    ],
+)
+def test_the_memory_of_a_named_card(card: str, gib: int) -> None:
+    assert request_of(recipe(), card, GIB, GIB).free_bytes == gib * GIB
+
+
+def test_every_card_is_found_by_its_own_name() -> None:
+    assert [known_card(f"NVIDIA {name}") for name in CARDS] == list(CARDS)
 
 
 def test_without_a_card_a_size_stands_for_one_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +110,21 @@ def test_without_a_card_a_size_stands_for_one_else_the_cpu(monkeypatch: pytest.M
     ("name", "known"),
     [
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
+        ("NVIDIA GeForce RTX 3060", "RTX 3060 12GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 8GB"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L4", "L4"),
+        ("A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 PCIe 40GB"),
         ("NVIDIA A10", "A10"),
         ("NVIDIA L40S", None),
         ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA GeForce RTX 4090 and more", None),
         (None, None),
     ],
 )

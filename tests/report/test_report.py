@@ -6,12 +6,12 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from report_page import Page
 from tiny_models import write_checkpoint
 from tiny_runs import recipe_values, reversal_rows, write_base, write_rows
 
@@ -27,55 +27,6 @@ from qlora_train.report.run_facts import RunFacts
 from qlora_train.report.write import write_report
 
 EVIL = "</script><script>alert(1)</script>\x1b[2J\u202e & <b>"
-
-
-class Page(HTMLParser):
-    """What of a page a test looks at: charts by title, texts, tags."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.charts: list[dict[str, Any]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attributes}
-        self.tags.append(tag)
-        self.links += [found[name] for name in ("href", "src", "xlink:href") if name in found]
-        if tag == "svg":
-            edges = {name: float(found[f"data-{name}"]) for name in ("x0", "x1", "y0", "y1")}
-            _, _, width, height = map(float, found["viewbox"].split())
-            self.charts.append({"title": found["aria-label"], "lines": {}, "size": (width, height), **edges})
-        if tag in ("polyline", "circle", "polygon"):
-            text = found.get("points") or f"{found.get('cx')},{found.get('cy')}"
-            points = [tuple(map(float, point.split(","))) for point in text.split()]
-            self.charts[-1]["lines"].setdefault(found["data-name"], []).extend(points)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def heights(self, title: str, name: str) -> list[tuple[float, float]]:
-        """x and height of an area, whose outline is the upper edge and the lower edge backwards."""
-        outline = self.values(title, name)
-        upper, lower = outline[: len(outline) // 2], outline[: len(outline) // 2 - 1 : -1]
-        assert [x for x, _ in upper] == [x for x, _ in lower]
-        return [(x, top - bottom) for (x, top), (_, bottom) in zip(upper, lower, strict=True)]
-
-    def values(self, title: str, name: str) -> list[tuple[float, float]]:
-        """The points of a line, read back from where they are drawn."""
-        (chart,) = (chart for chart in self.charts if chart["title"].startswith(f"{title}, by"))
-        width, height = chart["size"]
-        left, right, top, bottom = 64, 14, 12, 40
-        across, up = chart["x1"] - chart["x0"], chart["y1"] - chart["y0"]
-        return [
-            (
-                chart["x0"] + (x - left) / (width - left - right) * across,
-                chart["y0"] + (height - bottom - y) / (height - top - bottom) * up,
-            )
-            for x, y in chart["lines"][name]
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +81,7 @@ def test_where_the_time_went_is_that_of_the_files(run: Path) -> None:
         assert [round(x) for x, _ in found] == [row["step"] for row in rows]
         assert [y for _, y in found] == pytest.approx(seconds, abs=2e-4 * chart["y1"])
         assert f"{cause.in_words} {sum(seconds) / whole:.1%}" in page.text
-    assert f"measured, mean of a step: {duration(whole / len(rows))}" in page.text
+    assert f"measured, mean of a step without the first 2 steps: {duration(whole / len(rows))}" in page.text
     planned = plan["seconds_of_a_step"]
     assert sum(planned.values()) == pytest.approx(plan["step_seconds"]) and planned["backward_seconds"] > 0
     assert f"planned: {duration(plan['step_seconds'])}" in page.text
@@ -225,6 +176,18 @@ def test_samples_and_hostile_text_stay_text(run: Path, tmp_path: Path) -> None:
         and "user: Who?" in page.text
         and len(page.text) < 30_000
     )
+
+
+def test_a_narrow_screen_shows_the_newest_answer(run: Path, tmp_path: Path) -> None:
+    """Its table has no columns there: each cell stands below the one before and names its column."""
+    copy = copy_with_seconds(run, tmp_path / "run")
+    lines = [{"step": step, "prompt": "Who?", "answer": f"answer {step}"} for step in (0, 2, 4)]
+    (copy / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = write_report(copy).read_text()
+    cells = [("prompt", "Who?"), *((f"step {step}", f"answer {step}") for step in (0, 2, 4))]
+    assert Page(html).cells[:4] == cells and 'class="stacks"' in html
+    (narrow,) = re.findall(r"@media \(max-width: \d+px\) \{(.*?\})\s*\}", html, re.DOTALL)
+    assert "td) { display: block; }" in narrow and "content: attr(data-head)" in narrow
 
 
 def test_a_run_that_has_not_stepped_and_damaged_files(run: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def blank_data(bench: Bench) -> list[str]:
 
 def everything_masked(bench: Bench) -> list[str]:
     write_rows(bench.train_file, [{"messages": [{"role": "user", "content": "hello?"}]}] * 3)
-    return ["None of the 3 rows can be trained on: 3 have no supervised token"]
+    return ["No row of 3 can be trained on: 3 without a supervised token"]
 
 
 def no_chat_template(bench: Bench) -> list[str]:

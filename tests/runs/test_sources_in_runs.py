@@ -69,7 +69,7 @@ def test_the_evaluation_data_is_reported_too(
     said = [line.removeprefix("evaluation: ") for line in lines if line.startswith("evaluation: ")]
     assert said[0].startswith("4 rows -> 4 documents")
     assert any(line.startswith("longer than sequence_length: 1 row lost") for line in said)
-    assert "3 evaluation rows are also training rows, word for word" in said
+    assert "3 evaluation rows also in train, word for word" in said
 
 
 def test_a_surplus_token_trains_until_a_row_uses_it(

@@ -44,8 +44,8 @@ class CallWriter:
         if not is_blank(message.get("content")):
             return {**message, "tool_calls": calls}
         beside = "empty" if "content" in message else "missing"
-        if beside not in self._shown and self._shown:
-            beside = next(iter(self._shown))
+        if beside not in self._shown:  # where no call is shown, `pieces` says so: no template fails on ""
+            beside = next(iter(self._shown), "empty")
         others = {key: value for key, value in message.items() if key != "content"}
         words = _BESIDE[beside] if beside != "empty" else {"content": message.get("content", "")}
         return {**others, **words, "tool_calls": calls}

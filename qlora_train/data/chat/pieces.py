@@ -95,8 +95,9 @@ class ChatWriter:
 
     def messages(self, messages: Messages, notes: Notes) -> list[Message]:
         """The messages as the template is given them: no null fields, no flags, arguments of calls as it
-        wants them, thoughts where it looks for them."""
+        wants them, thoughts where it looks for them, developers as the system."""
         plain = [_plain(message) for message in messages]
+        notes[Note.DEVELOPER] += sum(message["role"] == "developer" for message in messages)
         written = self._calls.written(plain)
         if not any(m["role"] == "assistant" and _BRACKET.search(m.get("content") or "") for m in plain):
             return written
@@ -158,6 +159,8 @@ class _Conversation:
             yield turn
         if previous >= 0:
             self.notes[Note.UNANSWERED] += len(self.messages) - 1 - previous
+            hidden = self.writer.shapes.hidden_beside(self.messages[: previous + 1], self.tools)
+            self.notes.update(map(lost, hidden))
 
     def piece(self, turn: int) -> Piece:
         history, message = self.messages[:turn], self.messages[turn]
@@ -328,6 +331,8 @@ def _plain(message: Message) -> Message:
         if isinstance(plain.get(name), str):
             plain.setdefault(REASONING, plain[name])
             del plain[name]
+    if plain["role"] == "developer":  # a role that few templates know
+        plain["role"] = "system"
     return plain
 
 

@@ -102,6 +102,15 @@ def numbered(message: Message, numbers: Iterator[int]) -> tuple[Message, dict[st
     return with_texts(message, replace, numbers_too=True), fields
 
 
+def fields_beside(message: Message) -> list[str]:
+    """The text fields of a message besides what is said. The assistant's other ones are among those of its
+    turn; the name in a tool's result only repeats its call's."""
+    keys = {"name"} if message["role"] == "assistant" else set(message) - _NOT_SAID
+    if message["role"] == "tool":
+        keys -= {"name"}
+    return [key for key, value in message.items() if key in keys and not is_blank(value)]
+
+
 def shape(message: Message) -> str:
     """A key that is equal for messages that differ in nothing but their texts (and the characters of their
     ids)."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from qlora_train.data.chat.stand_ins import (
+    fields_beside,
     is_blank,
     numbered,
     shape,
@@ -115,6 +116,20 @@ class ShapeFacts:
         if key not in facts.afters:
             facts.afters[key] = self._look_after(history, message, following, tools)
         return facts.afters[key]
+
+    def hidden_beside(self, messages: Sequence[Message], tools: Tools) -> list[str]:
+        """The fields beside what the messages say (a name) that the template does not show, each as often as
+        messages have it; none where it takes no such conversation."""
+        numbers = count(2)
+        marks = [{key: stand_in(next(numbers)) for key in fields_beside(message)} for message in messages]
+        if not any(marks):
+            return []
+        try:
+            replaced = [{**message, **of_it} for message, of_it in zip(messages, marks, strict=True)]
+            text = self.template.render(replaced, tools)
+        except ChatProblem:
+            return []
+        return [key for of_it in marks for key, mark in of_it.items() if not is_shown(text, mark)]
 
     def _look(
         self, history: Sequence[_Numbered], message: Message, fields: dict[str, str], tools: Tools
