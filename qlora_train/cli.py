@@ -26,7 +26,7 @@ from qlora_train import __version__
 from qlora_train.boundary import os_error, reason_of
 from qlora_train.cli_generate import CHECKPOINT_HELP, add_chat, add_eval, add_generate
 from qlora_train.cli_recipes import add_init, add_recipes
-from qlora_train.cli_types import count, count_or_none, size
+from qlora_train.cli_types import auto_count_or_none, count, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, QloraTrainError, RecipeError
 from qlora_train.export import BASES, LOADERS, QUANTS, SERVER
@@ -148,11 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--checkpoint", metavar="best|last|step-N", help=CHECKPOINT_HELP)
     export.add_argument(
         "--receipt",
-        type=count_or_none,
-        default=2000,
-        metavar="N|none",
-        help="held-out supervised tokens that the written model is compared on (default: 2000); "
-        "an adapter is as trained",
+        type=auto_count_or_none,
+        default="auto",
+        metavar="N|none|auto",
+        help="held-out supervised tokens that the written model is compared on (default: auto, 2000)",
     )
     export.add_argument(
         "--for",
@@ -166,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--push-to-hub",
         metavar="USER/NAME",
-        help="upload the finished folder to the hub (hf auth login) as a new model, which is private",
+        help="upload the finished folder to the hub (hf auth login) as a new private model, or into an empty "
+        "one, which stays as public as it is",
     )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: inside the run folder")
 

@@ -14,6 +14,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def auto_count_or_none(text: str) -> int | str | None:
+    """A `type` of argparse: auto, or what `count_or_none` takes."""
+    return text if text == "auto" else count_or_none(text)
+
+
 def count_or_none(text: str) -> int | None:
     return None if text == "none" else count(text)
 

@@ -61,7 +61,7 @@ class Answer(BaseHTTPRequestHandler):
             self._send(200, {})
             return
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self._send(401, {}, **{"X-Error-Message": "Invalid credentials in Authorization header"})
+            self._send(401, {}, **{"X-Error-Message": "User access token has expired"})
             return
         if self.server.fails_at is not None and self.server.fails_at in path:
             self._send(403, {"error": "you may not write here"})
@@ -85,8 +85,12 @@ class Answer(BaseHTTPRequestHandler):
         if name not in self.server.repositories:
             self._send(404, {}, **{"X-Error-Code": "RepoNotFound"})
             return
-        files = self.server.repositories[name][1]
-        self._send(200, {"id": name, "sha": "0", "siblings": [{"rfilename": path} for path in files]})
+        visibility, files = self.server.repositories[name]
+        siblings = [{"rfilename": path} for path in files]
+        self._send(200, {"id": name, "sha": "0", "private": visibility == "private", "siblings": siblings})
+
+    def whoami(self, body: bytes) -> None:
+        self._send(200, {"type": "user", "name": "me", "orgs": []})
 
     def create(self, body: bytes) -> None:
         asked = json.loads(body)
@@ -147,6 +151,7 @@ class Answer(BaseHTTPRequestHandler):
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = [
     (rf"GET /api/models/{NAME}", Answer.info),
+    (r"GET /api/whoami-v2", Answer.whoami),
     (r"POST /api/repos/create", Answer.create),
     (r"POST /api/validate-yaml", Answer.validate),
     (rf"POST /api/models/{NAME}/preupload/main", Answer.preupload),

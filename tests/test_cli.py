@@ -199,7 +199,7 @@ def test_export_calls_what_it_says(
     assert cli.main(["export", "runs/x"]) == 0
     assert cli.main(["export", "runs/x", "--base", "original", "--dtype", "bfloat16", "--out", "y"]) == 0
     assert cli.main(["export", "runs/x", "--to", "gguf", "--quant", "q8_0"]) == 0
-    common = {"checkpoint": None, "receipt": 2000, "loaders": [], "push_to_hub": None, "log": tell}
+    common = {"checkpoint": None, "receipt": "auto", "loaders": [], "push_to_hub": None, "log": tell}
     merged = common | {"to": "merged", "quant": None}
     gguf = common | {"to": "gguf", "quant": "q8_0", "base": None, "dtype": "auto", "out": None}
     assert export.calls == [

@@ -34,7 +34,7 @@ def export(run: Path | str, *arguments: Any, push_to_hub: str | None = None, **o
     if push_to_hub is not None:
         from qlora_train.export.hub_upload import require_uploadable, upload
 
-        require_uploadable(push_to_hub)
+        require_uploadable(push_to_hub, options.get("log", lambda line: None))
     from qlora_train.export.export_run import export as export_run
 
     folder = export_run(run, *arguments, **options)

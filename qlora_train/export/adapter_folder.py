@@ -72,3 +72,10 @@ class AdapterFolder:
         yield f'requests name "model": "{name}"; more adapters at once need --max-loras'
         if self.stop_ids:
             yield f'requests need "stop_token_ids": {list(self.stop_ids)}: only the chat template has them'
+        if kwargs := self.recipe.data.chat_template_kwargs:
+            yield f'requests need "chat_template_kwargs": {json.dumps(dict(kwargs))}, as in training'
+        if model.quantization != "none":
+            yield (
+                f"vLLM computes with the original weights, and training did with {model.quantization}: what "
+                "that changes, the receipt of `export --to merged` measures"
+            )

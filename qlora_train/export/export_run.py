@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def export(
     out: Path | str | None = None,
     *,
     checkpoint: str | None = None,
-    receipt: int | None = RECEIPT_TOKENS,
+    receipt: int | Literal["auto"] | None = "auto",
     loaders: Sequence[str] = (),
     quant: str | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -71,18 +71,19 @@ def export(
     base: "dequantized" merges onto the quantized weights of training (from its cache, else they are quantized
     again), "original" onto the checkpoint's own; None: the original ones if they exist. dtype: "float16",
     "bfloat16", "float32" or "auto" (see the module docstring). checkpoint: "best", "last" or "step-N"; None:
-    the finished adapter. receipt: number of supervised tokens to measure on; None: no receipt. loaders:
-    "transformers", "bnb-4bit": measure the written folder loaded by these, too; "vllm": refuse an adapter
-    that vLLM does not serve as trained (vllm_rules.py). An adapter is as trained: no receipt. quant: what
-    matrices of a GGUF file are written in, one of `QUANTS` (None: "f16"). log: called with lines of text.
-    Needs no GPU;
-    with tensors up to 1.1 GB, merging takes less than 1.2 GB of memory, a receipt one layer more.
+    the finished adapter. receipt: number of supervised tokens to measure on ("auto": 2000; an adapter, which
+    is the one that was trained, has none); None: no receipt. loaders: "transformers", "bnb-4bit": measure the
+    written folder loaded by these, too; "vllm": refuse an adapter that vLLM refuses or takes for another one
+    (vllm_rules.py). quant: what matrices of a GGUF file are written in, one of `QUANTS` (None: "f16"). log:
+    called with lines of text. Needs no GPU; with tensors up to 1.1 GB, merging takes less than 1.2 GB of
+    memory, a receipt one layer more.
 
     generation_config.json also lists the tokens that the chat template ends answers with; the template is the
     recipe's `model.chat_template`, if given. Raises `RunFolderError` (no run, or one without an adapter),
     `ExportError` and `BaseModelError` (see `merge`).
     """
     _check_arguments(to, base, dtype, receipt, loaders, quant)
+    num_tokens = RECEIPT_TOKENS if receipt == "auto" else receipt
     run = Path(run)
     adapter = find_adapter(run, checkpoint, log)
     for_vllm = SERVER in loaders
@@ -104,7 +105,6 @@ def export(
         only_template = [token for token in end_ids if token not in named]
         whole = AdapterFolder(recipe, folder, adapter, tokenizer, bool(added.ids), only_template)
         whole.write(target, for_vllm, log)
-        log("no receipt: the adapter is the one that was trained")
         return target
     if to == "gguf" and added.ids:
         raise ExportError(
@@ -112,7 +112,7 @@ def export(
             "Export with --to merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
         )
     gguf = _gguf_export(recipe, folder, tokenizer, end_ids, quant or "f16", log) if to == "gguf" else None
-    documents = _held_out(recipe, tokenizer, named, receipt, log) if receipt is not None else None
+    documents = _held_out(recipe, tokenizer, named, num_tokens, log) if num_tokens is not None else None
     with ExitStack() as stack:
         cached = None
         if trained_quantization.is_quantized and (quantization is not None or documents is not None):
@@ -161,13 +161,18 @@ def export(
 
 
 def _check_arguments(
-    to: str, base: str | None, dtype: str, receipt: int | None, loaders: Sequence[str], quant: str | None
+    to: str,
+    base: str | None,
+    dtype: str,
+    receipt: int | str | None,
+    loaders: Sequence[str],
+    quant: str | None,
 ) -> None:
     if to == "adapter":
-        if base is not None or dtype != "auto" or quant is not None or set(loaders) - {SERVER}:
+        if (base, dtype, receipt, quant) != (None, "auto", "auto", None) or set(loaders) - {SERVER}:
             raise ExportError(
                 f"--to adapter writes the adapter as it was trained: it takes --for {SERVER}, and no other "
-                "--for, no --base, --dtype or --quant."
+                "--for, no --base, --dtype, --receipt or --quant."
             )
         return
     if SERVER in loaders:

@@ -1,12 +1,14 @@
 """`export --push-to-hub REPO`: uploads a finished export to the hub as a new, private model.
 
-What can be refused is refused before the export: a malformed name, no login, no network, a repository that
-holds files. The token is that of huggingface_hub (`hf auth login`, or HF_TOKEN).
+What the hub tells before is refused before the export: a malformed name, no login, a token that is not valid,
+no network, a repository that holds files. Whether the token may write there shows when it does. The token is
+that of huggingface_hub (`hf auth login`, or HF_TOKEN).
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -21,8 +23,9 @@ from qlora_train.errors import ExportError
 _FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
-def require_uploadable(repo: str) -> None:
-    """Raise `ExportError` unless `repo` can be created, or is there and empty, and the hub is reached."""
+def require_uploadable(repo: str, log: Callable[[str], None]) -> None:
+    """Raise `ExportError` unless the hub is reached, knows the token, and has no files in `repo`. log: called
+    with a line where `repo` is public."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -35,8 +38,9 @@ def require_uploadable(repo: str) -> None:
             "may write), or set HF_TOKEN."
         )
     try:
-        files = HfApi().model_info(repo).siblings or []
-        there = {file.rfilename for file in files} - {".gitattributes"}
+        HfApi().whoami()  # a token that is not valid finds no repository either
+        found = HfApi().model_info(repo)
+        there = {file.rfilename for file in found.siblings or []} - {".gitattributes"}
     except RepositoryNotFoundError:
         return
     except _FAILURES as error:
@@ -49,6 +53,8 @@ def require_uploadable(repo: str) -> None:
             f"--push-to-hub {repo}: has files already ({sorted(there)[0]}), and two models would be mixed. "
             "Give another name."
         )
+    if not found.private:
+        log(f"{repo} is there and public: what is uploaded will be, too")
 
 
 def upload(folder: Path, repo: str) -> str:

@@ -64,9 +64,8 @@ def _is_snapshot(base: str, base_folder: Path) -> bool:
 
 
 def _published_data(path: str) -> str:
-    """A hub id as it is; of a file or folder the name alone, also where it is gone."""
-    is_id = re.fullmatch(r"[\w-]+/[\w-]+", path) is not None and not Path(path).exists()
-    return path if is_id else Path(path).name
+    """Of a file or folder the name alone; the same of a hub id, which a folder that is gone looks like."""
+    return Path(path).name
 
 
 def _license_lines(base_folder: Path) -> list[str]:

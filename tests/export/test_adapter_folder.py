@@ -17,6 +17,7 @@ from qlora_train.cli import main
 from qlora_train.errors import ExportError
 from qlora_train.export import export
 from qlora_train.export.vllm_rules import MAX_RANKS, max_lora_rank
+from qlora_train.recipe import load_recipe
 
 
 def test_peft_loads_the_folder_as_the_runs_adapter(tmp_path: Path) -> None:
@@ -61,6 +62,24 @@ def test_the_command_for_vllm_is_printed_and_in_the_card(tmp_path: Path, capfd: 
     card = (folder / "README.md").read_text()
     assert "not run: no vLLM here" in card and "vllm serve base --enable-lora --max-lora-rank 64" in card
     assert str(tmp_path) not in card
+
+
+def test_what_vllm_computes_otherwise_is_said(tmp_path: Path) -> None:
+    """The original weights, and a template that is asked without the run's settings."""
+    said: list[str] = []
+    run = write_run(tmp_path)
+    recipe = run / "recipe.yaml"
+    weights = "vLLM computes with the original weights, and training did with nf4: what that changes, "
+    export(run, to="adapter", loaders=["vllm"], log=said.append)
+    assert any(line.startswith(weights) for line in said)
+    assert not any("template_kwargs" in line for line in said)
+    changed = load_recipe(recipe, ["data.chat_template_kwargs={enable: false}"])
+    recipe.write_text(changed.to_yaml(), encoding="utf-8")
+    card = (export(run, to="adapter", loaders=["vllm"], out=tmp_path / "out") / "README.md").read_text()
+    assert 'requests need "chat_template_kwargs": {"enable": false}, as in training' in card
+    assert weights in card
+    with pytest.raises(ExportError, match="no --base, --dtype, --receipt or --quant"):
+        export(run, to="adapter", receipt=77)
 
 
 def test_new_tokens_come_with_their_tokenizer(tmp_path: Path) -> None:

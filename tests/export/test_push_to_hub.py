@@ -33,7 +33,11 @@ def push(
 ):
     """The command's process. It has no login but `token`, and uploads without xet, which has no stand-in."""
     environment = child_environment(
-        HF_ENDPOINT=endpoint, HF_HOME=str(run.parent / "hf"), HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0"
+        HF_ENDPOINT=endpoint,
+        HF_HOME=str(run.parent / "hf"),
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_OFFLINE="0",
+        NO_PROXY="127.0.0.1",
     )
     environment = {name: value for name, value in environment.items() if "TOKEN" not in name}
     environment |= ({"HF_TOKEN": token} if token else {}) | env
@@ -48,7 +52,8 @@ def test_the_folders_bytes_arrive_and_nothing_private(tmp_path: Path, hub: Hub, 
     config = tmp_path / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(tmp_path)}))
     out = tmp_path / "out"
-    done = push(run, hub.address, "--to", to, "--out", str(out), "--receipt", "none")
+    receipt = [] if to == "adapter" else ["--receipt", "none"]
+    done = push(run, hub.address, "--to", to, "--out", str(out), *receipt)
     assert done.returncode == 0, done.stderr
     assert f"on the hub: {hub.address}/me/mine" in done.stdout
     visibility, files = hub.repositories["me/mine"]
@@ -78,6 +83,7 @@ def test_an_empty_repository_is_filled_and_one_with_files_is_refused(tmp_path: P
     done = push(run, hub.address, "--to", "adapter")
     assert done.returncode == 0, done.stderr
     assert hub.repositories["me/mine"][0] == "public" and "README.md" in hub.repositories["me/mine"][1]
+    assert "me/mine is there and public" in done.stdout
     before, count = dict(hub.repositories["me/mine"][1]), len(hub.requests)
     done = push(run, hub.address, "--to", "adapter", "--out", str(tmp_path / "again"))
     assert done.returncode == 2 and "has files already" in done.stderr and "another name" in done.stderr
@@ -103,7 +109,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_export(tmp_path: Path, hub:
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
     for message, done in {
         "hf auth login": push(run, hub.address, "--to", "adapter", token=None),
-        "Invalid credentials": push(run, hub.address, "--to", "adapter", token="hf_wrong"),
+        "Invalid user token": push(run, hub.address, "--to", "adapter", token="hf_wrong"),
         "Check token and network": push(run, nobody, "--to", "adapter"),
         "offline mode": push(run, hub.address, "--to", "adapter", HF_HUB_OFFLINE="1"),
     }.items():
