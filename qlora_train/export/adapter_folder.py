@@ -20,7 +20,7 @@ from qlora_train.export.companions import LICENSES, copy_companions, write_token
 from qlora_train.export.model_card import CARD_FILE, model_card, published_base
 from qlora_train.export.vllm_rules import max_lora_rank, serve_command
 from qlora_train.files.atomic_folder import atomic_folder
-from qlora_train.model.base_folder import read_plain_config
+from qlora_train.model.base_folder import read_plain_config, stored_quantization
 from qlora_train.recipe import Recipe
 
 
@@ -67,14 +67,14 @@ class AdapterFolder:
             return
         model = self.recipe.model
         has_template = model.chat_template is not None
-        command = serve_command(base, model.revision, name, folder, max_rank, has_template)
+        kwargs = self.recipe.data.chat_template_kwargs or {}
+        command = serve_command(base, model.revision, name, folder, max_rank, has_template, kwargs)
         yield f"vLLM (not run: no vLLM here): {command}"
         yield f'requests name "model": "{name}"; more adapters at once need --max-loras'
         if self.stop_ids:
             yield f'requests need "stop_token_ids": {list(self.stop_ids)}: only the chat template has them'
-        if kwargs := self.recipe.data.chat_template_kwargs:
-            yield f'requests need "chat_template_kwargs": {json.dumps(dict(kwargs))}, as in training'
-        if model.quantization != "none":
+        stored = read_plain_config(self.base_folder).get("quantization_config") or {}
+        if model.quantization != "none" and not stored_quantization(stored).is_quantized:
             yield (
                 f"vLLM computes with the original weights, and training did with {model.quantization}: what "
                 "that changes, the receipt of `export --to merged` measures"

@@ -15,15 +15,18 @@ vLLM is not run here. Read in github.com/vllm-project/vllm at these commits, the
                                     and B of experts fit some classes only, elsewhere gate and up are taken
                                     for interleaved rows
     0046f770  ../docs/models/supported_models.md    architectures without LoRA
+    00522333  entrypoints/openai/cli_args.py        --default-chat-template-kwargs, which requests override
 
 Trained rows of tokens are refused: issue 36501 (open), pull request 55796 (open).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.errors import ExportError
@@ -90,12 +93,20 @@ def _problems(config: AdapterConfig, paths: list[str], architectures: Iterable[s
 
 
 def serve_command(
-    base: str, revision: str | None, name: str, folder: str, max_rank: int, has_template: bool
+    base: str,
+    revision: str | None,
+    name: str,
+    folder: str,
+    max_rank: int,
+    has_template: bool,
+    template_kwargs: Mapping[str, Any],
 ) -> str:
     """The command line that serves the adapter in `folder` as the model `name`. has_template: the folder has
-    the chat template of training, which is not the base's."""
+    the chat template of training, which is not the base's. template_kwargs: those of training."""
     words = ["vllm", "serve", base, *(["--revision", revision] if revision else [])]
     words += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", f"{name}={folder}"]
     if has_template:
         words += ["--chat-template", f"{folder}/chat_template.jinja"]
+    if template_kwargs:
+        words += ["--default-chat-template-kwargs", json.dumps(dict(template_kwargs))]
     return shlex.join(words)

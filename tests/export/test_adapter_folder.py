@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_the_command_for_vllm_is_printed_and_in_the_card(tmp_path: Path, capfd: 
 
 
 def test_what_vllm_computes_otherwise_is_said(tmp_path: Path) -> None:
-    """The original weights, and a template that is asked without the run's settings."""
+    """The original weights, where the base has them; the command has the template's settings."""
     said: list[str] = []
     run = write_run(tmp_path)
     recipe = run / "recipe.yaml"
@@ -76,8 +77,12 @@ def test_what_vllm_computes_otherwise_is_said(tmp_path: Path) -> None:
     changed = load_recipe(recipe, ["data.chat_template_kwargs={enable: false}"])
     recipe.write_text(changed.to_yaml(), encoding="utf-8")
     card = (export(run, to="adapter", loaders=["vllm"], out=tmp_path / "out") / "README.md").read_text()
-    assert 'requests need "chat_template_kwargs": {"enable": false}, as in training' in card
-    assert weights in card
+    assert "--default-chat-template-kwargs '{\"enable\": false}'" in card and weights in card
+    config = tmp_path / "base" / "config.json"
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantized}))
+    folder = export(run, to="adapter", loaders=["vllm"], out=tmp_path / "quantized")
+    assert "original weights" not in (folder / "README.md").read_text()
     with pytest.raises(ExportError, match="no --base, --dtype, --receipt or --quant"):
         export(run, to="adapter", receipt=77)
 
