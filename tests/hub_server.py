@@ -21,15 +21,15 @@ TOKEN = "hf_right"
 
 
 class Hub(ThreadingHTTPServer):
-    """repositories: name -> (visibility, {path: bytes}). requests: "METHOD path" of each. fails_at: a part of
-    the paths that are answered with 403."""
+    """repositories: name -> (visibility, {path: bytes}). requests: "METHOD path" of each. fails_at: parts of
+    paths; the next request whose path has the first of them is answered with 403."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories: dict[str, tuple[str, dict[str, bytes]]] = {}
         self.requests: list[str] = []
         self.uploaded: dict[str, bytes] = {}
-        self.fails_at: str | None = None
+        self.fails_at: list[str] = []
 
     @property
     def address(self) -> str:
@@ -63,7 +63,8 @@ class Answer(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._send(401, {}, **{"X-Error-Message": "User access token has expired"})
             return
-        if self.server.fails_at is not None and self.server.fails_at in path:
+        if self.server.fails_at and self.server.fails_at[0] in path:
+            self.server.fails_at.pop(0)
             self._send(403, {"error": "you may not write here"})
             return
         for pattern, answer in ROUTES:
