@@ -214,7 +214,7 @@ def test_sigterm_during_start_up_ends_the_run(
     assert done.code == 128 + signal.SIGTERM, done.said
     assert "Traceback" not in done.said
     metrics = tmp_path / "run" / "metrics.jsonl"
-    assert not metrics.exists() or len(metrics.read_text().splitlines()) <= 1
+    assert not metrics.exists() or metrics.read_text().count('"loss"') <= 1
 
 
 def test_a_folder_in_the_home_folder(

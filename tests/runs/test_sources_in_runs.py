@@ -54,7 +54,8 @@ def test_a_source_that_is_not_there_is_said_to_be_that_and_no_more(
     values = values_of(base, "nosuch.jsonl", tmp_path / "run")
     assert main([command, str(write_recipe(tmp_path / "recipe.yaml", values))]) == 2
     message = capsys.readouterr().err.partition("qlora-train: ")[2]
-    assert re.fullmatch(r"The data file nosuch\.jsonl does not exist \(looked in [^\n]*\)\.\n", message)
+    said = r"The data file nosuch\.jsonl does not exist \(looked in [^\n]*\)\. Name the one to read: [^\n]*\n"
+    assert re.fullmatch(said, message)
 
 
 def test_the_evaluation_data_is_reported_too(
