@@ -136,11 +136,11 @@ def _longest_that_fits(
     plan; a length in `changes` is the only one. Raises `UserError` where none fits."""
     recipe = recipe_of(values)
     is_given = "data.sequence_length" in changes
-    takes_batch = small is not None and changes.keys().isdisjoint(_LENGTH_OF_STEPS)
+    of_batch = small if changes.keys().isdisjoint(_LENGTH_OF_STEPS) else None
     for length in [recipe.data.sequence_length] if is_given else _lengths(recipe, small):
         recipe = recipe_of(values | {"data.sequence_length": str(length)})
-        if small is not None and takes_batch:
-            batch_size = str(small.needed_batch_size(recipe))
+        if of_batch is not None:
+            batch_size = str(of_batch.needed_batch_size(recipe))
             recipe = recipe_of(values | _of_data(recipe) | {"training.batch_size": batch_size})
         request = request_of(recipe, card, ram_bytes)
         plan = values_of(request)

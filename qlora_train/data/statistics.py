@@ -33,14 +33,19 @@ def percentile(lengths: np.ndarray, share: float) -> int:
     return int(lengths[max(int(np.ceil(share * len(lengths))) - 1, 0)])
 
 
+def length_line(lengths: np.ndarray) -> str:
+    """A line about sorted lengths: percentiles."""
+    middle, most = percentile(lengths, 0.5), percentile(lengths, 0.95)
+    return f"tokens a row: p50 {middle:,}, p95 {most:,}, max {int(lengths[-1]):,}"
+
+
 def length_lines(lengths: np.ndarray) -> list[str]:
     """Lines about sorted lengths: percentiles, and a bar per class with its bounds and examples."""
     shortest, longest = int(lengths[0]), int(lengths[-1])
     width = -(-(longest - shortest + 1) // _NUM_CLASSES)
     counts = np.bincount((lengths - shortest) // width)
     digits = len(f"{longest + width:,}")
-    middle, most = percentile(lengths, 0.5), percentile(lengths, 0.95)
-    lines = [f"tokens a row: p50 {middle:,}, p95 {most:,}, max {longest:,}"]
+    lines = [length_line(lengths)]
     for i, number in enumerate(counts.tolist()):
         first = shortest + i * width
         bar = "█" * round(number * _BAR_CHARACTERS / counts.max()) or ("▏" if number else "")

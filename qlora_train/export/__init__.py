@@ -31,14 +31,14 @@ def export(run: Path | str, *arguments: Any, push_to_hub: str | None = None, **o
     """See `export_run.export`. push_to_hub: USER/NAME of a model on the hub that the finished folder is
     uploaded as; a new one is private. Raises `ExportError` where it cannot be, before anything is read."""
     require_unix("export")
+    log = options.get("log", lambda line: None)
     if push_to_hub is not None:
         from qlora_train.export.hub_upload import require_uploadable, upload
 
-        require_uploadable(push_to_hub, options.get("log", lambda line: None))
+        require_uploadable(push_to_hub, log)
     from qlora_train.export.export_run import export as export_run
 
     folder = export_run(run, *arguments, **options)
     if push_to_hub is not None:
-        address = upload(folder, push_to_hub)
-        options.get("log", lambda line: None)(f"on the hub: {address}")
+        log(f"on the hub: {upload(folder, push_to_hub)}")
     return folder

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qlora_train.adapter.lora_targets import coverage
 from qlora_train.data.building import open_data
-from qlora_train.data.statistics import length_lines, lengths_of, steps_advice
+from qlora_train.data.statistics import length_line, lengths_of, steps_advice
 from qlora_train.device.memory_tracker import MemoryTracker
 from qlora_train.device.settings import determinism_of_before, require_deterministic_products
 from qlora_train.doctor.command import machine_lines
@@ -131,7 +131,7 @@ def _introduction(prepared: Prepared, loop: TrainLoop, first: int, *, resume: bo
         ),
         *_peft_lines(prepared),
         *prepared.train_data.report.lines(),
-        length_lines(lengths_of(prepared.train_data))[0],
+        length_line(lengths_of(prepared.train_data)),
         *(f"evaluation: {line}" for data in (prepared.eval_data,) if data for line in data.report.lines()),
         *positions_line(recipe.data.sequence_length, decoder.config.max_position_embeddings),
         *residency_lines(prepared.model.execution),

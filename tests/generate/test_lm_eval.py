@@ -160,7 +160,7 @@ def test_every_sample_is_scored_as_by_transformers(folder: Path) -> None:
 
     samples = ours.results["trained"]["samples"]
     of_choices = [greedy for row in samples["tiny_choice"] for [(_, greedy)] in row["resps"]]
-    assert True in of_choices and False in of_choices
+    assert set(of_choices) == {True, False}
     assert [row["resps"] for row in samples["tiny_answers"]][::3] == [[["it"]], [["日本"]]]
     [line] = lines
     assert line.startswith("4 prompts, with their answers, are longer than the model's 96 positions")
