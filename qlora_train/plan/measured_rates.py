@@ -14,10 +14,12 @@ import contextlib
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.description import DeviceDescription
 from qlora_train.files.atomic_file import replace_text
 from qlora_train.files.sealed_json import seal, unseal
+from qlora_train.kernels.blocked_attention import LONGEST
 from qlora_train.model.attention import AttentionKernels, DocumentLayout, packed_attention
 from qlora_train.plan.plan_cache import RATES_FILE as FILE
 from qlora_train.plan.time_model import Rates, stated_rates
@@ -41,7 +44,8 @@ _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above on
 _REPEATS = 5
 _BESIDE_OTHERS = ", beside other programs"
 _OWN_SHARE = 0.9  # see share_of_processors; 0.99 on an idle machine
-_RANK, _HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 16, 64, 512
+_HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 64, LONGEST
+_NARROW = 64
 
 
 def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
@@ -156,9 +160,16 @@ def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor)
     a, b = random(size, size), random(size, size)
     product_seconds = fastest_seconds(device, partial(torch.matmul, a, b.t()))
     elementwise_seconds = fastest_seconds(device, partial(_gated, a, b))
-    low_seconds = fastest_seconds(device, partial(_low_rank_product, a, random(_RANK, size), b))
     del a, b
-    attention = _attention_rate(device, dtype, min(_ATTENTION_TOKENS, size))
+    rows, narrow = random(2 * _NARROW, _NARROW), random(_NARROW, _NARROW)
+    expert_product_seconds = median(
+        _seconds_of_runs(device, partial(_expert_product, rows, narrow, count(_NARROW)))
+    )
+    del rows, narrow
+    attention, long_attention = (
+        _attention_rate(device, dtype, min(num_tokens, size))
+        for num_tokens in (_ATTENTION_TOKENS, 2 * _ATTENTION_TOKENS)
+    )
     copy = copy_rate(device, host)
     here = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch)
     there = torch.empty_like(here)
@@ -166,8 +177,9 @@ def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor)
     return Rates(
         flops=2 * size**3 / product_seconds,
         attention=attention,
-        low_rank=4 * _RANK * size**2 / low_seconds,
+        long_attention=long_attention,
         elementwise=5 * dtype.itemsize * size**2 / elementwise_seconds,
+        expert_product_seconds=expert_product_seconds,
         memory=2 * num_bytes / memory_seconds,
         copy=copy,
         disk=stated_rates(device.description).disk,
@@ -175,14 +187,16 @@ def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor)
     )
 
 
+def _expert_product(rows: Tensor, weight: Tensor, num_rows: Iterator[int]) -> None:
+    """Gather the next number of rows, multiply and add them, as one expert does. A number that has been
+    multiplied before is quick on a CPU."""
+    places = torch.arange(next(num_rows), device=rows.device)
+    rows.index_add_(0, places, rows[places] @ weight)
+
+
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     """Five reads and writes of as many numbers."""
     return F.silu(gate) * up
-
-
-def _low_rank_product(x: Tensor, low: Tensor, y: Tensor) -> Tensor:
-    """y + (x A^T) A: two products of a rank's width, as LoRA has."""
-    return y.addmm_(F.linear(x, low), low)
 
 
 def _attention_rate(device: ComputeDevice, dtype: torch.dtype, num_tokens: int) -> float:
@@ -209,11 +223,16 @@ def _attention_rate(device: ComputeDevice, dtype: torch.dtype, num_tokens: int) 
 
 
 def fastest_seconds(device: ComputeDevice, run: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs, after one that warms up."""
+    """Seconds of the fastest of a few runs."""
+    return min(_seconds_of_runs(device, run))
+
+
+def _seconds_of_runs(device: ComputeDevice, run: Callable[[], object]) -> list[float]:
+    """Seconds of each of a few runs, after one that warms up."""
     times = []
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()
         run()
         device.wait()
         times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return times[1:]

@@ -111,6 +111,18 @@ class ModelShape:
         )
         return (linears + down) // self.num_layers
 
+    @property
+    def expert_hidden_parameters(self) -> int:
+        """Numbers of experts' first matrices that a token is multiplied by, in a layer on average. Experts
+        save x alone, so backward multiplies by these again."""
+        firsts = sum(
+            self._active(shape, number)
+            for layer in self.layers
+            for name, shape, number in layer.experts
+            if not name.endswith(".down_proj")
+        )
+        return firsts // self.num_layers
+
     @cached_property
     def quantized_parameters(self) -> int:
         """Numbers in the linears and experts of all layers."""

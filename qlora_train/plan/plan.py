@@ -245,8 +245,9 @@ class Plan:
             "rates": {
                 "flops_per_second": self.rates.flops,
                 "attention_flops_per_second": self.rates.attention,
-                "low_rank_flops_per_second": self.rates.low_rank,
+                "long_attention_flops_per_second": self.rates.long_attention,
                 "elementwise_bytes_per_second": self.rates.elementwise,
+                "expert_product_seconds": self.rates.expert_product_seconds,
                 "memory_bytes_per_second": self.rates.memory,
                 "copy_bytes_per_second": self.rates.copy,
                 "disk_bytes_per_second": self.rates.disk,

@@ -2,11 +2,13 @@
 
 Per token and parameter of the linears: 2 FLOPs forward and 2 backward (the base is frozen, so only the
 gradient of the input is computed), 2 more where a layer is recomputed, less the last linear where its product
-may be skipped. Attention, the narrow products of LoRA and operations on single numbers (norms, rotary
-tables, activations, sums) each have a rate of their own: on a CPU they are a third of a step. Copies overlap
-with arithmetic, so a pass over the layers takes the larger of the two times: what copies take longer is
-waited for, and so are all rows of an embedding that is off the device. The estimate serves to choose between
-plans and to inform; nothing depends on its being exact.
+may be skipped. Attention and operations on single numbers (norms, rotary tables, activations, sums) have
+rates of their own: on a CPU they are a third of a step. LoRA's narrow products have few FLOPs for what they
+read and write of activations, so that counts too. An expert multiplies another number of rows in each
+micro-batch, which takes a fixed time besides: a CPU's library makes a kernel for every new number, a GPU is
+told to launch a few. Copies overlap with arithmetic, so a pass over the layers takes the larger of the two
+times: what copies take longer is waited for, and so are all rows of an embedding that is off the device. The
+estimate serves to choose between plans and to inform; nothing depends on its being exact.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from qlora_train.device.cards import ASSUMED_CARD, CARDS, known_card
 from qlora_train.device.description import DeviceDescription
 from qlora_train.device.step_clock import Cause
+from qlora_train.kernels.blocked_attention import LONGEST
 from qlora_train.plan.host_bytes import offloaded_bytes
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
@@ -25,16 +28,18 @@ from qlora_train.weights.principal_part import principal_part_flops
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine's rates per second. flops: of large matrix products in the compute dtype. attention: FLOPs of
-    causal attention, both directions. low_rank: FLOPs of products with A and B. elementwise: bytes read or
-    written by operations on single numbers. memory: bytes read or written by copies within the device. copy:
-    bytes between host and device, each way. disk: bytes read. source: where the numbers come from, in a few
-    words."""
+    """A machine's rates per second. flops: of matrix products in the compute dtype. attention: FLOPs of
+    causal attention, both directions, over documents of up to `LONGEST` tokens; long_attention: over longer
+    ones. elementwise: bytes read or written by operations on single numbers. expert_product_seconds: fixed
+    seconds of a product with one expert's rows, besides its work. memory: bytes read or written by copies
+    within the device. copy: bytes between host and device, each way. disk: bytes read. source: where the
+    numbers come from, in a few words."""
 
     flops: float
     attention: float
-    low_rank: float
+    long_attention: float
     elementwise: float
+    expert_product_seconds: float
     memory: float
     copy: float
     disk: float
@@ -42,13 +47,18 @@ class Rates:
 
 
 DISK_BYTES_PER_SECOND = 2e9
-_ATTENTION_SHARE, _LOW_RANK_SHARE = 0.4, 0.1
-"""Of a card's FLOP/s in large products, until they are measured."""
+_ATTENTION_SHARE = 0.4
+"""Of a card's FLOP/s in products, until it is measured."""
+_LAUNCH_SECONDS = 2e-5
+"""Assumed of a GPU until it is measured: to gather rows, multiply and add them."""
 _ELEMENTWISE_READS = 8
 """How often a layer's elementwise operations read or write its stream of tokens, [T, hidden], in a forward
 pass: two norms (2 each) and two residual sums, of which one is in place."""
 _OUTPUT_READS = 4
 """The same for each linear's output: rotary embedding, gathering by document, activation and product."""
+_EXPERT_READS = 3
+"""How often more each of a token's experts reads or writes the token or its output: to gather one and to
+weight and add the other."""
 CPU_DECOMPOSITION_SHARES, GPU_DECOMPOSITION_SHARES = (0.1, 0.1), (5e-4, 0.01)
 """Shares of the arithmetic rate that decompositions reach, (exact, approximate): measured on a CPU,
 guessed for GPUs."""
@@ -58,15 +68,16 @@ def stated_rates(device: DeviceDescription) -> Rates:
     """Rates from the table of cards, by the device's name; for an unknown name, those of a modest card."""
     if not device.is_accelerator:
         source = "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s"
-        return Rates(100e9, 40e9, 20e9, 5e9, memory=10e9, copy=5e9, disk=1e9, source=source)
+        return Rates(100e9, 40e9, 40e9, 5e9, 3e-4, memory=10e9, copy=5e9, disk=1e9, source=source)
     known = known_card(device.name)
     card = CARDS[known or ASSUMED_CARD]
     source = f"stated for {known}" if known else f"assumed: a card like an {ASSUMED_CARD}"
     return Rates(
         card.flops,
         card.flops * _ATTENTION_SHARE,
-        card.flops * _LOW_RANK_SHARE,
+        card.flops * _ATTENTION_SHARE,
         card.memory,
+        _LAUNCH_SECONDS,
         card.memory,
         card.copy,
         DISK_BYTES_PER_SECOND,
@@ -96,13 +107,19 @@ def step_time(workload: Workload, plan: ExecutionPlan, rates: Rates) -> StepTime
     down = workload.shape.skippable_parameters
     again = work.without(2 * down)
     tiled = replace(_NO_WORK, linear=4 * down)
+    hidden_again = replace(_NO_WORK, linear=2 * workload.shape.expert_hidden_parameters)
     passes = []
     for policy in plan.activations:
         is_again = policy is ActivationPolicy.RECOMPUTE
         is_tiled = plan.mlp_tile_tokens is not None and not is_again
-        passes.append([back, *([again] * is_again), *([tiled] * is_tiled)])
-    forward_seconds = num_tokens * plan.num_layers * work.seconds(rates)
+        passes.append([back, again if is_again else hidden_again, *([tiled] * is_tiled)])
+    fixed_seconds, fixed_back_seconds = (
+        workload.num_micro_batches * number * rates.expert_product_seconds
+        for number in _expert_products(workload)
+    )
+    forward_seconds = num_tokens * plan.num_layers * work.seconds(rates) + fixed_seconds
     back_seconds = num_tokens * sum(part.seconds(rates) for parts in passes for part in parts)
+    back_seconds += fixed_back_seconds
     flops = num_tokens * (
         plan.num_layers * work.flops + sum(part.flops for parts in passes for part in parts)
     )
@@ -154,28 +171,30 @@ def _waits(computing: float, weights: float, activations: float) -> tuple[float,
 
 @dataclass(frozen=True)
 class _Work:
-    """Work of one kind each. linear, low_rank, attention: FLOPs. elementwise: bytes."""
+    """Work of one kind each. linear, attention, long_attention: FLOPs, the first with those of A and B.
+    elementwise: bytes, also of activations that products with A and B read and write."""
 
     linear: float
-    low_rank: float
     attention: float
+    long_attention: float
     elementwise: float
 
     @property
     def flops(self) -> float:
-        return self.linear + self.low_rank + self.attention
+        return self.linear + self.attention + self.long_attention
 
     def seconds(self, rates: Rates) -> float:
         return (
             self.linear / rates.flops
-            + self.low_rank / rates.low_rank
             + self.attention / rates.attention
+            + self.long_attention / rates.long_attention
             + self.elementwise / rates.elementwise
         )
 
     def back(self, more_flops: float) -> _Work:
         """The work of backward, for that of forward: attention has five products for two."""
-        return _Work(self.linear + more_flops, self.low_rank, 2.5 * self.attention, 2 * self.elementwise)
+        attention, long_attention = 2.5 * self.attention, 2.5 * self.long_attention
+        return _Work(self.linear + more_flops, attention, long_attention, 2 * self.elementwise)
 
     def without(self, linear_flops: float) -> _Work:
         """The same without products of linears that are skipped."""
@@ -189,14 +208,30 @@ def _forward_work(workload: Workload) -> _Work:
     """Work per token and layer in one direction. FLOPs: linears 2 per parameter, A and B 3 (6 for forward and
     backward), causal attention 2 (token-weighted mean length of documents) (query width)."""
     shape = workload.shape
-    mean_length = sum(n * n for n in workload.documents) / workload.num_tokens
-    outputs = shape.active_outputs
+    short = sum(n * n for n in workload.documents if n <= LONGEST) / workload.num_tokens
+    long = sum(n * n for n in workload.documents if n > LONGEST) / workload.num_tokens
+    lora_parameters, lora_activations = (number / shape.num_layers for number in workload.lora_per_token)
+    reads = _ELEMENTWISE_READS * shape.hidden + _OUTPUT_READS * shape.active_outputs + lora_activations
+    reads += _EXPERT_READS * shape.experts_per_token * shape.hidden
     return _Work(
-        linear=2 * shape.active_parameters,
-        low_rank=3 * workload.lora_per_token / shape.num_layers,
-        attention=2 * mean_length * shape.q_width,
-        elementwise=workload.itemsize * (_ELEMENTWISE_READS * shape.hidden + _OUTPUT_READS * outputs),
+        linear=2 * shape.active_parameters + 3 * lora_parameters,
+        attention=2 * short * shape.q_width,
+        long_attention=2 * long * shape.q_width,
+        elementwise=workload.itemsize * reads,
     )
+
+
+def _expert_products(workload: Workload) -> tuple[int, int]:
+    """Products of one expert's rows in a micro-batch, (forward, backward): one with each weight, and with A and
+    B two forward and five backward. Backward repeats those of the first matrix."""
+    shape, forward, backward = workload.shape, 0, 0
+    adapted = {path for path, _ in workload.lora_ranks}
+    for path, (_, _, number) in shape.expert_shapes.items():
+        used = min(number, workload.num_tokens * shape.experts_per_token)
+        once, back = (3, 6) if path in adapted else (1, 1)
+        forward += used * once
+        backward += used * (back if path.endswith(".down_proj") else back + once)
+    return forward, backward
 
 
 def _head_work(workload: Workload) -> _Work:

@@ -98,13 +98,16 @@ class Workload:
         return num_a, num_b
 
     @property
-    def lora_per_token(self) -> int:
-        """Numbers in A and B that a token is multiplied by: of experts, those it goes through."""
-        return sum(
-            rank * (rows + columns) * min(number, max(1, self.shape.experts_per_token))
-            for path, rank in self.lora_ranks
-            for rows, columns, number in (self.shape.adaptable_shapes[path],)
-        )
+    def lora_per_token(self) -> tuple[int, int]:
+        """(numbers in A and B that a token is multiplied by, numbers that these products read of x and read
+        and write of y); of experts, those it goes through."""
+        parameters = activations = 0
+        for path, rank in self.lora_ranks:
+            rows, columns, number = self.shape.adaptable_shapes[path]
+            used = min(number, max(1, self.shape.experts_per_token))
+            parameters += rank * (rows + columns) * used
+            activations += (columns + 2 * rows) * used
+        return parameters, activations
 
     @property
     def num_of_rows(self) -> int:

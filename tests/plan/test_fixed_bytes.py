@@ -147,7 +147,7 @@ def test_lora_on_experts_is_priced() -> None:
     assert run.num_lora_parameters == lora.masters.numel() and run.lora_sizes[0] == lora.first_b
     price = sum(parts[what] for what in (MASTERS, GRADIENT, WORKING)) + optimizer_state_bytes(run)
     assert price == 18 * run.num_lora_parameters and round(price / 1e9, 1) == 11.3
-    assert run.lora_per_token * 16 == run.num_lora_parameters  # 8 of 128 experts
+    assert run.lora_per_token[0] * 16 == run.num_lora_parameters  # 8 of 128 experts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
