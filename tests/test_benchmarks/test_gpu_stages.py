@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,12 @@ from qlora_train.device.description import planned_gpu
 from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.model_shape import shape_of
 from qlora_train.plan.plan import Choices, Plan
+from qlora_train.plan.plan_cache import RATES_FILE
 from qlora_train.plan.planner import make_plan
 from qlora_train.plan.time_model import stated_rates
 from qlora_train.plan.workload import workload_of
 from qlora_train.recipe import Recipe
+from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.execution_plan import Placement
 
 GIB = 2**30
@@ -137,6 +140,8 @@ class Dry:
 @pytest.fixture
 def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_gpu: SimulatedGpu) -> Dry:
     monkeypatch.setenv("PYTHONPATH", f"{PROJECT}:{PROJECT / 'tests'}")
+    (tmp_path / "quantized").mkdir()
+    shutil.copy(cache_root() / RATES_FILE, tmp_path / "quantized")  # stated ones of the CPU, see conftest.py
     monkeypatch.setenv("QLORA_TRAIN_CACHE", str(tmp_path / "quantized"))
     simulated_gpu.settings.num_multiprocessors = 1  # so that the products whose speed is measured are small
     return Dry(tmp_path)
