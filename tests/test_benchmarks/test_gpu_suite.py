@@ -135,10 +135,8 @@ def test_names_are_chosen_by_their_beginning() -> None:
 
 
 def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) -> None:
-    def record(
-        stage: str, word: str, figures: Any = None, error: str | None = None, commit: str = "c1"
-    ) -> Any:
-        machine = MACHINE | {"commit": commit}
+    def record(stage: str, word: str, figures: Any = None, error: str | None = None, **changes: Any) -> Any:
+        machine = MACHINE | changes
         return {"stage": stage, "outcome": word, "figures": figures, "error": error, "machine": machine}
 
     def figures(name: str, speed: float, **more: Any) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) 
     records = [
         record("speed", "failed", error="of earlier"),
         record("speed", "passed", figures("ours", 800.0, profile=profile), commit="c0"),
-        record("peer", "passed", figures("theirs", 400.0)),
+        record("peer", "passed", figures("theirs", 400.0), gpu={"name": "other"}),
         record("other", "failed", error="exit code 1\nRuntimeError: no kernel"),
     ]
     assert newest(records, "speed") == records[1] and newest(records, "left") is None
@@ -165,7 +163,8 @@ def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) 
     assert lines[0] == "some, driver 580, torch 2, commit c1" and not is_good
     ours = next(line for line in lines if "ours" in line)
     assert "800 (2.00x)" in ours and ours.endswith("passed at c0")
-    assert lines.index(ours) + 1 == lines.index(next(line for line in lines if "theirs" in line))
+    theirs = next(line for line in lines if "theirs" in line)
+    assert lines.index(ours) + 1 == lines.index(theirs) and theirs.endswith("passed on other")
     assert "other: FAILED: exit code 1" in lines and "RuntimeError: no kernel" in lines
     assert "speed: ours says" in lines and "of earlier" not in text
     assert "  a step of 12.5 ms, 4 kernels, busy 90.0%: matrix products 50.0%" in lines

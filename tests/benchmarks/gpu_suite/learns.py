@@ -46,7 +46,10 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     corpus, quickstart = importlib.import_module("corpus"), importlib.import_module("pretrain")
     folder = Path(arguments["work"]) / "learns"
     tokenizer = quickstart.build_tokenizer()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # the tensor cores of a GPU
     remark = _pretrain(folder / "base", corpus, quickstart, tokenizer, arguments)
+    torch.set_float32_matmul_precision(before)
     files = {"train": (arguments["num_train_rows"], False), "eval": (arguments["num_eval_rows"], True)}
     for name, (number, held_out) in files.items():
         rows = corpus.pig_latin_rows(random.Random(number), number, held_out)
@@ -69,7 +72,6 @@ def _pretrain(folder: Path, corpus: Any, quickstart: Any, tokenizer: Any, argume
     """Into a folder as transformers writes it; what was done, in words. The learning rate falls to zero by
     steps or by the clock, whichever ends first."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")  # a GPU's tensor cores; adapting does not multiply in fp32
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "tie_word_embeddings": False}
     where, config = compute_device().torch, LlamaConfig(**{**arguments["sizes"], **shape, **ids})
@@ -79,15 +81,9 @@ def _pretrain(folder: Path, corpus: Any, quickstart: Any, tokenizer: Any, argume
     started, done, step, losses = time.monotonic(), 0.0, 0, list[Tensor]()
     while done < 1:
         rows = [_text(corpus.pretraining_row(draw, held_out=False)) for _ in range(asked["num_rows"])]
-        losses.append(
-            _step(
-                model,
-                _batch(rows, tokenizer).to(where),
-                optimizers,
-                min(1 - done, (step + 1) / WARM_UP_STEPS),
-            )
-        )
         step += 1
+        rate = min(1 - done, step / WARM_UP_STEPS)
+        losses.append(_step(model, _batch(rows, tokenizer).to(where), optimizers, rate))
         done = max(step / asked["max_steps"], (time.monotonic() - started) / asked["max_seconds"])
     seconds = time.monotonic() - started
     num_parameters, last = model.num_parameters(), float(torch.stack(losses[-20:]).mean())

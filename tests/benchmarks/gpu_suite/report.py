@@ -60,7 +60,7 @@ def report_of(
     stages: Sequence[Stage], records: Sequence[Record], machine: Mapping[str, Any]
 ) -> tuple[str, bool]:
     """The report, and whether every stage has passed or is skipped. machine: of this call; records of another
-    commit say so."""
+    commit or GPU say so."""
     found = {stage.name: newest(records, stage.name) for stage in stages}
     gpu, versions = machine["gpu"] or {}, machine["versions"]
     screen = io.StringIO()
@@ -90,9 +90,11 @@ def report_of(
 def _rows(stage: Stage, found: Record | None, machine: Mapping[str, Any]) -> Iterator[Row]:
     """A row for each run; at least one."""
     word = found["outcome"] if found else "not begun"
-    commit = found["machine"]["commit"] if found else machine["commit"]
-    if commit != machine["commit"]:
-        word += f" at {str(commit)[:12]}"
+    taken_on = found["machine"] if found else machine
+    if taken_on["commit"] != machine["commit"]:
+        word += f" at {str(taken_on['commit'])[:12]}"
+    if taken_on["gpu"] != machine["gpu"]:
+        word += f" on {(taken_on['gpu'] or {}).get('name', 'no GPU')}"
     runs = ((found or {}).get("figures") or {}).get("runs") or {}
     case = stage.case or stage.name
     if not runs:

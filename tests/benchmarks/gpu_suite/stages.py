@@ -176,7 +176,7 @@ def stages_of(size: Size, tests: tuple[str, ...]) -> tuple[Stage, ...]:
         _packed_peer("peer-unsloth", speed_suite.UNSLOTH, size),
         _points(size),
         _memory_70b(size),
-        Stage("learns", f"{PIECES}.learns", dict(size.learns), 300, least_seconds=240, knows_simulated=True),
+        Stage("learns", f"{PIECES}.learns", dict(size.learns), 300, least_seconds=200, knows_simulated=True),
         *_streamed_512(size),
         _memory_30b_experts(size),
         _packed_peer("peer-trl", speed_suite.TRL, size),

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 from benchmarks.gpu_suite.traces import profile_table
 from qlora_train.device.compute import ComputeDevice
 
-NUM_WARM_UP, MOST_SECONDS = 3, 0.4
+NUM_WARM_UP, MOST_SECONDS = 3, 0.25
 
 
 @dataclass(frozen=True)
