@@ -14,7 +14,14 @@ from typing import Any
 
 from qlora_train.device.cards import CARDS
 from qlora_train.device.description import DeviceDescription, planned_gpu
-from qlora_train.new_recipe import by_size, command_lines, comments_for, first_values, recipe_of, recipe_text
+from qlora_train.init.new_recipe import (
+    by_size,
+    command_lines,
+    comments_for,
+    first_values,
+    recipe_of,
+    recipe_text,
+)
 from qlora_train.plan.base_config import KNOWN, known_name
 from qlora_train.plan.card_table import FILE, ROW_TOKENS, rounded_seconds
 from qlora_train.plan.from_recipe import plan_recipe

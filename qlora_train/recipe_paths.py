@@ -8,7 +8,7 @@ from qlora_train.data.sources import require_source
 from qlora_train.errors import BaseModelError
 from qlora_train.files.hub import require_folder_or_id
 from qlora_train.recipe import Recipe
-from qlora_train.recipe_files import is_run_folder
+from qlora_train.recipe.files import is_run_folder
 
 
 def require_paths(recipe: Recipe) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 import qlora_train
-from qlora_train import cli, cli_recipes
+from qlora_train import cli
+from qlora_train.cli import recipes
 from qlora_train.errors import DataError, TrainingFailure
 from qlora_train.generate.sampling import Sampling
 from qlora_train.plan import request
 from qlora_train.recipe import Recipe
-from qlora_train.recipe_files import bundled_recipes
+from qlora_train.recipe.files import bundled_recipes
 from qlora_train.terminal_text import show, tell
 
 COMMANDS = (
@@ -324,7 +325,7 @@ def test_a_recipe_with_its_own_data_is_copied_as_a_folder(
     (source / "__pycache__").mkdir(parents=True)
     (source / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     (source / "rows.jsonl").write_text("{}\n", encoding="utf-8")
-    monkeypatch.setattr(cli_recipes, "bundled_recipes", lambda: {"own": source / "recipe.yaml"})
+    monkeypatch.setattr(recipes, "bundled_recipes", lambda: {"own": source / "recipe.yaml"})
     monkeypatch.chdir(tmp_path)
     assert cli.main(["recipes", "copy", "own"]) == 0
     assert capsys.readouterr().out == "own\n"

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tiny_runs import reversal_rows, write_base, write_rows
 
-from qlora_train import cli, load_recipe, small_data
-from qlora_train.new_recipe import GOALS
+from qlora_train import cli, load_recipe
+from qlora_train.init import small_data
+from qlora_train.init.new_recipe import GOALS
 from qlora_train.plan import request as request_module
 from qlora_train.recipe import Recipe
 
@@ -156,7 +157,7 @@ def test_a_shorter_sequence_is_taken_where_the_longest_does_not_fit(
             "advice": [],
         }
 
-    monkeypatch.setattr("qlora_train.new_recipe.values_of", plan)
+    monkeypatch.setattr("qlora_train.init.new_recipe.values_of", plan)
     recipe = made("--base", "meta-llama/Llama-3.3-70B")
     assert asked == [2048, 1024, 512] and recipe.data.sequence_length == 512
     assert recipe.training.learning_rate == 1e-4

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from qlora_train import Recipe, load_recipe
 from qlora_train.errors import RecipeError
 from qlora_train.recipe import DataSource
-from qlora_train.recipe_files import bundled_recipes
+from qlora_train.recipe.files import bundled_recipes
 
 MINIMAL = {"model": {"base": "org/base"}, "data": {"train": "org/rows"}}
 REPOSITORY = Path(__file__).parent.parent

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import qlora_train.recipe as recipe_module
+import qlora_train.recipe.schema as recipe_module
 from qlora_train import Recipe, load_recipe
 from qlora_train.errors import RecipeError
-from qlora_train.other_trainers import ANSWERS, answer_to
 from qlora_train.recipe import DataSource
+from qlora_train.recipe.other_trainers import ANSWERS, answer_to
 
 
 def problems_of(text: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from qlora_train.boundary import read_json
 from qlora_train.errors import BaseModelError
-from qlora_train.module_patterns import by_pattern, last_name, matching_names, pattern_of
+from qlora_train.recipe.module_patterns import by_pattern, last_name, matching_names, pattern_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_NAME = re.compile(

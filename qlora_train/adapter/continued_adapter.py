@@ -15,9 +15,9 @@ from qlora_train.adapter.adapter_config import HEAD, match_modules, name_paramet
 from qlora_train.adapter.adapter_files import adapter_shapes
 from qlora_train.adapter.lora_targets import LoraTarget, choose_paths, choose_targets
 from qlora_train.errors import BaseModelError
-from qlora_train.module_patterns import last_name, pattern_of
 from qlora_train.recipe import LoraSection
-from qlora_train.recipe_checks import NO_DROPOUT_WITH_DORA, NO_DROPOUT_WITH_EXPERTS
+from qlora_train.recipe.checks import NO_DROPOUT_WITH_DORA, NO_DROPOUT_WITH_EXPERTS
+from qlora_train.recipe.module_patterns import last_name, pattern_of
 
 _Existing = tuple[list[str], list[str]]
 """Paths of the base's linears, and of its experts' parameters."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qlora_train.errors import BaseModelError
-from qlora_train.module_patterns import last_name, matching_names
+from qlora_train.recipe.module_patterns import last_name, matching_names
 
 _WRAPPED = ".base_layer"
 

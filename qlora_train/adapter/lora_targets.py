@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from qlora_train.adapter.adapter_config import layer_of, within_layer
 from qlora_train.errors import BaseModelError
-from qlora_train.module_patterns import Names, Number, deciding_key, matching_names
 from qlora_train.recipe import LoraSection
+from qlora_train.recipe.module_patterns import Names, Number, deciding_key, matching_names
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Mapping
 
 from qlora_train.data.tables import ExampleTable
-from qlora_train.recipe_checks import COLUMN_ROLES
+from qlora_train.recipe.checks import COLUMN_ROLES
 
 _QUESTIONS = ("prompt", "question", "instruction", "query", "input", "mr")
 _ANSWERS = ("completion", "answer", "response", "output", "reply", "target", "ref")

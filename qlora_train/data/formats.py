@@ -40,8 +40,8 @@ from qlora_train.data.conversations import (
 )
 from qlora_train.data.tables import Example, ExampleProblem, ExampleTable, listed, type_name
 from qlora_train.errors import DataError
-from qlora_train.recipe_checks import COLUMN_ROLES as ROLES
-from qlora_train.recipe_checks import OPTIONAL_ROLES
+from qlora_train.recipe.checks import COLUMN_ROLES as ROLES
+from qlora_train.recipe.checks import OPTIONAL_ROLES
 
 if TYPE_CHECKING:
     from qlora_train.recipe import DataSection

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_train.adapter.run_adapter import find_adapter
 from qlora_train.adapter.trained_on import find_base, read_trained_on
+from qlora_train.data.added_tokens import AddedTokens
 from qlora_train.data.prompts import stop_token_ids
 from qlora_train.data.tokenizer import read_stop_ids, tokenizer_of_run
 from qlora_train.device.compute_dtype import COMPUTE_DTYPES, dtype_name, resolve_dtype
@@ -106,12 +107,9 @@ def export(
         whole = AdapterFolder(recipe, folder, adapter, tokenizer, bool(added.ids), only_template)
         whole.write(target, for_vllm, log)
         return target
-    if to == "gguf" and added.ids:
-        raise ExportError(
-            "--to gguf: the run has trained rows of tokens (model.add_tokens), which are not written there. "
-            "Export with --to merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
-        )
-    gguf = _gguf_export(recipe, folder, tokenizer, end_ids, quant or "f16", log) if to == "gguf" else None
+    gguf = (
+        _gguf_export(recipe, folder, tokenizer, added, end_ids, quant or "f16", log) if to == "gguf" else None
+    )
     documents = _held_out(recipe, tokenizer, named, num_tokens, log) if num_tokens is not None else None
     with ExitStack() as stack:
         cached = None
@@ -204,6 +202,7 @@ def _gguf_export(
     recipe: Recipe,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
+    added: AddedTokens,
     end_ids: Sequence[int],
     quant: str,
     log: Callable[[str], None],
@@ -212,7 +211,7 @@ def _gguf_export(
         raise ExportError("--to gguf needs the gguf package: pip install 'gguf>=0.18'.")
     from qlora_train.export.gguf.export_gguf import GgufExport
 
-    return GgufExport(recipe, folder, tokenizer, end_ids, quant, log)
+    return GgufExport(recipe, folder, tokenizer, added, end_ids, quant, log)
 
 
 def _merged_onto(folder: Path, base: str | None, trained: Quantization) -> Quantization | None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from qlora_train.adapter.adapter_config import AdapterConfig
 from qlora_train.errors import ExportError
-from qlora_train.module_patterns import last_name
+from qlora_train.recipe.module_patterns import last_name
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LINEARS = {

@@ -16,12 +16,12 @@ from qlora_train.adapter.lora_targets import choose_targets
 from qlora_train.adapter.pissa import num_iterations, principal_ranks
 from qlora_train.device.description import DeviceDescription
 from qlora_train.model.quantized_matrix import RowLayout
-from qlora_train.module_patterns import Number
 from qlora_train.plan.host_budget import dtype_of
 from qlora_train.plan.model_shape import ModelShape
 from qlora_train.plan.split import Split, splits_of
 from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import Recipe
+from qlora_train.recipe.module_patterns import Number
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jinja2 import Environment
 from qlora_train.device.step_clock import BETWEEN_STEPS, OF_A_STEP, Cause
 from qlora_train.plan.words import duration
 from qlora_train.recipe import Recipe
-from qlora_train.recipe_yaml import yaml_text
+from qlora_train.recipe.yaml_file import yaml_text
 from qlora_train.report.adapter_facts import ModuleFacts
 from qlora_train.report.chart import Chart, Series, smoothed
 from qlora_train.report.run_facts import WARM_UP_STEPS, RunFacts

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.command import list_cases, run_bench
-from qlora_train.cli_types import count
+from qlora_train.cli.types import count
 from qlora_train.errors import QloraTrainError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks import speed_suite
 from benchmarks.case import Case
 from qlora_train.errors import UserError
-from qlora_train.recipe_yaml import nearest
+from qlora_train.recipe.yaml_file import nearest
 
 CASES: dict[str, Case] = {case.name: case for case in (*speed_suite.CASES,)}
 

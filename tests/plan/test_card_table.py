@@ -16,7 +16,7 @@ from qlora_train.plan.base_config import known_name
 from qlora_train.plan.card_table import kept_table, planned_lines, planned_recipes
 from qlora_train.plan.model_shape import known_shape
 from qlora_train.plan.request import FoundCard, free_here
-from qlora_train.recipe_files import bundled_recipes
+from qlora_train.recipe.files import bundled_recipes
 
 REPOSITORY = Path(__file__).parent.parent.parent
 GIB = 2**30

@@ -41,7 +41,7 @@ from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import load_recipe
-from qlora_train.recipe_files import bundled_recipes_dir
+from qlora_train.recipe.files import bundled_recipes_dir
 from qlora_train.train.schedule import learning_rate
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.walk.loss_scale import LossScale

@@ -16,7 +16,7 @@ from qlora_train.export import export
 from qlora_train.generate.model_folder import LoadedModel, load_model, load_run
 from qlora_train.generate.sampling import Sampling
 from qlora_train.recipe import load_recipe
-from qlora_train.recipe_files import bundled_recipes_dir
+from qlora_train.recipe.files import bundled_recipes_dir
 from qlora_train.train import train
 
 QUICKSTART = bundled_recipes_dir() / "quickstart"

@@ -30,7 +30,7 @@ from benchmarks.pieces.figures import compute_device
 from benchmarks.process import answer
 from qlora_train.micro_batch import IGNORED_LABEL
 from qlora_train.recipe import Recipe
-from qlora_train.recipe_files import bundled_recipes_dir
+from qlora_train.recipe.files import bundled_recipes_dir
 from qlora_train.train import train
 
 WARM_UP_STEPS = 50

@@ -29,7 +29,7 @@ from qlora_train.export import export
 from qlora_train.generate.command import generate_command
 from qlora_train.generate.sampling import Sampling
 from qlora_train.recipe import load_recipe
-from qlora_train.recipe_files import bundled_recipes_dir
+from qlora_train.recipe.files import bundled_recipes_dir
 from qlora_train.train import train
 
 ON_THE_CPU = {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}

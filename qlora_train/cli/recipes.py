@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_train.cli_generate import AddCommand
-from qlora_train.cli_types import size
+from qlora_train.cli.generate import AddCommand
+from qlora_train.cli.types import size
 from qlora_train.errors import UserError
-from qlora_train.recipe_files import bundled_recipes
-from qlora_train.recipe_yaml import nearest
+from qlora_train.recipe.files import bundled_recipes
+from qlora_train.recipe.yaml_file import nearest
 
 
 def add_init(command: AddCommand) -> None:
@@ -46,7 +46,7 @@ def add_recipes(command: AddCommand) -> None:
 def _init(args: argparse.Namespace) -> None:
     base = args.base or _asked("--base", "base model (a hub id or a folder)", _planned_lines)
     data = args.data or _asked("--data", "data (a file, a folder or a hub id)")
-    from qlora_train.new_recipe import init_command
+    from qlora_train.init.new_recipe import init_command
 
     init_command(
         base,

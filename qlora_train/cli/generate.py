@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_train.cli_types import (
+from qlora_train.cli.types import (
     count,
     named_path,
     names,

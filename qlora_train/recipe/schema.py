@@ -6,7 +6,7 @@ A recipe is read in four steps, and the problems of all steps are reported at on
    two equal keys win; here `1e-5` is a number and a duplicate key is a problem.
 2. *override*: `training.learning_rate=1e-4` from the command line, its value read by the same YAML rules.
    The length is given as `epochs` or as `max_steps`: overriding one replaces the other.
-3. *cross-check*: keys that contradict each other (`recipe_checks.contradictions`). This looks at **written**
+3. *cross-check*: keys that contradict each other (`recipe/checks.contradictions`). This looks at **written**
    values, before defaults: `quantization: int8` is valid, but not together with `double_quant: true`.
 4. *type-check*: the models below. Unknown keys are refused, with the nearest valid one, so that no key is
    silently ignored.
@@ -41,8 +41,7 @@ from pydantic import (
 )
 
 from qlora_train.errors import RecipeError
-from qlora_train.other_trainers import answer_to
-from qlora_train.recipe_checks import (
+from qlora_train.recipe.checks import (
     FOUR_BIT,
     MESSAGES,
     MOST_BINS,
@@ -67,8 +66,9 @@ from qlora_train.recipe_checks import (
     parse_size,
     with_dependent_defaults,
 )
-from qlora_train.recipe_files import bundled_recipes_dir, find_recipe, is_run_folder
-from qlora_train.recipe_yaml import MAX_PROBLEMS, Draft, KeyPath, nearest, show, yaml_text
+from qlora_train.recipe.files import bundled_recipes_dir, find_recipe, is_run_folder
+from qlora_train.recipe.other_trainers import answer_to
+from qlora_train.recipe.yaml_file import MAX_PROBLEMS, Draft, KeyPath, nearest, show, yaml_text
 
 
 def _auto_or_bool(value: Any) -> Any:

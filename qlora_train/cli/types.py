@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qlora_train.recipe_checks import parse_size
+from qlora_train.recipe.checks import parse_size
 
 
 def count(text: str) -> int:

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from qlora_train.data.building import open_data
 from qlora_train.data.formats import CHAT_FORMATS
 from qlora_train.errors import UserError
+from qlora_train.init.small_data import SmallData, read_small
 from qlora_train.plan.base_config import find_base_folder, find_config
 from qlora_train.plan.command import values_of
 from qlora_train.plan.report import summary_lines
@@ -26,7 +27,6 @@ from qlora_train.plan.request import PlanRequest, request_of
 from qlora_train.plan.words import refusal
 from qlora_train.recipe import Recipe
 from qlora_train.recipe_paths import require_paths
-from qlora_train.small_data import SmallData, read_small
 
 SEQUENCE_LENGTHS = (2048, 1024, 512, 256)
 LARGE_MODEL = 30e9

@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 from qlora_train.errors import RecipeError
-from qlora_train.recipe_yaml import nearest
+from qlora_train.recipe.yaml_file import nearest
 
 
 def bundled_recipes_dir() -> Path:
     """The folder of bundled recipes: inside the package in a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent / "_recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    package = Path(__file__).parent.parent
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def bundled_recipes() -> dict[str, Path]:

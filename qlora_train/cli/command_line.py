@@ -24,9 +24,9 @@ from typing import Any
 
 from qlora_train import __version__
 from qlora_train.boundary import os_error, reason_of
-from qlora_train.cli_generate import CHECKPOINT_HELP, add_chat, add_eval, add_generate
-from qlora_train.cli_recipes import add_init, add_recipes
-from qlora_train.cli_types import auto_count_or_none, count, size
+from qlora_train.cli.generate import CHECKPOINT_HELP, add_chat, add_eval, add_generate
+from qlora_train.cli.recipes import add_init, add_recipes
+from qlora_train.cli.types import auto_count_or_none, count, size
 from qlora_train.device.system import require_unix
 from qlora_train.errors import Interrupted, QloraTrainError, RecipeError
 from qlora_train.export import BASES, LOADERS, QUANTS, SERVER

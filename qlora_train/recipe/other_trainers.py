@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_train.recipe_yaml import show
+from qlora_train.recipe.yaml_file import show
 
 _OURS = {
     "model.base": "base_model model_name model_name_or_path pretrained_model_name_or_path model_id",

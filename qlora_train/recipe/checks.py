@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter
 
-from qlora_train.module_patterns import expression
-from qlora_train.recipe_yaml import KeyPath, nearest, show
+from qlora_train.recipe.module_patterns import expression
+from qlora_train.recipe.yaml_file import KeyPath, nearest, show
 
 FOUR_BIT = ("nf4", "fp4")
 COLUMN_ROLES = {
