@@ -365,7 +365,7 @@ def _peer(
     *,
     is_reference: bool,
 ) -> Stage:
-    row_tokens = case.settings["row_tokens"] // size.divisor
+    row_tokens = max(64, case.settings["row_tokens"] // size.divisor)  # soup-cli takes no fewer
     settings = {**case.settings, "row_tokens": row_tokens, **contender.arguments}
     if size.divisor > 1:
         settings |= {"num_timed": size.num_timed}
