@@ -127,7 +127,7 @@ def walk_model(
     config = read_config(folder)
     if reader is not None:  # a merged model is not quantized
         config.__dict__.pop("quantization_config", None)
-    if isinstance(reader, MergedReader):
+    if reader is not None and not isinstance(reader, ShardReader):  # merged, with added tokens
         config.vocab_size = reader.vocabulary_size
     shape_of_all = MetaModel(config, dtype, lora)  # stays on meta; the other one is materialized and used up
     checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from llama_cpp_server import LlamaCpp
 from peft import PeftModel
 from tiny_runs import (
     adapter_bytes,
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.cli import main
-from qlora_train.errors import BaseModelError, ExportError
+from qlora_train.errors import BaseModelError
 from qlora_train.export import export
 from qlora_train.export.receipt import RECEIPT_FILE
 from qlora_train.generate.decoding import generate_tokens
@@ -117,8 +118,14 @@ def test_peft_and_plain_transformers_load_what_was_trained(
     greedy = merged.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert greedy[0, len(prompt) :].tolist() == answer
 
-    with pytest.raises(ExportError, match=r"has trained rows of tokens \(model\.add_tokens\)"):
-        export(run, to="gguf", receipt=None)
+    gguf = export(run, to="gguf", quant="f32")
+    llama_cpp = LlamaCpp(gguf / "model-f32.gguf")
+    text = "<|im_start|>user\nab<tool>c<|im_end|>"
+    assert llama_cpp.token_ids(text) == AutoTokenizer.from_pretrained(run / "merged")(text).input_ids
+    found = llama_cpp.log_probabilities(every, num_rows)
+    torch.testing.assert_close(found, torch.log_softmax(logits_of(merged, every)[-1], -1), rtol=0, atol=2e-4)
+    (figures,) = json.loads((gguf / RECEIPT_FILE).read_text())["figures"]
+    assert abs(figures["loss_difference"]) < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     assert tokenizer("<tool><|im_end|>", add_special_tokens=False).input_ids == [261, 260]
     assert tokenizer.decode([261, 260], skip_special_tokens=True) == "<tool>"

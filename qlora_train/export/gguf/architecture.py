@@ -122,7 +122,6 @@ class Architecture:
         writer.add_key_length(self._head_size)
         writer.add_value_length(self._head_size)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(self._head_size)
         writer.add_rope_freq_base(self._rope["rope_theta"])
         if (kind := self._rope["rope_type"]) in ("linear", "yarn"):

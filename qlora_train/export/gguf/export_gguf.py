@@ -15,6 +15,7 @@ from torch import float32
 
 from qlora_train.adapter.adapter_files import load_adapter
 from qlora_train.boundary import require_free_disk
+from qlora_train.data.added_tokens import AddedTokens
 from qlora_train.data.chat.chat_format import ChatFormat
 from qlora_train.data.formats import PromptTemplate
 from qlora_train.data.prompts import is_chat
@@ -44,14 +45,16 @@ if TYPE_CHECKING:
 
 
 class GgufExport:
-    """An export of a run to GGUF. quant: "f16", "q8_0", ... stop_ids: tokens that end an answer. log: called
-    with lines of text. Raises `ExportError` for a model or tokenizer that llama.cpp does not have."""
+    """An export of a run to GGUF. tokenizer: with the tokens `added`, whose trained rows are written too.
+    stop_ids: tokens that end an answer. quant: "f16", "q8_0", ... log: called with lines of text. Raises
+    `ExportError` for a model or tokenizer that llama.cpp does not have."""
 
     def __init__(
         self,
         recipe: Recipe,
         base_folder: Path,
         tokenizer: PreTrainedTokenizerBase,
+        added: AddedTokens,
         stop_ids: Sequence[int],
         quant: str,
         log: Callable[[str], None],
@@ -60,7 +63,8 @@ class GgufExport:
         self._tokenizer = tokenizer
         config = read_config(base_folder)
         self._architecture = Architecture(base_folder, config)
-        self._vocabulary = GgufTokenizer(tokenizer, config.vocab_size, stop_ids, base_folder)
+        num_rows = added.vocabulary_size(config.vocab_size)
+        self._vocabulary = GgufTokenizer(tokenizer, num_rows, stop_ids, base_folder)
 
     def write(
         self, out: Path, source: Source, cached: QuantizedLayers | None, measure: Measure | None

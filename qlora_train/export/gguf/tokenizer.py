@@ -81,6 +81,7 @@ class GgufTokenizer:
         tokenizer = self._tokenizer
         writer.add_tokenizer_model("llama" if self._is_spm else "gpt2")
         writer.add_tokenizer_pre(self._cut)
+        writer.add_vocab_size(len(self._tokens))
         writer.add_token_list(self._tokens)
         writer.add_token_types(self._types)
         if self._is_spm:

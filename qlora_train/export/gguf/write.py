@@ -33,6 +33,7 @@ from qlora_train.export.gguf.architecture import ROPE_FACTORS, Architecture
 from qlora_train.export.merge import BLOCK_BYTES, MergedWeights
 from qlora_train.files.shards import TensorInfo, tensor_bytes
 
+EMBEDDING = "token_embd.weight"
 _DTYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
 _ERROR_BOUNDS = {
     GgmlType.F32: 0.0,
@@ -74,7 +75,7 @@ def list_tensors(weights: MergedWeights, architecture: Architecture, quant: str)
     """The tensors of the file. quant: `f16`, `q8_0`, ... Raises `ExportError` for one without a place."""
     wanted = GgmlType[quant.upper()]
     names = {name: architecture.tensor_name(name) for name in weights.shapes if not _is_computed(name)}
-    head = "output.weight" if "output.weight" in names.values() else "token_embd.weight"
+    head = "output.weight" if "output.weight" in names.values() else EMBEDDING
 
     def type_of(name: str, shape: tuple[int, ...]) -> GgmlType:
         if len(shape) < 2:
@@ -156,6 +157,11 @@ class GgufReader:
         self.folder = folder
         stored = {tensor.name: tensor.data for tensor in GGUFReader(file).tensors}
         self._tensors = {tensor.source: (tensor, stored[tensor.name]) for tensor in tensors}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return next(tensor.shape[0] for tensor, _ in self._tensors.values() if tensor.name == EMBEDDING)
 
     def names(self) -> list[str]:
         return list(self._tensors)
