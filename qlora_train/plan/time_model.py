@@ -222,8 +222,8 @@ def _forward_work(workload: Workload) -> _Work:
 
 
 def _expert_products(workload: Workload) -> tuple[int, int]:
-    """Products of one expert's rows in a micro-batch, (forward, backward): one with each weight, and with A and
-    B two forward and five backward. Backward repeats those of the first matrix."""
+    """Products of one expert's rows in a micro-batch, (forward, backward): one with each weight, and with A
+    and B two forward and five backward. Backward repeats those of the first matrix."""
     shape, forward, backward = workload.shape, 0, 0
     adapted = {path for path, _ in workload.lora_ranks}
     for path, (_, _, number) in shape.expert_shapes.items():
