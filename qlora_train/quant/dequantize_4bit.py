@@ -154,6 +154,7 @@ def dequantize_4bit_kernel(  # type: ignore[no-untyped-def]
         scale = tl.load(nested_code + scale.to(tl.int32)) * group_scale
         scale = scale + tl.load(nested_offset)
 
+    # One-dimensional: with a dimension of segments, Triton 3.6 exchanges codes through shared memory.
     byte = tl.arange(0, TILE // 2)
     pair = tl.load(data + first // 2 + byte, mask=byte < end_byte, other=0).to(tl.int32)
     scale = tl.broadcast_to(scale[:, None], (TILE // SEGMENT, SEGMENT // 2)).reshape(TILE // 2)
