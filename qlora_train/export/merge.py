@@ -162,6 +162,17 @@ class MergedWeights:
         self.dequantized = self._is_quantized_already | quantized
 
     @property
+    def tensors(self) -> dict[str, tuple[str, ...]]:
+        """Parameter of the language model -> the tensors whose rows, one after another, are its rows."""
+        checkpoint = self._checkpoint
+        own_head = {checkpoint.meta_model.own_head_name: (self._head,)}
+        return {
+            parameter: names
+            for parameter, names in (checkpoint.tensors | own_head).items()
+            if names[0] in self.shapes
+        }
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the merged embedding."""
         return self.shapes[self._checkpoint.find(self._checkpoint.meta_model.embedding_name)][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from llama_cpp_server import LlamaCpp
 from tiny_models import random_model, tiny_config
 from tiny_runs import CHAT_TEMPLATE, byte_tokenizer, recipe_values, write_recipe, write_rows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlora_train.adapter.adapter_config import AdapterConfig
+from qlora_train.adapter.adapter_config import AdapterConfig, name_parameters
 from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.errors import ExportError
 from qlora_train.export import QUANTS, export, export_run
-from qlora_train.export.gguf import export_gguf, write
+from qlora_train.export.gguf import export_gguf, tensors
 from qlora_train.export.gguf.ollama import TurnTexts
+from qlora_train.model.base import MetaModel
+from qlora_train.model.expert_lora import expert_stacks
 
 CHATS = [
     {
@@ -37,6 +40,8 @@ TOKEN_IDS = [(7 * i) % 90 + 3 for i in range(40)]  # beyond windows of 8, origin
 _OF_BYTES = {"trim_offsets": True, "use_regex": True}
 _GEMMA_SIZES = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 _CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}  # that bite in a tiny model
+# Rounding does not change which are chosen, and rows are a multiple of a block.
+_EVERY_EXPERT = {"norm_topk_prob": True, "num_experts_per_tok": 10, "moe_intermediate_size": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases, tied": (
@@ -55,6 +60,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", _GEMMA_SIZES | {"tie_word_embeddings": True} | _CAPS),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3_moe, every expert": ("qwen3_moe", _EVERY_EXPERT),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "olmoe": ("olmoe", {"num_key_value_heads": 4}),
+    "mixtral": ("mixtral", {"sliding_window": None}),
     "gemma3": ("gemma3_text", _GEMMA_SIZES | {"num_hidden_layers": 7, "tie_word_embeddings": True}),
 }
 
@@ -66,12 +76,13 @@ def write_run(
     rows: list[dict[str, Any]] = CHATS,
     data: dict[str, Any] | None = None,
     quantization: str = "none",
+    save_original_format: bool = True,
     **changes: Any,
 ) -> Path:
     """A base with a tokenizer, data, and an adapter on all linears."""
     tokenizer = tokenizer or byte_level_bpe()
     model = random_model(tiny_config(family, vocab_size=len(tokenizer) + 3, **changes))
-    model.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "base", save_original_format=save_original_format)
     tokenizer.save_pretrained(folder / "base")
     write_rows(folder / "rows.jsonl", rows)
     run = folder / "run"
@@ -88,7 +99,15 @@ def write_run(
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "layers" in name
     }
-    save_adapter(run / "adapter", AdapterConfig("base", 4, 8), lora)
+    stacks = expert_stacks(MetaModel(model.config, torch.float32).model)
+    for path, stack in stacks.items():
+        num_rows = stack.num_matrices * 4
+        lora[path] = (
+            torch.randn(num_rows, stack.in_features, generator=generator) * 0.1,
+            torch.randn(stack.out_features, num_rows, generator=generator) * 0.1,
+        )
+    config = AdapterConfig("base", 4, 8, target_parameters=name_parameters(stacks, stacks))
+    save_adapter(run / "adapter", config, lora)
     return run
 
 
@@ -111,13 +130,19 @@ def test_llama_cpp_computes_the_merged_model(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "name,quant",
+    [*product(["llama", "qwen2"], QUANTS), *product(["qwen3_moe, every expert"], ["bf16", "q8_0", "q4_0"])],
+)
 def test_every_quantization(tmp_path: Path, name: str, quant: str) -> None:
     """llama.cpp and transformers, which reads GGUF files itself, see the same model; so does the receipt."""
     family, changes = MODELS[name]
     folder = export(write_run(tmp_path, family, **changes), to="gguf", quant=quant)
-    expected = log_probabilities(folder, gguf_file=f"model-{quant}.gguf", dtype=torch.float32)
+    options = {"gguf_file": f"model-{quant}.gguf", "dtype": torch.float32}
+    config = AutoConfig.from_pretrained(
+        tmp_path / "base"
+    )  # it does not read the size of experts from the file
+    expected = log_probabilities(folder, config=config, **options)
     found = LlamaCpp(folder / f"model-{quant}.gguf").log_probabilities(TOKEN_IDS, len(expected))
     rounding = {"f32": 2e-4, "f16": 5e-3, "bf16": 3e-2}.get(quant, 8e-2)  # of activations, in llama.cpp
     torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
@@ -125,6 +150,18 @@ def test_every_quantization(tmp_path: Path, name: str, quant: str) -> None:
     assert figures["model"] == f"merged onto original weights, {quant} (written)"
     bounds = {"f32": 1e-6, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3, "q5_1": 0.02, "q5_0": 0.02}
     assert figures["kl"] < bounds.get(quant, 0.05)
+
+
+def test_experts_in_one_tensor_are_written_as_training_saw_them(tmp_path: Path) -> None:
+    """As transformers holds them, gate and up together; quantized in training, and written dequantized."""
+    family, changes = MODELS["qwen3_moe"]
+    run = write_run(tmp_path, family, quantization="nf4", save_original_format=False, **changes)
+    folder = export(run, to="gguf", quant="f32", base="dequantized")
+    expected = log_probabilities(export(run, base="dequantized", dtype="float32", receipt=None))
+    found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    written, other = json.loads((folder / "receipt.json").read_text())["figures"]
+    assert written["kl"] < 1e-6 < 1e-3 < other["kl"]
 
 
 def test_the_receipt_shows_the_base_that_is_closer(tmp_path: Path) -> None:
@@ -266,6 +303,9 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path) -> Non
         ("qwen2", {"rope_parameters": _YARN | {"attention_factor": 3.0}}, "attention_factor"),
         ("qwen3", {"attention_bias": True}, r"_proj\.bias"),
         ("llama", {"hidden_act": "relu"}, "activation relu"),
+        ("qwen3_moe", {}, "norm_topk_prob False in qwen3_moe"),
+        ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}, r"layers\.1\.mlp\.\w+_proj"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
     ],
 )
 def test_other_models_are_refused_by_name(
@@ -316,15 +356,15 @@ def test_a_file_that_is_not_what_was_merged_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = write_run(tmp_path)
-    quantized = write.GgufTensor.quantized
+    quantized = tensors.GgufTensor.quantized
 
-    def lose_one_byte(tensor: write.GgufTensor, rows: Tensor) -> memoryview:
+    def lose_one_byte(tensor: tensors.GgufTensor, rows: Tensor) -> memoryview:
         data = bytearray(quantized(tensor, rows))
         if tensor.name == "blk.1.ffn_up.weight":
             data[1] ^= 0x40
         return memoryview(data)
 
-    monkeypatch.setattr(write.GgufTensor, "quantized", lose_one_byte)
+    monkeypatch.setattr(tensors.GgufTensor, "quantized", lose_one_byte)
     with pytest.raises(ExportError, match=r"layers\.1\.mlp\.up_proj\.weight: read back"):
         export(run, to="gguf", receipt=None)
 

@@ -8,7 +8,6 @@ written whose model would answer differently.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_train.errors import ExportError
+from qlora_train.export.gguf.families import CAPS, FAMILIES
 
 OTHER_WAY = "Export with --to merged and try llama.cpp's convert_hf_to_gguf.py on that folder."
 ROPE_FACTORS = "rope_freqs.weight"
@@ -26,36 +26,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
-@dataclass(frozen=True)
-class _Family:
-    """name: llama.cpp's architecture. pairs_rotate: it rotates neighbours in a head, where transformers
-    rotates the two halves, so rows of q and k change places. adds_one: norms are stored as w of 1 + w, and
-    llama.cpp wants the sum. has_biases: its linears may have them. full_every: the only layers that attend
-    to everything are every so manieth, in a family with sliding windows; 0: llama.cpp has no window there.
-    """
-
-    name: MODEL_ARCH
-    pairs_rotate: bool = False
-    adds_one: bool = False
-    has_biases: bool = False
-    full_every: int = 0
-    activation: str = "silu"
-
-
-_FAMILIES = {
-    "llama": _Family(MODEL_ARCH.LLAMA, pairs_rotate=True, has_biases=True),
-    "mistral": _Family(MODEL_ARCH.LLAMA, pairs_rotate=True),
-    "smollm3": _Family(MODEL_ARCH.SMOLLM3, pairs_rotate=True),
-    "qwen2": _Family(MODEL_ARCH.QWEN2, has_biases=True),
-    "qwen3": _Family(MODEL_ARCH.QWEN3),
-    "phi3": _Family(MODEL_ARCH.PHI3),
-    "olmo2": _Family(MODEL_ARCH.OLMO2),
-    "granite": _Family(MODEL_ARCH.GRANITE, pairs_rotate=True),
-    "gemma": _Family(MODEL_ARCH.GEMMA, adds_one=True, activation="gelu_pytorch_tanh"),
-    "gemma2": _Family(MODEL_ARCH.GEMMA2, adds_one=True, full_every=2, activation="gelu_pytorch_tanh"),
-    "gemma3_text": _Family(MODEL_ARCH.GEMMA3, adds_one=True, full_every=6, activation="gelu_pytorch_tanh"),
-}
-_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 """There llama.cpp scales attention by the hidden size per head, elsewhere by the head's own size."""
 
@@ -68,10 +38,10 @@ class Architecture:
         """folder: named in messages. Raises `ExportError` for a config that llama.cpp has no architecture
         for."""
         self._folder, self.config = folder, config
-        if config.model_type not in _FAMILIES:
-            known = ", ".join(_FAMILIES)
+        if config.model_type not in FAMILIES:
+            known = ", ".join(FAMILIES)
             raise self._refusal(f"the family {config.model_type} (of {known})")
-        self.family = _FAMILIES[config.model_type]
+        self.family = FAMILIES[config.model_type]
         self._head_size = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
@@ -84,11 +54,12 @@ class Architecture:
     def name(self) -> str:
         return str(MODEL_ARCH_NAMES[self.family.name])
 
-    def tensor_name(self, name: str) -> str:
-        """llama.cpp's name of a checkpoint's tensor."""
+    def tensor_name(self, parameter: str) -> str:
+        """llama.cpp's name of a parameter of the family's class."""
+        name = parameter if parameter.endswith((".weight", ".bias")) else f"{parameter}.weight"
         found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None or (name.endswith(".bias") and not self.family.has_biases):
-            raise self._refusal(f"the tensor {name}")
+            raise self._refusal(f"the tensor {parameter}")
         return str(found)
 
     def num_rotated_heads(self, name: str) -> int:
@@ -131,13 +102,19 @@ class Architecture:
             writer.add_rope_scaling_orig_ctx_len(self._rope["original_max_position_embeddings"])
         if self.family.full_every:
             writer.add_sliding_window(config.sliding_window)
-        optional: dict[str, Callable[[float], None]] = {
+        if experts := getattr(config, "num_experts", None):
+            writer.add_expert_count(experts)
+            writer.add_expert_used_count(config.num_experts_per_tok)
+            size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+            writer.add_expert_feed_forward_length(size)
+        optional: dict[str, Callable[[Any], None]] = {
             "attn_logit_softcapping": writer.add_attn_logit_softcapping,
             "final_logit_softcapping": writer.add_final_logit_softcapping,
             "logits_scaling": writer.add_logit_scale,
             "residual_multiplier": writer.add_residual_scale,
             "embedding_multiplier": writer.add_embedding_scale,
             "attention_multiplier": writer.add_attention_scale,
+            "shared_expert_intermediate_size": writer.add_expert_shared_feed_forward_length,
         }
         for key, add in optional.items():
             if (value := getattr(config, key, None)) is not None:
@@ -189,6 +166,9 @@ class Architecture:
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation != family.activation:
             raise self._refusal(f"the activation {activation} in {config.model_type}")
+        for key, value in family.fixed.items():
+            if getattr(config, key) != value:
+                raise self._refusal(f"{key} {getattr(config, key)} in {config.model_type}")
         layers = range(1, config.num_hidden_layers + 1)
         if family.full_every:
             fixed = [f"{'sliding' if i % family.full_every else 'full'}_attention" for i in layers]
@@ -199,8 +179,8 @@ class Architecture:
                 in_head = config.hidden_size // config.num_attention_heads
             if config.query_pre_attn_scalar != in_head:
                 raise self._refusal(f"query_pre_attn_scalar {config.query_pre_attn_scalar}")
-        caps = [key for key in _CAPS if getattr(config, key, None) is not None]
-        if caps != (list(_CAPS) if config.model_type == "gemma2" else []):
+        caps = [key for key in CAPS if getattr(config, key, None) is not None]
+        if tuple(caps) not in family.caps:
             raise self._refusal(f"{config.model_type} with caps on these logits alone: {caps}")
         if getattr(config, "use_bidirectional_attention", False):
             raise self._refusal("bidirectional attention")

@@ -23,14 +23,9 @@ from qlora_train.errors import DataError, ExportError
 from qlora_train.export.companions import LICENSES, copy_companions
 from qlora_train.export.gguf.architecture import Architecture
 from qlora_train.export.gguf.ollama import TurnTexts, create_command, go_prompt, modelfile
+from qlora_train.export.gguf.tensors import file_type, list_tensors
 from qlora_train.export.gguf.tokenizer import GgufTokenizer
-from qlora_train.export.gguf.write import (
-    GgufReader,
-    compare_with_merged,
-    file_type,
-    list_tensors,
-    write_gguf,
-)
+from qlora_train.export.gguf.write import GgufReader, compare_with_merged, write_gguf
 from qlora_train.export.measure import Measure, Source
 from qlora_train.export.merge import MergedWeights
 from qlora_train.export.model_card import CARD_FILE, model_card
@@ -81,7 +76,7 @@ class GgufExport:
             with atomic_folder(out) as partial:
                 file = partial / f"model-{self._quant}.gguf"
                 write_gguf(file, self._writer(), tensors, weights, architecture.rope_factors())
-                reader = GgufReader(self._base_folder, file, tensors)
+                reader = GgufReader(self._base_folder, file, tensors, weights.shapes)
                 for line in compare_with_merged(reader, tensors, weights):
                     log(line)
                 if measure is not None:

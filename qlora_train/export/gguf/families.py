@@ -1,0 +1,58 @@
+"""The families that `export --to gguf` writes: llama.cpp's name for each, and what its program fixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from gguf import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS
+
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+GELU = "gelu_pytorch_tanh"
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: llama.cpp's architecture. pairs_rotate: it rotates neighbours in a head, where transformers
+    rotates the two halves, so rows of q and k change places. adds_one: norms are stored as w of 1 + w, and
+    llama.cpp wants the sum. has_biases: its linears may have them. full_every: the only layers that attend
+    to everything are every so manieth, in a family with sliding windows; 0: llama.cpp has no window there.
+    caps: sets of logits that may be capped. fixed: settings of config.json that llama.cpp's program has
+    whatever the file says. alternates: experts are [in, out], and rows of gate and up take turns.
+    """
+
+    name: MODEL_ARCH
+    pairs_rotate: bool = False
+    adds_one: bool = False
+    has_biases: bool = False
+    full_every: int = 0
+    activation: str = "silu"
+    caps: tuple[tuple[str, ...], ...] = ((),)
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    alternates: bool = False
+
+    @property
+    def fuses_gate_and_up(self) -> bool:
+        """Whether gate and up of all experts are one tensor in the file."""
+        return MODEL_TENSOR.FFN_GATE_UP_EXP in MODEL_TENSORS[self.name]
+
+
+FAMILIES = {
+    "llama": Family(MODEL_ARCH.LLAMA, pairs_rotate=True, has_biases=True),
+    "mistral": Family(MODEL_ARCH.LLAMA, pairs_rotate=True),
+    "smollm3": Family(MODEL_ARCH.SMOLLM3, pairs_rotate=True),
+    "qwen2": Family(MODEL_ARCH.QWEN2, has_biases=True),
+    "qwen3": Family(MODEL_ARCH.QWEN3),
+    "phi3": Family(MODEL_ARCH.PHI3),
+    "olmo2": Family(MODEL_ARCH.OLMO2),
+    "granite": Family(MODEL_ARCH.GRANITE, pairs_rotate=True),
+    "gemma": Family(MODEL_ARCH.GEMMA, adds_one=True, activation=GELU),
+    "gemma2": Family(MODEL_ARCH.GEMMA2, adds_one=True, full_every=2, activation=GELU, caps=(CAPS,)),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, adds_one=True, full_every=6, activation=GELU),
+    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, has_biases=True, fixed={"norm_topk_prob": False}),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, fixed={"norm_topk_prob": True}),
+    "olmoe": Family(MODEL_ARCH.OLMOE, fixed={"norm_topk_prob": False, "clip_qkv": None}),
+    "mixtral": Family(MODEL_ARCH.LLAMA, pairs_rotate=True),
+}
