@@ -1,199 +1,49 @@
-"""GGUF files against transformers on the merged model, in llama.cpp itself; and what is refused or undone."""
+"""GGUF files: tokens in llama.cpp itself, what stands beside them, and what is refused or undone."""
 
 from __future__ import annotations
 
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-import torch
-from gguf_tokenizers import BYTE_LEVEL_CUTS, HARD_TEXT, TEMPLATE, byte_level_bpe, sentencepiece_bpe
+from gguf_runs import GEMMA2, MODELS, YARN, write_run
+from gguf_tokenizers import (
+    BYTE_LEVEL_CUTS,
+    HARD_TEXT,
+    TEMPLATE,
+    byte_level_bpe,
+    gemma4_bpe,
+    sentencepiece_bpe,
+)
 from llama_cpp_server import LlamaCpp
-from tiny_models import random_model, tiny_config
-from tiny_runs import CHAT_TEMPLATE, byte_tokenizer, recipe_values, write_recipe, write_rows
+from tiny_runs import CHAT_TEMPLATE, byte_tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from qlora_train.adapter.adapter_config import AdapterConfig, name_parameters
-from qlora_train.adapter.adapter_files import save_adapter
 from qlora_train.errors import ExportError
-from qlora_train.export import QUANTS, export, export_run
+from qlora_train.export import export, export_run
 from qlora_train.export.gguf import export_gguf, tensors
 from qlora_train.export.gguf.ollama import TurnTexts
-from qlora_train.model.base import MetaModel
-from qlora_train.model.expert_lora import expert_stacks
+from qlora_train.export.gguf.tokenizer import GgufTokenizer
 
-CHATS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"Add {i} and 1."},
-            {"role": "assistant", "content": str(i + 1)},
-        ]
-    }
-    for i in range(30)
-]
-_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-TOKEN_IDS = [(7 * i) % 90 + 3 for i in range(40)]  # beyond windows of 8, original contexts of 16
 _OF_BYTES = {"trim_offsets": True, "use_regex": True}
-_GEMMA_SIZES = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
-_CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}  # that bite in a tiny model
-# Rounding does not change which are chosen, and rows are a multiple of a block.
-_EVERY_EXPERT = {"norm_topk_prob": True, "num_experts_per_tok": 10, "moe_intermediate_size": 64}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama with biases, tied": (
-        "llama",
-        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    ),
-    "llama 3": ("llama3-rope", {"head_dim": 24}),
-    "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "mistral": ("mistral", {"sliding_window": 64}),
-    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
-    "qwen2": ("qwen2", {}),
-    "qwen2 yarn": ("qwen2", {"rope_parameters": _YARN}),
-    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
-    "phi3": ("phi3", {}),
-    "olmo2": ("olmo2", {}),
-    "granite": ("granite", {}),
-    "gemma": ("gemma", {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", _GEMMA_SIZES | {"tie_word_embeddings": True} | _CAPS),
-    "qwen2_moe": ("qwen2_moe", {}),
-    "qwen3_moe, every expert": ("qwen3_moe", _EVERY_EXPERT),
-    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
-    "olmoe": ("olmoe", {"num_key_value_heads": 4}),
-    "mixtral": ("mixtral", {"sliding_window": None}),
-    "gemma3": ("gemma3_text", _GEMMA_SIZES | {"num_hidden_layers": 7, "tie_word_embeddings": True}),
-}
-
-
-def write_run(
-    folder: Path,
-    family: str = "llama",
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    rows: list[dict[str, Any]] = CHATS,
-    data: dict[str, Any] | None = None,
-    quantization: str = "none",
-    save_original_format: bool = True,
-    **changes: Any,
-) -> Path:
-    """A base with a tokenizer, data, and an adapter on all linears."""
-    tokenizer = tokenizer or byte_level_bpe()
-    model = random_model(tiny_config(family, vocab_size=len(tokenizer) + 3, **changes))
-    model.save_pretrained(folder / "base", save_original_format=save_original_format)
-    tokenizer.save_pretrained(folder / "base")
-    write_rows(folder / "rows.jsonl", rows)
-    run = folder / "run"
-    run.mkdir()
-    sections = {"data": {"eval": 0.5} | (data or {}), "model": {"quantization": quantization}}
-    values = recipe_values(folder / "base", folder / "rows.jsonl", run, **sections)
-    write_recipe(run / "recipe.yaml", values)
-    generator = torch.Generator().manual_seed(2)
-    lora = {
-        name: (
-            torch.randn(4, module.in_features, generator=generator) * 0.1,
-            torch.randn(module.out_features, 4, generator=generator) * 0.1,
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "layers" in name
-    }
-    stacks = expert_stacks(MetaModel(model.config, torch.float32).model)
-    for path, stack in stacks.items():
-        num_rows = stack.num_matrices * 4
-        lora[path] = (
-            torch.randn(num_rows, stack.in_features, generator=generator) * 0.1,
-            torch.randn(stack.out_features, num_rows, generator=generator) * 0.1,
-        )
-    config = AdapterConfig("base", 4, 8, target_parameters=name_parameters(stacks, stacks))
-    save_adapter(run / "adapter", config, lora)
-    return run
-
-
-def log_probabilities(folder: Path, **options: Any) -> Tensor:
-    """transformers' own, of the token after `TOKEN_IDS`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    with torch.no_grad():
-        return torch.log_softmax(model(torch.tensor([TOKEN_IDS])).logits[0, -1].float(), -1)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_computes_the_merged_model(tmp_path: Path, name: str) -> None:
-    family, changes = MODELS[name]
-    run = write_run(tmp_path, family, **changes)
-    folder = export(run, to="gguf", quant="f32", receipt=None)
-    llama_cpp = LlamaCpp(folder / "model-f32.gguf")
-    expected = log_probabilities(export(run, dtype="float32", receipt=None))
-    found = llama_cpp.log_probabilities(TOKEN_IDS, len(expected))
-    atol = 1e-2 if "gemma" in name else 2e-4  # llama.cpp looks GELU up in a table in half precision
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
-    "name,quant",
-    [*product(["llama", "qwen2"], QUANTS), *product(["qwen3_moe, every expert"], ["bf16", "q8_0", "q4_0"])],
+    "kind", [*BYTE_LEVEL_CUTS, "sentencepiece", "sentencepiece without prefix", "gemma4"]
 )
-def test_every_quantization(tmp_path: Path, name: str, quant: str) -> None:
-    """llama.cpp and transformers, which reads GGUF files itself, see the same model; so does the receipt."""
-    family, changes = MODELS[name]
-    folder = export(write_run(tmp_path, family, **changes), to="gguf", quant=quant)
-    options = {"gguf_file": f"model-{quant}.gguf", "dtype": torch.float32}
-    config = AutoConfig.from_pretrained(
-        tmp_path / "base"
-    )  # it does not read the size of experts from the file
-    expected = log_probabilities(folder, config=config, **options)
-    found = LlamaCpp(folder / f"model-{quant}.gguf").log_probabilities(TOKEN_IDS, len(expected))
-    rounding = {"f32": 2e-4, "f16": 5e-3, "bf16": 3e-2}.get(quant, 8e-2)  # of activations, in llama.cpp
-    torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
-    (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
-    assert figures["model"] == f"merged onto original weights, {quant} (written)"
-    bounds = {"f32": 1e-6, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3, "q5_1": 0.02, "q5_0": 0.02}
-    assert figures["kl"] < bounds.get(quant, 0.05)
-
-
-def test_experts_in_one_tensor_are_written_as_training_saw_them(tmp_path: Path) -> None:
-    """As transformers holds them, gate and up together; quantized in training, and written dequantized."""
-    family, changes = MODELS["qwen3_moe"]
-    run = write_run(tmp_path, family, quantization="nf4", save_original_format=False, **changes)
-    folder = export(run, to="gguf", quant="f32", base="dequantized")
-    expected = log_probabilities(export(run, base="dequantized", dtype="float32", receipt=None))
-    found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
-    written, other = json.loads((folder / "receipt.json").read_text())["figures"]
-    assert written["kl"] < 1e-6 < 1e-3 < other["kl"]
-
-
-def test_the_receipt_shows_the_base_that_is_closer(tmp_path: Path) -> None:
-    """What training saw were quantized weights: a fine format keeps them, a coarse one keeps neither base."""
-    run = write_run(tmp_path, quantization="nf4", hidden_size=64, intermediate_size=128)
-    said: list[str] = []
-    advice = "--base dequantized would be closer to the trained model, unless it is to be loaded in 4 bits"
-    for quant, base in (("q8_0", None), ("f32", "dequantized"), ("q4_0", None)):
-        said.clear()
-        folder = export(
-            run, to="gguf", quant=quant, base=base, out=tmp_path / f"{quant} {base}", log=said.append
-        )
-        receipt = json.loads((folder / "receipt.json").read_text())
-        written, *others = receipt["figures"]
-        other = "dequantized" if base is None else "original"
-        names = [f"merged onto {other} weights, before {quant} (not written)"] if quant != "q4_0" else []
-        assert [one["model"] for one in others] == names
-        is_advised = (quant, base) == ("q8_0", None)
-        assert (receipt["remark"] == advice) == (advice in said) == is_advised
-        if is_advised:
-            assert others[0]["kl"] < 1e-6 < 1e-3 < written["kl"]
-        elif others:
-            assert written["kl"] < 1e-6 < others[0]["kl"] and receipt["remark"] is None
-
-
-@pytest.mark.parametrize("kind", [*BYTE_LEVEL_CUTS, "sentencepiece", "sentencepiece without prefix"])
 def test_llama_cpp_tokenises_the_same(tmp_path: Path, kind: str) -> None:
-    if kind in BYTE_LEVEL_CUTS:
+    family, changes = MODELS["gemma4"] if kind == "gemma4" else ("llama", {"num_hidden_layers": 1})
+    if kind == "gemma4":
+        tokenizer = gemma4_bpe()
+    elif kind in BYTE_LEVEL_CUTS:
         tokenizer = byte_level_bpe(kind)
     else:
         tokenizer = sentencepiece_bpe(with_prefix=kind == "sentencepiece")
-    run = write_run(tmp_path, tokenizer=tokenizer, num_hidden_layers=1)
+    run = write_run(tmp_path, family, tokenizer, **changes)
     said: list[str] = []
     llama_cpp = LlamaCpp(export(run, to="gguf", receipt=None, log=said.append) / "model-f16.gguf")
     hard_text = HARD_TEXT
@@ -296,16 +146,17 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path) -> Non
     "family,changes,message",
     [
         ("cohere", {}, "the family cohere"),
-        ("gemma2", _GEMMA_SIZES | {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
-        ("gemma2", _GEMMA_SIZES | {"layer_types": ["full_attention"] * 3}, "order of layers"),
-        ("gemma2", _GEMMA_SIZES | {"final_logit_softcapping": None}, "caps on these logits"),
+        ("gemma2", GEMMA2 | {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
+        ("gemma2", GEMMA2 | {"layer_types": ["full_attention"] * 3}, "order of layers"),
+        ("gemma2", GEMMA2 | {"final_logit_softcapping": None}, "caps on these logits"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
-        ("qwen2", {"rope_parameters": _YARN | {"attention_factor": 3.0}}, "attention_factor"),
+        ("qwen2", {"rope_parameters": YARN | {"attention_factor": 3.0}}, "attention_factor"),
         ("qwen3", {"attention_bias": True}, r"_proj\.bias"),
         ("llama", {"hidden_act": "relu"}, "activation relu"),
         ("qwen3_moe", {}, "norm_topk_prob False in qwen3_moe"),
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}, r"layers\.1\.mlp\.\w+_proj"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ("gemma4_text", MODELS["gemma4"][1] | {"use_bidirectional_attention": "all"}, "bidirectional"),
     ],
 )
 def test_other_models_are_refused_by_name(
@@ -334,6 +185,18 @@ def test_other_tokenizers_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=message):
             export(run, to="gguf", receipt=None)
     assert sorted(path.name for path in run.iterdir()) == ["adapter", "recipe.yaml"]
+
+
+def test_tokens_across_a_newline_are_refused_for_gemma4(tmp_path: Path) -> None:
+    tokenizer = gemma4_bpe()
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole["model"]["vocab"]["a\n"] = len(tokenizer)
+    whole["model"]["merges"].append(["a", "\n"])
+    changed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(whole)), bos_token="<bos>", eos_token="<eos>"
+    )
+    with pytest.raises(ExportError, match=r"a tokenizer with the token 'a\\n'"):
+        GgufTokenizer(changed, len(changed), [changed.eos_token_id], tmp_path, is_gemma4=True)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, get_tensor_name_map
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_train.errors import ExportError
-from qlora_train.export.gguf.families import CAPS, FAMILIES
+from qlora_train.export.gguf.families import CAPS, FAMILIES, ROPE_SETTINGS
 
 OTHER_WAY = "Export with --to merged and try llama.cpp's convert_hf_to_gguf.py on that folder."
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor [head size / 2]: what each rotary frequency is divided by."""
+NO_ROTATION = 1e30
+"""Divisor of a frequency that is 0."""
+_THETA_OF_SLIDING = 10000.0  # fixed in llama.cpp for most families
+_SUFFIXES = (".weight", ".bias", ".scale")
+_RENAMED = {".router.scale": ".router.proj.scale", ".router.per_expert_scale": ".experts.down_proj.scale"}
+"""Endings of parameters that llama.cpp calls after the weight beside them."""
+_WITH_DIVISORS = ("llama3", "proportional")
+"""Rotary embeddings that llama.cpp makes with a tensor of divisors."""
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
@@ -42,7 +50,10 @@ class Architecture:
             known = ", ".join(FAMILIES)
             raise self._refusal(f"the family {config.model_type} (of {known})")
         self.family = FAMILIES[config.model_type]
-        self._head_size = getattr(config, "head_dim", None) or (
+        self._layers = [config] * config.num_hidden_layers
+        if getattr(config, "is_heterogeneous", False):
+            self._layers = list(config.per_layer_config)
+        self._head_size = getattr(self._layers[-1], "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
         self._names = get_tensor_name_map(self.family.name, config.num_hidden_layers)
@@ -56,31 +67,34 @@ class Architecture:
 
     def tensor_name(self, parameter: str) -> str:
         """llama.cpp's name of a parameter of the family's class."""
-        name = parameter if parameter.endswith((".weight", ".bias")) else f"{parameter}.weight"
-        found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        name = parameter
+        for ending, other in _RENAMED.items():
+            if name.endswith(ending):
+                name = name.removesuffix(ending) + other
+        name = name if name.endswith(_SUFFIXES) else f"{name}.weight"
+        found = self._names.get_name(name, try_suffixes=_SUFFIXES)
         if found is None or (name.endswith(".bias") and not self.family.has_biases):
             raise self._refusal(f"the tensor {parameter}")
         return str(found)
 
     def num_rotated_heads(self, name: str) -> int:
         """The heads whose rows of a tensor change places; 0: the rows stay as they are."""
-        heads = {
-            ".q_proj": self.config.num_attention_heads,
-            ".k_proj": self.config.num_key_value_heads,
-        }
-        path = name.rpartition(".")[0]
-        return next((n for ending, n in heads.items() if path.endswith(ending)), 0) * self.family.pairs_rotate
+        projection = name.split(".")[-2] if self.family.pairs_rotate else ""
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(projection)
+        return getattr(self.config, heads) if heads else 0
 
     def is_shifted_norm(self, name: str) -> bool:
         return self.family.adds_one and name.endswith("norm.weight")
 
     def rope_factors(self) -> Tensor | None:
-        """The divisors of the rotary frequencies [head size / 2], for Llama 3's scaling."""
-        if self._rope["rope_type"] != "llama3":
+        """The divisors of the rotary frequencies [head size / 2], for kinds in `_WITH_DIVISORS`."""
+        kind = self._rope["rope_type"]
+        if kind not in _WITH_DIVISORS:
             return None
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](self.config, torch.device("cpu"))
+        layer_type = "full_attention" if "full_attention" in self.config.rope_parameters else None
+        scaled, _ = ROPE_INIT_FUNCTIONS[kind](self.config, torch.device("cpu"), layer_type=layer_type)
         steps = torch.arange(0, self._head_size, 2, dtype=torch.float64) / self._head_size
-        return (self._rope["rope_theta"] ** -steps / scaled.double()).float()
+        return (self._rope["rope_theta"] ** -steps / scaled.double()).clamp(max=NO_ROTATION).float()
 
     def write_metadata(self, writer: GGUFWriter) -> None:
         config = self.config
@@ -89,7 +103,8 @@ class Architecture:
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
+        num_kv_heads = [layer.num_key_value_heads for layer in self._layers]
+        writer.add_head_count_kv(num_kv_heads if self.family.sizes_by_layer else num_kv_heads[0])
         writer.add_key_length(self._head_size)
         writer.add_value_length(self._head_size)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -100,11 +115,13 @@ class Architecture:
             writer.add_rope_scaling_factor(self._rope["factor"])
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(self._rope["original_max_position_embeddings"])
-        if self.family.full_every:
+        if self.family.full_every or self.family.sizes_by_layer:
             writer.add_sliding_window(config.sliding_window)
+        if self.family.sizes_by_layer:
+            self._write_sizes_of_sliding_layers(writer)
         if experts := getattr(config, "num_experts", None):
             writer.add_expert_count(experts)
-            writer.add_expert_used_count(config.num_experts_per_tok)
+            writer.add_expert_used_count(getattr(config, "top_k_experts", None) or config.num_experts_per_tok)
             size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
             writer.add_expert_feed_forward_length(size)
         optional: dict[str, Callable[[Any], None]] = {
@@ -120,31 +137,31 @@ class Architecture:
             if (value := getattr(config, key, None)) is not None:
                 add(value)
 
+    def _write_sizes_of_sliding_layers(self, writer: GGUFWriter) -> None:
+        slides = [kind == "sliding_attention" for kind in self.config.layer_types]
+        head_size = self._layers[slides.index(True)].head_dim
+        writer.add_sliding_window_pattern(slides)
+        writer.add_key_length_swa(head_size)
+        writer.add_value_length_swa(head_size)
+        writer.add_rope_dimension_count_swa(head_size)
+        writer.add_rope_freq_base_swa(_THETA_OF_SLIDING)
+        writer.add_embedding_length_per_layer_input(0)
+
     def _read_rope(self) -> Mapping[str, Any]:
         """The rotary embedding of the layers that attend to everything. Raises `ExportError` for settings
         that a GGUF file has no place for."""
         given = dict(self.config.rope_parameters)
         if "full_attention" in given:
             sliding, given = given["sliding_attention"], dict(given["full_attention"])
-            if (sliding.get("rope_type"), sliding["rope_theta"]) != ("default", 10000.0):
+            if (sliding.get("rope_type"), sliding["rope_theta"]) != ("default", _THETA_OF_SLIDING):
                 raise self._refusal(f"the rotary embedding {sliding} of layers with a sliding window")
         kind = given.setdefault("rope_type", "default")
-        known = {"rope_type", "rope_theta"} | {
-            "default": set(),
-            "linear": {"factor"},
-            "yarn": {"factor", "original_max_position_embeddings"},
-            "llama3": {
-                *("factor", "low_freq_factor", "high_freq_factor"),
-                "original_max_position_embeddings",
-            },
-        }.get(kind, set())
+        known = {"rope_type", "rope_theta"} | ROPE_SETTINGS.get(kind, set())
         for key, value in given.items():
             is_default = value is None or value == (_YARN_DEFAULTS | {"partial_rotary_factor": 1.0}).get(key)
             if key not in known and not is_default:
                 raise self._refusal(f"the rotary embedding's {key}: {value}")
-        if kind not in ("default", "linear", "yarn", "llama3") or (
-            kind == "llama3" and self.family.name != MODEL_ARCH.LLAMA
-        ):
+        if kind not in self.family.ropes:
             raise self._refusal(f"the rotary embedding {kind}")
         return given
 
@@ -154,7 +171,7 @@ class Architecture:
         kinds = getattr(config, "layer_types", None)
         window: int = getattr(config, "sliding_window", None) or length
         slides = window < length and (kinds is None or "sliding_attention" in kinds)
-        if self.family.full_every or not slides:
+        if self.family.full_every or self.family.sizes_by_layer or not slides:
             return length, ""
         return window, (
             f"context: {window:,} tokens, the model's sliding window, which llama.cpp does not have for this"
@@ -175,14 +192,14 @@ class Architecture:
             if list(config.layer_types) != fixed:
                 raise self._refusal("this order of layers with a sliding window")
             in_head = self._head_size
-            if config.num_hidden_layers == _LAYERS_OF_GEMMA_27B[config.model_type]:
+            if config.num_hidden_layers == _LAYERS_OF_GEMMA_27B.get(config.model_type):
                 in_head = config.hidden_size // config.num_attention_heads
-            if config.query_pre_attn_scalar != in_head:
+            if getattr(config, "query_pre_attn_scalar", in_head) != in_head:
                 raise self._refusal(f"query_pre_attn_scalar {config.query_pre_attn_scalar}")
         caps = [key for key in CAPS if getattr(config, key, None) is not None]
         if tuple(caps) not in family.caps:
             raise self._refusal(f"{config.model_type} with caps on these logits alone: {caps}")
-        if getattr(config, "use_bidirectional_attention", False):
+        if getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision"):
             raise self._refusal("bidirectional attention")
         with_rope = [int(i % 4 != 0) for i in layers]
         if config.model_type == "smollm3" and list(config.no_rope_layers) != with_rope:

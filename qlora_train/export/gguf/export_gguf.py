@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_VERSION, GGUFWriter
+from gguf import GGML_QUANT_VERSION, MODEL_ARCH, GGUFWriter
 from torch import float32
 
 from qlora_train.adapter.adapter_files import load_adapter
@@ -59,7 +59,8 @@ class GgufExport:
         config = read_config(base_folder)
         self._architecture = Architecture(base_folder, config)
         num_rows = added.vocabulary_size(config.vocab_size)
-        self._vocabulary = GgufTokenizer(tokenizer, num_rows, stop_ids, base_folder)
+        is_gemma4 = self._architecture.family.name == MODEL_ARCH.GEMMA4
+        self._vocabulary = GgufTokenizer(tokenizer, num_rows, stop_ids, base_folder, is_gemma4)
 
     def write(
         self, out: Path, source: Source, cached: QuantizedLayers | None, measure: Measure | None

@@ -10,6 +10,14 @@ from typing import Any
 from gguf import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+ROPE_SETTINGS = {
+    "linear": {"factor"},
+    "proportional": {"partial_rotary_factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+"""What a file says of each kind of rotary embedding, beside its base."""
+_ROPES = ("default", "linear", "yarn")
 GELU = "gelu_pytorch_tanh"
 
 
@@ -19,8 +27,10 @@ class Family:
     rotates the two halves, so rows of q and k change places. adds_one: norms are stored as w of 1 + w, and
     llama.cpp wants the sum. has_biases: its linears may have them. full_every: the only layers that attend
     to everything are every so manieth, in a family with sliding windows; 0: llama.cpp has no window there.
-    caps: sets of logits that may be capped. fixed: settings of config.json that llama.cpp's program has
-    whatever the file says. alternates: experts are [in, out], and rows of gate and up take turns.
+    ropes: kinds of rotary embedding. caps: sets of logits that may be capped. fixed: settings of config.json
+    that llama.cpp's program has whatever the file says. alternates: experts are [in, out], and rows of gate
+    and up take turns. sizes_by_layer: layers with a sliding window have heads of another size, and the file
+    says which they are.
     """
 
     name: MODEL_ARCH
@@ -29,9 +39,11 @@ class Family:
     has_biases: bool = False
     full_every: int = 0
     activation: str = "silu"
+    ropes: tuple[str, ...] = _ROPES
     caps: tuple[tuple[str, ...], ...] = ((),)
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     alternates: bool = False
+    sizes_by_layer: bool = False
 
     @property
     def fuses_gate_and_up(self) -> bool:
@@ -40,8 +52,8 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(MODEL_ARCH.LLAMA, pairs_rotate=True, has_biases=True),
-    "mistral": Family(MODEL_ARCH.LLAMA, pairs_rotate=True),
+    "llama": Family(MODEL_ARCH.LLAMA, pairs_rotate=True, ropes=(*_ROPES, "llama3"), has_biases=True),
+    "mistral": Family(MODEL_ARCH.LLAMA, pairs_rotate=True, ropes=(*_ROPES, "llama3")),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, pairs_rotate=True),
     "qwen2": Family(MODEL_ARCH.QWEN2, has_biases=True),
     "qwen3": Family(MODEL_ARCH.QWEN3),
@@ -51,8 +63,16 @@ FAMILIES = {
     "gemma": Family(MODEL_ARCH.GEMMA, adds_one=True, activation=GELU),
     "gemma2": Family(MODEL_ARCH.GEMMA2, adds_one=True, full_every=2, activation=GELU, caps=(CAPS,)),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, adds_one=True, full_every=6, activation=GELU),
+    "gemma4_text": Family(
+        MODEL_ARCH.GEMMA4,
+        activation=GELU,
+        ropes=("proportional",),
+        caps=((), CAPS[1:]),
+        fixed={"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
+        sizes_by_layer=True,
+    ),
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, has_biases=True, fixed={"norm_topk_prob": False}),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, fixed={"norm_topk_prob": True}),
     "olmoe": Family(MODEL_ARCH.OLMOE, fixed={"norm_topk_prob": False, "clip_qkv": None}),
-    "mixtral": Family(MODEL_ARCH.LLAMA, pairs_rotate=True),
+    "mixtral": Family(MODEL_ARCH.LLAMA, pairs_rotate=True, ropes=(*_ROPES, "llama3")),
 }

@@ -1,0 +1,106 @@
+"""What llama.cpp computes from a GGUF file, against transformers on the merged model."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_runs import MODELS, TOKEN_IDS, log_probabilities, write_run
+from llama_cpp_server import LlamaCpp
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from qlora_train.export import QUANTS, export
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_merged_model(tmp_path: Path, name: str) -> None:
+    family, changes = MODELS[name]
+    run = write_run(tmp_path, family, **changes)
+    folder = export(run, to="gguf", quant="f32", receipt=None)
+    llama_cpp = LlamaCpp(folder / "model-f32.gguf")
+    expected = log_probabilities(export(run, dtype="float32", receipt=None))
+    found = llama_cpp.log_probabilities(TOKEN_IDS, len(expected))
+    atol = 1e-2 if "gemma" in name else 2e-4  # llama.cpp looks GELU up in a table in half precision
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "name,quant",
+    [*product(["llama", "qwen2"], QUANTS), *product(["qwen3_moe, every expert"], ["bf16", "q8_0", "q4_0"])],
+)
+def test_every_quantization(tmp_path: Path, name: str, quant: str) -> None:
+    """llama.cpp and transformers, which reads GGUF files itself, see the same model; so does the receipt."""
+    family, changes = MODELS[name]
+    folder = export(write_run(tmp_path, family, **changes), to="gguf", quant=quant)
+    options = {"gguf_file": f"model-{quant}.gguf", "dtype": torch.float32}
+    config = AutoConfig.from_pretrained(
+        tmp_path / "base"
+    )  # it does not read the size of experts from the file
+    expected = log_probabilities(folder, config=config, **options)
+    found = LlamaCpp(folder / f"model-{quant}.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    rounding = {"f32": 2e-4, "f16": 5e-3, "bf16": 3e-2}.get(quant, 8e-2)  # of activations, in llama.cpp
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
+    (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
+    assert figures["model"] == f"merged onto original weights, {quant} (written)"
+    bounds = {"f32": 1e-6, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3, "q5_1": 0.02, "q5_0": 0.02}
+    assert figures["kl"] < bounds.get(quant, 0.05)
+
+
+def test_experts_in_one_tensor_are_written_as_training_saw_them(tmp_path: Path) -> None:
+    """As transformers holds them, gate and up together; quantized in training, and written dequantized."""
+    family, changes = MODELS["qwen3_moe"]
+    run = write_run(tmp_path, family, quantization="nf4", save_original_format=False, **changes)
+    folder = export(run, to="gguf", quant="f32", base="dequantized")
+    expected = log_probabilities(export(run, base="dequantized", dtype="float32", receipt=None))
+    found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    written, other = json.loads((folder / "receipt.json").read_text())["figures"]
+    assert written["kl"] < 1e-6 < 1e-3 < other["kl"]
+
+
+def test_the_language_model_of_several_parts_is_written(tmp_path: Path) -> None:
+    """As Gemma-4 is published; llama.cpp has images in a file of their own."""
+    family, changes = MODELS["gemma4 with experts"]
+    run = write_run(tmp_path, family, **changes)
+    expected = log_probabilities(export(run, dtype="float32", receipt=None))
+    base = tmp_path / "base"
+    config, tensors = json.loads((base / "config.json").read_text()), load_file(base / "model.safetensors")
+    whole = {"model_type": "gemma4", "text_config": config, "tie_word_embeddings": False}
+    whole["architectures"] = ["Gemma4ForConditionalGeneration"]
+    (base / "config.json").write_text(json.dumps(whole))
+    renamed = {re.sub(r"^model\.", "model.language_model.", name): t for name, t in tensors.items()}
+    renamed["model.vision_tower.patch_embedder.input_proj.weight"] = torch.zeros(8, 8)
+    save_file(renamed, base / "model.safetensors", {"format": "pt"})
+    folder = export(run, to="gguf", quant="f32")
+    found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+    (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
+    assert figures["kl"] < 1e-6
+
+
+def test_the_receipt_shows_the_base_that_is_closer(tmp_path: Path) -> None:
+    """What training saw were quantized weights: a fine format keeps them, a coarse one keeps neither base."""
+    run = write_run(tmp_path, quantization="nf4", hidden_size=64, intermediate_size=128)
+    said: list[str] = []
+    advice = "--base dequantized would be closer to the trained model, unless it is to be loaded in 4 bits"
+    for quant, base in (("q8_0", None), ("f32", "dequantized"), ("q4_0", None)):
+        said.clear()
+        folder = export(
+            run, to="gguf", quant=quant, base=base, out=tmp_path / f"{quant} {base}", log=said.append
+        )
+        receipt = json.loads((folder / "receipt.json").read_text())
+        written, *others = receipt["figures"]
+        other = "dequantized" if base is None else "original"
+        names = [f"merged onto {other} weights, before {quant} (not written)"] if quant != "q4_0" else []
+        assert [one["model"] for one in others] == names
+        is_advised = (quant, base) == ("q8_0", None)
+        assert (receipt["remark"] == advice) == (advice in said) == is_advised
+        if is_advised:
+            assert others[0]["kl"] < 1e-6 < 1e-3 < written["kl"]
+        elif others:
+            assert written["kl"] < 1e-6 < others[0]["kl"] and receipt["remark"] is None
