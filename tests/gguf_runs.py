@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from gguf_tokenizers import byte_level_bpe
+from mxfp4_bases import write_mxfp4_base
 from tiny_models import random_model, tiny_config
 from tiny_runs import recipe_values, write_recipe, write_rows
 from torch import Tensor
@@ -57,6 +58,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", GEMMA2 | {"tie_word_embeddings": True} | _CAPS),
     "gemma4": ("gemma4_text", _GEMMA4 | {"tie_word_embeddings": True, "final_logit_softcapping": 2.0}),
     "gemma4 with experts": ("gemma4_text+experts", _GEMMA4),
+    "gpt_oss": ("gpt_oss", {"rope_parameters": YARN}),
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen3_moe, every expert": ("qwen3_moe", _EVERY_EXPERT),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
@@ -74,15 +76,21 @@ def write_run(
     data: dict[str, Any] | None = None,
     quantization: str = "none",
     save_original_format: bool = True,
+    in_mxfp4: bool = False,
+    trained: str = "",
     **changes: Any,
 ) -> Path:
-    """A base with a tokenizer, data, and an adapter on all linears."""
+    """A base with a tokenizer, data, and an adapter on all linears and experts, or on those whose path ends
+    with `trained`. in_mxfp4: experts of gpt_oss are stored so."""
     tokenizer = tokenizer or byte_level_bpe()
     model = random_model(tiny_config(family, vocab_size=len(tokenizer) + 3, **changes))
     for name, buffer in model.named_buffers():
         if "layer_scalar" in name:
             buffer.fill_(0.7)
-    model.save_pretrained(folder / "base", save_original_format=save_original_format)
+    if in_mxfp4:
+        write_mxfp4_base(folder / "base", **model.config.to_diff_dict())
+    else:
+        model.save_pretrained(folder / "base", save_original_format=save_original_format)
     tokenizer.save_pretrained(folder / "base")
     write_rows(folder / "rows.jsonl", rows)
     run = folder / "run"
@@ -97,16 +105,17 @@ def write_run(
             torch.randn(module.out_features, 4, generator=generator) * 0.1,
         )
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "layers" in name
+        if isinstance(module, torch.nn.Linear) and "layers" in name and name.endswith(trained)
     }
-    stacks = expert_stacks(MetaModel(model.config, torch.float32).model)
+    existing = expert_stacks(MetaModel(model.config, torch.float32).model)
+    stacks = {path: stack for path, stack in existing.items() if path.endswith(trained)}
     for path, stack in stacks.items():
         num_rows = stack.num_matrices * 4
         lora[path] = (
             torch.randn(num_rows, stack.in_features, generator=generator) * 0.1,
             torch.randn(stack.out_features, num_rows, generator=generator) * 0.1,
         )
-    config = AdapterConfig("base", 4, 8, target_parameters=name_parameters(stacks, stacks))
+    config = AdapterConfig("base", 4, 8, target_parameters=name_parameters(stacks, existing))
     save_adapter(run / "adapter", config, lora)
     return run
 

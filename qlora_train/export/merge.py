@@ -182,6 +182,14 @@ class MergedWeights:
         """Whether the adapter trains the head."""
         return self._head in self._updates
 
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor is of experts in MXFP4 that the adapter does not change."""
+        return name in self._reader.experts and name not in self._updates
+
+    def kept_experts(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks and scales, as they are stored, of experts that merging keeps."""
+        return self._reader.kept_experts(name)
+
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a tensor is written in: `dtype`, or what it has where it is of another part of the model, or
         where the family keeps it in fp32."""

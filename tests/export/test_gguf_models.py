@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_runs import MODELS, TOKEN_IDS, log_probabilities, write_run
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf_runs import MODELS, TOKEN_IDS, YARN, log_probabilities, write_run
 from llama_cpp_server import LlamaCpp
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -104,3 +105,41 @@ def test_the_receipt_shows_the_base_that_is_closer(tmp_path: Path) -> None:
             assert others[0]["kl"] < 1e-6 < 1e-3 < written["kl"]
         elif others:
             assert written["kl"] < 1e-6 < others[0]["kl"] and receipt["remark"] is None
+
+
+def test_bounds_of_yarn_that_llama_cpp_rounds_are_said(tmp_path: Path) -> None:
+    """As gpt-oss has them; it is close all the same."""
+    run = write_run(tmp_path, "gpt_oss")
+    said: list[str] = []
+    folder = export(run, to="gguf", quant="f32", receipt=None, log=said.append)
+    assert any(line.startswith("rotary embedding: llama.cpp rounds") for line in said)
+    expected = log_probabilities(export(run, dtype="float32", receipt=None))
+    found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "trained,kept", [("_proj", set()), ("o_proj", {"gate", "up", "down"}), ("down_proj", {"gate", "up"})]
+)
+def test_experts_in_mxfp4_keep_their_codes(tmp_path: Path, trained: str, kept: set[str]) -> None:
+    """Where the adapter does not train them. Every expert is used, as rounding changes which are chosen."""
+    changes = {"num_experts_per_tok": 6, "intermediate_size": 96, "rope_parameters": YARN}
+    run = write_run(tmp_path, "gpt_oss", in_mxfp4=True, trained=trained, **changes)
+    folder = export(run, to="gguf", quant="f32")
+    stored = {tensor.name: tensor for tensor in GGUFReader(folder / "model-f32.gguf").tensors}
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    codes, scales = (base[f"model.layers.1.mlp.experts.gate_up_proj_{name}"] for name in ("blocks", "scales"))
+    for i, name in enumerate(("gate", "up", "down")):
+        tensor = stored[f"blk.1.ffn_{name}_exps.weight"]
+        assert (tensor.tensor_type == GGMLQuantizationType.MXFP4) == (name in kept)
+        if name == "down" or name not in kept:
+            continue
+        blocks = torch.from_numpy(tensor.data.copy()).view(*scales[:, i::2].shape, 17)
+        assert torch.equal(blocks[..., 0], scales[:, i::2])
+        of_file = torch.cat((blocks[..., 1:] & 15, blocks[..., 1:] >> 4), -1)
+        assert torch.equal(of_file[..., ::2] | of_file[..., 1::2] << 4, codes[:, i::2])
+    expected = log_probabilities(export(run, dtype="float32", receipt=None))
+    found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=8e-2 if kept else 2e-4)
+    (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
+    assert figures["kl"] < 1e-6

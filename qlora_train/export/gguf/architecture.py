@@ -27,7 +27,11 @@ NO_ROTATION = 1e30
 """Divisor of a frequency that is 0."""
 _THETA_OF_SLIDING = 10000.0  # fixed in llama.cpp for most families
 _SUFFIXES = (".weight", ".bias", ".scale")
-_RENAMED = {".router.scale": ".router.proj.scale", ".router.per_expert_scale": ".experts.down_proj.scale"}
+_RENAMED = {
+    ".router.scale": ".router.proj.scale",
+    ".router.per_expert_scale": ".experts.down_proj.scale",
+    "_proj_bias": "_proj.bias",
+}
 """Endings of parameters that llama.cpp calls after the weight beside them."""
 _WITH_DIVISORS = ("llama3", "proportional")
 """Rotary embeddings that llama.cpp makes with a tensor of divisors."""
@@ -40,7 +44,7 @@ _LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 
 class Architecture:
     """llama.cpp's architecture for a config, its metadata and tensor names. context_length: tokens that the
-    model may be used with. remark: a line for the log; empty: none is needed."""
+    model may be used with. remarks: what llama.cpp does otherwise, as lines for the log."""
 
     def __init__(self, folder: Path, config: PretrainedConfig) -> None:
         """folder: named in messages. Raises `ExportError` for a config that llama.cpp has no architecture
@@ -57,8 +61,9 @@ class Architecture:
             config.hidden_size // config.num_attention_heads
         )
         self._names = get_tensor_name_map(self.family.name, config.num_hidden_layers)
+        self.remarks: list[str] = []
         self._rope = self._read_rope()
-        self.context_length, self.remark = self._read_context()
+        self.context_length = self._read_context()
         self._refuse_what_is_fixed()
 
     @property
@@ -159,24 +164,30 @@ class Architecture:
         known = {"rope_type", "rope_theta"} | ROPE_SETTINGS.get(kind, set())
         for key, value in given.items():
             is_default = value is None or value == (_YARN_DEFAULTS | {"partial_rotary_factor": 1.0}).get(key)
-            if key not in known and not is_default:
+            if key == "truncate" and value is False and self.family.rounds_yarn:
+                self.remarks.append(
+                    "rotary embedding: llama.cpp rounds the bounds between which YaRN stretches positions, "
+                    "whoever converts this family; config.json has them unrounded (truncate: false)"
+                )
+            elif key not in known and not is_default:
                 raise self._refusal(f"the rotary embedding's {key}: {value}")
         if kind not in self.family.ropes:
             raise self._refusal(f"the rotary embedding {kind}")
         return given
 
-    def _read_context(self) -> tuple[int, str]:
+    def _read_context(self) -> int:
         config = self.config
         length: int = config.max_position_embeddings
         kinds = getattr(config, "layer_types", None)
         window: int = getattr(config, "sliding_window", None) or length
         slides = window < length and (kinds is None or "sliding_attention" in kinds)
         if self.family.full_every or self.family.sizes_by_layer or not slides:
-            return length, ""
-        return window, (
+            return length
+        self.remarks.append(
             f"context: {window:,} tokens, the model's sliding window, which llama.cpp does not have for this"
             f" family (config.json allows {length:,})"
         )
+        return window
 
     def _refuse_what_is_fixed(self) -> None:
         config, family = self.config, self.family

@@ -115,8 +115,7 @@ class GgufExport:
         command = create_command(Path(self._recipe.training.output_dir))
         text = modelfile(command, file, template, self._vocabulary.stop_texts)
         (partial / "Modelfile").write_text(text, "utf-8")
-        if self._architecture.remark:
-            yield self._architecture.remark
+        yield from self._architecture.remarks
         if chats:
             options = ""
             if data.chat_template_kwargs:

@@ -30,7 +30,8 @@ class Family:
     ropes: kinds of rotary embedding. caps: sets of logits that may be capped. fixed: settings of config.json
     that llama.cpp's program has whatever the file says. alternates: experts are [in, out], and rows of gate
     and up take turns. sizes_by_layer: layers with a sliding window have heads of another size, and the file
-    says which they are.
+    says which they are. rounds_yarn: it is published with YaRN's bounds as they are (truncate: false), which
+    llama.cpp rounds: it is said, and not refused.
     """
 
     name: MODEL_ARCH
@@ -44,6 +45,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     alternates: bool = False
     sizes_by_layer: bool = False
+    rounds_yarn: bool = False
 
     @property
     def fuses_gate_and_up(self) -> bool:
@@ -70,6 +72,14 @@ FAMILIES = {
         caps=((), CAPS[1:]),
         fixed={"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
         sizes_by_layer=True,
+    ),
+    "gpt_oss": Family(
+        MODEL_ARCH.GPT_OSS,
+        has_biases=True,
+        full_every=2,
+        fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        alternates=True,
+        rounds_yarn=True,
     ),
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, has_biases=True, fixed={"norm_topk_prob": False}),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, fixed={"norm_topk_prob": True}),

@@ -6,9 +6,10 @@ checkpoint one for each expert, or one for all of them, mostly with gate and up 
     experts.0.gate_proj, experts.1.gate_proj, ...  ->  blk.N.ffn_gate_exps        rows of one after the other
     experts.gate_up_proj [E, 2 * out, in]          ->  blk.N.ffn_gate_exps, blk.N.ffn_up_exps
 
-Norms, biases and routers stay in fp32. A matrix whose rows are no multiple of a block of 32 is written in
-float16. Below 8 bits the head (also where it is the embedding) is written in q8_0, as rounding there is what
-a model notices most.
+Experts in MXFP4 stay so, bit for bit, where the adapter does not change them: llama.cpp has the same codes
+and scales in another order. Norms, biases and routers stay in fp32. A matrix whose rows are no multiple of a
+block of 32 is written in float16. Below 8 bits the head (also where it is the embedding) is written in q8_0,
+as rounding there is what a model notices most.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ class GgufTensor:
             return tensor_bytes(rows.to(dtype).contiguous())
         return gguf.quantize(rows.contiguous().numpy(), self.type).tobytes()
 
+    def kept(self, blocks: Tensor, scales: Tensor) -> memoryview:
+        """The bytes of an expert in MXFP4. blocks [1, out, in/32, 16]: of neighbours, two codes a byte; here
+        a byte has one code of the first 16 and one of the last. scales [1, out, in/32]: exponents."""
+        if self.picked is not None:
+            blocks, scales = blocks[:, self.picked], scales[:, self.picked]
+        first, last = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).chunk(2, -1)
+        return tensor_bytes(torch.cat((scales[..., None], first | last << 4), -1))
+
     def laid_out(self, rows: Tensor) -> Tensor:
         """Rows of a source as llama.cpp has them. rows: all of it where heads' rows change places."""
         if heads := self.num_rotated_heads:
@@ -89,6 +98,8 @@ def list_tensors(weights: MergedWeights, architecture: Architecture, quant: str)
     head = "output.weight" if any(t.name == "output.weight" for t in unquantized) else EMBEDDING
 
     def type_of(tensor: GgufTensor) -> GgmlType:
+        if weights.keeps(tensor.sources[0]):
+            return GgmlType.MXFP4
         if len(tensor.shape) < 2 or tensor.name.endswith(".bias") or ".ffn_gate_inp" in tensor.name:
             return GgmlType.F32
         if wanted in DTYPES or tensor.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0:

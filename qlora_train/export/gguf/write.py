@@ -32,6 +32,7 @@ from qlora_train.files.shards import TensorInfo
 
 _ERROR_BOUNDS = {
     GgmlType.F32: 0.0,
+    GgmlType.MXFP4: 0.0,
     GgmlType.F16: 2.0**-11,
     GgmlType.BF16: 2.0**-8,
     GgmlType.Q8_0: 1 / 200,
@@ -66,8 +67,8 @@ def write_gguf(
             assert factors is not None
             out.write(_padded(bytes(tensor.quantized(factors))))
         for tensor in tensors:
-            for rows in _rows(tensor, weights):
-                out.write(tensor.quantized(rows))
+            for data in _data(tensor, weights):
+                out.write(data)
             out.write(bytes(-tensor.num_bytes % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
@@ -75,13 +76,16 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
-def _rows(tensor: GgufTensor, weights: MergedWeights) -> Iterator[Tensor]:
-    """Blocks of rows as llama.cpp has them."""
+def _data(tensor: GgufTensor, weights: MergedWeights) -> Iterator[bytes | memoryview]:
+    """A tensor as it is written, in parts."""
+    if tensor.type == GgmlType.MXFP4:
+        yield from (tensor.kept(*parts) for parts in weights.kept_experts(tensor.sources[0]))
+        return
     for source in tensor.sources:
         blocks = weights.rows_in(source, DTYPES.get(tensor.type, torch.float32))
         if tensor.num_rotated_heads:
             blocks = iter([torch.cat([rows.clone() for rows in blocks])])
-        yield from map(tensor.laid_out, blocks)
+        yield from (tensor.quantized(tensor.laid_out(rows)) for rows in blocks)
 
 
 class GgufReader:
