@@ -38,6 +38,11 @@ BYTE_LEVEL_CUTS: dict[str, tuple[str | None, bool, bool]] = {
     "llama 3 by merges": (_WORDS + r"\p{N}{1,3}" + _REST, False, False),
     "qwen2": (_WORDS + r"\p{N}" + _REST, False, False),
     "tekken": (f"{_CASE[0]}|{_CASE[1]}|" + r"\p{N}" + _CASE_REST, False, True),
+    "o200k_harmony": (
+        f"{_CASE[0]}{_ENDINGS}|{_CASE[1]}{_ENDINGS}|" + r"\p{N}{1,3}" + _CASE_REST,
+        False,
+        True,
+    ),
     "gpt-4o": (f"{_CASE[0]}{_ENDINGS}|{_CASE[1]}{_ENDINGS}|" + r"\p{N}{1,3}" + _CASE_REST, False, False),
 }
 

@@ -30,6 +30,8 @@ from qlora_train.export.gguf.ollama import TurnTexts
 from qlora_train.export.gguf.tokenizer import GgufTokenizer
 
 _OF_BYTES = {"trim_offsets": True, "use_regex": True}
+_BYTES = {"type": "ByteLevel", "trim_offsets": True, "use_regex": False, "add_prefix_space": False}
+_SPLIT = {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated", "invert": False}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_llama_cpp_tokenises_the_same(tmp_path: Path, kind: str) -> None:
     said: list[str] = []
     llama_cpp = LlamaCpp(export(run, to="gguf", receipt=None, log=said.append) / "model-f16.gguf")
     hard_text = HARD_TEXT
-    if kind in ("tekken", "gpt-4o"):
+    if kind in ("tekken", "gpt-4o", "o200k_harmony"):
         assert any("words in capitals" in line for line in said)
         hard_text = hard_text.replace("ÉCOLE", "École").replace("e\u0301", "é")
     for text in (hard_text, *hard_text.splitlines(), "<|user|>Hi<|end|>\n<think> x"):
@@ -59,6 +61,20 @@ def test_llama_cpp_tokenises_the_same(tmp_path: Path, kind: str) -> None:
         llama_cpp.token_ids(llama_cpp.prompt(chat))
         == tokenizer(wanted.removeprefix(tokenizer.bos_token)).input_ids
     )
+
+
+def test_words_that_merges_do_not_make_are_said(tmp_path: Path) -> None:
+    """llama.cpp takes words that are tokens without merges only for some cuts."""
+    run = write_run(tmp_path, tokenizer=byte_level_bpe("o200k_harmony"), num_hidden_layers=1)
+    file = tmp_path / "base" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    lost = next(pair for pair in reversed(whole["model"]["merges"]) if "".join(pair).isascii())
+    whole["model"]["merges"].remove(lost)
+    file.write_text(json.dumps(whole))
+    said: list[str] = []
+    export(run, to="gguf", receipt=None, log=said.append)
+    (line,) = (line for line in said if "become several" in line)
+    assert repr("".join(lost)) in line
 
 
 def test_bytes_without_merges(tmp_path: Path) -> None:
@@ -179,7 +195,7 @@ def test_other_tokenizers_are_refused_by_name(tmp_path: Path) -> None:
             {"pre_tokenizer": {"type": "ByteLevel", **_OF_BYTES, "add_prefix_space": True}},
             "ByteLevel.*prefix",
         ),
-        ({"model": whole["model"] | {"ignore_merges": True}}, "cuts texts by"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTES]}}, "cuts texts by"),
     ):
         file.write_text(json.dumps(whole | change))
         with pytest.raises(ExportError, match=message):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer
 
 from qlora_train.data.chat.choice import template_for
 from qlora_train.data.tokenizer import BosRule
@@ -85,6 +86,7 @@ class GgufTokenizer:
         self._tokens, self._types = self._list_tokens(num_rows)
         self._scores = self._scores_of_merges() if self._is_spm and not self._is_gemma4 else []
         self._space_prefix = self._find_space_prefix() if self._is_spm else False
+        self._in_pieces: list[str] = []
         self._cut = "default" if self._is_spm else self._find_cut()
         if self._is_gemma4:
             self._check_newlines()
@@ -129,6 +131,9 @@ class GgufTokenizer:
         """What llama.cpp does otherwise in corners of a text."""
         if {"type": "NFC"} in self._steps("normalizer"):
             yield "does not compose accents (NFC): write them as one character in prompts"
+        if self._in_pieces:
+            some = f"{len(self._in_pieces):,} of them, such as {self._in_pieces[0]!r},"
+            yield f"does not take every word that is a token as one: {some} become several"
         if self._cut in _CUT_BY_CASE:
             yield "cuts words in capitals that begin with an accent or mark otherwise"
         if any(step.get("prepend_scheme") == "first" for step in self._steps("pre_tokenizer")):
@@ -234,10 +239,22 @@ class GgufTokenizer:
             raise self._refusal("a tokenizer of characters")
         if not self._merges:  # every byte is a token, wherever the text is cut
             return "gpt-2"
-        name = _CUTS.get((tuple(cuts), bool(self._model.get("ignore_merges"))))
+        takes_words = bool(self._model.get("ignore_merges"))
+        name = _CUTS.get((tuple(cuts), takes_words))
+        if name is None and takes_words and (name := _CUTS.get((tuple(cuts), False))) is not None:
+            self._in_pieces = self._words_that_merges_do_not_make()
         if name is None:
             raise self._refusal(f"a tokenizer that cuts texts by {cuts}")
         return name
+
+    def _words_that_merges_do_not_make(self) -> list[str]:
+        """Texts that are one token only because a word that is a token is taken without merges."""
+        model = self._model | {"ignore_merges": False}
+        by_merges = Tokenizer.from_str(json.dumps(self._file | {"model": model}))
+        whole = self._tokenizer.backend_tokenizer
+        texts = [whole.decode([token]) for token in self._model["vocab"].values()]
+        found = (one.encode_batch_fast(texts, add_special_tokens=False) for one in (whole, by_merges))
+        return [text for text, ours, merged in zip(texts, *found, strict=True) if ours.ids != merged.ids]
 
     def _steps(self, part: str) -> Iterator[dict[str, Any]]:
         """The steps of the normalizer or pre_tokenizer, one after the other."""
