@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ _GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 _CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}  # that bite in a tiny model
+_OLMO3 = {
+    "sliding_window": 8,
+    "num_hidden_layers": 4,
+    "rope_parameters": {
+        "full_attention": YARN | {"attention_factor": 1 + 0.1 * math.log(4.0)},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+_MINISTRAL3 = {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 # Rounding does not change which are chosen, and rows are a multiple of a block.
 _EVERY_EXPERT = {"norm_topk_prob": True, "num_experts_per_tok": 10, "moe_intermediate_size": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +63,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "phi3": ("phi3", {}),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", _OLMO3),
+    "arcee": ("arcee", {}),
+    "ernie4_5": ("ernie4_5", {}),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "ministral": ("ministral", {"sliding_window": 64, "head_dim": 16}),
+    "ministral3": ("ministral3", {"rope_parameters": YARN | _MINISTRAL3, "head_dim": 24}),
+    "glm": ("glm", {"head_dim": 16, "attention_bias": True}),
+    "glm4": ("glm4", {"head_dim": 16, "attention_bias": True}),
+    "seed_oss": ("seed_oss", {}),
     "granite": ("granite", {}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", GEMMA2 | {"tie_word_embeddings": True} | _CAPS),

@@ -7,6 +7,7 @@ written whose model would answer differently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,13 @@ _RENAMED = {
 """Endings of parameters that llama.cpp calls after the weight beside them."""
 _WITH_DIVISORS = ("llama3", "proportional")
 """Rotary embeddings that llama.cpp makes with a tensor of divisors."""
-_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+_ROPE_DEFAULTS = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+    "mscale": 1.0,
+    "partial_rotary_factor": 1.0,
+}
 
 
 _LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
@@ -102,7 +109,7 @@ class Architecture:
         return (self._rope["rope_theta"] ** -steps / scaled.double()).clamp(max=NO_ROTATION).float()
 
     def write_metadata(self, writer: GGUFWriter) -> None:
-        config = self.config
+        config, kind = self.config, self._rope["rope_type"]
         writer.add_context_length(self.context_length)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
@@ -113,13 +120,19 @@ class Architecture:
         writer.add_key_length(self._head_size)
         writer.add_value_length(self._head_size)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_dimension_count(self._head_size)
+        share = 1.0 if kind == "proportional" else self._rope.get("partial_rotary_factor", 1.0)
+        writer.add_rope_dimension_count(int(self._head_size * share))
         writer.add_rope_freq_base(self._rope["rope_theta"])
-        if (kind := self._rope["rope_type"]) in ("linear", "yarn"):
+        if kind in ("linear", "yarn"):
             writer.add_rope_scaling_type(RopeScalingType(kind))
             writer.add_rope_scaling_factor(self._rope["factor"])
         if kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(self._rope["original_max_position_embeddings"])
+            length = self._rope["original_max_position_embeddings"]
+            writer.add_rope_scaling_orig_ctx_len(length)
+        if (beta := self._rope.get("llama_4_scaling_beta")) is not None:
+            writer.add_attn_temperature_scale(beta)
+            writer.add_attn_temperature_length(length)
+            writer.add_rope_scaling_yarn_log_mul(self._rope["mscale_all_dim"])
         if self.family.full_every or self.family.sizes_by_layer:
             writer.add_sliding_window(config.sliding_window)
         if self.family.sizes_by_layer:
@@ -155,24 +168,27 @@ class Architecture:
     def _read_rope(self) -> Mapping[str, Any]:
         """The rotary embedding of the layers that attend to everything. Raises `ExportError` for settings
         that a GGUF file has no place for."""
-        given = dict(self.config.rope_parameters)
+        given, family = dict(self.config.rope_parameters), self.family
         if "full_attention" in given:
             sliding, given = given["sliding_attention"], dict(given["full_attention"])
-            if (sliding.get("rope_type"), sliding["rope_theta"]) != ("default", _THETA_OF_SLIDING):
+            theta = family.sliding_theta or given["rope_theta"]
+            if (sliding.get("rope_type"), sliding["rope_theta"]) != ("default", theta):
                 raise self._refusal(f"the rotary embedding {sliding} of layers with a sliding window")
         kind = given.setdefault("rope_type", "default")
+        if kind not in family.ropes:
+            raise self._refusal(f"the rotary embedding {kind}")
+        defaults = _ROPE_DEFAULTS | {"attention_factor": 1 + 0.1 * math.log(given.get("factor", 1.0))}
         known = {"rope_type", "rope_theta"} | ROPE_SETTINGS.get(kind, set())
         for key, value in given.items():
-            is_default = value is None or value == (_YARN_DEFAULTS | {"partial_rotary_factor": 1.0}).get(key)
-            if key == "truncate" and value is False and self.family.rounds_yarn:
-                self.remarks.append(
-                    "rotary embedding: llama.cpp rounds the bounds between which YaRN stretches positions, "
-                    "whoever converts this family; config.json has them unrounded (truncate: false)"
-                )
-            elif key not in known and not is_default:
+            is_family_s = key in family.rope and family.rope[key] in (None, value)
+            is_default = value is None or value == defaults.get(key)
+            if key not in known and not is_family_s and not is_default:
                 raise self._refusal(f"the rotary embedding's {key}: {value}")
-        if kind not in self.family.ropes:
-            raise self._refusal(f"the rotary embedding {kind}")
+        if given.get("truncate", True) is False:
+            self.remarks.append(
+                "rotary embedding: llama.cpp rounds the bounds between which YaRN stretches positions, "
+                "whoever converts this family; config.json has them unrounded (truncate: false)"
+            )
         return given
 
     def _read_context(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS
@@ -30,8 +29,8 @@ class Family:
     ropes: kinds of rotary embedding. caps: sets of logits that may be capped. fixed: settings of config.json
     that llama.cpp's program has whatever the file says. alternates: experts are [in, out], and rows of gate
     and up take turns. sizes_by_layer: layers with a sliding window have heads of another size, and the file
-    says which they are. rounds_yarn: it is published with YaRN's bounds as they are (truncate: false), which
-    llama.cpp rounds: it is said, and not refused.
+    says which they are. sliding_theta: base of the rotary embedding in layers with a window; None: as in the
+    others. rope: further settings of its rotary embedding, with the only value that may be there; None: any.
     """
 
     name: MODEL_ARCH
@@ -42,10 +41,11 @@ class Family:
     activation: str = "silu"
     ropes: tuple[str, ...] = _ROPES
     caps: tuple[tuple[str, ...], ...] = ((),)
-    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     alternates: bool = False
     sizes_by_layer: bool = False
-    rounds_yarn: bool = False
+    sliding_theta: float | None = 10000.0
+    rope: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fuses_gate_and_up(self) -> bool:
@@ -61,6 +61,20 @@ FAMILIES = {
     "qwen3": Family(MODEL_ARCH.QWEN3),
     "phi3": Family(MODEL_ARCH.PHI3),
     "olmo2": Family(MODEL_ARCH.OLMO2),
+    "olmo3": Family(MODEL_ARCH.OLMO2, full_every=4, sliding_theta=None),
+    "arcee": Family(MODEL_ARCH.ARCEE, pairs_rotate=True, activation="relu2"),
+    "ernie4_5": Family(MODEL_ARCH.ERNIE4_5),
+    "exaone4": Family(MODEL_ARCH.EXAONE4, fixed={"sliding_window": None}),
+    "ministral": Family(MODEL_ARCH.LLAMA, pairs_rotate=True),
+    "ministral3": Family(
+        MODEL_ARCH.MISTRAL3,
+        pairs_rotate=True,
+        ropes=("yarn",),
+        rope={"mscale_all_dim": 1.0, "llama_4_scaling_beta": None, "max_position_embeddings": None},
+    ),
+    "glm": Family(MODEL_ARCH.CHATGLM, has_biases=True, rope={"partial_rotary_factor": None}),
+    "glm4": Family(MODEL_ARCH.GLM4, has_biases=True, rope={"partial_rotary_factor": None}),
+    "seed_oss": Family(MODEL_ARCH.SEED_OSS, has_biases=True),
     "granite": Family(MODEL_ARCH.GRANITE, pairs_rotate=True),
     "gemma": Family(MODEL_ARCH.GEMMA, adds_one=True, activation=GELU),
     "gemma2": Family(MODEL_ARCH.GEMMA2, adds_one=True, full_every=2, activation=GELU, caps=(CAPS,)),
@@ -79,7 +93,7 @@ FAMILIES = {
         full_every=2,
         fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         alternates=True,
-        rounds_yarn=True,
+        rope={"truncate": False},
     ),
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, has_biases=True, fixed={"norm_topk_prob": False}),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, fixed={"norm_topk_prob": True}),
