@@ -172,6 +172,9 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path) -> Non
         ("qwen3_moe", {}, "norm_topk_prob False in qwen3_moe"),
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}, r"layers\.1\.mlp\.\w+_proj"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0"),
+        ("ministral3", {"rope_parameters": YARN | {"mscale_all_dim": 0.7}}, "mscale_all_dim: 0.7"),
+        ("exaone4", {"sliding_window": 8}, "sliding_window 8"),
         ("gemma4_text", MODELS["gemma4"][1] | {"use_bidirectional_attention": "all"}, "bidirectional"),
     ],
 )

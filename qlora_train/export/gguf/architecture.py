@@ -1,7 +1,7 @@
 """What llama.cpp calls a model: its architecture, metadata and tensor names, from config.json.
 
 llama.cpp has one program per architecture and reads sizes from the file; whatever else a config can say is
-fixed in that program. `Architecture.of` refuses a config that says otherwise, by name, so that no file is
+fixed in that program. `Architecture` refuses a config that says otherwise, by name, so that no file is
 written whose model would answer differently.
 """
 
@@ -26,7 +26,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Tensor [head size / 2]: what each rotary frequency is divided by."""
 NO_ROTATION = 1e30
 """Divisor of a frequency that is 0."""
-_THETA_OF_SLIDING = 10000.0  # fixed in llama.cpp for most families
 _SUFFIXES = (".weight", ".bias", ".scale")
 _RENAMED = {
     ".router.scale": ".router.proj.scale",
@@ -43,8 +42,6 @@ _ROPE_DEFAULTS = {
     "mscale": 1.0,
     "partial_rotary_factor": 1.0,
 }
-
-
 _LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 """There llama.cpp scales attention by the hidden size per head, elsewhere by the head's own size."""
 
@@ -162,7 +159,7 @@ class Architecture:
         writer.add_key_length_swa(head_size)
         writer.add_value_length_swa(head_size)
         writer.add_rope_dimension_count_swa(head_size)
-        writer.add_rope_freq_base_swa(_THETA_OF_SLIDING)
+        writer.add_rope_freq_base_swa(self.config.rope_parameters["sliding_attention"]["rope_theta"])
         writer.add_embedding_length_per_layer_input(0)
 
     def _read_rope(self) -> Mapping[str, Any]:
@@ -177,7 +174,8 @@ class Architecture:
         kind = given.setdefault("rope_type", "default")
         if kind not in family.ropes:
             raise self._refusal(f"the rotary embedding {kind}")
-        defaults = _ROPE_DEFAULTS | {"attention_factor": 1 + 0.1 * math.log(given.get("factor", 1.0))}
+        stretch = 1.0 if "mscale_all_dim" in given else given.get("factor") or 1.0
+        defaults = _ROPE_DEFAULTS | {"attention_factor": 1 + 0.1 * math.log(max(1.0, stretch))}
         known = {"rope_type", "rope_theta"} | ROPE_SETTINGS.get(kind, set())
         for key, value in given.items():
             is_family_s = key in family.rope and family.rope[key] in (None, value)
@@ -211,8 +209,8 @@ class Architecture:
         if activation != family.activation:
             raise self._refusal(f"the activation {activation} in {config.model_type}")
         for key, value in family.fixed.items():
-            if getattr(config, key) != value:
-                raise self._refusal(f"{key} {getattr(config, key)} in {config.model_type}")
+            if (found := getattr(config, key, value)) != value:
+                raise self._refusal(f"{key} {found} in {config.model_type}")
         layers = range(1, config.num_hidden_layers + 1)
         if family.full_every:
             fixed = [f"{'sliding' if i % family.full_every else 'full'}_attention" for i in layers]

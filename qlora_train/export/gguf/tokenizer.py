@@ -49,7 +49,10 @@ _CUTS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_BY_CASE % (_CONTRACTIONS, _CONTRACTIONS, r"\p{N}{1,3}"),), False): "gpt-4o",
 }
 """(how text is cut, whether a whole word that is a token is taken without merges) -> llama.cpp's name."""
-_SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
+_SHOWN = (
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+    '<|"|>',
+)
 """Special tokens of Gemma-4 that programs look for in an answer, so that they must be shown."""
 _CUT_BY_CASE = ("tekken", "gpt-4o")  # llama.cpp knows the case of A to Z alone
 

@@ -150,20 +150,10 @@ def compare_with_merged(
     `ExportError` where they differ by more than rounding."""
     found: dict[GgmlType, list[float]] = {}
     for tensor in tensors:
-        for source in dict.fromkeys((tensor.sources[0], tensor.sources[-1])):
-            merged = next(weights.rows_in(source, torch.float32))
-            _, _, rows = next(reader.row_blocks(source))
-            num_rows = min(len(rows), len(merged))
-            largest = float((merged[:num_rows] + tensor.is_shifted).abs().max())
-            error = float((rows[:num_rows] - merged[:num_rows]).abs().max()) / (largest or 1.0)
-            allowed = _ERROR_BOUNDS[tensor.type] + (2.0**-22 if tensor.is_shifted else 0.0)
-            if not error <= allowed:
-                raise ExportError(
-                    f"{source}: read back from the GGUF file it differs from the merged weight by "
-                    f"{error:.1%} of its largest value; {tensor.type.name} makes {allowed:.1%} at the most. "
-                    "The disk may be faulty; export again to another one (--out)."
-                )
-            found.setdefault(tensor.type, []).append(error)
+        ends = {tensor.sources[0], tensor.sources[-1]}
+        found.setdefault(tensor.type, []).append(
+            max(_checked_error(reader, tensor, source, weights) for source in ends)
+        )
     return [
         "read back and compared with the merged weights, the first rows of each tensor:",
         *(
@@ -171,3 +161,20 @@ def compare_with_merged(
             for kind, errors in found.items()
         ),
     ]
+
+
+def _checked_error(reader: GgufReader, tensor: GgufTensor, source: str, weights: MergedWeights) -> float:
+    """The largest error of the first rows of a source, as a share of their largest value."""
+    merged = next(weights.rows_in(source, torch.float32))
+    _, _, rows = next(reader.row_blocks(source))
+    num_rows = min(len(rows), len(merged))
+    largest = float((merged[:num_rows] + tensor.is_shifted).abs().max())
+    error = float((rows[:num_rows] - merged[:num_rows]).abs().max()) / (largest or 1.0)
+    allowed = _ERROR_BOUNDS[tensor.type] + (2.0**-22 if tensor.is_shifted else 0.0)
+    if not error <= allowed:
+        raise ExportError(
+            f"{source}: read back from the GGUF file it differs from the merged weight by {error:.1%} of its "
+            f"largest value; {tensor.type.name} makes {allowed:.1%} at the most. The disk may be faulty; "
+            "export again to another one (--out)."
+        )
+    return error
