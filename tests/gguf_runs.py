@@ -77,6 +77,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", GEMMA2 | {"tie_word_embeddings": True} | _CAPS),
     "gemma4": ("gemma4_text", _GEMMA4 | {"tie_word_embeddings": True, "final_logit_softcapping": 2.0}),
     "gemma4 with experts": ("gemma4_text+experts", _GEMMA4),
+    "gemma4, every expert": (
+        "gemma4_text+experts",
+        _GEMMA4 | {"top_k_experts": 6, "moe_intermediate_size": 64, "intermediate_size": 96},
+    ),
+    "gpt_oss, every expert": (
+        "gpt_oss",
+        {"rope_parameters": YARN, "num_experts_per_tok": 6, "intermediate_size": 96},
+    ),
     "gpt_oss": ("gpt_oss", {"rope_parameters": YARN}),
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen3_moe, every expert": ("qwen3_moe", _EVERY_EXPERT),
