@@ -307,7 +307,7 @@ class MergedReader:
 
     def __init__(self, folder: Path, weights: MergedWeights, dtype: torch.dtype) -> None:
         self.folder, self._weights, self._dtype = folder, weights, dtype
-        self.vocabulary_size = weights.vocabulary_size
+        self.vocabulary_size, self.has_own_head = weights.vocabulary_size, weights.changes_head
 
     def names(self) -> list[str]:
         return list(self._weights.shapes)

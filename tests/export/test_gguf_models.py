@@ -16,6 +16,7 @@ from llama_cpp_server import LlamaCpp
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from qlora_train.adapter.adapter_files import load_adapter, save_adapter
 from qlora_train.export import QUANTS, export
 from qlora_train.export.gguf import export_gguf
 from qlora_train.export.gguf.write import GgufReader
@@ -123,6 +124,20 @@ def test_the_language_model_of_several_parts_is_written(tmp_path: Path) -> None:
     folder = export(run, to="gguf", quant="f32")
     found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+    (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
+    assert figures["kl"] < 1e-6
+
+
+def test_a_trained_head_is_no_longer_the_embedding(tmp_path: Path) -> None:
+    run = write_run(tmp_path, tie_word_embeddings=True)
+    config, tensors = load_adapter(run / "adapter")
+    num_rows = len(load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"])
+    head = {"lm_head": (torch.full((4, 64), 0.1), torch.arange(num_rows * 4).view(-1, 4) / num_rows)}
+    save_adapter(run / "adapter", config, dict(tensors) | head)
+    folder = export(run, to="gguf", quant="f32")
+    expected = log_probabilities(export(run, dtype="float32", receipt=None))
+    found = LlamaCpp(folder / "model-f32.gguf").log_probabilities(TOKEN_IDS, len(expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
     (figures,) = json.loads((folder / "receipt.json").read_text())["figures"]
     assert figures["kl"] < 1e-6
 

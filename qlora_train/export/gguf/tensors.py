@@ -28,7 +28,7 @@ from qlora_train.export.gguf.architecture import Architecture
 from qlora_train.export.merge import MergedWeights
 from qlora_train.files.shards import tensor_bytes
 
-EMBEDDING = "token_embd.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 DTYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
 
 
@@ -95,7 +95,7 @@ def list_tensors(weights: MergedWeights, architecture: Architecture, quant: str)
         for parameter, sources in weights.tensors.items()
         for tensor in _tensors_of(parameter, sources, weights, architecture)
     ]
-    head = "output.weight" if any(t.name == "output.weight" for t in unquantized) else EMBEDDING
+    head = HEAD if any(tensor.name == HEAD for tensor in unquantized) else EMBEDDING
 
     def type_of(tensor: GgufTensor) -> GgmlType:
         if weights.keeps(tensor.sources[0]):

@@ -26,7 +26,7 @@ from torch import Tensor
 from qlora_train.errors import ExportError
 from qlora_train.export.disk_writer import DiskWriter
 from qlora_train.export.gguf.architecture import ROPE_FACTORS
-from qlora_train.export.gguf.tensors import DTYPES, EMBEDDING, GgufTensor
+from qlora_train.export.gguf.tensors import DTYPES, EMBEDDING, HEAD, GgufTensor
 from qlora_train.export.merge import BLOCK_BYTES, MergedWeights
 from qlora_train.files.shards import TensorInfo
 
@@ -101,6 +101,7 @@ class GgufReader:
     ) -> None:
         self.folder, self._shapes = folder, shapes
         stored = {tensor.name: tensor.data for tensor in GGUFReader(file).tensors}
+        self.has_own_head = HEAD in stored
         self._parts: dict[str, list[tuple[GgufTensor, np.ndarray]]] = {}
         for tensor in tensors:
             data = stored[tensor.name]
