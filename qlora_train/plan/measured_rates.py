@@ -44,8 +44,7 @@ _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above on
 _REPEATS = 5
 _BESIDE_OTHERS = ", beside other programs"
 _OWN_SHARE = 0.9  # see share_of_processors; 0.99 on an idle machine
-_HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 64, LONGEST
-_NARROW = 64
+_HEADS, _HEAD_DIM, _NARROW = 16, 64, 64
 
 
 def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
@@ -166,10 +165,9 @@ def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor)
         _seconds_of_runs(device, partial(_expert_product, rows, narrow, count(_NARROW)))
     )
     del rows, narrow
-    attention, long_attention = (
-        _attention_rate(device, dtype, min(num_tokens, size))
-        for num_tokens in (_ATTENTION_TOKENS, 2 * _ATTENTION_TOKENS)
-    )
+    # A GPU attends to a few hundred tokens in less time than the host takes to ask for it.
+    lengths = (size // 2,) * 2 if device.is_accelerator else (min(LONGEST, size), min(2 * LONGEST, size))
+    attention, long_attention = (_attention_rate(device, dtype, num_tokens) for num_tokens in lengths)
     copy = copy_rate(device, host)
     here = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch)
     there = torch.empty_like(here)
