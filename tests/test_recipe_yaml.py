@@ -167,7 +167,15 @@ def test_settings_of_other_trainers_are_answered_with_ours_at_any_level(tmp_path
     [
         ("load_in_8bit", True, "here it is model.quantization: int8"),
         ("load_in_8bit", False, "not needed here: leave it out"),
-        ("load_in_4bit", False, "not needed here: leave it out"),
+        ("load_in_4bit", False, "here it is model.quantization: none (a base in 16 bits, unless load_in_8bit "
+         "is true)"),
+        ("adapter", "lora", "here it is model.quantization: none (a base in 16 bits, unless load_in_8bit is "
+         "true)"),
+        ("finetuning_type", "lora", "not needed here: leave it out (every run trains LoRA; without "
+         "quantization_bit, set model.quantization: none)"),
+        ("pissa_iter", 16, "here it is lora.init_lora_weights (such as pissa_niter_16)"),
+        ("token", "hf_x", "leave it out: hf auth login keeps it"),
+        ("type", "alpaca", "here it is data.format"),
         ("bf16", "auto", "not needed here: leave it out"),
         ("quantization_bit", 8, "here it is model.quantization: int8"),
         ("peft_use_dora", False, "not needed here: leave it out"),

@@ -377,7 +377,7 @@ def test_columns_that_fit_no_format_are_offered_as_settings(
 def test_columns_of_known_data_sets_that_hold_no_answers_as_they_are(
     jsonl: Write, section: Section, row: dict, advice: str
 ) -> None:
-    with pytest.raises(DataError, match=f"no format fits.*{re.escape(advice)}"):
+    with pytest.raises(DataError, match=f"(?s)no format fits.*{re.escape(advice)}"):
         contents(section(jsonl(row)))
 
 
