@@ -109,11 +109,12 @@ class DatasetReport:
         cut = rows[Note.PROMPT_CUT] or rows[Note.ANSWER_CUT]
         if cut or rows[Note.SPLIT]:
             lost = amounts[Note.PROMPT_CUT] + amounts[Note.ANSWER_CUT]
+            share = lost / (self.num_tokens + lost)
             lines.append(
-                f"longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost the beginning of the "
-                f"prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
-                f"{lost / (self.num_tokens + lost):.1%} of all); {rows[Note.SPLIT]:,} split into "
-                f"{amounts[Note.SPLIT]:,} documents"
+                f"{'warning: ' * (share >= _MUCH)}longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost "
+                f"the beginning of the prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
+                f"{share:.1%} of all); {rows[Note.SPLIT]:,} split into {amounts[Note.SPLIT]:,} documents"
+                + ". Raise data.sequence_length" * (share >= _MUCH)
             )
         if num_dropped := rows[Note.TOO_LONG]:
             lines.append(self._dropped_line(num_dropped, amounts[Note.TOO_LONG]))

@@ -232,6 +232,10 @@ def test_leaving_out_much_of_the_data_is_a_warning() -> None:
         notes, amounts = {Note.TOO_LONG: num_rows}, {Note.TOO_LONG: num_tokens}
         (line,) = DatasetReport(2000, 2000, 8000, 2000, 10, 1000, True, notes, amounts).lines()[2:]
         assert line.startswith("warning: ") and f"{said} of the tokens. Raise data.sequence_length" in line
+    notes, amounts = {Note.ANSWER_CUT: 1}, {Note.ANSWER_CUT: 1000, Note.PROMPT_CUT: 0}
+    notes |= {Note.PROMPT_CUT: 0, Note.SPLIT: 0}
+    (line,) = DatasetReport(2000, 2000, 8000, 2000, 10, 1000, True, notes, amounts).lines()[2:]
+    assert line.startswith("warning: longer than") and line.endswith("Raise data.sequence_length")
 
 
 def test_report_lines() -> None:
