@@ -65,9 +65,10 @@ def mapping(table: ExampleTable, prompt_columns: Collection[str]) -> str:
         answer = _called("output", table.columns)
         lists = [answer] if answer else [c for c in table.columns if isinstance(table.first_value(c), list)]
         if len(lists) == 1:
+            kind = type_name(table.first_value(lists[0]))
             return (
-                f"The column {lists[0]!r} holds {type_name(table.first_value(lists[0]))} that no format reads: "
-                "make it the text of the answer, or a list of messages {role: ..., content: ...}."
+                f"The column {lists[0]!r} holds {kind} that no format reads: make it the text of the answer, or "
+                "a list of messages {role: ..., content: ...}."
             )
         return (
             f"Set data.format to one of {', '.join(COLUMN_ROLES)} and map its roles: "

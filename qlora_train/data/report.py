@@ -110,12 +110,12 @@ class DatasetReport:
         if cut or rows[Note.SPLIT]:
             lost = amounts[Note.PROMPT_CUT] + amounts[Note.ANSWER_CUT]
             share = lost / (self.num_tokens + lost)
-            lines.append(
-                f"{'warning: ' * (share >= _MUCH)}longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost "
-                f"the beginning of the prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
-                f"{share:.1%} of all); {rows[Note.SPLIT]:,} split into {amounts[Note.SPLIT]:,} documents"
-                + ". Raise data.sequence_length" * (share >= _MUCH)
+            line = (
+                f"longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost the beginning of the "
+                f"prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, {share:.1%} of "
+                f"all); {rows[Note.SPLIT]:,} split into {amounts[Note.SPLIT]:,} documents"
             )
+            lines.append(line if share < _MUCH else f"warning: {line}. Raise data.sequence_length")
         if num_dropped := rows[Note.TOO_LONG]:
             lines.append(self._dropped_line(num_dropped, amounts[Note.TOO_LONG]))
         if rows[Note.UNSUPERVISED]:

@@ -65,7 +65,9 @@ def _assistant(text: str) -> dict:
 def test_auto_refuses_none_and_several(jsonl: Write, section: Section) -> None:
     with pytest.raises(DataError, match=r"no format fits\. Columns found: question, answer"):
         contents(section(jsonl({"question": "q", "answer": "a"})))
-    with pytest.raises(DataError, match="several formats fit.*Set data.format=prompt_completion or data.format=text"):
+    with pytest.raises(
+        DataError, match="several formats fit.*Set data.format=prompt_completion or data.format=text"
+    ):
         contents(section(jsonl({"prompt": "q", "completion": "a", "text": "t"})))
 
 

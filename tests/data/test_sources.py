@@ -170,7 +170,7 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: st
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    for path in (tmp_path / "gone.jsonl", "gone.csv", "a/b/c"):
+    for path in (tmp_path / "gone.jsonl", "gone.csv", "gone.jsnol", "a/b/c"):
         with pytest.raises(DataError, match=re.escape(f"The data file {path} does not exist")):
             load(path)
     with pytest.raises(DataError, match="holds no data file"):
@@ -194,7 +194,9 @@ def test_hub_ids_get_the_split_and_failures_become_messages(monkeypatch: pytest.
     def load_dataset(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
         asked.append((name, configuration, split))
         if name == "org/several" and configuration is None:
-            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"
+            )
         if name == "org/away":
             raise ConnectionError("no route\nto host")
         if name == "org/none":
