@@ -67,8 +67,8 @@ def mapping(table: ExampleTable, prompt_columns: Collection[str]) -> str:
         if len(lists) == 1:
             kind = type_name(table.first_value(lists[0]))
             return (
-                f"The column {lists[0]!r} holds {kind} that no format reads: make it the text of the answer, or "
-                "a list of messages {role: ..., content: ...}."
+                f"The column {lists[0]!r} holds {kind} that no format reads: make it the text of the answer, "
+                "or a list of messages {role: ..., content: ...}."
             )
         return (
             f"Set data.format to one of {', '.join(COLUMN_ROLES)} and map its roles: "

@@ -26,8 +26,8 @@ class StopAnswer(Exception):
 
 class Chat:
     """A conversation. model: of `source`. system: the system message. context_tokens: of the conversation and
-    an answer together. num_left_out: exchanges that the last answer did not see. was_cut: whether `StopAnswer`
-    ended the last answer."""
+    an answer together. num_left_out: exchanges that the last answer did not see. was_cut: whether
+    `StopAnswer` ended the last answer."""
 
     def __init__(
         self,

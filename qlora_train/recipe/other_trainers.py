@@ -117,7 +117,8 @@ _LEFT_OUT = {
     "inference_mode lora_fan_in_fan_out local_rank use_fast_tokenizer use_fast bias=none group_by_length "
     "pad_to_sequence_len streaming buffer_size preprocessing_batch_size bf16_full_eval fp16_full_eval "
     "dataloader_prefetch_factor dataloader_persistent_workers dataloader_drop_last quantization_method "
-    "ds_type max_lora_rank lora_on_cpu skip_prepare_dataset disable_gradient_checkpointing val_set_size=0 val_set_size=0.0 val_size=0 val_size=0.0",
+    "ds_type max_lora_rank lora_on_cpu skip_prepare_dataset disable_gradient_checkpointing "
+    "val_set_size=0 val_set_size=0.0 val_size=0 val_size=0.0",
     f"{_NOT_NEEDED} (every run trains LoRA)": "adapter peft_type use_peft use_lora",
     f"{_NOT_NEEDED} (every run trains LoRA; without quantization_bit, set model.quantization: none)": ""
     "finetuning_type=lora",
@@ -148,7 +149,8 @@ _LEFT_OUT = {
     "leave it out: hf auth login keeps it": "token hub_token",
     "leave it out: qlora-train train RUN --resume does it": "resume_from_checkpoint "
     "auto_resume_from_checkpoints",
-    "leave it out: qlora-train export does it": "export_dir export_size export_device export_quantization_bit",
+    "leave it out: qlora-train export does it": "export_dir export_size export_device "
+    "export_quantization_bit",
     "leave it out: qlora-train eval does it": "compute_accuracy predict_with_generate eval_table_size "
     "eval_max_new_tokens",
     f"{_ABSENT} (a column or a message of the rows is the system prompt)": "default_system",

@@ -311,9 +311,8 @@ class TrainLoop:
             total = loss_sum(
                 self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.plan.loss_tokens
             )
-        total = self._accelerator.reduce(total)
+        eval_loss = float(self._accelerator.reduce(total)) / data.num_supervised(range(data.num_bins))
         self._is_evaluating = False
-        eval_loss = float(total) / data.num_supervised(range(data.num_bins))
         if self._accelerator.is_main_process:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
         self._accelerator.log({"eval_loss": eval_loss}, step=step)
@@ -373,7 +372,7 @@ class TrainLoop:
         usual, step = self._step_seconds, self._state.step + 1
         left = "" if usual is None else f", about {max(0, self._step_began + usual - time.monotonic()):.0f} s"
         work = f"step {step} is being finished{left}"
-        if self._is_evaluating:  # the first one is before step 1, which leaves something to save
+        if self._is_evaluating:  # the first one before step 1, which leaves something to save
             work = f"the evaluation {'is' if step > 1 else 'and step 1 are'} being finished"
         return f"stopping: {work}, then the state is saved; again to stop at once"
 
