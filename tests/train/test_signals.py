@@ -51,9 +51,7 @@ def test_output_after_a_hangup_goes_nowhere() -> None:
         "import os, pty, signal, sys\n"
         "master, slave = pty.openpty()\n"
         "os.dup2(slave, 1)\n"
-        "from qlora_train.train.checkpoint import TrainState
-from qlora_train.train.loop import TrainLoop
-from qlora_train.train.signals import StopSignal\n"
+        "from qlora_train.train.signals import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
         "    os.close(slave); os.close(master)\n"
