@@ -70,7 +70,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "init_from": None,
         },
         "data": {
-            "train": [{"path": "org/rows", "split": None, "weight": 1.0}],
+            "train": [{"path": "org/rows", "name": None, "split": None, "weight": 1.0}],
             "eval": None,
             "format": "auto",
             "columns": {},

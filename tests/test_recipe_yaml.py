@@ -61,7 +61,7 @@ def test_problems_of_overrides_name_the_override(tmp_path: Path) -> None:
     overrides = (
         "lora.r=3",
         "training",
-        "lora=3",
+        "rank=3",
         "training.seed=[",
         "training.seed=5",
         "training.weight_decay=abc",
@@ -74,7 +74,7 @@ def test_problems_of_overrides_name_the_override(tmp_path: Path) -> None:
     assert problems_of(text, tmp_path, overrides) == [
         "override lora.r=3: unknown key; here it is lora.rank",
         "override training: is not section.key=value, such as training.epochs=2",
-        "override lora=3: is not section.key=value, such as training.epochs=2",
+        "override rank=3: unknown key; did you mean lora.rank?",
         "override training.seed=[: the value is not valid YAML: expected the node content, but found "
         "'<stream end>'",
         "override training.seed=[: overridden twice",
@@ -118,7 +118,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"model: \xff")
     with pytest.raises(RecipeError, match=r"latin\.yaml: cannot be read: 'utf-8' codec"):
         load_recipe(tmp_path / "latin.yaml")
-    with pytest.raises(RecipeError, match="gsm8k-x: no such recipe file; .*did you mean gsm8k?"):
+    with pytest.raises(
+        RecipeError, match="gsm8k-x: no such recipe file or run folder; .*did you mean gsm8k?"
+    ):
         load_recipe("gsm8k-x")
 
 
@@ -167,7 +169,15 @@ def test_settings_of_other_trainers_are_answered_with_ours_at_any_level(tmp_path
     [
         ("load_in_8bit", True, "here it is model.quantization: int8"),
         ("load_in_8bit", False, "not needed here: leave it out"),
-        ("load_in_4bit", False, "not needed here: leave it out"),
+        ("load_in_4bit", False, "here it is model.quantization: none (a base in 16 bits, unless load_in_8bit "
+         "is true)"),
+        ("adapter", "lora", "here it is model.quantization: none (a base in 16 bits, unless load_in_8bit is "
+         "true)"),
+        ("finetuning_type", "lora", "not needed here: leave it out (every run trains LoRA; without "
+         "quantization_bit, set model.quantization: none)"),
+        ("pissa_iter", 16, "here it is lora.init_lora_weights (such as pissa_niter_16)"),
+        ("token", "hf_x", "leave it out: hf auth login keeps it"),
+        ("type", "alpaca", "here it is data.format"),
         ("bf16", "auto", "not needed here: leave it out"),
         ("quantization_bit", 8, "here it is model.quantization: int8"),
         ("peft_use_dora", False, "not needed here: leave it out"),

@@ -50,8 +50,8 @@ def _step(run: Path, checkpoint: str, steps: list[int]) -> int:
         best = _state(run / "checkpoints" / f"step-{steps[-1]}" / "state.json").get("best_step")
         if best is None:
             raise RunFolderError(
-                f"{run}: was never evaluated, so no checkpoint is the best; there are {there}. "
-                "Write data.eval into the recipe."
+                f"{run}: no evaluation gave a finite loss (or there was none, without data.eval in the "
+                f"recipe), so no checkpoint is the best; there are {there}, and last."
             )
         if best not in steps:
             raise RunFolderError(f"{run}: step {best} was the best, but was not saved; there are {there}.")

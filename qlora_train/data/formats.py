@@ -300,11 +300,11 @@ def _detect(columns: Mapping[str, str], template: PromptTemplate | None, table: 
         and (template is None or name == "prompt_completion")
         and all(columns.get(role, role) in table.columns for role in roles if _is_needed(role, template))
     ]
-    if len(fitting) == 1:
+    if len(fitting) > 1:
+        settings = " or ".join(f"data.format={name}" for name in fitting)
+        problem = f"several formats fit. {_found(table)} Set {settings}."
+    elif fitting and (fitting != ["text"] or columns or "role" not in table.columns):  # messages are no texts
         return fitting[0]
-    if fitting:
-        names = ", ".join(fitting)
-        problem = f"several formats fit ({names}). {_found(table)} Set data.format to one of them."
     else:
         advice = known_form(table) or mapping(table, template.columns if template else ())
         problem = f"no format fits. {_found(table)} {advice}"

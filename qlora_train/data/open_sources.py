@@ -160,7 +160,10 @@ class _Count:
         )
         said = ", ".join(f"{number:,} {what}" for number, what in reasons if number)
         first = f" The first unusable one: {self.problems[0]}" if self.problems else ""
-        advice = " Conversations need assistant messages, or set data.supervise: all."
+        advice = (
+            " Conversations need assistant messages (or data.supervise: all), long rows a larger "
+            "data.sequence_length."
+        )
         return (
             f"No row of {self.num_read:,} can be trained on: {said}.{first}"
             f"{advice if num_without_target else ''}"

@@ -92,23 +92,32 @@ class DatasetReport:
             return ""
         return f": {self.num_tokens / (self.num_tokens - self.amounts[note]):.2f} times the tokens"
 
+    def _dropped_line(self, num_rows: int, num_tokens: int) -> str:
+        """About rows that `data.too_long: drop` leaves out: a warning where they are much of the data."""
+        line = f"{_rows(num_rows)} longer than sequence_length left out ({num_tokens:,} tokens"
+        of_rows, of_tokens = num_rows / self.num_examples, num_tokens / (self.num_tokens + num_tokens)
+        if max(of_rows, of_tokens) < _MUCH:
+            return f"{line})"
+        return (
+            f"warning: {line}): {of_rows:.0%} of the rows, {of_tokens:.0%} of the tokens. Raise "
+            "data.sequence_length, or set data.too_long: cut or split"
+        )
+
     def _note_lines(self) -> list[str]:
         rows, amounts = Counter(self.notes), Counter(self.amounts)
         lines = []
         cut = rows[Note.PROMPT_CUT] or rows[Note.ANSWER_CUT]
         if cut or rows[Note.SPLIT]:
             lost = amounts[Note.PROMPT_CUT] + amounts[Note.ANSWER_CUT]
-            lines.append(
+            share = lost / (self.num_tokens + lost)
+            line = (
                 f"longer than sequence_length: {_rows(rows[Note.PROMPT_CUT])} lost the beginning of the "
-                f"prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, "
-                f"{lost / (self.num_tokens + lost):.1%} of all); {rows[Note.SPLIT]:,} split into "
-                f"{amounts[Note.SPLIT]:,} documents"
+                f"prompt, {rows[Note.ANSWER_CUT]:,} the end of the answers ({lost:,} tokens, {share:.1%} of "
+                f"all); {rows[Note.SPLIT]:,} split into {amounts[Note.SPLIT]:,} documents"
             )
-        if rows[Note.TOO_LONG]:
-            lines.append(
-                f"{_rows(rows[Note.TOO_LONG])} longer than sequence_length left out "
-                f"({amounts[Note.TOO_LONG]:,} tokens)"
-            )
+            lines.append(line if share < _MUCH else f"warning: {line}. Raise data.sequence_length")
+        if num_dropped := rows[Note.TOO_LONG]:
+            lines.append(self._dropped_line(num_dropped, amounts[Note.TOO_LONG]))
         if rows[Note.UNSUPERVISED]:
             lines.append(f"{_rows(rows[Note.UNSUPERVISED])} without a supervised token left out")
         others = sorted(note for note in rows if rows[note] and note not in _SAID_TOGETHER)
@@ -118,6 +127,8 @@ class DatasetReport:
         return lines
 
 
+_MUCH = 0.1
+"""The share of rows or tokens that nobody leaves out without being warned."""
 _SAID_TOGETHER = frozenset({Note.PROMPT_CUT, Note.ANSWER_CUT, Note.SPLIT, Note.TOO_LONG, Note.UNSUPERVISED})
 _OF_ONE = {"have": "has", "are": "is"}
 

@@ -68,7 +68,8 @@ def load_source(source: DataSource) -> list[ExampleTable]:
 def require_source(source: DataSource) -> None:
     """Raise DataError for a source that is no file or folder and cannot be a data set on the hub."""
     path = Path(source.path).expanduser()
-    if not path.exists() and (data_suffix(path) in _READERS or not _HUB_ID.fullmatch(source.path)):
+    is_file = data_suffix(path) in _READERS or path.suffix[1:].isalpha() and path.parent.is_dir()
+    if not path.exists() and (is_file or not _HUB_ID.fullmatch(source.path)):
         raise DataError(
             f"The data file {source.path} does not exist (looked in {Path.cwd()}). Name the one to read: "
             "in the recipe, or as data.train=PATH or data.eval=PATH on the command line."
@@ -77,6 +78,11 @@ def require_source(source: DataSource) -> None:
 
 def _tables_of(source: DataSource) -> list[ExampleTable]:
     path = Path(source.path).expanduser()
+    if path.exists() and source.name is not None:
+        raise DataError(
+            f"{path} is no hub data set, which alone may have a configuration {source.name!r}: remove `name` "
+            "from the source, or name a sub-folder."
+        )
     if path.is_dir():
         return [_load_file(file) for file in _files_of(path, source.split)]
     if path.exists():
@@ -86,7 +92,7 @@ def _tables_of(source: DataSource) -> list[ExampleTable]:
             )
         return [_load_file(path)]
     require_source(source)
-    return [_load_hub(source.path, source.split or "train")]
+    return [_load_hub(source)]
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
@@ -147,12 +153,14 @@ def _supported() -> str:
     return f"{' '.join(_READERS)}, text also packed ({' '.join(PACKED_SUFFIXES)})"
 
 
-def _load_hub(name: str, split: str) -> ExampleTable:
+def _load_hub(source: DataSource) -> ExampleTable:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+    name, split = source.path, source.split or "train"
+
     try:
-        return HubTable(f"{name} [{split}]", load_dataset(name, split=split))
+        return HubTable(f"{name} [{split}]", load_dataset(name, source.name, split=split))
     except DatasetNotFoundError as error:
         raise DataError(
             f"There is no file or folder {name}, and no data set of that name on the hub that you may read: "
@@ -164,6 +172,9 @@ def _load_hub(name: str, split: str) -> ExampleTable:
             f"that name ({first_line(error)}). Check the path, or the network."
         ) from error
     except (DatasetsError, ValueError) as error:
-        raise DataError(
-            f"The hub data set {name} cannot be read: {first_line(error.__cause__ or error)}"
-        ) from error
+        reason = first_line(error.__cause__ or error)
+        if configurations := re.search(r"available configs: \[(.*)\]", str(error)):
+            reason = (
+                f"it has several configurations ({configurations[1]}). Write {{path: {name}, name: ...}}."
+            )
+        raise DataError(f"The hub data set {name} cannot be read: {reason}") from error

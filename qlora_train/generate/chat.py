@@ -26,7 +26,8 @@ class StopAnswer(Exception):
 
 class Chat:
     """A conversation. model: of `source`. system: the system message. context_tokens: of the conversation and
-    an answer together. num_left_out: exchanges that the last answer did not see."""
+    an answer together. num_left_out: exchanges that the last answer did not see. was_cut: whether
+    `StopAnswer` ended the last answer."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Chat:
         self._room = context_tokens - sampling.max_new_tokens
         self.messages: Messages = []
         self.num_left_out = 0
+        self.was_cut = False
 
     def ask(self, question: str, write: Callable[[str], None]) -> None:
         """Say something, and write the answer as it comes. An exception leaves the conversation as it was."""
@@ -73,6 +75,7 @@ class Chat:
     def _answer(self, messages: Messages, write: Callable[[str], None]) -> str:
         tokens = self._encode(messages)
         stream = TextStream(self.model.tokenizer, write)
+        self.was_cut = True
         with contextlib.suppress(StopAnswer):  # what there is then, is the answer
             generate_tokens(
                 self.model.decoder,
@@ -81,6 +84,7 @@ class Chat:
                 self.model.stop_ids,
                 lambda _, token: stream.add(token),
             )
+            self.was_cut = False
         stream.finish()
         return stream.text
 

@@ -27,7 +27,8 @@ HELP = """\
 /system TEXT     another system message
 /retry           the last question again
 /clear           start again
-/quit            or /exit, /bye, Ctrl-D; Ctrl-C ends an answer
+/quit            or /exit, /bye, Ctrl-D
+Ctrl-C           ends an answer; what is there then stays in the conversation
 A line that ends in \\ goes on. //text says /text."""
 
 
@@ -103,7 +104,7 @@ class Terminal:
         commands[name](argument.strip())
 
     def _base(self, _: str) -> None:
-        self._write_answer(partial(self._chat.base_answer, self._adapters[self._in_use]))
+        self._write_answer(partial(self._chat.base_answer, self._adapters[self._in_use]), "it is not kept")
 
     def _adapter(self, name: str) -> None:
         if not name:
@@ -121,7 +122,12 @@ class Terminal:
     def _clear(self, _: str) -> None:
         self._chat.messages = []
 
-    def _write_answer(self, answer: Callable[[Callable[[str], None]], None]) -> None:
+    def _write_answer(
+        self,
+        answer: Callable[[Callable[[str], None]], None],
+        of_a_cut_one: str = "it stays in the conversation as it is, /retry answers anew",
+    ) -> None:
+        """Print an answer as it comes. of_a_cut_one: what becomes of one that Ctrl-C ends, in words."""
         with _ctrl_c_ends_the_answer() as check:
 
             def write(text: str) -> None:
@@ -130,6 +136,8 @@ class Terminal:
 
             answer(write)
         print("\n")
+        if self._chat.was_cut:
+            print(f"(Ctrl-C cut this answer: {of_a_cut_one})", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:

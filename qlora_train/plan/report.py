@@ -89,7 +89,7 @@ def _time_line(plan: Values, num_steps: int | None) -> str:
     return (
         f"time: {duration(plan['step_seconds'])} per step of {plan['tokens_per_step']:,} tokens "
         f"({micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of {bins}), {end}; "
-        f"an evaluation takes {evaluation} per million"
+        f"an evaluation takes {evaluation} per million tokens"
     )
 
 

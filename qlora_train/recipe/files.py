@@ -31,7 +31,9 @@ def find_recipe(path: str | Path) -> Path:
         if file is not None and file.is_file():
             return file
     hint = nearest(str(path), bundled)
-    raise RecipeError([f"{path}: no such recipe file; `qlora-train recipes` lists bundled ones{hint}"])
+    raise RecipeError(
+        [f"{path}: no such recipe file or run folder; `qlora-train recipes` lists bundled ones{hint}"]
+    )
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -164,10 +164,12 @@ class LoraSection(_Section):
 
 
 class DataSource(_Section):
-    """A source of rows: a file, a folder or a hub id. split: of a folder or hub id. weight: how often each
-    row is used in an epoch (2: twice; 0.5: half of the rows, chosen once by the seed)."""
+    """A source of rows: a file, a folder or a hub id. name: the configuration of a hub data set that has
+    several. split: of a folder or hub id. weight: how often each row is used in an epoch (2: twice; 0.5: half
+    of the rows, chosen once by the seed)."""
 
     path: PathText
+    name: Text | None = None
     split: Text | None = None
     weight: Annotated[Positive, BeforeValidator(lambda value: 1.0 if value is None else value)] = 1.0
 

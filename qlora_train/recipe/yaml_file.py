@@ -101,7 +101,7 @@ class Draft:
             place = (_AFTER_THE_FILE + number, f"override {text}")
             name, equals, value_text = text.partition("=")
             path: KeyPath = tuple(name.strip().split("."))
-            if not equals or len(path) < 2 or not all(path):
+            if not equals or not all(path):
                 self.places[text,] = place
                 self.problems.append(((text,), "is not section.key=value, such as training.epochs=2"))
             elif path in written:

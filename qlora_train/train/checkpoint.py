@@ -64,13 +64,15 @@ class TrainState:
     base_fingerprint: str = ""
 
     def count_evaluation(self, eval_loss: float, stopping: EarlyStopping | None) -> bool:
-        """Take in the evaluation after this step; True if its loss is the best so far."""
+        """Take in the evaluation after this step; True if its loss is the best so far, which one that is not
+        finite never is."""
         if stopping is not None:
             before = math.inf if self.loss_to_improve is None else self.loss_to_improve
             self.evals_without_improvement += 1
             if eval_loss < before - stopping.min_delta:
                 self.loss_to_improve, self.evals_without_improvement = eval_loss, 0
-        if self.best_eval_loss is not None and eval_loss >= self.best_eval_loss:
+        best = math.inf if self.best_eval_loss is None else self.best_eval_loss
+        if not eval_loss < best:  # NaN is not less either
             return False
         self.best_eval_loss, self.best_step = eval_loss, self.step
         return True
@@ -81,10 +83,13 @@ class TrainState:
 
     def early_end_line(self, num_steps: int) -> str:
         """A line about a run that stopped early, instead of after `num_steps` steps."""
+        if self.best_eval_loss is None:
+            best = "none gave a finite loss"
+        else:
+            best = f"the best was {self.best_eval_loss:.4f} after step {self.best_step}"
         return (
             f"stopped early after step {self.step} of {num_steps}: {self.evals_without_improvement} "
-            f"evaluations without improvement; the best was {self.best_eval_loss:.4f} after step "
-            f"{self.best_step}"
+            f"evaluations without improvement; {best}"
         )
 
 

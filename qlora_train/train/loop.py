@@ -64,6 +64,7 @@ class TrainLoop:
         self._log: Callable[[str], None] = print
         self._saved_at = self._step_began = time.monotonic()
         self._step_seconds: float | None = None
+        self._is_evaluating = False
         self._prepared, self._accelerator = prepared, prepared.accelerator
         self._decoder, self._lora = prepared.model.decoder, prepared.model.lora
         self._device, self._clock = self._decoder.device, self._decoder.device.clock
@@ -299,6 +300,8 @@ class TrainLoop:
         assert (data := self._prepared.eval_data) is not None
         mine = self._of_this_rank(range(data.num_bins))
         group_size = self.plan.group_size(self._split.num_micro_batches)
+        progress.show(f"evaluating on {data.num_bins:,} bins")
+        self._is_evaluating = True
         with (
             self._clock.between_steps(Cause.EVALUATION),
             BatchPrefetcher(
@@ -308,8 +311,8 @@ class TrainLoop:
             total = loss_sum(
                 self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.plan.loss_tokens
             )
-        total = self._accelerator.reduce(total)
-        eval_loss = float(total) / data.num_supervised(range(data.num_bins))
+        eval_loss = float(self._accelerator.reduce(total)) / data.num_supervised(range(data.num_bins))
+        self._is_evaluating = False
         if self._accelerator.is_main_process:
             self._folder.append_metrics({"step": step, "eval_loss": eval_loss})
         self._accelerator.log({"eval_loss": eval_loss}, step=step)
@@ -365,15 +368,13 @@ class TrainLoop:
         return time.monotonic() - self._saved_at >= SAVE_SECONDS if every == "auto" else step % every == 0
 
     def _stopping_line(self) -> str:
-        """The line that a signal's handler prints in the middle of a step."""
-        usual = self._step_seconds
-        left = (
-            "" if usual is None else f", about {max(0.0, self._step_began + usual - time.monotonic()):.0f} s"
-        )
-        step = self._state.step + 1
-        return (
-            f"stopping: step {step} is being finished{left}, then the state is saved; again to stop at once"
-        )
+        """The line that a signal's handler prints in the middle of a step or an evaluation."""
+        usual, step = self._step_seconds, self._state.step + 1
+        left = "" if usual is None else f", about {max(0, self._step_began + usual - time.monotonic()):.0f} s"
+        work = f"step {step} is being finished{left}"
+        if self._is_evaluating:  # the first one before step 1, which leaves something to save
+            work = f"the evaluation {'is' if step > 1 else 'and step 1 are'} being finished"
+        return f"stopping: {work}, then the state is saved; again to stop at once"
 
     def _require_finite(self) -> None:
         """Raise `TrainingFailure` if masters or optimizer state are not finite, instead of saving them. A

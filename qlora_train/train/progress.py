@@ -55,6 +55,10 @@ class TrainProgress:
         """Print a line above the bar."""
         self._console.print(message(line), markup=False, soft_wrap=True)
 
+    def show(self, values: str) -> None:
+        """Show these values under the bar, up to the next step."""
+        self._bar.values = values
+
     def step(self, row: Mapping[str, float | int | bool], epoch: float, seconds: float) -> None:
         """Show the values of an optimizer step. row: of metrics.jsonl. epoch: of the data, at its end.
         seconds: that it took."""
@@ -66,7 +70,7 @@ class TrainProgress:
         )
         seconds_left = self._time_left.after(seconds, self._num_steps - step)
         time_left = "" if seconds_left is None else f"ETA {_clock(seconds_left)}"
-        self._bar.values = values
+        self.show(values)
         self._bar.update(self._task, completed=step, time_left=time_left)
         if not self._is_live and (step % self._log_every == 0 or step == self._num_steps):
             self.log("  ".join(filter(None, (f"step {step}/{self._num_steps}", values, time_left))))

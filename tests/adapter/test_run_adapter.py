@@ -36,7 +36,7 @@ def test_every_way_to_name_one(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="no checkpoint that last could name"):
         found(tmp_path, "last")
     write_checkpoint(tmp_path, 3, None)
-    with pytest.raises(RunFolderError, match="was never evaluated.*there are step-3"):
+    with pytest.raises(RunFolderError, match="no evaluation gave a finite loss.*there are step-3, and last"):
         found(tmp_path, "best")
     write_checkpoint(tmp_path, 10, 3)
     assert found(tmp_path, "last")[0] == "checkpoints/step-10/adapter"

@@ -227,11 +227,22 @@ def test_what_a_recipe_says_of_conversations_reaches_them(
         build_dataset(section(jsonl({"text": "t"}), **keys), tokenizer, seed=0)
 
 
+def test_leaving_out_much_of_the_data_is_a_warning() -> None:
+    for num_rows, num_tokens, said in ((3, 1000, "0% of the rows, 11%"), (200, 800, "10% of the rows, 9%")):
+        notes, amounts = {Note.TOO_LONG: num_rows}, {Note.TOO_LONG: num_tokens}
+        (line,) = DatasetReport(2000, 2000, 8000, 2000, 10, 1000, True, notes, amounts).lines()[2:]
+        assert line.startswith("warning: ") and f"{said} of the tokens. Raise data.sequence_length" in line
+    notes, amounts = {Note.ANSWER_CUT: 1}, {Note.ANSWER_CUT: 1000, Note.PROMPT_CUT: 0}
+    notes |= {Note.PROMPT_CUT: 0, Note.SPLIT: 0}
+    (line,) = DatasetReport(2000, 2000, 8000, 2000, 10, 1000, True, notes, amounts).lines()[2:]
+    assert line.startswith("warning: longer than") and line.endswith("Raise data.sequence_length")
+
+
 def test_report_lines() -> None:
     notes = {Note.PROMPT_CUT: 2, Note.ANSWER_CUT: 1, Note.SPLIT: 1, Note.TOO_LONG: 3, Note.UNSUPERVISED: 4}
     notes |= {Note.SAYS_CONTROL_TOKENS: 6, Note.QUOTES_CONTROL_TOKENS: 1, "are odd": 8}
     notes |= {Note.SEVERAL_TEXTS: 10, lost("name"): 1}
-    amounts = {Note.PROMPT_CUT: 10, Note.ANSWER_CUT: 70, Note.SPLIT: 3, Note.TOO_LONG: 900}
+    amounts = {Note.PROMPT_CUT: 10, Note.ANSWER_CUT: 70, Note.SPLIT: 3, Note.TOO_LONG: 800}
     amounts |= {Note.SEVERAL_TEXTS: 2000}
     reading = Reading(2, 1, 3, ("a line 1: x",), ("id", "url"), ("a.csv: fields separated by tabs",))
     report = DatasetReport(2000, 2001, 8000, 2000, 10, 1000, True, notes, amounts, reading, 9)
@@ -247,7 +258,7 @@ def test_report_lines() -> None:
         "  ... and 2 more",
         "longer than sequence_length: 2 rows lost the beginning of the prompt, 1 the end of the answers "
         "(80 tokens, 1.0% of all); 1 split into 3 documents",
-        "3 rows longer than sequence_length left out (900 tokens)",
+        "3 rows longer than sequence_length left out (800 tokens)",
         "4 rows without a supervised token left out",
         "8 rows are odd",
         "1 row holds the text of special tokens, read as plain text",

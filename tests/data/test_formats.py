@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,9 @@ def _assistant(text: str) -> dict:
 def test_auto_refuses_none_and_several(jsonl: Write, section: Section) -> None:
     with pytest.raises(DataError, match=r"no format fits\. Columns found: question, answer"):
         contents(section(jsonl({"question": "q", "answer": "a"})))
-    with pytest.raises(DataError, match=r"several formats fit \(prompt_completion, text\)"):
+    with pytest.raises(
+        DataError, match="several formats fit.*Set data.format=prompt_completion or data.format=text"
+    ):
         contents(section(jsonl({"prompt": "q", "completion": "a", "text": "t"})))
 
 
@@ -324,10 +327,6 @@ def test_hints_for_columns_of_other_kinds(jsonl: Write, section: Section) -> Non
     [
         ({"id": "1", "answer": "b", "question": "a"}, "{prompt: question, completion: answer}"),
         ({"Prompt": "a", "Completion": "b", "n": 1}, "{prompt: Prompt, completion: Completion}"),
-        (
-            {"instruction": "a", "response": "b", "context": "c"},
-            "{prompt: instruction, completion: response}",
-        ),
         ({"output": "b", "input": "a"}, "{prompt: input, completion: output}"),
         ({"mr": "a", "ref": "b"}, "{prompt: mr, completion: ref}"),
         ({"left": "a", "right": "b", "n": 1}, "{prompt: left, completion: right}"),
@@ -335,6 +334,16 @@ def test_hints_for_columns_of_other_kinds(jsonl: Write, section: Section) -> Non
         ({"dialog": [{"role": "user", "content": "a"}], "id": "1"}, "{messages: dialog}"),
         ({"body": "a"}, "{text: body}"),
         ({"a": "a", "b": "b", "c": "c"}, "{prompt: <column>, completion: <column>}"),
+        (  # Dolly
+            {"instruction": "a", "context": "c", "response": "b", "category": "d"},
+            "{instruction: instruction, input: context, output: response}",
+        ),
+        (  # OpenOrca
+            {"id": "1", "system_prompt": "", "question": "a", "response": "b"},
+            "{instruction: question, output: response, system: system_prompt}",
+        ),
+        ({"type": "t", "query": "a", "original_question": "o", "response": "b"}, "{prompt: query, "),
+        ({"problem": "a", "generated_solution": "b", "source": "s"}, "{prompt: problem, "),
     ],
 )
 def test_columns_that_fit_no_format_are_offered_as_settings(
@@ -350,6 +359,28 @@ def test_columns_that_fit_no_format_are_offered_as_settings(
         form, mapping = (word.partition("=")[2] for word in shlex.split(line.split(": ", 1)[1].strip()))
         mapped = YAML(typ="safe", pure=True).load(mapping)
         assert contents(section(path, format=form, columns=mapped))
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"context": "c", "question": "q", "answers": {"text": ["a"]}}, "'answers' holds an object"),  # SQuAD
+        ({"question": "q", "subject": "s", "answer": 1}, "'answer' holds a number"),
+        ({"id": "1", "data": ["a", "b"]}, "'data' holds a list that no format reads: make it"),  # UltraChat
+        ({"text": "a", "role": "prompter", "parent_id": None}, "These are single messages"),  # OpenAssistant
+        ({"chosen": "b", "rejected": "c"}, "columns: {text: chosen}"),
+        (
+            {"system": "s", "question": "a", "chosen": "b", "rejected": "c"},
+            "columns: {instruction: question, output: chosen, system: system}",
+        ),
+        ({"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "rejected": []}, "{messages: chosen}"),
+    ],
+)
+def test_columns_of_known_data_sets_that_hold_no_answers_as_they_are(
+    jsonl: Write, section: Section, row: dict, advice: str
+) -> None:
+    with pytest.raises(DataError, match=f"(?s)no format fits.*{re.escape(advice)}"):
+        contents(section(jsonl(row)))
 
 
 def test_with_a_prompt_template_the_answers_column_is_offered(jsonl: Write, section: Section) -> None:

@@ -170,7 +170,7 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: st
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    for path in (tmp_path / "gone.jsonl", "gone.csv", "a/b/c"):
+    for path in (tmp_path / "gone.jsonl", "gone.csv", "gone.jsnol", "a/b/c"):
         with pytest.raises(DataError, match=re.escape(f"The data file {path} does not exist")):
             load(path)
     with pytest.raises(DataError, match="holds no data file"):
@@ -181,6 +181,9 @@ def test_a_split_of_one_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x\n")
     with pytest.raises(DataError, match="remove `split`"):
         load(tmp_path / "a.txt", "train")
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(DataError, match="no hub data set.*remove `name`"):
+            sources.load_source(DataSource(path=str(path), name="main"))
 
 
 def test_hub_ids_get_the_split_and_failures_become_messages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +191,12 @@ def test_hub_ids_get_the_split_and_failures_become_messages(monkeypatch: pytest.
 
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load_dataset(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, configuration, split))
+        if name == "org/several" and configuration is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"
+            )
         if name == "org/away":
             raise ConnectionError("no route\nto host")
         if name == "org/none":
@@ -206,10 +213,12 @@ def test_hub_ids_get_the_split_and_failures_become_messages(monkeypatch: pytest.
         "org/name [train] row 2",
     ]
     load("name", "validation")
-    assert asked == [("org/name", "train"), ("name", "validation")]
+    sources.load_source(DataSource(path="org/several", name="b"))
+    assert asked == [("org/name", None, "train"), ("name", None, "validation"), ("org/several", "b", "train")]
     for name, split, message in (
         ("org/away", None, "hub cannot be reached.*no route"),
         ("org/none", None, "no data set of that name"),
+        ("org/several", None, r"several configurations \('a', 'b'\)\. Write {path: org/several, name: "),
         ("org/name", "odd", "Unknown split"),
     ):
         with pytest.raises(DataError, match=message):

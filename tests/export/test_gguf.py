@@ -97,9 +97,10 @@ def test_answers_end_where_training_ended_them(tmp_path: Path) -> None:
     assert 'PARAMETER stop "<|end|>"' in modelfile and 'PARAMETER stop "<eos>"' in modelfile
     assert modelfile.startswith("# ollama create run -f Modelfile\nFROM ./model-f16.gguf\n")
     assert modelfile.count("<bos>") == 0  # llama.cpp puts it there
-    start = "{{ if not .System }}<|user|>Be brief.<|end|>\n{{ end }}"
+    # What stands there without a system message does not stand beside an empty one.
+    start = '{{ if and (eq $i 0) (ne .Role "system") }}<|user|>Be brief.<|end|>\n{{ end }}'
     user = '{{ if eq .Role "user" }}<|user|>{{ .Content }}<|end|>\n'
-    assert f'TEMPLATE """{start}{{{{ range .Messages }}}}{user}' in modelfile
+    assert f'TEMPLATE """{{{{ range $i, $_ := .Messages }}}}{start}{user}' in modelfile
 
 
 def test_what_stands_beside_the_file(tmp_path: Path) -> None:

@@ -230,7 +230,9 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/bye\nnot asked\n"))
     before = signal.getsignal(signal.SIGINT)
     Terminal(chat, source, {}).run()
-    written = capsys.readouterr().out.removesuffix("\n\n")
+    out, err = capsys.readouterr()
+    written = out.removesuffix("\n\n")
+    assert "(Ctrl-C cut this answer: it stays in the conversation as it is" in err
     assert signal.getsignal(signal.SIGINT) is before
     assert 0 < len(written) < len(free.getvalue()) and free.getvalue().startswith(written)
     assert chat.messages[-1] == {"role": "assistant", "content": written}

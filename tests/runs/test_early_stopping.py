@@ -43,6 +43,18 @@ def test_patience_counts_evaluations_since_one_that_improved(
     assert not state.stops_early(None)
 
 
+def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
+    state, stopping = TrainState(), EarlyStopping(patience=1)
+    for state.step, loss in enumerate([math.nan, math.inf]):
+        assert not state.count_evaluation(loss, stopping)
+    assert state.early_end_line(9).endswith("none gave a finite loss")
+    state.step = 2
+    assert state.count_evaluation(2.0, stopping) and (state.best_step, state.best_eval_loss) == (2, 2.0)
+    state.step = 3
+    assert not state.count_evaluation(math.nan, stopping) and state.best_step == 2
+    assert state.early_end_line(9).endswith("the best was 2.0000 after step 2")
+
+
 @pytest.mark.parametrize(
     ("section", "keys", "problem"),
     [

@@ -30,6 +30,8 @@ def shown(monkeypatch: pytest.MonkeyPatch, *, width: int, is_terminal: bool) -> 
         progress.step(ROW, 0.75, 2.0)
         if is_terminal:
             progress._bar.refresh()
+            progress.show("evaluating on 7 bins")
+            progress._bar.refresh()
     return console.export_text()
 
 
@@ -61,7 +63,7 @@ def test_the_values_of_a_step_stay_on_a_terminal(monkeypatch: pytest.MonkeyPatch
         "3.00 GiB",
     ):
         assert value in text
-    assert "3/10" in text and "ETA 0:00:14" in text and "…" not in text
+    assert "evaluating on 7 bins" in text and "3/10" in text and "ETA 0:00:14" in text and "…" not in text
 
 
 def test_a_log_file_gets_a_line_a_step_and_no_time_left_that_is_not_known(

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from qlora_train.train.checkpoint import TrainState
+from qlora_train.train.loop import TrainLoop
 from qlora_train.train.signals import StopSignal
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -58,3 +60,11 @@ def test_output_after_a_hangup_goes_nowhere() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == signal.SIGHUP and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_signal_in_an_evaluation_says_that_it_is_finished_first() -> None:
+    loop = TrainLoop.__new__(TrainLoop)
+    loop._step_seconds, loop._is_evaluating, loop._state = None, True, TrainState()
+    assert loop._stopping_line().startswith("stopping: the evaluation and step 1 are being finished, then")
+    loop._state.step = 3
+    assert loop._stopping_line().startswith("stopping: the evaluation is being finished, then")

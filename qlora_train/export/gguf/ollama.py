@@ -76,14 +76,15 @@ class TurnTexts:
         texts = [self.start, self.prompt, *(text for pair in self.around.values() for text in pair)]
         if any("{{" in text or '"""' in text for text in texts):
             return None
-        start = self.start
-        if start and "system" in self.around:
-            start = "{{ if not .System }}" + start + "{{ end }}"
+        start, messages = self.start, "{{ range .Messages }}"
+        if start and "system" in self.around:  # .System is empty for an empty system message, too
+            start, messages = "", "{{ range $i, $_ := .Messages }}"
+            messages += '{{ if and (eq $i 0) (ne .Role "system") }}' + self.start + "{{ end }}"
         roles = "{{ else ".join(
             'if eq .Role "' + role + '" }}' + "{{ .Content }}".join(texts)
             for role, texts in self.around.items()
         )
-        return start + "{{ range .Messages }}{{ " + roles + "{{ end }}{{ end }}" + self.prompt
+        return start + messages + "{{ " + roles + "{{ end }}{{ end }}" + self.prompt
 
 
 def go_prompt(template: PromptTemplate) -> str | None:
