@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,14 @@ from pathlib import Path
 from qlora_train.files.folder_lock import OLD, PARTIAL, FolderLock, lock_folder
 
 
+class MadeByAnother(Exception):
+    """Raised in `atomic_folder`'s block: another process has made the same folder meanwhile, which stays."""
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to write into, which becomes `folder` when the block ends without an
-    exception."""
+    exception. `MadeByAnother` is not raised further."""
     folder = folder.resolve()  # a symbolic link stays one
     with locked_partial(folder) as lock:
         partial = lock.folder
@@ -30,6 +35,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             for path in [*partial.rglob("*"), partial]:
                 _fsync(path)
             _replace(folder, partial)
+        except MadeByAnother:
+            shutil.rmtree(partial, ignore_errors=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -57,6 +64,8 @@ def _replace(folder: Path, by: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
+    if sys.platform == "win32":  # opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

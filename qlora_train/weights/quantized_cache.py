@@ -38,7 +38,7 @@ from torch import Tensor
 from qlora_train.boundary import is_disk_failure, reason_of, require_free_disk
 from qlora_train.device.compute_dtype import dtype_name
 from qlora_train.errors import UserError
-from qlora_train.files.atomic_folder import atomic_folder
+from qlora_train.files.atomic_folder import MadeByAnother, atomic_folder
 from qlora_train.files.folder_lock import remove_leftovers
 from qlora_train.files.hashed_file import FileEntry, HashingFile, entry_of
 from qlora_train.files.sealed_json import seal, unseal
@@ -162,15 +162,11 @@ def open_quantized_base(
             root, num_bytes, "the quantized base", UserError, "set QLORA_TRAIN_CACHE to another disk"
         )
         log(f"{begins}: {num_bytes / 1e9:.2f} GB into {folder}")
-        with contextlib.suppress(_MadeByAnother), atomic_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             _write(partial, checkpoint, meta_model, layouts, quantization, device, base_folder)
             if folder.exists() and _damage(folder, meta_model) is None:
-                raise _MadeByAnother
+                raise MadeByAnother
     return base
-
-
-class _MadeByAnother(Exception):
-    """Another process has made the same quantized base meanwhile; this process discards its own."""
 
 
 def make_root(root: Path) -> None:
