@@ -179,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_recipes(command)
 
-    cache = command("cache", "list the quantized bases and tokens kept on disk, or make room", run=_list_cache)
+    cache = command(
+        "cache", "list the quantized bases and tokens kept on disk, or make room", run=_list_cache
+    )
     cache_actions = cache.add_subparsers(metavar="list | clear")
     cache_list = cache_actions.add_parser("list", help="name, size and origin of each")
     cache_list.set_defaults(run=_list_cache)

@@ -128,7 +128,7 @@ def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> Tokeni
 
 
 def _opened(folder: Path) -> TokenizedExamples | None:
-    """The examples of a folder, which stays locked as long as they live; None: it is not there, or damaged."""
+    """The examples of a folder, which stays locked while they live; None: it is not there, or damaged."""
     try:
         with ExitStack() as held:
             if (lock := lock_folder(folder, shared=True)) is None:

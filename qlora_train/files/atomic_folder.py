@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora_train.files.atomic_file import sync_to_disk
 from qlora_train.files.folder_lock import OLD, PARTIAL, FolderLock, lock_folder
 
 
@@ -33,14 +33,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             yield partial
             for path in [*partial.rglob("*"), partial]:
-                _fsync(path)
+                sync_to_disk(path)
             _replace(folder, partial)
         except MadeByAnother:
             shutil.rmtree(partial, ignore_errors=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    _fsync(folder.parent)
+    sync_to_disk(folder.parent)
 
 
 def locked_partial(folder: Path) -> FolderLock:
@@ -61,13 +61,3 @@ def _replace(folder: Path, by: Path) -> None:
     os.rename(folder, old)
     os.rename(by, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    if sys.platform == "win32":  # opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

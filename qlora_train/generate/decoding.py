@@ -3,9 +3,9 @@
 Each step is the same walk over the layers as in training, with a key-value cache: one pass over the layers
 per token, whatever the number of prompts. generate/sampling.py chooses the tokens.
 
-Each prompt has a random generator of its own, seeded by numpy's `SeedSequence` from the seed and the prompt's
-number: neither the batch nor another prompt changes it, and no two pairs share one (with seed + number, seed 1
-would repeat nearly all samples of seed 0).
+Each prompt has a random generator of its own, seeded by numpy's `SeedSequence` from the seed and the
+prompt's number: neither the batch nor another prompt changes it, and no two pairs share one (with
+seed + number, seed 1 would repeat nearly all samples of seed 0).
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def score(
     """(log-likelihood in nats, whether greedy decoding would say it) of each continuation.
 
     row_tokens: of a packed row at most, no less than any continuation reads. on_scored: called with the
-    number of token scores that are new. group_size: rows that pass the layers together. Raises `UnsupportedModelError` where a rotary table depends on the
-    length (model/rope_lengths.py)."""
+    number of token scores that are new. group_size: rows that pass the layers together. Raises
+    `UnsupportedModelError` where a rotary table depends on the length (model/rope_lengths.py)."""
     log_likelihoods = np.zeros(len(continuations))
     is_greedy = np.ones(len(continuations), dtype=bool)
     rows = list(_rows(decoder, _readings(continuations, row_tokens), row_tokens))

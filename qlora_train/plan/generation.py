@@ -28,7 +28,13 @@ from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.host_bytes import host_bytes
 from qlora_train.plan.placement import fewest, mlp_tiles, place_of_streamed, placed
 from qlora_train.plan.plan import budget_for, room_in
-from qlora_train.plan.planned_walk import MOST_TOGETHER, GenerateSize, evaluation_peak, generate_peak, load_peak
+from qlora_train.plan.planned_walk import (
+    MOST_TOGETHER,
+    GenerateSize,
+    evaluation_peak,
+    generate_peak,
+    load_peak,
+)
 from qlora_train.plan.words import gib, refusal
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement, everything_resident
@@ -40,8 +46,9 @@ WeightsChoice = Literal["auto", "resident", "ram", "disk"]
 @dataclass(frozen=True)
 class GenerationPlan:
     """Placement of a model's weights for generation. phases: bytes on the device by cause, of loading and
-    generating, without the context. evaluation_group: rows whose loss is computed together. budget_bytes: for the device, context included. problems: empty if it
-    fits. advice: other options that would fit, where it does not."""
+    generating, without the context. evaluation_group: rows whose loss is computed together. budget_bytes: for
+    the device, context included. problems: empty if it fits. advice: other options that would fit, where it
+    does not."""
 
     workload: Workload
     size: GenerateSize

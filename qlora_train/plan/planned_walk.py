@@ -55,7 +55,8 @@ arithmetic and dequantizing is negligible."""
 @dataclass(frozen=True)
 class GenerateSize:
     """Size of a batch to generate. prompts: token counts. new_tokens: of each prompt at most.
-    evaluated_tokens: of a row whose loss is computed besides; 0: none is. evaluated_rows: such rows at most."""
+    evaluated_tokens: of a row whose loss is computed besides; 0: none is. evaluated_rows: of those at
+    most."""
 
     prompts: tuple[int, ...] = (512,)
     new_tokens: int = MOST_SAMPLE_TOKENS

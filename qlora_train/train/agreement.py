@@ -27,7 +27,9 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, Any]) -> None:
     are called in the message."""
     told = ranks.gather(facts)
     differing = {
-        rank: names for rank, other in enumerate(told) if (names := [n for n in facts if other[n] != told[0][n]])
+        rank: names
+        for rank, other in enumerate(told)
+        if (names := [n for n in facts if other[n] != told[0][n]])
     }
     if differing:
         found = "; ".join(f"process {rank}: {', '.join(names)}" for rank, names in differing.items())
@@ -57,7 +59,8 @@ def facts_of(prepared: Prepared, step: int) -> dict[str, Any]:
 
 
 def _lora_hash(lora: LoraParameters) -> str:
-    """Of A, B and rows of tokens; DoRA's magnitudes are measured on each rank's device, and may round apart."""
+    """Hash of A, B and rows of tokens; DoRA's magnitudes are measured on each rank's device, and may round
+    apart."""
     hashed = xxhash.xxh3_128()
     for tensors in lora.views(lora.masters).values():
         for tensor in tensors[:2]:

@@ -1,5 +1,5 @@
-"""`qlora-train cache list | clear`: lists and removes what the cache keeps: quantized bases and tokens of data.
-Does not import torch."""
+"""`qlora-train cache list | clear`: lists and removes quantized bases and tokens of data in the cache. Imports
+no torch."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """The cache folder of a quantized base, and whether it is complete. Does not import torch.
 
 The folder's name contains a fingerprint of everything that determines the bytes: format version,
-quantization, compute dtype, config.json, and of every weight file its name, size, time of change, header, and
-samples of its content (hashing 16 GB of weights at each start would cost more time than the cache saves). What
-these miss, a few bytes changed in place by a tool that restores times, changes the files' stamp: it is compared
-when the base is opened, and where it is new, all bytes are (quantized_cache.py). Here a base counts as complete
-when every file in its manifest has the size listed there.
+quantization, compute dtype, config.json, and of every weight file its name, size, time of change, header,
+and samples of its content (hashing 16 GB of weights at each start would cost more time than the cache saves).
+What these miss, a few bytes changed in place by a tool that restores times, changes the files' stamp: it is
+compared when the base is opened, and where it is new, all bytes are (quantized_cache.py). Here a base counts
+as complete when every file in its manifest has the size listed there.
 """
 
 from __future__ import annotations

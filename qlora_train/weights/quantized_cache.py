@@ -2,8 +2,8 @@
 
 Layers that do not fit into RAM stream from these files.
 
-    <cache>/<fingerprint>/manifest.json       version, quantization, dtype, every file's size and hash, those of the
-                                              weight files it was made from, and their stamps
+    <cache>/<fingerprint>/manifest.json       version, quantization, dtype, every file's size and hash,
+                                              those of the weight files, and their stamps
                           layers.bin          the layer buffers one after another, each starting at a page
                           embedding.bin       [V, D] in the compute dtype
                           head.bin            unless tied: the same, or quantized rows if the checkpoint
@@ -11,10 +11,11 @@ Layers that do not fit into RAM stream from these files.
                           plain.safetensors   norms and biases
                           factors.safetensors with PiSSA: what was taken out of the weights (adapter/pissa.py)
 
-The fingerprint covers everything that determines the bytes (cache_key.py). A folder gets its final name only
-when complete and fsynced (files/atomic_folder.py). On opening, the hash of every file is verified, and that the
-weight files are those it was made from (`_is_made_from`); a damaged cache is logged and made again. Two processes that need the same base at once both make it; the folder of the
-first to finish stays, as the bytes are the same.
+The fingerprint covers what determines the bytes (cache_key.py). A folder gets its final name only when
+complete and fsynced (files/atomic_folder.py). On opening, the hash of every file is verified, and that the
+weight files are those it was made from (`_is_made_from`); a damaged cache is logged and made again. Two
+processes that need the same base at once both make it; the folder of the first to finish stays, as the bytes
+are the same.
 
 Cache folder: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
 (`--no-cache`) the same files are made in a temporary folder that is removed when the process ends.
@@ -298,8 +299,8 @@ def _damage(
 
 
 def _is_made_from(folder: Path, manifest: dict[str, Any], base_folder: Path) -> bool:
-    """Whether a quantized base was made from the bytes of these weight files. All of them are read where their
-    stamp is new: after a chmod, as a copy, or after a change in place whose time was set back."""
+    """Whether a quantized base was made from the bytes of these weight files. All are read where their stamp
+    is new: after a chmod, as a copy, or after a change in place whose time was set back."""
     stamp = stamp_of(base_folder)
     if stamp in manifest["stamps"]:
         return True

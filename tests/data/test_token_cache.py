@@ -191,7 +191,11 @@ def test_leftovers_of_killed_processes_go_and_the_first_of_two_stays(
 
 
 def test_a_damaged_token_cache_is_listed_as_such(tmp_path: Path) -> None:
-    for name, meta in {"tokens-a": None, "tokens-b": "[1]", "tokens-c": '{"num_bytes": {"tokens": 9}}'}.items():
+    for name, meta in {
+        "tokens-a": None,
+        "tokens-b": "[1]",
+        "tokens-c": '{"num_bytes": {"tokens": 9}}',
+    }.items():
         (tmp_path / name).mkdir()
         if meta is not None:
             (tmp_path / name / "meta.json").write_text(meta)

@@ -33,7 +33,9 @@ def test_who_differs_in_what_is_named() -> None:
     others = (facts | {"data.seed": 2}, facts, facts | {"the training data": "b", "the checkpoint's step": 0})
     with pytest.raises(UserError) as caught:
         require_agreement(Told(others=others), facts)
-    assert "process 1: data.seed; process 3: the training data, the checkpoint's step. Give" in str(caught.value)
+    assert "process 1: data.seed; process 3: the training data, the checkpoint's step. Give" in str(
+        caught.value
+    )
 
 
 def facts_of_run(
