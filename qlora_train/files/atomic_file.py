@@ -26,8 +26,8 @@ def replace_text(file: Path, text: str, *, is_shared: bool = False) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk. No effect on Windows, which opens
-    no folders."""
+    """Wait until a file's content, or the names in a folder, are on the disk. No effect on Windows, which
+    opens no folders."""
     if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""`qlora-train cache list | clear`: lists and removes quantized bases and tokens of data in the cache. Imports
+"""`qlora-train cache list | clear`: lists and removes quantized bases and tokens that are kept. Imports
 no torch."""
 
 from __future__ import annotations
