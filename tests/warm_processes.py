@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
@@ -109,9 +109,12 @@ def wait_for(process: BaseProcess, log: Path) -> Ended:
     return Ended(process.exitcode, log.read_text())
 
 
-def run_in_ranks(arguments: list[str], folder: Path, num_ranks: int) -> Ended:
+def run_in_ranks(
+    arguments: list[str], folder: Path, num_ranks: int, own: Sequence[Sequence[str]] = ()
+) -> Ended:
     """`qlora-train *arguments` in each rank of a launch on this machine's CPU, with the variables that a
-    launcher sets. The first code that is not 0; what all have written, in the order of ranks."""
+    launcher sets. The first code that is not 0; what all have written, in the order of ranks.
+    own: more arguments of each rank."""
     environment = child_environment(
         GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()),
         WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks),
@@ -120,7 +123,12 @@ def run_in_ranks(arguments: list[str], folder: Path, num_ranks: int) -> Ended:
         environment.pop("ACCELERATE_USE_CPU", None)  # ranks find each other without it
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
     processes = [
-        start_command(arguments, log, None, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start_command(
+            [*arguments, *(own[rank] if own else ())],
+            log,
+            None,
+            environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank, log in enumerate(logs)
     ]
     ended = [wait_for(process, log) for process, log in zip(processes, logs, strict=True)]

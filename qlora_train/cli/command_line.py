@@ -179,11 +179,13 @@ def _parser() -> argparse.ArgumentParser:
 
     add_recipes(command)
 
-    cache = command("cache", "list the quantized bases that are kept on disk, or make room", run=_list_cache)
+    cache = command(
+        "cache", "list the quantized bases and tokens kept on disk, or make room", run=_list_cache
+    )
     cache_actions = cache.add_subparsers(metavar="list | clear")
-    cache_list = cache_actions.add_parser("list", help="name, size and base of each")
+    cache_list = cache_actions.add_parser("list", help="name, size and origin of each")
     cache_list.set_defaults(run=_list_cache)
-    clear = cache_actions.add_parser("clear", help="remove quantized bases that no run is using")
+    clear = cache_actions.add_parser("clear", help="remove what no run is using")
     clear.add_argument("names", metavar="NAME", nargs="*", help="as `cache list` shows them (default: all)")
     clear.set_defaults(run=_clear_cache)
     return parser

@@ -5,8 +5,8 @@ them: reading a gigabyte takes a second, and a time of change tells little), the
 with its chat template, and the versions of what reads and tokenises. A second start with the same ones maps
 the arrays and reads nothing. Small data are not kept: they are tokenised in the time that looking takes.
 
-A folder is built under a name of its own and renamed when it is complete, so that one that is there is whole;
-of two that are built at once the first one stays.
+A folder is written atomically (files/atomic_folder.py), so that one that is there is whole; of two that are
+built at once the first one stays. It is locked while its examples are used, so that `cache clear` spares it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import secrets
-import shutil
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,10 @@ from qlora_train.data.open_sources import OpenSources
 from qlora_train.data.reading_progress import reading_progress
 from qlora_train.data.tables import ExampleTable
 from qlora_train.data.tokenization import ExampleTokenizer
-from qlora_train.data.tokenized_examples import TokenizedExamples
+from qlora_train.data.tokenized_examples import FOLDER_PREFIX, TokenizedExamples
 from qlora_train.errors import DataError, QloraTrainError
+from qlora_train.files.atomic_folder import MadeByAnother, atomic_folder
+from qlora_train.files.folder_lock import lock_folder, remove_leftovers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,20 +101,20 @@ def fingerprint(
 
 
 def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> TokenizedExamples:
-    """The examples of the cache folder `name`, built first by build(folder) where they are not there. Raises
-    DataError where the cache cannot be written, QloraTrainError where its disk is full."""
-    folder = root / f"tokens-{name}"
+    """The examples of the cache folder `name`, built first by build(empty folder) where they are not there.
+    Raises DataError where the cache cannot be written, QloraTrainError where its disk is full."""
+    folder = root / f"{FOLDER_PREFIX}{name}"
+    if (examples := _opened(folder)) is not None:
+        return examples
     try:
-        return TokenizedExamples.opened(folder)
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-        pass
-    making = root / f"making-tokens-{name}-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        build(making)
-        if folder.exists():  # built by somebody else meanwhile, or damaged
-            shutil.rmtree(folder)
-        making.rename(folder)
-        return TokenizedExamples.opened(folder)
+        remove_leftovers(root)
+        with atomic_folder(folder) as partial:
+            build(partial)
+            if (examples := _opened(folder)) is not None:
+                raise MadeByAnother
+        examples = examples or _opened(folder)
+        assert examples is not None, "it has just been written"
+        return examples
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise QloraTrainError(
@@ -124,8 +125,20 @@ def kept_or_built(root: Path, name: str, build: Callable[[Path], Any]) -> Tokeni
             f"The token cache {root} cannot be written: {error.strerror or error}. Name another folder with "
             "QLORA_TRAIN_CACHE, or use --no-cache."
         ) from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+
+
+def _opened(folder: Path) -> TokenizedExamples | None:
+    """The examples of a folder, which stays locked while they live; None: it is not there, or damaged."""
+    try:
+        with ExitStack() as held:
+            if (lock := lock_folder(folder, shared=True)) is None:
+                return None
+            held.enter_context(lock)
+            examples = TokenizedExamples.opened(folder)
+            weakref.finalize(examples, held.pop_all().close)
+            return examples
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _content_hash(file: Path) -> str:

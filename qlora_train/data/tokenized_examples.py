@@ -37,6 +37,8 @@ from qlora_train.data.report import Reading
 
 KEY_BYTES = 32
 META = "meta.json"
+FOLDER_PREFIX = "tokens-"
+"""Of the names of the token cache's folders."""
 _DIGESTED = ("tokens", "supervised", "document_starts")
 _READ_BYTES = 64 * 2**20
 _PAGES_PER_FAULT = 2**16  # bytes that the system maps around a page that is touched
@@ -139,10 +141,8 @@ class ExamplesWriter:
     """Takes examples batch by batch; keeps them in memory, or writes them to files below `folder`."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Raises OSError where the folder cannot be made."""
+        """folder: an empty one."""
         self._folder = folder
-        if folder is not None:
-            folder.mkdir(parents=True)
         self._files: dict[str, IO[bytes]] = {
             name: io.BytesIO() if folder is None else (folder / name).open("wb") for name in ARRAYS
         }

@@ -201,3 +201,11 @@ class ComputeDevice:
 
 
 THE_CPU = ComputeDevice(CPU)
+
+
+def find_accelerator() -> torch.device | None:
+    """The accelerator that torch finds, without an index; None: there is none, or its module does not tell
+    how much memory it has, which every plan needs (Apple's MPS, whose memory is the CPU's)."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    is_usable = found is not None and hasattr(torch.get_device_module(found), "mem_get_info")
+    return found if is_usable else None

@@ -4,6 +4,7 @@ the new text is on the disk before it gets the file's name."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -21,12 +22,14 @@ def replace_text(file: Path, text: str, *, is_shared: bool = False) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     partial.replace(file)
-    if os.name == "posix":  # Windows opens no folders
-        sync_to_disk(file.parent)
+    sync_to_disk(file.parent)
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+    """Wait until a file's content, or the names in a folder, are on the disk. No effect on Windows, which
+    opens no folders."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

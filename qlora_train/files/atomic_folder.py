@@ -19,10 +19,14 @@ from qlora_train.files.atomic_file import sync_to_disk
 from qlora_train.files.folder_lock import OLD, PARTIAL, FolderLock, lock_folder
 
 
+class MadeByAnother(Exception):
+    """Raised in `atomic_folder`'s block: another process has made the same folder meanwhile, which stays."""
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to write into, which becomes `folder` when the block ends without an
-    exception."""
+    exception. `MadeByAnother` is not raised further."""
     folder = folder.resolve()  # a symbolic link stays one
     with locked_partial(folder) as lock:
         partial = lock.folder
@@ -31,6 +35,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             for path in [*partial.rglob("*"), partial]:
                 sync_to_disk(path)
             _replace(folder, partial)
+        except MadeByAnother:
+            shutil.rmtree(partial, ignore_errors=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 
@@ -27,11 +28,12 @@ _held: set[FolderLock] = set()
 class FolderLock:
     """A lock that is held until `close`, or until the process ends. A context manager.
 
-    is_certain: False on a filesystem without locks, where other processes may use the folder too."""
+    is_certain: False on Windows and on a filesystem without locks, where other processes may use the folder
+    too."""
 
-    def __init__(self, folder: Path, descriptor: int, *, is_certain: bool) -> None:
+    def __init__(self, folder: Path, descriptor: int | None, *, is_certain: bool) -> None:
         self.folder, self.is_certain = folder, is_certain
-        self._descriptor: int | None = descriptor
+        self._descriptor = descriptor
         _held.add(self)
 
     def close(self) -> None:
@@ -54,7 +56,9 @@ def lock_folder(folder: Path, *, shared: bool = False) -> FolderLock | None:
 
     shared: together with other shared locks, for readers; waits for a writer. Raises `OSError` where it is no
     readable folder."""
-    import fcntl  # not on Windows
+    if sys.platform == "win32":
+        return FolderLock(folder, None, is_certain=False) if folder.is_dir() else None
+    import fcntl
 
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -2,6 +2,10 @@
 
 Each step is the same walk over the layers as in training, with a key-value cache: one pass over the layers
 per token, whatever the number of prompts. generate/sampling.py chooses the tokens.
+
+Each prompt has a random generator of its own, seeded by numpy's `SeedSequence` from the seed and the
+prompt's number: neither the batch nor another prompt changes it, and no two pairs share one (with
+seed + number, seed 1 would repeat nearly all samples of seed 0).
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ def _generate(
 ) -> list[list[int]]:
     """Continue the prompts of one batch. numbers: their indices among all prompts, for their seeds."""
     answers: list[list[int]] = [[] for _ in prompts]
-    generators = [torch.Generator().manual_seed(sampling.seed + b) for b in numbers]
+    generators = [_generator(sampling.seed, b) for b in numbers]
     sequences = [list(prompt) for prompt in prompts]
     running = set(range(len(prompts)))
     lengths = [len(prompt) for prompt in prompts]
@@ -92,6 +96,12 @@ def _generate(
             break
         logits = _decode(decoder, chosen, cache)
     return answers
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """The random generator of a prompt. number: its index among all prompts."""
+    mixed = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed[0]))
 
 
 def _prefill(

@@ -106,7 +106,7 @@ def evaluate_model(
     rows, name = _rows(source, data)
     questions = questions_of(rows, source.stop_ids(), source.tokenizer)[:num_answers]
     lengths = sorted((len(question.prompt) for question in questions), reverse=True)[:batch_size]
-    size = GenerateSize(tuple(lengths) or (1,), max_new_tokens, evaluated_tokens=rows.sequence_length)
+    size = GenerateSize(tuple(lengths) or (1,), max_new_tokens, rows.sequence_length, rows.num_bins)
     model = source.load(size, vram_bytes=vram_bytes, log=log)
     run = partial(evaluate, model, rows, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
     try:

@@ -85,7 +85,8 @@ def evaluate(
     device = model.decoder.device.torch
     batches = (PackedTokens.from_host(data.micro_batch([i]), device) for i in range(data.num_bins))
     num_tokens = data.num_supervised(range(data.num_bins))
-    loss = float(loss_sum(model.decoder, batches)) / num_tokens
+    total = loss_sum(model.decoder, batches, group_size=model.plan.evaluation_group)
+    loss = float(total) / num_tokens
     prompts = [question.prompt for question in questions]
     answers = list(model.answers(prompts, Sampling(max_new_tokens), batch_size))
     return Scores(loss, num_tokens, answers, text_metrics(answers, [q.reference for q in questions]))

@@ -161,7 +161,13 @@ class HarnessModel(TemplateLM):
         decoder = self.loaded.decoder
         total = sum(continuation.num_scored for continuation in continuations)
         with tqdm(total=total, desc="Scoring", unit="token", disable=disable_tqdm) as bar:
-            return score(decoder, continuations, self._size.evaluated_tokens, bar.update)
+            return score(
+                decoder,
+                continuations,
+                self._size.evaluated_tokens,
+                bar.update,
+                group_size=self.loaded.plan.evaluation_group,
+            )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text; of one that is longer than the model's positions, piece by piece,

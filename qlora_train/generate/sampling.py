@@ -19,8 +19,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Sampling:
     """Settings of decoding. temperature: 0 is greedy. top_p: in (0, 1]. top_k: 0 is all. min_p: in [0, 1).
-    repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely. seed: prompt b is
-    seeded with seed + b."""
+    repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely. seed: of
+    the command; each prompt's generator is seeded from it and the prompt's number (decoding.py)."""
 
     max_new_tokens: int
     temperature: float = 0.0

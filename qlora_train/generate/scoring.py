@@ -59,17 +59,19 @@ def score(
     continuations: Sequence[Continuation],
     row_tokens: int,
     on_scored: Callable[[int], object] = lambda number: None,
+    *,
+    group_size: int = 1,
 ) -> list[tuple[float, bool]]:
     """(log-likelihood in nats, whether greedy decoding would say it) of each continuation.
 
     row_tokens: of a packed row at most, no less than any continuation reads. on_scored: called with the
-    number of token scores that are new. Raises `UnsupportedModelError` where a rotary table depends on the
-    length (model/rope_lengths.py)."""
+    number of token scores that are new. group_size: rows that pass the layers together. Raises
+    `UnsupportedModelError` where a rotary table depends on the length (model/rope_lengths.py)."""
     log_likelihoods = np.zeros(len(continuations))
     is_greedy = np.ones(len(continuations), dtype=bool)
     rows = list(_rows(decoder, _readings(continuations, row_tokens), row_tokens))
     packed = (_pack(row, row_tokens, decoder.device.torch) for row in rows)
-    for row, scores in zip(rows, token_scores(decoder, packed), strict=True):
+    for row, scores in zip(rows, token_scores(decoder, packed, group_size=group_size), strict=True):
         owners = np.concatenate([reading.owners for reading in row])
         np.subtract.at(log_likelihoods, owners, scores.losses.cpu().double().numpy())
         np.logical_and.at(is_greedy, owners, scores.is_greedy.cpu().numpy())

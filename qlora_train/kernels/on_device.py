@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from qlora_train.device import driver
-from qlora_train.device.compute import ComputeDevice
+from qlora_train.device.compute import ComputeDevice, find_accelerator
 from qlora_train.device.description import CPU, DeviceDescription, cublas_workspace
 from qlora_train.device.settings import segments_expand
 from qlora_train.kernels.liger import import_liger
@@ -20,9 +20,9 @@ from qlora_train.kernels.varlen_attention import try_varlen
 
 def find_device(where: torch.device | None = None) -> ComputeDevice:
     """The device to compute on. where: as accelerate gives it; without an index the current one of its type.
-    None: the accelerator that torch finds, else the CPU."""
+    None: the accelerator of `find_accelerator`, else the CPU."""
     if where is None:
-        where = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        where = find_accelerator() or torch.device("cpu")
     if where.type == "cpu":
         return ComputeDevice(CPU)
     index = where.index if where.index is not None else torch.get_device_module(where).current_device()

@@ -96,16 +96,22 @@ class TiledLoss:
         self._decoder, self._block_tokens = decoder, block_tokens
 
     def __call__(
-        self, xs: list[Tensor], batches: Sequence[PackedTokens], gradient_scale: float | None
+        self,
+        xs: list[Tensor],
+        batches: Sequence[PackedTokens],
+        gradient_scale: float | None,
+        loss_sum: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the sum of the supervised losses (fp32 scalar) and dL/dx [1, T, D] of every micro-batch.
 
         xs: outputs of the last layer, [1, T, D] each; the list is emptied, so that they are freed early.
-        gradient_scale: multiplies the gradients; None: no gradients, an empty list.
+        gradient_scale: multiplies the gradients; None: no gradients, an empty list. loss_sum: of the groups
+        before, which goes on, so that a sum has the same bits in groups of any size.
         """
         states = [self._begin(xs.pop(0), tokens, gradient_scale is not None) for tokens in batches]
         self._add_tiles(states)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
+        if loss_sum is None:
+            loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
         for state in states:
             loss_sum += F.softplus(state.others_above_label()).sum()
         if gradient_scale is None:

@@ -10,7 +10,8 @@ before does not fit:
 3. smaller head tiles, then MLP tiles (a long prompt's widest tensor), and again as few layers as fit;
 4. refuse, with the smallest budget that would fit and other options that would.
 
-The fewest streamed layers are the fastest, so no times are compared. Only head and MLP tiles can change the
+The fewest streamed layers are the fastest, so no times are compared. Where weights are streamed, as many rows
+as fit beside that are evaluated together. Only head and MLP tiles can change the
 last bits of a logit.
 """
 
@@ -27,7 +28,13 @@ from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.host_bytes import host_bytes
 from qlora_train.plan.placement import fewest, mlp_tiles, place_of_streamed, placed
 from qlora_train.plan.plan import budget_for, room_in
-from qlora_train.plan.planned_walk import GenerateSize, evaluation_peak, generate_peak, load_peak
+from qlora_train.plan.planned_walk import (
+    MOST_TOGETHER,
+    GenerateSize,
+    evaluation_peak,
+    generate_peak,
+    load_peak,
+)
 from qlora_train.plan.words import gib, refusal
 from qlora_train.plan.workload import Workload
 from qlora_train.weights.execution_plan import HEAD_TILE_ROWS, ExecutionPlan, Placement, everything_resident
@@ -39,13 +46,15 @@ WeightsChoice = Literal["auto", "resident", "ram", "disk"]
 @dataclass(frozen=True)
 class GenerationPlan:
     """Placement of a model's weights for generation. phases: bytes on the device by cause, of loading and
-    generating, without the context. budget_bytes: for the device, context included. problems: empty if it
-    fits. advice: other options that would fit, where it does not."""
+    generating, without the context. evaluation_group: rows whose loss is computed together. budget_bytes: for
+    the device, context included. problems: empty if it fits. advice: other options that would fit, where it
+    does not."""
 
     workload: Workload
     size: GenerateSize
     execution: ExecutionPlan
     phases: dict[str, Bytes]
+    evaluation_group: int
     budget_bytes: int
     problems: tuple[str, ...]
     advice: tuple[str, ...]
@@ -92,11 +101,13 @@ def plan_generation(
     search = _Search(workload, size, budget_bytes, host, weights)
     chosen = next((plan for plan in search.plans() if search.fits(plan)), None)
     execution = chosen or min(search.plans(), key=search.peak)
+    group = search.evaluation_group(execution) if chosen else 1
     return GenerationPlan(
         workload,
         size,
         execution,
-        search.phases(execution),
+        search.phases(execution, group),
+        group,
         budget_bytes,
         () if chosen else tuple(search.problems(execution)),
         () if chosen else tuple(search.remedies()),
@@ -141,23 +152,32 @@ class _Search:
                     yield found
             yield self._placed(start, num_layers)
 
-    def phases(self, plan: ExecutionPlan) -> dict[str, Bytes]:
-        """Bytes on the device by cause, while loading, generating and evaluating."""
+    def evaluation_group(self, plan: ExecutionPlan) -> int:
+        """How many rows to evaluate together: where weights are streamed, which is once per group, as many as
+        fit beside a plan that fits for one."""
+        gains = plan.streams and self._size.evaluated_tokens > 0
+        group = min(MOST_TOGETHER, self._size.evaluated_rows) if gains else 1
+        while group > 1 and not self.fits(plan, group):
+            group //= 2
+        return max(group, 1)
+
+    def phases(self, plan: ExecutionPlan, group: int = 1) -> dict[str, Bytes]:
+        """Bytes on the device by cause, while loading, generating and evaluating `group` rows together."""
         generate = generate_peak(self._workload, plan, self._size, in_training=False)
         found = {"load": load_peak(self._workload, plan), "generate": generate}
         if n := self._size.evaluated_tokens:
-            row = replace(self._workload, documents=(n,), num_supervised=n - 1, num_micro_batches=1)
+            row = replace(self._workload, documents=(n,), num_supervised=n - 1, num_micro_batches=group)
             found["evaluate"] = evaluation_peak(row, plan, in_training=False)
         return found
 
-    def peak(self, plan: ExecutionPlan) -> int:
-        return max(sum(phase.values()) for phase in self.phases(plan).values())
+    def peak(self, plan: ExecutionPlan, group: int = 1) -> int:
+        return max(sum(phase.values()) for phase in self.phases(plan, group).values())
 
-    def fits(self, plan: ExecutionPlan) -> bool:
-        return self.peak(plan) <= self._room and self._ram_bytes(plan) <= self._host.ram_bytes
+    def fits(self, plan: ExecutionPlan, group: int = 1) -> bool:
+        return self.peak(plan, group) <= self._room and self._ram_bytes(plan, group) <= self._host.ram_bytes
 
-    def _ram_bytes(self, plan: ExecutionPlan) -> int:
-        on_device = self.peak(plan) if not self._workload.on_accelerator else 0
+    def _ram_bytes(self, plan: ExecutionPlan, group: int = 1) -> int:
+        on_device = self.peak(plan, group) if not self._workload.on_accelerator else 0
         return on_device + sum(host_bytes(self._workload, plan).values())
 
     def problems(self, plan: ExecutionPlan) -> Iterator[str]:

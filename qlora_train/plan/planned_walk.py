@@ -55,11 +55,13 @@ arithmetic and dequantizing is negligible."""
 @dataclass(frozen=True)
 class GenerateSize:
     """Size of a batch to generate. prompts: token counts. new_tokens: of each prompt at most.
-    evaluated_tokens: of a row whose loss is computed besides; 0: none is."""
+    evaluated_tokens: of a row whose loss is computed besides; 0: none is. evaluated_rows: of those at
+    most."""
 
     prompts: tuple[int, ...] = (512,)
     new_tokens: int = MOST_SAMPLE_TOKENS
     evaluated_tokens: int = 0
+    evaluated_rows: int = MOST_TOGETHER
 
     @property
     def capacity(self) -> int:

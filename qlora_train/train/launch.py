@@ -13,9 +13,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
+from qlora_train.device.compute import find_accelerator
 from qlora_train.errors import QloraTrainError, UserError
 
 NUMBERS_OF_PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -31,7 +31,7 @@ def join_launch(trackers: list[str], project_dir: Path) -> Accelerator:
     _refuse_lone_launch(os.environ)
     try:
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            cpu=find_accelerator() is None,
             mixed_precision="no",
             log_with=trackers or None,
             project_dir=str(project_dir),

@@ -24,6 +24,7 @@ from qlora_train.plan.words import duration, gib, positions_line
 from qlora_train.recipe import Recipe
 from qlora_train.terminal_text import message
 from qlora_train.train import OnStep, TrainResult
+from qlora_train.train.agreement import facts_of, require_agreement
 from qlora_train.train.loop import TrainLoop
 from qlora_train.train.plan_log import PlanLog, SavedPlan, Setting
 from qlora_train.train.resumed import lengthened_line
@@ -88,7 +89,7 @@ def _train(
         begun = folder.begun_recipe() if first else None
         if begun is not None and (line := lengthened_line(begun, prepared, loop.num_steps, first + 1)):
             log(line)
-        ranks.wait()  # no rank may still be checking the folder
+        require_agreement(ranks, facts_of(prepared, first))  # and no rank is still checking the folder
         if accelerator.is_main_process:
             folder.begin(recipe)
         if plan_log.moved:

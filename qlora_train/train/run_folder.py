@@ -182,17 +182,17 @@ def _differences(saved: Recipe, wanted: Recipe) -> list[str]:
         f"{section}.{key}"
         for section, values in before.items()
         for key, value in values.items()
-        if key not in MAY_CHANGE | LENGTH and _unmoved(value) != _unmoved(after[section][key])
+        if key not in MAY_CHANGE | LENGTH and unmoved(value) != unmoved(after[section][key])
     ]
 
 
-def _unmoved(value: Any) -> Any:
+def unmoved(value: Any) -> Any:
     """A recipe value with absolute paths cut to their last part: contents are compared by whoever reads
     them."""
     if isinstance(value, str) and os.path.isabs(value):
         return os.path.basename(value)
     if isinstance(value, list | tuple):
-        return [_unmoved(item) for item in value]
+        return [unmoved(item) for item in value]
     if isinstance(value, dict):  # of keys of lora.rank_pattern the first that matches decides
-        return [(key, _unmoved(item)) for key, item in value.items()]
+        return [(key, unmoved(item)) for key, item in value.items()]
     return value

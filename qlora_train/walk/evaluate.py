@@ -2,6 +2,7 @@
 token by token.
 
 Micro-batches pass the layers in groups, as in training, so that a streamed layer is fetched once per group.
+Losses are added one after another: their sum has the same bits in groups of any size.
 """
 
 from __future__ import annotations
@@ -32,18 +33,24 @@ def loss_sum(
     loss = make_loss(decoder, loss_tokens)
     total = torch.zeros((), dtype=torch.float32, device=decoder.device.torch)
     for group in _grouped(micro_batches, group_size):
-        total += loss(_last_outputs(decoder, group), group, None)[0]
+        total, _ = loss(_last_outputs(decoder, group), group, None, total)
+        group.clear()  # freed before the next group is made
     return total
 
 
 @torch.no_grad()
 def token_scores(
-    decoder: FrozenDecoder, micro_batches: Iterable[PackedTokens], *, loss_tokens: int = LOSS_TOKENS
+    decoder: FrozenDecoder,
+    micro_batches: Iterable[PackedTokens],
+    *,
+    group_size: int = 1,
+    loss_tokens: int = LOSS_TOKENS,
 ) -> Iterator[TokenScores]:
     """The scores of every supervised token of each micro-batch in turn; see `loss_sum`."""
     loss = TiledLoss(decoder, loss_tokens)
-    for group in _grouped(micro_batches, 1):
+    for group in _grouped(micro_batches, group_size):
         yield from loss.scores(_last_outputs(decoder, group), group)
+        group.clear()
 
 
 def _last_outputs(decoder: FrozenDecoder, group: list[PackedTokens]) -> list[Tensor]:

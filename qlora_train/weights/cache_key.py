@@ -1,12 +1,11 @@
 """The cache folder of a quantized base, and whether it is complete. Does not import torch.
 
 The folder's name contains a fingerprint of everything that determines the bytes: format version,
-quantization, compute dtype, config.json, and of every weight file its name, size, times and inode number, its
-header, and samples of its content (hashing 16 GB of weights at each start would cost more time than the cache
-saves). Several, because each alone can fail: a tool that restores times, a copy of another model of the same
-shape under the same folder name, a filesystem that invents inode numbers. Here a base counts as complete when
-every file in its manifest has the size listed there; the content is verified when the base is opened
-(quantized_cache.py).
+quantization, compute dtype, config.json, and of every weight file its name, size, time of change, header,
+and samples of its content (hashing 16 GB of weights at each start would cost more time than the cache saves).
+What these miss, a few bytes changed in place by a tool that restores times, changes the files' stamp: it is
+compared when the base is opened, and where it is new, all bytes are (quantized_cache.py). Here a base counts
+as complete when every file in its manifest has the size listed there.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from qlora_train.errors import UserError
 from qlora_train.quant.formats import Quantization
 from qlora_train.recipe import LoraSection
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 MANIFEST = "manifest.json"
 _DECIDES_RESIDUAL = {
     "init_lora_weights",
@@ -57,10 +56,21 @@ def quantized_folder(
     digest.update(residual_key(lora).encode())
     config = base_folder / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
-    for path in sorted(base_folder.glob("*.safetensors")):
-        if path.is_file():  # no dangling link of a pruned hub cache, and no pipe, which would be waited for
-            digest.update(json.dumps([path.name, *_identity(path)]).encode())
+    for path in weight_files(base_folder):
+        digest.update(json.dumps([path.name, *_identity(path)]).encode())
     return root / f"{base_folder.name}-{quantization.format}-{digest.hexdigest()[:16]}"
+
+
+def weight_files(base_folder: Path) -> list[Path]:
+    """A base's weight files: no dangling link of a pruned hub cache, no pipe, which would be waited for."""
+    return [path for path in sorted(base_folder.glob("*.safetensors")) if path.is_file()]
+
+
+def stamp_of(base_folder: Path) -> list[list[int]]:
+    """Numbers of the weight files' disk entries that are new after every write, and after a chmod or as a
+    copy."""
+    stats = [path.stat() for path in weight_files(base_folder)]
+    return [[stat.st_ctime_ns, stat.st_ino] for stat in stats]
 
 
 def residual_key(lora: LoraSection | None) -> str:
@@ -71,7 +81,7 @@ def residual_key(lora: LoraSection | None) -> str:
 
 
 def _identity(path: Path) -> list[int | str]:
-    """Values that identify a weight file: size, times, inode number, hash of header and samples."""
+    """Values that identify a weight file: size, time of change, hash of header and samples."""
     stat = path.stat()
     hashed = hashlib.sha256()
     with path.open("rb") as file:
@@ -81,7 +91,7 @@ def _identity(path: Path) -> list[int | str]:
         for i in range(NUM_SAMPLES):
             file.seek(last * i // (NUM_SAMPLES - 1))
             hashed.update(file.read(SAMPLE_BYTES))
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, hashed.hexdigest()]
+    return [stat.st_size, stat.st_mtime_ns, hashed.hexdigest()]
 
 
 def is_complete(folder: Path) -> bool:

@@ -2,7 +2,8 @@
 
 Layers that do not fit into RAM stream from these files.
 
-    <cache>/<fingerprint>/manifest.json       version, quantization, dtype, every file's size and hash
+    <cache>/<fingerprint>/manifest.json       version, quantization, dtype, every file's size and hash,
+                                              those of the weight files, and their stamps
                           layers.bin          the layer buffers one after another, each starting at a page
                           embedding.bin       [V, D] in the compute dtype
                           head.bin            unless tied: the same, or quantized rows if the checkpoint
@@ -10,10 +11,11 @@ Layers that do not fit into RAM stream from these files.
                           plain.safetensors   norms and biases
                           factors.safetensors with PiSSA: what was taken out of the weights (adapter/pissa.py)
 
-The fingerprint covers everything that determines the bytes (cache_key.py). A folder gets its final name only
-when complete and fsynced (files/atomic_folder.py). On opening, the hash of every file is verified; a damaged
-cache is logged and made again. Two processes that need the same base at once both make it; the folder of the
-first to finish stays, as the bytes are the same.
+The fingerprint covers what determines the bytes (cache_key.py). A folder gets its final name only when
+complete and fsynced (files/atomic_folder.py). On opening, the hash of every file is verified, and that the
+weight files are those it was made from (`_is_made_from`); a damaged cache is logged and made again. Two
+processes that need the same base at once both make it; the folder of the first to finish stays, as the bytes
+are the same.
 
 Cache folder: $QLORA_TRAIN_CACHE, else $XDG_CACHE_HOME/qlora_train, else ~/.cache/qlora_train. Without a cache
 (`--no-cache`) the same files are made in a temporary folder that is removed when the process ends.
@@ -38,7 +40,8 @@ from torch import Tensor
 from qlora_train.boundary import is_disk_failure, reason_of, require_free_disk
 from qlora_train.device.compute_dtype import dtype_name
 from qlora_train.errors import UserError
-from qlora_train.files.atomic_folder import atomic_folder
+from qlora_train.files.atomic_file import replace_text
+from qlora_train.files.atomic_folder import MadeByAnother, atomic_folder
 from qlora_train.files.folder_lock import remove_leftovers
 from qlora_train.files.hashed_file import FileEntry, HashingFile, entry_of
 from qlora_train.files.sealed_json import seal, unseal
@@ -48,7 +51,14 @@ from qlora_train.model.layer_buffer import LayerBufferLayout
 from qlora_train.model.quantized_matrix import RowLayout
 from qlora_train.quant.formats import Quantization
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
-from qlora_train.weights.cache_key import CACHE_FORMAT, MANIFEST, is_complete, quantized_folder
+from qlora_train.weights.cache_key import (
+    CACHE_FORMAT,
+    MANIFEST,
+    is_complete,
+    quantized_folder,
+    stamp_of,
+    weight_files,
+)
 from qlora_train.weights.disk_file import page_aligned
 from qlora_train.weights.stores import FilePart
 
@@ -148,7 +158,7 @@ def open_quantized_base(
     folder = _folder(root, base_folder, meta_model, quantization)
     base = QuantizedBase(folder, layouts)
     if folder.exists():
-        damage = _damage(folder, meta_model)
+        damage = _damage(folder, base_folder, meta_model)
         if damage is None:
             return base
         begins = f"the quantized cache is damaged ({damage}); quantizing the base again"
@@ -162,15 +172,11 @@ def open_quantized_base(
             root, num_bytes, "the quantized base", UserError, "set QLORA_TRAIN_CACHE to another disk"
         )
         log(f"{begins}: {num_bytes / 1e9:.2f} GB into {folder}")
-        with contextlib.suppress(_MadeByAnother), atomic_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             _write(partial, checkpoint, meta_model, layouts, quantization, device, base_folder)
-            if folder.exists() and _damage(folder, meta_model) is None:
-                raise _MadeByAnother
+            if folder.exists() and _damage(folder, base_folder, meta_model) is None:
+                raise MadeByAnother
     return base
-
-
-class _MadeByAnother(Exception):
-    """Another process has made the same quantized base meanwhile; this process discards its own."""
 
 
 def make_root(root: Path) -> None:
@@ -204,7 +210,7 @@ def find_quantized_layers(
     """The quantized base below `root` for callers that read only its layer buffers; None if these are missing
     or damaged. The content of its other files is not verified."""
     folder = _folder(root, base_folder, meta_model, quantization)
-    damage = _damage(folder, meta_model, lambda name: name == LAYERS_FILE)
+    damage = _damage(folder, base_folder, meta_model, lambda name: name == LAYERS_FILE)
     return QuantizedBase(folder, tuple(meta_model.layouts(quantization))) if damage is None else None
 
 
@@ -218,6 +224,7 @@ def _write(
     base_folder: Path,
 ) -> None:
     entries: dict[str, FileEntry] = {}
+    made_from = {"stamps": [stamp_of(base_folder)], "weight_files": _entries_of(base_folder)}
     with _writing(folder / LAYERS_FILE, entries) as file:
         largest = max(page_aligned(layout.num_bytes) for layout in layouts)
         layer_buffer = torch.empty(largest, dtype=torch.uint8, device=device)
@@ -247,6 +254,7 @@ def _write(
         "dtype": str(meta_model.dtype),
         "base": str(base_folder.absolute()),
         "files": entries,
+        **made_from,
     }
     (folder / MANIFEST).write_text(seal(manifest), encoding="utf-8")
 
@@ -265,7 +273,10 @@ def _writing(path: Path, entries: dict[str, FileEntry]) -> Iterator[HashingFile]
 
 
 def _damage(
-    folder: Path, meta_model: MetaModel, is_checked: Callable[[str], bool] = lambda name: True
+    folder: Path,
+    base_folder: Path,
+    meta_model: MetaModel,
+    is_checked: Callable[[str], bool] = lambda name: True,
 ) -> str | None:
     """What is wrong with a quantized base, or None. is_checked: whether the hash of a file is verified."""
     needed = {LAYERS_FILE, EMBEDDING_FILE, PLAIN_FILE} | (set() if meta_model.is_tied else {HEAD_FILE})
@@ -275,6 +286,8 @@ def _damage(
         entries, _ = manifest["files"], Quantization(**manifest["head_quantization"])
         if entries.keys() != needed:
             return "its manifest does not list these files"
+        if not _is_made_from(folder, manifest, base_folder):
+            return "the weights of the base have changed since"
         for name, entry in entries.items():
             if not (folder / name).is_file():
                 return f"{name} is not there"
@@ -283,6 +296,25 @@ def _damage(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _is_made_from(folder: Path, manifest: dict[str, Any], base_folder: Path) -> bool:
+    """Whether a quantized base was made from the bytes of these weight files. All are read where their stamp
+    is new: after a chmod, as a copy, or after a change in place whose time was set back."""
+    stamp = stamp_of(base_folder)
+    if stamp in manifest["stamps"]:
+        return True
+    if _entries_of(base_folder) != manifest["weight_files"]:
+        return False
+    with contextlib.suppress(OSError):  # a cache that may only be read: the next start reads them again
+        seen = seal(manifest | {"stamps": [*manifest["stamps"], stamp]})
+        replace_text(folder / MANIFEST, seen, is_shared=True)
+    return True
+
+
+def _entries_of(base_folder: Path) -> dict[str, FileEntry]:
+    """Size and hash of every weight file."""
+    return {path.name: entry_of(path) for path in weight_files(base_folder)}
 
 
 def _folder(root: Path, base_folder: Path, meta_model: MetaModel, quantization: Quantization) -> Path:

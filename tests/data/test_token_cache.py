@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from qlora_train.data.tokenized_examples import ExamplesWriter, TokenizedExample
 from qlora_train.data.workers import in_processes
 from qlora_train.errors import DataError, OutOfMemory, QloraTrainError
 from qlora_train.recipe import DataSection
+from qlora_train.weights.cache_command import clear_cache, list_cache
 
 Section = Callable[..., DataSection]
 
@@ -146,6 +148,58 @@ def test_a_damaged_or_half_written_folder_is_made_again(
     with pytest.raises(DataError, match="cannot be used"):
         build_dataset(bad, tokenizer, seed=0, cache=cache)
     assert list(cache.iterdir()) == [folder]
+
+
+def test_the_cache_command_knows_tokens_and_spares_those_in_use(
+    examples: Path, section: Section, tokenizer: Any, tmp_path: Path
+) -> None:
+    data, cache = section(str(examples), on_bad_row="skip"), tmp_path / "cache"
+    used, _ = build_dataset(data, tokenizer, seed=0, cache=cache)
+    (folder,) = cache.iterdir()
+    leftover = cache / f"{folder.name}.partial-1234"
+    leftover.mkdir()
+    in_use, half = list_cache(cache)
+    assert (in_use.folder, in_use.contents, in_use.is_in_use) == (folder, f"tokens of {examples}", True)
+    assert (half.folder, half.contents, half.is_in_use) == (leftover, "leftover", False)
+    assert clear_cache(cache) == ([half], [in_use])
+    del used
+    gc.collect()
+    (free,) = list_cache(cache)
+    assert clear_cache(cache) == ([free], []) and list(cache.iterdir()) == []
+
+
+def test_leftovers_of_killed_processes_go_and_the_first_of_two_stays(
+    examples: Path, section: Section, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, cache = section(str(examples), on_bad_row="skip"), tmp_path / "cache"
+    (cache / "tokens-x.partial-1234").mkdir(parents=True)
+    finish, first = ExamplesWriter.finish, []
+
+    def overtaken(self: ExamplesWriter, facts: Any) -> Any:
+        if not first:
+            first.append(None)
+            first[0] = build_dataset(data, tokenizer, seed=0, cache=cache)[0]
+            first.append(next(path.stat().st_ino for path in cache.iterdir() if ".partial-" not in path.name))
+        return finish(self, facts)
+
+    monkeypatch.setattr(ExamplesWriter, "finish", overtaken)
+    second, _ = build_dataset(data, tokenizer, seed=0, cache=cache)
+    assert second.fingerprint() == first[0].fingerprint()
+    assert [path.stat().st_ino for path in cache.iterdir()] == [first[1]]
+    (entry,) = list_cache(cache)
+    assert entry.is_in_use
+
+
+def test_a_damaged_token_cache_is_listed_as_such(tmp_path: Path) -> None:
+    for name, meta in {
+        "tokens-a": None,
+        "tokens-b": "[1]",
+        "tokens-c": '{"num_bytes": {"tokens": 9}}',
+    }.items():
+        (tmp_path / name).mkdir()
+        if meta is not None:
+            (tmp_path / name / "meta.json").write_text(meta)
+    assert [entry.contents for entry in list_cache(tmp_path)] == ["damaged"] * 3
 
 
 def test_a_cache_that_cannot_be_written_is_named(

@@ -95,3 +95,16 @@ def test_sampling_follows_seed_temperature_and_top_p(tmp_path: Path) -> None:
     assert sample(1, top_p=1e-6) == greedy  # the nucleus is the likeliest token alone
     assert sample(1, temperature=1e-4) == greedy
     assert sample(1, temperature=1e-37) == greedy  # logits divided by it are infinite
+
+
+def test_samples_of_one_prompt_repeat_neither_each_other_nor_those_of_other_seeds(tmp_path: Path) -> None:
+    decoder, _ = load_tiny(write_checkpoint(tmp_path))
+    same = [prompts()[0]] * 4
+    samples = [
+        tuple(answer)
+        for seed in (0, 1, 2, 2**32)
+        for answer in generate_tokens(decoder, same, Sampling(NUM_NEW, 2.0, seed=seed), frozenset())
+    ]
+    assert len(set(samples)) == len(samples)
+    alone = generate_tokens(decoder, same[:1], Sampling(NUM_NEW, 2.0, seed=1), frozenset(), numbers=[3])
+    assert tuple(alone[0]) == samples[4 + 3]

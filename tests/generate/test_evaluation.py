@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from tiny_runs import write_base, write_rows
 
 from qlora_train import Recipe, train
 from qlora_train.cli import main
-from qlora_train.generate.evaluation import text_metrics
+from qlora_train.generate.evaluate_command import _rows
+from qlora_train.generate.evaluation import evaluate, text_metrics
 from qlora_train.generate.model_folder import find_model
 from qlora_train.generate.sampling import Sampling
 from qlora_train.plan.planned_walk import GenerateSize
+from qlora_train.weights.streaming import StreamedWeights
 
 
 def rows(numbers: range) -> list[dict[str, Any]]:
@@ -72,6 +75,24 @@ def test_the_loss_is_the_runs_own(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert [row["trained"] for row in written] == answers
     expected = text_metrics(answers, [row["reference"] for row in written])
     assert {name: scores["trained"][name] for name in expected} == expected
+
+
+def test_streamed_layers_are_fetched_once_for_many_rows(run: Path) -> None:
+    source = find_model(run)
+    assert source.recipe is not None
+    memory = source.recipe.memory.model_copy(update={"weights": "disk"})
+    source = replace(source, recipe=source.recipe.model_copy(update={"memory": memory}))
+    data, _ = _rows(source, None)
+    model = source.load(GenerateSize((1,), 1, data.sequence_length, data.num_bins))
+    alone = replace(model, plan=replace(model.plan, evaluation_group=1))
+    assert isinstance(model.decoder.weights, StreamedWeights)
+    assert model.plan.evaluation_group == data.num_bins > 2
+    ring, reads, losses = model.decoder.weights.ring, [0], []
+    for one in (model, alone):
+        losses.append(evaluate(one, data, [], max_new_tokens=1, batch_size=1).loss)
+        reads.append(ring.num_reads)
+    model.decoder.close()
+    assert losses[0] == losses[1] and reads[1] < reads[2] - reads[1]
 
 
 def test_other_rows_and_a_table(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,7 @@ def test_scores_are_those_of_each_alone(tmp_path: Path, family: str) -> None:
         assert log_likelihood == pytest.approx(float(expected), rel=2e-5)
         assert is_greedy == bool((logits.argmax(-1) == labels).all())
     assert found[-1][1] and not all(is_greedy for _, is_greedy in found)
+    assert score(decoder, asked, ROW, group_size=3) == found
     assert score(decoder, [], ROW) == []
 
 

@@ -104,6 +104,21 @@ def test_a_long_prompt_passes_the_mlp_in_tiles_where_it_must() -> None:
     assert not tight.problems and tight.execution.mlp_tile_tokens is not None
 
 
+def test_rows_are_evaluated_together_where_weights_are_streamed_and_they_fit() -> None:
+    size = GenerateSize((100,), 8, evaluated_tokens=2048)
+    found = [planned(gib, size) for gib in (80, 4, 8)]
+    assert found[0].execution.is_resident and found[0].evaluation_group == 1
+    for plan in found[1:]:
+        alone = planned(plan.budget_bytes / GIB, replace(size, evaluated_rows=1))
+        assert plan.evaluation_group > 1 == alone.evaluation_group and plan.execution == alone.execution
+        together, one = (sum(p.phases["evaluate"].values()) for p in (plan, alone))
+        hidden_bytes = 2048 * 4096 * 2  # of a row
+        assert together - one >= (plan.evaluation_group - 1) * hidden_bytes
+        assert plan.peak_bytes <= plan.budget_bytes and not plan.problems
+    assert planned(4, replace(size, evaluated_rows=3)).evaluation_group == 3
+    assert planned(4, GenerateSize()).evaluation_group == 1
+
+
 def test_from_disk_where_ram_is_short_and_on_a_cpu() -> None:
     assert set(planned(2, host=HostBudget(8 * GIB, 0)).execution.weights) == {Placement.DISK}
     plan = planned(2, target=TARGET_CPU)

@@ -15,7 +15,9 @@ from tiny_runs import (
     child_environment,
     metrics_of,
     recipe_values,
+    reversal_rows,
     write_recipe,
+    write_rows,
 )
 from warm_processes import run_in_ranks
 
@@ -70,3 +72,16 @@ def test_two_processes_are_two_micro_batches_and_resume_to_the_same_bytes(
     assert resumed.code == 0, resumed.said
     assert adapter_bytes(tmp_path / "together") == straight
     assert metrics_of(tmp_path / "together") == rows
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_processes_that_read_other_data_are_refused(tmp_path: Path, base: Path) -> None:
+    """As on two machines with files of their own at the same place."""
+    files = [write_rows(tmp_path / str(rank) / "rows.jsonl", reversal_rows(28, rank)) for rank in range(2)]
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", recipe_values(base, files[0], tmp_path / "run", **SECTIONS)
+    )
+    own = [[f"data.train={file}"] for file in files]
+    ended = run_in_ranks(["train", str(recipe)], tmp_path, 2, own)
+    assert ended.code == 2 and not (tmp_path / "run" / "recipe.yaml").exists()
+    assert ended.said.count("process 1: the training data, the evaluation data. Give every machine") == 2

@@ -42,6 +42,8 @@ for module, words in {
 sys.platform = "win32"
 shutil._winapi = types.SimpleNamespace(NeedCurrentDirectoryForExePath=lambda command: False)
 
+import qlora_train.data.token_cache
+qlora_train.data.token_cache.LEAST_BYTES = 1
 from qlora_train.cli import main
 def run(*arguments):
     print(f"== {arguments[0]}", flush=True)
@@ -51,6 +53,8 @@ def run(*arguments):
 run("plan", recipe)
 run("plan", recipe, "--vram", "8GiB", "--json")
 run("preview", recipe)
+kept = os.listdir(os.environ["QLORA_TRAIN_CACHE"])
+assert [name for name in kept if name.startswith("tokens-") and ".partial-" not in name], kept
 assert not {"qlora_train.train.run", "qlora_train.export.export_run"} & set(sys.modules)
 run("train", recipe)
 run("generate", run_dir, "--prompt", "a")

@@ -13,7 +13,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
+from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import QloraTrainError, UserError
+from qlora_train.kernels.on_device import find_device
 from qlora_train.train.launch import NUMBERS_OF_PROCESSES, join_launch
 
 LAUNCH_VARIABLES = (*NUMBERS_OF_PROCESSES, "LOCAL_RANK", "RANK", "MASTER_ADDR", "ACCELERATE_DYNAMO_BACKEND")
@@ -57,13 +59,29 @@ def test_a_launch_that_cannot_meet_says_so(tmp_path: Path, monkeypatch: pytest.M
         join_launch([], tmp_path)
 
 
+def find(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As if torch found an accelerator of this type."""
+    found = torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+
+
+def test_an_accelerator_that_does_not_tell_its_memory_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apple's: accelerate would take it, too."""
+    find(monkeypatch, "mps")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert find_device() == THE_CPU
+    assert join_launch([], tmp_path).device == torch.device("cpu")
+
+
 def test_what_accelerate_asks_of_a_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a process of its own too: two cards of the RTX 40 series with a driver before 550.40.07."""
     monkeypatch.setattr("accelerate.state.check_cuda_p2p_ib_support", lambda: False)
     monkeypatch.setattr(
         "accelerate.state.PartialState.default_device", property(lambda self: torch.device("cuda"))
     )
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    find(monkeypatch, "cuda")
     with pytest.raises(UserError, match=r'accelerate refuses .*NCCL_P2P_DISABLE="1"'):
         join_launch([], tmp_path)
 

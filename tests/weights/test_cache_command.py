@@ -58,8 +58,7 @@ def test_the_list_says_what_it_is_and_from_which_base(
     root: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entries = list_cache(root)
-    assert [entry.is_leftover for entry in entries] == [False, False, True]
-    assert all(entry.base == str(base) and entry.is_complete for entry in entries[:2])
+    assert [entry.contents for entry in entries] == [str(base), str(base), "leftover"]
     assert entries[0].num_bytes >= entries[1].num_bytes > entries[2].num_bytes == 10
     assert main(["cache", "list"]) == 0
     assert main(["cache"]) == 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_train.errors import UserError
 from qlora_train.files.atomic_folder import atomic_folder
+from qlora_train.files.hashed_file import FileEntry, entry_of
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.model.base import MetaModel, read_config
 from qlora_train.quant.formats import Quantization
@@ -57,23 +58,64 @@ def change_content(base: Path) -> None:
     path = base / WEIGHTS
     stat = path.stat()
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0x80 for byte in content[middle : middle + 64])
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def replace_by_a_copy(base: Path) -> None:
-    """A folder of the same name, its weights of the same size and times."""
     path = base / WEIGHTS
     shutil.copy2(path, path.with_suffix(".copy"))
     path.with_suffix(".copy").replace(path)
 
 
-@pytest.mark.parametrize("change", [change_content, replace_by_a_copy])
-def test_restored_times_hide_nothing(base: Path, change: Callable[[Path], None]) -> None:
-    before = folder_of(base)
-    change(base)
-    assert folder_of(base) != before
+def change_its_mode(base: Path) -> None:
+    (base / WEIGHTS).chmod(0o600)
+
+
+def add_a_hard_link(base: Path) -> None:
+    (base / "another.name").hardlink_to(base / WEIGHTS)
+
+
+@pytest.mark.parametrize("touch", [replace_by_a_copy, change_its_mode, add_a_hard_link])
+def test_the_same_bytes_are_read_once_more_and_not_quantized_again(
+    base: Path, root: Path, touch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = opened(root, base)
+    read: list[str] = []
+
+    def counted(path: Path) -> FileEntry:
+        read.append(path.name)
+        return entry_of(path)
+
+    monkeypatch.setattr(quantized_cache, "entry_of", counted)
+    said: list[str] = []
+    for times in (0, 1, 1):
+        assert opened(root, base, said.append).folder == before.folder
+        assert (read.count(WEIGHTS), said) == (times, [])
+        if times == 0:
+            touch(base)
+
+
+def test_restored_times_hide_nothing(base: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even between the samples, which are of all bytes only where a file is small."""
+    monkeypatch.setattr(cache_key, "SAMPLE_BYTES", 1)
+    content = (base / WEIGHTS).read_bytes()
+    middle, places = len(content) // 2, {(len(content) - 1) * i // 31 for i in range(32)}
+    assert not places & set(range(middle, middle + 64))
+    before = opened(root, base)
+    fingerprint = before.fingerprint()
+    change_content(base)
+    said: list[str] = []
+    after = opened(root, base, said.append)
+    assert after.folder == before.folder and after.fingerprint() != fingerprint
+    assert "the weights of the base have changed since" in said[0]
+    assert quantized_cache.find_quantized_layers(root, base, MetaModel(read_config(base), torch.float32), NF4)
+    change_content(base)  # back again
+    assert not quantized_cache.find_quantized_layers(
+        root, base, MetaModel(read_config(base), torch.float32), NF4
+    )
 
 
 @pytest.mark.parametrize("at", [0, 1 / 31, 0.5, 1.0])
