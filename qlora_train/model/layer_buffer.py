@@ -24,13 +24,14 @@ from torch import Tensor
 
 from qlora_train.quant.formats import Quantization
 from qlora_train.quant.weight import QuantizedWeight, quantized_layout
+from qlora_train.units import round_up
 
 ALIGNMENT_BYTES = 64
 
 
 def aligned(num_bytes: int) -> int:
     """`num_bytes` rounded up to a multiple of `ALIGNMENT_BYTES`."""
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return round_up(num_bytes, ALIGNMENT_BYTES)
 
 
 @dataclass(frozen=True)

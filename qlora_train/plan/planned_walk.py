@@ -40,6 +40,7 @@ from qlora_train.plan.planned_meter import PlannedMeter
 from qlora_train.plan.planned_model import PlannedHost, PlannedLoss, PlannedModel, planned_model
 from qlora_train.plan.workload import Workload
 from qlora_train.recipe import MOST_SAMPLE_TOKENS
+from qlora_train.units import ceil_div
 from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
@@ -86,7 +87,7 @@ def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
     group = plan.group_size(workload.num_micro_batches)
     number = min(workload.num_micro_batches, 2 * group)  # a third group is like the second
     host = PlannedHost(model.device, meter)
-    plan_of_two = replace(plan, num_groups=-(-number // group))
+    plan_of_two = replace(plan, num_groups=ceil_div(number, group))
     walk = LayerWalk(
         model.decoder,
         model.lora,

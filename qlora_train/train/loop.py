@@ -20,6 +20,7 @@ from qlora_train.errors import Interrupted, OutOfMemory, TrainingFailure
 from qlora_train.micro_batch import MicroBatch
 from qlora_train.plan.plan import largest_causes
 from qlora_train.plan.time_model import step_time
+from qlora_train.plan.words import gib
 from qlora_train.report.write import refresh_report
 from qlora_train.train.batches import BatchPrefetcher
 from qlora_train.train.checkpoint import Expected, TrainState, is_finite, newest_valid, save_checkpoint
@@ -220,9 +221,9 @@ class TrainLoop:
         reserved = self._device.peak_reserved_bytes if self._device.is_accelerator else None
         self._plan_log.measured(measured, reserved)
         self._log(
-            f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
+            f"peak of a step: planned {gib(predicted)}, measured {gib(measured)} "
             f"({measured / predicted - 1:+.1%})"
-            + ("" if reserved is None else f"; reserved by the allocator {reserved / 2**30:.2f} GiB")
+            + ("" if reserved is None else f"; reserved by the allocator {gib(reserved)}")
         )
 
     def _watch_pace(self, seconds: float) -> None:

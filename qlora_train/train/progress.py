@@ -13,9 +13,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from qlora_train.plan.words import gib
 from qlora_train.terminal_text import message
 
-GIB = 2**30
 STEPS_LOOKED_AT = 100
 """The newest steps, of whose seconds the median counts."""
 
@@ -62,7 +62,7 @@ class TrainProgress:
         values = (
             f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3g}  "
             f"epoch {epoch:.2f}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"{self._peak_name} {row['peak_bytes'] / GIB:.2f} GiB"
+            f"{self._peak_name} {gib(row['peak_bytes'])}"
         )
         seconds_left = self._time_left.after(seconds, self._num_steps - step)
         time_left = "" if seconds_left is None else f"ETA {_clock(seconds_left)}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qlora_train.units import ceil_div
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
 
 _MESSAGES = (
@@ -35,7 +36,7 @@ def fallback_plan(
     """
     not_recomputed = [i for i, a in enumerate(plan.activations) if a is not ActivationPolicy.RECOMPUTE]
     if not_recomputed:
-        now = set(not_recomputed[: -(-len(not_recomputed) // 2)])
+        now = set(not_recomputed[: ceil_div(len(not_recomputed), 2)])
         activations = tuple(
             ActivationPolicy.RECOMPUTE if i in now else a for i, a in enumerate(plan.activations)
         )

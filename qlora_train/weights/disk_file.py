@@ -24,13 +24,14 @@ from torch import Tensor
 
 from qlora_train.errors import QloraTrainError
 from qlora_train.files.shards import tensor_bytes
+from qlora_train.units import round_up
 
 PAGE_BYTES = 4096
 
 
 def page_aligned(num_bytes: int) -> int:
     """num_bytes rounded up to a multiple of `PAGE_BYTES`."""
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+    return round_up(num_bytes, PAGE_BYTES)
 
 
 class DiskFile:

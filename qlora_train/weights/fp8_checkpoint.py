@@ -32,6 +32,7 @@ from torch import Tensor
 from qlora_train.errors import BaseModelError
 from qlora_train.files.shards import MAX_READ_BYTES, ShardReader, TensorInfo
 from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
+from qlora_train.units import ceil_div
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
@@ -58,7 +59,7 @@ class _Scaling:
         first = start * prod(self.shape[1:-1])
         row = torch.arange(first, first + len(values))
         matrix, row = row // num_rows, row % num_rows
-        of_row = scales[matrix * -(-num_rows // self.rows) + row // self.rows]
+        of_row = scales[matrix * ceil_div(num_rows, self.rows) + row // self.rows]
         num_whole = num_columns // self.columns
         whole, rest = values.tensor_split([num_whole * self.columns], dim=1)
         whole.unflatten(1, (num_whole, self.columns)).mul_(of_row[:, :num_whole, None])
@@ -108,7 +109,7 @@ class Fp8Reader(ShardReader):
         scales = super().read(scaling.scales)
         if scales.dtype == torch.uint8:
             scales = scales.view(torch.float8_e8m0fnu)
-        scales = scales.float().reshape(-1, -(-scaling.shape[-1] // scaling.columns))
+        scales = scales.float().reshape(-1, ceil_div(scaling.shape[-1], scaling.columns))
         buffer: Tensor | None = None
         for start, stop, codes in super().row_blocks(name, max_bytes // (1 + torch.float32.itemsize)):
             if buffer is None:
@@ -156,7 +157,7 @@ def _shapes_of_scales(
     matrices: tuple[int, ...], shape: tuple[int, int], size: tuple[int, int]
 ) -> list[tuple[int, ...]]:
     """How the scales of matrices of this shape may be shaped, one for each `size` numbers."""
-    grid = (-(-shape[0] // size[0]), -(-shape[1] // size[1]))
+    grid = (ceil_div(shape[0], size[0]), ceil_div(shape[1], size[1]))
     shapes: list[tuple[int, ...]] = [(*matrices, *grid)]
     if not matrices and size[1] == shape[1]:  # whole rows: written without the second size as well
         shapes += [grid[:1]] + ([()] if grid == (1, 1) else [])

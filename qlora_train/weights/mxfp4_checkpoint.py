@@ -24,6 +24,7 @@ from qlora_train.files.shards import MAX_READ_BYTES, TensorInfo
 from qlora_train.model.base_folder import kept_quantization, read_plain_config
 from qlora_train.quant.formats import MXFP4, NESTED_BLOCK_SIZE
 from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.units import ceil_div
 from qlora_train.weights.fp8_checkpoint import Fp8Reader
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -129,6 +130,6 @@ def _constants(num_blocks: int) -> dict[str, Tensor]:
     exponents = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     return {
         "nested_code": exponents.float(),
-        "nested_absmax": torch.ones(-(-num_blocks // NESTED_BLOCK_SIZE)),
+        "nested_absmax": torch.ones(ceil_div(num_blocks, NESTED_BLOCK_SIZE)),
         "nested_offset": torch.zeros(()),
     }
