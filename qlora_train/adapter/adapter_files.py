@@ -87,7 +87,12 @@ def save_adapter(
 
 def parts_of(config: AdapterConfig) -> list[str]:
     """The tensors of every module, as `SUFFIXES` has them."""
-    return ["A", "B", *(["m"] * config.use_dora), *(["bias"] * config.lora_bias)]
+    parts = ["A", "B"]
+    if config.use_dora:
+        parts.append("m")
+    if config.lora_bias:
+        parts.append("bias")
+    return parts
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:

@@ -71,11 +71,10 @@ class LoraParameters:
         self.scaling = scaling
         self.names = tuple(linears)
         self.ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
-        self._shapes = {
-            name: ((rows, linear.in_features), (linear.out_features, rows))
-            for name, linear in linears.items()
-            for rows in (self.ranks[name] * linear.num_matrices,)
-        }
+        self._shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+        for name, linear in linears.items():
+            rank_of_all = self.ranks[name] * linear.num_matrices
+            self._shapes[name] = ((rank_of_all, linear.in_features), (linear.out_features, rank_of_all))
         self._row_shapes = {path: tuple(rows.shape) for path, rows in token_rows.items()}
         self._num_a = sum(math.prod(a) for a, _ in self._shapes.values())
         self.first_b = self._num_a + sum(map(math.prod, self._row_shapes.values()))

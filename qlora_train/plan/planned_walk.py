@@ -210,6 +210,6 @@ def set_up(workload: Workload, plan: ExecutionPlan) -> tuple[PlannedModel, Packe
 
 def _micro_batch_bytes(workload: Workload, tokens: PackedTokens) -> Bytes:
     """Bytes of all micro-batches of a step; none on a CPU, where tensors share the host arrays' memory."""
-    sizes: list[int] = []
-    tokens.moved(lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
-    return {MICRO_BATCH: workload.num_micro_batches * sum(sizes) if workload.on_accelerator else 0}
+    if not workload.on_accelerator:
+        return {MICRO_BATCH: 0}
+    return {MICRO_BATCH: workload.num_micro_batches * sum(tensor.nbytes for tensor in tokens.tensors())}

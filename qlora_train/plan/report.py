@@ -143,7 +143,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(phase, justify="right")
     places = sorted(
         dict.fromkeys(row["place"] for row in rows),
-        key=lambda place: (place in _HOST_PLACES) and 1 + _HOST_PLACES.index(place),
+        key=lambda place: _HOST_PLACES.index(place) if place in _HOST_PLACES else -1,
     )
     for place in places:
         of_place = [row for row in rows if row["place"] == place]

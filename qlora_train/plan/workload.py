@@ -100,11 +100,11 @@ class Workload:
     @property
     def lora_per_token(self) -> int:
         """Numbers in A and B that a token is multiplied by: of experts, those it goes through."""
-        return sum(
-            rank * (rows + columns) * min(number, max(1, self.shape.experts_per_token))
-            for path, rank in self.lora_ranks
-            for rows, columns, number in (self.shape.adaptable_shapes[path],)
-        )
+        total, most_experts = 0, max(1, self.shape.experts_per_token)
+        for path, rank in self.lora_ranks:
+            rows, columns, number = self.shape.adaptable_shapes[path]
+            total += rank * (rows + columns) * min(number, most_experts)
+        return total
 
     @property
     def num_of_rows(self) -> int:
