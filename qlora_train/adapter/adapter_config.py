@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class AdapterConfig:
     base_model: str
     rank: int
     alpha: float
+    _: KW_ONLY
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=list)
     use_rslora: bool = False
@@ -154,14 +155,14 @@ def read_adapter_config(
                 "rank_pattern)."
             )
     return AdapterConfig(
-        str(raw.get("base_model_name_or_path") or ""),
-        rank,
-        alpha,
-        dropout,
-        sorted({last_name(path) for path in ranks if path not in experts}),
-        bool(raw.get("use_rslora", False)),
-        {path: own for path, own in ranks.items() if own != rank},
-        {path: own for path, own in alphas.items() if own != alpha},
+        base_model=str(raw.get("base_model_name_or_path") or ""),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=sorted({last_name(path) for path in ranks if path not in experts}),
+        use_rslora=bool(raw.get("use_rslora", False)),
+        rank_pattern={path: own for path, own in ranks.items() if own != rank},
+        alpha_pattern={path: own for path, own in alphas.items() if own != alpha},
         use_dora=found["use_dora"],
         target_parameters=sorted(experts),
         token_ids=_token_ids(folder, raw.get("trainable_token_indices")),

@@ -66,7 +66,7 @@ def initial_values(config: AdapterConfig, factors: Factors) -> LoraPairs:
 def as_adapter(factors: Factors) -> tuple[AdapterConfig, LoraPairs]:
     """An adapter that gives back the weights that the factors were taken out of."""
     ranks = {path: len(a) for path, (a, _) in factors.items()}
-    return AdapterConfig("", 1, 1, rank_pattern=ranks, alpha_pattern=ranks), dict(factors)
+    return AdapterConfig("", rank=1, alpha=1, rank_pattern=ranks, alpha_pattern=ranks), dict(factors)
 
 
 def as_plain_lora(
