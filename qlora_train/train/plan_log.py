@@ -132,19 +132,29 @@ class PlanLog:
         made_for = saved.to_dict() | {"setting": asdict(self._setting)}
         if not self._content:
             self._content = plan | made_for | {"run_format": RUN_FORMAT, "changes": []}
-            self._write()
         elif self.moved:
-            change = {"from_step": first_step, "reason": f"planned anew: {', '.join(self.moved)}"} | made_for
-            began = {key: self._content[key] for key in ("run_format", "execution", "split", "setting")}
-            changes = [c for c in self._content["changes"] if c["from_step"] < first_step]
-            self._content = plan | began | {"changes": [*changes, change]}
-            self._write()
-        elif first_step < (newest := self._newest()).get("from_step", 0):  # a checkpoint was damaged
-            later = self._content["changes"].index(newest)
-            changes = [c for c in self._content["changes"][:later] if c["from_step"] < first_step]
-            newest["from_step"] = first_step
-            self._content["changes"] = changes + self._content["changes"][later:]
-            self._write()
+            self._plan_anew(plan, made_for, first_step)
+        elif first_step < self._newest().get("from_step", 0):  # a checkpoint was damaged
+            self._begin_newest_at(first_step)
+        else:
+            return
+        self._write()
+
+    def _plan_anew(self, plan: dict[str, Any], made_for: dict[str, Any], first_step: int) -> None:
+        """Add the plan made for another setting as a change; the one that the run began with stays."""
+        change = {"from_step": first_step, "reason": f"planned anew: {', '.join(self.moved)}"} | made_for
+        began = {key: self._content[key] for key in ("run_format", "execution", "split", "setting")}
+        self._content = plan | began | {"changes": [*self._changes_before(first_step), change]}
+
+    def _begin_newest_at(self, first_step: int) -> None:
+        """Let the newest plan made at a start begin earlier, without what came between."""
+        newest, changes = self._newest(), self._content["changes"]
+        later = changes[changes.index(newest) :]
+        newest["from_step"] = first_step
+        self._content["changes"] = [*self._changes_before(first_step), *later]
+
+    def _changes_before(self, step: int) -> list[dict[str, Any]]:
+        return [change for change in self._content["changes"] if change["from_step"] < step]
 
     def change(self, from_step: int, execution: ExecutionPlan, reason: str) -> None:
         """Store that steps from `from_step` on follow another plan."""
