@@ -24,7 +24,6 @@ from qlora_train.plan.words import gib
 from qlora_train.report.write import refresh_report
 from qlora_train.train.batches import BatchPrefetcher
 from qlora_train.train.checkpoint import Expected, TrainState, is_finite, newest_valid, save_checkpoint
-from qlora_train.train.metrics import metrics_row
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
@@ -35,9 +34,9 @@ from qlora_train.train.setup import Prepared
 from qlora_train.train.signals import StopSignal
 from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
-from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.optimizer import FlatOptimizer
 from qlora_train.walk.step import StepRunner
+from qlora_train.walk.step_state import INITIAL_SCALE
 from qlora_train.weights.execution_plan import ExecutionPlan
 from qlora_train.weights.uploads import Uploads
 
@@ -60,8 +59,7 @@ class TrainLoop:
         """plan_log: of this run. meter: counts memory since before the base was loaded. stop_metering: called
         after the first steps, as metering costs time. on_step: called with each step's metrics."""
         self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
-        self._meter, self._stop_metering = meter, stop_metering
-        self._on_step = on_step
+        self._meter, self._stop_metering, self._on_step = meter, stop_metering, on_step
         self._log: Callable[[str], None] = print
         self._saved_at = self._step_began = time.monotonic()
         self._step_seconds: float | None = None
@@ -80,6 +78,11 @@ class TrainLoop:
             lora_b_lr_ratio=training.lora_b_lr_ratio,
             weight_decay=training.weight_decay,
         )
+        self._state = TrainState(
+            loss_scale=INITIAL_SCALE if self._decoder.dtype == torch.float16 else 1.0,
+            data_fingerprint=prepared.train_data.fingerprint(),
+            base_fingerprint=prepared.model.decoder.fingerprint,
+        )
         self._runner = StepRunner(
             LayerWalk(
                 self._decoder,
@@ -91,17 +94,13 @@ class TrainLoop:
             self._decoder,
             self._lora,
             self._optimizer,
-            LossScale.for_dtype(self._decoder.dtype == torch.float16),
+            self._state,
             self._accelerator,
             max_grad_norm=training.max_grad_norm,
             seed=training.seed,
             on_tighter_plan=self._fall_back,
         )
         self._pace = Pace(self._device.description, prepared.model.host, STEPS_METERED)
-        self._state = TrainState(
-            data_fingerprint=prepared.train_data.fingerprint(),
-            base_fingerprint=prepared.model.decoder.fingerprint,
-        )
 
     @property
     def step(self) -> int:
@@ -121,14 +120,10 @@ class TrainLoop:
         found = newest_valid(self._folder.checkpoints, expected, log)
         if found is not None:
             require_same_inputs(self._folder, found.state, self._prepared)
-            self._state = found.state
+            self._state = self._runner.state = found.state
             self._lora.masters.copy_(found.masters)
             self._lora.refresh_working()
             self._optimizer.load_state(found.optimizer_state)
-            state, runner = self._state, self._runner
-            runner.scale.value, runner.scale.good_steps = state.loss_scale, state.loss_scale_good_steps
-            runner.scale.num_overflows = state.num_overflows
-            runner.num_skipped, runner.num_skipped_in_a_row = state.num_skipped, state.skipped_in_a_row
         if self._accelerator.is_main_process:
             last_step = -1 if found is None else self._state.step  # -1: the first evaluation comes again
             self._folder.cut_rows(last_step)
@@ -248,11 +243,23 @@ class TrainLoop:
                 step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
             )
             outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
-        self._state.step, self._state.data_position = step, step * self._bins_per_step
+        self._state.step = step
         seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
-        return metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
+        row = {
+            "step": step,
+            "loss": outcome.loss,
+            "learning_rate": rate,
+            "grad_norm": outcome.grad_norm,
+            "num_tokens": num_tokens,
+            "num_supervised_tokens": num_supervised,
+            "tokens_per_second": num_tokens / seconds,
+            "applied": outcome.applied,
+        }
+        if self._runner.scales_loss:
+            row |= {"loss_scale": self._state.loss_scale, "overflowed": outcome.overflowed}
+        return row | {
             "peak_bytes": peak_bytes(self._device),
             "plan": self._plan_log.in_force(step)[0],
             **self._clock.read(),
@@ -285,7 +292,7 @@ class TrainLoop:
             self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         if row.get("overflowed"):
             progress.log(
-                f"step {step}: fp16 overflow, not applied; loss scale is now {self._runner.scale.value:g}"
+                f"step {step}: fp16 overflow, not applied; loss scale is now {self._state.loss_scale:g}"
             )
         elif not row["applied"]:
             progress.log(f"step {step}: the gradient is not finite; the step is skipped")
@@ -332,21 +339,17 @@ class TrainLoop:
         self._saved_at = time.monotonic()
         if not self._accelerator.is_main_process:
             return
-        state, runner = self._state, self._runner
-        state.loss_scale, state.loss_scale_good_steps = runner.scale.value, runner.scale.good_steps
-        state.num_overflows = runner.scale.num_overflows
-        state.num_skipped, state.skipped_in_a_row = runner.num_skipped, runner.num_skipped_in_a_row
         with self._clock.between_steps(Cause.CHECKPOINT):
             save_checkpoint(
                 self._folder.checkpoints,
-                state,
+                self._state,
                 self._lora.masters,
                 self._optimizer.state(),
                 self._recipe.training.keep_checkpoints,
                 self._write_adapter,
             )
         if ends:
-            self._folder.append_metrics({"step": state.step, **self._clock.read_all()})
+            self._folder.append_metrics({"step": self._state.step, **self._clock.read_all()})
         with self._clock.between_steps(Cause.CHECKPOINT):
             if problem := refresh_report(self._folder.path):
                 self._log(problem)
@@ -365,11 +368,10 @@ class TrainLoop:
 
     def _stopping_line(self) -> str:
         """The line that a signal's handler prints in the middle of a step."""
-        usual = self._step_seconds
-        left = (
-            "" if usual is None else f", about {max(0.0, self._step_began + usual - time.monotonic()):.0f} s"
-        )
-        step = self._state.step + 1
+        step, left = self._state.step + 1, ""
+        if self._step_seconds is not None:
+            seconds_left = max(0.0, self._step_began + self._step_seconds - time.monotonic())
+            left = f", about {seconds_left:.0f} s"
         return (
             f"stopping: step {step} is being finished{left}, then the state is saved; again to stop at once"
         )
