@@ -277,17 +277,17 @@ def quantization_config(config: PretrainedConfig) -> Mapping[str, Any]:
 
 def layer_shapes(layer: nn.Module) -> LayerShapes:
     """Sizes of a layer's quantized weights, in module order."""
-    linears, experts, kept = [], [], None
+    linears, experts, expert_quantization = [], [], None
     for name, module in layer.named_modules():
         if isinstance(module, FrozenLinear):
             linears.append((name, (module.out_features, module.in_features)))
         elif isinstance(module, FrozenExperts):
-            path, kept = name.removesuffix(".frozen"), module.kept
+            path, expert_quantization = name.removesuffix(".frozen"), module.kept
             experts += [
                 (f"{path}.{matrix}", shape, module.num_experts)
                 for matrix, shape in module.stacked_shapes().items()
             ]
-    return LayerShapes(tuple(linears), tuple(experts), kept)
+    return LayerShapes(tuple(linears), tuple(experts), expert_quantization)
 
 
 def swap_linears(model: PreTrainedModel) -> str:
@@ -298,11 +298,11 @@ def swap_linears(model: PreTrainedModel) -> str:
     layers = model.get_decoder().layers
     path = next(name for name, module in model.named_modules() if module is layers)
     sizes = dict.fromkeys(range(len(layers)), 0)
-    kept = kept_quantization(quantization_config(model.config))
+    expert_quantization = kept_quantization(quantization_config(model.config))
     for name, module in list(layers.named_modules()):
         layer = int(name.partition(".")[0] or 0)
         if is_experts(module):
-            experts = freeze_experts(f"{path}.{name}", module, kept)
+            experts = freeze_experts(f"{path}.{name}", module, expert_quantization)
             sizes[layer] += sum(rows * columns for rows, columns in experts.stacked_shapes().values())
         if type(module) is not nn.Linear:
             continue

@@ -218,17 +218,17 @@ def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[st
 
 def _wrong_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
     """A message for each tensor that is missing, odd, of another dtype or shape, or not finite."""
-    found = {_MASTERS: checkpoint.masters} | checkpoint.optimizer_state
+    tensors = {_MASTERS: checkpoint.masters} | checkpoint.optimizer_state
     wanted = dict(expected.optimizer) if checkpoint.optimizer_state else {}
     wanted[_MASTERS] = (torch.float32, (expected.num_masters,))
     state = checkpoint.state
     if not checkpoint.optimizer_state and state.num_skipped + state.num_overflows < state.step:
         return ["it holds no optimizer state"]
-    if found.keys() != wanted.keys():
-        odd = ", ".join(sorted(found.keys() ^ wanted.keys()))
+    if tensors.keys() != wanted.keys():
+        odd = ", ".join(sorted(tensors.keys() ^ wanted.keys()))
         return [f"it holds the state of another optimizer than training.optimizer: {odd}"]
     wrong = []
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         dtype, shape = wanted[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")

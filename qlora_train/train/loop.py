@@ -108,24 +108,24 @@ class TrainLoop:
         return self._state.step
 
     @property
-    def plan(self) -> ExecutionPlan:
+    def execution(self) -> ExecutionPlan:
         """The execution plan that steps follow now."""
-        return self._runner.walk.plan
+        return self._runner.walk.execution
 
     def resume(self, log: Callable[[str], None] = print) -> int:
         """Load the newest valid checkpoint, if there is one; returns its step, or 0. log: called with a line
         for each damaged one."""
         refuse_shorter(self._folder, self.num_steps)
         expected = Expected(self.num_steps, self._lora.masters.numel(), self._optimizer.layout())
-        found = newest_valid(self._folder.checkpoints, expected, log)
-        if found is not None:
-            require_same_inputs(self._folder, found.state, self._prepared)
-            self._state = self._runner.state = found.state
-            self._lora.masters.copy_(found.masters)
+        checkpoint = newest_valid(self._folder.checkpoints, expected, log)
+        if checkpoint is not None:
+            require_same_inputs(self._folder, checkpoint.state, self._prepared)
+            self._state = self._runner.state = checkpoint.state
+            self._lora.masters.copy_(checkpoint.masters)
             self._lora.refresh_working()
-            self._optimizer.load_state(found.optimizer_state)
+            self._optimizer.load_state(checkpoint.optimizer_state)
         if self._accelerator.is_main_process:
-            last_step = -1 if found is None else self._state.step  # -1: the first evaluation comes again
+            last_step = -1 if checkpoint is None else self._state.step  # -1: the first evaluation comes again
             self._folder.cut_rows(last_step)
         return self._state.step
 
@@ -201,9 +201,9 @@ class TrainLoop:
                 f"{knobs or 'nothing'}. The state after step {self._state.step} is saved."
             ) from error
 
-    def _fall_back(self, step: int, plan: ExecutionPlan, change: str) -> None:
+    def _fall_back(self, step: int, execution: ExecutionPlan, change: str) -> None:
         """Record that a step is tried again by a plan with less memory."""
-        self._plan_log.change(step, plan, change)
+        self._plan_log.change(step, execution, change)
         self._log(f"step {step}: out of memory; tried again with less: {change}")
 
     def _compare_with_plan(self, num_steps_done: int) -> None:
@@ -224,7 +224,7 @@ class TrainLoop:
     def _watch_pace(self, seconds: float) -> None:
         """Log if steps take far longer than planned."""
         plan = self._prepared.model.plan
-        planned_seconds = step_time(plan.workload, self.plan, plan.rates).total_seconds
+        planned_seconds = step_time(plan.workload, self.execution, plan.rates).total_seconds
         line = self._pace.slow_line(seconds, planned_seconds)
         if line is not None:
             self._log(line)
@@ -233,9 +233,9 @@ class TrainLoop:
         training, data = self._recipe.training, self._prepared.train_data
         started = self._step_began = time.monotonic()
         with self._clock.step():
-            _, plan = self._plan_log.in_force(step)
-            if plan != self.plan:
-                self._runner.walk.set_plan(plan)
+            _, execution = self._plan_log.in_force(step)
+            if execution != self.execution:
+                self._runner.walk.set_execution(execution)
             positions = self._positions(step)
             batches = self._batches.take(step)
             num_supervised = data.num_supervised([p for p in positions if p is not None])
@@ -304,7 +304,7 @@ class TrainLoop:
         """Compute and log the loss on the evaluation data; True if it is the best so far."""
         assert (data := self._prepared.eval_data) is not None
         mine = self._of_this_rank(range(data.num_bins))
-        group_size = self.plan.group_size(self._split.num_micro_batches)
+        group_size = self.execution.group_size(self._split.num_micro_batches)
         with (
             self._clock.between_steps(Cause.EVALUATION),
             BatchPrefetcher(
@@ -312,7 +312,7 @@ class TrainLoop:
             ) as ahead,
         ):
             total = loss_sum(
-                self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.plan.loss_tokens
+                self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.execution.loss_tokens
             )
         total = self._accelerator.reduce(total)
         eval_loss = float(total) / data.num_supervised(range(data.num_bins))
@@ -356,8 +356,8 @@ class TrainLoop:
 
     def _write_adapter(self, folder: Path) -> None:
         trained, step = self._prepared.model.adapter, self._state.step
-        said = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
-        trained.save(folder, self._lora.views(self._lora.masters), said)
+        trained_on = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
+        trained.save(folder, self._lora.views(self._lora.masters), trained_on)
 
     def _save_is_due(self, step: int, is_best: bool) -> bool:
         """Whether to save after this step. Rank 0 alone writes, so ranks need not agree on the time."""

@@ -69,18 +69,18 @@ class Setting:
 
     def differences(self, before: Setting) -> list[str]:
         """A message for each difference from an earlier setting."""
-        found = []
+        messages = []
         if self.device != before.device:
-            found.append(f"{self.device} instead of {before.device}")
+            messages.append(f"{self.device} instead of {before.device}")
         for name, now, then in (
             ("device memory", self.device_bytes, before.device_bytes),
             ("RAM", self.ram_bytes, before.ram_bytes),
         ):
             if abs(now - then) > TELLABLE_SHARE * max(now, then):
-                found.append(f"{gib(now)} of {name} instead of {gib(then)}")
+                messages.append(f"{gib(now)} of {name} instead of {gib(then)}")
         if self.num_ranks != before.num_ranks:
-            found.append(f"processes: {self.num_ranks} instead of {before.num_ranks}")
-        return found + [
+            messages.append(f"processes: {self.num_ranks} instead of {before.num_ranks}")
+        return messages + [
             f"{key}={value} instead of {before.memory.get(key)}"
             for key, value in self.memory.items()
             if value != before.memory.get(key)

@@ -170,7 +170,7 @@ def prepare(
     recipe, folder = run.recipe, run.base_folder
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
-    found = shape_of(config).probed
+    probed = shape_of(config).probed
     tokenizer, added = tokenizer_of_run(recipe.model, str(folder))
     for line in added.remarks:
         run.log(line)
@@ -189,7 +189,7 @@ def prepare(
     num_bins = recipe.training.num_bins(train_data.num_bins)
     model = load_adapted_model(
         run,
-        found,
+        probed,
         saved,
         lambda micro_batch_size: train_data.most_documents(micro_batch_size, num_bins),
         cache,
@@ -201,7 +201,7 @@ def prepare(
 
 def load_adapted_model(
     run: RunContext,
-    found: ProbeResult,
+    probed: ProbeResult,
     saved: SavedPlan | None,
     most_documents: Callable[[int], int],
     cache: Path | None,
@@ -209,14 +209,14 @@ def load_adapted_model(
 ) -> AdaptedModel:
     """Make the plan for this machine, load the base and attach LoRA parameters.
 
-    found: result of probing the base's config. saved: a plan to follow instead; the first rank's counts for
+    probed: result of probing the base's config. saved: a plan to follow instead; the first rank's counts for
     all. most_documents: the largest number in any micro-batch of so many bins. cache: the folder of quantized
     bases; None: none is kept. added: tokens whose rows are trained. Raises a `UserError` for a plan that does
     not fit.
     """
     recipe, device, ranks = run.recipe, run.device, run.ranks
-    told = ranks.gather(None if saved is None else saved.to_dict())[0]
-    saved = None if told is None else SavedPlan.from_dict(told)
+    values_of_first = ranks.gather(None if saved is None else saved.to_dict())[0]
+    saved = None if values_of_first is None else SavedPlan.from_dict(values_of_first)
     plan = plan_here(
         recipe,
         run.base_folder,
@@ -247,9 +247,9 @@ def load_adapted_model(
         log=run.log,
         lora=recipe.lora,
     )
-    decoder.skippable = found.skippable
+    decoder.skippable = probed.skippable
     if recipe.training.kernels == "auto":
-        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
+        decoder.fuse(norms=probed.fuses_norms, mlps=probed.fuses_mlps, qkv=probed.fuses_qkv)
     lora, adapter = attach_lora(recipe, run.base_folder, decoder, run.dtype, added)
     device.release_cached()  # what loading and quantizing took would stay beside other sizes
     return AdaptedModel(plan, execution, host, decoder, lora, adapter)

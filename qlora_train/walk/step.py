@@ -62,9 +62,9 @@ class StepRunner:
         *,
         max_grad_norm: float,
         seed: int,
-        on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, plan, reason: None,
+        on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, execution, reason: None,
     ) -> None:
-        """on_tighter_plan: called with (step, plan, reason) before a step is tried again by that plan."""
+        """on_tighter_plan: called with (step, execution plan, reason) before a step is tried again by it."""
         self.walk, self._decoder, self._lora, self._optimizer = walk, decoder, lora, optimizer
         self.state, self._accelerator = state, accelerator
         self.scales_loss = decoder.dtype == torch.float16
@@ -111,12 +111,12 @@ class StepRunner:
             del loss_sum
             self._free_memory()
             tokens = max(batch.labels.numel() for batch in micro_batches)
-            found = fallback_plan(self.walk.plan, len(micro_batches), tokens)
-            if found is None:
+            tighter = fallback_plan(self.walk.execution, len(micro_batches), tokens)
+            if tighter is None:
                 raise OutOfMemory(f"out of memory in step {step}, and no tighter plan is left ({failure})")
-            plan, change = found
-            self._on_tighter_plan(step, plan, change)
-            self.walk.set_plan(plan)
+            execution, change = tighter
+            self._on_tighter_plan(step, execution, change)
+            self.walk.set_execution(execution)
 
     def _try_walk(
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int

@@ -53,7 +53,7 @@ def tensors_of(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     wanted = dict.fromkeys(parameters, True)
-    found: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
+    by_place: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
     for name in names:
         for known_as in dict.fromkeys((name, _without_wrapper(name))):
             parameter, pattern = rename_source_key(
@@ -64,11 +64,11 @@ def tensors_of(
         else:
             continue
         place = (0, 0) if pattern is None else _place(name, pattern, _gathering(converters, pattern, name))
-        if place in found[parameter]:
-            other = found[parameter][place]
+        if place in by_place[parameter]:
+            other = by_place[parameter][place]
             raise BaseModelError(f"{other} and {name}: two tensors of the checkpoint stand for {parameter}")
-        found[parameter][place] = name
-    return {name: tuple(tensors[place] for place in sorted(tensors)) for name, tensors in found.items()}
+        by_place[parameter][place] = name
+    return {name: tuple(tensors[place] for place in sorted(tensors)) for name, tensors in by_place.items()}
 
 
 def _without_wrapper(name: str) -> str:

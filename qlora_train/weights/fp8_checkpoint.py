@@ -120,14 +120,14 @@ class Fp8Reader(ShardReader):
 
     def _scaling_of(self, name: str, block: tuple[int, int] | None) -> _Scaling:
         weight = super().info(name)
-        found = [name + ending for ending in SCALE_ENDINGS if name + ending in self]
-        if not found:
+        scale_names = [name + ending for ending in SCALE_ENDINGS if name + ending in self]
+        if not scale_names:
             raise BaseModelError(
                 f"{self.folder}: {name} is in FP8, and its scales ({name}{SCALE_ENDINGS[0]} or "
                 f"{name}{SCALE_ENDINGS[1]}) are missing: without them its numbers are wrong. Download the "
                 "checkpoint again, or use one of the same model with weights in 16 bits."
             )
-        scales = super().info(found[0])
+        scales = super().info(scale_names[0])
         if len(weight.shape) >= 2 and scales.dtype in SCALE_DTYPES:
             *matrices, rows, columns = weight.shape
             sizes = [(rows, columns), (1, columns)] + ([] if block is None else [block])

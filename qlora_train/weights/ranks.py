@@ -148,10 +148,10 @@ def _try_sharing(ranks: Ranks) -> bool:
     pages.write(word.encode())
     process, number = ranks.of_leader([os.getpid(), descriptor])
     try:
-        found = open_pages(process, number, mmap.PAGESIZE).read(len(word)).decode(errors="replace")
+        word_read = open_pages(process, number, mmap.PAGESIZE).read(len(word)).decode(errors="replace")
     except (OSError, ValueError):  # no permission, or another process's file, too short to map
-        found = ""
-    shares = all(ranks.gather(found == word))
+        word_read = ""
+    shares = all(ranks.gather(word_read == word))
     os.close(descriptor)
     return shares
 

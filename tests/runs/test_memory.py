@@ -144,13 +144,13 @@ class Shortage:
         shortage = self
 
         def run_step(self: StepRunner, step: int, *args: Any) -> Any:
-            shortage.active = step == 3 and self.walk.plan.num_groups == 1
+            shortage.active = step == 3 and self.walk.execution.num_groups == 1
             shortage.walk = self.walk
             return run(self, step, *args)
 
         def run_short(self: FrozenDecoder, index: int, x: Tensor, arguments: Any) -> Tensor:
             if shortage.active and index == 2:
-                if shortage.walk.plan.num_groups == 1:
+                if shortage.walk.execution.num_groups == 1:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 shortage.active = False
             return run_layer(self, index, x, arguments)

@@ -90,7 +90,7 @@ def test_the_redone_step_is_the_step(
     assert outcome == expected
     assert torch.equal(tried._lora.gradient, plain._lora.gradient)
     assert torch.equal(tried._lora.masters, plain._lora.masters)
-    assert tried.walk.plan.activations == (RECOMPUTE, RECOMPUTE, OFFLOAD)
+    assert tried.walk.execution.activations == (RECOMPUTE, RECOMPUTE, OFFLOAD)
 
 
 @pytest.mark.parametrize(
