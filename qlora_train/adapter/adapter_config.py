@@ -52,11 +52,11 @@ UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class AdapterConfig:
     """An adapter's config.
 
-    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path; other
-    modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to; None: all.
-    target_parameters: of experts that have LoRA parameters, name endings or whole paths.
-    token_ids: the tokens whose rows are trained, in embedding and head.
-    auto_mapping: the class that the adapter is written for, as PEFT names it; None: a causal language model.
+    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: rank and alpha by whole
+    path; other modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to;
+    None: all. target_parameters: name endings or whole paths of the experts' parameters that have LoRA
+    parameters. token_ids: the tokens whose rows are trained, in embedding and head. auto_mapping: the class
+    that the adapter is written for, as PEFT names it; None: a causal language model.
     """
 
     base_model: str
@@ -100,7 +100,7 @@ class AdapterConfig:
         )
 
     def experts_of(self, paths: Iterable[str]) -> list[str]:
-        """Those of the paths that are parameters of experts."""
+        """The paths that name parameters of experts."""
         return [path for path in paths if matching_names(path, self.target_parameters)]
 
     def _scaling(self, alpha: float, rank: int) -> float:
@@ -245,9 +245,8 @@ def layer_of(path: str) -> int | None:
 
 
 def to_peft(config: AdapterConfig, paths: Iterable[str], row_paths: Iterable[str] = ()) -> dict[str, Any]:
-    """The values of adapter_config.json, as PEFT writes them for LoRA. paths: of all modules with LoRA
-    parameters. row_paths: of the embedding, and of the head where it is not tied, if rows of tokens are
-    trained."""
+    """The values of adapter_config.json, as PEFT writes them for LoRA. paths: the modules with LoRA
+    parameters. row_paths: the embedding, and the head where it is not tied, if rows of tokens are trained."""
     trained = sorted(paths)
     ids = list(config.token_ids)
     return {

@@ -161,10 +161,10 @@ class MetaModel:
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
     tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
-    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). lora: of the run that the
-    weights are for; with PiSSA, principal_ranks says what is taken out of them, in factors of factor_bytes
-    (adapter/pissa.py). Raises
-    `UnsupportedModelError` where layers hold large matrices that are neither linears nor experts.
+    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). lora: the recipe's section
+    of the run that the weights are for; with PiSSA, principal_ranks says what is taken out of them, in
+    factors of factor_bytes (adapter/pissa.py). Raises `UnsupportedModelError` where layers hold large
+    matrices that are neither linears nor experts.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, lora: LoraSection | None = None) -> None:
@@ -200,8 +200,8 @@ class MetaModel:
         return self._layer_shapes[layer]
 
     def plain_dtype(self, name: str) -> torch.dtype:
-        """Of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family says so, as
-        transformers loads it (some routers)."""
+        """The dtype of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family
+        says so, as transformers loads it (some routers)."""
         return torch.float32 if self.keeps_fp32(name) else self.dtype
 
     def keeps_fp32(self, name: str) -> bool:

@@ -50,8 +50,8 @@ class LinearLora(nn.Module):
     (expert_lora.py): views of the flat working copy.
 
     With its magnitude or bias they are the only trainable parameters. gradient_a, gradient_b: views of the
-    flat fp32 gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude: of
-    DoRA, or None. bias: with `lora_bias` (b [out], its gradient), or None.
+    flat fp32 gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude:
+    DoRA's, or None. bias: (b [out], its gradient) with `lora_bias`, or None.
     """
 
     def __init__(

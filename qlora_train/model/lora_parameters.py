@@ -44,11 +44,11 @@ class LoraParameters:
     """The LoRA parameters of `linears`, which may be matrices of experts too, in flat buffers, attached to
     each as views (`linear.lora`).
 
-    rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: of the
-    initialization of A. dtype: of the working copy. use_dora: with a magnitude for each linear. Dropout must
-    be 0 with it. lora_bias: with a bias for each B instead. None of them goes with experts. token_rows: what
-    the rows of trained tokens begin with, fp32 [n, D] by module path of embedding and head. An existing
-    `linear.lora` is replaced.
+    rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: it
+    decides the first values of A. dtype: that of the working copy. use_dora: every linear has a magnitude;
+    dropout must be 0 with it. lora_bias: every B has a bias instead. None of them goes with experts.
+    token_rows: what the rows of trained tokens begin with, fp32 [n, D] by module path of embedding and head.
+    An existing `linear.lora` is replaced.
     """
 
     def __init__(

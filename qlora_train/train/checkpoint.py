@@ -44,9 +44,9 @@ _MASTERS, _OPTIMIZER = "masters", "optimizer."
 class TrainState(StepState):
     """The state of a run after `step` optimizer steps, apart from tensors.
 
-    best_eval_loss, best_step: of the best evaluation so far. loss_to_improve: of the last evaluation that
-    improved, as early stopping sees it; evals_without_improvement: those since. Both are counted only with
-    early stopping.
+    best_eval_loss, best_step: loss and step of the best evaluation so far. loss_to_improve: the loss of the
+    last evaluation that improved, as early stopping sees it; evals_without_improvement: the evaluations
+    since. Both are counted only with early stopping.
     """
 
     step: int = 0
@@ -92,9 +92,9 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What every checkpoint of a run must have. num_steps: of the schedule. num_masters: numbers in masters.
-    optimizer: dtype and shape of its state by name; a checkpoint has no state before the first applied
-    step."""
+    """What every checkpoint of a run must have. num_steps: the length of the schedule. num_masters: the number of LoRA
+    parameters in fp32. optimizer: dtype and shape of each tensor of its state; a checkpoint has no state
+    before the first applied step."""
 
     num_steps: int
     num_masters: int

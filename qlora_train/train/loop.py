@@ -56,8 +56,9 @@ class TrainLoop:
         stop_metering: Callable[[], None],
         on_step: Callable[[Mapping[str, float | int | bool]], None] = lambda row: None,
     ) -> None:
-        """plan_log: of this run. meter: counts memory since before the base was loaded. stop_metering: called
-        after the first steps, as metering costs time. on_step: called with each step's metrics."""
+        """plan_log: the log that the run's plans are in. meter: counts memory since before the base was
+        loaded. stop_metering: called after the first steps, as metering costs time. on_step: called with each
+        step's metrics."""
         self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
         self._meter, self._stop_metering, self._on_step = meter, stop_metering, on_step
         self._log: Callable[[str], None] = print

@@ -164,8 +164,8 @@ class PlanLog:
         self._write()
 
     def measured(self, step_bytes: int, reserved_bytes: int | None) -> None:
-        """Store measured peaks of the first steps on the device. step_bytes: of tensors. reserved_bytes: of
-        the allocator, workspaces and fragmentation included; None on the CPU."""
+        """Store measured peaks of the first steps on the device. step_bytes: the peak of tensors.
+        reserved_bytes: that of the allocator, with workspaces and fragmentation; None on the CPU."""
         self._content["measured_step_vram_bytes"] = step_bytes
         self._content["measured_step_reserved_bytes"] = reserved_bytes
         self._write()

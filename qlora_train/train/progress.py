@@ -56,8 +56,8 @@ class TrainProgress:
         self._console.print(message(line), markup=False, soft_wrap=True)
 
     def step(self, row: Mapping[str, float | int | bool], epoch: float, seconds: float) -> None:
-        """Show the values of an optimizer step. row: of metrics.jsonl. epoch: of the data, at its end.
-        seconds: that it took."""
+        """Show the values of an optimizer step. row: the step's row of metrics.jsonl. epoch: the epochs of
+        the data at its end. seconds: the time that it took."""
         step = int(row["step"])
         values = (
             f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3g}  "

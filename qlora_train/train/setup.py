@@ -57,7 +57,7 @@ NO_TOKENS = AddedTokens()
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every part of a run's start-up needs. recipe: see `resolve`. dtype: to compute in. target: the
+    """What every part of a run's start-up needs. recipe: see `resolve`. dtype: the compute dtype. target: the
     least capable device of all ranks. log: called with a line about each thing that takes time."""
 
     recipe: Recipe
@@ -85,8 +85,9 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """What is saved beside the trained LoRA parameters. paths: what modules are called in the written
-    adapter. kept: A and B that are applied but not trained (the head's). factors: of PiSSA."""
+    """What is saved beside the trained LoRA parameters. paths: the module paths in the written adapter. kept:
+    A and B that are applied but not trained (the head's). factors: the principal parts that PiSSA took; empty
+    without it."""
 
     config: AdapterConfig
     paths: Mapping[str, str]
@@ -94,7 +95,8 @@ class TrainedAdapter:
     factors: Factors
 
     def save(self, folder: Path, trained: LoraPairs, other_files: Mapping[str, str]) -> None:
-        """Write the adapter for other tools, which have the original base. trained: by module path."""
+        """Write the adapter for other tools, which have the original base. trained: the trained parameters by
+        module path."""
         config, lora = self.config, trained | self.kept
         if self.factors:
             config, lora = as_plain_lora(config, lora, self.factors)
@@ -163,9 +165,9 @@ def prepare(
 ) -> Prepared:
     """Read the data, make the plan, load the base and attach LoRA parameters.
 
-    data: of the recipe's data section. saved: the plan of the resumed run, which is followed so that sums
-    keep their order. use_cache: keep the quantized base, and the tokens of large data, for later starts.
-    Raises a `UserError` for contradictory input and for a plan that does not fit.
+    data: the opened files of the recipe's data section. saved: the plan of the resumed run, which is followed
+    so that sums keep their order. use_cache: keep the quantized base, and the tokens of large data, for later
+    starts. Raises a `UserError` for contradictory input and for a plan that does not fit.
     """
     recipe, folder = run.recipe, run.base_folder
     config = read_config(folder)

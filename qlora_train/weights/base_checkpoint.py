@@ -41,7 +41,8 @@ class BaseCheckpoint:
 
     parts: tensor of the checkpoint -> which rows of which layer's weight it holds, of all that are quantized.
     unchanged: tensors that a merged checkpoint has as they are: of other parts of the model than the language
-    model, and those that its family keeps in fp32. factors: of PiSSA, of the linears read so far.
+    model, and those that its family keeps in fp32. factors: the principal parts that PiSSA took from the
+    linears read so far.
 
     Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening if
     the file headers show it, otherwise when the tensor is read.
@@ -256,7 +257,7 @@ class BaseCheckpoint:
         return self._tensors[name][0]
 
     def parts_of(self, parameter: str) -> dict[str, RowPart]:
-        """Those of `parts` that make up one parameter of a layer."""
+        """The entries of `parts` that make up one parameter of a layer."""
         return {name: self.parts[name] for name in self._tensors[parameter]}
 
     def _parts_of(self, parameter: str, layer: int, weight: str) -> dict[str, RowPart]:

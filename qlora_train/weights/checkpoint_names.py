@@ -45,9 +45,9 @@ def tensors_of(
 ) -> dict[str, tuple[str, ...]]:
     """Parameter -> the tensors of the checkpoint whose rows, one after another, are its rows.
 
-    model: of the family. parameters: all names that it calls for. names: of the checkpoint's tensors. A
-    parameter that has none is left out; so are tensors of other parts of the model (vision). Raises
-    `UnsupportedModelError` for a conversion that is no gathering of rows.
+    model: one of the family, without weights. parameters: all names that it calls for. names: the names of
+    the checkpoint's tensors. A parameter that has none is left out; so are tensors of other parts of the
+    model (vision). Raises `UnsupportedModelError` for a conversion that is no gathering of rows.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -101,7 +101,7 @@ def _place(name: str, pattern: str, converter: WeightConverter) -> tuple[int, in
 def row_parts(
     layer: int, weight: str, tensors: tuple[str, ...], num_rows: Mapping[str, int]
 ) -> dict[str, RowPart]:
-    """Tensor -> which rows of the weight it holds. num_rows: of every tensor."""
+    """Tensor -> which rows of the weight it holds. num_rows: the number of rows of every tensor."""
     parts, start = {}, 0
     for name in tensors:
         parts[name] = RowPart(layer, weight, start, start + num_rows[name])

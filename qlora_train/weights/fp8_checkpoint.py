@@ -43,8 +43,8 @@ DEFAULT_BLOCK = (128, 128)  # where config.json does not say, as transformers ha
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Which scale is for which number of a weight. scales: their name. shape: of the weight. rows, columns:
-    that one scale is for."""
+    """The scales of a weight in FP8. scales: the name of their tensor. shape: the shape of the weight. rows,
+    columns: the size of the block that shares one scale."""
 
     scales: str
     shape: tuple[int, ...]
@@ -52,8 +52,8 @@ class _Scaling:
     columns: int
 
     def apply(self, values: Tensor, start: int, scales: Tensor) -> None:
-        """Multiply `values` [n, ..., in], the weight from row `start` on, in place. scales: of the whole
-        weight, [rows of scales, scales in a row]."""
+        """Multiply `values` [n, ..., in], the weight from row `start` on, in place. scales: the scales of the
+        whole weight, [rows of scales, scales in a row]."""
         num_rows, num_columns = self.shape[-2:]
         values = values.view(-1, num_columns)
         first = start * prod(self.shape[1:-1])
@@ -89,7 +89,7 @@ class Fp8Reader(ShardReader):
         return [name for name in super().names() if name not in self._hidden]
 
     def info(self, name: str) -> TensorInfo:
-        """As the weight is read."""
+        """The weight as it is read: in fp32 where it is stored in FP8."""
         info = super().info(name)
         if name not in self._scalings:
             return info
@@ -101,7 +101,7 @@ class Fp8Reader(ShardReader):
         return torch.cat([rows.clone() for _, _, rows in self.row_blocks(name)])
 
     def row_blocks(self, name: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[tuple[int, int, Tensor]]:
-        """As `ShardReader.row_blocks`; in `max_bytes` there are both the codes and the numbers."""
+        """The same as `ShardReader.row_blocks`; `max_bytes` counts both the codes and the numbers."""
         scaling = self._scalings.get(name)
         if scaling is None:
             yield from super().row_blocks(name, max_bytes)

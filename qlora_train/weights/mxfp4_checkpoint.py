@@ -75,7 +75,7 @@ class Mxfp4Reader(Fp8Reader):
         return torch.cat([rows for _, _, rows in self.row_blocks(name)])
 
     def row_blocks(self, name: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[tuple[int, int, Tensor]]:
-        """As `ShardReader.row_blocks`; of experts one at a time."""
+        """The same as `ShardReader.row_blocks`; experts come one at a time."""
         if name not in self.experts:
             yield from super().row_blocks(name, max_bytes)
             return
@@ -126,7 +126,7 @@ def _turned(codes: Tensor) -> Tensor:
 
 
 def _constants(num_blocks: int) -> dict[str, Tensor]:
-    """What makes a scale of an exponent."""
+    """The quantization constants that make a scale of an exponent."""
     exponents = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     return {
         "nested_code": exponents.float(),
