@@ -14,6 +14,7 @@ import subprocess
 import sys
 from functools import cache
 from typing import Any
+from uuid import UUID
 
 MIB = 2**20
 VIRTUAL_MEMORY_MANAGEMENT = 102
@@ -56,6 +57,15 @@ def num_cards() -> int:
     if driver is not None:
         driver.cuDeviceGetCount(ctypes.byref(count))
     return count.value
+
+
+def first_uuid() -> str | None:
+    """UUID of the card that CUDA counts as 0 (CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER decide, which
+    nvidia-smi does not read); None without one."""
+    driver, found = _driver(), (ctypes.c_ubyte * 16)()
+    if driver is None or driver.cuDeviceGetUuid(ctypes.byref(found), _handle(0)) != 0:
+        return None
+    return str(UUID(bytes=bytes(found)))
 
 
 def cuda_version() -> tuple[int, int] | None:

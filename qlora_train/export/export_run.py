@@ -53,39 +53,22 @@ FP16_MARGIN = 0.25  # of fp16's range, for the largest value
 RECEIPT_TOKENS = 2000
 
 
-def export(
-    run: Path | str,
-    to: str = "merged",
-    base: str | None = None,
-    dtype: str = "auto",
-    out: Path | str | None = None,
+def write_export(
+    run: Path,
     *,
-    checkpoint: str | None = None,
-    receipt: int | Literal["auto"] | None = "auto",
-    loaders: Sequence[str] = (),
-    quant: str | None = None,
-    log: Callable[[str], None] = lambda line: None,
+    to: str,
+    base: str | None,
+    dtype: str,
+    out: Path | str | None,
+    checkpoint: str | None,
+    receipt: int | Literal["auto"] | None,
+    loaders: Sequence[str],
+    quant: str | None,
+    log: Callable[[str], None],
 ) -> Path:
-    """Write a run as merged weights (to: "merged"), a GGUF file ("gguf") or an adapter ("adapter") and return
-    the folder (default: `merged`, or such as `gguf-q8_0`, `adapter-peft`, inside the run).
-
-    base: "dequantized" merges onto the quantized weights of training (from its cache, else they are quantized
-    again), "original" onto the checkpoint's own; None: the original ones if they exist. dtype: "float16",
-    "bfloat16", "float32" or "auto" (see the module docstring). checkpoint: "best", "last" or "step-N"; None:
-    the finished adapter. receipt: number of supervised tokens to measure on ("auto": 2000; an adapter, which
-    is the one that was trained, has none); None: no receipt. loaders: "transformers", "bnb-4bit": measure the
-    written folder loaded by these, too; "vllm": refuse an adapter that vLLM refuses or takes for another one
-    (vllm_rules.py). quant: what matrices of a GGUF file are written in, one of `QUANTS` (None: "f16"). log:
-    called with lines of text. Needs no GPU; with tensors up to 1.1 GB, merging takes less than 1.2 GB of
-    memory, a receipt one layer more.
-
-    generation_config.json also lists the tokens that the chat template ends answers with; the template is the
-    recipe's `model.chat_template`, if given. Raises `RunFolderError` (no run, or one without an adapter),
-    `ExportError` and `BaseModelError` (see `merge`).
-    """
+    """Write the folder that `qlora_train.export` returns, which says what the arguments are."""
     _check_arguments(to, base, dtype, receipt, loaders, quant)
     num_tokens = RECEIPT_TOKENS if receipt == "auto" else receipt
-    run = Path(run)
     adapter = find_adapter(run, checkpoint, log)
     for_vllm = SERVER in loaders
     inside = {"gguf": f"gguf-{quant or 'f16'}", "adapter": f"adapter-{SERVER if for_vllm else 'peft'}"}

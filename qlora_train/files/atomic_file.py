@@ -1,4 +1,5 @@
-"""Replaces a small text file atomically: readers see the old text or the new one, whole."""
+"""Replaces a small text file atomically: the old text is there or the new one, whole, after a power cut too:
+the new text is on the disk before it gets the file's name."""
 
 from __future__ import annotations
 
@@ -15,5 +16,19 @@ def replace_text(file: Path, text: str, *, is_shared: bool = False) -> None:
     """Write `text` as a file's whole content. The folder must be there. is_shared: other processes may be
     writing the same file."""
     partial = file.with_suffix(f".partial-{os.getpid()}") if is_shared else partial_of(file)
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     partial.replace(file)
+    if os.name == "posix":  # Windows opens no folders
+        sync_to_disk(file.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora_train.files.atomic_file import sync_to_disk
 from qlora_train.files.folder_lock import OLD, PARTIAL, FolderLock, lock_folder
 
 
@@ -28,12 +29,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             yield partial
             for path in [*partial.rglob("*"), partial]:
-                _fsync(path)
+                sync_to_disk(path)
             _replace(folder, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    _fsync(folder.parent)
+    sync_to_disk(folder.parent)
 
 
 def locked_partial(folder: Path) -> FolderLock:
@@ -54,11 +55,3 @@ def _replace(folder: Path, by: Path) -> None:
     os.rename(folder, old)
     os.rename(by, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from typing import Any
 from qlora_train.errors import BaseModelError
 from qlora_train.files.hub import require_folder_or_id
 from qlora_train.model.base_folder import read_plain_config
-from qlora_train.plan.known_models import KNOWN
+from qlora_train.plan.known_models import KNOWN, PUBLISHERS
 
 
 def find_base_folder(base: str, revision: str | None = None) -> Path | None:
@@ -33,7 +33,7 @@ def find_base_folder(base: str, revision: str | None = None) -> Path | None:
 def find_config(base: str, revision: str | None = None) -> Mapping[str, Any]:
     """The config of `model.base` without downloading anything; empty where it is not on this machine."""
     folder = find_base_folder(base, revision)
-    return read_plain_config(folder) if folder is not None else KNOWN.get(known_name(base), {})
+    return read_plain_config(folder) if folder is not None else known_config(base)
 
 
 def fetch_config(base: str, revision: str | None) -> Path:
@@ -53,9 +53,16 @@ def fetch_config(base: str, revision: str | None) -> Path:
         ) from error
 
 
+def known_config(base: str) -> Mapping[str, Any]:
+    """The values in `KNOWN` for a hub id of those who published the model, or for its name alone; else empty:
+    another organisation's model of that name may have other sizes."""
+    organisation = base.rpartition("/")[0].lower()
+    return KNOWN.get(known_name(base), {}) if organisation in PUBLISHERS or not organisation else {}
+
+
 def known_name(base: str) -> str:
     """The key in `KNOWN` of a hub id: small letters, without organisation and marks such as "-instruct"."""
     name = base.rpartition("/")[2].lower()
     name = re.sub(r"^meta-", "", name)
-    name = re.sub(r"-(instruct|chat|base|hf|it|pt|unsloth|bnb|4bit|coder|math|\d{4})(?=-|$)", "", name)
+    name = re.sub(r"-(instruct|chat|base|hf|it|pt|coder|math|\d{4})(?=-|$)", "", name)
     return re.sub(r"^(tinyllama-1\.1b)-.*", r"\1", name)

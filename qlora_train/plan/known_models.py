@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+PUBLISHERS = frozenset(
+    {
+        "allenai",
+        "google",
+        "huggingfacetb",
+        "meta-llama",
+        "microsoft",
+        "mistralai",
+        "openai",
+        "qwen",
+        "tinyllama",
+    }
+    | {"unsloth"}  # copies of these under the same names
+)
+"""Organisations on the hub, in small letters, whose models of these names have these sizes."""
+
 
 def _known(
     family: str,

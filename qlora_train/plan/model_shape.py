@@ -21,7 +21,7 @@ from qlora_train.model.expert_lora import expert_stacks
 from qlora_train.model.layer_buffer import LayerShapes
 from qlora_train.model.probe import ProbeResult, probe
 from qlora_train.model.quantized_matrix import RowLayout
-from qlora_train.plan.base_config import KNOWN, fetch_config, find_base_folder, known_name
+from qlora_train.plan.base_config import fetch_config, find_base_folder, known_config
 from qlora_train.quant.formats import UNQUANTIZED, Quantization
 
 
@@ -244,6 +244,6 @@ def find_shape(base: str, revision: str | None = None) -> ModelShape:
 
 
 def known_shape(base: str) -> ModelShape | None:
-    """The sizes of a known model by its hub id, whatever the organisation or chat variant; else None."""
-    values = KNOWN.get(known_name(base))
-    return None if values is None else shape_of(AutoConfig.for_model(**values))
+    """The sizes of a known model by its hub id, whatever the chat variant; else None."""
+    values = known_config(base)
+    return shape_of(AutoConfig.for_model(**values)) if values else None

@@ -17,7 +17,7 @@ from qlora_train.device.cards import (
     nearest_cards,
 )
 from qlora_train.device.description import CPU, DeviceDescription, planned_gpu
-from qlora_train.device.driver import ask_nvidia_smi
+from qlora_train.device.driver import ask_nvidia_smi, first_uuid
 from qlora_train.errors import UserError
 from qlora_train.plan.base_config import find_base_folder
 from qlora_train.plan.host_budget import HostBudget, free_host_memory, usable_ram
@@ -43,7 +43,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class FoundCard:
-    """A GPU found by nvidia-smi, and its free bytes."""
+    """The GPU that a run would take, and its free bytes."""
 
     name: str
     free_bytes: int
@@ -123,8 +123,12 @@ def _not_known(card: str) -> str:
 
 
 def find_card() -> FoundCard | None:
-    """The first GPU that nvidia-smi finds; None without one."""
-    for name, free_mib, capability in ask_nvidia_smi("name", "memory.free", "compute_cap")[:1]:
+    """The GPU that a run would take; None without one. A slice of a GPU counts as the whole."""
+    uuid = first_uuid()
+    if uuid is None:
+        return None
+    rows = ask_nvidia_smi("uuid", "name", "memory.free", "compute_cap")
+    for _, name, free_mib, capability in sorted(rows, key=lambda row: row[0] != f"GPU-{uuid}")[:1]:
         found = re.fullmatch(r"(\d+) (\d+)\.(\d+)", f"{free_mib} {capability}")
         if found is not None:
             return FoundCard(name, int(found[1]) * 2**20, (int(found[2]), int(found[3])))

@@ -193,13 +193,15 @@ class TrainLoop:
         try:
             return self._one_step(step)
         except OutOfMemory as error:
+            saved = ""
             if self._state.step > 0:
                 self._save(ends=True)
+                saved = f" The state after step {self._state.step} is saved."
             held = largest_causes(self._prepared.model.plan)
             knobs = "; ".join(self._prepared.model.plan.advice)
             raise OutOfMemory(
                 f"{error}. By the plan, the device held {held}. What would save memory: "
-                f"{knobs or 'nothing'}. The state after step {self._state.step} is saved."
+                f"{knobs or 'nothing'}.{saved}"
             ) from error
 
     def _fall_back(self, step: int, execution: ExecutionPlan, change: str) -> None:

@@ -77,9 +77,12 @@ class Uploads:
         try:
             there = torch.empty(staged.num_bytes, dtype=torch.uint8, device=self.device.torch)
             there.copy_(staged.buffer[: staged.num_bytes], non_blocking=True)
-            self._under_way[address] = self.device.event()
+            copied = self.device.event()
+            with self._lock:
+                self._under_way[address] = copied
         finally:  # also when out of memory: the buffer can be reused
-            self._staged.discard(address)
+            with self._lock:
+                self._staged.discard(address)
         return _parts_of(there, staged.tensors)
 
     def _free_buffer(self, num_bytes: int) -> Tensor:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 
 import psutil
 
-NUM_LAST_LINES = 40
+NUM_LAST_LINES, NUM_ERROR_LINES = 40, 8
 GRACE_SECONDS = 2.0
 """For a process that took too long to say where it was, and for killed ones to be gone."""
 PLAINLY = (sys.executable, "-u", "-m")
@@ -107,6 +108,11 @@ def peaks() -> dict[str, int]:
         found["device_peak_bytes"] = module.max_memory_allocated()
         found["device_reserved_peak_bytes"] = module.max_memory_reserved()
     return found
+
+
+def error_lines() -> str:
+    """The end of the traceback of the exception that is being handled."""
+    return "\n".join(traceback.format_exc().strip().splitlines()[-NUM_ERROR_LINES:])
 
 
 def _others_busy_seconds() -> float:

@@ -43,6 +43,11 @@ class Library:
             return INVALID_DEVICE
         return self._answer(value, self.cards[device.value - 10].get(attribute, 0))
 
+    def cuDeviceGetUuid(self, uuid: object, device: ctypes.c_int) -> int:
+        array = uuid._obj  # type: ignore[attr-defined]
+        array[:] = [0] * 15 + [device.value]
+        return SUCCESS if self.is_initialized else NOT_INITIALIZED
+
     def cuDevicePrimaryCtxGetState(self, device: ctypes.c_int, flags: object, is_active: object) -> int:
         self._answer(flags, 0)
         return self._answer(is_active, int(device.value - 10 in self.active))
@@ -74,7 +79,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 @pytest.mark.parametrize("library", [None, Library([])], ids=["no driver", "no card"])
 def test_without_a_card_nothing_is_known(load, library: Library | None) -> None:
     load(library)
-    assert driver.num_cards() == 0 and not driver.has_context() and driver.cuda_version() is None
+    assert (
+        driver.num_cards() == 0
+        and driver.first_uuid() is None
+        and not driver.has_context()
+        and driver.cuda_version() is None
+    )
     assert driver.attribute(0, driver.CONCURRENT_MANAGED_ACCESS) is None
     assert not settings.segments_expand()
 
@@ -83,6 +93,7 @@ def test_attributes_are_those_of_the_card(load) -> None:
     load(Library([{89: 1, 102: 1, 103: 1}, {102: 0}]))
     assert driver.cuda_version() == (12, 8)
     assert driver.num_cards() == 2
+    assert driver.first_uuid() == "00000000-0000-0000-0000-00000000000a"
     assert [driver.attribute(i, driver.CONCURRENT_MANAGED_ACCESS) for i in range(3)] == [1, 0, None]
     assert [driver.attribute(i, driver.VIRTUAL_MEMORY_MANAGEMENT) for i in range(3)] == [1, 0, None]
     assert [driver.attribute(i, driver.MEMORY_BY_FILE_DESCRIPTOR) for i in range(3)] == [1, 0, None]

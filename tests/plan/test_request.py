@@ -141,31 +141,40 @@ def test_one_table_says_what_a_card_is(name: str | None, known: str | None) -> N
         assert target.num_multiprocessors == CARDS[known].num_multiprocessors
 
 
+CARD_0 = FoundCard("NVIDIA GeForce RTX 4090", 23028 * 2**20, (8, 9))
+ROWS = "GPU-b, NVIDIA T4, 15000, 7.5\\nGPU-a, NVIDIA GeForce RTX 4090, 23028, 8.9"
+
+
 @pytest.mark.parametrize(
-    ("answer", "code", "expected"),
+    ("uuid", "answer", "code", "expected"),
     [
-        (
-            "NVIDIA GeForce RTX 4090, 23028, 8.9",
-            0,
-            FoundCard("NVIDIA GeForce RTX 4090", 23028 * 2**20, (8, 9)),
-        ),
-        ("NVIDIA-SMI has failed because it could not communicate with the driver", 9, None),
-        ("No devices were found", 0, None),
-        ("", 0, None),
+        ("a", ROWS, 0, CARD_0),  # the order of CUDA, not of the tool
+        ("b", ROWS, 0, FoundCard("NVIDIA T4", 15000 * 2**20, (7, 5))),
+        (None, ROWS, 0, None),  # none is visible to CUDA
+        ("a", "NVIDIA-SMI has failed because it could not communicate with the driver", 9, None),
+        ("a", "No devices were found", 0, None),
+        ("a", "", 0, None),
     ],
 )
-def test_the_drivers_tool_is_asked(
-    answer: str, code: int, expected: FoundCard | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_card_is_the_one_that_cuda_takes(
+    uuid: str | None,
+    answer: str,
+    code: int,
+    expected: FoundCard | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\necho '{answer}'\nexit {code}\n")
+    tool.write_text(f"#!/bin/sh\nprintf '{answer}'\nexit {code}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(request_module, "first_uuid", lambda: uuid)
     assert find_card() == expected
 
 
 def test_without_the_tool_there_is_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(request_module, "first_uuid", lambda: "a")
     assert find_card() is None
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import math
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import speed_suite
-from benchmarks.gpu_suite import peer, smoke, training
+from benchmarks.gpu_suite import learns, peer, points, smoke, training
 from benchmarks.gpu_suite.stages import DRY, REAL, Stage, files_of_tests, stages_of
+from benchmarks.gpu_suite.timing import Way
 from simulated_gpu.fixture import SimulatedGpu
 from tiny_runs import PROJECT
 from transformers import AutoConfig
@@ -19,10 +24,12 @@ from qlora_train.device.description import planned_gpu
 from qlora_train.plan.host_budget import HostBudget
 from qlora_train.plan.model_shape import shape_of
 from qlora_train.plan.plan import Choices, Plan
+from qlora_train.plan.plan_cache import RATES_FILE
 from qlora_train.plan.planner import make_plan
 from qlora_train.plan.time_model import stated_rates
 from qlora_train.plan.workload import workload_of
 from qlora_train.recipe import Recipe
+from qlora_train.weights.cache_key import cache_root
 from qlora_train.weights.execution_plan import Placement
 
 GIB = 2**30
@@ -56,12 +63,18 @@ def test_the_most_telling_come_first_and_every_stage_fits_into_a_call() -> None:
         "memory-8b-4gib",
         "memory-8b-exact",
         "speed-8b",
-        "memory-30b-experts",
-        "memory-70b-8gib",
         "peer-peft",
+        "peer-unsloth",
+        "points",
+        "memory-70b-8gib",
+        "learns",
+        "speed-8b-streamed-512",
         "peer-soup",
+        "memory-30b-experts",
     ]
     assert [name for name in names if name in order] == order
+    for name, peer_of_it in (("speed-8b", "peer-peft"), ("speed-8b-streamed-512", "peer-soup")):
+        assert names.index(peer_of_it) == names.index(name) + 1  # a later call may get another card
     assert "tests/plan/test_plan_matches_meter.py" in names  # the comparison of plan and meter
     assert all(stage.least_seconds <= stage.timeout_seconds < 570 for stage in STAGES.values())
     assert list(TINY) == [name for name in names if not name.startswith("tests/")]
@@ -116,10 +129,10 @@ class Dry:
         self.out = folder / "out"
         self._places = {"work": str(folder), "out": str(self.out)}
 
-    def measure(self, name: str) -> dict[str, Any]:
+    def measure(self, name: str, **changes: Any) -> dict[str, Any]:
         stage = TINY[name]
         launcher = [sys.executable, "-m", "simulated_gpu"]
-        arguments = {**stage.arguments, **self._places, "launcher": launcher}
+        arguments = {**stage.arguments, **self._places, "launcher": launcher, **changes}
         figures: dict[str, Any] = importlib.import_module(stage.module).measure(arguments)
         return figures
 
@@ -127,7 +140,10 @@ class Dry:
 @pytest.fixture
 def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_gpu: SimulatedGpu) -> Dry:
     monkeypatch.setenv("PYTHONPATH", f"{PROJECT}:{PROJECT / 'tests'}")
+    (tmp_path / "quantized").mkdir()
+    shutil.copy(cache_root() / RATES_FILE, tmp_path / "quantized")  # stated ones of the CPU, see conftest.py
     monkeypatch.setenv("QLORA_TRAIN_CACHE", str(tmp_path / "quantized"))
+    simulated_gpu.settings.num_multiprocessors = 1  # so that the products whose speed is measured are small
     return Dry(tmp_path)
 
 
@@ -192,6 +208,65 @@ def test_the_speed_stage_leaves_a_trace_and_a_table(dry: Dry) -> None:
     assert [file.name for file in dry.out.iterdir()] == ["speed-8b.trace.json.gz"]
     assert run["profile"]["step_milliseconds"] > 0 and 0 < run["profile"]["busy_share"] <= 1
     assert "sim has no history of its allocator" in figures["remarks"]
+    busy_milliseconds = run["profile"]["busy_share"] * run["profile"]["step_milliseconds"]
+    expected = 1 - busy_milliseconds / 1e3 / run["step_seconds"]
+    assert run["host_bound_share"] == pytest.approx(expected)
+
+
+def test_every_point_is_timed_beside_what_could_be_done_instead(dry: Dry) -> None:
+    steps = TINY["points"].arguments["steps"]
+    figures = dry.measure("points", steps=steps[:1])
+    assert figures["problems"] == []
+    assert "host_bound_share" in figures["runs"]["random-1b"] and not dry.out.exists()
+    found = figures["points"]
+    subjects = {point.partition(" ")[0] for point in found}
+    assert subjects == {
+        "product", "a", "nf4", "int8", "dropout", "loss", "linear", "q,", "residual", "rotary", "1", "4",
+        "optimizer,",
+    }  # fmt: skip
+    assert all(len(ways) > 1 for ways in found.values())
+    for figures_of_way in (way for ways in found.values() for way in ways.values()):
+        assert figures_of_way["num_kernels"] > 0 and figures_of_way["milliseconds"] > 0
+    deterministic = found["loss [256, 96] x 401 words"]["ours, deterministic"]
+    assert deterministic["tflops_per_second"] > 0 and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_point_that_fails_hides_no_other(dry: Dry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(bench: points.Bench) -> Iterator[Way]:
+        yield Way("sum", "ours", lambda: bench.random(3) + bench.random(4))
+        yield Way("sum", "rightly", lambda: bench.random(3) + bench.random(3))
+        raise OSError("no such kernel")
+
+    monkeypatch.setattr(points, "POINTS", (broken, points.of_dropout))
+    figures = dry.measure("points", steps=[])
+    first, second = figures["problems"]
+    assert first.startswith("sum, ours: ") and second.startswith("broken: ") and "no such kernel" in second
+    assert [*figures["points"]] == ["sum", "dropout [256, 96]", "dropout [256, 200]"]
+    assert [*figures["points"]["sum"]] == ["rightly"]
+
+
+def test_a_model_is_pretrained_and_adapted_in_both_formats(dry: Dry) -> None:
+    figures = dry.measure("learns")
+    nf4, plain = figures["runs"]["NF4"], figures["runs"]["16 bits"]
+    assert figures["problems"] == [] and "pre-trained in 3 steps" in figures["remarks"][0]
+    assert nf4["base_eval_loss"] != plain["base_eval_loss"] == pytest.approx(math.log(262), rel=0.02)
+    assert all(run["eval_loss"] < run["base_eval_loss"] for run in (nf4, plain))
+    assert nf4["device_peak_bytes"] > 0 and nf4["tokens_per_second"] > 0
+
+
+def test_losses_that_differ_or_do_not_fall_are_problems() -> None:
+    def compared(nf4: float, plain: float) -> list[str]:
+        runs = {
+            learns.NF4: {"base_eval_loss": 2.1, "eval_loss": nf4},
+            learns.IN_16_BITS: {"base_eval_loss": 2.0, "eval_loss": plain},
+        }
+        return learns.compare(runs, 0.01, 0.2)[0]
+
+    assert compared(1.009, 1.0) == []
+    (differs,) = compared(1.02, 1.0)
+    assert "2.0000 -> 1.0000, in NF4 2.1000 -> 1.0200: +2.00%, +2.00% of what was learned" in differs
+    (unlearned,) = compared(1.7, 1.7)
+    assert unlearned.endswith("too little was learned to compare")
 
 
 def test_what_a_budget_did_not_hold_is_said() -> None:

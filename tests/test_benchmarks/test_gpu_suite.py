@@ -135,10 +135,8 @@ def test_names_are_chosen_by_their_beginning() -> None:
 
 
 def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) -> None:
-    def record(
-        stage: str, word: str, figures: Any = None, error: str | None = None, commit: str = "c1"
-    ) -> Any:
-        machine = MACHINE | {"commit": commit}
+    def record(stage: str, word: str, figures: Any = None, error: str | None = None, **changes: Any) -> Any:
+        machine = MACHINE | changes
         return {"stage": stage, "outcome": word, "figures": figures, "error": error, "machine": machine}
 
     def figures(name: str, speed: float, **more: Any) -> dict[str, Any]:
@@ -146,7 +144,7 @@ def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) 
         return {"runs": runs, "remarks": [f"{name} says"], "problems": []}
 
     profile = {"step_milliseconds": 12.5, "busy_share": 0.9, "kinds": {"matrix products": 0.5},
-               "kernels": [["gemm_x", 3, 6.25, 0.5]]}  # fmt: skip
+               "num_kernels": 4, "kernels": [["gemm_x", 3, 6.25, 0.5]]}  # fmt: skip
     stages = [
         suites.stage("speed", case="8b"),
         suites.stage("other"),
@@ -156,7 +154,7 @@ def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) 
     records = [
         record("speed", "failed", error="of earlier"),
         record("speed", "passed", figures("ours", 800.0, profile=profile), commit="c0"),
-        record("peer", "passed", figures("theirs", 400.0)),
+        record("peer", "passed", figures("theirs", 400.0), gpu={"name": "other"}),
         record("other", "failed", error="exit code 1\nRuntimeError: no kernel"),
     ]
     assert newest(records, "speed") == records[1] and newest(records, "left") is None
@@ -165,13 +163,27 @@ def test_the_report_compares_within_a_case_and_says_what_failed(suites: Suites) 
     assert lines[0] == "some, driver 580, torch 2, commit c1" and not is_good
     ours = next(line for line in lines if "ours" in line)
     assert "800 (2.00x)" in ours and ours.endswith("passed at c0")
-    assert lines.index(ours) + 1 == lines.index(next(line for line in lines if "theirs" in line))
+    theirs = next(line for line in lines if "theirs" in line)
+    assert lines.index(ours) + 1 == lines.index(theirs) and theirs.endswith("passed on other")
     assert "other: FAILED: exit code 1" in lines and "RuntimeError: no kernel" in lines
     assert "speed: ours says" in lines and "of earlier" not in text
-    assert "  a step of 12.5 ms, busy 90.0%: matrix products 50.0%" in lines
+    assert "  a step of 12.5 ms, 4 kernels, busy 90.0%: matrix products 50.0%" in lines
     assert any(line.endswith("3 x  gemm_x") for line in lines)
     assert lines[-1] == "2 passed, 1 failed, 1 not begun"
     assert report_of(stages[:1], records, MACHINE)[1]
+
+
+def test_points_have_a_table_of_their_own_with_ratios_against_ours(suites: Suites) -> None:
+    ways = {
+        "ours": {"milliseconds": 0.8, "num_kernels": 25, "gb_per_second": 84.0},
+        "torch": {"milliseconds": 0.2, "num_kernels": 1, "gb_per_second": 336.0},
+    }
+    found = {"runs": {}, "points": {"dropout [9, 9]": ways}, "remarks": [], "problems": []}
+    record = {"stage": "points", "outcome": "passed", "figures": found, "error": None, "machine": MACHINE}
+    text, is_good = report_of([suites.stage("points")], [record], MACHINE)
+    ours, theirs = (line.split() for line in text.splitlines() if "ours" in line or "torch  " in line)
+    assert ours == ["dropout", "[9,", "9]", "ours", "1", "0.800", "25", "84"] and is_good
+    assert theirs == ["torch", "1", "0.200", "(0.25x)", "1", "(0.04x)", "336", "(4.00x)"]
 
 
 @pytest.mark.parametrize(("problems", "code"), [([], 0), (["bits differ"], 1)])

@@ -34,6 +34,7 @@ def test_kernels_are_shares_of_the_step_and_streams_overlap() -> None:
     table = profile_table(events)
     assert table["step_milliseconds"] == 1.0
     assert table["busy_share"] == pytest.approx(0.9)  # 1,000 to 1,800, and 1,900 to 2,000
+    assert table["num_kernels"] == 4 and table["kernel_milliseconds"] == pytest.approx(1.2)
     assert table["kernels"][:2] == [
         ["Memcpy HtoD (Pinned -> Device)", 1, 0.6, 0.6],
         ["nvjet_sm90_tst_128x256", 2, 0.5, 0.5],

@@ -116,7 +116,7 @@ def test_a_crash_before_the_rename_leaves_the_checkpoint_before(
 
 def test_contents_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    real_fsync, real_rename = atomic_folder._fsync, os.rename
+    real_fsync, real_rename = atomic_folder.sync_to_disk, os.rename
 
     def fsync(path: Path) -> None:
         events.append(path.name)
@@ -126,7 +126,7 @@ def test_contents_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: py
         events.append("rename")
         real_rename(source, target)
 
-    monkeypatch.setattr(atomic_folder, "_fsync", fsync)
+    monkeypatch.setattr(atomic_folder, "sync_to_disk", fsync)
     monkeypatch.setattr(os, "rename", rename)
     save(tmp_path, 1)
     assert sorted(events[:2]) == ["state.json", "state.safetensors"]

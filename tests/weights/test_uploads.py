@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,37 @@ def test_on_a_cpu_nothing_is_copied(fill: Callable[[Tensor], None], monkeypatch:
     (rows,) = uploads.send(uploads.stage_rows(2, 3, fill))
     assert rows.tolist() == [[7] * 3] * 2 and host.num_bytes == 0
     assert module.LEAST_BUFFER_BYTES % PIECE_ALIGNMENT_BYTES == 0
+
+
+def test_a_buffer_is_not_handed_out_while_another_thread_sends_it(sim: ComputeDevice) -> None:
+    """One thread asks which buffers are free in the moment in which another queues a copy of one."""
+    uploads = Uploads(sim, HostMemory(sim))
+    first = uploads.stage([torch.arange(4)])
+    uploads.send(first)[0].cpu()  # waits for the copy
+    again = uploads.stage([torch.arange(4)])
+    assert first.buffer is again.buffer is not None, "with the event of its first copy"
+    is_sent, asked, stream = threading.Event(), threading.Event(), sim.side_stream()
+
+    class AskedWhileSending(dict[int, Any]):
+        """The other thread may send between the look at the event and the look at what is staged."""
+
+        def get(self, address: int, default: Any = None) -> Any:
+            event = super().get(address, default)
+            if not sender.is_alive() and not is_sent.is_set():
+                sender.start()
+                is_sent.wait(timeout=0.5)  # without a lock it sends at once
+            return event
+
+    def send() -> None:
+        with sim.on(stream):
+            (tensor,) = uploads.send(again)
+            is_sent.set()
+            asked.wait(timeout=5)
+            tensor.cpu()  # waits for the copy
+
+    sender = threading.Thread(target=send)
+    uploads._under_way = AskedWhileSending(uploads._under_way)
+    other = uploads.stage([torch.arange(4)])
+    asked.set()
+    sender.join()
+    assert other.buffer is not again.buffer

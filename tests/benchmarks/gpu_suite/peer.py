@@ -4,6 +4,7 @@ of their own: a peer may have to be imported before what they need is.
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ MOST_SECONDS = 600.0
 
 
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
-    """arguments: work; name; module, settings: of the peer's piece; inputs: of inputs.py."""
+    """arguments: work; name; module, settings: of the peer's piece; inputs: of inputs.py;
+    remove_inputs: at the end."""
     folder = Path(arguments["work"]) / "peers"
     started = time.perf_counter()
     made = run_piece(INPUTS, {"folder": str(folder), **arguments["inputs"]}, timeout_seconds=MOST_SECONDS)
@@ -24,7 +26,11 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"its inputs could not be made: {made.error}")
     input_seconds = time.perf_counter() - started
     settings = {**arguments["settings"], "inputs": made.figures["paths"]}
-    outcome = run_piece(arguments["module"], settings, timeout_seconds=MOST_SECONDS)
+    try:
+        outcome = run_piece(arguments["module"], settings, timeout_seconds=MOST_SECONDS)
+    finally:
+        if arguments["remove_inputs"]:
+            shutil.rmtree(folder, ignore_errors=True)
     if outcome.figures is None:
         raise RuntimeError(f"{arguments['name']} failed: {outcome.error}")
     return {

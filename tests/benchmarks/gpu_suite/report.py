@@ -36,7 +36,18 @@ COLUMNS = (
     Column("share_of_matmul_ceiling", "of matmul", share),
     Column("copied_gb_per_second", "copied GB/s", rate),
     Column("load_seconds", "load", seconds),
+    Column("host_bound_share", "host-bound", share),
+    Column("base_eval_loss", "base's loss", "{:.4f}".format),
     Column("last_loss", "loss", "{:.4f}".format),
+    Column("eval_loss", "held-out loss", "{:.4f}".format),
+)
+POINT_COLUMNS = (
+    Column("milliseconds", "ms", "{:.3f}".format),
+    Column("kernel_milliseconds", "of kernels", "{:.3f}".format),
+    Column("num_kernels", "kernels", _number),
+    Column("host_milliseconds", "host ms", "{:.3f}".format),
+    Column("gb_per_second", "GB/s", rate),
+    Column("tflops_per_second", "TFLOP/s", rate),
 )
 
 
@@ -49,7 +60,7 @@ def report_of(
     stages: Sequence[Stage], records: Sequence[Record], machine: Mapping[str, Any]
 ) -> tuple[str, bool]:
     """The report, and whether every stage has passed or is skipped. machine: of this call; records of another
-    commit say so."""
+    commit or GPU say so."""
     found = {stage.name: newest(records, stage.name) for stage in stages}
     gpu, versions = machine["gpu"] or {}, machine["versions"]
     screen = io.StringIO()
@@ -65,6 +76,9 @@ def report_of(
     rows = [row for stage in stages for row in _rows(stage, found[stage.name], machine)]
     places = {case: place for place, case in enumerate(dict.fromkeys(row.case for row in rows))}
     console.print(build_table(sorted(rows, key=lambda row: places[row.case]), COLUMNS, {}))
+    for record in found.values():
+        if points := ((record or {}).get("figures") or {}).get("points"):
+            console.print(build_table(list(_rows_of_points(points)), POINT_COLUMNS, {}))
     for stage in stages:
         for line in _details(stage, found[stage.name]):
             log(line)
@@ -76,9 +90,11 @@ def report_of(
 def _rows(stage: Stage, found: Record | None, machine: Mapping[str, Any]) -> Iterator[Row]:
     """A row for each run; at least one."""
     word = found["outcome"] if found else "not begun"
-    commit = found["machine"]["commit"] if found else machine["commit"]
-    if commit != machine["commit"]:
-        word += f" at {str(commit)[:12]}"
+    taken_on = found["machine"] if found else machine
+    if taken_on["commit"] != machine["commit"]:
+        word += f" at {str(taken_on['commit'])[:12]}"
+    if taken_on["gpu"] != machine["gpu"]:
+        word += f" on {(taken_on['gpu'] or {}).get('name', 'no GPU')}"
     runs = ((found or {}).get("figures") or {}).get("runs") or {}
     case = stage.case or stage.name
     if not runs:
@@ -87,6 +103,13 @@ def _rows(stage: Stage, found: Record | None, machine: Mapping[str, Any]) -> Ite
     for number, (name, figures) in enumerate(runs.items()):
         first = number == 0
         yield Row(case, name, (figures,), word if first else "", is_reference=first and is_compared)
+
+
+def _rows_of_points(points: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[Row]:
+    """Ratios of a point are against its first way, which is the product's."""
+    for point, ways in points.items():
+        for number, (way, figures) in enumerate(ways.items()):
+            yield Row(point, way, (figures,), is_reference=number == 0)
 
 
 def _details(stage: Stage, found: Record | None) -> Iterator[str]:
@@ -109,7 +132,10 @@ def _profile(table: Mapping[str, Any] | None) -> Iterator[str]:
     if table is None:
         return
     kinds = ", ".join(f"{kind} {value:.1%}" for kind, value in table["kinds"].items())
-    yield f"  a step of {table['step_milliseconds']:.1f} ms, busy {table['busy_share']:.1%}: {kinds}"
+    yield (
+        f"  a step of {table['step_milliseconds']:.1f} ms, {table['num_kernels']} kernels, busy "
+        f"{table['busy_share']:.1%}: {kinds}"
+    )
     for name, count, milliseconds, part in table["kernels"]:
         yield f"    {part:6.1%} {milliseconds:9.2f} ms {count:6} x  {name}"
 

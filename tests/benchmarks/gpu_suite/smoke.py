@@ -20,12 +20,11 @@ import os
 import signal
 import subprocess
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process import PLAINLY, answer
+from benchmarks.process import NUM_ERROR_LINES, PLAINLY, answer, error_lines
 from qlora_train.export import export
 from qlora_train.generate.command import generate_command
 from qlora_train.generate.sampling import Sampling
@@ -39,7 +38,6 @@ LOSS_TOLERANCE = {"train": 0.02, "float32": 0.001}
 NUM_COMPARED = 5
 """Steps that are held to it: from step to step small differences grow."""
 WAIT_SECONDS = 150.0
-ERROR_LINES = 8
 
 
 class Smoke:
@@ -67,8 +65,7 @@ class Smoke:
         try:
             self.runs[name] = work() | {"check_seconds": time.perf_counter() - started}
         except Exception:  # whatever it is: the checks behind it are to be made
-            last_lines = traceback.format_exc().strip().splitlines()[-ERROR_LINES:]
-            self.problems.append(f"{name}: " + "\n".join(last_lines))
+            self.problems.append(f"{name}: {error_lines()}")
 
     def start(self, name: str, *overrides: str, launcher: Sequence[str], **environment: str) -> Any:
         """`qlora-train train` in a process of its own."""
@@ -109,7 +106,7 @@ class Smoke:
             child.send_signal(signal.SIGKILL)
             child.wait()
         num_done = len(self.losses("killed"))
-        log = "\n".join((self.folder / "killed.log").read_text().splitlines()[-ERROR_LINES:])
+        log = "\n".join((self.folder / "killed.log").read_text().splitlines()[-NUM_ERROR_LINES:])
         assert child.returncode == -signal.SIGKILL and num_done >= self._kill_at, (
             f"it was not killed at work: {log}"
         )
@@ -121,7 +118,7 @@ class Smoke:
     def compare_losses(self, name: str, child: Any) -> dict[str, Any]:
         """Of a run here with those of the one on the CPU."""
         code = child.wait(WAIT_SECONDS)
-        log = "\n".join((self.folder / "cpu.log").read_text().splitlines()[-ERROR_LINES:])
+        log = "\n".join((self.folder / "cpu.log").read_text().splitlines()[-NUM_ERROR_LINES:])
         assert code == 0, f"the run on the CPU failed: {log}"
         here, there = self.losses(name), self.losses("cpu")
         differences = [abs(a / b - 1) for a, b in zip(here, there, strict=True)]

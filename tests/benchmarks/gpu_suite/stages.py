@@ -6,10 +6,14 @@
     memory-8b-streamed     8,192 tokens in one group: resident, then streamed
     memory-8b-exact        the same, deterministic: twice resident and once streamed, the same bytes
     speed-8b               4,096 packed tokens, with a profiler trace and the allocator's history
-    memory-30b-experts     4,096 tokens of a mixture of 128 experts: resident, then streamed within 4 GiB
+    peer-peft, -unsloth    peft + bitsandbytes and unsloth on the same tokens: at once, on the same card
+    points                 operation by operation, beside what could be done instead: what to change next
     memory-70b-8gib        2,048 tokens a step within 8 GiB
-    peer-...               peft + bitsandbytes, trl and unsloth on the tokens of speed-8b
-    speed-8b-streamed-512  one row of 512 tokens within 3.3 GB, and soup-cli on it
+    learns                 a model pre-trained here, then adapted in NF4 and in 16 bits: the losses
+    speed-8b-streamed-512  one row of 512 tokens within 3.3 GB
+    peer-soup              soup-cli on it
+    memory-30b-experts     4,096 tokens of a mixture of 128 experts: resident, then streamed within 4 GiB
+    peer-trl               trl on the tokens of speed-8b
     memory-8b-4gib-disk    as memory-8b-4gib, from a file
 
 Imports no torch.
@@ -88,12 +92,14 @@ TINY = {
 @dataclass(frozen=True)
 class Size:
     """How large everything is. model_sizes: replace those of a config.json. divisor: of every number of
-    tokens. num_timed: steps. smoke: arguments of that stage."""
+    tokens. num_timed: steps. smoke, points, learns: arguments of those stages."""
 
     model_sizes: Mapping[str, Any] = field(default_factory=dict)
     divisor: int = 1
     num_timed: int = 6
     smoke: Mapping[str, Any] = field(default_factory=dict)
+    points: Mapping[str, Any] = field(default_factory=dict)
+    learns: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": name, "config": {**config, **self.model_sizes}}
@@ -106,7 +112,23 @@ REAL = Size(
         "num_train_rows": None,
         "num_eval_rows": 64,
         "overrides": ["training.save_every=4"],
-    }
+    },
+    points={"matrix_size": 8192, "flush_bytes": 2**28, "most_runs": 30},
+    learns={
+        "sizes": {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 9,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+        },
+        "pretraining": {"num_rows": 256, "learning_rate": 2e-3, "max_seconds": 120.0, "max_steps": 3000},
+        "num_train_rows": 40_000,
+        "num_eval_rows": 2000,
+        "training": {"max_steps": 300, "batch_size": 16, "learning_rate": 1e-3},
+        "tolerance": 0.01,
+        "least_fall": 0.2,
+    },
 )
 DRY = Size(
     TINY,
@@ -123,6 +145,22 @@ DRY = Size(
             "data.sequence_length=64",
         ],
     },
+    points={"matrix_size": 64, "flush_bytes": 2**10, "most_runs": 1},
+    learns={
+        "sizes": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        "pretraining": {"num_rows": 2, "learning_rate": 4e-3, "max_seconds": 5.0, "max_steps": 3},
+        "num_train_rows": 100,
+        "num_eval_rows": 8,
+        "training": {"max_steps": 2, "batch_size": 1, "learning_rate": 1e-3},
+        "tolerance": 0.2,
+        "least_fall": 0.0,
+    },
 )
 _ONE = {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
 
@@ -134,9 +172,14 @@ def stages_of(size: Size, tests: tuple[str, ...]) -> tuple[Stage, ...]:
         *(_tests(file) for file in tests),
         *_memory_8b(size),
         _speed_8b(size),
-        _memory_30b_experts(size),
+        _packed_peer("peer-peft", speed_suite.PEFT_FAST, size, is_reference=True),
+        _packed_peer("peer-unsloth", speed_suite.UNSLOTH, size),
+        _points(size),
         _memory_70b(size),
-        *_peers(size),
+        Stage("learns", f"{PIECES}.learns", dict(size.learns), 300, least_seconds=200, knows_simulated=True),
+        *_streamed_512(size),
+        _memory_30b_experts(size),
+        _packed_peer("peer-trl", speed_suite.TRL, size),
         _budget("memory-8b-4gib-disk", size, {"vram": "4GiB", "weights": "disk"}),
     )
 
@@ -262,15 +305,41 @@ def _memory_70b(size: Size) -> Stage:
     )
 
 
-def _peers(size: Size) -> Iterator[Stage]:
-    packed = {contender.name: contender for contender in speed_suite.GPU_8B.contenders}
-    trl = next(c for c in speed_suite.CHAT_ROWS.contenders if c.name == speed_suite.TRL)
-    for name, contender in (
-        ("peer-peft", packed[speed_suite.PEFT_FAST]),
-        ("peer-unsloth", packed[speed_suite.UNSLOTH]),
-        ("peer-trl", trl),
-    ):
-        yield _peer(name, size, contender, speed_suite.GPU_8B, PACKED_4096, is_reference=name == "peer-peft")
+def _points(size: Size) -> Stage:
+    """Steps of the two small models are one row of 512 tokens: fewer, and the host is what they wait for."""
+    small: dict[str, dict[str, Any]] = {
+        "data": {"sequence_length": speed_suite.ROW_TOKENS},
+        "training": {**_ONE, "optimizer": STEPS["optimizer"]},
+        "memory": {"activations": "keep", "weights": "resident"},
+    }
+    steps = [
+        _training(
+            name,
+            size,
+            (name, config_of(known)),
+            small,
+            row_tokens=speed_suite.ROW_TOKENS,
+            trace=name,
+            remove_base=True,
+        ).arguments
+        for name, known in (("random-1b", "llama-3.2-1b"), ("random-360m", "smollm2-360m"))
+    ]
+    arguments = {
+        "model": size.model(*_8B),
+        "num_tokens": 4096 // size.divisor,
+        "steps": steps,
+        **size.points,
+    }
+    return Stage("points", f"{PIECES}.points", arguments, 240, least_seconds=120, knows_simulated=True)
+
+
+def _packed_peer(name: str, contender_name: str, size: Size, *, is_reference: bool = False) -> Stage:
+    contenders = (*speed_suite.GPU_8B.contenders, *speed_suite.CHAT_ROWS.contenders)
+    contender = next(c for c in contenders if c.name == contender_name)
+    return _peer(name, size, contender, speed_suite.GPU_8B, PACKED_4096, is_reference=is_reference)
+
+
+def _streamed_512(size: Size) -> Iterator[Stage]:
     yield _training(
         "speed-8b-streamed-512",
         size,
@@ -296,7 +365,7 @@ def _peer(
     *,
     is_reference: bool,
 ) -> Stage:
-    row_tokens = case.settings["row_tokens"] // size.divisor
+    row_tokens = max(64, case.settings["row_tokens"] // size.divisor)  # soup-cli takes no fewer
     settings = {**case.settings, "row_tokens": row_tokens, **contender.arguments}
     if size.divisor > 1:
         settings |= {"num_timed": size.num_timed}
@@ -306,6 +375,7 @@ def _peer(
         "module": contender.module,
         "settings": settings,
         "inputs": {"base": size.model("llama-8b-16-bit", LLAMA_8B["config"]), "rows": rows},
+        "remove_inputs": name != "peer-peft",  # the next one takes the same
     }
     return Stage(
         name,

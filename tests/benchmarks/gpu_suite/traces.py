@@ -116,13 +116,14 @@ class Tracer:
 
 def profile_table(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """From a chrome trace of one step. step_milliseconds: from the first to the last thing that the device
-    did (without an accelerator: that the host did); busy_share: how much of that it did something; kinds, and
-    kernels (name, count, milliseconds, share), by their share of it. Streams may overlap, so shares of all
-    may sum to more than busy_share."""
+    did (without an accelerator: that the host did); busy_share: how much of that it did something;
+    num_kernels, kernel_milliseconds: of all; kinds, and kernels (name, count, milliseconds, share), by their
+    share of it. Streams may overlap, so shares of all may sum to more than busy_share."""
     spans = [e for e in events if e.get("cat") in ON_DEVICE and e["ph"] == "X"]
     spans = _outermost(spans or [e for e in events if e.get("cat") == "cpu_op" and e["ph"] == "X"])
     if not spans:
-        return {"step_milliseconds": 0.0, "busy_share": 0.0, "kinds": {}, "kernels": []}
+        nothing = {"step_milliseconds": 0.0, "busy_share": 0.0, "num_kernels": 0, "kernel_milliseconds": 0.0}
+        return {**nothing, "kinds": {}, "kernels": []}
     begins = [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in spans]
     whole = max(end for _, end in begins) - min(start for start, _ in begins)
     micros: Counter[str] = Counter()
@@ -136,6 +137,8 @@ def profile_table(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "step_milliseconds": whole / 1e3,
         "busy_share": _covered(begins) / whole,
+        "num_kernels": len(spans),
+        "kernel_milliseconds": micros.total() / 1e3,
         "kinds": {kind: value / whole for kind, value in kinds.most_common()},
         "kernels": [
             [name, counts[name], value / 1e3, value / whole]

@@ -126,7 +126,22 @@ def _run(recipe: Recipe, arguments: Mapping[str, Any], tracer: Tracer) -> dict[s
     started = time.time()
     run = train(recipe, on_step=on_step).run_dir
     figures = training_figures_of(run, Path(recipe.model.base), num_steps, NUM_WARM_UP, started)
-    return figures | plan_figures(run / "plan.json", figures["step_seconds"]) | held | tracer.figures
+    return (
+        figures
+        | plan_figures(run / "plan.json", figures["step_seconds"])
+        | held
+        | tracer.figures
+        | host_bound(tracer.figures, figures["step_seconds"])
+    )
+
+
+def host_bound(traced: Mapping[str, Any], step_seconds: float) -> dict[str, float]:
+    """host_bound_share: the part of an untraced step in which the device did nothing, by how long it was busy
+    in the traced one: the profiler delays the host, not the kernels. Empty without a trace."""
+    if "profile" not in traced:
+        return {}
+    busy_milliseconds = traced["profile"]["busy_share"] * traced["profile"]["step_milliseconds"]
+    return {"host_bound_share": 1 - busy_milliseconds / 1e3 / step_seconds}
 
 
 def device_bytes(device: ComputeDevice) -> dict[str, int]:
