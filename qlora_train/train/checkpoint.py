@@ -92,9 +92,9 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What every checkpoint of a run must have. num_steps: the length of the schedule. num_masters: the number of LoRA
-    parameters in fp32. optimizer: dtype and shape of each tensor of its state; a checkpoint has no state
-    before the first applied step."""
+    """What every checkpoint of a run must have. num_steps: the length of the schedule. num_masters: the
+    number of LoRA parameters. optimizer: dtype and shape of each tensor of its state; a checkpoint has no
+    state before the first applied step."""
 
     num_steps: int
     num_masters: int

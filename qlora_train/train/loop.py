@@ -197,11 +197,10 @@ class TrainLoop:
             if self._state.step > 0:
                 self._save(ends=True)
                 saved = f" The state after step {self._state.step} is saved."
-            held = largest_causes(self._prepared.model.plan)
-            knobs = "; ".join(self._prepared.model.plan.advice)
+            plan = self._prepared.model.plan
             raise OutOfMemory(
-                f"{error}. By the plan, the device held {held}. What would save memory: "
-                f"{knobs or 'nothing'}.{saved}"
+                f"{error}. By the plan, the device held {largest_causes(plan)}. What would save memory: "
+                f"{'; '.join(plan.advice) or 'nothing'}.{saved}"
             ) from error
 
     def _fall_back(self, step: int, execution: ExecutionPlan, change: str) -> None:
@@ -250,7 +249,7 @@ class TrainLoop:
         seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
-        row = {
+        row: dict[str, float | int | bool] = {
             "step": step,
             "loss": outcome.loss,
             "learning_rate": rate,
@@ -262,11 +261,8 @@ class TrainLoop:
         }
         if self._runner.scales_loss:
             row |= {"loss_scale": self._state.loss_scale, "overflowed": outcome.overflowed}
-        return row | {
-            "peak_bytes": peak_bytes(self._device),
-            "plan": self._plan_log.in_force(step)[0],
-            **self._clock.read(),
-        }
+        row |= {"peak_bytes": peak_bytes(self._device), "plan": self._plan_log.in_force(step)[0]}
+        return row | self._clock.read()
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
