@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -37,6 +38,11 @@ BYTE_LEVEL_CUTS: dict[str, tuple[str | None, bool, bool]] = {
     "llama 3 by merges": (_WORDS + r"\p{N}{1,3}" + _REST, False, False),
     "qwen2": (_WORDS + r"\p{N}" + _REST, False, False),
     "tekken": (f"{_CASE[0]}|{_CASE[1]}|" + r"\p{N}" + _CASE_REST, False, True),
+    "o200k_harmony": (
+        f"{_CASE[0]}{_ENDINGS}|{_CASE[1]}{_ENDINGS}|" + r"\p{N}{1,3}" + _CASE_REST,
+        False,
+        True,
+    ),
     "gpt-4o": (f"{_CASE[0]}{_ENDINGS}|{_CASE[1]}{_ENDINGS}|" + r"\p{N}{1,3}" + _CASE_REST, False, False),
 }
 
@@ -84,6 +90,28 @@ def sentencepiece_bpe(with_prefix: bool = True) -> PreTrainedTokenizerFast:
     )
     prefix = [normalizers.Prepend("▁")] if with_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, space])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return _finished(tokenizer)
+
+
+@cache
+def gemma4_bpe() -> PreTrainedTokenizerFast:
+    """BPE on characters as Gemma-4 has it: not every pair that makes a token is a merge, and newlines that
+    follow one another are tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")  # for training alone
+    tokens = ["<unk>", *_SPECIAL, "<|channel>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = BpeTrainer(vocab_size=420, special_tokens=tokens, show_progress=False)
+    tokenizer.train_from_iterator([HARD_TEXT[-310:].replace("\r", "")] * 3, trainer)
+    whole = json.loads(tokenizer.to_str())
+    whole["added_tokens"] = [
+        token for token in whole["added_tokens"] if not re.fullmatch("<0x..>", token["content"])
+    ]
+    tokenizer = Tokenizer.from_str(json.dumps(whole))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )

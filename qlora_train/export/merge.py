@@ -162,6 +162,17 @@ class MergedWeights:
         self.dequantized = self._is_quantized_already | quantized
 
     @property
+    def tensors(self) -> dict[str, tuple[str, ...]]:
+        """Parameter of the language model -> the tensors whose rows, one after another, are its rows."""
+        checkpoint = self._checkpoint
+        own_head = {checkpoint.meta_model.own_head_name: (self._head,)}
+        return {
+            parameter: names
+            for parameter, names in (checkpoint.tensors | own_head).items()
+            if names[0] in self.shapes
+        }
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the merged embedding."""
         return self.shapes[self._checkpoint.find(self._checkpoint.meta_model.embedding_name)][0]
@@ -170,6 +181,14 @@ class MergedWeights:
     def changes_head(self) -> bool:
         """Whether the adapter trains the head."""
         return self._head in self._updates
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor is of experts in MXFP4 that the adapter does not change."""
+        return name in self._reader.experts and name not in self._updates
+
+    def kept_experts(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks and scales, as they are stored, of experts that merging keeps."""
+        return self._reader.kept_experts(name)
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a tensor is written in: `dtype`, or what it has where it is of another part of the model, or
@@ -288,7 +307,7 @@ class MergedReader:
 
     def __init__(self, folder: Path, weights: MergedWeights, dtype: torch.dtype) -> None:
         self.folder, self._weights, self._dtype = folder, weights, dtype
-        self.vocabulary_size = weights.vocabulary_size
+        self.vocabulary_size, self.has_own_head = weights.vocabulary_size, weights.changes_head
 
     def names(self) -> list[str]:
         return list(self._weights.shapes)

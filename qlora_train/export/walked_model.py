@@ -129,6 +129,7 @@ def walk_model(
         config.__dict__.pop("quantization_config", None)
     if reader is not None and not isinstance(reader, ShardReader):  # merged, with added tokens
         config.vocab_size = reader.vocabulary_size
+        config.tie_word_embeddings &= not reader.has_own_head
     shape_of_all = MetaModel(config, dtype, lora)  # stays on meta; the other one is materialized and used up
     checkpoint = BaseCheckpoint(folder, shape_of_all, reader)  # type: ignore[arg-type]  # both read alike
     meta_model = MetaModel(config, dtype)

@@ -41,7 +41,7 @@ _LEAST_FREE_BYTES = 2**28  # torch's allocator takes 20 MiB for what is above on
 _REPEATS = 5
 _BESIDE_OTHERS = ", beside other programs"
 _OWN_SHARE = 0.9  # see share_of_processors; 0.99 on an idle machine
-_RANK, _HEADS, _HEAD_DIM, _ATTENTION_TOKENS = 16, 16, 64, 512
+_RANK, _HEADS, _HEAD_DIM, _CPU_ATTENTION_TOKENS = 16, 16, 64, 512
 
 
 def rates_of(device: ComputeDevice, dtype: torch.dtype, cache: Path, num_ranks: int = 1) -> Rates:
@@ -158,7 +158,9 @@ def _measure(device: ComputeDevice, dtype: torch.dtype, size: int, host: Tensor)
     elementwise_seconds = fastest_seconds(device, partial(_gated, a, b))
     low_seconds = fastest_seconds(device, partial(_low_rank_product, a, random(_RANK, size), b))
     del a, b
-    attention = _attention_rate(device, dtype, min(_ATTENTION_TOKENS, size))
+    # A GPU attends to a few hundred tokens in less time than the host takes to ask for it.
+    num_tokens = size // 2 if device.is_accelerator else min(_CPU_ATTENTION_TOKENS, size)
+    attention = _attention_rate(device, dtype, num_tokens)
     copy = copy_rate(device, host)
     here = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch)
     there = torch.empty_like(here)

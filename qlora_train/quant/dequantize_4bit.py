@@ -154,11 +154,13 @@ def dequantize_4bit_kernel(  # type: ignore[no-untyped-def]
         scale = tl.load(nested_code + scale.to(tl.int32)) * group_scale
         scale = scale + tl.load(nested_offset)
 
-    byte = segment[:, None] * (SEGMENT // 2) + tl.arange(0, SEGMENT // 2)[None, :]
+    # One-dimensional: with a dimension of segments, Triton 3.6 exchanges codes through shared memory.
+    byte = tl.arange(0, TILE // 2)
     pair = tl.load(data + first // 2 + byte, mask=byte < end_byte, other=0).to(tl.int32)
-    high = tl.load(code + (pair >> 4)) * scale[:, None]
-    low = tl.load(code + (pair & 15)) * scale[:, None]
+    scale = tl.broadcast_to(scale[:, None], (TILE // SEGMENT, SEGMENT // 2)).reshape(TILE // 2)
+    high = tl.load(code + (pair >> 4)) * scale
+    low = tl.load(code + (pair & 15)) * scale
 
-    numbers = tl.reshape(tl.join(high, low), (TILE // SEGMENT, SEGMENT)).to(out.dtype.element_ty)
-    place = segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    numbers = tl.join(high, low).reshape(TILE).to(out.dtype.element_ty)
+    place = tl.arange(0, TILE)
     tl.store(out + (first - start) + place, numbers, mask=(place >= skipped) & (place < end))

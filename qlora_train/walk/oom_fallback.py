@@ -21,6 +21,7 @@ from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, 
 _MESSAGES = (
     "DefaultCPUAllocator",
     "CUDA error: out of memory",  # the runtime's, for pinned or managed memory: torch.AcceleratorError
+    "CUDA driver error: out of memory",  # of torch's allocator, when it maps an expandable segment
     "CUBLAS_STATUS_ALLOC_FAILED",
     "[CUDA]: out of memory",  # Triton's, when it loads a kernel
 )

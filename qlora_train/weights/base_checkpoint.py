@@ -39,6 +39,7 @@ from qlora_train.weights.principal_part import principal_part
 class BaseCheckpoint:
     """The checkpoint in a folder, as the weights of a `MetaModel`; a context manager.
 
+    tensors: parameter -> the tensors of the checkpoint whose rows, one after another, are its rows.
     parts: tensor of the checkpoint -> which rows of which layer's weight it holds, of all that are quantized.
     unchanged: tensors that a merged checkpoint has as they are: of other parts of the model than the language
     model, and those that its family keeps in fp32. factors: the principal parts that PiSSA took from the
@@ -65,10 +66,10 @@ class BaseCheckpoint:
             *meta_model.plain_shapes,
             *weights,
         }
-        self._tensors = tensors_of(meta_model.model, parameters, self.reader.names())
-        self._computed = meta_model.stored_buffers - self._tensors.keys()
+        self.tensors = tensors_of(meta_model.model, parameters, self.reader.names())
+        self._computed = meta_model.stored_buffers - self.tensors.keys()
         """Buffers that this checkpoint does not have: as the family makes them."""
-        self._tensors_of_text = {name for names in self._tensors.values() for name in names}
+        self._tensors_of_text = {name for names in self.tensors.values() for name in names}
         self.parts: dict[str, RowPart] = {}
         for parameter, (layer, weight) in weights.items():
             self.parts |= self._parts_of(parameter, layer, weight)
@@ -159,7 +160,7 @@ class BaseCheckpoint:
     def _quantize_into(
         self, name: str, shape: tuple[int, int], quantization: Quantization, tensors: dict[str, Tensor]
     ) -> None:
-        names = self._tensors[name]
+        names = self.tensors[name]
         if quantization == MXFP4:
             self._read_kept(names, shape, tensors)
             return
@@ -215,7 +216,7 @@ class BaseCheckpoint:
 
     def weight_rows(self, parameter: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[Tensor]:
         """All rows of a layer's weight in blocks [n, in], whatever tensors they are in."""
-        for name in self._tensors[parameter]:
+        for name in self.tensors[parameter]:
             for _, _, rows in self.reader.row_blocks(name, max_bytes):
                 yield rows.flatten(0, -2) if rows.dim() > 2 else rows
 
@@ -246,25 +247,25 @@ class BaseCheckpoint:
     def own_head(self) -> str:
         """The tensor of a head that is not tied, or what it would be called."""
         name = self.meta_model.own_head_name
-        return self._tensors.get(name, (name,))[0]
+        return self.tensors.get(name, (name,))[0]
 
     def find(self, name: str) -> str:
         """The one tensor that holds a parameter. Raises `BaseModelError` if there is none."""
-        if name not in self._tensors:
+        if name not in self.tensors:
             raise BaseModelError(
                 f"{self.folder}: the checkpoint has no tensor {name}, which config.json calls for"
             )
-        return self._tensors[name][0]
+        return self.tensors[name][0]
 
     def parts_of(self, parameter: str) -> dict[str, RowPart]:
         """The entries of `parts` that make up one parameter of a layer."""
-        return {name: self.parts[name] for name in self._tensors[parameter]}
+        return {name: self.parts[name] for name in self.tensors[parameter]}
 
     def _parts_of(self, parameter: str, layer: int, weight: str) -> dict[str, RowPart]:
         """Tensor -> rows of a layer's weight, which all of them together fill."""
         num_rows, columns = dict(self.meta_model.layer_shapes(layer).items())[weight]
         self.find(parameter)
-        names = self._tensors[parameter]
+        names = self.tensors[parameter]
         if len(names) == 1:
             return {names[0]: RowPart(layer, weight, 0, num_rows)}
         sizes = {name: self.reader.info(name).shape for name in names}
@@ -286,7 +287,7 @@ class BaseCheckpoint:
         wanted = [meta_model.embedding_name, meta_model.head_name, *plain]
         used = {self.find(name) for name in wanted} | self.parts.keys()
         if meta_model.is_tied:
-            for head in self._tensors.get(meta_model.own_head_name, ()):
+            for head in self.tensors.get(meta_model.own_head_name, ()):
                 used.add(head)
                 self._check_tied_head(head)
         not_text = {n for n in self.reader.names() if n not in used and self._is_of_another_part(n)}

@@ -80,12 +80,17 @@ class Mxfp4Reader(Fp8Reader):
             yield from super().row_blocks(name, max_bytes)
             return
         _, rows, columns = self._sizes(name)
-        codes, exponents = (super(Mxfp4Reader, self).row_blocks(name + end, 1) for end in (BLOCKS, SCALES))
-        for (start, stop, blocks), (_, _, scales) in zip(codes, exponents, strict=True):
+        for start, (blocks, scales) in enumerate(self.kept_experts(name)):
             tensors = {"data": _turned(blocks.flatten()), "absmax": scales.flatten()}
             expert = QuantizedWeight(MXFP4, (rows, columns), tensors | _constants(scales.numel()))
             values = expert.dequantize_into(torch.empty(rows, columns, dtype=torch.bfloat16), "parts")
-            yield start, stop, values.t()[None]
+            yield start, start + 1, values.t()[None]
+
+    def kept_experts(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of every expert, its blocks [1, out, in/32, 16] and scales [1, out, in/32] as they are stored."""
+        blocks, scales = (super(Mxfp4Reader, self).row_blocks(name + end, 1) for end in (BLOCKS, SCALES))
+        for (_, _, codes), (_, _, exponents) in zip(blocks, scales, strict=True):
+            yield codes, exponents
 
     def read_kept(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Copy all experts' codes and scales into `tensors`, those of an MXFP4 weight [E * out, in]."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from statistics import median
-
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -33,7 +30,7 @@ def quantized_weight(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("form", ["nf4", "fp4"])
-@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("block_size", [32, 64, 1024])  # every size that is tried is compiled anew
 def test_a_weight_has_the_bits_of_bitsandbytes(gpu, block_size, form, double_quant, dtype) -> None:
     for shape in [(300, 4096), (37, 514), (3, 21), (1, 1)]:
         quantized = quantized_weight(shape, Quantization(form, double_quant, block_size), gpu)
@@ -81,30 +78,17 @@ def test_numbers_beyond_2_to_the_31(gpu) -> None:
     )
 
 
-def seconds(work: Callable[[int], object], repeats: int = 60) -> float:
-    """Median GPU time of work(i)."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for i in range(10):
-        work(i)
-    for i, (before, after) in enumerate(events):
-        before.record()
-        work(i)
-        after.record()
-    torch.cuda.synchronize()
-    return median(before.elapsed_time(after) for before, after in events) / 1e3
-
-
-def test_dequantizing_is_as_fast_as_copying(gpu, record_property) -> None:
+def test_dequantizing_is_as_fast_as_copying(gpu, gpu_seconds, record_property) -> None:
     """4096 x 14336, nf4 with double quantization, to bfloat16, against a copy of as many bytes."""
     shape = (4096, 14336)
     quantized = quantized_weight(shape, Quantization("nf4", True), gpu)
     outs = [torch.empty(shape, dtype=torch.bfloat16, device=gpu) for _ in range(4)]  # more than any cache
     num_bytes = quantized.num_bytes + outs[0].nbytes
     halves = [torch.empty(num_bytes // 2, dtype=torch.uint8, device=gpu) for _ in range(8)]
-    copy_seconds = seconds(lambda i: halves[i % 4].copy_(halves[4 + i % 4]))
-    dequantize_seconds = seconds(lambda i: quantized.dequantize_into(outs[i % 4], "triton"))
+    copy_seconds = gpu_seconds(lambda i: halves[i % 4].copy_(halves[4 + i % 4]))
+    dequantize_seconds = gpu_seconds(lambda i: quantized.dequantize_into(outs[i % 4], "triton"))
     state = quantized._state(0, shape[0], torch.bfloat16)
-    library_seconds = seconds(
+    library_seconds = gpu_seconds(
         lambda i: bnb.dequantize_4bit(quantized.tensors["data"].unsqueeze(1), state, out=outs[i % 4])
     )
     share = copy_seconds / dequantize_seconds

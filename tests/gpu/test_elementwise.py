@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from statistics import median
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,20 +88,7 @@ def test_every_norm_of_a_layer_uses_it(gpu, liger, family, dtype) -> None:
     assert norms and all(isinstance(norm, FusedNorm) and norm.liger is liger for norm in norms)
 
 
-def seconds(work: Callable[[], object], repeats: int = 60) -> float:
-    """Median GPU time."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for _ in range(10):
-        work()
-    for before, after in events:
-        before.record()
-        work()
-        after.record()
-    torch.cuda.synchronize()
-    return median(before.elapsed_time(after) for before, after in events) / 1e3
-
-
-def test_it_takes_less_time_than_torch(gpu, liger, record_property) -> None:
+def test_it_takes_less_time_than_torch(gpu, liger, gpu_seconds, record_property) -> None:
     """A layer of an 8B model at 8,192 tokens in bfloat16."""
     x, gradient = (random((8192, 4096), torch.bfloat16, gpu, seed) for seed in (1, 2))
     weight = random((4096,), torch.bfloat16, gpu, 3)
@@ -122,10 +106,10 @@ def test_it_takes_less_time_than_torch(gpu, liger, record_property) -> None:
         liger.silu_mul_backward_(gate, up, d_product)
 
     times = {
-        "norm, torch": seconds(lambda: run_norm(x, weight, gradient, 0.0, None)),
-        "norm, liger": seconds(lambda: run_norm(x, weight, gradient, 0.0, liger)),
-        "MLP backward, torch": seconds(torch_silu),
-        "MLP backward, liger": seconds(liger_silu),
+        "norm, torch": gpu_seconds(lambda i: run_norm(x, weight, gradient, 0.0, None)),
+        "norm, liger": gpu_seconds(lambda i: run_norm(x, weight, gradient, 0.0, liger)),
+        "MLP backward, torch": gpu_seconds(lambda i: torch_silu()),
+        "MLP backward, liger": gpu_seconds(lambda i: liger_silu()),
     }
     said = f"{torch.cuda.get_device_name(gpu)}: " + ", ".join(
         f"{n} {t * 1e6:.0f} us" for n, t in times.items()

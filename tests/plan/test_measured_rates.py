@@ -134,6 +134,21 @@ def test_a_nearly_full_card_is_measured_with_what_fits(
     assert not (tmp_path / "rates.json").exists() and simulated_gpu.reserved_bytes() == 0
 
 
+@pytest.mark.parametrize(("device_name", "num_tokens"), [("cpu", 512), ("sim", 1024)])
+def test_a_gpu_attends_to_as_many_tokens_as_keep_it_busy(
+    sim: ComputeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_name: str, num_tokens: int
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(measured_rates, "fastest_seconds", lambda device, run: 1.0)
+    monkeypatch.setattr(measured_rates, "_attention_rate", lambda device, dtype, number: timed.append(number))
+    device = sim if device_name == "sim" else THE_CPU
+    host = torch.empty(MIB, dtype=torch.uint8)
+    measured_rates._measure(
+        device, torch.float32, matrix_size(device.description, 2**34, torch.float32), host
+    )
+    assert timed == [num_tokens]
+
+
 @pytest.mark.parametrize("free_bytes", [0, 1, 5 * MIB, 255 * MIB])
 def test_a_full_card_is_not_measured(
     small: ComputeDevice, simulated_gpu: SimulatedGpu, tmp_path: Path, free_bytes: int

@@ -99,6 +99,7 @@ def test_the_redone_step_is_the_step(
         *(make() for make in ERRORS.values()),
         torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA driver error: out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
     ids=repr,

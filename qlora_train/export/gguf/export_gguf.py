@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_VERSION, GGUFWriter
+from gguf import GGML_QUANT_VERSION, MODEL_ARCH, GGUFWriter
 from torch import float32
 
 from qlora_train.adapter.adapter_files import load_adapter
@@ -23,14 +23,9 @@ from qlora_train.errors import DataError, ExportError
 from qlora_train.export.companions import LICENSES, copy_companions
 from qlora_train.export.gguf.architecture import Architecture
 from qlora_train.export.gguf.ollama import TurnTexts, create_command, go_prompt, modelfile
+from qlora_train.export.gguf.tensors import file_type, list_tensors
 from qlora_train.export.gguf.tokenizer import GgufTokenizer
-from qlora_train.export.gguf.write import (
-    GgufReader,
-    compare_with_merged,
-    file_type,
-    list_tensors,
-    write_gguf,
-)
+from qlora_train.export.gguf.write import GgufReader, compare_with_merged, write_gguf
 from qlora_train.export.measure import Measure, Source
 from qlora_train.export.merge import MergedWeights
 from qlora_train.export.model_card import CARD_FILE, model_card
@@ -64,7 +59,8 @@ class GgufExport:
         config = read_config(base_folder)
         self._architecture = Architecture(base_folder, config)
         num_rows = added.vocabulary_size(config.vocab_size)
-        self._vocabulary = GgufTokenizer(tokenizer, num_rows, stop_ids, base_folder)
+        is_gemma4 = self._architecture.family.name == MODEL_ARCH.GEMMA4
+        self._vocabulary = GgufTokenizer(tokenizer, num_rows, stop_ids, base_folder, is_gemma4)
 
     def write(
         self, out: Path, source: Source, cached: QuantizedLayers | None, measure: Measure | None
@@ -81,7 +77,7 @@ class GgufExport:
             with atomic_folder(out) as partial:
                 file = partial / f"model-{self._quant}.gguf"
                 write_gguf(file, self._writer(), tensors, weights, architecture.rope_factors())
-                reader = GgufReader(self._base_folder, file, tensors)
+                reader = GgufReader(self._base_folder, file, tensors, weights.shapes)
                 for line in compare_with_merged(reader, tensors, weights):
                     log(line)
                 if measure is not None:
@@ -119,8 +115,7 @@ class GgufExport:
         command = create_command(Path(self._recipe.training.output_dir))
         text = modelfile(command, file, template, self._vocabulary.stop_texts)
         (partial / "Modelfile").write_text(text, "utf-8")
-        if self._architecture.remark:
-            yield self._architecture.remark
+        yield from self._architecture.remarks
         if chats:
             options = ""
             if data.chat_template_kwargs:

@@ -1,11 +1,12 @@
 """A tokenizer as a GGUF file holds it: tokens, their kinds, merges or scores, and how text is cut before.
 
-llama.cpp has two programs for byte pair encoding:
+llama.cpp has three programs for byte pair encoding:
 
     gpt2    on bytes, after cutting the text by a regular expression that the file only names
             (`tokenizer.ggml.pre`); here it is found by the expression in the tokenizer itself
     llama   sentencepiece's, on characters: of all neighbours that make a token, those whose token has the
             highest score are joined first. Here the order of the merges gives the scores
+    gemma4  on characters, by the merges themselves, after cutting the text where newlines begin and end
 
 A tokenizer that works otherwise is refused by name: it would be a silently different one.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer
 
 from qlora_train.data.chat.choice import template_for
 from qlora_train.data.tokenizer import BosRule
@@ -47,17 +49,28 @@ _CUTS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_BY_CASE % (_CONTRACTIONS, _CONTRACTIONS, r"\p{N}{1,3}"),), False): "gpt-4o",
 }
 """(how text is cut, whether a whole word that is a token is taken without merges) -> llama.cpp's name."""
+_SHOWN = (
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+    '<|"|>',
+)
+"""Special tokens of Gemma-4 that programs look for in an answer, so that they must be shown."""
 _CUT_BY_CASE = ("tekken", "gpt-4o")  # llama.cpp knows the case of A to Z alone
 
 
 class GgufTokenizer:
     """A tokenizer's parts for a GGUF file. num_rows: of the embedding. stop_ids: tokens that end an answer.
+    is_gemma4: whether llama.cpp reads it by that program.
 
     Raises `ExportError` for a tokenizer that llama.cpp cannot follow.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, num_rows: int, stop_ids: Sequence[int], folder: Path
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_rows: int,
+        stop_ids: Sequence[int],
+        folder: Path,
+        is_gemma4: bool = False,
     ) -> None:
         self._tokenizer, self._stop_ids, self._folder = tokenizer, stop_ids, folder
         self._file: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -68,25 +81,31 @@ class GgufTokenizer:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in self._model["merges"]]
         self._merges: list[tuple[str, str]] = [(first, second) for first, second in pairs]
         self._is_spm = bool(self._model.get("byte_fallback"))
+        self._is_gemma4 = is_gemma4 and self._is_spm
         before = BosRule(tokenizer).apply([])
         if before not in ([], [tokenizer.bos_token_id]):
             raise self._refusal(f"a tokenizer that puts the tokens {before} before a text")
         self.adds_bos = bool(before)
         self._tokens, self._types = self._list_tokens(num_rows)
-        self._scores = self._scores_of_merges() if self._is_spm else []
+        self._scores = self._scores_of_merges() if self._is_spm and not self._is_gemma4 else []
         self._space_prefix = self._find_space_prefix() if self._is_spm else False
+        self._in_pieces: list[str] = []
         self._cut = "default" if self._is_spm else self._find_cut()
+        if self._is_gemma4:
+            self._check_newlines()
 
     def write(self, writer: GGUFWriter, log: Callable[[str], None]) -> None:
         tokenizer = self._tokenizer
-        writer.add_tokenizer_model("llama" if self._is_spm else "gpt2")
-        writer.add_tokenizer_pre(self._cut)
+        writer.add_tokenizer_model("gemma4" if self._is_gemma4 else "llama" if self._is_spm else "gpt2")
+        if not self._is_gemma4:
+            writer.add_tokenizer_pre(self._cut)
         writer.add_vocab_size(len(self._tokens))
         writer.add_token_list(self._tokens)
         writer.add_token_types(self._types)
         if self._is_spm:
-            writer.add_token_scores(self._scores)
             writer.add_add_space_prefix(self._space_prefix)
+        if self._scores:
+            writer.add_token_scores(self._scores)
         else:
             end = self._tokens[self._stop_ids[0]]  # llama.cpp wants merges; this one is never met in a text
             writer.add_token_merges([" ".join(pair) for pair in self._merges] or [f"{end} {end}"])
@@ -115,6 +134,9 @@ class GgufTokenizer:
         """What llama.cpp does otherwise in corners of a text."""
         if {"type": "NFC"} in self._steps("normalizer"):
             yield "does not compose accents (NFC): write them as one character in prompts"
+        if self._in_pieces:
+            some = f"{len(self._in_pieces):,} of them, such as {self._in_pieces[0]!r},"
+            yield f"does not take every word that is a token as one: {some} become several"
         if self._cut in _CUT_BY_CASE:
             yield "cuts words in capitals that begin with an accent or mark otherwise"
         if any(step.get("prepend_scheme") == "first" for step in self._steps("pre_tokenizer")):
@@ -140,9 +162,9 @@ class GgufTokenizer:
         for token, added in self._tokenizer.added_tokens_decoder.items():
             if added.lstrip or added.rstrip or added.single_word:
                 raise self._refusal(f"the token {added.content!r}, which looks at the characters beside it,")
-            if added.special:
+            if added.special and not (self._is_gemma4 and added.content in _SHOWN):
                 kinds[token] = int(TokenType.CONTROL)
-            elif added.content not in joined:  # else merges make it
+            elif added.special or added.content not in joined:  # else merges make it
                 kinds[token] = int(TokenType.USER_DEFINED)
                 if self._is_spm and added.normalized:  # compared with texts whose spaces are replaced
                     texts[token] = added.content.replace(SPACE, " ")
@@ -175,6 +197,17 @@ class GgufTokenizer:
             if missing or (pairs and text not in ranks):
                 raise self._refusal(f"a tokenizer without all merges that make its token {text!r}")
         return [-float(ranks.get(text, 0)) for text in self._tokens]
+
+    def _check_newlines(self) -> None:
+        """Raises `ExportError` where tokens would change as llama.cpp cuts texts at newlines, and takes
+        newlines that are a token without merges."""
+        for text, token in self._model["vocab"].items():
+            if "\n" not in text:
+                continue
+            if text.strip("\n") or self._tokenizer.backend_tokenizer.encode(
+                text, add_special_tokens=False
+            ).ids != [token]:
+                raise self._refusal(f"a tokenizer with the token {text!r}")
 
     def _find_space_prefix(self) -> bool:
         """Whether a text gets a space before it. Raises `ExportError` where more is done to a text."""
@@ -209,10 +242,22 @@ class GgufTokenizer:
             raise self._refusal("a tokenizer of characters")
         if not self._merges:  # every byte is a token, wherever the text is cut
             return "gpt-2"
-        name = _CUTS.get((tuple(cuts), bool(self._model.get("ignore_merges"))))
+        takes_words = bool(self._model.get("ignore_merges"))
+        name = _CUTS.get((tuple(cuts), takes_words))
+        if name is None and takes_words and (name := _CUTS.get((tuple(cuts), False))) is not None:
+            self._in_pieces = self._words_that_merges_do_not_make()
         if name is None:
             raise self._refusal(f"a tokenizer that cuts texts by {cuts}")
         return name
+
+    def _words_that_merges_do_not_make(self) -> list[str]:
+        """Texts that are one token only because a word that is a token is taken without merges."""
+        model = self._model | {"ignore_merges": False}
+        by_merges = Tokenizer.from_str(json.dumps(self._file | {"model": model}))
+        whole = self._tokenizer.backend_tokenizer
+        texts = [whole.decode([token]) for token in self._model["vocab"].values()]
+        found = (one.encode_batch_fast(texts, add_special_tokens=False) for one in (whole, by_merges))
+        return [text for text, ours, merged in zip(texts, *found, strict=True) if ours.ids != merged.ids]
 
     def _steps(self, part: str) -> Iterator[dict[str, Any]]:
         """The steps of the normalizer or pre_tokenizer, one after the other."""

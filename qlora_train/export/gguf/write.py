@@ -1,13 +1,10 @@
 """Writes a GGUF file of a merged model, and reads it back.
 
 A few rows of one tensor are in memory at a time (of q and k of families whose rows change places: one
-tensor), as in merge.py, in fp32, so that the sum W + scaling * B A is rounded once, to what is written:
+tensor; of a tensor of all experts: one expert), as in merge.py, in fp32, so that the sum W + scaling * B A is
+rounded once, to what is written:
 
     metadata, tokenizer, names and sizes of tensors -> rows of the first tensor, quantized -> ...
-
-Norms and biases stay in fp32. A matrix whose rows are no multiple of a block of 32 is written in float16.
-Below 8 bits the head (also where it is the embedding) is written in q8_0, as rounding there is what a model
-notices most.
 
 `GgufReader` reads the file as if it were the checkpoint it came from, so that the receipt measures what was
 written, with everything that was done to it undone.
@@ -16,27 +13,26 @@ written, with everything that was done to it undone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GgmlType
-from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGUFReader, GGUFWriter
 from torch import Tensor
 
 from qlora_train.errors import ExportError
 from qlora_train.export.disk_writer import DiskWriter
-from qlora_train.export.gguf.architecture import ROPE_FACTORS, Architecture
+from qlora_train.export.gguf.architecture import ROPE_FACTORS
+from qlora_train.export.gguf.tensors import DTYPES, EMBEDDING, HEAD, GgufTensor
 from qlora_train.export.merge import BLOCK_BYTES, MergedWeights
-from qlora_train.files.shards import TensorInfo, tensor_bytes
+from qlora_train.files.shards import TensorInfo
 
-EMBEDDING = "token_embd.weight"
-_DTYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
 _ERROR_BOUNDS = {
     GgmlType.F32: 0.0,
+    GgmlType.MXFP4: 0.0,
     GgmlType.F16: 2.0**-11,
     GgmlType.BF16: 2.0**-8,
     GgmlType.Q8_0: 1 / 200,
@@ -48,64 +44,6 @@ _ERROR_BOUNDS = {
 """The largest error that rounding makes, as a share of a tensor's largest value."""
 
 
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of the file. source: its name in the checkpoint. num_rotated_heads: heads whose rows change
-    places (see architecture.py). is_shifted: 1 is added to it."""
-
-    source: str
-    name: str
-    shape: tuple[int, ...]
-    type: GgmlType
-    num_rotated_heads: int = 0
-    is_shifted: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(gguf.quant_shape_to_byte_shape(self.shape, self.type))
-
-    def quantized(self, rows: Tensor) -> bytes | memoryview:
-        """The bytes of rows in fp32, or in the dtype that is written."""
-        if (dtype := _DTYPES.get(self.type)) is not None:
-            return tensor_bytes(rows.to(dtype).contiguous())
-        return gguf.quantize(rows.numpy(), self.type).tobytes()
-
-
-def list_tensors(weights: MergedWeights, architecture: Architecture, quant: str) -> list[GgufTensor]:
-    """The tensors of the file. quant: `f16`, `q8_0`, ... Raises `ExportError` for one without a place."""
-    wanted = GgmlType[quant.upper()]
-    names = {name: architecture.tensor_name(name) for name in weights.shapes if not _is_computed(name)}
-    head = "output.weight" if "output.weight" in names.values() else EMBEDDING
-
-    def type_of(name: str, shape: tuple[int, ...]) -> GgmlType:
-        if len(shape) < 2:
-            return GgmlType.F32
-        if wanted in _DTYPES or shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0:
-            return GgmlType.Q8_0 if name == head and wanted not in _DTYPES else wanted
-        return GgmlType.F16
-
-    return [
-        GgufTensor(
-            source,
-            name,
-            weights.shapes[source],
-            type_of(name, weights.shapes[source]),
-            architecture.num_rotated_heads(source),
-            architecture.is_shifted_norm(source),
-        )
-        for source, name in names.items()
-    ]
-
-
-def _is_computed(name: str) -> bool:
-    """Whether a tensor of an old checkpoint is one that every program computes itself."""
-    return name.endswith("rotary_emb.inv_freq")
-
-
-def file_type(quant: str) -> LlamaFileType:
-    return LlamaFileType.ALL_F32 if quant == "f32" else LlamaFileType[f"MOSTLY_{quant.upper()}"]
-
-
 def write_gguf(
     file: Path,
     writer: GGUFWriter,
@@ -115,7 +53,7 @@ def write_gguf(
 ) -> None:
     """Write the file. writer: with all metadata. factors: of the rotary embedding. Raises `ExportError` for
     values that are not finite or beyond the range of what is written."""
-    of_rope = [] if factors is None else [GgufTensor("", ROPE_FACTORS, tuple(factors.shape), GgmlType.F32)]
+    of_rope = [] if factors is None else [GgufTensor((), ROPE_FACTORS, tuple(factors.shape), GgmlType.F32)]
     for tensor in [*of_rope, *tensors]:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.type)
     writer.write_header_to_file(file)
@@ -129,8 +67,8 @@ def write_gguf(
             assert factors is not None
             out.write(_padded(bytes(tensor.quantized(factors))))
         for tensor in tensors:
-            for rows in _rows(tensor, weights):
-                out.write(tensor.quantized(rows))
+            for data in _data(tensor, weights):
+                out.write(data)
             out.write(bytes(-tensor.num_bytes % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
@@ -138,39 +76,51 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
-def _rows(tensor: GgufTensor, weights: MergedWeights) -> Iterator[Tensor]:
-    """Blocks of rows as llama.cpp has them."""
-    blocks = weights.rows_in(tensor.source, _DTYPES.get(tensor.type, torch.float32))
-    if heads := tensor.num_rotated_heads:
-        whole = torch.cat([rows.clone() for rows in blocks])
-        yield whole.view(heads, 2, -1, *whole.shape[1:]).transpose(1, 2).reshape(whole.shape)
+def _data(tensor: GgufTensor, weights: MergedWeights) -> Iterator[bytes | memoryview]:
+    """A tensor as it is written, in parts."""
+    if tensor.type == GgmlType.MXFP4:
+        yield from (tensor.kept(*parts) for parts in weights.kept_experts(tensor.sources[0]))
         return
-    for rows in blocks:
-        yield rows + 1 if tensor.is_shifted else rows
+    for source in tensor.sources:
+        blocks = weights.rows_in(source, DTYPES.get(tensor.type, torch.float32))
+        if tensor.num_rotated_heads:
+            blocks = iter([torch.cat([rows.clone() for rows in blocks])])
+        yield from (tensor.quantized(tensor.laid_out(rows)) for rows in blocks)
 
 
 class GgufReader:
     """Reads a GGUF file under the names, and with the rows and values, of the checkpoint it came from; has
-    the methods of `ShardReader`. folder: of that checkpoint."""
+    the methods of `ShardReader`. folder: of that checkpoint. shapes: of its merged tensors."""
 
-    def __init__(self, folder: Path, file: Path, tensors: Sequence[GgufTensor]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        file: Path,
+        tensors: Sequence[GgufTensor],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.folder, self._shapes = folder, shapes
         stored = {tensor.name: tensor.data for tensor in GGUFReader(file).tensors}
-        self._tensors = {tensor.source: (tensor, stored[tensor.name]) for tensor in tensors}
+        self.has_own_head = HEAD in stored
+        self._parts: dict[str, list[tuple[GgufTensor, np.ndarray]]] = {}
+        for tensor in tensors:
+            data = stored[tensor.name]
+            for source, part in zip(tensor.sources, data if len(tensor.sources) > 1 else [data], strict=True):
+                self._parts.setdefault(source, []).append((tensor, part))
 
     @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
-        return next(tensor.shape[0] for tensor, _ in self._tensors.values() if tensor.name == EMBEDDING)
+        return next(tensor.shape[0] for ((tensor, _), *_) in self._parts.values() if tensor.name == EMBEDDING)
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        return list(self._parts)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._parts
 
     def info(self, name: str) -> TensorInfo:
-        shape = self._tensors[name][0].shape
+        shape = self._shapes[name]
         return TensorInfo(name, torch.float32, shape, 4 * math.prod(shape))
 
     def read(self, name: str) -> Tensor:
@@ -178,16 +128,17 @@ class GgufReader:
 
     def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, rows in fp32) of a tensor."""
-        tensor, stored = self._tensors[name]
-        num_rows = tensor.shape[0]
-        heads = tensor.num_rotated_heads
-        step = num_rows if heads else max(1, max_bytes // (4 * math.prod(tensor.shape[1:])))
+        num_rows, *size = self._shapes[name]
+        step = max(1, max_bytes // (4 * math.prod(size)))
+        if any(tensor.num_rotated_heads for tensor, _ in self._parts[name]):
+            step = num_rows
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
-            rows = torch.from_numpy(gguf.dequantize(stored[start:stop], tensor.type).copy())
-            if heads:
-                rows = rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-            yield start, stop, rows - 1 if tensor.is_shifted else rows
+            rows = torch.empty(stop - start, *size)
+            for tensor, stored in self._parts[name]:
+                values = torch.from_numpy(gguf.dequantize(stored[start:stop], tensor.type).copy())
+                tensor.put_back(values, rows)
+            yield start, stop, rows
 
     def close(self) -> None:
         """Does nothing: the file is mapped, and closed with this object."""
@@ -200,19 +151,10 @@ def compare_with_merged(
     `ExportError` where they differ by more than rounding."""
     found: dict[GgmlType, list[float]] = {}
     for tensor in tensors:
-        merged = next(weights.rows_in(tensor.source, torch.float32))
-        _, _, rows = next(reader.row_blocks(tensor.source))
-        num_rows = min(len(rows), len(merged))
-        largest = float((merged[:num_rows] + tensor.is_shifted).abs().max())
-        error = float((rows[:num_rows] - merged[:num_rows]).abs().max()) / (largest or 1.0)
-        allowed = _ERROR_BOUNDS[tensor.type] + (2.0**-22 if tensor.is_shifted else 0.0)
-        if not error <= allowed:
-            raise ExportError(
-                f"{tensor.source}: read back from the GGUF file it differs from the merged weight by "
-                f"{error:.1%} of its largest value; {tensor.type.name} makes {allowed:.1%} at the most. The "
-                "disk may be faulty; export again to another one (--out)."
-            )
-        found.setdefault(tensor.type, []).append(error)
+        ends = {tensor.sources[0], tensor.sources[-1]}
+        found.setdefault(tensor.type, []).append(
+            max(_checked_error(reader, tensor, source, weights) for source in ends)
+        )
     return [
         "read back and compared with the merged weights, the first rows of each tensor:",
         *(
@@ -220,3 +162,20 @@ def compare_with_merged(
             for kind, errors in found.items()
         ),
     ]
+
+
+def _checked_error(reader: GgufReader, tensor: GgufTensor, source: str, weights: MergedWeights) -> float:
+    """The largest error of the first rows of a source, as a share of their largest value."""
+    merged = next(weights.rows_in(source, torch.float32))
+    _, _, rows = next(reader.row_blocks(source))
+    num_rows = min(len(rows), len(merged))
+    largest = float((merged[:num_rows] + tensor.is_shifted).abs().max())
+    error = float((rows[:num_rows] - merged[:num_rows]).abs().max()) / (largest or 1.0)
+    allowed = _ERROR_BOUNDS[tensor.type] + (2.0**-22 if tensor.is_shifted else 0.0)
+    if not error <= allowed:
+        raise ExportError(
+            f"{source}: read back from the GGUF file it differs from the merged weight by {error:.1%} of its "
+            f"largest value; {tensor.type.name} makes {allowed:.1%} at the most. The disk may be faulty; "
+            "export again to another one (--out)."
+        )
+    return error

@@ -168,7 +168,7 @@ _ONE = {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
 def stages_of(size: Size, tests: tuple[str, ...]) -> tuple[Stage, ...]:
     """All stages in their order. tests: files, relative to the repository."""
     return (
-        Stage("smoke", f"{PIECES}.smoke", dict(size.smoke), timeout_seconds=180, knows_simulated=True),
+        Stage("smoke", f"{PIECES}.smoke", dict(size.smoke), timeout_seconds=300, knows_simulated=True),
         *(_tests(file) for file in tests),
         *_memory_8b(size),
         _speed_8b(size),
@@ -196,7 +196,7 @@ def files_of_tests(repository: Path = REPOSITORY) -> tuple[str, ...]:
 
 def _tests(file: str) -> Stage:
     arguments = {"file": str(REPOSITORY / file), "marks": "gpu"}
-    return Stage(file, f"{PIECES}.test_file", arguments, timeout_seconds=120, requires=("pytest",))
+    return Stage(file, f"{PIECES}.test_file", arguments, timeout_seconds=240, requires=("pytest",))
 
 
 def _training(
