@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,17 @@ UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class AdapterConfig:
     """An adapter's config.
 
-    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: by whole path; other
-    modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to; None: all.
-    target_parameters: of experts that have LoRA parameters, name endings or whole paths.
-    token_ids: the tokens whose rows are trained, in embedding and head.
-    auto_mapping: the class that the adapter is written for, as PEFT names it; None: a causal language model.
+    target_modules: module name endings or whole paths. rank_pattern, alpha_pattern: rank and alpha by whole
+    path; other modules have `rank` and `alpha`. layers: indices of the layers that target_modules apply to;
+    None: all. target_parameters: name endings or whole paths of the experts' parameters that have LoRA
+    parameters. token_ids: the tokens whose rows are trained, in embedding and head. auto_mapping: the class
+    that the adapter is written for, as PEFT names it; None: a causal language model.
     """
 
     base_model: str
     rank: int
     alpha: float
+    _: KW_ONLY
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=list)
     use_rslora: bool = False
@@ -99,7 +100,7 @@ class AdapterConfig:
         )
 
     def experts_of(self, paths: Iterable[str]) -> list[str]:
-        """Those of the paths that are parameters of experts."""
+        """The paths that name parameters of experts."""
         return [path for path in paths if matching_names(path, self.target_parameters)]
 
     def _scaling(self, alpha: float, rank: int) -> float:
@@ -154,14 +155,14 @@ def read_adapter_config(
                 "rank_pattern)."
             )
     return AdapterConfig(
-        str(raw.get("base_model_name_or_path") or ""),
-        rank,
-        alpha,
-        dropout,
-        sorted({last_name(path) for path in ranks if path not in experts}),
-        bool(raw.get("use_rslora", False)),
-        {path: own for path, own in ranks.items() if own != rank},
-        {path: own for path, own in alphas.items() if own != alpha},
+        base_model=str(raw.get("base_model_name_or_path") or ""),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=sorted({last_name(path) for path in ranks if path not in experts}),
+        use_rslora=bool(raw.get("use_rslora", False)),
+        rank_pattern={path: own for path, own in ranks.items() if own != rank},
+        alpha_pattern={path: own for path, own in alphas.items() if own != alpha},
         use_dora=found["use_dora"],
         target_parameters=sorted(experts),
         token_ids=_token_ids(folder, raw.get("trainable_token_indices")),
@@ -244,9 +245,8 @@ def layer_of(path: str) -> int | None:
 
 
 def to_peft(config: AdapterConfig, paths: Iterable[str], row_paths: Iterable[str] = ()) -> dict[str, Any]:
-    """The values of adapter_config.json, as PEFT writes them for LoRA. paths: of all modules with LoRA
-    parameters. row_paths: of the embedding, and of the head where it is not tied, if rows of tokens are
-    trained."""
+    """The values of adapter_config.json, as PEFT writes them for LoRA. paths: the modules with LoRA
+    parameters. row_paths: the embedding, and the head where it is not tied, if rows of tokens are trained."""
     trained = sorted(paths)
     ids = list(config.token_ids)
     return {

@@ -87,7 +87,12 @@ def save_adapter(
 
 def parts_of(config: AdapterConfig) -> list[str]:
     """The tensors of every module, as `SUFFIXES` has them."""
-    return ["A", "B", *(["m"] * config.use_dora), *(["bias"] * config.lora_bias)]
+    parts = ["A", "B"]
+    if config.use_dora:
+        parts.append("m")
+    if config.lora_bias:
+        parts.append("bias")
+    return parts
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, LoraPairs]:
@@ -169,7 +174,8 @@ def _open(folder: Path) -> ShardReader:
 
 
 def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Tensor, ...]:
-    """The tensors of one module in fp32. names: of `_names_by_path`. Raises `BaseModelError` for odd ones."""
+    """The tensors of one module in fp32. names: the module's entry of `_names_by_path`. Raises
+    `BaseModelError` for odd ones."""
     folder = reader.folder
     tensors = [reader.read(names[part]) for part in SUFFIXES if part in names]
     if len(tensors) > 1:
@@ -186,7 +192,8 @@ def _read(reader: ShardReader, path: str, names: Mapping[str, str]) -> tuple[Ten
 
 
 def _check_shapes(folder: Path, path: str, suffix: str, a: Tensor, b: Tensor, *third: Tensor) -> None:
-    """Raise `BaseModelError` unless A, B and m or bias fit each other. suffix: of the third's name."""
+    """Raise `BaseModelError` unless A, B and m or bias fit each other. suffix: the ending of the third's
+    name."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise BaseModelError(
             f"{folder}: A and B of {path} have the shapes {list(a.shape)} and {list(b.shape)};"

@@ -26,8 +26,8 @@ _Existing = tuple[list[str], list[str]]
 def as_continued(lora: LoraSection, linears: Iterable[str], experts: Iterable[str] = ()) -> LoraSection:
     """The section with the adapter's values filled in; unchanged without `init_from`.
 
-    linears: paths of the base's linear layers. experts: of its experts' parameters. Raises `BaseModelError`
-    where the recipe contradicts the adapter, or the base lacks a module.
+    linears: paths of the base's linear layers. experts: paths of its experts' parameters. Raises
+    `BaseModelError` where the recipe contradicts the adapter, or the base lacks a module.
     """
     if lora.init_from is None:
         return lora
@@ -68,8 +68,8 @@ def as_continued(lora: LoraSection, linears: Iterable[str], experts: Iterable[st
 def _left_out(
     lora: LoraSection, has: dict[str, LoraTarget], rank: int, alpha: float, existing: _Existing
 ) -> dict[str, Any]:
-    """Of the keys that say which linears, and with which ranks and alphas, those that the recipe does not
-    have. has: what the adapter has; rank, alpha: of its modules without a pattern."""
+    """The values of keys that the recipe leaves out: which linears, and with which ranks and alphas. has: the
+    adapter's targets; rank, alpha: those of its modules without a pattern."""
     own: dict[str, Any] = {}
     if lora.target_modules == "all-linear" and lora.exclude_modules is lora.layers_to_transform is None:
         targets, layers = name_targets(has.keys() - set(existing[1]), existing[0])
@@ -101,5 +101,5 @@ def _require_same(lora: LoraSection, has: dict[str, LoraTarget], existing: _Exis
 
 
 def _plain(number: float) -> float:
-    """As a recipe has it: whole where it is."""
+    """The number as recipes write it: an int where it is whole."""
     return int(number) if number == int(number) else number

@@ -37,8 +37,8 @@ def stored_paths(parameters: Iterable[str]) -> dict[str, str]:
 def parameter_paths(stored: Iterable[str], target_parameters: Any) -> dict[str, str]:
     """The inverse of `stored_paths`, of those stored paths that belong to parameters.
 
-    target_parameters: of the adapter's config. Raises `BaseModelError` where it is no list of names, and
-    where tensors of a parameter are missing: which one the others are is then not known."""
+    target_parameters: those of the adapter's config. Raises `BaseModelError` where it is no list of names,
+    and where tensors of a parameter are missing: which one the others are is then not known."""
     names = target_parameters or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BaseModelError(f"target_parameters must be a list of names, and is {target_parameters!r}.")

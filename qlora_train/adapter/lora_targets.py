@@ -75,8 +75,8 @@ def _named_parameters(names: Sequence[str], experts: Sequence[str]) -> list[str]
 
 
 def coverage(ranks: Mapping[str, int], linears: Collection[str], experts: Collection[str] = ()) -> str:
-    """In words, how many linears and weights of experts are trained, with which ranks. ranks: of each that
-    is, by path."""
+    """A phrase that says how many linears and weights of experts are trained, with which ranks. ranks: the
+    rank of each one that is trained, by path."""
     groups = {"linears": linears, "weights of experts": experts}
     trained = {what: [ranks[path] for path in ranks if path in group] for what, group in groups.items()}
     return "LoRA " + "; ".join(
@@ -141,8 +141,8 @@ def _matches(
     experts: Iterable[str],
     hint: str,
 ) -> dict[str, set[str]]:
-    """By path, which texts of a key match it. Raises `BaseModelError` for texts that match none. matching: of
-    the texts, those that match a path."""
+    """The texts of a key that match each path. Raises `BaseModelError` for texts that match none. matching:
+    returns the texts that match a path."""
     found = {path: matching(path) for path in among}
     if idle := set(texts).difference(*found.values()):
         names_experts = any("experts" in text for text in idle) or any(idle & matching(e) for e in experts)

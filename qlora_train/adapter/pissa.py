@@ -53,7 +53,7 @@ def principal_ranks(lora: LoraSection | None, shapes: Mapping[str, tuple[int, in
 
 
 def num_iterations(lora: LoraSection) -> int | None:
-    """Of the decomposition; None: it is exact."""
+    """The number of iterations of the decomposition; None: it is exact."""
     _, _, number = str(lora.init_lora_weights).partition("_niter_")
     return int(number) if number else None
 
@@ -66,7 +66,7 @@ def initial_values(config: AdapterConfig, factors: Factors) -> LoraPairs:
 def as_adapter(factors: Factors) -> tuple[AdapterConfig, LoraPairs]:
     """An adapter that gives back the weights that the factors were taken out of."""
     ranks = {path: len(a) for path, (a, _) in factors.items()}
-    return AdapterConfig("", 1, 1, rank_pattern=ranks, alpha_pattern=ranks), dict(factors)
+    return AdapterConfig("", rank=1, alpha=1, rank_pattern=ranks, alpha_pattern=ranks), dict(factors)
 
 
 def as_plain_lora(
@@ -93,7 +93,7 @@ def as_trained(
     lora: LoraSection | None, adapter: tuple[AdapterConfig, LoraPairs]
 ) -> tuple[AdapterConfig, LoraPairs]:
     """The adapter of a run for the base that it was trained on: after PiSSA, what `as_plain_lora` was given.
-    lora: of the run's recipe."""
+    lora: the section of the run's recipe."""
     if not is_pissa(lora):
         return adapter
     config, both = adapter

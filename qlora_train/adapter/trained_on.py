@@ -51,7 +51,7 @@ class TrainedOn:
 
     @staticmethod
     def of(model: ModelSection, folder: Path, run: Path, tokenizer: PreTrainedTokenizerBase) -> TrainedOn:
-        """The record of a run. model: its resolved section. folder: of the base. run: the run's folder."""
+        """The record of a run. model: its resolved section. folder: the base's. run: the run's folder."""
         return TrainedOn(
             model.base,
             model.revision,
@@ -143,7 +143,8 @@ def find_base(model: ModelSection, run: Path) -> tuple[Path, str | None]:
     """The folder of a run's base and its commit, by `resolve_base`; if that finds nothing, the folder at the
     recorded place relative to the run, with the same fingerprint.
 
-    model: of the run's recipe. run: its folder. Raises `BaseModelError` if there is no such base.
+    model: the section of the run's recipe. run: the run's folder. Raises `BaseModelError` if there is no such
+    base.
     """
     try:
         return resolve_base(model.base, model.revision)

@@ -34,6 +34,7 @@ from qlora_train.data.packing import Bins, one_per_bin, pack_best_fit
 from qlora_train.data.report import DatasetReport, Reading
 from qlora_train.data.tokenized_examples import TokenizedExamples
 from qlora_train.micro_batch import IGNORED_LABEL, MicroBatch
+from qlora_train.units import ceil_div
 
 DUMMY_ID = 0
 """Dummy tokens are a document of their own and have no loss: any id of the vocabulary does."""
@@ -160,7 +161,7 @@ class PackedDataset:
         limit = micro_batch_size * self.sequence_length
         in_bins = np.diff(self.bins.starts)
         if num_positions > min(_MAX_POSITIONS, _MAX_EPOCHS * self.num_bins):
-            repeats = -(-micro_batch_size // self.num_bins)  # a micro-batch may be of several epochs
+            repeats = ceil_div(micro_batch_size, self.num_bins)  # a micro-batch may be of several epochs
             return int(np.sort(np.tile(in_bins, repeats))[-micro_batch_size:].sum()) + 1
 
         def most_in(groups: np.ndarray) -> int:
@@ -169,7 +170,7 @@ class PackedDataset:
             return int((in_bins[groups].sum(axis=1) + has_tail).max(initial=0))
 
         most, begun = 0, self._as_packed[:0]
-        for epoch in range(-(-num_positions // self.num_bins)):
+        for epoch in range(ceil_div(num_positions, self.num_bins)):
             order = self._order(epoch)[: num_positions - epoch * self.num_bins]
             begun = np.concatenate([begun, order])
             whole, begun = np.split(begun, [len(begun) // micro_batch_size * micro_batch_size])

@@ -29,12 +29,12 @@ TooLong = Literal["cut", "drop", "split"]
 def fit(text: Text, sequence_length: int, too_long: TooLong, notes: Notes) -> list[Document]:
     """The text as documents; `notes` counts what had to be done, in the notes' own units."""
     document = text.document
-    if len(document) <= sequence_length:
-        return [document] if document.num_supervised else []
-    assert too_long != "drop", "the row was left out"
-    if too_long == "split":
-        return _split(text, sequence_length, notes)
-    return [kept for kept in [_cut(text, sequence_length, notes)] if kept.num_supervised]
+    if len(document) > sequence_length:
+        assert too_long != "drop", "the row was left out"
+        if too_long == "split":
+            return _split(text, sequence_length, notes)
+        document = _cut(text, sequence_length, notes)
+    return [document] if document.num_supervised else []
 
 
 def _cut(text: Text, sequence_length: int, notes: Notes) -> Document:

@@ -9,6 +9,7 @@ import numpy as np
 
 from qlora_train.data.dataset import PackedDataset, padded_length
 from qlora_train.data.split import content_groups
+from qlora_train.units import ceil_div, round_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ def length_line(lengths: np.ndarray) -> str:
 def length_lines(lengths: np.ndarray) -> list[str]:
     """Lines about sorted lengths: percentiles, and a bar per class with its bounds and examples."""
     shortest, longest = int(lengths[0]), int(lengths[-1])
-    width = -(-(longest - shortest + 1) // _NUM_CLASSES)
+    width = ceil_div(longest - shortest + 1, _NUM_CLASSES)
     counts = np.bincount((lengths - shortest) // width)
     digits = len(f"{longest + width:,}")
     lines = [length_line(lengths)]
@@ -93,7 +94,7 @@ def packing_line(dataset: PackedDataset) -> str:
 
 def length_that_holds_all(dataset: PackedDataset) -> int:
     """The sequence length at which nothing is cut."""
-    return _rounded_up(int(lengths_of(dataset)[-1]))
+    return round_up(int(lengths_of(dataset)[-1]), _LENGTH_STEP)
 
 
 def length_advice(dataset: PackedDataset) -> list[str]:
@@ -102,7 +103,7 @@ def length_advice(dataset: PackedDataset) -> list[str]:
     longer = float(np.mean(lengths > length))
     holds_all = length_that_holds_all(dataset)
     if longer:
-        most = _rounded_up(percentile(lengths, _SHARE_TO_HOLD))
+        most = round_up(percentile(lengths, _SHARE_TO_HOLD), _LENGTH_STEP)
         more = f"{most:,} would hold 99 % of them, " if length < most < holds_all else ""
         return [
             f"advice: {longer:.1%} of the rows are longer than sequence_length {length:,}; {more}"
@@ -143,11 +144,7 @@ def steps_advice(dataset: PackedDataset, training: TrainingSection) -> list[str]
     remedy = (
         "fewer bins a step make more of them"
         if is_divided
-        else f"training.batch_size={smaller} makes {-(-num_bins // smaller):,} of them"
+        else f"training.batch_size={smaller} makes {ceil_div(num_bins, smaller):,} of them"
     )
     are = "step is" if num_steps == 1 else "steps are"
     return [f"advice: {num_steps:,} optimizer {are} few to learn from: {remedy}"]
-
-
-def _rounded_up(length: int) -> int:
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP

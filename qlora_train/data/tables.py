@@ -173,7 +173,9 @@ def type_name(value: Any) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names for a message: the first ones, shortened."""
     known = list(names)
-    first = [name[:_MAX_NAME] + "..." * (len(name) > _MAX_NAME) for name in known[:_MAX_LISTED_NAMES]]
+    first = [
+        name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..." for name in known[:_MAX_LISTED_NAMES]
+    ]
     more = [f"{len(known) - len(first):,} more"] if len(known) > len(first) else []
     return ", ".join([*first, *more]) or "none"
 

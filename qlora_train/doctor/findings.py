@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from qlora_train.device.description import DeviceDescription
 from qlora_train.plan.words import gib
+from qlora_train.units import GIB
 
-GIB = 2**30
 LOW_RAM_BYTES, LOW_DISK_BYTES, LOW_SHARED_BYTES = 2 * GIB, 5 * GIB, GIB
 OTHERS_SHARE = 0.25
 """Share of device memory held by other programs from which on it is a problem; a desktop takes less."""

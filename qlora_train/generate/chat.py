@@ -92,8 +92,9 @@ class Chat:
         """Token ids of the conversation without the oldest exchanges that do not fit. Raises `DataError`
         where the last question alone does not."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for self.num_left_out in range((len(messages) + 1) // 2):
-            tokens = self._source.encode_messages([*first, *messages[2 * self.num_left_out :]])
+        for num_left_out in range((len(messages) + 1) // 2):
+            tokens = self._source.encode_messages([*first, *messages[2 * num_left_out :]])
+            self.num_left_out = num_left_out
             if len(tokens) <= self._room:
                 return tokens
         raise DataError(

@@ -67,11 +67,6 @@ class LoadedModel:
     stop_ids: frozenset[int]
     plan: GenerationPlan
 
-    def answer(self, prompts: list[str], sampling: Sampling) -> list[str]:
-        """The answers to prompts, which are written as in training, all in one batch."""
-        encoded = [encode_prompt(prompt, self.data, self.tokenizer) for prompt in prompts]
-        return list(self.answers(encoded, sampling, len(encoded)))
-
     def answers(
         self,
         prompts: Sequence[Sequence[int]],
@@ -293,15 +288,3 @@ def find_run(run: Path, recipe: Recipe, device: ComputeDevice, adapter: Path | N
         adapter,
         added=added,
     )
-
-
-def load_model(target: Path | str, size: GenerateSize = GenerateSize()) -> LoadedModel:  # noqa: B008  # frozen
-    """Find and load a model for batches of this size."""
-    return find_model(target).load(size)
-
-
-def load_run(run: Path, recipe: Recipe, device: ComputeDevice, *, with_adapter: bool = True) -> LoadedModel:
-    """Find and load a run's model for one prompt of the default size. with_adapter: the finished one, or the
-    last."""
-    adapter = find_adapter(run, None, lambda line: None) if with_adapter else None
-    return find_run(run, recipe, device, adapter).load(GenerateSize())

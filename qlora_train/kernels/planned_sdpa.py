@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_train.device.description import DeviceDescription
+from qlora_train.units import ceil_div, round_up
 
 FLOAT32 = 4
 TILE, EFFICIENT_TILE = 128, 64
@@ -108,12 +109,12 @@ def attention_scratch(
 
     def num_sums(num_documents: int, num_heads: int) -> int:
         """Number of sums of dq kept at the same time."""
-        return -(-card.num_multiprocessors // (num_documents * num_heads)) if deterministic else 1
+        return ceil_div(card.num_multiprocessors, num_documents * num_heads) if deterministic else 1
 
     def varlen(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any, **options: Any) -> int:
         num_tokens, num_heads = q.shape[:2]
         fewest = len(rest[1]) - 1  # from cu_seqlens
-        most, enough = max(fewest, most_documents), -(-card.num_multiprocessors // num_heads)
+        most, enough = max(fewest, most_documents), ceil_div(card.num_multiprocessors, num_heads)
         copied = sum(t.nbytes for t in (grad, out) if not t.is_contiguous())
         return copied + max(
             _flash(q, k.shape[1], num_tokens + TILE * number, num_sums(number, num_heads), num_tokens)
@@ -122,13 +123,13 @@ def attention_scratch(
 
     def flash(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: Any) -> int:
         number, num_heads, length = q.shape[:3]
-        rows, num_tokens = number * _rounded(length, TILE), number * k.shape[2]
+        rows, num_tokens = number * round_up(length, TILE), number * k.shape[2]
         return _flash(q.transpose(1, 2), k.shape[1], rows, num_sums(number, num_heads), num_tokens)
 
     def efficient(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: Any) -> int:
         number, num_heads, length, head_dim = q.shape
-        tokens = sum(_rounded(n, EFFICIENT_TILE) for n in (length, k.shape[2], k.shape[2]))
-        sums = number * num_heads * tokens * _rounded(head_dim, EFFICIENT_TILE) * FLOAT32
+        tokens = sum(round_up(n, EFFICIENT_TILE) for n in (length, k.shape[2], k.shape[2]))
+        sums = number * num_heads * tokens * round_up(head_dim, EFFICIENT_TILE) * FLOAT32
         return number * num_heads * length * FLOAT32 + (sums if q.itemsize < FLOAT32 else 0)
 
     return {
@@ -155,9 +156,5 @@ def _costliest(fewest: int, most: int, enough: int) -> Iterable[int]:
     return (*range(fewest, min(most, enough)), most)
 
 
-def _rounded(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
 def _rounded_head(head_dim: int) -> int:
-    return _rounded(head_dim, 32 if head_dim <= 128 else 64)
+    return round_up(head_dim, 32 if head_dim <= 128 else 64)

@@ -120,7 +120,15 @@ def _is_wrong(
     """The reason why `function` cannot be used with two query heads and `num_key_heads`, or None.
 
     Compares outputs and gradients with plain torch, also if the caller has switched gradients off."""
-    serving = DeviceDescription(where.type, capability, 0, "grouped heads", False, None, index=where.index)
+    serving = DeviceDescription(
+        where.type,
+        capability,
+        num_multiprocessors=0,
+        varlen="grouped heads",
+        has_liger=False,
+        cublas_workspace=None,
+        index=where.index,
+    )
     attention = VarlenAttention(function, serving)
     lengths = torch.tensor([0, *_TRIED_LENGTHS])
     boundaries = lengths.cumsum(0).to(torch.int32).to(where)

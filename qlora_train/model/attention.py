@@ -181,11 +181,11 @@ def packed_attention(
     """
     unknown = {name for name, v in kwargs.items() if v is not None} - _INERT_ARGUMENTS
     if unknown or attention_mask is not None or dropout:
-        what = sorted(unknown) or (
+        refused = sorted(unknown) or (
             ["attention_mask"] if attention_mask is not None else ["attention dropout"]
         )
         raise UnsupportedModelError(
-            f"{type(module).__name__} passes {', '.join(what)} to attention, which packing cannot honour"
+            f"{type(module).__name__} passes {', '.join(refused)} to attention, which packing cannot honour"
         )
     if (documents is None) == (kv_lengths is None):
         raise UnsupportedModelError(

@@ -161,10 +161,10 @@ class MetaModel:
 
     layer_paths: module path of every decoder layer. embedding_name, head_name: parameter names (equal where
     tied). own_head_name: the head's where it is not tied. plain_shapes: every other parameter outside the
-    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). lora: of the run that the
-    weights are for; with PiSSA, principal_ranks says what is taken out of them, in factors of factor_bytes
-    (adapter/pissa.py). Raises
-    `UnsupportedModelError` where layers hold large matrices that are neither linears nor experts.
+    layer buffers, and buffers that checkpoints hold (stored_buffers: their names). lora: the recipe's section
+    of the run that the weights are for; with PiSSA, principal_ranks says what is taken out of them, in
+    factors of factor_bytes (adapter/pissa.py). Raises `UnsupportedModelError` where layers hold large
+    matrices that are neither linears nor experts.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, lora: LoraSection | None = None) -> None:
@@ -200,8 +200,8 @@ class MetaModel:
         return self._layer_shapes[layer]
 
     def plain_dtype(self, name: str) -> torch.dtype:
-        """Of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family says so, as
-        transformers loads it (some routers)."""
+        """The dtype of a parameter or buffer of `plain_shapes`: the compute dtype, or fp32 where the family
+        says so, as transformers loads it (some routers)."""
         return torch.float32 if self.keeps_fp32(name) else self.dtype
 
     def keeps_fp32(self, name: str) -> bool:
@@ -277,17 +277,17 @@ def quantization_config(config: PretrainedConfig) -> Mapping[str, Any]:
 
 def layer_shapes(layer: nn.Module) -> LayerShapes:
     """Sizes of a layer's quantized weights, in module order."""
-    linears, experts, kept = [], [], None
+    linears, experts, expert_quantization = [], [], None
     for name, module in layer.named_modules():
         if isinstance(module, FrozenLinear):
             linears.append((name, (module.out_features, module.in_features)))
         elif isinstance(module, FrozenExperts):
-            path, kept = name.removesuffix(".frozen"), module.kept
+            path, expert_quantization = name.removesuffix(".frozen"), module.kept
             experts += [
                 (f"{path}.{matrix}", shape, module.num_experts)
                 for matrix, shape in module.stacked_shapes().items()
             ]
-    return LayerShapes(tuple(linears), tuple(experts), kept)
+    return LayerShapes(tuple(linears), tuple(experts), expert_quantization)
 
 
 def swap_linears(model: PreTrainedModel) -> str:
@@ -298,11 +298,11 @@ def swap_linears(model: PreTrainedModel) -> str:
     layers = model.get_decoder().layers
     path = next(name for name, module in model.named_modules() if module is layers)
     sizes = dict.fromkeys(range(len(layers)), 0)
-    kept = kept_quantization(quantization_config(model.config))
+    expert_quantization = kept_quantization(quantization_config(model.config))
     for name, module in list(layers.named_modules()):
         layer = int(name.partition(".")[0] or 0)
         if is_experts(module):
-            experts = freeze_experts(f"{path}.{name}", module, kept)
+            experts = freeze_experts(f"{path}.{name}", module, expert_quantization)
             sizes[layer] += sum(rows * columns for rows, columns in experts.stacked_shapes().values())
         if type(module) is not nn.Linear:
             continue

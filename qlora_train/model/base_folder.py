@@ -56,7 +56,7 @@ def kept_quantization(stored: Mapping[str, Any]) -> Quantization | None:
 
 def check_base(folder: Path, quantization: str = "none", *, needs_originals: bool = False) -> None:
     """Raise `BaseModelError` unless the folder is a supported base. quantization: `model.quantization`.
-    needs_originals: for PiSSA."""
+    needs_originals: it must hold unquantized weights, for PiSSA."""
     config = read_plain_config(folder)
     stored = config.get("quantization_config") or {}
     if needs_originals and stored_quantization(stored).is_quantized:

@@ -35,8 +35,8 @@ _INERT_ARGUMENTS = {
 
 
 class ByDocument(nn.Module):
-    """A library's mixer over packed rows. documents: of the micro-batch that passes now; None: each row is
-    the next token of a prompt, whose state is in the cache."""
+    """A library's mixer over packed rows. documents: the layout of the micro-batch that passes now; None:
+    each row is the next token of a prompt, whose state is in the cache."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()

@@ -59,11 +59,11 @@ class FrozenDecoder:
     layers: the decoder layers. linears: every FrozenLinear in them by module path, in layer order. stacks:
     the matrices of experts, by parameter path. weights: where those find their quantized weights. embedding,
     head: [V, D], the same object where tied; matrix_paths: their module paths, the embedding's alone where
-    tied. dtype, device: of the computation. skippable: names within a layer of linears and experts whose
-    output goes straight into the residual sum, as the probe found. fingerprint: of the quantized base's
-    content. principal_factors: what PiSSA took out of linears; empty without it. kernels: the fastest there
-    are until others are chosen. The given model is taken over and cannot be called as a whole afterwards; its
-    embedding and head weights are dropped.
+    tied. dtype, device: those of the computation. skippable: names within a layer of linears and experts
+    whose output goes straight into the residual sum, as the probe found. fingerprint: a hash of the quantized
+    base's content. principal_factors: what PiSSA took out of linears; empty without it. kernels: the fastest
+    there are until others are chosen. The given model is taken over and cannot be called as a whole
+    afterwards; its embedding and head weights are dropped.
     """
 
     tiled_mlp: type[TiledMlp] = TiledMlp
@@ -251,7 +251,7 @@ class FrozenDecoder:
                     module.together.forget()
 
     def tile_mlps(self, tile_tokens: int | None, context: DropoutContext) -> None:
-        """Let every layer's MLP process `tile_tokens` tokens at a time (None: all). context: of the LoRA
+        """Let every layer's MLP process `tile_tokens` tokens at a time (None: all). context: the keys of LoRA
         dropout."""
         if tile_tokens is None and not self._tiled_mlps:
             return

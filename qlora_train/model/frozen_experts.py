@@ -200,8 +200,8 @@ def _with_autograd(module: Any, frozen: FrozenExperts, x: Tensor, chosen: Tensor
 
 
 class _Tile:
-    """Some rows of one expert. places: in the flattened [T k]; tokens: in [T]. first, down: its matrices.
-    first_lora, down_lora: their LoRA parameters."""
+    """Some rows of one expert. places: their indices in the flattened [T k]; tokens: in [T]. first, down: its
+    matrices. first_lora, down_lora: their LoRA parameters."""
 
     def __init__(
         self,

@@ -124,8 +124,8 @@ class _FusedMlpFunction(torch.autograd.Function):
         # gate and up were made in forward and are used nowhere else, so they may be overwritten; a second
         # backward through this graph would be an error of autograd's
         d_gate, d_up = mlp.before_down(g, gate, up, down_tokens)
-        both, needs_dx = (mlp.gate_proj, mlp.up_proj), ctx.needs_input_grad[0]
-        grad_input = backward_of_all(both, (d_gate, d_up), flat, hs, tokens, needs_dx=needs_dx)
+        gate_and_up, needs_dx = (mlp.gate_proj, mlp.up_proj), ctx.needs_input_grad[0]
+        grad_input = backward_of_all(gate_and_up, (d_gate, d_up), flat, hs, tokens, needs_dx=needs_dx)
         return (
             (None if grad_input is None else grad_input.view(x.shape)),
             None,

@@ -16,8 +16,9 @@ from qlora_train.model.attention import AttentionKernels
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernels of a model. attention: for packed documents. liger: for norms and MLPs; None: plain torch.
-    is_reference: library operations and autograd everywhere (`training.kernels: reference`)."""
+    """The kernels of a model. attention: the kernels for packed documents. liger: those for norms and MLPs;
+    None: plain torch. is_reference: library operations and autograd everywhere (`training.kernels:
+    reference`)."""
 
     attention: AttentionKernels
     liger: Liger | None

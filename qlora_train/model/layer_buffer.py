@@ -24,13 +24,14 @@ from torch import Tensor
 
 from qlora_train.quant.formats import Quantization
 from qlora_train.quant.weight import QuantizedWeight, quantized_layout
+from qlora_train.units import round_up
 
 ALIGNMENT_BYTES = 64
 
 
 def aligned(num_bytes: int) -> int:
     """`num_bytes` rounded up to a multiple of `ALIGNMENT_BYTES`."""
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return round_up(num_bytes, ALIGNMENT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ class LayerBufferEntry:
 class LayerBufferLayout:
     """The layout of a layer buffer; equal for layers of equal shapes.
 
-    shapes: (weight name within the layer, (out, in)) pairs. num_bytes: of the whole buffer."""
+    shapes: (weight name within the layer, (out, in)) pairs. num_bytes: the size of the whole buffer."""
 
     quantization: Quantization
     shapes: tuple[tuple[str, tuple[int, int]], ...]
     entries: tuple[LayerBufferEntry, ...]
     num_bytes: int
     num_experts: tuple[tuple[str, int], ...] = ()
-    """Of weights that hold the rows of several experts, one after another: how many."""
+    """The number of experts in each weight that holds the rows of several, one after another."""
     kept: Quantization | None = None
-    """How these are quantized if not as the others."""
+    """The quantization of these weights; None: that of the others."""
 
     @staticmethod
     def of(
@@ -91,7 +92,7 @@ class LayerBufferLayout:
         num_experts: Mapping[str, int] | None = None,
         kept: Quantization | None = None,
     ) -> LayerBufferLayout:
-        """shapes: weight name within the layer -> (out, in), in the order of the layer buffer. dtype: of
+        """shapes: weight name within the layer -> (out, in), in the order of the layer buffer. dtype: that of
         unquantized weights. num_experts, kept: see the fields."""
         stacked = tuple((num_experts or {}).items())
         layout = LayerBufferLayout(quantization, tuple(shapes.items()), (), 0, stacked, kept)

@@ -50,8 +50,8 @@ class LinearLora(nn.Module):
     (expert_lora.py): views of the flat working copy.
 
     With its magnitude or bias they are the only trainable parameters. gradient_a, gradient_b: views of the
-    flat fp32 gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude: of
-    DoRA, or None. bias: with `lora_bias` (b [out], its gradient), or None.
+    flat fp32 gradient. scaling: s. module_id: distinguishes the dropout masks of the linears. magnitude:
+    DoRA's, or None. bias: (b [out], its gradient) with `lora_bias`, or None.
     """
 
     def __init__(
@@ -198,11 +198,11 @@ def linear_backward(
     lora = linear.lora
     if lora is None:
         return backward_of_weight(linear, gradient, x, h, add_to, needs_dx=needs_dx)[0]
-    a, kept = lora.A.detach(), None
+    a, factors = lora.A.detach(), None
     if tokens is not None:
         mask = keep_mask(tokens, lora.module_id, linear.in_features, lora.dropout_probability)
-        kept = mask.to(x.dtype).mul_(1.0 / (1.0 - lora.dropout_probability))
-        x = x * kept
+        factors = mask.to(x.dtype).mul_(1.0 / (1.0 - lora.dropout_probability))
+        x = x * factors
     if h is None:
         h = F.linear(x, a)
     grad_input, gradient = backward_of_weight(linear, gradient, x, h, add_to, needs_dx=needs_dx)
@@ -210,7 +210,7 @@ def linear_backward(
     lora.add_gradients(dh.t() @ x, gradient_b)
     del gradient_b
     if grad_input is not None:
-        grad_input = grad_input.addmm_(dh, a) if kept is None else grad_input.add_((dh @ a).mul_(kept))
+        grad_input = grad_input.addmm_(dh, a) if factors is None else grad_input.add_((dh @ a).mul_(factors))
     return grad_input
 
 

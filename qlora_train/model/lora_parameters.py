@@ -44,11 +44,11 @@ class LoraParameters:
     """The LoRA parameters of `linears`, which may be matrices of experts too, in flat buffers, attached to
     each as views (`linear.lora`).
 
-    rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: of the
-    initialization of A. dtype: of the working copy. use_dora: with a magnitude for each linear. Dropout must
-    be 0 with it. lora_bias: with a bias for each B instead. None of them goes with experts. token_rows: what
-    the rows of trained tokens begin with, fp32 [n, D] by module path of embedding and head. An existing
-    `linear.lora` is replaced.
+    rank: R. scaling: s; both either one number or one per linear by name. dropout: probability. seed: it
+    decides the first values of A. dtype: that of the working copy. use_dora: every linear has a magnitude;
+    dropout must be 0 with it. lora_bias: every B has a bias instead. None of them goes with experts.
+    token_rows: what the rows of trained tokens begin with, fp32 [n, D] by module path of embedding and head.
+    An existing `linear.lora` is replaced.
     """
 
     def __init__(
@@ -71,11 +71,10 @@ class LoraParameters:
         self.scaling = scaling
         self.names = tuple(linears)
         self.ranks = {name: rank if isinstance(rank, int) else rank[name] for name in linears}
-        self._shapes = {
-            name: ((rows, linear.in_features), (linear.out_features, rows))
-            for name, linear in linears.items()
-            for rows in (self.ranks[name] * linear.num_matrices,)
-        }
+        self._shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+        for name, linear in linears.items():
+            rank_of_all = self.ranks[name] * linear.num_matrices
+            self._shapes[name] = ((rank_of_all, linear.in_features), (linear.out_features, rank_of_all))
         self._row_shapes = {path: tuple(rows.shape) for path, rows in token_rows.items()}
         self._num_a = sum(math.prod(a) for a, _ in self._shapes.values())
         self.first_b = self._num_a + sum(map(math.prod, self._row_shapes.values()))

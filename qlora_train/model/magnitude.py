@@ -31,9 +31,9 @@ BLOCK_ELEMENTS = 2**20  # of W in fp32 at a time: 4 MiB
 class Magnitude(nn.Module):
     """m, n and |W_i|^2 of one linear, [out] in fp32 each: views of flat buffers.
 
-    m: of the masters; NaN until the base is measured becomes n. gradient: of m. row_norms: n. base_squares:
-    |W_i|^2. is_measured: whether base_squares are known. is_stale: whether A or B have changed since n was
-    computed.
+    m: a view of the masters; NaN until the base is measured becomes n. gradient: that of m. row_norms: n.
+    base_squares: |W_i|^2. is_measured: whether base_squares are known. is_stale: whether A or B have changed
+    since n was computed.
     """
 
     def __init__(self, m: Tensor, gradient: Tensor, row_norms: Tensor, base_squares: Tensor) -> None:

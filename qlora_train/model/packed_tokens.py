@@ -64,6 +64,17 @@ class PackedTokens:
             move(self.offsets),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Every device tensor, in the order in which `moved` takes them."""
+        taken: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            taken.append(tensor)
+            return tensor
+
+        self.moved(take)
+        return taken
+
     @property
     def token_ids(self) -> Tensor:
         """Token ids int64 [1, T] on the device."""

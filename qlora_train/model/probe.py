@@ -217,8 +217,8 @@ def _try_out(config: PretrainedConfig) -> tuple[dict[str, float], ProbeResult]:
 def _same_layers(plain: _Walked, fused: _Walked, packed: PackedTokens) -> bool:
     """Whether every layer of the two decoders gives the same output and gradients, within `TOLERANCE`."""
     for index in range(len(plain[0].layers)):
-        expected, found = (_layer_results(*walked, packed, index) for walked in (plain, fused))
-        if not all(_relative(f, e) <= TOLERANCE for f, e in zip(found, expected, strict=True)):
+        expected, actual = (_layer_results(*walked, packed, index) for walked in (plain, fused))
+        if not all(_relative(f, e) <= TOLERANCE for f, e in zip(actual, expected, strict=True)):
             return False
     return True
 
@@ -231,8 +231,8 @@ def _find_skippable(decoder: FrozenDecoder, lora: LoraParameters, packed: Packed
         ends: list[FrozenLinear | FrozenExperts] = [_last_linear(decoder, packed, index)]
         for module in ends + decoder.experts[index]:
             names[module.name.split(f".{index}.", 1)[1]] = None
-    found = tuple(name for name in names if _may_skip(decoder, lora, packed, (name,)))
-    return found if _may_skip(decoder, lora, packed, found) else ()
+    skippable = tuple(name for name in names if _may_skip(decoder, lora, packed, (name,)))
+    return skippable if _may_skip(decoder, lora, packed, skippable) else ()
 
 
 def _may_skip(

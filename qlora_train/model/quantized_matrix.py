@@ -38,8 +38,8 @@ from qlora_train.quant.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a row of `num_columns` numbers is stored. quantization: from `Quantization.by_row`. dtype: of the
-    dequantized numbers."""
+    """How a row of `num_columns` numbers is stored. quantization: one of `Quantization.by_row`. dtype: that
+    of the dequantized numbers."""
 
     quantization: Quantization
     num_columns: int

@@ -43,13 +43,13 @@ def served_model(base_folder: Path, adaptable: Iterable[str], matrices: Iterable
     if served is not None:
         with init_empty_weights():
             model = served(config)
-        there = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linears_of_class = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         parameters = [name for name, _ in model.named_parameters()]  # of experts
-        paths = match_modules(own, [*there, *embeddings, *parameters])
+        paths = match_modules(own, [*linears_of_class, *embeddings, *parameters])
         if len(paths) == len(own):
             mapping = {"base_model_class": served.__name__, "parent_library": served.__module__}
-            return ServedModel(paths, there, mapping)
+            return ServedModel(paths, linears_of_class, mapping)
     return ServedModel({path: path for path in own}, linears)
 
 

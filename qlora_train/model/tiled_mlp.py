@@ -26,7 +26,7 @@ from qlora_train.model.linear import DropoutContext, FrozenLinear
 
 
 class TiledMlp(nn.Module):
-    """Replaces a layer's MLP. tile_tokens: C; None: all tokens at once. last_linear: of the MLP, if
+    """Replaces a layer's MLP. tile_tokens: C; None: all tokens at once. last_linear: the MLP's last one, if
     recomputation may skip its output (see `FrozenLinear.skip_output`), else None."""
 
     def __init__(self, mlp: nn.Module, context: DropoutContext, last_linear: FrozenLinear | None) -> None:

@@ -64,10 +64,11 @@ class WeightStore(Protocol):
 class PresentWeights:
     """Dequantizes weights that are on the device; base class of the stores.
 
-    layouts: of all layers. dequantize_kernel: of the device. quantized: the weights on the device now, by
-    module path. hold_dequantized: keep dequantized weights until the visit ends. copies_dequantized: each
-    result is a new tensor, as autograd needs to save it (reference mode). Otherwise results share one reused
-    buffer of the size of the largest weight, or with `hold_dequantized` of the largest layer.
+    layouts: the layer buffer layouts of all layers. dequantize_kernel: the device's. quantized: the weights
+    on the device now, by module path. hold_dequantized: keep dequantized weights until the visit ends.
+    copies_dequantized: each result is a new tensor, as autograd needs to save it (reference mode). Otherwise
+    results share one reused buffer of the size of the largest weight, or with `hold_dequantized` of the
+    largest layer.
     """
 
     def __init__(self, layouts: Sequence[LayerBufferLayout], dequantize_kernel: DequantizeKernel) -> None:

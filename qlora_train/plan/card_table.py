@@ -11,12 +11,12 @@ from typing import Any
 from qlora_train.device.cards import CARDS
 from qlora_train.plan.base_config import known_name
 from qlora_train.plan.words import duration
+from qlora_train.units import GIB
 
 FILE = Path(__file__).parent / "card_table.json"
 ROW_TOKENS = 512
 FREE_SHARE = 0.85
 """Share of a card's memory that must be free: with less than all of it the planner streams a little more."""
-_GIB = 2**30
 
 
 def kept_table() -> dict[str, dict[str, Any]]:
@@ -67,7 +67,7 @@ def _nearest_card(
 
 def _is_here(card: str, vram_bytes: int, ram_gib: float, ram_bytes: int) -> bool:
     """Whether this machine has nearly the memory of a card, and the RAM of a plan for it."""
-    return CARDS[card].memory_gib * FREE_SHARE * _GIB <= vram_bytes and ram_gib * _GIB <= ram_bytes
+    return CARDS[card].memory_gib * FREE_SHARE * GIB <= vram_bytes and ram_gib * GIB <= ram_bytes
 
 
 def rounded_seconds(seconds: float) -> float:

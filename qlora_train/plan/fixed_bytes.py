@@ -16,6 +16,7 @@ from math import prod
 
 from qlora_train.model.weight_store import chunk_sizes, experts_at_once, whole_sizes
 from qlora_train.plan.workload import Workload
+from qlora_train.units import ceil_div
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
 
 Bytes = dict[str, int]
@@ -118,7 +119,8 @@ def optimizer_state_bytes(workload: Workload) -> int:
     if workload.optimizer not in ("adamw_8bit", "paged_adamw_8bit"):
         return 8 * workload.num_lora_parameters
     return sum(
-        8 * n if n < MIN_8BIT_NUMBERS else 2 * n + 8 * -(-n // 256) for n in _learning_rate_groups(workload)
+        8 * n if n < MIN_8BIT_NUMBERS else 2 * n + 8 * ceil_div(n, 256)
+        for n in _learning_rate_groups(workload)
     )
 
 

@@ -72,7 +72,7 @@ def offloaded_bytes(workload: Workload, plan: ExecutionPlan) -> int:
         return 0
     layers = layer_bytes(workload, plan.hold_dequantized, plan.mlp_tile_tokens)
     policies = zip(layers, plan.activations, strict=True)
-    return sum(layer.kept.saved for layer, policy in policies if policy is ActivationPolicy.OFFLOAD)
+    return sum(layer.with_graph.saved for layer, policy in policies if policy is ActivationPolicy.OFFLOAD)
 
 
 def load_host_bytes(workload: Workload, plan: ExecutionPlan, machine: Machine = ONE_RANK) -> Bytes:

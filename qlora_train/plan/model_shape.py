@@ -25,7 +25,7 @@ from qlora_train.plan.base_config import fetch_config, find_base_folder, known_c
 from qlora_train.quant.formats import UNQUANTIZED, Quantization
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes of a decoder. config, config_text: where they are from, as JSON too. layers: of every layer the
     sizes of its weights. layer_paths: module paths of the layers. expert_shapes: path of each parameter of
@@ -212,21 +212,21 @@ def _shape_of(known_by: _Config) -> ModelShape:
             f"{config.model_type} is not supported: the start-up probe did not reach its experts"
         )
     return ModelShape(
-        config,
-        text,
-        layers,
-        meta_model.layer_paths,
-        {
+        config=config,
+        config_text=text,
+        layers=layers,
+        layer_paths=meta_model.layer_paths,
+        expert_shapes={
             path: (stack.out_features, stack.in_features, stack.num_matrices)
             for path, stack in expert_stacks(meta_model.model).items()
         },
-        _experts_per_token(config),
-        vocabulary,
-        hidden,
-        meta_model.is_tied,
-        sum(prod(shape) for shape in meta_model.plain_shapes.values()),
-        UNQUANTIZED if meta_model.is_tied else _head_quantization(config, hidden),
-        probed,
+        experts_per_token=_experts_per_token(config),
+        vocabulary=vocabulary,
+        hidden=hidden,
+        is_tied=meta_model.is_tied,
+        plain_parameters=sum(prod(shape) for shape in meta_model.plain_shapes.values()),
+        head_quantization=UNQUANTIZED if meta_model.is_tied else _head_quantization(config, hidden),
+        probed=probed,
     )
 
 

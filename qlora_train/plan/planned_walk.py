@@ -40,6 +40,7 @@ from qlora_train.plan.planned_meter import PlannedMeter
 from qlora_train.plan.planned_model import PlannedHost, PlannedLoss, PlannedModel, planned_model
 from qlora_train.plan.workload import Workload
 from qlora_train.recipe import MOST_SAMPLE_TOKENS
+from qlora_train.units import ceil_div
 from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
 from qlora_train.weights.execution_plan import ExecutionPlan, Placement
@@ -88,7 +89,7 @@ def step_bytes(workload: Workload, plan: ExecutionPlan) -> StepBytes:
     group = plan.group_size(workload.num_micro_batches)
     number = min(workload.num_micro_batches, 2 * group)  # a third group is like the second
     host = PlannedHost(model.device, meter)
-    plan_of_two = replace(plan, num_groups=-(-number // group))
+    plan_of_two = replace(plan, num_groups=ceil_div(number, group))
     walk = LayerWalk(
         model.decoder,
         model.lora,
@@ -211,6 +212,6 @@ def set_up(workload: Workload, plan: ExecutionPlan) -> tuple[PlannedModel, Packe
 
 def _micro_batch_bytes(workload: Workload, tokens: PackedTokens) -> Bytes:
     """Bytes of all micro-batches of a step; none on a CPU, where tensors share the host arrays' memory."""
-    sizes: list[int] = []
-    tokens.moved(lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
-    return {MICRO_BATCH: workload.num_micro_batches * sum(sizes) if workload.on_accelerator else 0}
+    if not workload.on_accelerator:
+        return {MICRO_BATCH: 0}
+    return {MICRO_BATCH: workload.num_micro_batches * sum(tensor.nbytes for tensor in tokens.tensors())}

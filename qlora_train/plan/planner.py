@@ -48,6 +48,7 @@ from qlora_train.plan.step_sum import peak_by_sum
 from qlora_train.plan.time_model import Rates, StepTime, step_time
 from qlora_train.plan.words import gib
 from qlora_train.plan.workload import Workload
+from qlora_train.units import ceil_div
 from qlora_train.weights.execution_plan import (
     HEAD_TILE_ROWS,
     LOSS_TOKENS,
@@ -277,7 +278,7 @@ class _Search:
     def _group_counts(self) -> list[int]:
         """Numbers of groups to try: powers of two, and one group for each micro-batch."""
         k = self._workload.num_micro_batches
-        fewest = -(-k // MOST_TOGETHER)
+        fewest = ceil_div(k, MOST_TOGETHER)
         return sorted({max(fewest, min(k, 2**i)) for i in range(k.bit_length() + 1)} | {k})
 
     def _alternatives(self) -> list[_Alternative]:

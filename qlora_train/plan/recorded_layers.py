@@ -68,7 +68,7 @@ class Record:
     backward: tuple[int, int] = (0, 0)
 
     @property
-    def kept(self) -> int:
+    def graph_bytes(self) -> int:
         """Bytes of the layer's graph, besides input and output."""
         return self.saved + self.fixed_saved
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from qlora_train.plan.request import PlanRequest
 from qlora_train.plan.words import duration, gib, largest_in_words, parameter_count
+from qlora_train.units import GIB
 from qlora_train.weights.execution_plan import ExecutionPlan
 
 Values = Mapping[str, Any]
@@ -142,7 +143,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(phase, justify="right")
     places = sorted(
         dict.fromkeys(row["place"] for row in rows),
-        key=lambda place: (place in _HOST_PLACES) and 1 + _HOST_PLACES.index(place),
+        key=lambda place: _HOST_PLACES.index(place) if place in _HOST_PLACES else -1,
     )
     for place in places:
         of_place = [row for row in rows if row["place"] == place]
@@ -154,4 +155,4 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def _cells(rows: list[dict[str, Any]]) -> list[str]:
     sums = [sum(row["bytes"] for row in rows if row["phase"] == phase) for phase in _PHASES]
-    return [f"{num_bytes / 2**30:.3f}" if num_bytes else "" for num_bytes in sums]
+    return [f"{num_bytes / GIB:.3f}" if num_bytes else "" for num_bytes in sums]

@@ -23,6 +23,7 @@ from qlora_train.plan.base_config import find_base_folder
 from qlora_train.plan.host_budget import HostBudget, free_host_memory, usable_ram
 from qlora_train.plan.words import gib
 from qlora_train.recipe import Recipe
+from qlora_train.units import GIB
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _device_of(recipe: Recipe, card: str | None) -> PlanRequest:
         memory_gib = CARDS[name].memory_gib
         target = planned_gpu(name, None)
         return PlanRequest(
-            recipe, target, memory_gib * 2**30, nothing, False, name, f"{name} with {memory_gib} GiB"
+            recipe, target, memory_gib * GIB, nothing, False, name, f"{name} with {memory_gib} GiB"
         )
     found = find_card()
     if found is not None:

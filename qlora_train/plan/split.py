@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qlora_train.errors import UserError
 from qlora_train.recipe import Recipe, TrainingSection
+from qlora_train.units import ceil_div
 
 TOKENS_OF_MICRO_BATCHES = (8_192, 4_096, 2_048, 1_024)
 """Tokens per micro-batch to try. Larger ones compute no faster; in smaller ones overheads dominate."""
@@ -45,25 +46,25 @@ def stated_micro_batch_size(training: TrainingSection, num_ranks: int) -> int | 
         return training.micro_batch_size
     if training.gradient_accumulation_steps is None:
         return None
-    return -(-batch_size_of(training, num_ranks) // (num_ranks * training.gradient_accumulation_steps))
+    return ceil_div(batch_size_of(training, num_ranks), num_ranks * training.gradient_accumulation_steps)
 
 
 def splits_of(recipe: Recipe, num_ranks: int = 1) -> list[Split]:
     """The splits that a plan may choose from, large micro-batches first: the recipe's, or for each of
     `TOKENS_OF_MICRO_BATCHES` the largest divisor of a rank's bins that does not exceed it."""
-    num_bins = -(-batch_size_of(recipe.training, num_ranks) // num_ranks)
+    num_bins = ceil_div(batch_size_of(recipe.training, num_ranks), num_ranks)
     stated = stated_micro_batch_size(recipe.training, num_ranks)
     divisors = _divisors(num_bins)
     most = [max(1, tokens // recipe.data.sequence_length) for tokens in TOKENS_OF_MICRO_BATCHES]
     sizes = {max(d for d in divisors if d <= size) for size in most} if stated is None else {stated}
-    return [Split(size, -(-num_bins // size)) for size in sorted(sizes, reverse=True)]
+    return [Split(size, ceil_div(num_bins, size)) for size in sorted(sizes, reverse=True)]
 
 
 def smallest_split(recipe: Recipe, num_ranks: int = 1) -> Split | None:
     """The split into micro-batches of one bin; None where the recipe gives the size."""
     if stated_micro_batch_size(recipe.training, num_ranks) is not None:
         return None
-    return Split(1, -(-batch_size_of(recipe.training, num_ranks) // num_ranks))
+    return Split(1, ceil_div(batch_size_of(recipe.training, num_ranks), num_ranks))
 
 
 def _divisors(number: int) -> list[int]:

@@ -22,17 +22,17 @@ from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes of one kind of layer. alone: run without a graph. kept: with a graph that is kept. again: run
-    again for backward."""
+    """Bytes of one kind of layer. without_graph: in a forward pass that is recomputed later. with_graph: in
+    one whose graph is kept. recomputed: in the second forward pass, for backward."""
 
-    alone: Record
-    kept: Record
-    again: Record
+    without_graph: Record
+    with_graph: Record
+    recomputed: Record
 
     @property
-    def recompute(self) -> int:
+    def recompute_peak_bytes(self) -> int:
         """Peak bytes while the layer is recomputed and run backward."""
-        return self.again.kept + max(max(self.again.forward), max(self.again.backward))
+        return self.recomputed.graph_bytes + max(*self.recomputed.forward, *self.recomputed.backward)
 
 
 def peak_by_sum(workload: Workload, plan: ExecutionPlan) -> int:
@@ -43,13 +43,13 @@ def peak_by_sum(workload: Workload, plan: ExecutionPlan) -> int:
     largest = 0
     for layer, policy in zip(layers, plan.activations, strict=True):
         if policy is ActivationPolicy.RECOMPUTE:
-            forward, backward = max(layer.alone.forward), layer.recompute
+            forward, backward = max(layer.without_graph.forward), layer.recompute_peak_bytes
             stays = x_bytes if plan.inputs is Placement.DEVICE else 0
         else:
-            offloaded = layer.kept.saved if policy is ActivationPolicy.OFFLOAD else 0
-            forward = layer.kept.kept + max(layer.kept.forward)
-            backward = max(layer.kept.backward) + 2 * offloaded
-            stays = x_bytes + layer.kept.kept - offloaded
+            offloaded = layer.with_graph.saved if policy is ActivationPolicy.OFFLOAD else 0
+            forward = layer.with_graph.graph_bytes + max(layer.with_graph.forward)
+            backward = max(layer.with_graph.backward) + 2 * offloaded
+            stays = x_bytes + layer.with_graph.graph_bytes - offloaded
         largest = max(largest, kept_bytes + max(x_bytes + forward, group * stays + backward))
         kept_bytes += group * stays
     loss = _loss_bytes(workload, group, plan.loss_tokens, plan.head_tile_rows)
@@ -63,21 +63,21 @@ def layer_bytes(workload: Workload, holds: bool, mlp_tile_tokens: int | None) ->
     plan = replace(_plain(workload), hold_dequantized=holds, mlp_tile_tokens=mlp_tile_tokens)
     model, tokens, meter = set_up(workload, plan)
     decoder, dropout = model.decoder, model.lora.dropout_context
-    found: dict[int, LayerBytes] = {}
+    by_kind: dict[int, LayerBytes] = {}
     with meter:
         x, arguments = decoder.embed_packed(tokens)
         leaf = x.detach().requires_grad_()
         dropout.tokens = DropoutKeys(0, 1, tokens.rows, tokens.offsets)
         for index, kind in enumerate(decoder.kinds):
-            if kind not in found:
+            if kind not in by_kind:
                 with torch.no_grad():
-                    alone = decoder.record(index, x, arguments[index])
-                kept = decoder.record(index, leaf, arguments[index])
+                    without_graph = decoder.record(index, x, arguments[index])
+                with_graph = decoder.record(index, leaf, arguments[index])
                 with decoder.running_again(index):
-                    again = decoder.record(index, leaf, arguments[index])
-                found[kind] = LayerBytes(alone, kept, again)
+                    recomputed = decoder.record(index, leaf, arguments[index])
+                by_kind[kind] = LayerBytes(without_graph, with_graph, recomputed)
         dropout.tokens = None
-    return tuple(found[kind] for kind in decoder.kinds)
+    return tuple(by_kind[kind] for kind in decoder.kinds)
 
 
 @lru_cache(maxsize=256)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qlora_train.errors import UserError
+from qlora_train.units import GIB
 
 
 def gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def parameter_count(number: int) -> str:

@@ -33,6 +33,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qlora_train.units import ceil_div
+
 FormatName = Literal["nf4", "fp4", "mxfp4", "int8", "none"]
 NESTED_BLOCK_SIZE = 256
 SCALE_BYTES = 4  # of one fp32 absmax
@@ -62,13 +64,13 @@ class Quantization:
         if self.format == "int8":
             return {"data": ("int8", shape), "row_absmax": ("float32", (shape[0],))}
         num_elements = math.prod(shape)
-        num_blocks = -(-num_elements // self.block_size)
+        num_blocks = ceil_div(num_elements, self.block_size)
         data: dict[str, tuple[str | None, tuple[int, ...]]] = {"data": ("uint8", ((num_elements + 1) // 2,))}
         if not self.double_quant:
             return data | {"absmax": ("float32", (num_blocks,))}
         return data | {
             "absmax": ("uint8", (num_blocks,)),
-            "nested_absmax": ("float32", (-(-num_blocks // NESTED_BLOCK_SIZE),)),
+            "nested_absmax": ("float32", (ceil_div(num_blocks, NESTED_BLOCK_SIZE),)),
             "nested_offset": ("float32", ()),
             "nested_code": ("float32", (256,)),
         }

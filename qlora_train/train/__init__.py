@@ -19,8 +19,8 @@ OnStep = Callable[[Mapping[str, float | int | bool]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run. run_dir: the run folder. adapter_dir: the adapter in PEFT format. num_steps:
-    that were trained. loss: of the last step. eval_loss: of the last evaluation."""
+    """The result of a run. run_dir: the run folder. adapter_dir: the adapter in PEFT format. num_steps: the
+    steps that were trained. loss: the loss of the last step. eval_loss: that of the last evaluation."""
 
     run_dir: Path
     adapter_dir: Path

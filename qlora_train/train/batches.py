@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from qlora_train.device.compute import ComputeDevice
 from qlora_train.device.step_clock import Cause
 from qlora_train.micro_batch import MicroBatch
@@ -76,9 +74,7 @@ class BatchPrefetcher:
         return [self._staged(PackedTokens.from_host(batch, "cpu")) for batch in self._make(step)]
 
     def _staged(self, batch: PackedTokens) -> _StagedBatch:
-        tensors: list[Tensor] = []
-        batch.moved(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        return _StagedBatch(batch, self._uploads.stage(tensors))
+        return _StagedBatch(batch, self._uploads.stage(batch.tensors()))
 
     def _sent(self, batch: _StagedBatch) -> PackedTokens:
         on_device = iter(self._uploads.send(batch.staged))

@@ -1,7 +1,7 @@
 """Checkpoints: all state that the next optimizer step depends on, written atomically.
 
     checkpoints/step-N/state.safetensors   masters, optimizer state
-    checkpoints/step-N/state.json          step, data position, loss scale, counters, hashes of the rest
+    checkpoints/step-N/state.json          step, loss scale, counters, hashes of the rest
     checkpoints/step-N/adapter/            the masters again, as an adapter that other tools load
 
 The random state needs no file: dropout masks and data order are pure functions of the seed, the step and the
@@ -34,28 +34,22 @@ from qlora_train.files.hashed_file import FileEntry, HashingFile, entry_of
 from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.files.shards import write_tensors
 from qlora_train.recipe import EarlyStopping
+from qlora_train.walk.step_state import StepState
 
 _STATE, _TENSORS, _ADAPTER = "state.json", "state.safetensors", "adapter"
 _MASTERS, _OPTIMIZER = "masters", "optimizer."
 
 
-@dataclass
-class TrainState:
+@dataclass(kw_only=True)
+class TrainState(StepState):
     """The state of a run after `step` optimizer steps, apart from tensors.
 
-    data_position: rows (bins) of the data order that are consumed. loss_scale_good_steps: steps since the
-    scale changed. num_overflows, num_skipped: steps not applied. best_eval_loss, best_step: of the best
-    evaluation so far. loss_to_improve: of the last evaluation that improved, as early stopping sees it;
-    evals_without_improvement: those since. Both are counted only with early stopping.
+    best_eval_loss, best_step: loss and step of the best evaluation so far. loss_to_improve: the loss of the
+    last evaluation that improved, as early stopping sees it; evals_without_improvement: the evaluations
+    since. Both are counted only with early stopping.
     """
 
     step: int = 0
-    data_position: int = 0
-    loss_scale: float = 1.0
-    loss_scale_good_steps: int = 0
-    num_overflows: int = 0
-    num_skipped: int = 0
-    skipped_in_a_row: int = 0
     best_eval_loss: float | None = None
     best_step: int | None = None
     loss_to_improve: float | None = None
@@ -103,9 +97,9 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What every checkpoint of a run must have. num_steps: of the schedule. num_masters: numbers in masters.
-    optimizer: dtype and shape of its state by name; a checkpoint has no state before the first applied
-    step."""
+    """What every checkpoint of a run must have. num_steps: the length of the schedule. num_masters: the
+    number of LoRA parameters. optimizer: dtype and shape of each tensor of its state; a checkpoint has no
+    state before the first applied step."""
 
     num_steps: int
     num_masters: int
@@ -172,6 +166,7 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
             raise ValueError(f"{_TENSORS} is not what was written: its hash differs")
         if _entries(path / _ADAPTER) != values.pop(_ADAPTER):
             raise ValueError(f"{_ADAPTER} is not what was written: its hashes differ")
+        values.pop("data_position", None)  # written by older versions; it follows from the step
         if values.keys() != {field.name for field in fields(TrainState)}:
             raise ValueError("another version of qlora_train wrote it")
     except (OSError, ValueError, KeyError) as error:
@@ -210,7 +205,7 @@ def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[st
         "best_step": step,
         "evals_without_improvement": step + 1,
     }
-    for name in ("step", "data_position", "loss_scale_good_steps", *list(most)[1:]):
+    for name in ("loss_scale_good_steps", *most):
         value = values[name]
         optional = name == "best_step" and value is None
         if not optional and not (type(value) is int and 0 <= value <= most.get(name, value)):
@@ -228,17 +223,17 @@ def _wrong_numbers(values: dict[str, Any], step: int, num_steps: int) -> list[st
 
 def _wrong_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
     """A message for each tensor that is missing, odd, of another dtype or shape, or not finite."""
-    found = {_MASTERS: checkpoint.masters} | checkpoint.optimizer_state
+    tensors = {_MASTERS: checkpoint.masters} | checkpoint.optimizer_state
     wanted = dict(expected.optimizer) if checkpoint.optimizer_state else {}
     wanted[_MASTERS] = (torch.float32, (expected.num_masters,))
     state = checkpoint.state
     if not checkpoint.optimizer_state and state.num_skipped + state.num_overflows < state.step:
         return ["it holds no optimizer state"]
-    if found.keys() != wanted.keys():
-        odd = ", ".join(sorted(found.keys() ^ wanted.keys()))
+    if tensors.keys() != wanted.keys():
+        odd = ", ".join(sorted(tensors.keys() ^ wanted.keys()))
         return [f"it holds the state of another optimizer than training.optimizer: {odd}"]
     wrong = []
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         dtype, shape = wanted[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")

@@ -1,14 +1,12 @@
 """The training loop: batches in data order, optimizer steps, evaluations, checkpoints and resuming.
 
-Step n (from 1) takes the rows [(n - 1) R, n R) of the data order, R = batch_size; micro-batch k of rank r
-takes the (k * ranks + r)-th group of micro_batch_size rows, which is empty where the rows are used up. What a
-step computes depends on (recipe, n) and the state before it alone, so a resumed run gives the bytes of an
-uninterrupted one. Neither R nor the order depends on the split or on the number of ranks."""
+What step n computes depends on (recipe, n) and the state before it alone (step_bins.py), so a resumed run
+gives the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,10 +18,10 @@ from qlora_train.errors import Interrupted, OutOfMemory, TrainingFailure
 from qlora_train.micro_batch import MicroBatch
 from qlora_train.plan.plan import largest_causes
 from qlora_train.plan.time_model import step_time
+from qlora_train.plan.words import gib
 from qlora_train.report.write import refresh_report
 from qlora_train.train.batches import BatchPrefetcher
 from qlora_train.train.checkpoint import Expected, TrainState, is_finite, newest_valid, save_checkpoint
-from qlora_train.train.metrics import metrics_row
 from qlora_train.train.pace import Pace
 from qlora_train.train.plan_log import PlanLog
 from qlora_train.train.progress import TrainProgress
@@ -32,11 +30,12 @@ from qlora_train.train.run_folder import RunFolder
 from qlora_train.train.schedule import learning_rate
 from qlora_train.train.setup import Prepared
 from qlora_train.train.signals import StopSignal
+from qlora_train.train.step_bins import StepBins
 from qlora_train.walk.evaluate import loss_sum
 from qlora_train.walk.layer_walk import LayerWalk
-from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.optimizer import FlatOptimizer
 from qlora_train.walk.step import StepRunner
+from qlora_train.walk.step_state import INITIAL_SCALE
 from qlora_train.weights.execution_plan import ExecutionPlan
 from qlora_train.weights.uploads import Uploads
 
@@ -56,11 +55,11 @@ class TrainLoop:
         stop_metering: Callable[[], None],
         on_step: Callable[[Mapping[str, float | int | bool]], None] = lambda row: None,
     ) -> None:
-        """plan_log: of this run. meter: counts memory since before the base was loaded. stop_metering: called
-        after the first steps, as metering costs time. on_step: called with each step's metrics."""
+        """plan_log: the log that the run's plans are in. meter: counts memory since before the base was
+        loaded. stop_metering: called after the first steps, as metering costs time. on_step: called with each
+        step's metrics."""
         self._recipe, self._folder, self._plan_log = prepared.recipe, folder, plan_log
-        self._meter, self._stop_metering = meter, stop_metering
-        self._on_step = on_step
+        self._meter, self._stop_metering, self._on_step = meter, stop_metering, on_step
         self._log: Callable[[str], None] = print
         self._saved_at = self._step_began = time.monotonic()
         self._step_seconds: float | None = None
@@ -70,8 +69,14 @@ class TrainLoop:
         self._device, self._clock = self._decoder.device, self._decoder.device.clock
         self._uploads = Uploads(self._device, prepared.model.host)
         training = self._recipe.training
-        self._split, self._bins_per_step = prepared.model.plan.workload.split, training.bins_per_step()
-        self._num_bins = training.num_bins(prepared.train_data.num_bins)
+        self._split = prepared.model.plan.workload.split
+        self._bins = StepBins(
+            training.num_bins(prepared.train_data.num_bins),
+            training.bins_per_step(),
+            self._split,
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+        )
         self.num_steps = training.num_steps(prepared.train_data.num_bins)
         self._optimizer = FlatOptimizer(
             training.optimizer,
@@ -79,6 +84,11 @@ class TrainLoop:
             self._device,
             lora_b_lr_ratio=training.lora_b_lr_ratio,
             weight_decay=training.weight_decay,
+        )
+        self._state = TrainState(
+            loss_scale=INITIAL_SCALE if self._decoder.dtype == torch.float16 else 1.0,
+            data_fingerprint=prepared.train_data.fingerprint(),
+            base_fingerprint=prepared.model.decoder.fingerprint,
         )
         self._runner = StepRunner(
             LayerWalk(
@@ -91,17 +101,13 @@ class TrainLoop:
             self._decoder,
             self._lora,
             self._optimizer,
-            LossScale.for_dtype(self._decoder.dtype == torch.float16),
+            self._state,
             self._accelerator,
             max_grad_norm=training.max_grad_norm,
             seed=training.seed,
             on_tighter_plan=self._fall_back,
         )
         self._pace = Pace(self._device.description, prepared.model.host, STEPS_METERED)
-        self._state = TrainState(
-            data_fingerprint=prepared.train_data.fingerprint(),
-            base_fingerprint=prepared.model.decoder.fingerprint,
-        )
 
     @property
     def step(self) -> int:
@@ -109,28 +115,24 @@ class TrainLoop:
         return self._state.step
 
     @property
-    def plan(self) -> ExecutionPlan:
+    def execution(self) -> ExecutionPlan:
         """The execution plan that steps follow now."""
-        return self._runner.walk.plan
+        return self._runner.walk.execution
 
     def resume(self, log: Callable[[str], None] = print) -> int:
         """Load the newest valid checkpoint, if there is one; returns its step, or 0. log: called with a line
         for each damaged one."""
         refuse_shorter(self._folder, self.num_steps)
         expected = Expected(self.num_steps, self._lora.masters.numel(), self._optimizer.layout())
-        found = newest_valid(self._folder.checkpoints, expected, log)
-        if found is not None:
-            require_same_inputs(self._folder, found.state, self._prepared)
-            self._state = found.state
-            self._lora.masters.copy_(found.masters)
+        checkpoint = newest_valid(self._folder.checkpoints, expected, log)
+        if checkpoint is not None:
+            require_same_inputs(self._folder, checkpoint.state, self._prepared)
+            self._state = self._runner.state = checkpoint.state
+            self._lora.masters.copy_(checkpoint.masters)
             self._lora.refresh_working()
-            self._optimizer.load_state(found.optimizer_state)
-            state, runner = self._state, self._runner
-            runner.scale.value, runner.scale.good_steps = state.loss_scale, state.loss_scale_good_steps
-            runner.scale.num_overflows = state.num_overflows
-            runner.num_skipped, runner.num_skipped_in_a_row = state.num_skipped, state.skipped_in_a_row
+            self._optimizer.load_state(checkpoint.optimizer_state)
         if self._accelerator.is_main_process:
-            last_step = -1 if found is None else self._state.step  # -1: the first evaluation comes again
+            last_step = -1 if checkpoint is None else self._state.step  # -1: the first evaluation comes again
             self._folder.cut_rows(last_step)
         return self._state.step
 
@@ -201,16 +203,15 @@ class TrainLoop:
             if self._state.step > 0:
                 self._save(ends=True)
                 saved = f" The state after step {self._state.step} is saved."
-            held = largest_causes(self._prepared.model.plan)
-            knobs = "; ".join(self._prepared.model.plan.advice)
+            plan = self._prepared.model.plan
             raise OutOfMemory(
-                f"{error}. By the plan, the device held {held}. What would save memory: "
-                f"{knobs or 'nothing'}.{saved}"
+                f"{error}. By the plan, the device held {largest_causes(plan)}. What would save memory: "
+                f"{'; '.join(plan.advice) or 'nothing'}.{saved}"
             ) from error
 
-    def _fall_back(self, step: int, plan: ExecutionPlan, change: str) -> None:
+    def _fall_back(self, step: int, execution: ExecutionPlan, change: str) -> None:
         """Record that a step is tried again by a plan with less memory."""
-        self._plan_log.change(step, plan, change)
+        self._plan_log.change(step, execution, change)
         self._log(f"step {step}: out of memory; tried again with less: {change}")
 
     def _compare_with_plan(self, num_steps_done: int) -> None:
@@ -223,15 +224,15 @@ class TrainLoop:
         reserved = self._device.peak_reserved_bytes if self._device.is_accelerator else None
         self._plan_log.measured(measured, reserved)
         self._log(
-            f"peak of a step: planned {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB "
+            f"peak of a step: planned {gib(predicted)}, measured {gib(measured)} "
             f"({measured / predicted - 1:+.1%})"
-            + ("" if reserved is None else f"; reserved by the allocator {reserved / 2**30:.2f} GiB")
+            + ("" if reserved is None else f"; reserved by the allocator {gib(reserved)}")
         )
 
     def _watch_pace(self, seconds: float) -> None:
         """Log if steps take far longer than planned."""
         plan = self._prepared.model.plan
-        planned_seconds = step_time(plan.workload, self.plan, plan.rates).total_seconds
+        planned_seconds = step_time(plan.workload, self.execution, plan.rates).total_seconds
         line = self._pace.slow_line(seconds, planned_seconds)
         if line is not None:
             self._log(line)
@@ -240,44 +241,38 @@ class TrainLoop:
         training, data = self._recipe.training, self._prepared.train_data
         started = self._step_began = time.monotonic()
         with self._clock.step():
-            _, plan = self._plan_log.in_force(step)
-            if plan != self.plan:
-                self._runner.walk.set_plan(plan)
-            positions = self._positions(step)
+            _, execution = self._plan_log.in_force(step)
+            if execution != self.execution:
+                self._runner.walk.set_execution(execution)
+            positions = self._bins.positions(step)
             batches = self._batches.take(step)
             num_supervised = data.num_supervised([p for p in positions if p is not None])
             rate = learning_rate(
                 step, self.num_steps, training.learning_rate, training.warmup_ratio, training.lr_schedule
             )
             outcome = self._runner.run(step, batches, max(1, num_supervised), rate)
-        self._state.step, self._state.data_position = step, step * self._bins_per_step
+        self._state.step = step
         seconds = self._step_seconds = time.monotonic() - started
         self._watch_pace(seconds)
         num_tokens = data.num_tokens(positions)
-        return metrics_row(step, outcome, rate, num_tokens, num_supervised, seconds, self._runner) | {
-            "peak_bytes": peak_bytes(self._device),
-            "plan": self._plan_log.in_force(step)[0],
-            **self._clock.read(),
+        row: dict[str, float | int | bool] = {
+            "step": step,
+            "loss": outcome.loss,
+            "learning_rate": rate,
+            "grad_norm": outcome.grad_norm,
+            "num_tokens": num_tokens,
+            "num_supervised_tokens": num_supervised,
+            "tokens_per_second": num_tokens / seconds,
+            "applied": outcome.applied,
         }
+        if self._runner.scales_loss:
+            row |= {"loss_scale": self._state.loss_scale, "overflowed": outcome.overflowed}
+        row |= {"peak_bytes": peak_bytes(self._device), "plan": self._plan_log.in_force(step)[0]}
+        return row | self._clock.read()
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
-        size, number = self._split.micro_batch_size, self._split.num_micro_batches
-        positions = self._positions(step)
-        empty = [None] * (size * number * self._accelerator.num_processes - len(positions))
-        mine = self._of_this_rank([*positions, *empty])
-        return [self._prepared.train_data.micro_batch(group) for group in mine]
-
-    def _of_this_rank(self, positions: Sequence[int | None]) -> list[list[int | None]]:
-        """The rows of this rank's micro-batches; None where the last one has no more."""
-        size = self._split.micro_batch_size
-        groups = [[*positions[i : i + size], *[None] * size][:size] for i in range(0, len(positions), size)]
-        return groups[self._accelerator.process_index :: self._accelerator.num_processes]
-
-    def _positions(self, step: int) -> list[int | None]:
-        """The rows of the data order that a step takes; None past the end of the last epoch."""
-        first = (step - 1) * self._bins_per_step
-        return [p if p < self._num_bins else None for p in range(first, first + self._bins_per_step)]
+        return [self._prepared.train_data.micro_batch(bins) for bins in self._bins.micro_batches(step)]
 
     def _report(self, row: dict[str, float | int | bool], progress: TrainProgress) -> None:
         step = int(row["step"])
@@ -287,19 +282,20 @@ class TrainLoop:
             self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         if row.get("overflowed"):
             progress.log(
-                f"step {step}: fp16 overflow, not applied; loss scale is now {self._runner.scale.value:g}"
+                f"step {step}: fp16 overflow, not applied; loss scale is now {self._state.loss_scale:g}"
             )
         elif not row["applied"]:
             progress.log(f"step {step}: the gradient is not finite; the step is skipped")
-        epoch = min(step * self._bins_per_step, self._num_bins) / self._prepared.train_data.num_bins
+        num_bins_done = min(step * self._bins.bins_per_step, self._bins.num_bins)
+        epoch = num_bins_done / self._prepared.train_data.num_bins
         assert self._step_seconds is not None, "a step was taken"
         progress.step(row, epoch, self._step_seconds)
 
     def _evaluate(self, step: int, progress: TrainProgress) -> bool:
         """Compute and log the loss on the evaluation data; True if it is the best so far."""
         assert (data := self._prepared.eval_data) is not None
-        mine = self._of_this_rank(range(data.num_bins))
-        group_size = self.plan.group_size(self._split.num_micro_batches)
+        mine = self._bins.of_this_rank(range(data.num_bins))
+        group_size = self.execution.group_size(self._split.num_micro_batches)
         progress.show(f"evaluating on {data.num_bins:,} bins")
         self._is_evaluating = True
         with (
@@ -309,7 +305,7 @@ class TrainLoop:
             ) as ahead,
         ):
             total = loss_sum(
-                self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.plan.loss_tokens
+                self._decoder, ahead.all(), group_size=group_size, loss_tokens=self.execution.loss_tokens
             )
         eval_loss = float(self._accelerator.reduce(total)) / data.num_supervised(range(data.num_bins))
         self._is_evaluating = False
@@ -336,29 +332,25 @@ class TrainLoop:
         self._saved_at = time.monotonic()
         if not self._accelerator.is_main_process:
             return
-        state, runner = self._state, self._runner
-        state.loss_scale, state.loss_scale_good_steps = runner.scale.value, runner.scale.good_steps
-        state.num_overflows = runner.scale.num_overflows
-        state.num_skipped, state.skipped_in_a_row = runner.num_skipped, runner.num_skipped_in_a_row
         with self._clock.between_steps(Cause.CHECKPOINT):
             save_checkpoint(
                 self._folder.checkpoints,
-                state,
+                self._state,
                 self._lora.masters,
                 self._optimizer.state(),
                 self._recipe.training.keep_checkpoints,
                 self._write_adapter,
             )
         if ends:
-            self._folder.append_metrics({"step": state.step, **self._clock.read_all()})
+            self._folder.append_metrics({"step": self._state.step, **self._clock.read_all()})
         with self._clock.between_steps(Cause.CHECKPOINT):
             if problem := refresh_report(self._folder.path):
                 self._log(problem)
 
     def _write_adapter(self, folder: Path) -> None:
         trained, step = self._prepared.model.adapter, self._state.step
-        said = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
-        trained.save(folder, self._lora.views(self._lora.masters), said)
+        trained_on = {FILE_NAME: self._prepared.trained_on.to_json(step, self.num_steps)}
+        trained.save(folder, self._lora.views(self._lora.masters), trained_on)
 
     def _save_is_due(self, step: int, is_best: bool) -> bool:
         """Whether to save after this step. Rank 0 alone writes, so ranks need not agree on the time."""
@@ -369,8 +361,10 @@ class TrainLoop:
 
     def _stopping_line(self) -> str:
         """The line that a signal's handler prints in the middle of a step or an evaluation."""
-        usual, step = self._step_seconds, self._state.step + 1
-        left = "" if usual is None else f", about {max(0, self._step_began + usual - time.monotonic()):.0f} s"
+        step, left = self._state.step + 1, ""
+        if self._step_seconds is not None:
+            seconds_left = max(0.0, self._step_began + self._step_seconds - time.monotonic())
+            left = f", about {seconds_left:.0f} s"
         work = f"step {step} is being finished{left}"
         if self._is_evaluating:  # the first one before step 1, which leaves something to save
             work = f"the evaluation {'is' if step > 1 else 'and step 1 are'} being finished"

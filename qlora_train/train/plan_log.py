@@ -69,18 +69,18 @@ class Setting:
 
     def differences(self, before: Setting) -> list[str]:
         """A message for each difference from an earlier setting."""
-        found = []
+        messages = []
         if self.device != before.device:
-            found.append(f"{self.device} instead of {before.device}")
+            messages.append(f"{self.device} instead of {before.device}")
         for name, now, then in (
             ("device memory", self.device_bytes, before.device_bytes),
             ("RAM", self.ram_bytes, before.ram_bytes),
         ):
             if abs(now - then) > TELLABLE_SHARE * max(now, then):
-                found.append(f"{gib(now)} of {name} instead of {gib(then)}")
+                messages.append(f"{gib(now)} of {name} instead of {gib(then)}")
         if self.num_ranks != before.num_ranks:
-            found.append(f"processes: {self.num_ranks} instead of {before.num_ranks}")
-        return found + [
+            messages.append(f"processes: {self.num_ranks} instead of {before.num_ranks}")
+        return messages + [
             f"{key}={value} instead of {before.memory.get(key)}"
             for key, value in self.memory.items()
             if value != before.memory.get(key)
@@ -132,19 +132,29 @@ class PlanLog:
         made_for = saved.to_dict() | {"setting": asdict(self._setting)}
         if not self._content:
             self._content = plan | made_for | {"run_format": RUN_FORMAT, "changes": []}
-            self._write()
         elif self.moved:
-            change = {"from_step": first_step, "reason": f"planned anew: {', '.join(self.moved)}"} | made_for
-            began = {key: self._content[key] for key in ("run_format", "execution", "split", "setting")}
-            changes = [c for c in self._content["changes"] if c["from_step"] < first_step]
-            self._content = plan | began | {"changes": [*changes, change]}
-            self._write()
-        elif first_step < (newest := self._newest()).get("from_step", 0):  # a checkpoint was damaged
-            later = self._content["changes"].index(newest)
-            changes = [c for c in self._content["changes"][:later] if c["from_step"] < first_step]
-            newest["from_step"] = first_step
-            self._content["changes"] = changes + self._content["changes"][later:]
-            self._write()
+            self._plan_anew(plan, made_for, first_step)
+        elif first_step < self._newest().get("from_step", 0):  # a checkpoint was damaged
+            self._begin_newest_at(first_step)
+        else:
+            return
+        self._write()
+
+    def _plan_anew(self, plan: dict[str, Any], made_for: dict[str, Any], first_step: int) -> None:
+        """Add the plan made for another setting as a change; the one that the run began with stays."""
+        change = {"from_step": first_step, "reason": f"planned anew: {', '.join(self.moved)}"} | made_for
+        began = {key: self._content[key] for key in ("run_format", "execution", "split", "setting")}
+        self._content = plan | began | {"changes": [*self._changes_before(first_step), change]}
+
+    def _begin_newest_at(self, first_step: int) -> None:
+        """Let the newest plan made at a start begin earlier, without what came between."""
+        newest, changes = self._newest(), self._content["changes"]
+        later = changes[changes.index(newest) :]
+        newest["from_step"] = first_step
+        self._content["changes"] = [*self._changes_before(first_step), *later]
+
+    def _changes_before(self, step: int) -> list[dict[str, Any]]:
+        return [change for change in self._content["changes"] if change["from_step"] < step]
 
     def change(self, from_step: int, execution: ExecutionPlan, reason: str) -> None:
         """Store that steps from `from_step` on follow another plan."""
@@ -154,8 +164,8 @@ class PlanLog:
         self._write()
 
     def measured(self, step_bytes: int, reserved_bytes: int | None) -> None:
-        """Store measured peaks of the first steps on the device. step_bytes: of tensors. reserved_bytes: of
-        the allocator, workspaces and fragmentation included; None on the CPU."""
+        """Store measured peaks of the first steps on the device. step_bytes: the peak of tensors.
+        reserved_bytes: that of the allocator, with workspaces and fragmentation; None on the CPU."""
         self._content["measured_step_vram_bytes"] = step_bytes
         self._content["measured_step_reserved_bytes"] = reserved_bytes
         self._write()

@@ -13,9 +13,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from qlora_train.plan.words import gib
 from qlora_train.terminal_text import message
 
-GIB = 2**30
 STEPS_LOOKED_AT = 100
 """The newest steps, of whose seconds the median counts."""
 
@@ -60,13 +60,13 @@ class TrainProgress:
         self._bar.values = values
 
     def step(self, row: Mapping[str, float | int | bool], epoch: float, seconds: float) -> None:
-        """Show the values of an optimizer step. row: of metrics.jsonl. epoch: of the data, at its end.
-        seconds: that it took."""
+        """Show the values of an optimizer step. row: the step's row of metrics.jsonl. epoch: the epochs of
+        the data at its end. seconds: the time that it took."""
         step = int(row["step"])
         values = (
             f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3g}  "
             f"epoch {epoch:.2f}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"{self._peak_name} {row['peak_bytes'] / GIB:.2f} GiB"
+            f"{self._peak_name} {gib(row['peak_bytes'])}"
         )
         seconds_left = self._time_left.after(seconds, self._num_steps - step)
         time_left = "" if seconds_left is None else f"ETA {_clock(seconds_left)}"

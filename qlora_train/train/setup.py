@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.adapter.adapter_config import HEAD, AdapterConfig, name_parameters, name_targets
 from qlora_train.adapter.adapter_files import LoraPairs, head_copy, load_fitting, save_adapter
 from qlora_train.adapter.continued_adapter import as_continued
-from qlora_train.adapter.lora_targets import choose_targets
+from qlora_train.adapter.lora_targets import LoraTarget, choose_targets
 from qlora_train.adapter.pissa import Factors, as_plain_lora, initial_values, is_pissa
 from qlora_train.adapter.trained_on import TrainedOn, find_base, read_trained_on
 from qlora_train.data.added_tokens import AddedTokens
@@ -33,7 +33,7 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.probe import ProbeResult
 from qlora_train.model.rope_lengths import refuse_length_dependent_rope
-from qlora_train.model.served_model import served_model
+from qlora_train.model.served_model import ServedModel, served_model
 from qlora_train.model.token_rows import initial_rows
 from qlora_train.plan.fixed_bytes import managed_bytes
 from qlora_train.plan.machine_plan import enforce_budget, plan_here
@@ -42,7 +42,7 @@ from qlora_train.plan.plan import Plan
 from qlora_train.plan.split import batch_size_of, stated_micro_batch_size
 from qlora_train.plan.unpinned import host_memory_of_run
 from qlora_train.quant.formats import Quantization
-from qlora_train.recipe import Recipe
+from qlora_train.recipe import LoraSection, Recipe
 from qlora_train.train.launch import join_launch
 from qlora_train.train.plan_log import SavedPlan
 from qlora_train.train.samples import SampleAnswers
@@ -57,7 +57,7 @@ NO_TOKENS = AddedTokens()
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every part of a run's start-up needs. recipe: see `resolve`. dtype: to compute in. target: the
+    """What every part of a run's start-up needs. recipe: see `resolve`. dtype: the compute dtype. target: the
     least capable device of all ranks. log: called with a line about each thing that takes time."""
 
     recipe: Recipe
@@ -85,8 +85,9 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """What is saved beside the trained LoRA parameters. paths: what modules are called in the written
-    adapter. kept: A and B that are applied but not trained (the head's). factors: of PiSSA."""
+    """What is saved beside the trained LoRA parameters. paths: the module paths in the written adapter. kept:
+    A and B that are applied but not trained (the head's). factors: the principal parts that PiSSA took; empty
+    without it."""
 
     config: AdapterConfig
     paths: Mapping[str, str]
@@ -94,7 +95,8 @@ class TrainedAdapter:
     factors: Factors
 
     def save(self, folder: Path, trained: LoraPairs, other_files: Mapping[str, str]) -> None:
-        """Write the adapter for other tools, which have the original base. trained: by module path."""
+        """Write the adapter for other tools, which have the original base. trained: the trained parameters by
+        module path."""
         config, lora = self.config, trained | self.kept
         if self.factors:
             config, lora = as_plain_lora(config, lora, self.factors)
@@ -163,14 +165,14 @@ def prepare(
 ) -> Prepared:
     """Read the data, make the plan, load the base and attach LoRA parameters.
 
-    data: of the recipe's data section. saved: the plan of the resumed run, which is followed so that sums
-    keep their order. use_cache: keep the quantized base, and the tokens of large data, for later starts.
-    Raises a `UserError` for contradictory input and for a plan that does not fit.
+    data: the opened files of the recipe's data section. saved: the plan of the resumed run, which is followed
+    so that sums keep their order. use_cache: keep the quantized base, and the tokens of large data, for later
+    starts. Raises a `UserError` for contradictory input and for a plan that does not fit.
     """
     recipe, folder = run.recipe, run.base_folder
     config = read_config(folder)
     refuse_length_dependent_rope(config, recipe.data.sequence_length)
-    found = shape_of(config).probed
+    probed = shape_of(config).probed
     tokenizer, added = tokenizer_of_run(recipe.model, str(folder))
     for line in added.remarks:
         run.log(line)
@@ -189,7 +191,7 @@ def prepare(
     num_bins = recipe.training.num_bins(train_data.num_bins)
     model = load_adapted_model(
         run,
-        found,
+        probed,
         saved,
         lambda micro_batch_size: train_data.most_documents(micro_batch_size, num_bins),
         cache,
@@ -201,7 +203,7 @@ def prepare(
 
 def load_adapted_model(
     run: RunContext,
-    found: ProbeResult,
+    probed: ProbeResult,
     saved: SavedPlan | None,
     most_documents: Callable[[int], int],
     cache: Path | None,
@@ -209,14 +211,14 @@ def load_adapted_model(
 ) -> AdaptedModel:
     """Make the plan for this machine, load the base and attach LoRA parameters.
 
-    found: result of probing the base's config. saved: a plan to follow instead; the first rank's counts for
+    probed: result of probing the base's config. saved: a plan to follow instead; the first rank's counts for
     all. most_documents: the largest number in any micro-batch of so many bins. cache: the folder of quantized
     bases; None: none is kept. added: tokens whose rows are trained. Raises a `UserError` for a plan that does
     not fit.
     """
     recipe, device, ranks = run.recipe, run.device, run.ranks
-    told = ranks.gather(None if saved is None else saved.to_dict())[0]
-    saved = None if told is None else SavedPlan.from_dict(told)
+    values_of_first = ranks.gather(None if saved is None else saved.to_dict())[0]
+    saved = None if values_of_first is None else SavedPlan.from_dict(values_of_first)
     plan = plan_here(
         recipe,
         run.base_folder,
@@ -247,9 +249,9 @@ def load_adapted_model(
         log=run.log,
         lora=recipe.lora,
     )
-    decoder.skippable = found.skippable
+    decoder.skippable = probed.skippable
     if recipe.training.kernels == "auto":
-        decoder.fuse(norms=found.fuses_norms, mlps=found.fuses_mlps, qkv=found.fuses_qkv)
+        decoder.fuse(norms=probed.fuses_norms, mlps=probed.fuses_mlps, qkv=probed.fuses_qkv)
     lora, adapter = attach_lora(recipe, run.base_folder, decoder, run.dtype, added)
     device.release_cached()  # what loading and quantizing took would stay beside other sizes
     return AdaptedModel(plan, execution, host, decoder, lora, adapter)
@@ -264,67 +266,99 @@ def attach_lora(
 ) -> tuple[LoraParameters, TrainedAdapter]:
     """Attach LoRA parameters as the resolved recipe says, and rows of added tokens, with the values of
     `lora.init_from` if given."""
-    section = recipe.lora
-    chosen = choose_targets(section, decoder.linears, decoder.stacks)
-    ranks = {path: target.rank for path, target in chosen.items()}
-    alphas = {path: target.alpha for path, target in chosen.items()}
-    start: LoraPairs = {}
-    kept: LoraPairs = {}
-    if section.init_from is not None:
-        existing = [*decoder.adaptable, *decoder.matrix_paths, HEAD]
-        saved, start = load_fitting(Path(section.init_from), existing)
-        _refuse_other_tokens(section.init_from, saved, start, added)
-        if len(start.get(HEAD, ())) > 1:
-            kept = {HEAD: start.pop(HEAD)}
-            ranks[HEAD], alphas[HEAD] = saved.rank_of(HEAD), saved.alpha_of(HEAD)
+    chosen = choose_targets(recipe.lora, decoder.linears, decoder.stacks)
+    start, kept, kept_targets = _continued_values(recipe.lora, decoder, added)
     served = served_model(base_folder, decoder.adaptable, decoder.matrix_paths)
-    modules = [served.paths[path] for path in ranks if path not in decoder.stacks]
-    names, layers = name_targets(modules, served.linears)
-    config = AdapterConfig(
-        recipe.model.base,
-        section.rank,
-        section.alpha,
-        section.dropout,
-        names,
-        section.use_rslora,
-        ranks,
-        alphas,
-        layers,
-        section.use_dora,
-        name_parameters(
-            {served.paths[path] for path in ranks.keys() & decoder.stacks.keys()},
-            [served.paths[path] for path in decoder.stacks],
-        ),
-        section.lora_bias,
-        served.auto_mapping,
-        added.ids,
-    )
-    matrices = zip(decoder.matrix_paths, (decoder.embedding, decoder.head), strict=False)
-    lora = LoraParameters(
-        {path: decoder.adaptable[path] for path in chosen},
-        rank=ranks,
-        scaling={path: config.scaling_of(path) for path in chosen},
-        dropout=section.dropout,
-        seed=recipe.training.seed,
-        dtype=dtype,
-        device=decoder.device.torch,
-        use_dora=section.use_dora,
-        lora_bias=section.lora_bias,
-        token_rows={
-            path: initial_rows(stored, added.parts, decoder.device.torch)
-            for path, stored in (matrices if added.ids else ())
-        },
-    )
-    if added.ids:
-        decoder.set_token_rows(added.ids, lora.token_rows(lora.working), lora.token_rows(lora.gradient))
+    config = _adapter_config(recipe, chosen | kept_targets, decoder, served, added)
+    lora = _lora_parameters(recipe, chosen, config, decoder, dtype, added)
     if decoder.principal_factors:
         start = initial_values(config, decoder.principal_factors)
     if start:
         first_rows = {path: (rows,) for path, rows in lora.token_rows(lora.masters).items()}
         lora.load(first_rows | start)
-    if section.init_from is not None and kept:
-        decoder.adapt_head(kept[HEAD], config.scaling_of(HEAD), head_copy(Path(section.init_from)))
+    if recipe.lora.init_from is not None and kept:
+        decoder.adapt_head(kept[HEAD], config.scaling_of(HEAD), head_copy(Path(recipe.lora.init_from)))
     return lora, TrainedAdapter(config, served.paths, kept, decoder.principal_factors)
+
+
+def _continued_values(
+    section: LoraSection, decoder: FrozenDecoder, added: AddedTokens
+) -> tuple[LoraPairs, LoraPairs, dict[str, LoraTarget]]:
+    """(values of the parameters that are trained, A and B that are kept as they are, rank and alpha of
+    these), from the adapter that training continues; empty without one."""
+    if section.init_from is None:
+        return {}, {}, {}
+    existing = [*decoder.adaptable, *decoder.matrix_paths, HEAD]
+    saved, start = load_fitting(Path(section.init_from), existing)
+    _refuse_other_tokens(section.init_from, saved, start, added)
+    if len(start.get(HEAD, ())) < 2:
+        return start, {}, {}
+    return start, {HEAD: start.pop(HEAD)}, {HEAD: LoraTarget(saved.rank_of(HEAD), saved.alpha_of(HEAD))}
+
+
+def _adapter_config(
+    recipe: Recipe,
+    targets: Mapping[str, LoraTarget],
+    decoder: FrozenDecoder,
+    served: ServedModel,
+    added: AddedTokens,
+) -> AdapterConfig:
+    """The config of the adapter that is written. targets: of all modules in it, by path in the decoder."""
+    section = recipe.lora
+    names, layers = name_targets(
+        [served.paths[path] for path in targets if path not in decoder.stacks], served.linears
+    )
+    parameters = name_parameters(
+        {served.paths[path] for path in targets.keys() & decoder.stacks.keys()},
+        [served.paths[path] for path in decoder.stacks],
+    )
+    return AdapterConfig(
+        base_model=recipe.model.base,
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        target_modules=names,
+        use_rslora=section.use_rslora,
+        rank_pattern={path: target.rank for path, target in targets.items()},
+        alpha_pattern={path: target.alpha for path, target in targets.items()},
+        layers=layers,
+        use_dora=section.use_dora,
+        target_parameters=parameters,
+        lora_bias=section.lora_bias,
+        auto_mapping=served.auto_mapping,
+        token_ids=added.ids,
+    )
+
+
+def _lora_parameters(
+    recipe: Recipe,
+    chosen: Mapping[str, LoraTarget],
+    config: AdapterConfig,
+    decoder: FrozenDecoder,
+    dtype: torch.dtype,
+    added: AddedTokens,
+) -> LoraParameters:
+    """The LoRA parameters of the chosen modules and the rows of added tokens, attached to the decoder."""
+    section, device = recipe.lora, decoder.device.torch
+    matrices = zip(decoder.matrix_paths, (decoder.embedding, decoder.head), strict=False)
+    lora = LoraParameters(
+        {path: decoder.adaptable[path] for path in chosen},
+        rank={path: target.rank for path, target in chosen.items()},
+        scaling={path: config.scaling_of(path) for path in chosen},
+        dropout=section.dropout,
+        seed=recipe.training.seed,
+        dtype=dtype,
+        device=device,
+        use_dora=section.use_dora,
+        lora_bias=section.lora_bias,
+        token_rows={
+            path: initial_rows(stored, added.parts, device)
+            for path, stored in (matrices if added.ids else ())
+        },
+    )
+    if added.ids:
+        decoder.set_token_rows(added.ids, lora.token_rows(lora.working), lora.token_rows(lora.gradient))
+    return lora
 
 
 def _refuse_other_tokens(folder: str, saved: AdapterConfig, start: LoraPairs, added: AddedTokens) -> None:

@@ -34,11 +34,11 @@ class ActivationStore:
         self.decoder, self.lora = decoder, lora
         self.offloader = HostOffloader(decoder.device, host)
 
-    def layer(self, index: int, plan: ExecutionPlan, *, in_backward: bool) -> LayerActivations:
+    def layer(self, index: int, execution: ExecutionPlan, *, in_backward: bool) -> LayerActivations:
         """The activations of one layer. in_backward: False below the first layer with LoRA parameters, where
         nothing is stored."""
-        policy = plan.activations[index] if in_backward else None
-        return LayerActivations(self, index, policy, inputs_wait_in_ram=plan.inputs is Placement.RAM)
+        policy = execution.activations[index] if in_backward else None
+        return LayerActivations(self, index, policy, inputs_wait_in_ram=execution.inputs is Placement.RAM)
 
 
 class LayerActivations:

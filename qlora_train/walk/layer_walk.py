@@ -43,8 +43,9 @@ from qlora_train.weights.host_memory import HostMemory
 class LayerWalk:
     """Forward and backward of one optimizer step; gradients land in `lora.gradient`.
 
-    plan: what is kept, recomputed or offloaded, and in how many groups micro-batches pass; may be replaced
-    between steps. reference: library operations and autograd's own sums (`training.kernels: reference`).
+    execution: what is kept, recomputed or offloaded, and in how many groups micro-batches pass; may be
+    replaced between steps. reference: library operations and autograd's own sums (`training.kernels:
+    reference`).
     host: memory for what is offloaded; None: memory of its own. make_loss: the loss's class.
     """
 
@@ -52,7 +53,7 @@ class LayerWalk:
         self,
         decoder: FrozenDecoder,
         lora: LoraParameters,
-        plan: ExecutionPlan,
+        execution: ExecutionPlan,
         *,
         reference: bool,
         host: HostMemory | None = None,
@@ -67,15 +68,15 @@ class LayerWalk:
         decoder.run_with(kernels.reference() if reference else replace(kernels, is_reference=False))
         self._make_loss = make_loss
         self._activations = ActivationStore(decoder, lora, host or HostMemory(decoder.device))
-        self.set_plan(plan)
+        self.set_execution(execution)
 
-    def set_plan(self, plan: ExecutionPlan) -> None:
+    def set_execution(self, execution: ExecutionPlan) -> None:
         """Walk by this plan from the next step on."""
-        assert plan.num_layers == len(self._decoder.layers)
-        self.plan = plan
-        self._decoder.weights.hold_dequantized = plan.hold_dequantized
-        self._decoder.tile_mlps(plan.mlp_tile_tokens, self._lora.dropout_context)
-        self._loss = self._make_loss(self._decoder, plan.loss_tokens)
+        assert execution.num_layers == len(self._decoder.layers)
+        self.execution = execution
+        self._decoder.weights.hold_dequantized = execution.hold_dequantized
+        self._decoder.tile_mlps(execution.mlp_tile_tokens, self._lora.dropout_context)
+        self._loss = self._make_loss(self._decoder, execution.loss_tokens)
 
     def accumulate(
         self,
@@ -95,7 +96,7 @@ class LayerWalk:
         for modules in self._modules:
             for module in modules:
                 module.zero_grad()  # left by an aborted step
-        size = self.plan.group_size(len(micro_batches))
+        size = self.execution.group_size(len(micro_batches))
         groups = [micro_batches[start : start + size] for start in range(0, len(micro_batches), size)]
         self._decoder.weights.set_schedule(self._order(len(groups)))
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._decoder.device.torch)
@@ -152,7 +153,7 @@ class LayerWalk:
         """Run every x_0 in the list through all layers, in place; returns the activations, one per layer."""
         stored: list[LayerActivations] = []
         for i in range(len(self._decoder.layers)):
-            layer = self._activations.layer(i, self.plan, in_backward=i >= self._lowest)
+            layer = self._activations.layer(i, self.execution, in_backward=i >= self._lowest)
             with self._decoder.weights.layer_on_device(i):
                 for k, x in enumerate(xs):
                     with self._dropping(keys[k]):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qlora_train.units import ceil_div
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
 
 _MESSAGES = (
@@ -28,32 +29,32 @@ LEAST_LOSS_TOKENS, FIRST_MLP_TILE, LEAST_MLP_TILE = 64, 2048, 256
 
 
 def fallback_plan(
-    plan: ExecutionPlan, num_micro_batches: int, num_tokens: int
+    execution: ExecutionPlan, num_micro_batches: int, num_tokens: int
 ) -> tuple[ExecutionPlan, str] | None:
     """The next plan to try and a description of the change; None if there is no tighter one.
 
     num_micro_batches: K of a step. num_tokens: T of a micro-batch.
     """
-    not_recomputed = [i for i, a in enumerate(plan.activations) if a is not ActivationPolicy.RECOMPUTE]
+    not_recomputed = [i for i, a in enumerate(execution.activations) if a is not ActivationPolicy.RECOMPUTE]
     if not_recomputed:
-        now = set(not_recomputed[: -(-len(not_recomputed) // 2)])
+        now = set(not_recomputed[: ceil_div(len(not_recomputed), 2)])
         activations = tuple(
-            ActivationPolicy.RECOMPUTE if i in now else a for i, a in enumerate(plan.activations)
+            ActivationPolicy.RECOMPUTE if i in now else a for i, a in enumerate(execution.activations)
         )
-        return replace(plan, activations=activations), f"{len(now)} more layers are recomputed"
-    if plan.inputs is Placement.DEVICE:
-        return replace(plan, inputs=Placement.RAM), "layer inputs wait in RAM"
-    if plan.loss_tokens > LEAST_LOSS_TOKENS:
-        halved = max(LEAST_LOSS_TOKENS, plan.loss_tokens // 2)
-        return replace(plan, loss_tokens=halved), f"the loss takes {halved} tokens at a time"
-    if plan.num_groups < num_micro_batches:
-        doubled = min(num_micro_batches, 2 * plan.num_groups)
-        return replace(plan, num_groups=doubled), f"micro-batches pass in {doubled} groups"
-    tile = FIRST_MLP_TILE if plan.mlp_tile_tokens is None else plan.mlp_tile_tokens // 2
+        return replace(execution, activations=activations), f"{len(now)} more layers are recomputed"
+    if execution.inputs is Placement.DEVICE:
+        return replace(execution, inputs=Placement.RAM), "layer inputs wait in RAM"
+    if execution.loss_tokens > LEAST_LOSS_TOKENS:
+        halved = max(LEAST_LOSS_TOKENS, execution.loss_tokens // 2)
+        return replace(execution, loss_tokens=halved), f"the loss takes {halved} tokens at a time"
+    if execution.num_groups < num_micro_batches:
+        doubled = min(num_micro_batches, 2 * execution.num_groups)
+        return replace(execution, num_groups=doubled), f"micro-batches pass in {doubled} groups"
+    tile = FIRST_MLP_TILE if execution.mlp_tile_tokens is None else execution.mlp_tile_tokens // 2
     while tile >= num_tokens:
         tile //= 2
     if tile >= LEAST_MLP_TILE:
-        return replace(plan, mlp_tile_tokens=tile), f"the MLP takes {tile} tokens at a time"
+        return replace(execution, mlp_tile_tokens=tile), f"the MLP takes {tile} tokens at a time"
     return None
 
 

@@ -27,10 +27,10 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.walk.layer_walk import LayerWalk
-from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.oom_fallback import fallback_plan, is_out_of_memory
 from qlora_train.walk.optimizer import FlatOptimizer
 from qlora_train.walk.overflow import first_overflow
+from qlora_train.walk.step_state import StepState
 from qlora_train.weights.execution_plan import ExecutionPlan
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -48,7 +48,8 @@ class StepOutcome:
 
 
 class StepRunner:
-    """Runs optimizer steps. `num_skipped_in_a_row` counts non-finite steps that are not fp16 overflows."""
+    """Runs optimizer steps. state: what they leave to the next; it may be replaced between steps.
+    scales_loss: the loss scale is dynamic, as the compute dtype is fp16."""
 
     def __init__(
         self,
@@ -56,20 +57,19 @@ class StepRunner:
         decoder: FrozenDecoder,
         lora: LoraParameters,
         optimizer: FlatOptimizer,
-        scale: LossScale,
+        state: StepState,
         accelerator: Accelerator,
         *,
         max_grad_norm: float,
         seed: int,
-        on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, plan, reason: None,
+        on_tighter_plan: Callable[[int, ExecutionPlan, str], None] = lambda step, execution, reason: None,
     ) -> None:
-        """on_tighter_plan: called with (step, plan, reason) before a step is tried again by that plan."""
+        """on_tighter_plan: called with (step, execution plan, reason) before a step is tried again by it."""
         self.walk, self._decoder, self._lora, self._optimizer = walk, decoder, lora, optimizer
-        self.scale, self._accelerator = scale, accelerator
+        self.state, self._accelerator = state, accelerator
+        self.scales_loss = decoder.dtype == torch.float16
         self._max_grad_norm, self._seed = max_grad_norm, seed
         self._on_tighter_plan = on_tighter_plan
-        self.num_skipped = 0
-        self.num_skipped_in_a_row = 0
 
     def run(
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int, learning_rate: float
@@ -79,8 +79,8 @@ class StepRunner:
         unchanged."""
         gradient, clock = self._lora.gradient, self._decoder.device.clock
         loss_sum = self._walk_within_memory(step, micro_batches, num_supervised)
-        if self.scale.value != 1.0:
-            gradient.mul_(1.0 / self.scale.value)
+        if self.state.loss_scale != 1.0:
+            gradient.mul_(1.0 / self.state.loss_scale)
         if self._accelerator.num_processes > 1:
             torch.distributed.all_reduce(gradient)
             torch.distributed.all_reduce(loss_sum)
@@ -94,8 +94,7 @@ class StepRunner:
             if norm_value > self._max_grad_norm:
                 gradient.mul_(self._max_grad_norm / norm_value)
             self._optimizer.step(learning_rate)
-        self.scale.record_applied()
-        self.num_skipped_in_a_row = 0
+        self.state.record_applied(scales_loss=self.scales_loss)
         return StepOutcome(loss_value, norm_value, applied=True, overflowed=False)
 
     def _walk_within_memory(
@@ -112,12 +111,12 @@ class StepRunner:
             del loss_sum
             self._free_memory()
             tokens = max(batch.labels.numel() for batch in micro_batches)
-            found = fallback_plan(self.walk.plan, len(micro_batches), tokens)
-            if found is None:
+            tighter = fallback_plan(self.walk.execution, len(micro_batches), tokens)
+            if tighter is None:
                 raise OutOfMemory(f"out of memory in step {step}, and no tighter plan is left ({failure})")
-            plan, change = found
-            self._on_tighter_plan(step, plan, change)
-            self.walk.set_plan(plan)
+            execution, change = tighter
+            self._on_tighter_plan(step, execution, change)
+            self.walk.set_execution(execution)
 
     def _try_walk(
         self, step: int, micro_batches: Sequence[PackedTokens], num_supervised: int
@@ -130,7 +129,7 @@ class StepRunner:
                 seed=self._seed,
                 step=step,
                 num_supervised=num_supervised,
-                loss_scale=self.scale.value,
+                loss_scale=self.state.loss_scale,
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -151,11 +150,9 @@ class StepRunner:
         self._decoder.device.release_cached()
 
     def _skip(self, loss: float, norm: float, micro_batches: Sequence[PackedTokens]) -> StepOutcome:
-        if self.scale.absorbs_overflow():
+        if self.state.absorbs_overflow():
             return StepOutcome(loss, norm, applied=False, overflowed=True)
-        self.num_skipped += 1
-        self.num_skipped_in_a_row += 1
-        if self.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailure(
                 f"non-finite gradients in {MAX_SKIPPED_IN_A_ROW} steps in a row: "
                 f"{self._first_bad_layer(micro_batches)}. "

@@ -42,7 +42,8 @@ class BaseCheckpoint:
     tensors: parameter -> the tensors of the checkpoint whose rows, one after another, are its rows.
     parts: tensor of the checkpoint -> which rows of which layer's weight it holds, of all that are quantized.
     unchanged: tensors that a merged checkpoint has as they are: of other parts of the model than the language
-    model, and those that its family keeps in fp32. factors: of PiSSA, of the linears read so far.
+    model, and those that its family keeps in fp32. factors: the principal parts that PiSSA took from the
+    linears read so far.
 
     Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors: on opening if
     the file headers show it, otherwise when the tensor is read.
@@ -109,8 +110,8 @@ class BaseCheckpoint:
         meta_model = self.meta_model
         if meta_model.is_tied:
             return UNQUANTIZED
-        found = bitsandbytes_quantization(self.reader, self.find(meta_model.head_name))
-        return UNQUANTIZED if found is None else found.by_row(meta_model.matrix_shape[1])
+        stored = bitsandbytes_quantization(self.reader, self.find(meta_model.head_name))
+        return UNQUANTIZED if stored is None else stored.by_row(meta_model.matrix_shape[1])
 
     def matrix_rows(self, name: str) -> Iterator[Tensor]:
         """Yield the embedding or the head as blocks of rows [n, D] in the compute dtype; each is valid until
@@ -165,9 +166,9 @@ class BaseCheckpoint:
             return
         already = read_bitsandbytes_weight(self.reader, names[0]) if len(names) == 1 else None
         if already is None:
-            found = self.reader.info(names[0]).shape
+            stored_shape = self.reader.info(names[0]).shape
             if len(names) == 1:
-                self._check_shape(name, (prod(found[:-1]), *found[-1:]), shape)
+                self._check_shape(name, (prod(stored_shape[:-1]), *stored_shape[-1:]), shape)
             device = tensors["data"].device
             blocks = self.rows_to_freeze(name, device)
             quantize(blocks, shape, quantization, device, self.meta_model.dtype, name, out=tensors)
@@ -198,8 +199,8 @@ class BaseCheckpoint:
         """A tied head that is in the file as well must equal the embedding: otherwise transformers unties
         them."""
         embedding = self.find(self.meta_model.embedding_name)
-        found, wanted = self.reader.info(head), self.reader.info(embedding)
-        same = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        head_info, embedding_info = self.reader.info(head), self.reader.info(embedding)
+        same = (head_info.shape, head_info.dtype) == (embedding_info.shape, embedding_info.dtype)
         pairs = zip(self.reader.row_blocks(head), self.reader.row_blocks(embedding), strict=False)
         if not same or not all(torch.equal(ours, theirs) for (_, _, ours), (_, _, theirs) in pairs):
             raise BaseModelError(
@@ -207,10 +208,10 @@ class BaseCheckpoint:
                 f"differs from {embedding}. Set tie_word_embeddings to false if the head is its own."
             )
 
-    def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        if tuple(found) != tuple(wanted):
+    def _check_shape(self, name: str, stored_shape: tuple[int, ...], config_shape: tuple[int, ...]) -> None:
+        if tuple(stored_shape) != tuple(config_shape):
             raise BaseModelError(
-                f"{name} is {list(found)} in the checkpoint, config.json needs {list(wanted)}"
+                f"{name} is {list(stored_shape)} in the checkpoint, config.json needs {list(config_shape)}"
             )
 
     def weight_rows(self, parameter: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[Tensor]:
@@ -257,7 +258,7 @@ class BaseCheckpoint:
         return self.tensors[name][0]
 
     def parts_of(self, parameter: str) -> dict[str, RowPart]:
-        """Those of `parts` that make up one parameter of a layer."""
+        """The entries of `parts` that make up one parameter of a layer."""
         return {name: self.parts[name] for name in self.tensors[parameter]}
 
     def _parts_of(self, parameter: str, layer: int, weight: str) -> dict[str, RowPart]:
@@ -269,12 +270,12 @@ class BaseCheckpoint:
             return {names[0]: RowPart(layer, weight, 0, num_rows)}
         sizes = {name: self.reader.info(name).shape for name in names}
         parts = row_parts(layer, weight, names, {name: prod(size[:-1]) for name, size in sizes.items()})
-        found = parts[names[-1]].stop
-        if found != num_rows or any(size[-1:] != (columns,) for size in sizes.values()):
+        num_stored_rows = parts[names[-1]].stop
+        if num_stored_rows != num_rows or any(size[-1:] != (columns,) for size in sizes.values()):
             raise BaseModelError(
-                f"{self.folder}: {parameter} is in {len(names)} tensors with {found} rows altogether (the "
-                f"first is {names[0]}, {list(sizes[names[0]])}), config.json needs {num_rows} rows of "
-                f"{columns}. Is a part of the experts missing?"
+                f"{self.folder}: {parameter} is in {len(names)} tensors with {num_stored_rows} rows "
+                f"altogether (the first is {names[0]}, {list(sizes[names[0]])}), config.json needs "
+                f"{num_rows} rows of {columns}. Is a part of the experts missing?"
             )
         return parts
 
@@ -289,13 +290,13 @@ class BaseCheckpoint:
             for head in self.tensors.get(meta_model.own_head_name, ()):
                 used.add(head)
                 self._check_tied_head(head)
-        kept = {n for n in self.reader.names() if n not in used and self._is_of_another_part(n)}
+        not_text = {n for n in self.reader.names() if n not in used and self._is_of_another_part(n)}
         always_fp32 = {self.find(n) for n in plain if meta_model.keeps_fp32(n)}
-        self.unchanged = frozenset(kept | always_fp32)
+        self.unchanged = frozenset(not_text | always_fp32)
         surplus = [
             n
             for n in self.reader.names()
-            if (n.endswith((".weight", ".bias")) or ".experts." in n) and n not in used and n not in kept
+            if (n.endswith((".weight", ".bias")) or ".experts." in n) and n not in used and n not in not_text
         ]
         if surplus:
             raise BaseModelError(

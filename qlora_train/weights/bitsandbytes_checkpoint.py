@@ -53,9 +53,9 @@ def read_bitsandbytes_weight(
     ).items():
         tensor = quantized.tensors[key]
         if tensor.dtype != dtype or tensor.shape != shape:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
+            stored_as = f"{tensor.dtype} {list(tensor.shape)}"
             raise _damaged(
-                reader, name, f"its {key} is {found} where the weight's shape needs {dtype} {list(shape)}"
+                reader, name, f"its {key} is {stored_as} where the weight's shape needs {dtype} {list(shape)}"
             )
     return quantized.to(device)
 

@@ -45,15 +45,15 @@ def tensors_of(
 ) -> dict[str, tuple[str, ...]]:
     """Parameter -> the tensors of the checkpoint whose rows, one after another, are its rows.
 
-    model: of the family. parameters: all names that it calls for. names: of the checkpoint's tensors. A
-    parameter that has none is left out; so are tensors of other parts of the model (vision). Raises
-    `UnsupportedModelError` for a conversion that is no gathering of rows.
+    model: one of the family, without weights. parameters: all names that it calls for. names: the names of
+    the checkpoint's tensors. A parameter that has none is left out; so are tensors of other parts of the
+    model (vision). Raises `UnsupportedModelError` for a conversion that is no gathering of rows.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     wanted = dict.fromkeys(parameters, True)
-    found: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
+    by_place: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
     for name in names:
         for known_as in dict.fromkeys((name, _without_wrapper(name))):
             parameter, pattern = rename_source_key(
@@ -64,11 +64,11 @@ def tensors_of(
         else:
             continue
         place = (0, 0) if pattern is None else _place(name, pattern, _gathering(converters, pattern, name))
-        if place in found[parameter]:
-            other = found[parameter][place]
+        if place in by_place[parameter]:
+            other = by_place[parameter][place]
             raise BaseModelError(f"{other} and {name}: two tensors of the checkpoint stand for {parameter}")
-        found[parameter][place] = name
-    return {name: tuple(tensors[place] for place in sorted(tensors)) for name, tensors in found.items()}
+        by_place[parameter][place] = name
+    return {name: tuple(tensors[place] for place in sorted(tensors)) for name, tensors in by_place.items()}
 
 
 def _without_wrapper(name: str) -> str:
@@ -101,7 +101,7 @@ def _place(name: str, pattern: str, converter: WeightConverter) -> tuple[int, in
 def row_parts(
     layer: int, weight: str, tensors: tuple[str, ...], num_rows: Mapping[str, int]
 ) -> dict[str, RowPart]:
-    """Tensor -> which rows of the weight it holds. num_rows: of every tensor."""
+    """Tensor -> which rows of the weight it holds. num_rows: the number of rows of every tensor."""
     parts, start = {}, 0
     for name in tensors:
         parts[name] = RowPart(layer, weight, start, start + num_rows[name])

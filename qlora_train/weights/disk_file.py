@@ -5,7 +5,7 @@ caller. Weights that stream because they do not fit in memory are evicted from t
 again, so the second copy and the pages are wasted. With O_DIRECT the disk writes into the caller's memory,
 and a base that streams does not push other files out of the cache. Measured on two cores, 0.5 GB with a cold
 cache: 0.68 s of system time the ordinary way, 0.03 s this way; no difference in the time of a whole step
-(bench/LOG.md).
+(tests/benchmarks/LOG.md).
 
 The price: memory, offset and length must be multiples of `PAGE_BYTES`, so layer buffers and slots begin at
 such multiples, and what is left over at the end of a part is read the ordinary way, as is everything on a
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from qlora_train.errors import QloraTrainError
 from qlora_train.files.shards import tensor_bytes
+from qlora_train.units import round_up
 
 PAGE_BYTES = 4096
 
 
 def page_aligned(num_bytes: int) -> int:
     """num_bytes rounded up to a multiple of `PAGE_BYTES`."""
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+    return round_up(num_bytes, PAGE_BYTES)
 
 
 class DiskFile:

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from qlora_train.units import ceil_div
+
 LOSS_TOKENS, HEAD_TILE_ROWS = 512, 4096
 """Tile sizes of the loss (tokens, vocabulary rows) unless memory requires smaller ones. Independent of
 placements, so that the arithmetic is the same everywhere."""
@@ -91,7 +93,7 @@ class ExecutionPlan:
 
     def group_size(self, num_micro_batches: int) -> int:
         """Number of micro-batches that pass the layers together."""
-        return -(-num_micro_batches // self.num_groups)
+        return ceil_div(num_micro_batches, self.num_groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for plan.json, metrics and checkpoints."""

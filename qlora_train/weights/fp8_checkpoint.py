@@ -32,6 +32,7 @@ from torch import Tensor
 from qlora_train.errors import BaseModelError
 from qlora_train.files.shards import MAX_READ_BYTES, ShardReader, TensorInfo
 from qlora_train.model.base_folder import CONFIG_REMEDY, read_plain_config
+from qlora_train.units import ceil_div
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
@@ -42,8 +43,8 @@ DEFAULT_BLOCK = (128, 128)  # where config.json does not say, as transformers ha
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Which scale is for which number of a weight. scales: their name. shape: of the weight. rows, columns:
-    that one scale is for."""
+    """The scales of a weight in FP8. scales: the name of their tensor. shape: the shape of the weight. rows,
+    columns: the size of the block that shares one scale."""
 
     scales: str
     shape: tuple[int, ...]
@@ -51,14 +52,14 @@ class _Scaling:
     columns: int
 
     def apply(self, values: Tensor, start: int, scales: Tensor) -> None:
-        """Multiply `values` [n, ..., in], the weight from row `start` on, in place. scales: of the whole
-        weight, [rows of scales, scales in a row]."""
+        """Multiply `values` [n, ..., in], the weight from row `start` on, in place. scales: the scales of the
+        whole weight, [rows of scales, scales in a row]."""
         num_rows, num_columns = self.shape[-2:]
         values = values.view(-1, num_columns)
         first = start * prod(self.shape[1:-1])
         row = torch.arange(first, first + len(values))
         matrix, row = row // num_rows, row % num_rows
-        of_row = scales[matrix * -(-num_rows // self.rows) + row // self.rows]
+        of_row = scales[matrix * ceil_div(num_rows, self.rows) + row // self.rows]
         num_whole = num_columns // self.columns
         whole, rest = values.tensor_split([num_whole * self.columns], dim=1)
         whole.unflatten(1, (num_whole, self.columns)).mul_(of_row[:, :num_whole, None])
@@ -88,7 +89,7 @@ class Fp8Reader(ShardReader):
         return [name for name in super().names() if name not in self._hidden]
 
     def info(self, name: str) -> TensorInfo:
-        """As the weight is read."""
+        """The weight as it is read: in fp32 where it is stored in FP8."""
         info = super().info(name)
         if name not in self._scalings:
             return info
@@ -100,7 +101,7 @@ class Fp8Reader(ShardReader):
         return torch.cat([rows.clone() for _, _, rows in self.row_blocks(name)])
 
     def row_blocks(self, name: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[tuple[int, int, Tensor]]:
-        """As `ShardReader.row_blocks`; in `max_bytes` there are both the codes and the numbers."""
+        """The same as `ShardReader.row_blocks`; `max_bytes` counts both the codes and the numbers."""
         scaling = self._scalings.get(name)
         if scaling is None:
             yield from super().row_blocks(name, max_bytes)
@@ -108,7 +109,7 @@ class Fp8Reader(ShardReader):
         scales = super().read(scaling.scales)
         if scales.dtype == torch.uint8:
             scales = scales.view(torch.float8_e8m0fnu)
-        scales = scales.float().reshape(-1, -(-scaling.shape[-1] // scaling.columns))
+        scales = scales.float().reshape(-1, ceil_div(scaling.shape[-1], scaling.columns))
         buffer: Tensor | None = None
         for start, stop, codes in super().row_blocks(name, max_bytes // (1 + torch.float32.itemsize)):
             if buffer is None:
@@ -119,14 +120,14 @@ class Fp8Reader(ShardReader):
 
     def _scaling_of(self, name: str, block: tuple[int, int] | None) -> _Scaling:
         weight = super().info(name)
-        found = [name + ending for ending in SCALE_ENDINGS if name + ending in self]
-        if not found:
+        scale_names = [name + ending for ending in SCALE_ENDINGS if name + ending in self]
+        if not scale_names:
             raise BaseModelError(
                 f"{self.folder}: {name} is in FP8, and its scales ({name}{SCALE_ENDINGS[0]} or "
                 f"{name}{SCALE_ENDINGS[1]}) are missing: without them its numbers are wrong. Download the "
                 "checkpoint again, or use one of the same model with weights in 16 bits."
             )
-        scales = super().info(found[0])
+        scales = super().info(scale_names[0])
         if len(weight.shape) >= 2 and scales.dtype in SCALE_DTYPES:
             *matrices, rows, columns = weight.shape
             sizes = [(rows, columns), (1, columns)] + ([] if block is None else [block])
@@ -156,7 +157,7 @@ def _shapes_of_scales(
     matrices: tuple[int, ...], shape: tuple[int, int], size: tuple[int, int]
 ) -> list[tuple[int, ...]]:
     """How the scales of matrices of this shape may be shaped, one for each `size` numbers."""
-    grid = (-(-shape[0] // size[0]), -(-shape[1] // size[1]))
+    grid = (ceil_div(shape[0], size[0]), ceil_div(shape[1], size[1]))
     shapes: list[tuple[int, ...]] = [(*matrices, *grid)]
     if not matrices and size[1] == shape[1]:  # whole rows: written without the second size as well
         shapes += [grid[:1]] + ([()] if grid == (1, 1) else [])

@@ -4,7 +4,7 @@ Where the CPU is the compute device, tensors below 32 MiB come from glibc's heap
 process, between blocks that live longer, so the process grows beyond the size of its tensors. `malloc_trim`
 returns whole free pages. Each costs a page fault when it is used again, so it is called only when the process
 has grown by `GROWTH_BYTES` since the last time, and only where memory is so scarce that weights stream.
-Trimming at every 32 MiB of growth cost a fifth of a short step (bench/LOG.md).
+Trimming at every 32 MiB of growth cost a fifth of a short step (tests/benchmarks/LOG.md).
 
 Why not a lower mmap threshold (every large tensor mapped and unmapped by itself): a tenth less memory, but
 40 % slower.

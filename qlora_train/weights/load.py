@@ -74,14 +74,14 @@ def load_base(
 ) -> FrozenDecoder:
     """Load a base model, placed by `plan`; None: everything resident.
 
-    folder: with config.json and safetensors. quantization: of the decoder layers' linears. dtype: of
-    everything else and of the computation. cache: the folder that keeps quantized bases (quantized_cache.py);
-    None keeps nothing, and weights stream from a temporary folder. host: memory for weights in RAM; None: its
-    own, silent where pinning is refused. ranks: all of them load the same base by the same plan. log: called
-    with a line for each slow operation. poison: see ring.py. lora: of the run that the base is for; after
-    PiSSA it is what the decoder's `principal_factors` leave, and always passes through a folder. Raises
-    `BaseModelError` for missing, surplus, misshapen or differently quantized tensors, `UserError` if the disk
-    is too small.
+    folder: it holds config.json and safetensors. quantization: that of the decoder layers' linears. dtype:
+    that of everything else and of the computation. cache: the folder that keeps quantized bases
+    (quantized_cache.py); None keeps nothing, and weights stream from a temporary folder. host: memory for
+    weights in RAM; None: its own, silent where pinning is refused. ranks: all of them load the same base by
+    the same plan. log: called with a line for each slow operation. poison: see ring.py. lora: of the run that
+    the base is for; after PiSSA it is what the decoder's `principal_factors` leave, and always passes through
+    a folder. Raises `BaseModelError` for missing, surplus, misshapen or differently quantized tensors,
+    `UserError` if the disk is too small.
     """
     meta_model = MetaModel(read_config(folder), dtype, lora)
     plan = plan or everything_resident(len(meta_model.layer_paths))

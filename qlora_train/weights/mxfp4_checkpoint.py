@@ -24,6 +24,7 @@ from qlora_train.files.shards import MAX_READ_BYTES, TensorInfo
 from qlora_train.model.base_folder import kept_quantization, read_plain_config
 from qlora_train.quant.formats import MXFP4, NESTED_BLOCK_SIZE
 from qlora_train.quant.weight import QuantizedWeight
+from qlora_train.units import ceil_div
 from qlora_train.weights.fp8_checkpoint import Fp8Reader
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -74,7 +75,7 @@ class Mxfp4Reader(Fp8Reader):
         return torch.cat([rows for _, _, rows in self.row_blocks(name)])
 
     def row_blocks(self, name: str, max_bytes: int = MAX_READ_BYTES) -> Iterator[tuple[int, int, Tensor]]:
-        """As `ShardReader.row_blocks`; of experts one at a time."""
+        """The same as `ShardReader.row_blocks`; experts come one at a time."""
         if name not in self.experts:
             yield from super().row_blocks(name, max_bytes)
             return
@@ -130,10 +131,10 @@ def _turned(codes: Tensor) -> Tensor:
 
 
 def _constants(num_blocks: int) -> dict[str, Tensor]:
-    """What makes a scale of an exponent."""
+    """The quantization constants that make a scale of an exponent."""
     exponents = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     return {
         "nested_code": exponents.float(),
-        "nested_absmax": torch.ones(-(-num_blocks // NESTED_BLOCK_SIZE)),
+        "nested_absmax": torch.ones(ceil_div(num_blocks, NESTED_BLOCK_SIZE)),
         "nested_offset": torch.zeros(()),
     }

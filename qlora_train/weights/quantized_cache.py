@@ -129,7 +129,7 @@ class QuantizedBase:
         return {name: tensor.to(device) for name, tensor in load_file(self.folder / PLAIN_FILE).items()}
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """With PiSSA, the factors by linear, in pages of their file; else empty."""
+        """The factors of PiSSA by linear, in pages of their file; empty without it."""
         file = self.folder / FACTORS_FILE
         tensors = load_file(file) if file.is_file() else {}
         paths = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]

@@ -40,9 +40,9 @@ LONGEST_WAIT = timedelta(days=1)
 class Ranks:
     """All processes of a run, seen from one of them.
 
-    index: this rank, from 0. number: of all ranks. here: the ranks of this machine, in order; the first is
-    the leader, which does what is needed once per machine. shares_memory: whether the ranks of a machine can
-    map the same pages, on every machine. group: the gloo process group, None for a single rank.
+    index: this rank, from 0. number: the number of all ranks. here: the ranks of this machine, in order; the
+    first is the leader, which does what is needed once per machine. shares_memory: whether the ranks of a
+    machine can map the same pages, on every machine. group: the gloo process group, None for a single rank.
     """
 
     index: int = 0
@@ -148,10 +148,10 @@ def _try_sharing(ranks: Ranks) -> bool:
     pages.write(word.encode())
     process, number = ranks.of_leader([os.getpid(), descriptor])
     try:
-        found = open_pages(process, number, mmap.PAGESIZE).read(len(word)).decode(errors="replace")
+        word_read = open_pages(process, number, mmap.PAGESIZE).read(len(word)).decode(errors="replace")
     except (OSError, ValueError):  # no permission, or another process's file, too short to map
-        found = ""
-    shares = all(ranks.gather(found == word))
+        word_read = ""
+    shares = all(ranks.gather(word_read == word))
     os.close(descriptor)
     return shares
 

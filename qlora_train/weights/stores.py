@@ -142,10 +142,10 @@ class HostRows:
             return
         assert self._file is not None
         unique, where = np.unique(ids, return_inverse=True)
-        found = torch.empty(len(unique), self.row_bytes, dtype=torch.uint8)
-        for row, token in zip(found, unique.tolist(), strict=True):
+        unique_rows = torch.empty(len(unique), self.row_bytes, dtype=torch.uint8)
+        for row, token in zip(unique_rows, unique.tolist(), strict=True):
             self._file.read(self._source.offset_bytes + token * self.row_bytes, row)
-        torch.index_select(found, 0, torch.from_numpy(where), out=rows)
+        torch.index_select(unique_rows, 0, torch.from_numpy(where), out=rows)
 
 
 def tile_items(

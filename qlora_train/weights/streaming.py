@@ -32,8 +32,8 @@ from qlora_train.weights.uploads import Uploads
 
 
 class StreamedWeights(PresentWeights):
-    """A `WeightStore` over a ring. layer_paths, layouts: of all layers. Layers that are not items of `reader`
-    are resident (`quantized`)."""
+    """A `WeightStore` over a ring. layer_paths, layouts: module path and layer buffer layout of every layer.
+    Layers that are not items of `reader` are resident (`quantized`)."""
 
     def __init__(
         self,

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from qlora_train import export, load_recipe, train
-from qlora_train.generate.model_folder import load_run
+from qlora_train.generate.model_folder import find_run
 from qlora_train.generate.sampling import Sampling
 from qlora_train.kernels.on_device import find_device
+from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -76,8 +77,9 @@ def held_out() -> tuple[list[str], list[str]]:
 
 def answers(run: Path, recipe: Recipe, prompts: list[str], *, with_adapter: bool) -> list[str]:
     """Greedy answers of the quantized base, with the run's adapter or without."""
-    model = load_run(run, recipe, find_device(), with_adapter=with_adapter)
-    return model.answer(prompts, Sampling(MAX_NEW_TOKENS))
+    source = find_run(run, recipe, find_device(), run / "adapter" if with_adapter else None)
+    encoded = [source.encode(prompt) for prompt in prompts]
+    return list(source.load(GenerateSize()).answers(encoded, Sampling(MAX_NEW_TOKENS), len(encoded)))
 
 
 def answers_with_transformers(folder: Path, prompts: list[str]) -> list[str]:

@@ -108,7 +108,7 @@ def test_round_trip_is_exact_and_bytes_are_deterministic(tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     config, loaded = load_adapter(tmp_path / "one")
-    assert config == AdapterConfig("some/base", 3, 6, 0.05, ["down_proj", "q_proj"])
+    assert config == AdapterConfig("some/base", 3, 6, dropout=0.05, target_modules=["down_proj", "q_proj"])
     assert all(torch.equal(loaded[path][i], lora[path][i]) for path in lora for i in (0, 1))
     assert {tensor.dtype for pair in loaded.values() for tensor in pair} == {torch.float32}
 

@@ -182,7 +182,13 @@ def test_written_again_it_says_the_same(base: Path, tmp_path: Path) -> None:
     names, layers = name_targets(lora, adaptable_names(tiny_config("llama-tied"))[0])
     assert (names, layers) == (sorted(ALL), [1])
     written = AdapterConfig(
-        "b", 4, 8, 0.0, names, False, config.rank_pattern, config.alpha_pattern, layers=layers
+        "b",
+        4,
+        8,
+        target_modules=names,
+        layers=layers,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
     )
     save_adapter(tmp_path / "b", written, lora)
     model = peft.PeftModel.from_pretrained(random_model(tiny_config("llama-tied")), tmp_path / "b")

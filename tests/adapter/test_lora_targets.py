@@ -249,10 +249,10 @@ def test_an_adapter_of_every_choice_is_continued(tmp_path: Path, name: str) -> N
     chosen = choose_targets(lora, LINEARS)
     names, layers = name_targets(chosen, LINEARS)
     config = AdapterConfig(
-        "b", lora.rank, lora.alpha, 0.0, names, lora.use_rslora,
-        {path: target.rank for path, target in chosen.items()},
-        {path: target.alpha for path, target in chosen.items()},
-        layers,
+        "b", lora.rank, lora.alpha, target_modules=names, use_rslora=lora.use_rslora,
+        rank_pattern={path: target.rank for path, target in chosen.items()},
+        alpha_pattern={path: target.alpha for path, target in chosen.items()},
+        layers=layers,
     )  # fmt: skip
     factors = {path: (torch.ones(t.rank, 8), torch.ones(8, t.rank)) for path, t in chosen.items()}
     save_adapter(tmp_path, config, factors)

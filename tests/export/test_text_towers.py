@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from qlora_train.cli import main
-from qlora_train.generate.model_folder import load_model
-from qlora_train.generate.sampling import Sampling
+from qlora_train.generate import generate
 from qlora_train.model.base import read_config
 
 TEXT: dict[str, Any] = {
@@ -143,11 +142,11 @@ def test_adapters_name_modules_as_the_served_class_does_and_older_ones_load(tmp_
     assert "vision" not in " ".join(name for name, _ in adapted.named_modules() if "lora_A" in name)
     served = merged(run, tmp_path / "served")
     continued = adapter_bytes(train("continued", init_from=str(run / "adapter")))
-    answers = load_model(run).answer(["abc:"], Sampling(max_new_tokens=4))
+    answers = generate(run, ["abc:"], max_new_tokens=4)
     with_names_of_the_text_model(run / "adapter")
     assert merged(run, tmp_path / "text") == served
     assert adapter_bytes(train("again", init_from=str(run / "adapter"))) == continued
-    assert load_model(run).answer(["abc:"], Sampling(max_new_tokens=4)) == answers
+    assert generate(run, ["abc:"], max_new_tokens=4) == answers
     assert main(["train", str(run), "--resume", "training.max_steps=3"]) == 0
     assert b"language_model" in adapter_bytes(run)
 

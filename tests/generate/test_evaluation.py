@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loaded_models import answers_of
 from tiny_runs import write_base, write_rows
 
 from qlora_train import Recipe, train
@@ -71,7 +72,7 @@ def test_the_loss_is_the_runs_own(run: Path, tmp_path: Path, capsys: pytest.Capt
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["reference"] for row in written] == [f"{n % 7}" * 3 for n in range(100, 105)]
     model = find_model(run).load(GenerateSize((30,) * 5, 6))
-    answers = model.answer([f"{n}?" for n in range(100, 105)], Sampling(6))
+    answers = answers_of(model, [f"{n}?" for n in range(100, 105)], Sampling(6))
     assert [row["trained"] for row in written] == answers
     expected = text_metrics(answers, [row["reference"] for row in written])
     assert {name: scores["trained"][name] for name in expected} == expected

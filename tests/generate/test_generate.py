@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_train.cli import main
 from qlora_train.errors import RunFolderError
 from qlora_train.generate.command import TextStream
-from qlora_train.generate.model_folder import load_model
+from qlora_train.generate.model_folder import find_model
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(
     write_checkpoint(tmp_path, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert load_model(tmp_path).stop_ids == {2, 7, 9}
+    assert find_model(tmp_path).stop_ids() == {2, 7, 9}
 
 
 def test_the_turn_end_of_the_chat_template_stops_too(
@@ -79,7 +79,7 @@ def test_the_turn_end_of_the_chat_template_stops_too(
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content + '<pad>\n' }}{% endfor %}"
     )
-    assert load_model(tmp_path).stop_ids == {0, 2}
+    assert find_model(tmp_path).stop_ids() == {0, 2}
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_what_cannot_be_generated_is_one_message(
 def test_a_run_without_an_adapter_says_so(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: {base: somewhere}\ndata: {train: x.jsonl}\n")
     with pytest.raises(RunFolderError, match="no adapter yet"):
-        load_model(tmp_path)
+        find_model(tmp_path)

@@ -24,9 +24,9 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.model.packed_tokens import PackedTokens
 from qlora_train.walk.layer_walk import LayerWalk
-from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.optimizer import FlatOptimizer
 from qlora_train.walk.step import StepRunner
+from qlora_train.walk.step_state import StepState
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
 from qlora_train.weights.load import load_base
 
@@ -180,7 +180,7 @@ def one_step(
             decoder,
             lora,
             optimizer,
-            LossScale(),
+            StepState(),
             Accelerator(),
             max_grad_norm=1e9,
             seed=0,

@@ -249,7 +249,7 @@ def test_saved_bytes_of_a_layer_by_hand() -> None:
     attention = 2 * (q + 2 * kv) + 2 * q + 4 * heads  # q, k, v, out, log-sums; one document: all views
     mlp = 2 * 2 * i  # gate, up
     low_rank = 2 * 16 * 6  # the down projection's is computed again
-    found = layer_bytes(workload(tokens=1024), False, None)[1].kept
+    found = layer_bytes(workload(tokens=1024), False, None)[1].with_graph
     assert found.saved == 1024 * (norms + attention + mlp + low_rank)
     assert found.fixed_saved <= 64  # boundaries and seeds of attention
 

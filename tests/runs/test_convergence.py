@@ -44,9 +44,9 @@ from qlora_train.recipe import load_recipe
 from qlora_train.recipe.files import bundled_recipes_dir
 from qlora_train.train.schedule import learning_rate
 from qlora_train.walk.layer_walk import LayerWalk
-from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.optimizer import FlatOptimizer
 from qlora_train.walk.step import StepRunner
+from qlora_train.walk.step_state import StepState
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement, everything_resident
 from qlora_train.weights.load import load_base
 
@@ -149,7 +149,7 @@ def trained(way: Way, num_steps: int = NUM_STEPS) -> Curve:
         decoder,
         lora,
         FlatOptimizer("adamw", lora, CPU, lora_b_lr_ratio=1.0, weight_decay=0.0),
-        LossScale(),
+        StepState(),
         SimpleNamespace(num_processes=1),  # type: ignore[arg-type]
         max_grad_norm=1e9,
         seed=0,

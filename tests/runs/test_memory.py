@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from loaded_models import answers_of, loaded_run
 from tiny_runs import adapter_bytes, metrics_of, recipe_values, reversal_rows, write_base, write_rows
 from torch import Tensor
 
 from qlora_train.cli import main
 from qlora_train.data.building import build_dataset
 from qlora_train.data.tokenizer import load_tokenizer
-from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import OutOfMemory, UserError
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.recipe import Recipe, load_recipe
@@ -144,13 +144,13 @@ class Shortage:
         shortage = self
 
         def run_step(self: StepRunner, step: int, *args: Any) -> Any:
-            shortage.active = step == 3 and self.walk.plan.num_groups == 1
+            shortage.active = step == 3 and self.walk.execution.num_groups == 1
             shortage.walk = self.walk
             return run(self, step, *args)
 
         def run_short(self: FrozenDecoder, index: int, x: Tensor, arguments: Any) -> Tensor:
             if shortage.active and index == 2:
-                if shortage.walk.plan.num_groups == 1:
+                if shortage.walk.execution.num_groups == 1:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 shortage.active = False
             return run_layer(self, index, x, arguments)
@@ -197,18 +197,17 @@ def test_generate_streams_within_the_runs_plan(
     base: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All prompts in one batch; per token every layer is fetched at most once."""
-    from qlora_train.generate.model_folder import load_run
     from qlora_train.generate.sampling import Sampling
     from qlora_train.weights.streaming import StreamedWeights
 
-    cpu, prompts, num_tokens = THE_CPU, ["abc:", "fedcba:"], 6
+    prompts, num_tokens = ["abc:", "fedcba:"], 6
     resident, streamed = recipe(base, train_file, tmp_path / "a"), None
     train(resident)
     streamed = recipe(base, train_file, tmp_path / "a", {"weights": "disk"})
     answers = []
     for wanted in (resident, streamed):
-        model = load_run(tmp_path / "a", wanted, cpu)
-        answers.append(model.answer(prompts, Sampling(num_tokens)))
+        model = loaded_run(tmp_path / "a", wanted)
+        answers.append(answers_of(model, prompts, Sampling(num_tokens)))
     assert answers[0] == answers[1]
     assert isinstance(model.decoder.weights, StreamedWeights)
     ring, num_layers, num_tiles = model.decoder.weights.ring, 4, len(model.decoder.head.items)

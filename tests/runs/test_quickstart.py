@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded_models import answers_of, loaded_run
 from safetensors import safe_open
 
-from qlora_train.device.compute import THE_CPU
 from qlora_train.export import export
-from qlora_train.generate.model_folder import LoadedModel, load_model, load_run
+from qlora_train.generate.model_folder import LoadedModel, find_model
 from qlora_train.generate.sampling import Sampling
+from qlora_train.plan.planned_walk import GenerateSize
 from qlora_train.recipe import load_recipe
 from qlora_train.recipe.files import bundled_recipes_dir
 from qlora_train.train import train
@@ -31,7 +32,7 @@ def rows(name: str) -> list[tuple[str, str]]:
 
 
 def accuracy(model: LoadedModel, held_out: list[tuple[str, str]]) -> float:
-    answers = model.answer([question for question, _ in held_out], GREEDY)
+    answers = answers_of(model, [question for question, _ in held_out], GREEDY)
     return sum(given == right for given, (_, right) in zip(answers, held_out, strict=True)) / len(held_out)
 
 
@@ -54,7 +55,7 @@ def test_the_base_is_small_and_fp16() -> None:
 
 
 def test_the_base_can_do_what_it_was_pre_trained_for() -> None:
-    assert accuracy(load_model(QUICKSTART / "base"), rows("pretraining_eval")) >= 0.6
+    assert accuracy(find_model(QUICKSTART / "base").load(GenerateSize()), rows("pretraining_eval")) >= 0.6
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_teaches_it_and_merging_keeps_it(run_dir: Path) -> None:
-    recipe, held_out, device = load_recipe(run_dir / "recipe.yaml"), rows("heldout"), THE_CPU
-    before = accuracy(load_run(run_dir, recipe, device, with_adapter=False), held_out)
-    after = accuracy(load_run(run_dir, recipe, device), held_out)
-    merged = accuracy(load_model(export(run_dir)), held_out)
+    recipe, held_out = load_recipe(run_dir / "recipe.yaml"), rows("heldout")
+    before = accuracy(loaded_run(run_dir, recipe, with_adapter=False), held_out)
+    after = accuracy(loaded_run(run_dir, recipe), held_out)
+    merged = accuracy(find_model(export(run_dir)).load(GenerateSize()), held_out)
     assert before < 0.05
     assert after >= 0.8
     assert abs(merged - after) <= 0.02
@@ -86,4 +87,4 @@ def test_shuffled_answers_teach_nothing(tmp_path: Path) -> None:
     overrides = [f"training.output_dir={tmp_path / 'run'}", f"data.train={data}"]
     recipe = load_recipe("quickstart", overrides)
     run = train(recipe).run_dir
-    assert accuracy(load_run(run, recipe, THE_CPU), rows("heldout")) < 0.1
+    assert accuracy(loaded_run(run, recipe), rows("heldout")) < 0.1

@@ -20,10 +20,9 @@ from warm_processes import Ended, SignalAfterStep, run_command
 from qlora_train.cli import main
 from qlora_train.errors import RunFolderError
 from qlora_train.recipe import Recipe, load_recipe
+from qlora_train.train import loop, train
 from qlora_train.train import loop as loop_module
-from qlora_train.train import train
 from qlora_train.train.checkpoint import TrainState, list_checkpoints, save_checkpoint
-from qlora_train.walk.loss_scale import LossScale
 
 Sections = dict[str, dict[str, Any]]
 StraightRun = Callable[[Sections], Path]
@@ -203,7 +202,7 @@ def test_overflows_are_replayed(
     tmp_path: Path, base: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scale starts so high that the first checkpoint holds no applied step: no optimizer state yet."""
-    monkeypatch.setattr(LossScale, "INITIAL", 2.0**24)
+    monkeypatch.setattr(loop, "INITIAL_SCALE", 2.0**24)
     straight = train_straight(base, train_file, tmp_path, FP16)
     recipe, run_dir = write_stopped_recipe(base, train_file, tmp_path, FP16)
     crash_in_save(monkeypatch, load_recipe(recipe), save_number=2)

@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import RunFolderError
 from qlora_train.files import atomic_folder
+from qlora_train.files.sealed_json import seal, unseal
 from qlora_train.model.linear import FrozenLinear
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.train.checkpoint import (
@@ -43,7 +44,6 @@ def files_under(folder: Path) -> list[str]:
 def test_round_trip_of_everything(tmp_path: Path) -> None:
     state = TrainState(
         step=7,
-        data_position=56,
         loss_scale=4096.0,
         loss_scale_good_steps=5,
         num_overflows=1,
@@ -203,7 +203,7 @@ EXPECTED = Expected(10, 100, {key: (value.dtype, tuple(value.shape)) for key, va
 
 def save_whole(folder: Path, step: int, **changes: Any) -> None:
     """A checkpoint that is what was written, whatever it says."""
-    values: dict[str, Any] = {"step": step, "data_position": 4 * step} | changes
+    values: dict[str, Any] = {"step": step} | changes
     tensors = {"masters": values.pop("masters", masters(step)), "state": values.pop("state", OPTIMIZER)}
     place = values.pop("place", step)
     save_checkpoint(folder, TrainState(**values), tensors["masters"], tensors["state"], 9)
@@ -228,8 +228,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "beyond the schedule": {"step": 11},
     "another step's folder": {"place": 7},
     "step 0": {"step": 0, "place": 6},
-    "a negative position": {"data_position": -4},
-    "a position that is no whole number": {"data_position": 2.5},
+    "a negative count": {"loss_scale_good_steps": -4},
+    "a count that is no whole number": {"loss_scale_good_steps": 2.5},
     "a scale that is text": {"loss_scale": "1"},
     "a scale that is no power of two": {"loss_scale": 3.0},
     "a scale of zero": {"loss_scale": 0.0},
@@ -266,6 +266,14 @@ def test_one_that_fits_no_such_run_is_passed_over_and_named(tmp_path: Path, chan
 def test_before_the_first_applied_step_there_is_no_optimizer_state(tmp_path: Path) -> None:
     save_whole(tmp_path, 3, state={}, num_skipped=1, num_overflows=2)
     assert newest(tmp_path) == (3, [])
+
+
+def test_one_of_an_older_version_is_taken(tmp_path: Path) -> None:
+    """It says where in the data it is, too."""
+    save_whole(tmp_path, 4)
+    file = tmp_path / "step-4" / "state.json"
+    file.write_text(seal(unseal(file) | {"data_position": 16}), encoding="utf-8")
+    assert newest(tmp_path) == (4, [])
 
 
 def test_every_damaged_one_is_named(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from qlora_train.device.compute import THE_CPU
 from qlora_train.errors import OutOfMemory
 from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.walk.layer_walk import LayerWalk
-from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.oom_fallback import fallback_plan, is_out_of_memory
 from qlora_train.walk.optimizer import FlatOptimizer
 from qlora_train.walk.step import StepRunner
+from qlora_train.walk.step_state import StepState
 from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, Placement
 
 KEEP, RECOMPUTE, OFFLOAD = ActivationPolicy.KEEP, ActivationPolicy.RECOMPUTE, ActivationPolicy.OFFLOAD
@@ -46,7 +46,7 @@ def runner(
         decoder,
         lora,
         optimizer,
-        LossScale(),
+        StepState(),
         SimpleNamespace(num_processes=1),  # type: ignore[arg-type]
         max_grad_norm=1e9,
         seed=0,
@@ -90,7 +90,7 @@ def test_the_redone_step_is_the_step(
     assert outcome == expected
     assert torch.equal(tried._lora.gradient, plain._lora.gradient)
     assert torch.equal(tried._lora.masters, plain._lora.masters)
-    assert tried.walk.plan.activations == (RECOMPUTE, RECOMPUTE, OFFLOAD)
+    assert tried.walk.execution.activations == (RECOMPUTE, RECOMPUTE, OFFLOAD)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from qlora_train.train.schedule import learning_rate
-from qlora_train.walk.loss_scale import LossScale
+from qlora_train.walk.step_state import GROWTH_INTERVAL, MAX_SCALE, StepState
 
 PEAK = 3e-4
 
@@ -48,34 +48,33 @@ def test_no_step_is_thrown_away(kind: str, num_steps: int, warmup_ratio: float) 
 
 
 def test_an_overflow_halves_the_scale_and_is_counted() -> None:
-    scale = LossScale(4.0, dynamic=True, good_steps=7)
-    assert scale.absorbs_overflow() and scale.absorbs_overflow()
-    assert (scale.value, scale.good_steps, scale.num_overflows) == (1.0, 0, 2)
-    assert not scale.absorbs_overflow()  # at 1 scaling cannot be the cause
-    assert (scale.value, scale.num_overflows) == (1.0, 2)
+    state = StepState(4.0, loss_scale_good_steps=7)
+    assert state.absorbs_overflow() and state.absorbs_overflow()
+    assert state == StepState(1.0, num_overflows=2)
+    assert not state.absorbs_overflow()  # at 1 scaling cannot be the cause
+    assert state == StepState(1.0, num_overflows=2, num_skipped=1, skipped_in_a_row=1)
 
 
 def test_the_scale_doubles_after_enough_applied_steps_in_a_row() -> None:
-    scale = LossScale(8.0, dynamic=True)
-    for _ in range(LossScale.GROWTH_INTERVAL - 1):
-        scale.record_applied()
-    assert scale.absorbs_overflow()  # the row is broken
-    for _ in range(LossScale.GROWTH_INTERVAL - 1):
-        scale.record_applied()
-    assert scale.value == 4.0
-    scale.record_applied()
-    assert (scale.value, scale.good_steps) == (8.0, 0)
+    state = StepState(8.0)
+    for _ in range(GROWTH_INTERVAL - 1):
+        state.record_applied(scales_loss=True)
+    assert state.absorbs_overflow()  # the row is broken
+    for _ in range(GROWTH_INTERVAL - 1):
+        state.record_applied(scales_loss=True)
+    assert state.loss_scale == 4.0
+    state.record_applied(scales_loss=True)
+    assert (state.loss_scale, state.loss_scale_good_steps) == (8.0, 0)
 
 
 def test_the_scale_has_a_ceiling() -> None:
-    scale = LossScale(LossScale.MAXIMUM, dynamic=True, good_steps=LossScale.GROWTH_INTERVAL - 1)
-    scale.record_applied()
-    assert scale.value == LossScale.MAXIMUM
+    state = StepState(MAX_SCALE, loss_scale_good_steps=GROWTH_INTERVAL - 1)
+    state.record_applied(scales_loss=True)
+    assert state.loss_scale == MAX_SCALE
 
 
 def test_only_float16_is_scaled() -> None:
-    assert LossScale.for_dtype(True) == LossScale(LossScale.INITIAL, dynamic=True)
-    fixed = LossScale.for_dtype(False)
-    for _ in range(2 * LossScale.GROWTH_INTERVAL):
-        fixed.record_applied()
-    assert fixed.value == 1.0 and not fixed.absorbs_overflow()
+    fixed = StepState()
+    for _ in range(2 * GROWTH_INTERVAL):
+        fixed.record_applied(scales_loss=False)
+    assert fixed == StepState() and not fixed.absorbs_overflow()

@@ -19,9 +19,9 @@ from qlora_train.model.decoder import FrozenDecoder
 from qlora_train.model.lora_parameters import LoraParameters
 from qlora_train.quant.formats import Quantization
 from qlora_train.walk.layer_walk import LayerWalk
-from qlora_train.walk.loss_scale import LossScale
 from qlora_train.walk.optimizer import FlatOptimizer
 from qlora_train.walk.step import StepOutcome, StepRunner
+from qlora_train.walk.step_state import StepState
 from qlora_train.weights.execution_plan import ActivationPolicy
 
 BATCHES = [packed_row([14, 18], seed=1), packed_row([32], seed=2, first_row=1)]
@@ -38,7 +38,7 @@ class Rig:
         folder: Path,
         *,
         dtype: torch.dtype = torch.float32,
-        scale: LossScale | None = None,
+        loss_scale: float = 1.0,
         max_grad_norm: float = 1e9,
         optimizer: str = "adamw",
         reference: bool = False,
@@ -49,14 +49,14 @@ class Rig:
         self.lora: LoraParameters
         self.decoder, self.lora = load_tiny(folder, quantization, dtype, dropout=dropout)
         self.walk = LayerWalk(self.decoder, self.lora, resident_plan(*MIXED), reference=reference)
-        self.scale = scale or LossScale()
+        self.state = StepState(loss_scale)
         self.optimizer = FlatOptimizer(optimizer, self.lora, THE_CPU, lora_b_lr_ratio=1.0, weight_decay=0.0)
         self.runner = StepRunner(
             self.walk,
             self.decoder,
             self.lora,
             self.optimizer,
-            self.scale,
+            self.state,
             SimpleNamespace(num_processes=1),  # type: ignore[arg-type]
             max_grad_norm=max_grad_norm,
             seed=0,
@@ -106,14 +106,14 @@ def test_clipping_is_exact(folder: Path, share: float) -> None:
 
 def test_the_loss_scale_leaves_no_trace(folder: Path) -> None:
     plain = Rig(folder).walked_gradient()
-    rig = Rig(folder, scale=LossScale(1024.0, dynamic=True))
+    rig = Rig(folder, loss_scale=1024.0)
     rig.run()
     assert torch.equal(rig.lora.gradient, plain)  # fp32 and a power of two: the same bits
-    assert rig.scale.good_steps == 1
+    assert rig.state == StepState(1024.0), "only in fp16 the scale is dynamic"
 
 
 def test_an_fp16_overflow_halves_the_scale_and_is_not_applied(folder: Path) -> None:
-    rig = Rig(folder, dtype=torch.float16, scale=LossScale(2.0**24, dynamic=True))
+    rig = Rig(folder, dtype=torch.float16, loss_scale=2.0**24)
     before = rig.lora.masters.clone()
     outcomes = []
     while not outcomes or not outcomes[-1].applied:
@@ -125,8 +125,9 @@ def test_an_fp16_overflow_halves_the_scale_and_is_not_applied(folder: Path) -> N
     assert num_overflows >= 4, "more in a row than a real failure may have"
     assert all(outcome.overflowed and not math.isfinite(outcome.grad_norm) for outcome in outcomes[:-1])
     assert all(math.isfinite(outcome.loss) for outcome in outcomes)
-    assert rig.scale.value == 2.0 ** (24 - num_overflows) and rig.scale.num_overflows == num_overflows
-    assert rig.runner.num_skipped == 0 and not outcomes[-1].overflowed
+    assert rig.state.loss_scale == 2.0 ** (24 - num_overflows) and rig.state.num_overflows == num_overflows
+    assert rig.state.num_skipped == 0 and not outcomes[-1].overflowed
+    assert rig.state.loss_scale_good_steps == 1
     assert not torch.equal(rig.lora.masters, before)
 
 
@@ -144,7 +145,7 @@ def test_three_bad_steps_in_a_row_stop_the_run_and_name_the_layer(folder: Path, 
     for step in (1, 2):
         outcome = rig.run(step)
         assert (outcome.applied, outcome.overflowed) == (False, False)
-        assert rig.runner.num_skipped == rig.runner.num_skipped_in_a_row == step
+        assert rig.state.num_skipped == rig.state.skipped_in_a_row == step
     with pytest.raises(TrainingFailure, match="3 steps in a row: the output of decoder layer 1 is the first"):
         rig.run(3)
     assert torch.equal(rig.lora.masters, before)
@@ -159,15 +160,15 @@ def test_a_good_step_breaks_the_row(folder: Path) -> None:
         if step % 3:
             spoil_layer_1(rig.decoder)
         assert rig.run(step).applied == (step % 3 == 0)
-    assert (rig.runner.num_skipped, rig.runner.num_skipped_in_a_row) == (4, 0)
+    assert (rig.state.num_skipped, rig.state.skipped_in_a_row) == (4, 0)
 
 
 def test_fp16_at_scale_1_is_a_bad_step_and_no_overflow(folder: Path) -> None:
-    rig = Rig(folder, dtype=torch.float16, scale=LossScale(2.0, dynamic=True))
+    rig = Rig(folder, dtype=torch.float16, loss_scale=2.0)
     spoil_layer_1(rig.decoder)
     assert rig.run(1).overflowed
-    assert not rig.run(2).overflowed and rig.scale.value == 1.0
-    assert (rig.runner.num_skipped, rig.scale.num_overflows) == (1, 1)
+    assert not rig.run(2).overflowed and rig.state.loss_scale == 1.0
+    assert (rig.state.num_skipped, rig.state.num_overflows) == (1, 1)
 
 
 def test_a_gradient_that_goes_bad_on_the_way_back_is_named(folder: Path) -> None:
