@@ -6,7 +6,7 @@ of the data on one machine would train on it in silence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import xxhash
@@ -22,9 +22,12 @@ _OF_A_MACHINE = {"base", "revision", "output_dir", "vram"}
 """Keys of the recipe that may differ between machines."""
 
 
-def require_agreement(ranks: Ranks, facts: Mapping[str, Any]) -> None:
-    """Wait for all ranks; raise `UserError` on each if a fact differs on any. facts: JSON values by what they
-    are called in the message."""
+def require_agreement(ranks: Ranks, facts_here: Callable[[], Mapping[str, Any]]) -> None:
+    """Wait for all ranks; raise `UserError` on each if a fact differs on any. facts_here: returns JSON values
+    by what they are called in the message; not called for a single rank."""
+    if ranks.number == 1:
+        return
+    facts = facts_here()
     told = ranks.gather(facts)
     differing = {
         rank: names
@@ -62,7 +65,7 @@ def _lora_hash(lora: LoraParameters) -> str:
     """Hash of A, B and rows of tokens; DoRA's magnitudes are measured on each rank's device, and may round
     apart."""
     hashed = xxhash.xxh3_128()
-    for tensors in lora.views(lora.masters).values():
+    for tensors in lora.views(lora.masters.cpu()).values():
         for tensor in tensors[:2]:
-            hashed.update(tensor_bytes(tensor.cpu()))
+            hashed.update(tensor_bytes(tensor))
     return hashed.hexdigest()

@@ -66,7 +66,7 @@ def _train(
         loop = TrainLoop(prepared, folder, plan_log, meter, metering.close, on_step)
         first = loop.resume(log) if resume else 0
         lines = _announce(prepared, folder, loop.num_steps, first, log, resume=resume)
-        require_agreement(run.ranks, facts_of(prepared, first))  # and no rank is still checking the folder
+        require_agreement(run.ranks, lambda: facts_of(prepared, first))  # no rank still checks the folder
         if accelerator.is_main_process:
             folder.begin(prepared.recipe)
         if plan_log.moved:

@@ -21,7 +21,8 @@ from qlora_train.device.process_peak import process_peak_bytes
 from gguf import GGUFWriter
 from qlora_train.adapter.adapter_files import load_adapter
 from qlora_train.export.gguf.architecture import Architecture
-from qlora_train.export.gguf.write import GgufReader, compare_with_merged, list_tensors, write_gguf
+from qlora_train.export.gguf.tensors import list_tensors
+from qlora_train.export.gguf.write import GgufReader, compare_with_merged, write_gguf
 from qlora_train.export.merge import MergedWeights, merge
 from qlora_train.weights.base_checkpoint import BaseCheckpoint
 from qlora_train.model.base import MetaModel, read_config
@@ -36,7 +37,7 @@ if sys.argv[4] == "gguf":
         weights = MergedWeights(checkpoint, None, None, load_adapter(adapter))
         tensors = list_tensors(weights, Architecture(base, config), "q8_0")
         write_gguf(out, GGUFWriter(None, "llama"), tensors, weights, None)
-        compare_with_merged(GgufReader(base, out, tensors), tensors, weights)
+        compare_with_merged(GgufReader(base, out, tensors, weights.shapes), tensors, weights)
 else:
     merge(base, adapter, out, quantization=quantization, dtype=torch.float16)
 print((process_peak_bytes() - before) / 2**20)

@@ -69,7 +69,7 @@ def test_the_evaluation_data_is_reported_too(
     lines = capsys.readouterr().out.splitlines()
     said = [line.removeprefix("evaluation: ") for line in lines if line.startswith("evaluation: ")]
     assert said[0].startswith("4 rows -> 4 documents")
-    assert any(line.startswith("longer than sequence_length: 1 row lost") for line in said)
+    assert any(line.startswith("warning: longer than sequence_length: 1 row lost") for line in said)
     assert "3 evaluation rows also in train, word for word" in said
 
 

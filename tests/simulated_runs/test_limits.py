@@ -137,13 +137,13 @@ def test_loading_leaves_nothing_in_the_allocators_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int]] = []
-    introduction = run_module._introduction
+    introduction = run_module.introduction
 
     def noting(*arguments: Any, **keywords: Any) -> list[str]:
         seen.append((simulated_gpu.live_bytes(), simulated_gpu.reserved_bytes()))
         return introduction(*arguments, **keywords)
 
-    monkeypatch.setattr(run_module, "_introduction", noting)
+    monkeypatch.setattr(run_module, "introduction", noting)
     monkeypatch.setattr(setup, "load_base", with_scratch(setup.load_base))
     train(recipe(base, train_file, tmp_path / "run"))
     ((live, reserved),) = seen

@@ -290,7 +290,7 @@ def test_a_peer_has_its_inputs_made_and_runs_in_a_process_of_its_own(tmp_path: P
     figures = peer.measure({**TINY["peer-peft"].arguments, "work": str(tmp_path)})
     run = figures["runs"][speed_suite.PEFT_FAST]
     assert figures["problems"] == [] and run["num_timed_steps"] == 2
-    assert run["num_timed_tokens"] == 2 * 8 * 32 and abs(run["first_loss"] - 6.0) < 0.3  # ln 401
+    assert run["num_timed_tokens"] == 2 * 8 * 64 and abs(run["first_loss"] - 6.0) < 0.3  # ln 401
     assert run["first_step_seconds"] > run["load_seconds"] > 0
 
 

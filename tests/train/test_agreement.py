@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ class Told(Ranks):
 
 def test_who_differs_in_what_is_named() -> None:
     facts = {"data.seed": 1, "the training data": "a", "the checkpoint's step": 3}
-    require_agreement(ALONE, facts)
-    require_agreement(Told(others=(dict(facts), dict(facts))), facts)
+    require_agreement(ALONE, lambda: pytest.fail("nobody else is there"))
+    require_agreement(Told(number=3, others=(dict(facts), dict(facts))), lambda: facts)
     others = (facts | {"data.seed": 2}, facts, facts | {"the training data": "b", "the checkpoint's step": 0})
     with pytest.raises(UserError) as caught:
-        require_agreement(Told(others=others), facts)
+        require_agreement(Told(number=4, others=others), lambda: facts)
     assert "process 1: data.seed; process 3: the training data, the checkpoint's step. Give" in str(
         caught.value
     )
@@ -44,8 +45,8 @@ def facts_of_run(
     """What this run would tell the others."""
     found: list[dict[str, Any]] = []
 
-    def told(ranks: Ranks, facts: dict[str, Any]) -> None:
-        found.append(facts)
+    def told(ranks: Ranks, facts_here: Callable[[], dict[str, Any]]) -> None:
+        found.append(facts_here())
         raise InterruptedError
 
     monkeypatch.setattr(run, "require_agreement", told)
