@@ -118,7 +118,17 @@ def load_in_ram(ranks: Ranks, base: Path, cache: Path | None, *, shares: bool) -
 def plan(ranks: Ranks, base: Path, ram_bytes: list[int], copy_rates: list[float]) -> dict[str, Any]:
     """The plan of a run where each rank sees other free RAM and measures another rate."""
     psutil.virtual_memory = lambda: SimpleNamespace(available=ram_bytes[ranks.index])  # a process of our own
-    rates = Rates(1e11, 1e11, 1e11, 1e10, 1e-4, 1e10, copy_rates[ranks.index], 1e9, "for tests")
+    rates = Rates(
+        flops=1e11,
+        attention=1e11,
+        long_attention=1e11,
+        elementwise=1e10,
+        expert_product_seconds=1e-4,
+        memory=1e10,
+        copy=copy_rates[ranks.index],
+        disk=1e9,
+        source="for tests",
+    )
     machine_plan.rates_of = lambda device, dtype, cache, num_ranks: rates
     recipe = Recipe.from_dict(recipe_values(base, base / "rows.jsonl", base / "run"))
     made = machine_plan.plan_here(recipe, base, torch.float32, THE_CPU, lambda size: size, ranks)

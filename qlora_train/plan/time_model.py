@@ -26,7 +26,7 @@ from qlora_train.weights.execution_plan import ActivationPolicy, ExecutionPlan, 
 from qlora_train.weights.principal_part import principal_part_flops
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """A machine's rates per second. flops: of matrix products in the compute dtype. attention: FLOPs of
     causal attention, both directions, over documents of up to `LONGEST` tokens; long_attention: over longer
@@ -68,20 +68,30 @@ def stated_rates(device: DeviceDescription) -> Rates:
     """Rates from the table of cards, by the device's name; for an unknown name, those of a modest card."""
     if not device.is_accelerator:
         source = "assumed: a 2-core CPU with 100 GFLOP/s, disk 1 GB/s"
-        return Rates(100e9, 40e9, 40e9, 5e9, 3e-4, memory=10e9, copy=5e9, disk=1e9, source=source)
+        return Rates(
+            flops=100e9,
+            attention=40e9,
+            long_attention=40e9,
+            elementwise=5e9,
+            expert_product_seconds=3e-4,
+            memory=10e9,
+            copy=5e9,
+            disk=1e9,
+            source=source,
+        )
     known = known_card(device.name)
     card = CARDS[known or ASSUMED_CARD]
     source = f"stated for {known}" if known else f"assumed: a card like an {ASSUMED_CARD}"
     return Rates(
-        card.flops,
-        card.flops * _ATTENTION_SHARE,
-        card.flops * _ATTENTION_SHARE,
-        card.memory,
-        _LAUNCH_SECONDS,
-        card.memory,
-        card.copy,
-        DISK_BYTES_PER_SECOND,
-        f"{source}: {card.flops / 1e12:.0f} TFLOP/s, copies {card.copy / 1e9:.0f} GB/s, disk 2 GB/s",
+        flops=card.flops,
+        attention=card.flops * _ATTENTION_SHARE,
+        long_attention=card.flops * _ATTENTION_SHARE,
+        elementwise=card.memory,
+        expert_product_seconds=_LAUNCH_SECONDS,
+        memory=card.memory,
+        copy=card.copy,
+        disk=DISK_BYTES_PER_SECOND,
+        source=f"{source}: {card.flops / 1e12:.0f} TFLOP/s, copies {card.copy / 1e9:.0f} GB/s, disk 2 GB/s",
     )
 
 

@@ -26,6 +26,7 @@ from qlora_train.errors import BaseModelError
 from qlora_train.quant.formats import NESTED_BLOCK_SIZE, Quantization
 from qlora_train.quant.quantize_4bit import Quantizer4bit
 from qlora_train.quant.weight import QuantizedWeight, quantized_layout
+from qlora_train.units import ceil_div
 
 CHUNK_ELEMENTS = 2**20  # numbers per call of the library's quantizer
 QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,7 +102,7 @@ def _quantize_4bit(
     quantize = _quantizer_4bit(quantization, device)
     for chunk in _whole_blocks(rows, block):
         stop = done + len(chunk)
-        quantize(chunk, data[done // 2 : (stop + 1) // 2], absmax[done // block : -(-stop // block)])
+        quantize(chunk, data[done // 2 : (stop + 1) // 2], absmax[done // block : ceil_div(stop, block)])
         done = stop
     if quantization.double_quant:
         _quantize_absmax(absmax, tensors)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_train.device.description import DequantizeKernel
 from qlora_train.quant.formats import MXFP4, MXFP4_CODE, NESTED_BLOCK_SIZE, FormatName, Quantization
+from qlora_train.units import ceil_div, round_up
 
 DEQUANTIZE_ELEMENTS = 2**21  # numbers dequantized at once without a GPU
 INT8_ELEMENTS = 2**20  # for int8, whose fp32 numbers are cast afterwards
@@ -114,7 +115,7 @@ class QuantizedWeight:
         """The range begin..end of flat numbers extended to whole blocks, within the stored numbers."""
         block = self.quantization.block_size
         num_stored = 2 * len(self.tensors["data"])  # n, or n + 1: the last byte's low nibble is then padding
-        return begin // block * block, min(-(-end // block) * block, num_stored)
+        return begin // block * block, min(round_up(end, block), num_stored)
 
     def _state(self, start: int, stop: int, dtype: torch.dtype) -> bnb.QuantState:
         """The library's description of rows start..stop, with their absmax."""
@@ -124,7 +125,7 @@ class QuantizedWeight:
         # A matrix only if rows are whole blocks: else the library's CPU kernel reads the wrong absmax.
         as_matrix = columns % block == 0
         return bnb.QuantState(
-            absmax=self.block_absmax(begin // block, -(-end // block)),
+            absmax=self.block_absmax(begin // block, ceil_div(end, block)),
             shape=torch.Size((stop - start, columns) if as_matrix else (1, limit - origin)),
             blocksize=block,
             quant_type=self.quantization.format,

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+from qlora_train.units import ceil_div
+
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 640, 260
@@ -156,7 +158,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
     """At most MOST_POINTS points, each the mean of as many neighbours."""
-    size = -(-len(points) // MOST_POINTS)
+    size = ceil_div(len(points), MOST_POINTS)
     if size <= 1:
         return list(points)
     groups = [points[start : start + size] for start in range(0, len(points), size)]

@@ -20,8 +20,8 @@ from qlora_train.recipe.yaml_file import yaml_text
 from qlora_train.report.adapter_facts import ModuleFacts
 from qlora_train.report.chart import Chart, Series, smoothed
 from qlora_train.report.run_facts import WARM_UP_STEPS, RunFacts
+from qlora_train.units import GIB
 
-GIB = 2**30
 NUM_COLORS = 8
 _MOST_SAMPLES, _MOST_LETTERS, _MOST_RUNS = 20, 2000, NUM_COLORS
 _NO_NUMBERS = 99

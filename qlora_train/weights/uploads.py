@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.device.compute import ComputeDevice, Event
+from qlora_train.units import round_up
 from qlora_train.weights.host_memory import HostMemory
 
 PIECE_ALIGNMENT_BYTES = 256
@@ -112,7 +113,7 @@ class Uploads:
 
 
 def _aligned_bytes(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // PIECE_ALIGNMENT_BYTES) * PIECE_ALIGNMENT_BYTES
+    return round_up(tensor.nbytes, PIECE_ALIGNMENT_BYTES)
 
 
 def _parts_of(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
